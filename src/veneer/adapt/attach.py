@@ -1,0 +1,248 @@
+"""Put changes on a model and take them off; the model's class, modules and weight names stay as they were."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer import methods
+from veneer.errors import ConfigError, ShapeError, SiteError, first_few, suggest
+from veneer.methods import Delta
+from veneer.sites import Site, find
+from veneer.sites.find import Target
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+BASE = "base"
+
+
+class Deltas(nn.Module):
+    """The child `deltas` of an adapted layer: its changes by adapter name, and the strengths of those that act."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.active: dict[str, float] = {}
+        self.called = False
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __getitem__(self, name: str) -> Delta:
+        delta = self._modules[name]
+        assert isinstance(delta, Delta)
+        return delta
+
+    def names(self) -> list[str]:
+        """The adapters that change this layer, in the order of their attaching."""
+        return list(self._modules)
+
+
+def _apply(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+    """The forward hook of an adapted layer; a plain function, so that it survives deepcopy and pickle."""
+    deltas: Deltas = module.deltas
+    if not torch.compiler.is_compiling():
+        deltas.called = True
+    if not deltas.active:
+        return y
+    if not args:
+        raise SiteError(f"{deltas.site.name!r} was called with keywords only; call it as layer(x), so that its change can see x")
+    total = y
+    for name, strength in deltas.active.items():
+        change = deltas[name](args[0], y, deltas.site)
+        total = total + (change if strength == 1 else strength * change)
+    return total
+
+
+def _check_called(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A hook on the whole model: after its first eager training step every adapted layer must have been called."""
+    if torch.compiler.is_compiling() or not model.training or not torch.is_grad_enabled():
+        return
+    _remove(model._forward_hooks, _check_called)
+    check_called(model)
+
+
+def check_called(model: nn.Module) -> None:
+    """Raises SiteError, naming them, if changed layers have not been called since they were attached."""
+    silent = [d.site.name for d in layers(model) if d.active and not d.called]
+    if silent:
+        raise SiteError(
+            f"{len(silent)} adapted layers were never called in the first training step: {first_few(silent)}. Their owner may read"
+            f" the weight itself, or not use them for this input; leave them out with exclude="
+        )
+
+
+def attach(
+    model: nn.Module,
+    method: str | type[Delta] = "lora",
+    *,
+    to: Target = "all-linear",
+    exclude: Target = (),
+    name: str = "default",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    untie: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """The same model with a new adapter `name`: acting at strength 1, and the only thing that trains.
+
+    to, exclude: "all-linear", a regular expression for whole layer names, or a list of names and endings of names.
+    rank_pattern, alpha_pattern: other ranks and alphas for layers whose name ends with a match of the key (PEFT's
+    rule). untie: adapt a layer that shares its weight with another. The other options are the method's own.
+    Raises SiteError, ConfigError or ShapeError before anything is changed.
+    """
+    kind = methods.get(method) if isinstance(method, str) else method
+    methods.check_options(kind, options)
+    sites = find(model, to, exclude, untie)
+    per_site = [_options(s.name, kind, options, rank_pattern, alpha_pattern) for s in sites]
+    _check_patterns(sites, {**(rank_pattern or {}), **(alpha_pattern or {})})
+    check_name(model, name)
+    hang(model, name, _build_all(kind, sites, per_site))
+    train_only(model, name)
+    if not any(h is _check_called for h in model._forward_hooks.values()):
+        model.register_forward_hook(_check_called)
+    return model
+
+
+def _build_all(kind: type[Delta], sites: list[Site], options: list[dict[str, Any]]) -> list[tuple[Site, Delta]]:
+    """Every change, or one error that names every layer it does not fit."""
+    built, problems = [], []
+    for site, own in zip(sites, options, strict=True):
+        try:
+            built.append((site, methods.build(kind, site, own)))
+        except ShapeError as e:
+            problems.append(str(e))
+    if problems:
+        raise ShapeError("\n".join([*problems[:5], *[f"and {len(problems) - 5} more"][: len(problems) > 5]]))
+    return built
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raises ConfigError for a name that cannot be used, or already is."""
+    if not NAME.fullmatch(name) or name == BASE or name in dir(Deltas):
+        raise ConfigError(f"adapter name {name!r}: use up to 64 letters, digits, '-' and '_', and none of Veneer's own words")
+    if name in adapters(model):
+        raise ConfigError(f"an adapter called {name!r} is already attached; detach it or choose another name")
+
+
+def hang(model: nn.Module, name: str, changes: list[tuple[Site, Delta]]) -> None:
+    """Adds ready-made changes as adapter `name`, acting at strength 1."""
+    for site, delta in changes:
+        module = site.module
+        if deltas_of(module) is None:
+            module.deltas = Deltas(site)
+            module.register_forward_hook(_apply)
+        device = site.weight().device
+        module.deltas.add_module(name, delta.to(device).train(module.training))
+        module.deltas.active[name] = 1.0
+
+
+def _options(site: str, method: type[Delta], options: dict[str, Any], ranks: Mapping[str, int] | None, alphas: Mapping[str, float] | None) -> dict[str, Any]:
+    found = dict(options)
+    for option, pattern in (("rank", ranks), ("alpha", alphas)):
+        hit = next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", site)), None)
+        if hit is not None:
+            found[option] = hit
+    methods.check_options(method, found)
+    return found
+
+
+def _check_patterns(sites: list[Site], pattern: Mapping[str, float]) -> None:
+    idle = [k for k in pattern if not any(re.match(rf"(.*\.)?({k})$", s.name) for s in sites)]
+    if idle:
+        raise ConfigError(f"rank_pattern or alpha_pattern matches no adapted layer: {first_few(idle)}; there are {first_few(s.name for s in sites)}")
+
+
+def deltas_of(module: nn.Module) -> Deltas | None:
+    """The changes of one layer, or None if it has none."""
+    child = module._modules.get("deltas")
+    return child if isinstance(child, Deltas) else None
+
+
+def layers(model: nn.Module) -> list[Deltas]:
+    """The changes of every adapted layer, in the model's order."""
+    return [m for m in model.modules() if isinstance(m, Deltas)]
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """Names of the attached adapters, in the order of their attaching."""
+    return list(dict.fromkeys(name for d in layers(model) for name in d.names()))
+
+
+def active(model: nn.Module) -> dict[str, float]:
+    """The acting adapters and their strengths."""
+    return {name: strength for d in layers(model) for name, strength in d.active.items()}
+
+
+def changes(model: nn.Module, name: str) -> list[tuple[Site, Delta]]:
+    """One adapter's changes by site. Raises ConfigError for an unknown name."""
+    known = adapters(model)
+    if name not in known:
+        raise ConfigError(f"no adapter called {name!r} is attached{suggest(name, known)}")
+    return [(d.site, d[name]) for d in layers(model) if name in d]
+
+
+def strengths(names: tuple[str | Mapping[str, float], ...]) -> dict[str, float]:
+    """("a", {"b": 0.5}) as {"a": 1.0, "b": 0.5}."""
+    found: dict[str, float] = {}
+    for entry in names:
+        found.update({entry: 1.0} if isinstance(entry, str) else {k: float(v) for k, v in entry.items()})
+    return found
+
+
+def activate(model: nn.Module, *names: str | Mapping[str, float]) -> None:
+    """From now on the named adapters act, each at strength 1 or as a mapping says, and no others."""
+    wanted = strengths(names)
+    for name in wanted:
+        changes(model, name)
+    for d in layers(model):
+        d.active = {name: strength for name, strength in wanted.items() if name in d}
+
+
+@contextmanager
+def using(model: nn.Module, *names: str | Mapping[str, float]) -> Iterator[nn.Module]:
+    """Within the block only the named adapters act: using(model, "a", {"b": 0.5}); using(model) is the base bit for bit."""
+    before = [(d, d.active) for d in layers(model)]
+    activate(model, *names)
+    try:
+        yield model
+    finally:
+        for d, active in before:
+            d.active = active
+
+
+def train_only(model: nn.Module, *names: str) -> None:
+    """Only the parameters of the named adapters take gradients; "base" stands for the model's own."""
+    chosen = [delta for name in names if name != BASE for _, delta in changes(model, name)]
+    of_adapters = {id(p) for d in layers(model) for p in d.parameters()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) not in of_adapters and BASE in names)
+    for delta in chosen:
+        delta.requires_grad_(True)
+
+
+def detach(model: nn.Module, *names: str) -> nn.Module:
+    """The same model without the named adapters, or without any; what is left of none is no trace at all."""
+    gone = names or tuple(adapters(model))
+    for name in names:
+        changes(model, name)
+    for module in [m for m in model.modules() if deltas_of(m)]:
+        deltas: Deltas = module.deltas
+        for name in [n for n in gone if n in deltas]:
+            del deltas._modules[name]
+        deltas.active = {n: s for n, s in deltas.active.items() if n in deltas}
+        if not deltas.names():
+            del module.deltas
+            _remove(module._forward_hooks, _apply)
+    if not layers(model):
+        _remove(model._forward_hooks, _check_called)
+    return model
+
+
+def _remove(hooks: dict[int, Any], function: Any) -> None:
+    for key in [k for k, h in hooks.items() if h is function]:
+        del hooks[key]

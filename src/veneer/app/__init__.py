@@ -1,0 +1,1 @@
+"""What the commands do: wires data, adapters, training and evaluation together."""

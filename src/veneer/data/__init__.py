@@ -1,0 +1,1 @@
+"""Text in: files, columns, tokens, masks, packing."""

@@ -1,0 +1,246 @@
+"""Trains the built-in model from nothing on the standard library's own source.
+
+    python -m veneer.embedded.pretrain --out runs/pretrain --minutes 90
+
+A Llama of 4.26 M parameters, byte-level BPE of 4096. Resumable: run the same command again. Needs no download.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices, AdamW for embeddings and
+norms; warm-up, constant rate, linear decay. A checkpoint is safetensors and JSON, written under a temporary name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from veneer.embedded import texts
+
+END, PAD = "<|end|>", "<|pad|>"
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, required=True, help="folder for checkpoints, the log and the finished model")
+    p.add_argument("--minutes", type=float, default=90.0, help="computing time over all sessions; the rate decays towards it")
+    p.add_argument("--tokens", type=float, help="train on this many million tokens instead of for --minutes")
+    p.add_argument("--batch", type=int, default=16, help="windows a step")
+    p.add_argument("--length", type=int, default=512, help="tokens a window")
+    p.add_argument("--muon-lr", type=float, default=0.02)
+    p.add_argument("--adam-lr", type=float, default=4e-3)
+    p.add_argument("--decay", type=float, default=0.5, help="share of the time in which the rate falls to zero")
+    p.add_argument("--library-weight", type=float, default=2.0, help="how often a library token is drawn against a test token")
+    p.add_argument("--vocabulary", type=int, default=4096)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
+    p.add_argument("--threads", type=int, default=0, help="0: as many as the machine has")
+    p.add_argument("--compile", action="store_true", help="compile the model (needs a C++ compiler)")
+    return p
+
+
+def train_tokenizer(documents: list[texts.Document], vocabulary: int) -> Any:
+    """A byte-level BPE trained on the documents, as a transformers tokenizer that starts nothing and ends nothing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator((d.text for d in documents), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD,
+        model_max_length=SIZES["max_position_embeddings"], clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: Any, seed: int) -> nn.Module:
+    """The untrained Llama in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES, **ends))
+
+
+def token_stream(tokenizer: Any, documents: list[texts.Document]) -> Tensor:
+    """Every document after an end token, as one (n,) int16 stream."""
+    end = [tokenizer.eos_token_id]
+    ids = [i for d in documents for i in end + tokenizer(d.text, verbose=False)["input_ids"]]
+    return torch.tensor(ids + end, dtype=torch.int16)
+
+
+class Draws:
+    """Windows of the two streams; batch `step` depends on the seed and the step alone, so a resumed run goes on exactly."""
+
+    def __init__(self, library: Tensor, tests: Tensor, args: argparse.Namespace) -> None:
+        self.streams = [s for s in (library, tests) if len(s) > args.length + 1]
+        weights = torch.tensor([args.library_weight * len(library), float(len(tests))])[: len(self.streams)]
+        self.weights, self.args = weights, args
+
+    def batch(self, step: int) -> Tensor:
+        """(batch, length + 1) int64 tokens."""
+        draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+        which = torch.multinomial(self.weights, self.args.batch, replacement=True, generator=draw)
+        rows = []
+        for stream in (self.streams[i] for i in which.tolist()):
+            start = int(torch.randint(len(stream) - self.args.length - 1, (), generator=draw))
+            rows.append(stream[start : start + self.args.length + 1].long())
+        return torch.stack(rows)
+
+
+def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the next token; windows (b, t + 1)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, stream: Tensor, n_bytes: int, length: int, windows: int | None = None) -> float:
+    """Bits per byte of the stream in disjoint windows; `windows` evenly spaced ones of them for a quick look."""
+    model.eval()
+    starts = list(range(0, len(stream) - 1, length))
+    if windows is not None and windows < len(starts):
+        starts = starts[:: len(starts) // windows][:windows]
+    nats = tokens = 0.0
+    for start in starts:
+        row = stream[start : start + length + 1].long()[None]
+        nats += float(loss_of(model, row)) * (row.shape[1] - 1)
+        tokens += row.shape[1] - 1
+    model.train()
+    return nats / tokens / math.log(2) * (len(stream) - 1) / n_bytes
+
+
+def build_optimisers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for the rest; the base rates are kept in `initial_lr`."""
+    inside = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
+    outside = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in n]
+    muon = torch.optim.Muon(inside, lr=args.muon_lr, weight_decay=0.05, adjust_lr_fn="original")
+    adam = torch.optim.AdamW(outside, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for optimiser in (muon, adam):
+        for group in optimiser.param_groups:
+            group["initial_lr"] = group["lr"]
+    return [muon, adam]
+
+
+def rate(progress: float, decay: float) -> float:
+    """Share of the base rate: 1 % warm-up, constant, then linear to zero over the last `decay` of the time."""
+    return max(0.0, min(1.0, progress / 0.01 + 0.01, (1 - progress) / decay))
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], meta: dict[str, Any]) -> None:
+    """Weights and optimiser state into state.safetensors, `meta` into its metadata: one file, replaced at once."""
+    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+    for i, optimiser in enumerate(optimisers):
+        for j, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{j}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+    temporary = folder / "state.tmp"
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"meta": json.dumps(meta)})
+    with open(temporary, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, folder / "state.safetensors")
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Puts the checkpoint back in place and returns its `meta`; a fresh start without one."""
+    from safetensors import safe_open
+
+    file = folder / "state.safetensors"
+    if not file.exists():
+        return {"step": 0, "seconds": 0.0, "tokens": 0}
+    tensors = load_file(file)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(tensors[f"model.{n}"])
+    for i, optimiser in enumerate(optimisers):
+        whole = optimiser.state_dict()
+        for name, value in tensors.items():
+            if name.startswith(f"optimiser.{i}."):
+                _, _, j, key = name.split(".", 3)
+                whole["state"].setdefault(int(j), {})[key] = value
+        optimiser.load_state_dict(whole)
+    with safe_open(file, "pt") as f:
+        meta: dict[str, Any] = json.loads(f.metadata()["meta"])
+    return meta
+
+
+def export(folder: Path, model: nn.Module, tokenizer: Any, facts: dict[str, Any]) -> None:
+    """The finished model in bfloat16 with its tokenizer and the facts of its training, loadable by AutoModelForCausalLM."""
+    copy = build_model(tokenizer, 0)
+    copy.load_state_dict(model.state_dict())
+    copy.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    library, known = texts.library(), texts.known("valid")
+    plain = [d for d in library if not texts.is_test(d.title)]
+    tokenizer = train_tokenizer(plain, args.vocabulary)
+    streams = [token_stream(tokenizer, plain), token_stream(tokenizer, [d for d in library if texts.is_test(d.title)])]
+    held, n_bytes = token_stream(tokenizer, known), texts.describe(known)["bytes"]
+    model = build_model(tokenizer, args.seed)
+    optimisers = build_optimisers(model, args)
+    meta = load_checkpoint(args.out, model, optimisers)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; tokens: library {len(streams[0]):,}, tests {len(streams[1]):,}", flush=True)
+    stop: list[int] = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: stop.append(number))
+    draws = Draws(streams[0], streams[1], args)
+    loss_function = torch.compile(loss_of) if args.compile else loss_of
+    log = open(args.out / "log.jsonl", "a", encoding="utf-8")
+    mean, facts = 0.0, {}
+    while True:
+        started = time.monotonic()
+        progress = meta["tokens"] / (1e6 * args.tokens) if args.tokens else meta["seconds"] / (60 * args.minutes)
+        finished = progress >= 1 or bool(stop)
+        if meta["step"] % args.every == 0 or finished:
+            bpb = bits_per_byte(model, held, n_bytes, args.length, None if finished else 96)
+            facts = {**meta, "loss": mean, "known_valid_bpb": bpb, "rate": rate(progress, args.decay)}
+            print(json.dumps(facts), file=log, flush=True)
+            print(json.dumps(facts), flush=True)
+            if meta["step"]:
+                save_checkpoint(args.out, model, optimisers, meta)
+        if finished:
+            break
+        for group in (g for o in optimisers for g in o.param_groups):
+            group["lr"] = group["initial_lr"] * rate(progress, args.decay)
+        loss = loss_function(model, draws.batch(meta["step"]))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        value = loss.item()
+        mean = 0.98 * mean + 0.02 * value if mean else value
+        meta = {"step": meta["step"] + 1, "tokens": meta["tokens"] + args.batch * args.length, "seconds": meta["seconds"] + time.monotonic() - started}
+    recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
+    data = {"library": texts.describe(plain), "tests": texts.describe([d for d in library if texts.is_test(d.title)])}
+    export(args.out / "model", model, tokenizer, {**facts, "recipe": recipe, "data": data, "python": sys.version.split()[0], "torch": torch.__version__})
+    return 130 if stop else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

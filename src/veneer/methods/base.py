@@ -1,0 +1,136 @@
+"""What every method is: a trainable change of one site, declared as parameters and one formula."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from abc import ABC
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError, suggest
+from veneer.sites import Site
+
+
+class Factors(NamedTuple):
+    """The normal form  y = g * (W x + B A x) + bias.
+
+    A: (r, in); B: (out, r) with all scaling folded in; g: (out,) or None for 1.
+    """
+
+    A: Tensor
+    B: Tensor
+    g: Tensor | None = None
+
+
+class PeftForm(NamedTuple):
+    """One site's change as PEFT writes it: entries of adapter_config.json, and tensors by the end of their names."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Delta(nn.Module, ABC):
+    """A trainable change of one site. A method overrides factors() or delta(), or forward() for what is neither.
+
+    The options of a method are the keyword parameters of its __init__(self, site, *, ..): command line and files are
+    made from that signature. `roles` names the parameters that optimisers treat apart: the factor on the input side
+    is "A", on the output side "B", a row magnitude "magnitude".
+    """
+
+    roles: ClassVar[dict[str, str]] = {}
+    dropout: float = 0.0
+    options: dict[str, Any]
+
+    def factors(self, site: Site) -> Factors | None:
+        """The change in normal form, differentiable, or None where it has none."""
+        return None
+
+    def delta(self, site: Site) -> Tensor:
+        """W' - W (out, in), differentiable."""
+        f = self.factors(site)
+        if f is None:
+            raise TypeError(f"{type(self).__name__} states neither factors() nor delta()")
+        D = f.B @ f.A
+        if f.g is None:
+            return D
+        W = site.weight().to(D.dtype)
+        return (f.g - 1)[:, None] * W + f.g[:, None] * D
+
+    def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """What to add to the layer's own output y, given its input x; several changes of one site sum."""
+        if self.training and self.dropout:
+            x = site.drop(x, self.dropout)
+        x = x.to(y.dtype) if x.is_floating_point() else x
+        f = self.factors(site)
+        if f is None:
+            return site.apply(x, self.delta(site).to(y.dtype))
+        if site.factored:
+            change = site.mix(site.apply(x, f.A.to(y.dtype)), f.B.to(y.dtype))
+        else:
+            change = site.apply(x, (f.B @ f.A).to(y.dtype))
+        if f.g is None:
+            return change
+        shift = site.shift()
+        own = y if shift is None else y - shift
+        return site.rows((f.g - 1).to(y.dtype)) * own + site.rows(f.g.to(y.dtype)) * change
+
+    def to_peft(self, site: Site) -> PeftForm | None:
+        """The change as PEFT expresses it exactly on the untouched base, or None where PEFT cannot."""
+        return None
+
+    @classmethod
+    def reads_peft(cls, config: dict[str, Any]) -> bool:
+        """Whether an adapter with this adapter_config.json is of this method."""
+        return False
+
+    @classmethod
+    def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
+        """The change that PEFT wrote as `tensors` for this site, whose rank and alpha stand in `config`."""
+        raise TypeError(f"{cls.__name__} is not read from PEFT's format")
+
+
+def available() -> list[str]:
+    """Names of all methods: the files of this folder."""
+    import veneer.methods as folder
+
+    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name != "base" and not m.ispkg)
+
+
+def get(name: str) -> type[Delta]:
+    """The method called `name`. Raises ConfigError with the nearest name for an unknown one."""
+    if name not in available():
+        raise ConfigError(f"unknown method {name!r}{suggest(name, available())}")
+    module = importlib.import_module(f"veneer.methods.{name}")
+    own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Delta) and c.__module__ == module.__name__]
+    return own[0]
+
+
+def options_of(method: type[Delta]) -> dict[str, inspect.Parameter]:
+    """The method's options with their types and defaults."""
+    parameters = list(inspect.signature(method.__init__, eval_str=True).parameters.values())
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check_options(method: type[Delta], options: dict[str, Any]) -> None:
+    """Raises ConfigError for an option that the method does not have."""
+    known = options_of(method)
+    name = method.__module__.rsplit(".", 1)[-1]
+    unknown = [f"method {name!r} has no option {o!r}{suggest(o, known)}" for o in options if o not in known]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+
+
+def build(method: type[Delta], site: Site, options: dict[str, Any]) -> Delta:
+    """A change of `site`, on its device, in float32 at least; `options` is kept with it for the manifest."""
+    delta = method(site, **options)
+    delta.options = {**{n: p.default for n, p in options_of(method).items()}, **options}
+    return delta
+
+
+def master_dtype(site: Site) -> torch.dtype:
+    """What trained parameters are kept in: float32, or float64 on a float64 base."""
+    return torch.promote_types(site.weight().dtype, torch.float32)

@@ -1,0 +1,74 @@
+"""DoRA: W' = m * (W + s B A) / ||W + s B A||, norms of rows.  Liu et al. 2024, https://arxiv.org/abs/2402.09353"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.methods.base import Delta, Factors, PeftForm, master_dtype
+from veneer.methods.lora import LoRA
+from veneer.ops.linalg import row_norms, row_norms_of_sum
+from veneer.sites import Site
+
+
+class DoRA(Delta):
+    """A LoRA pair and a magnitude m (out,). The norm is a constant in the backward (section 4.3 of the paper)."""
+
+    roles = {"A": "A", "B": "B", "m": "magnitude"}
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        stabilised: bool = False,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        seed: int = 0,
+    ) -> None:
+        """
+        rank: r, at most min(out, in)
+        alpha: scale numerator; 2 x rank unless given, rank for pissa and olora
+        stabilised: s = alpha / sqrt(r) instead of alpha / r
+        dropout: share of the low-rank branch's inputs dropped in training
+        init: how A and B start: kaiming, gaussian, pissa or olora
+        seed: draws are keyed by (seed, layer name)
+        """
+        super().__init__()
+        self.lora = LoRA(site, rank=rank, alpha=alpha, stabilised=stabilised, dropout=dropout, init=init, seed=seed)
+        self.dropout = dropout
+        norms = row_norms(site.weight().detach()).to(master_dtype(site))
+        self.m = nn.Parameter(norms.clone())
+        # Of the base as it was attached: attached changes never write it.
+        self.register_buffer("squares", norms.square(), persistent=False)
+
+    def factors(self, site: Site) -> Factors:
+        A, B, _ = self.lora.factors(site)
+        with torch.no_grad():
+            norm = row_norms_of_sum(site.weight(), self.squares, A, B)
+        safe = torch.where(norm > 0, norm, 1)  # a row of zeros (a padding token) stays one
+        return Factors(A, B, torch.where(norm > 0, self.m / safe, 1))
+
+    def to_peft(self, site: Site) -> PeftForm | None:
+        form = self.lora.to_peft(site)
+        if form is None:
+            return None
+        m = self.m.detach()
+        m = m[(None, slice(None)) + (None,) * site.spatial] if site.spatial else m  # PEFT: (1, out, 1, 1)
+        return PeftForm({**form.config, "use_dora": True}, {**form.tensors, "lora_magnitude_vector": m})
+
+    @classmethod
+    def reads_peft(cls, config: dict[str, Any]) -> bool:
+        return config.get("peft_type") == "LORA" and bool(config.get("use_dora"))
+
+    @classmethod
+    def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> DoRA:
+        lora = LoRA.from_peft(site, config, tensors)
+        delta = cls(site, rank=lora.A.shape[0], alpha=lora.alpha, stabilised=lora.stabilised, dropout=lora.dropout)
+        delta.lora = lora
+        with torch.no_grad():
+            delta.m.copy_(tensors["lora_magnitude_vector"].flatten())
+        return delta

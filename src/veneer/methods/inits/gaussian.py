@@ -1,0 +1,23 @@
+"""A normal, B = 0, as LoRA's paper has it (section 4.1), with the variance of the uniform start, 1/(3 in).
+
+PEFT's start of this name has variance 1/r^2 whatever the width, so that its best learning rate differs from the
+default's by the ratio of the two; here only the shape of the distribution differs.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from veneer.methods.inits import Start
+
+ALPHA = 2.0
+
+
+def start(s: Start) -> tuple[Tensor, Tensor]:
+    """A (r, in), B (out, r) with B A = 0. For token ids A is zero and B is drawn."""
+    out, in_ = s.W.shape
+    if s.lookup:
+        return s.W.new_zeros(s.rank, in_), torch.randn(out, s.rank, generator=s.draw).to(s.W)
+    A = torch.randn(s.rank, in_, generator=s.draw) / math.sqrt(3 * in_)
+    return A.to(s.W), s.W.new_zeros(out, s.rank)

@@ -1,0 +1,19 @@
+"""A uniform in +-1/sqrt(in), B = 0: the start of LoRA's own code.  Hu et al. 2021, https://arxiv.org/abs/2106.09685"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from veneer.methods.inits import Start
+
+ALPHA = 2.0
+
+
+def start(s: Start) -> tuple[Tensor, Tensor]:
+    """A (r, in), B (out, r) with B A = 0. For token ids A is zero and B is drawn, so that every token can learn."""
+    out, in_ = s.W.shape
+    if s.lookup:
+        return s.W.new_zeros(s.rank, in_), torch.randn(out, s.rank, generator=s.draw).to(s.W)
+    A = (2 * torch.rand(s.rank, in_, generator=s.draw) - 1) / math.sqrt(in_)
+    return A.to(s.W), s.W.new_zeros(out, s.rank)

@@ -1,0 +1,21 @@
+"""B, A = the leading columns of Q and rows of R in W = Q R.  Buyukakyuz 2024, https://arxiv.org/abs/2406.01775"""
+
+import torch
+from torch import Tensor
+
+from veneer.methods.inits import Start
+from veneer.ops.linalg import check_rank, precise
+
+ALPHA = 1.0
+
+
+def start(s: Start) -> tuple[Tensor, Tensor]:
+    """A = Q' W (r, in), B = Q (out, r), where Q spans the first r columns of W: the same as from the whole QR.
+
+    Q of W's leading r columns is the leading part of W's own Q, and R[:r] = Q[:, :r]' W (section 3 of the paper has
+    the whole decomposition, which costs in/r times as much).
+    """
+    check_rank(s.rank, s.W)
+    W = precise(s.W)
+    Q = torch.linalg.qr(W[:, : s.rank]).Q
+    return Q.mT @ W, Q

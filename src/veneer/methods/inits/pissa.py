@@ -1,0 +1,15 @@
+"""s B A = the leading rank-r part of W, evenly split.  Meng et al. 2024, https://arxiv.org/abs/2404.02948"""
+
+from torch import Tensor
+
+from veneer.methods.inits import Start
+from veneer.ops.linalg import leading_svd
+
+ALPHA = 1.0
+
+
+def start(s: Start) -> tuple[Tensor, Tensor]:
+    """A = (S/s)^1/2 V' (r, in), B = U (S/s)^1/2 (out, r), by a seeded, oversampled randomised SVD."""
+    U, S, Vh = leading_svd(s.W, s.rank, s.draw)
+    root = (S / s.scaling).sqrt()
+    return root[:, None] * Vh, U * root

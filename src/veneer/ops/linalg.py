@@ -1,0 +1,92 @@
+"""Low-rank linear algebra: truncated decompositions, spectra of products, row norms without the product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.errors import ShapeError
+
+
+def precise(W: Tensor) -> Tensor:
+    """W in float32, or in float64 where it already is: what decompositions are computed in."""
+    return W if W.dtype == torch.float64 else W.float()
+
+
+def check_rank(rank: int, W: Tensor, where: str = "") -> None:
+    """Raises ShapeError unless 1 <= rank <= min(out, in)."""
+    most = min(W.shape)
+    at = f" at {where!r}" if where else ""
+    if rank < 1:
+        raise ShapeError(f"rank {rank} < 1{at}; use 1 or more")
+    if rank > most:
+        raise ShapeError(f"rank {rank} > min(out, in) = {most}{at}; use at most {most} or exclude the layer")
+
+
+def range_finder(W: Tensor, width: int, iterations: int, draw: torch.Generator) -> Tensor:
+    """Q (out, width) with orthonormal columns that nearly span W's leading directions.
+
+    Subspace iteration with a QR at every half step (Halko, Martinsson & Tropp 2011, algorithm 4.4).
+    """
+    Q = torch.randn(W.shape[1], width, generator=draw).to(W)  # drawn on the CPU: the same on every device
+    Q = torch.linalg.qr(W @ Q).Q
+    for _ in range(iterations):
+        Q = torch.linalg.qr(W.mT @ Q).Q
+        Q = torch.linalg.qr(W @ Q).Q
+    return Q
+
+
+def leading_svd(W: Tensor, rank: int, draw: torch.Generator, iterations: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, r), S (r,), Vh (r, in): the leading singular triplets of W in float32 (float64 for a float64 W).
+
+    Randomised, with as many extra directions as the rank asks for (a sketch of 2 x rank + 8 columns), which on slowly
+    falling spectra is what accuracy depends on; exact where that sketch would not be smaller than the matrix.
+    Raises ShapeError if rank > min(out, in).
+    """
+    check_rank(rank, W)
+    W = precise(W)
+    width = 2 * rank + 8
+    if width >= min(W.shape):
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    else:
+        Q = range_finder(W, width, iterations, draw)
+        U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)
+        U = Q @ U
+    return U[:, :rank], S[:rank], Vh[:rank]
+
+
+def product_spectrum(B: Tensor, A: Tensor) -> Tensor:
+    """Singular values (r,) of B A, largest first, from B (out, r) and A (r, in) without forming the product."""
+    RB = torch.linalg.qr(precise(B)).R
+    RA = torch.linalg.qr(precise(A).mT).R
+    return torch.linalg.svdvals(RB @ RA.mT)
+
+
+def product_norm(B: Tensor, A: Tensor) -> Tensor:
+    """Frobenius norm of B A: sqrt(trace((B'B)(AA'))), without forming the product."""
+    B, A = precise(B), precise(A)
+    return ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt()
+
+
+def effective_rank(spectrum: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007); 0 for a zero matrix."""
+    total = spectrum.sum()
+    if total <= 0:
+        return 0.0
+    p = spectrum / total
+    return float(torch.exp(-(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()))
+
+
+def row_norms(W: Tensor) -> Tensor:
+    """Norm of every row (out,), accumulated in float32 at least and without a copy of W in it."""
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    return torch.linalg.vector_norm(W, dim=1, dtype=dtype)
+
+
+def row_norms_of_sum(W: Tensor, squares: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Row norms (out,) of W + B A for W (out, in), A (r, in), B (out, r), given the squared row norms of W.
+
+    ||w + bA||^2 = ||w||^2 + 2 b (A w') + b (A A') b', so nothing of the size of W is made.
+    """
+    cross = (W @ A.to(W.dtype).mT).to(B.dtype)  # (out, r)
+    return (squares + (B * (2 * cross + B @ (A @ A.mT))).sum(1)).clamp_min(0).sqrt()

@@ -1,0 +1,1 @@
+"""Parameter groups and optimisers that work by roles on any method."""

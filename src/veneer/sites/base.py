@@ -1,0 +1,65 @@
+"""A site: the place where a model holds a linear map, whatever layer stores it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Site(ABC):
+    """A linear map W (out, in) held by `module`, called `name` in its model.
+
+    A method sees this and nothing else of the layer. Channels are the last dimension of the layer's output, or
+    dimension 1 followed by `spatial` dimensions.
+    """
+
+    kind: ClassVar[str]
+    spatial: int = 0
+    factored: bool = True  # whether apply() takes a matrix with any number of rows
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.out, self.in_ = self.weight().shape
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """W (out, in): a view where the layer allows it."""
+
+    @abstractmethod
+    def set_weight(self, W: Tensor) -> None:
+        """Writes W (out, in) into the layer in the layer's dtype: the only writer of the base."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, M: Tensor) -> Tensor:
+        """The layer's own operation on x with M (k, in) in place of W and no bias."""
+
+    @abstractmethod
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """x with dropout, or x itself where the layer's input cannot be dropped."""
+
+    def mix(self, h: Tensor, B: Tensor) -> Tensor:
+        """A mix of channels of apply's output: k -> out by B (out, k)."""
+        if self.spatial == 0:
+            return h @ B.mT
+        conv = (F.conv1d, F.conv2d, F.conv3d)[self.spatial - 1]
+        mixed: Tensor = conv(h, B[(...,) + (None,) * self.spatial])
+        return mixed
+
+    def rows(self, v: Tensor) -> Tensor:
+        """v (out,), one number an output channel, shaped to act on the layer's output."""
+        return v.view(-1, *(1,) * self.spatial)
+
+    def shift(self) -> Tensor | None:
+        """The bias shaped to act on the layer's output, or None."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else self.rows(bias)
+
+    def pack(self, A: Tensor) -> Tensor:
+        """A (k, in) in the shape that the layer's own weight has: (k, in, kernel..) for a convolution."""
+        return A
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.out} x {self.in_})"

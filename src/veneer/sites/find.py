@@ -1,0 +1,152 @@
+"""From patterns to sites: which layers of a model are adapted, and which must not be."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+
+from veneer.errors import SiteError, first_few, suggest
+from veneer.sites.base import Site
+from veneer.sites.conv import ConvSite
+from veneer.sites.embedding import EmbeddingSite
+from veneer.sites.linear import LinearSite, TransposedSite
+
+Target = str | Sequence[str]
+
+KINDS: list[tuple[type[nn.Module], type[Site]]] = [
+    (nn.Linear, LinearSite),
+    (nn.Embedding, EmbeddingSite),
+    (nn.Conv1d, ConvSite),
+    (nn.Conv2d, ConvSite),
+    (nn.Conv3d, ConvSite),
+]
+
+# Layers whose owner reads `.weight` itself, so that a hook on them would never run: (owner's class, layer, why).
+DIRECT_READERS = [
+    ("MultiheadAttention", "out_proj", "torch's attention passes its weight to one fused function"),
+    ("MambaMixer", "dt_proj", "the mixer multiplies by its weight itself"),
+    ("FalconMambaMixer", "dt_proj", "the mixer multiplies by its weight itself"),
+    ("JambaMambaMixer", "dt_proj", "the mixer multiplies by its weight itself"),
+]
+
+
+def kind_of(module: nn.Module) -> type[Site] | None:
+    """The Site class for a layer, or None if it holds no linear map known here."""
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return TransposedSite
+    return next((site for layer, site in KINDS if isinstance(module, layer)), None)
+
+
+def site_for(name: str, module: nn.Module) -> Site:
+    """The site of one layer. Raises SiteError for a layer of an unknown kind."""
+    kind = kind_of(module)
+    if kind is None:
+        known = ", ".join([layer.__name__ for layer, _ in KINDS] + ["transformers' Conv1D"])
+        raise SiteError(f"{name!r} is a {type(module).__name__}, which holds no linear map known here; known: {known}")
+    return kind(name, module)
+
+
+def find(model: nn.Module, to: Target = "all-linear", exclude: Target = (), untie: bool = False) -> list[Site]:
+    """The sites that `to` names, in the model's order.
+
+    to: "all-linear" (every Linear and Conv1D but the output head), a regular expression that matches whole names, or
+    a list of names and endings of names ("q_proj"). `exclude` takes a regular expression or a list in the same way.
+    Raises SiteError, before anything is changed, for an entry that matches nothing, a layer of an unknown kind, a
+    layer whose owner reads its weight directly, and (unless `untie`) a layer that shares its weight with another.
+    """
+    layers = {n: m for n, m in model.named_modules() if n and ".deltas" not in f".{n}"}
+    names = [n for n in _match(model, layers, to) if not _excluded(n, exclude)]
+    if not names:
+        raise SiteError(f"no layer is left to adapt: to={to!r}, exclude={exclude!r}")
+    problems = [*_unknown(layers, names), *_read_directly(layers, names)]
+    if not untie:
+        problems += _tied(layers, names)
+    if problems:
+        raise SiteError("\n".join(problems))
+    return [site_for(n, layers[n]) for n in names]
+
+
+def _match(model: nn.Module, layers: dict[str, nn.Module], to: Target) -> list[str]:
+    if to == "all-linear":
+        head = output_head(model)
+        return [n for n, m in layers.items() if kind_of(m) in (LinearSite, TransposedSite) and n not in head]
+    if isinstance(to, str):
+        return _by_expression(layers, to)
+    found = {entry: [n for n in layers if _ends(n, entry)] for entry in to}
+    missing = [entry for entry, names in found.items() if not names]
+    if missing:
+        endings = {n.rsplit(".", 1)[-1] for n, m in layers.items() if kind_of(m)}
+        raise SiteError("\n".join(f"no layer is called {entry!r}{suggest(entry, endings)}" for entry in missing))
+    chosen = {n for names in found.values() for n in names}
+    return [n for n in layers if n in chosen]
+
+
+def _by_expression(layers: dict[str, nn.Module], expression: str) -> list[str]:
+    try:
+        pattern = re.compile(expression)
+    except re.error as e:
+        raise SiteError(f"to={expression!r} is not a regular expression: {e}") from None
+    names = [n for n, m in layers.items() if pattern.fullmatch(n) and kind_of(m)]
+    if not names:
+        some = first_few([n for n, m in layers.items() if kind_of(m)], 3)
+        raise SiteError(f"no layer matches to={expression!r}; the model has e.g. {some}")
+    return names
+
+
+def _ends(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _excluded(name: str, exclude: Target) -> bool:
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, name) is not None
+    return any(_ends(name, entry) for entry in exclude)
+
+
+def output_head(model: nn.Module) -> set[str]:
+    """Names of the layers that turn features into outputs: what lies outside a transformers model's base model."""
+    inner = getattr(model, "base_model", None)
+    if isinstance(inner, nn.Module) and inner is not model:
+        inside = {id(m) for m in inner.modules()}
+        return {n for n, m in model.named_modules() if id(m) not in inside}
+    return set()
+
+
+def _unknown(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
+    for n in names:
+        if kind_of(layers[n]) is None:
+            inner = [f"{n}.{k}" for k, m in layers[n].named_modules() if k and kind_of(m)]
+            hint = f"; name layers inside it, e.g. {first_few(inner, 3)}" if inner else ""
+            yield f"{n!r} is a {type(layers[n]).__name__}, which holds no linear map known here{hint}"
+
+
+def _read_directly(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
+    for n in names:
+        owner, _, last = n.rpartition(".")
+        kinds = {c.__name__ for c in type(layers.get(owner)).__mro__} if owner else set()
+        for reader, layer, why in DIRECT_READERS:
+            if reader in kinds and layer == last:
+                yield f"{n!r} cannot be adapted by a hook: {why}; leave it out with exclude={[last]!r}"
+
+
+def tied(layers: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """Layer name -> the names of the other layers that share its weight."""
+    owners: defaultdict[int, list[str]] = defaultdict(list)
+    for n, m in layers.items():
+        weight = m._parameters.get("weight")
+        if weight is not None:
+            owners[id(weight)].append(n)
+    return {n: [o for o in names if o != n] for names in owners.values() if len(names) > 1 for n in names}
+
+
+def _tied(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
+    ties = tied(layers)
+    for n in names:
+        if n in ties:
+            yield (
+                f"{n!r} shares its weight with {first_few(ties[n])}, and merging a change of one would change both; "
+                f"leave it out, or pass untie=True to adapt this one alone"
+            )

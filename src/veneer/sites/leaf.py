@@ -1,0 +1,57 @@
+"""A module's own parameters as one flat vector: what full fine-tuning changes, norms and biases included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from veneer.sites.base import Site
+
+
+class LeafSite(Site):
+    """W is (n, 1): all parameters that `module` holds itself, in their order."""
+
+    kind = "leaf"
+    factored = False
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.parameters = [n for n, _ in module.named_parameters(recurse=False)]
+        super().__init__(name, module)
+
+    def weight(self) -> Tensor:
+        return torch.cat([self.module.get_parameter(n).reshape(-1, 1) for n in self.parameters])
+
+    def split(self, W: Tensor) -> dict[str, Tensor]:
+        """W (n, 1) as the parameters by their names in the module, in the module's dtypes."""
+        like = [self.module.get_parameter(n) for n in self.parameters]
+        parts = W.flatten().split([p.numel() for p in like])
+        return {n: part.view_as(p).to(p.dtype) for n, part, p in zip(self.parameters, parts, like, strict=True)}
+
+    @torch.no_grad()
+    def set_weight(self, W: Tensor) -> None:
+        for n, part in self.split(W).items():
+            self.module.get_parameter(n).copy_(part)
+
+    def apply(self, x: Tensor, M: Tensor) -> Tensor:
+        """The module's output on x with its parameters replaced by M (n, 1)."""
+        y: Tensor = functional_call(_Bare(self.module), {f"inner.{n}": p for n, p in self.split(M).items()}, (x,))
+        return y
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return x
+
+    def shift(self) -> Tensor | None:
+        return None
+
+
+class _Bare(nn.Module):
+    """The module without its hooks, so that a hook may call it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.inner = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner.forward(x)
+        return y
