@@ -59,15 +59,24 @@ class LoRA(Delta):
         self.register_buffer("B0", B.clone() if shifted else None)
 
     def factors(self, site: Site) -> Factors:
+        A, B = self.pair()
+        return Factors(A, self.scaling * B)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A (k, in), B (out, k) with B A the unscaled change; k = r, or 2r where a start is subtracted.
+
+        B A - B0 A0 = (B - B0) A + B0 (A - A0): the differences are taken in float32, so that neither the start
+        (exactly zero) nor a small step is lost when the factors are rounded to bfloat16 for the product.
+        """
         if self.A0 is None:
-            return Factors(self.A, self.scaling * self.B)
-        return Factors(torch.cat([self.A, self.A0]), self.scaling * torch.cat([self.B, -self.B0], 1))
+            return self.A, self.B
+        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
 
     def to_peft(self, site: Site) -> PeftForm | None:
         """Plain LoRA on the untouched base; rank 2r with the same scaling where a start was subtracted."""
         if not site.factored:
             return None  # PEFT's grouped convolution is another map (its A reads all groups)
-        A, B = (self.A, self.B) if self.A0 is None else (torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], 1))
+        A, B = self.pair()
         same = self.A0 is None
         config = {
             "peft_type": "LORA",

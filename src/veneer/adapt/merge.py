@@ -1,0 +1,160 @@
+"""Write changes into the base, with a verdict: how much of them survived the base's number format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt.attach import active, activate, adapters, changes, detach, layers, strengths
+from veneer.errors import ConfigError, NotMergeable, first_few
+from veneer.methods import Delta
+from veneer.ops.linalg import precise
+from veneer.sites import Site
+from veneer.sites.find import tied
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What became of one layer's change: its norm, and the relative error of what was really written."""
+
+    site: str
+    norm: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """error: relative error of all changes together, 0 = exact, 1 = as good as nothing written.
+
+    logit_error: distance of the merged model's outputs on the probe from the adapted model's, relative to what the
+    adapter changed there; None without a probe. Lost means that either is above `limit`.
+    """
+
+    sites: list[Kept]
+    error: float
+    logit_error: float | None
+    limit: float
+
+    @property
+    def lost(self) -> bool:
+        return not (self.error <= self.limit and (self.logit_error is None or self.logit_error <= self.limit))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "lost": self.lost}
+
+    def __str__(self) -> str:
+        worst = sorted(self.sites, key=lambda k: -k.error)[:3]
+        shown = ", ".join(f"{k.site} {k.error:.1%}" for k in worst)
+        outputs = "" if self.logit_error is None else f"; {self.logit_error:.1%} of its effect on the outputs"
+        return f"{'LOST' if self.lost else 'kept'}: rounding took {self.error:.1%} of the change{outputs} (worst layers: {shown})"
+
+
+def merge(
+    model: nn.Module,
+    *names: str | Mapping[str, float],
+    probe: Mapping[str, Any] | None = None,
+    limit: float = 0.5,
+    force: bool = False,
+) -> Verdict:
+    """Adds the named adapters' changes (or the acting ones', at their strengths) to the weights and detaches them.
+
+    Sums are made in float32 and rounded once, to each layer's own dtype. Raises NotMergeable, before anything is
+    written, if rounding would take more than `limit` of the change, unless `force`. probe: keyword arguments for the
+    model, to compare outputs before and after. Raises ConfigError if other adapters are attached, whose base this
+    would change.
+    """
+    wanted = strengths(names) or active(model)
+    _check(model, wanted)
+    verdict = foresee(model, wanted, limit)
+    if verdict.lost and not force:
+        raise NotMergeable(
+            f"the adapter would be lost in the merge: {verdict}\n"
+            f"keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
+        )
+    activate(model, wanted)
+    adapted = None if probe is None else _outputs(model, probe)
+    activate(model)
+    base = None if probe is None else _outputs(model, probe)
+    _write(model, wanted)
+    detach(model)
+    if probe is None or adapted is None or base is None:
+        return verdict
+    effect = float((adapted - base).norm())
+    off = float((_outputs(model, probe) - adapted).norm())
+    return Verdict(verdict.sites, verdict.error, off / effect if effect else math.inf, limit)
+
+
+def _check(model: nn.Module, wanted: Mapping[str, float]) -> None:
+    if not wanted:
+        raise ConfigError("nothing to merge: no adapter is attached and acting")
+    for name in wanted:
+        changes(model, name)
+    others = [n for n in adapters(model) if n not in wanted]
+    if others:
+        raise ConfigError(f"merging would change the base under {first_few(others)}; detach them first, or merge them too")
+
+
+def _layer_changes(model: nn.Module, wanted: Mapping[str, float]) -> list[tuple[Site, list[tuple[Delta, float]]]]:
+    """Every changed layer once, with its changes; a weight shared by two modules of one full change counts once."""
+    found, seen = [], set()
+    for d in layers(model):
+        own = [(d[n], s) for n, s in wanted.items() if n in d]
+        key = tuple(id(p) for p in d.site.module.parameters(recurse=False))
+        if own and not (d.site.kind == "leaf" and key in seen):
+            seen.add(key)
+            found.append((d.site, own))
+    return found
+
+
+def total_change(site: Site, own: list[tuple[Delta, float]]) -> Tensor:
+    """The sum (out, in) of one layer's changes at their strengths, in float32 or float64."""
+    return precise(sum((s * precise(d.delta(site)) for d, s in own), torch.zeros((), device=site.weight().device)))
+
+
+@torch.no_grad()
+def foresee(model: nn.Module, wanted: Mapping[str, float], limit: float = 0.5) -> Verdict:
+    """The verdict on a merge that is not made: nothing is written."""
+    kept, squared_error, squared_norm = [], 0.0, 0.0
+    for site, own in _layer_changes(model, wanted):
+        change, W = total_change(site, own), site.weight()
+        written = precise((precise(W) + change).to(W.dtype)) - precise(W)
+        norm, error = float(change.norm()), float((written - change).norm())
+        kept.append(Kept(site.name, norm, error / norm if norm else 0.0))
+        squared_error, squared_norm = squared_error + error**2, squared_norm + norm**2
+    return Verdict(kept, math.sqrt(squared_error / squared_norm) if squared_norm else 0.0, None, limit)
+
+
+@torch.no_grad()
+def _write(model: nn.Module, wanted: Mapping[str, float]) -> None:
+    for site, own in _layer_changes(model, wanted):
+        if site.kind != "leaf":
+            _untie(model, site)
+        site.set_weight((precise(site.weight()) + total_change(site, own)).to(site.weight().dtype))
+
+
+def _untie(model: nn.Module, site: Site) -> None:
+    """Gives a layer whose weight is another's too a weight of its own, so that only this one changes."""
+    if site.name not in tied(dict(model.named_modules())):
+        return
+    weight = site.module.weight
+    site.module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # transformers would tie them again on loading
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, probe: Mapping[str, Any]) -> Tensor:
+    training = model.training
+    model.eval()
+    output = model(**probe)
+    model.train(training)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return precise(logits)
+
+

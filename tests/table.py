@@ -1,0 +1,68 @@
+"""The table of methods and the table of sites: the only file of the tests that a new method edits.
+
+Every property in test_methods.py runs on every cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from oracles import dora, lora
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class Method(NamedTuple):
+    """A method with options, and the closed form (W, tensors, options) -> W' that it must equal."""
+
+    name: str
+    options: dict[str, Any]
+    oracle: Callable[..., Any]
+    exact_gradient: bool = True  # False where the paper holds a part constant in the backward
+
+
+class Place(NamedTuple):
+    """A layer, and inputs for it."""
+
+    layer: Callable[[], nn.Module]
+    x: Callable[[], Tensor]
+
+
+METHODS = {
+    "lora": Method("lora", {"rank": 3}, lora.weight),
+    "lora alpha": Method("lora", {"rank": 2, "alpha": 5.0, "init": "gaussian"}, lora.weight),
+    "rslora": Method("lora", {"rank": 3, "stabilised": True}, lora.weight),
+    "pissa": Method("lora", {"rank": 2, "init": "pissa"}, lora.weight_from_pissa),
+    "pissa alpha": Method("lora", {"rank": 2, "alpha": 7.0, "init": "pissa"}, lora.weight_from_pissa),
+    "olora": Method("lora", {"rank": 2, "init": "olora", "alpha": 3.0}, lora.weight_from_olora),
+    "dora": Method("dora", {"rank": 3}, dora.weight, exact_gradient=False),
+}
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def _tokens(*shape: int) -> Tensor:
+    return torch.randint(0, 11, shape)
+
+
+SITES = {
+    "linear": Place(lambda: nn.Linear(7, 5), lambda: _numbers(2, 4, 7)),
+    "linear without bias": Place(lambda: nn.Linear(7, 5, bias=False), lambda: _numbers(3, 7)),
+    "Conv1D": Place(lambda: Conv1D(5, 7), lambda: _numbers(2, 4, 7)),
+    "embedding": Place(lambda: nn.Embedding(11, 6), lambda: _tokens(2, 4)),
+    "embedding with padding": Place(lambda: nn.Embedding(11, 6, padding_idx=0), lambda: _tokens(2, 9)),
+    "conv1d": Place(lambda: nn.Conv1d(4, 5, 3, stride=2, padding=1), lambda: _numbers(2, 4, 9)),
+    "conv2d": Place(lambda: nn.Conv2d(4, 6, 3), lambda: _numbers(2, 4, 7, 7)),
+    "conv2d dilated": Place(lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2), lambda: _numbers(2, 4, 8, 8)),
+    "conv2d strided": Place(lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), bias=False), lambda: _numbers(2, 4, 8, 8)),
+    "conv2d grouped": Place(lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: _numbers(2, 4, 7, 7)),
+    "conv2d depthwise": Place(lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), lambda: _numbers(2, 4, 5, 5)),
+    "conv2d same": Place(lambda: nn.Conv2d(4, 6, 4, padding="same"), lambda: _numbers(2, 4, 8, 8)),
+    "conv2d reflect": Place(lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect"), lambda: _numbers(2, 4, 7, 7)),
+    "conv2d replicate": Place(lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="replicate"), lambda: _numbers(2, 4, 7, 7)),
+    "conv1d circular": Place(lambda: nn.Conv1d(4, 6, 4, padding="same", padding_mode="circular"), lambda: _numbers(2, 4, 8)),
+}
