@@ -42,6 +42,9 @@ class Deltas(nn.Module):
         return list(self._modules)
 
 
+RESERVED = {BASE, "site", "active", "called", *dir(Deltas), *vars(nn.Module())}  # attributes beside the adapters
+
+
 def _apply(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
     """The forward hook of an adapted layer; a plain function, so that it survives deepcopy and pickle."""
     deltas: Deltas = module.deltas
@@ -123,7 +126,7 @@ def _build_all(kind: type[Delta], sites: list[Site], options: list[dict[str, Any
 
 def check_name(model: nn.Module, name: str) -> None:
     """Raises ConfigError for a name that cannot be used, or already is."""
-    if not NAME.fullmatch(name) or name == BASE or name in dir(Deltas):
+    if not NAME.fullmatch(name) or name in RESERVED:
         raise ConfigError(f"adapter name {name!r}: use up to 64 letters, digits, '-' and '_', and none of Veneer's own words")
     if name in adapters(model):
         raise ConfigError(f"an adapter called {name!r} is already attached; detach it or choose another name")
