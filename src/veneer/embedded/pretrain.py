@@ -189,6 +189,7 @@ def export(folder: Path, model: nn.Module, tokenizer: Any, facts: dict[str, Any]
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     (folder / "training.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
