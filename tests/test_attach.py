@@ -38,7 +38,9 @@ def test_all_linear_takes_every_linear_but_the_head():
     model = veneer.attach(llama(), "lora", rank=2)
     assert len(names(model)) == 14 and "lm_head" not in names(model)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=16))
-    assert names(veneer.attach(gpt2, "lora", rank=2)) == [f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert names(veneer.attach(gpt2, "lora", rank=2)) == [
+        f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30}
     bert = BertForSequenceClassification(BertConfig(**sizes))
     assert "classifier" in output_head(bert)
@@ -71,7 +73,15 @@ def test_targets_that_match_nothing_are_named_with_the_nearest():
 def test_nothing_changes_when_attach_refuses():
     model = llama()
     before, trainable = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
-    for options in ({"rank": 99}, {"rank": 0}, {"rnak": 2}, {"rank": 2, "init": "pisa"}, {"to": ["nope"]}, {"rank_pattern": {"zzz": 3}}, {"name": "a.b"}):
+    for options in (
+        {"rank": 99},
+        {"rank": 0},
+        {"rnak": 2},
+        {"rank": 2, "init": "pisa"},
+        {"to": ["nope"]},
+        {"rank_pattern": {"zzz": 3}},
+        {"name": "a.b"},
+    ):
         with pytest.raises((ShapeError, ConfigError, SiteError)):
             veneer.attach(model, "lora", **options)
     assert list(model.state_dict()) == before and [p.requires_grad for p in model.parameters()] == trainable
@@ -79,7 +89,9 @@ def test_nothing_changes_when_attach_refuses():
 
 
 def test_every_layer_too_small_for_the_rank_is_named():
-    with pytest.raises(ShapeError, match=r"rank 17 > min\(out, in\) = 16 at 'model\.layers\.0\.self_attn\.q_proj'; use at most 16(.|\n)*and 9 more"):
+    with pytest.raises(
+        ShapeError, match=r"rank 17 > min\(out, in\) = 16 at 'model\.layers\.0\.self_attn\.q_proj'; use at most 16(.|\n)*and 9 more"
+    ):
         veneer.attach(llama(), "lora", rank=17)
 
 
@@ -208,7 +220,11 @@ def test_using_restores_after_an_error():
 
 def test_unknown_and_used_names_are_errors():
     model = veneer.attach(llama(), "lora", rank=2, name="french")
-    for act in (lambda: veneer.activate(model, "frensh"), lambda: veneer.train_only(model, "frensh"), lambda: veneer.detach(model, "frensh")):
+    for act in (
+        lambda: veneer.activate(model, "frensh"),
+        lambda: veneer.train_only(model, "frensh"),
+        lambda: veneer.detach(model, "frensh"),
+    ):
         with pytest.raises(ConfigError, match=r"no adapter called 'frensh' is attached; did you mean 'french'\?"):
             act()
     with pytest.raises(ConfigError, match="'french' is already attached"):

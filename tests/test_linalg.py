@@ -67,7 +67,9 @@ def test_row_norms_of_sum_makes_nothing_of_the_size_of_W():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and not any(isinstance(a, torch.Tensor) and a.data_ptr() == result.data_ptr() for a in args):
+            if isinstance(result, torch.Tensor) and not any(
+                isinstance(a, torch.Tensor) and a.data_ptr() == result.data_ptr() for a in args
+            ):
                 sizes.append(result.numel())
             return result
 

@@ -36,7 +36,9 @@ def test_a_merge_that_keeps_the_change_says_how_much():
 def test_a_change_below_bfloat16_is_refused_before_anything_is_written():
     model = adapted(torch.bfloat16, 1e-6)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(NotMergeable, match=r"the adapter would be lost in the merge: LOST: rounding took \d+\.\d% of the change.*\n.*force=True") as e:
+    with pytest.raises(
+        NotMergeable, match=r"the adapter would be lost in the merge: LOST: rounding took \d+\.\d% of the change.*\n.*force=True"
+    ) as e:
         merge(model)
     assert e.value.exit_code == 3
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and veneer.adapters(model) == ["default"]

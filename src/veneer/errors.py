@@ -41,13 +41,13 @@ class NotMergeable(VeneerError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """"; did you mean 'rank'?" for the nearest known name, or the known names where none is near."""
+    """ "; did you mean 'rank'?" for the nearest known name, or the known names where none is near."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names) or 'none'}"
 
 
 def first_few(names: Iterable[str], n: int = 5) -> str:
-    """"a, b, c and 12 more": enough of a list to recognise it."""
+    """ "a, b, c and 12 more": enough of a list to recognise it."""
     every = list(names)
     return ", ".join(every[:n]) + (f" and {len(every) - n} more" if len(every) > n else "")

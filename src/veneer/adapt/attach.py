@@ -45,7 +45,7 @@ class Deltas(nn.Module):
 RESERVED = {BASE, "site", "active", "called", *dir(Deltas), *vars(nn.Module())}  # attributes beside the adapters
 
 
-def _apply(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
     """The forward hook of an adapted layer; a plain function, so that it survives deepcopy and pickle."""
     deltas: Deltas = module.deltas
     if not torch.compiler.is_compiling():
@@ -135,16 +135,17 @@ def check_name(model: nn.Module, name: str) -> None:
 def hang(model: nn.Module, name: str, changes: list[tuple[Site, Delta]]) -> None:
     """Adds ready-made changes as adapter `name`, acting at strength 1."""
     for site, delta in changes:
-        module = site.module
-        if deltas_of(module) is None:
-            module.deltas = Deltas(site)
-            module.register_forward_hook(_apply)
-        device = site.weight().device
-        module.deltas.add_module(name, delta.to(device).train(module.training))
-        module.deltas.active[name] = 1.0
+        deltas = deltas_of(site.module)
+        if deltas is None:
+            deltas = site.module.deltas = Deltas(site)
+            site.module.register_forward_hook(_apply)
+        deltas.add_module(name, delta.to(site.weight().device).train(site.module.training))
+        deltas.active[name] = 1.0
 
 
-def _options(site: str, method: type[Delta], options: dict[str, Any], ranks: Mapping[str, int] | None, alphas: Mapping[str, float] | None) -> dict[str, Any]:
+def _options(
+    site: str, method: type[Delta], options: dict[str, Any], ranks: Mapping[str, int] | None, alphas: Mapping[str, float] | None
+) -> dict[str, Any]:
     found = dict(options)
     for option, pattern in (("rank", ranks), ("alpha", alphas)):
         hit = next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", site)), None)
@@ -157,7 +158,9 @@ def _options(site: str, method: type[Delta], options: dict[str, Any], ranks: Map
 def _check_patterns(sites: list[Site], pattern: Mapping[str, float]) -> None:
     idle = [k for k in pattern if not any(re.match(rf"(.*\.)?({k})$", s.name) for s in sites)]
     if idle:
-        raise ConfigError(f"rank_pattern or alpha_pattern matches no adapted layer: {first_few(idle)}; there are {first_few(s.name for s in sites)}")
+        raise ConfigError(
+            f"rank_pattern or alpha_pattern matches no adapted layer: {first_few(idle)}; there are {first_few(s.name for s in sites)}"
+        )
 
 
 def deltas_of(module: nn.Module) -> Deltas | None:
@@ -169,6 +172,11 @@ def deltas_of(module: nn.Module) -> Deltas | None:
 def layers(model: nn.Module) -> list[Deltas]:
     """The changes of every adapted layer, in the model's order."""
     return [m for m in model.modules() if isinstance(m, Deltas)]
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters by name, without those of adapters."""
+    return {n: p for n, p in model.named_parameters() if ".deltas." not in f".{n}"}
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -233,8 +241,7 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
     gone = names or tuple(adapters(model))
     for name in names:
         changes(model, name)
-    for module in [m for m in model.modules() if deltas_of(m)]:
-        deltas: Deltas = module.deltas
+    for module, deltas in [(m, d) for m in model.modules() if (d := deltas_of(m))]:
         for name in [n for n in gone if n in deltas]:
             del deltas._modules[name]
         deltas.active = {n: s for n, s in deltas.active.items() if n in deltas}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import active, activate, adapters, changes, detach, layers, strengths
+from veneer.adapt.attach import activate, active, adapters, changes, detach, layers, strengths
 from veneer.errors import ConfigError, NotMergeable, first_few
 from veneer.methods import Delta
 from veneer.ops.linalg import precise
@@ -137,7 +137,7 @@ def _write(model: nn.Module, wanted: Mapping[str, float]) -> None:
         site.set_weight((precise(site.weight()) + total_change(site, own)).to(site.weight().dtype))
 
 
-def _untie(model: nn.Module, site: Site) -> None:
+def _untie(model: Any, site: Site) -> None:
     """Gives a layer whose weight is another's too a weight of its own, so that only this one changes."""
     if site.name not in tied(dict(model.named_modules())):
         return
@@ -156,5 +156,3 @@ def _outputs(model: nn.Module, probe: Mapping[str, Any]) -> Tensor:
     model.train(training)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return precise(logits)
-
-

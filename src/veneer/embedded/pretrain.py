@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from veneer.embedded import texts
 
 END, PAD = "<|end|>", "<|pad|>"
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 704,
     "num_hidden_layers": 4,
@@ -67,8 +67,12 @@ def train_tokenizer(documents: list[texts.Document], vocabulary: int) -> Any:
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator((d.text for d in documents), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD,
-        model_max_length=SIZES["max_position_embeddings"], clean_up_tokenization_spaces=False,
+        tokenizer_object=bpe,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=SIZES["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -78,7 +82,8 @@ def build_model(tokenizer: Any, seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES, **ends))
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES, **ends))
+    return model
 
 
 def token_stream(tokenizer: Any, documents: list[texts.Document]) -> Tensor:
@@ -205,7 +210,10 @@ def main(argv: list[str] | None = None) -> int:
     model = build_model(tokenizer, args.seed)
     optimisers = build_optimisers(model, args)
     meta = load_checkpoint(args.out, model, optimisers)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; tokens: library {len(streams[0]):,}, tests {len(streams[1]):,}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; tokens: library {len(streams[0]):,}, tests {len(streams[1]):,}",
+        flush=True,
+    )
     stop: list[int] = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: stop.append(number))
@@ -229,17 +237,26 @@ def main(argv: list[str] | None = None) -> int:
         for group in (g for o in optimisers for g in o.param_groups):
             group["lr"] = group["initial_lr"] * rate(progress, args.decay)
         loss = loss_function(model, draws.batch(meta["step"]))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         value = loss.item()
         mean = 0.98 * mean + 0.02 * value if mean else value
-        meta = {"step": meta["step"] + 1, "tokens": meta["tokens"] + args.batch * args.length, "seconds": meta["seconds"] + time.monotonic() - started}
+        meta = {
+            "step": meta["step"] + 1,
+            "tokens": meta["tokens"] + args.batch * args.length,
+            "seconds": meta["seconds"] + time.monotonic() - started,
+        }
     recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
     data = {"library": texts.describe(plain), "tests": texts.describe([d for d in library if texts.is_test(d.title)])}
-    export(args.out / "model", model, tokenizer, {**facts, "recipe": recipe, "data": data, "python": sys.version.split()[0], "torch": torch.__version__})
+    export(
+        args.out / "model",
+        model,
+        tokenizer,
+        {**facts, "recipe": recipe, "data": data, "python": sys.version.split()[0], "torch": torch.__version__},
+    )
     return 130 if stop else 0
 
 

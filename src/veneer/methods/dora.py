@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.methods.base import Delta, Factors, PeftForm, master_dtype
-from veneer.methods.lora import LoRA
+from veneer.methods.lora import LoRA, check_peft_tensors, peft_shapes
 from veneer.ops.linalg import row_norms, row_norms_of_sum
 from veneer.sites import Site
 
@@ -17,6 +17,7 @@ class DoRA(Delta):
     """A LoRA pair and a magnitude m (out,). The norm is a constant in the backward (section 4.3 of the paper)."""
 
     roles = {"A": "A", "B": "B", "m": "magnitude"}
+    squares: Tensor
 
     def __init__(
         self,
@@ -56,8 +57,7 @@ class DoRA(Delta):
         form = self.lora.to_peft(site)
         if form is None:
             return None
-        m = self.m.detach()
-        m = m[(None, slice(None)) + (None,) * site.spatial] if site.spatial else m  # PEFT: (1, out, 1, 1)
+        m = self.m.detach().reshape(peft_magnitude(site)["lora_magnitude_vector"])
         return PeftForm({**form.config, "use_dora": True}, {**form.tensors, "lora_magnitude_vector": m})
 
     @classmethod
@@ -66,9 +66,15 @@ class DoRA(Delta):
 
     @classmethod
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> DoRA:
-        lora = LoRA.from_peft(site, config, tensors)
-        delta = cls(site, rank=lora.A.shape[0], alpha=lora.alpha, stabilised=lora.stabilised, dropout=lora.dropout)
-        delta.lora = lora
+        check_peft_tensors(site, tensors, {**peft_shapes(site, config["r"]), **peft_magnitude(site)})
+        delta = cls(site, rank=1)
+        delta.lora = LoRA.from_peft(site, config, tensors)
+        delta.dropout, delta.options = delta.lora.dropout, delta.lora.options
         with torch.no_grad():
             delta.m.copy_(tensors["lora_magnitude_vector"].flatten())
         return delta
+
+
+def peft_magnitude(site: Site) -> dict[str, tuple[int, ...]]:
+    """PEFT's name and shape of the magnitudes: (out,), or (1, out, 1, ..) for a convolution."""
+    return {"lora_magnitude_vector": (1, site.out, *(1,) * site.spatial) if site.spatial else (site.out,)}

@@ -8,21 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 from veneer.methods import inits
 from veneer.methods.base import Delta, Factors, PeftForm, master_dtype
 from veneer.ops.draws import keyed
 from veneer.ops.linalg import check_rank
 from veneer.sites import Site
 
-# PEFT's names for starts whose own file needs the base changed to W - s B0 A0 before it means anything.
-PEFT_SHIFTED_STARTS = ("pissa", "olora", "corda", "kasa", "lora_ga", "loftq")
-
 
 class LoRA(Delta):
     """A (r, in) and B (out, r). A start with B0 A0 != 0 (PiSSA, OLoRA) is kept and subtracted: W is never written."""
 
     roles = {"A": "A", "B": "B"}
+    A0: Tensor | None
+    B0: Tensor | None
 
     def __init__(
         self,
@@ -53,10 +52,33 @@ class LoRA(Delta):
         self.scaling = self.alpha / (math.sqrt(rank) if stabilised else rank)
         W = site.weight().detach().to(master_dtype(site))
         A, B = chosen.start(inits.Start(W, rank, self.scaling, keyed(seed, site.name), site.kind == "embedding"))
-        self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
         shifted = bool(A.any()) and bool(B.any())
-        self.register_buffer("A0", A.clone() if shifted else None)
-        self.register_buffer("B0", B.clone() if shifted else None)
+        self._hold(A, B, A.clone() if shifted else None, B.clone() if shifted else None)
+
+    def _hold(self, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> None:
+        self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
+        self.register_buffer("A0", A0)
+        self.register_buffer("B0", B0)
+
+    @classmethod
+    def holding(
+        cls, site: Site, A: Tensor, B: Tensor, *, alpha: float, stabilised: bool = False, dropout: float = 0.0, start: int = 0
+    ) -> LoRA:
+        """The change s B A with these factors, of any rank; the last `start` rows of A and columns of B are a start.
+
+        That is, A = [A'; A0] (r + start, in), B = [B', -B0] (out, r + start): A' and B' train, and the scaling is that
+        of alpha and all r + start rows.
+        """
+        delta = cls(site, rank=1, dropout=dropout)
+        ranks, like = A.shape[0], delta.A
+        A, B = A.detach().to(like, copy=True), B.detach().to(like, copy=True)
+        r = ranks - start
+        delta.scaling = alpha / (math.sqrt(ranks) if stabilised else ranks)
+        delta.stabilised = stabilised
+        delta.alpha = delta.scaling * (math.sqrt(r) if stabilised else r)
+        delta._hold(A[:r], B[:, :r], A[r:].clone() if start else None, -B[:, r:] if start else None)
+        delta.options = {"rank": r, "alpha": delta.alpha, "stabilised": stabilised, "dropout": dropout}
+        return delta
 
     def factors(self, site: Site) -> Factors:
         A, B = self.pair()
@@ -68,7 +90,7 @@ class LoRA(Delta):
         B A - B0 A0 = (B - B0) A + B0 (A - A0): the differences are taken in float32, so that neither the start
         (exactly zero) nor a small step is lost when the factors are rounded to bfloat16 for the product.
         """
-        if self.A0 is None:
+        if self.A0 is None or self.B0 is None:
             return self.A, self.B
         return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
 
@@ -93,33 +115,50 @@ class LoRA(Delta):
 
     @classmethod
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> LoRA:
-        delta = cls(site, **peft_options(config))
-        A, B = peft_pair(site, tensors)
-        with torch.no_grad():
-            delta.A.copy_(A)
-            delta.B.copy_(B)
-        return delta
+        check_peft_tensors(site, tensors, peft_shapes(site, config["r"]))
+        A, B = (tensors[n].flatten(1) for n in peft_shapes(site, config["r"]))
+        return cls.holding(
+            site,
+            A,
+            B,
+            alpha=config["lora_alpha"],
+            stabilised=bool(config.get("use_rslora")),
+            dropout=config.get("lora_dropout", 0.0),
+            start=config.get("start_rank", 0),
+        )
 
 
-def peft_options(config: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's settings of one site in our words."""
-    return {
-        "rank": config["r"],
-        "alpha": config["lora_alpha"],
-        "stabilised": bool(config.get("use_rslora")),
-        "dropout": config.get("lora_dropout", 0.0),
-    }
+def peft_same_map(site: Site) -> bool:
+    """Whether PEFT's forward is s B A on this site.
+
+    PEFT puts a convolution in front that keeps the layer's kernel, stride and padding, but neither its dilation nor its
+    padding mode, and whose A reads all groups: there its forward is another map than its own merge.
+    """
+    layer = site.module
+    return site.kind != "conv" or (layer.groups == 1 and layer.padding_mode == "zeros" and set(layer.dilation) == {1})
+
+
+def peft_shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+    """PEFT's names of A and B at this kind of layer, A first, with their shapes."""
+    if site.kind == "embedding":
+        return {"lora_embedding_A": (rank, site.in_), "lora_embedding_B": (site.out, rank)}
+    A = site.pack(site.weight().new_empty(rank, site.in_, device="meta"))
+    return {"lora_A.weight": tuple(A.shape), "lora_B.weight": (site.out, rank, *(1,) * site.spatial)}
 
 
 def peft_tensors(site: Site, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """A and B under PEFT's names and in its shapes."""
-    if site.kind == "embedding":
-        return {"lora_embedding_A": A, "lora_embedding_B": B}
-    return {"lora_A.weight": site.pack(A), "lora_B.weight": B[(...,) + (None,) * site.spatial]}
+    """A (r, in) and B (out, r) under PEFT's names and in its shapes."""
+    shapes = peft_shapes(site, A.shape[0])
+    return {name: t.reshape(shapes[name]) for name, t in zip(shapes, (A, B), strict=True)}
 
 
-def peft_pair(site: Site, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) from PEFT's tensors of one site."""
-    names = ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
-    A, B = (tensors[n] for n in names)
-    return A.flatten(1), B.flatten(1)
+def check_peft_tensors(site: Site, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises FormatError with a line for every tensor of the site that is missing or of another shape."""
+    wrong = []
+    for name, shape in shapes.items():
+        if name not in tensors:
+            wrong.append(f"missing: {site.name}.{name} {shape}")
+        elif tuple(tensors[name].shape) != shape:
+            wrong.append(f"wrong shape: {site.name}.{name} is {tuple(tensors[name].shape)}, the model and the settings ask for {shape}")
+    if wrong:
+        raise FormatError("\n".join(wrong))

@@ -89,4 +89,5 @@ def row_norms_of_sum(W: Tensor, squares: Tensor, A: Tensor, B: Tensor) -> Tensor
     ||w + bA||^2 = ||w||^2 + 2 b (A w') + b (A A') b', so nothing of the size of W is made.
     """
     cross = (W @ A.to(W.dtype).mT).to(B.dtype)  # (out, r)
-    return (squares + (B * (2 * cross + B @ (A @ A.mT))).sum(1)).clamp_min(0).sqrt()
+    inner: Tensor = 2 * cross + B @ (A @ A.mT)
+    return (squares + (B * inner).sum(1)).clamp_min(0).sqrt()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ class Site(ABC):
     """
 
     kind: ClassVar[str]
+    module: Any  # the layer, whose attributes depend on its class
     spatial: int = 0
     factored: bool = True  # whether apply() takes a matrix with any number of rows
 

@@ -14,8 +14,8 @@ class ConvSite(Site):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
-        self.spatial = module.weight.ndim - 2
-        self.factored = module.groups == 1  # a grouped convolution has no smaller one in front of it
+        self.spatial = self.module.weight.ndim - 2
+        self.factored = self.module.groups == 1  # a grouped convolution has no smaller one in front of it
 
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight

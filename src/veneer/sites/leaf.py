@@ -25,7 +25,7 @@ class LeafSite(Site):
     def split(self, W: Tensor) -> dict[str, Tensor]:
         """W (n, 1) as the parameters by their names in the module, in the module's dtypes."""
         like = [self.module.get_parameter(n) for n in self.parameters]
-        parts = W.flatten().split([p.numel() for p in like])
+        parts = torch.split(W.flatten(), [p.numel() for p in like])
         return {n: part.view_as(p).to(p.dtype) for n, part, p in zip(self.parameters, parts, like, strict=True)}
 
     @torch.no_grad()

@@ -1,0 +1,65 @@
+"""The singular values of what an adapter changed, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt.attach import changes
+from veneer.methods import Delta
+from veneer.ops.linalg import effective_rank, precise, product_spectrum
+from veneer.sites import LeafSite, Site
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One matrix's change: its Frobenius norm, that over the norm of W, and its singular values, largest first.
+
+    rank is what the method may use; effective_rank is exp of the entropy of the singular values; energy_rank is how
+    many of them hold 90 % of the squared norm.
+    """
+
+    site: str
+    rank: int
+    norm: float
+    relative: float
+    effective_rank: float
+    energy_rank: int
+    values: list[float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def spectra(model: nn.Module, name: str) -> list[Spectrum]:
+    """The spectrum of every matrix that adapter `name` changes, in the model's order."""
+    return [_spectrum(*parts) for site, delta in changes(model, name) for parts in _matrices(site, delta)]
+
+
+def _matrices(site: Site, delta: Delta) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+    """(name, W, singular values, rank) of each matrix of one change; vectors (norms, biases) have no spectrum."""
+    if isinstance(site, LeafSite):
+        own = site.split(site.weight())
+        for n, D in site.split(delta.delta(site)).items():
+            if D.ndim >= 2:
+                yield f"{site.name}.{n}", own[n].flatten(1), torch.linalg.svdvals(precise(D).flatten(1)), min(D.flatten(1).shape)
+        return
+    f = delta.factors(site)
+    if f is not None and f.g is None:
+        yield site.name, site.weight(), product_spectrum(f.B, f.A), f.A.shape[0]
+    else:
+        D = precise(delta.delta(site))
+        yield site.name, site.weight(), torch.linalg.svdvals(D), min(D.shape)
+
+
+def _spectrum(site: str, W: Tensor, values: Tensor, rank: int) -> Spectrum:
+    energy = values.square().cumsum(0)
+    total = float(energy[-1])
+    enough = int((energy < 0.9 * total).sum()) + 1 if total else 0
+    norm = total**0.5
+    return Spectrum(site, rank, norm, norm / float(precise(W).norm()), effective_rank(values), enough, values.tolist())

@@ -1,0 +1,38 @@
+"""Dense ways to join several changes of one matrix: TIES and DARE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def trim(D: Tensor, density: float) -> Tensor:
+    """D with all but the largest `density` share of its numbers set to zero, by magnitude."""
+    k = max(1, round(density * D.numel()))
+    threshold = D.abs().flatten().kthvalue(D.numel() - k + 1).values
+    return torch.where(D.abs() >= threshold, D, 0)
+
+
+def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
+    """Trim, elect a sign for every number by weighted mass, average those that agree (Yadav et al. 2023, section 3).
+
+    With equal weights this is the paper's mean; the paper's lambda is the strength the result is used at.
+    https://arxiv.org/abs/2306.01708
+    """
+    trimmed = torch.stack([trim(D, density) for D in changes])
+    w = torch.tensor(weights, dtype=trimmed.dtype, device=trimmed.device).view(-1, *(1,) * (trimmed.ndim - 1))
+    sign = (w * trimmed).sum(0).sign()
+    agree = (w * trimmed).sign() * sign > 0
+    mass = (agree * w.abs()).sum(0)
+    return (agree * w * trimmed).sum(0) / torch.where(mass > 0, mass, 1)
+
+
+def dare(D: Tensor, density: float, draw: torch.Generator) -> Tensor:
+    """D with each number kept with probability `density` and divided by it (Yu et al. 2024, section 3.1).
+
+    https://arxiv.org/abs/2311.03099
+    """
+    keep = torch.rand(D.shape, generator=draw) < density
+    return torch.where(keep.to(D.device), D / density, 0)
