@@ -1,0 +1,45 @@
+# Everything here needs a python3 of 3.10 or newer and nothing else; the first command makes .venv, later ones reuse it.
+#   PYTHON  the interpreter to make .venv with, e.g. make test PYTHON=python3.12
+#   TORCH   what to install as PyTorch instead of the tested version (see tools/install.py), e.g. TORCH=torch==2.13.0+cu130
+#   ARGS    passed on to pytest, e.g. make test ARGS="-k merge"
+PYTHON ?= python3
+TORCH ?=
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/installed
+# The tested versions hold for every call of pip, those that pip makes itself to build a package included. Relative, because
+# pip splits this variable at spaces.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TORCH
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    adapt the built-in model in three ways and see what was learned and forgotten"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   run every script in bench/"
+	@echo "make clean   remove .venv and what tests and builds left behind (not runs/)"
+
+$(STAMP): pyproject.toml constraints.txt tools/install.py
+	$(PYTHON) tools/install.py .venv
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/veneer demo
+
+# Two processes of one thread each: tiny tensors gain nothing from more threads.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@set -e; for script in bench/*.py; do [ -f "$$script" ] || continue; echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find src tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""Makes a virtual environment with Veneer and all that the Makefile runs: python3 tools/install.py .venv
+
+PyPI's Linux builds of PyTorch bring gigabytes of CUDA with them. On Linux without an NVIDIA GPU the version is therefore
+asked for with the local label "+cpu", which only CPU builds carry, so that pip cannot take a CUDA build by accident. It is
+looked for where pip is set up to look, and only then on PyTorch's own CPU index as well (PyPI has no such label, a mirror
+or a wheel folder may). With a GPU, and on other systems, the plain version is the right one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+EXTRAS = "all,test,dev"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(folder: Path) -> None:
+    if sys.version_info < (3, 10):
+        sys.exit("Veneer needs Python 3.10 or newer, this is %d.%d; name another one, e.g. make PYTHON=python3.12" % sys.version_info[:2])
+    run([sys.executable, "-m", "venv", str(folder)], "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv")
+    python = str(folder / "bin" / "python")
+    wanted = os.environ.get("TORCH", "")
+    if not any(install(python, arguments) for arguments in choices(pinned_torch(), wanted, is_cpu_only())):
+        sys.exit(
+            f"no CPU build of torch {pinned_torch()} for this Python, neither where pip is set up to look nor at {CPU_INDEX};"
+            f" say yourself what to install, e.g. make TORCH=torch=={pinned_torch()}"
+        )
+    run([python, "-m", "pip", "install", "-e", f"{ROOT}[{EXTRAS}]"], "installing failed; see pip's message above")
+
+
+def choices(version: str, wanted: str, cpu_only: bool) -> "list[list[str]]":
+    """pip's arguments to try for PyTorch, one after the other; `wanted` is the user's own requirement, or ""."""
+    if wanted or not cpu_only:
+        return [[wanted or f"torch=={version}"]]
+    labelled = f"torch=={version}+cpu"
+    return [[labelled], ["--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "30", labelled]]
+
+
+def is_cpu_only() -> bool:
+    """Whether this is Linux without a working NVIDIA GPU."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode != 0
+    except OSError:
+        return True
+
+
+def pinned_torch() -> str:
+    """The version of PyTorch that Veneer was tested with."""
+    found = re.search(r"^torch==([\w.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        sys.exit("constraints.txt names no torch==VERSION")
+    return found.group(1)
+
+
+def install(python: str, arguments: "list[str]") -> bool:
+    """Whether pip could install this; its errors are shown only when something else than a missing version is wrong."""
+    done = subprocess.run([python, "-m", "pip", "install", *arguments], stderr=subprocess.PIPE, text=True)
+    if done.returncode and "No matching distribution" not in done.stderr:
+        sys.exit(done.stderr)
+    return done.returncode == 0
+
+
+def run(command: "list[str]", otherwise: str) -> None:
+    """Runs the command; stops with the advice if it fails."""
+    if subprocess.run(command).returncode:
+        sys.exit(otherwise)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ".venv"))
