@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+
+from fresh import printed
 
 import veneer
-
-SOURCE = Path(veneer.__file__).parent.parent
 
 COST = """
 import json, sys, time
@@ -23,18 +19,10 @@ print(json.dumps({"seconds": seconds, "packages": sorted(new)}))
 """
 
 
-def fresh(code: str, *arguments: str) -> str:
-    """What a new interpreter prints."""
-    path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_import_brings_nothing_but_torch_and_safetensors_and_is_quick():
     costs = []
     while len(costs) < 3 and (not costs or min(costs) >= 0.3):  # the least of three: a busy machine only ever adds
-        found = json.loads(fresh(COST))
+        found = json.loads(printed(COST))
         assert set(found["packages"]) <= {"veneer", "safetensors"}
         costs.append(found["seconds"])
     assert min(costs) < 0.3

@@ -1,0 +1,22 @@
+"""The command `veneer`, also as python -m veneer."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Runs the command line; says what is missing where only the library is installed."""
+    try:
+        from veneer.cli.frame import main as run
+    except ModuleNotFoundError as e:
+        package = (e.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
+            raise
+        print(f"error: the command line needs the package {package!r}: pip install 'veneer[cli]'", file=sys.stderr)
+        return 2
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Command line flags made from declarations: the fields of a settings dataclass, and the options of all methods together."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import typer
+from rich.markup import escape
+
+from veneer import methods
+from veneer.errors import ConfigError
+from veneer.methods import Delta
+from veneer.train import settings
+
+OPTIONS = "options"  # the setting that holds the method's own options, each of which has a flag of its own
+PLAIN_NAMES = re.compile(r"[\w.,]+")
+
+
+class Flag(NamedTuple):
+    """One flag: its setting, the type of the setting's value, and what --help says; `owners` are methods that have it."""
+
+    name: str
+    hint: Any
+    help: str
+    metavar: str = ""
+    owners: tuple[str, ...] = ()
+
+
+def of_settings(kind: type) -> list[Flag]:
+    """A flag for every field of a settings dataclass but `options`."""
+    rows = settings.table(kind).values()
+    return [Flag(s.name, s.hint, f"{s.help}{shown_default(s.default)}", s.unit) for s in rows if s.name != OPTIONS]
+
+
+def of_methods(taken: Collection[str] = ()) -> list[Flag]:
+    """A flag for every option of any method; one for all methods that share it. `taken` are names that mean a setting."""
+    found: dict[str, Flag] = {}
+    for method in methods.available():
+        kind = methods.get(method)
+        helps = option_helps(kind)
+        for name, p in methods.options_of(kind).items():
+            if name in taken:
+                continue
+            text = f"{helps.get(name, '')}{shown_default(p.default)}"
+            before = found.setdefault(name, Flag(name, p.annotation, text))
+            if before.hint != p.annotation:
+                raise TypeError(f"option {name!r} of method {method!r} is a {p.annotation}, of {before.owners} a {before.hint}")
+            found[name] = before._replace(owners=(*before.owners, method))
+    return list(found.values())
+
+
+def option_helps(method: type[Delta]) -> dict[str, str]:
+    """What the `name: text` lines in the docstring of a method's __init__ say, by option."""
+    names = "|".join(map(re.escape, methods.options_of(method)))
+    if not names:
+        return {}
+    parts = re.split(rf"^({names}): ", inspect.getdoc(method.__init__) or "", flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def shown_default(value: Any) -> str:
+    """" (default: 8)", or nothing where the default says nothing."""
+    if value is settings.REQUIRED or value is None or value == () or value == {} or value == "":
+        return ""
+    if isinstance(value, bool):
+        return f" (default: {'yes' if value else 'no'})"
+    return f" (default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"
+
+
+def declare(function: Callable[..., Any], flags: Iterable[Flag]) -> None:
+    """Gives a function that takes **given the signature from which typer makes these flags, after its own parameters.
+
+    None, and no entries, stand for a flag that was not given.
+    """
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = inspect.Signature([*own, *map(_parameter, flags)])  # type: ignore[attr-defined]
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    word = f"--{flag.name.replace('_', '-')}"
+    info = typer.Option(
+        f"{word}/--no-{word[2:]}" if flag.hint is bool else word,
+        help=escape(flag.help),
+        metavar=None if flag.hint is bool else f"<{flag.metavar or words(flag.hint)}>",
+        rich_help_panel=f"Options of the method: {', '.join(flag.owners)}" if flag.owners else None,
+        show_default=False,
+    )
+    return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[parsed(flag.hint) | None, info])
+
+
+def parsed(hint: Any) -> Any:
+    """The type that typer parses for a setting of type `hint`; repeated flags and NAME=VALUE are lists of texts."""
+    hint = _of_optional(hint)
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint in (str, int, float, bool, Path) or origin is Literal or (origin is tuple and Ellipsis not in inner):
+        return hint
+    if origin is dict or (origin is tuple and inner == (str, ...)) or _is_names(hint):
+        return list[str]
+    raise TypeError(f"no flag can be made for a {hint}")
+
+
+def words(hint: Any) -> str:
+    """What a flag takes, for --help."""
+    hint = _of_optional(hint)
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is dict:
+        return f"name={words(inner[1])}"
+    if origin is Literal:
+        return "|".join(map(str, inner))
+    if origin is tuple and Ellipsis not in inner:
+        return " ".join(map(words, inner))
+    return {str: "text", int: "integer", float: "number", Path: "path"}.get(hint, "text, repeatable")
+
+
+def _of_optional(hint: Any) -> Any:
+    inner = [h for h in get_args(hint) if h is not type(None)]
+    return inner[0] if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1 else hint
+
+
+def _is_names(hint: Any) -> bool:
+    """Whether a setting takes an expression or a list of names: str | tuple[str, ...]."""
+    return get_origin(hint) in (Union, types.UnionType) and set(get_args(hint)) == {str, tuple[str, ...]}
+
+
+def values(flags: Iterable[Flag], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the command line gave, options of methods under `options`. Raises ConfigError for a bad NAME=VALUE."""
+    found: dict[str, Any] = {}
+    for flag in flags:
+        value = given.get(flag.name)
+        if value is None or value in ([], ()):
+            continue
+        into = found.setdefault(OPTIONS, {}) if flag.owners else found
+        into[flag.name] = _value(flag, value)
+    return found
+
+
+def _value(flag: Flag, value: Any) -> Any:
+    hint = _of_optional(flag.hint)
+    if get_origin(hint) is dict:
+        return dict(_pair(flag.name, entry, get_args(hint)[1]) for entry in value)
+    if _is_names(hint):
+        return names(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def names(entries: list[str]) -> str | tuple[str, ...]:
+    """Layers as `to` wants them: "all-linear" or an expression as it is, names (several, with commas, or one) as a tuple."""
+    if len(entries) == 1 and not PLAIN_NAMES.fullmatch(entries[0]):
+        return entries[0]
+    return tuple(name for entry in entries for name in (entry.split(",") if PLAIN_NAMES.fullmatch(entry) else [entry]) if name)
+
+
+def _pair(flag: str, entry: str, kind: type) -> tuple[str, Any]:
+    name, equals, value = entry.rpartition("=")
+    try:
+        if not equals:
+            raise ValueError
+        return name, kind(value)
+    except ValueError:
+        raise ConfigError(f"{flag} {entry!r} is not NAME=VALUE with {settings.describe(kind)} as value, e.g. q_proj=4") from None
+
+
+def over(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file, replaced by those given on the command line; single options replace single options."""
+    merged = {**file, **given}
+    if isinstance(file.get(OPTIONS), Mapping) and OPTIONS in given:
+        merged[OPTIONS] = {**file[OPTIONS], **given[OPTIONS]}
+    return merged

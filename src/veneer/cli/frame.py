@@ -1,0 +1,59 @@
+"""The frame around every verb: whatever goes wrong becomes one clear message on stderr and an exit code.
+
+0 done, 1 failed, 2 wrong usage or configuration, 3 a check ran and said no, 130 or 143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from typer.exceptions import Abort, TyperException
+
+from veneer.errors import VeneerError
+
+# Optional packages, and the extra of Veneer that brings each.
+EXTRAS = {"transformers": "text", "tokenizers": "text", "yaml": "cli", "matplotlib": "plots"}
+
+
+@dataclass
+class State:
+    """What verbs tell the frame about this one call."""
+
+    debug: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line (sys.argv unless given) and returns its exit code."""
+    from veneer.cli.commands import app
+
+    state = State(debug=os.environ.get("VENEER_DEBUG", "0") not in ("", "0"))
+    try:
+        outcome = app(args=arguments, prog_name="veneer", standalone_mode=False, obj=state)
+        return outcome if isinstance(outcome, int) else 0
+    except Exception as e:
+        if state.debug:
+            traceback.print_exc()
+        message, code = explain(e)
+        print(f"error: {message}", file=sys.stderr)
+        return code
+
+
+def explain(e: Exception) -> tuple[str, int]:
+    """What an error says to the user, and the exit code."""
+    if isinstance(e, VeneerError):
+        return str(e), e.exit_code
+    if isinstance(e, TyperException):
+        context = getattr(e, "ctx", None)
+        return f"{e.format_message()}\nsee {context.command_path if context else 'veneer'} --help", e.exit_code
+    if isinstance(e, Abort):
+        return "stopped", 130
+    package = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
+    if package in EXTRAS:
+        return f"this needs the package {package!r}: pip install 'veneer[{EXTRAS[package]}]'", 2
+    where = traceback.extract_tb(e.__traceback__)[-1]
+    place = f"{os.path.basename(where.filename)}, line {where.lineno}"
+    return f"{type(e).__name__} in {place}: {e}\nnot foreseen; the same command with --debug shows where it comes from", 1
