@@ -1,0 +1,124 @@
+"""`fit`: from a Run to a folder with an adapter, its metrics, and what was learned and forgotten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from veneer import optim, tasks
+from veneer.adapt import store
+from veneer.app import machine, pretrained
+from veneer.app.ready import FULL, NAME, Ready, prepare
+from veneer.data.order import Order
+from veneer.data.pack import Window
+from veneer.ops.draws import keyed
+from veneer.optim import groups
+from veneer.train import folder, full, lock
+from veneer.train.evaluate import sample
+from veneer.train.loop import Loop, Pace
+from veneer.train.progress import Voice
+from veneer.train.result import Result, figures
+from veneer.train.run import Run
+from veneer.train.signals import Stop, Wish, listening
+from veneer.train.state import Position
+from veneer.train.step import Learner, under_autocast
+
+OBJECTIVE = "causal_lm"
+
+
+def fit(run: Run, *, progress: bool = True) -> Result:
+    """Trains as `run` says, in the folder run.out, and returns what came of it.
+
+    progress: sentences on stderr, and a bar where that is a terminal. Everything is checked before anything is written;
+    the errors are those of veneer.errors, and those of veneer.train.errors for trainings that end early, all saved.
+    """
+    voice, out = Voice(progress), Path(run.out)
+    folder.check_free(out, run.resume)
+    begun = (out / folder.CONFIG).exists()
+    device = machine.device(run.device)
+    with ExitStack() as stack:
+        if begun:
+            stack.enter_context(lock.held(out))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        ready = prepare(run, device, voice)
+        if not begun:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.held(out))
+            folder.put(out / folder.CONFIG, ready.config)
+        else:
+            _check_same(out, ready, voice)
+            if (out / folder.RESULTS).exists():
+                voice.say(f"{out} is finished already; its result is returned as it is")
+                return Result.read(out)
+        return _train(ready, out, stack.enter_context(listening()), voice)
+
+
+def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
+    allowed = folder.check_drift(out, ready.config, ready.run.allow)
+    for sentence in allowed:
+        voice.say(f"differs from how the run began, as allowed: {sentence}")
+    if allowed:
+        (out / folder.RESULTS).unlink(missing_ok=True)
+        folder.put(out / folder.CONFIG, {**ready.config, "allowed": allowed})
+
+
+def _train(ready: Ready, out: Path, wish: Wish, voice: Voice) -> Result:
+    run, windows = ready.run, {part: t.windows for part, t in ready.texts.items()}
+    torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, "dropout"))))
+    order, pace = _plan(run, windows["train"])
+    measured = {part: sample(w, run.eval_windows) for part, w in windows.items() if part != "train"}
+    loop = Loop(_learner(ready), order, measured, pace, folder=out, voice=voice)
+    loop.begin(run.resume)
+    position = loop.run(wish)
+    try:
+        loop.take_best()
+        after = {**position.best, **loop.measure([name for name in measured if name == "test"])}
+    except Stop:
+        raise loop.interrupted() from None
+    return _finish(ready, out, position, after, voice)
+
+
+def _plan(run: Run, windows: Sequence[Window]) -> tuple[Order, Pace]:
+    total = run.steps * run.batch * run.accumulate if run.steps else max(1, round((run.epochs or 1.0) * len(windows)))
+    order = Order(windows, run.batch, run.accumulate, total=total, seed=run.seed)
+    every = run.eval_every or max(1, order.steps // 10)
+    warmup = round(run.warmup * order.steps)
+    return order, Pace(order.steps, run.lr or math.nan, run.schedule, warmup, every, run.save_every or every, run.keep)
+
+
+def _learner(ready: Ready) -> Learner:
+    run, device = ready.run, next(ready.model.parameters()).device
+    embedding = 1.0 if run.embedding_lr is None or run.lr is None else run.embedding_lr / run.lr
+    optimiser = groups.adamw(ready.parts, optim.scales(run.optimiser, run.ratio), embedding=embedding, betas=run.betas)
+    objective = tasks.get(OBJECTIVE)
+    if run.method == FULL and run.precision == "bf16":
+        objective = under_autocast(objective, device)
+    return Learner(ready.model, ready.parts, optimiser, objective, ready.pad, run.clip, run.weight_decay)
+
+
+def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float], voice: Voice) -> Result:
+    run, model = ready.run, ready.model
+    if run.method == FULL:
+        original = pretrained.causal_lm(run.model, torch.float32, torch.device("cpu"))
+        full.as_change(model, original.state_dict(), NAME)
+    store.save(model, out / folder.ADAPTER, NAME)
+    results = {
+        **{name: getattr(run, name) for name in ("model", "method", "optimiser", "lr")},
+        **figures(position, after),
+        "steps": position.step,
+        "best_step": position.best_step,
+        "skipped_steps": position.skipped,
+        "trainable_parameters": sum(p.parameter.numel() for p in ready.parts),
+        "adapter_bytes": sum(p.stat().st_size for p in (out / folder.ADAPTER).glob("*.safetensors")),
+        "tokens": position.tokens,
+        "seconds": position.seconds,
+        "peak_memory_bytes": machine.peak_memory(next(model.parameters()).device),
+        "notes": voice.said,
+        "versions": machine.versions(),
+    }
+    folder.put(out / folder.RESULTS, results)
+    return Result.read(out)

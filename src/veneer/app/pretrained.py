@@ -1,0 +1,69 @@
+"""Base models and their tokenizers, from a folder, the hub, or the installation itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer import embedded
+from veneer.errors import ConfigError, first_few
+
+
+def source(name: str) -> str:
+    """What transformers calls the model: the built-in model's folder for "builtin", else the name itself."""
+    return str(embedded.folder()) if name == embedded.PREFIX else name
+
+
+def tokenizer(name: str) -> Any:
+    """The model's tokenizer. Raises ConfigError if there is none."""
+    from transformers import AutoTokenizer
+
+    with _said_well(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source(name))
+
+
+def causal_lm(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The language model in eval mode. Raises ConfigError if there is none, or if weights are missing from it."""
+    from transformers import AutoModelForCausalLM
+
+    with _said_well(name, "causal language model"), _no_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(source(name), dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        kind = type(model).__name__
+        raise ConfigError(f"model {name!r} lacks {len(missing)} weights of a {kind}, which would be random: {first_few(missing)}")
+    found: nn.Module = model.to(device).eval()
+    return found
+
+
+@contextmanager
+def _said_well(name: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as e:
+        path = Path(name)
+        if path.is_dir():
+            where = f"the folder {path} holds no {what} that can be read"
+        elif path.is_absolute() or name.startswith("."):
+            where = f"there is no folder {path}"
+        else:
+            where = f"{name!r} is no folder here, and no {what} of that name could be had from the Hugging Face hub"
+        raise ConfigError(f"model: {where} ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,119 @@
+"""A run made ready: texts, model and settings read and checked against each other, with nothing written yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import veneer
+from veneer import embedded, methods
+from veneer.adapt import attach, fingerprint
+from veneer.app import machine, pretrained, texts
+from veneer.app.texts import Text
+from veneer.data.pack import collate
+from veneer.errors import ConfigError
+from veneer.optim import groups
+from veneer.train import door, rates
+from veneer.train.progress import Voice
+from veneer.train.run import Run
+
+NAME = "default"  # of the adapter
+FULL = "full"  # the method that trains the base itself
+
+
+class Ready(NamedTuple):
+    """run: with every setting decided; parts: what is trained; config: the content of config.json."""
+
+    run: Run
+    model: nn.Module
+    parts: list[groups.Part]
+    pad: int
+    texts: dict[str, Text]
+    config: dict[str, Any]
+
+
+def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
+    """Reads and checks everything, the cheap things first. Raises the errors of what does not fit."""
+    run = texts.named(run)
+    rows = texts.gather(run, voice)
+    tokenizer = pretrained.tokenizer(run.model)
+    ready = {part: texts.prepare(found, run, tokenizer, voice) for part, found in rows.items()}
+    run = decided(run, device)
+    dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
+    model = pretrained.causal_lm(run.model, dtype, device)
+    door.check_length(model, run.length)
+    door.check_vocabulary(model, (w for t in ready.values() for w in t.windows))
+    base = {"model": run.model, "class": type(model).__name__, "sha256": fingerprint.measure(model)["sha256"]}
+    parts = adapt(model, run)
+    _try_out(model, run, ready)
+    voice.say(_described(model, run, parts))
+    facts = {part: (t.facts["rows"], t.facts["tokens"], len(t.windows)) for part, t in ready.items()}
+    voice.say("; ".join(f"{part}: {rows} rows, {tokens:,} tokens, {windows} windows" for part, (rows, tokens, windows) in facts.items()))
+    config = {
+        "veneer": veneer.__version__,
+        "versions": machine.versions(),
+        "run": asdict(run),
+        "data": {part: t.facts for part, t in ready.items()},
+        "base": base,
+        "notes": list(voice.said),
+    }
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Ready(run, model, parts, pad, ready, config)
+
+
+def decided(run: Run, device: torch.device) -> Run:
+    """The run with the settings that depend on method, model and machine."""
+    lr = run.lr or rates.default(run.method, run.optimiser, run.model == embedded.PREFIX)
+    epochs = None if run.steps else run.epochs or 1.0
+    precision = run.precision if run.precision != "auto" else "bf16" if machine.multiplies_bf16(device) else "fp32"
+    ratio = run.ratio if run.optimiser == "loraplus" else None
+    return replace(run, lr=lr, loraplus_ratio=ratio, epochs=epochs, precision=precision, device=str(device))
+
+
+def adapt(model: nn.Module, run: Run) -> list[groups.Part]:
+    """Attaches the adapter, or opens the base for full fine-tuning: what is trained. Raises ConfigError, SiteError, ShapeError."""
+    if run.method == FULL:
+        attach.train_only(model, attach.BASE)
+        parts = groups.of_base(model)
+    else:
+        seed = {"seed": run.seed} if "seed" in methods.options_of(methods.get(run.method)) else {}
+        layers: dict[str, Any] = {name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")}
+        attach.attach(model, run.method, name=NAME, **layers, **{**seed, **run.options})
+        parts = groups.of_adapter(model, NAME)
+    if run.embedding_lr is not None and not any(p.embedding for p in parts):
+        raise ConfigError("embedding_lr is given, but no embedding is changed; leave it out, or adapt embeddings with to=")
+    return parts
+
+
+def _try_out(model: nn.Module, run: Run, ready: Mapping[str, Text]) -> None:
+    windows = [w for t in ready.values() for w in t.windows]
+    ids = collate([w[:1] for w in windows[:1]], 0)["input_ids"].to(next(model.parameters()).device)
+    if run.method == FULL:
+        door.check_leaves(model, ids)
+    else:
+        door.check_called(model, ids)
+    if any(len(w) > 1 for w in windows):
+        door.check_packing(model)
+
+
+def _described(model: nn.Module, run: Run, parts: list[groups.Part]) -> str:
+    n, total = sum(p.parameter.numel() for p in parts), sum(p.numel() for p in attach.base_parameters(model).values())
+    if run.method == FULL:
+        return f"full fine-tuning: all {n:,} parameters are trained, at lr {run.lr:g}"
+    found = attach.changes(model, NAME)
+    scales = sorted({round(s, 6) for site, delta in found if (s := _scale(delta.to_peft(site))) is not None})
+    scale = f"; scale {' to '.join(f'{s:g}' for s in (scales[:1] + scales[-1:] if len(scales) > 1 else scales))}" if scales else ""
+    return f"{run.method} on {len(found)} layers: {n:,} trained parameters, {n / total:.2%} of the model's {total:,}{scale}; lr {run.lr:g}"
+
+
+def _scale(form: methods.PeftForm | None) -> float | None:
+    """What B A is multiplied by, as PEFT computes it from rank and alpha."""
+    if form is None or "lora_alpha" not in form.config:
+        return None
+    rank, alpha = int(form.config["r"]), float(form.config["lora_alpha"])
+    return alpha / math.sqrt(rank) if form.config.get("use_rslora") else alpha / rank

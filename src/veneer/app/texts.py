@@ -1,0 +1,89 @@
+"""From the names of texts to windows of tokens, by the part each plays in a run: train, valid, test, known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from veneer import embedded
+from veneer.app import sources
+from veneer.data import split, text
+from veneer.data.chat import parts
+from veneer.data.pack import Segment, Window, n_bytes, n_labels, n_tokens, pack, segments
+from veneer.data.text import Row
+from veneer.data.tokens import encode
+from veneer.errors import DataError, first_few
+from veneer.train import door
+from veneer.train.progress import Voice
+from veneer.train.run import Run
+
+
+class Text(NamedTuple):
+    """A text ready to be read by the model; `facts` go into config.json and must not change when a run goes on."""
+
+    windows: list[Window]
+    facts: dict[str, Any]
+
+
+def named(run: Run) -> Run:
+    """The run with the texts that it leaves open: those that belong to built-in data, and the built-in model's known text."""
+    builtin = all(sources.is_builtin(name) for name in run.data)
+    own = tuple(name for name in run.data if name.count(":") == 1) if builtin else ()  # without a part of their own
+    known = run.known or (("builtin:known",) if run.model == embedded.PREFIX else ("none",))
+    return replace(run, valid=run.valid or own, test=run.test or own, known=known)
+
+
+def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
+    """Rows by part. Raises one DataError for all that cannot be read."""
+    wanted = {"train": run.data, "valid": run.valid, "test": run.test, "known": () if run.known == ("none",) else run.known}
+    found: dict[str, list[Row]] = {}
+    problems: list[str] = []
+    for part, names in wanted.items():
+        try:
+            found[part] = sources.rows(names, "test" if part == "known" else part)
+        except DataError as e:
+            problems.append(str(e))
+    if problems:
+        raise DataError("\n".join(problems))
+    idle = text.unused(row for rows in found.values() for row in rows)
+    if idle:
+        voice.say(f"columns that are not used: {first_few(idle)}")
+    if not found["valid"]:
+        n = len(found["train"])
+        found["train"], found["valid"] = split.split_off(found["train"], run.seed)
+        part = f"{len(found['valid'])} of {n} rows are" if len(found["train"]) < n else "the last tenth of each text is"
+        voice.say(f"no valid text is given: {part} set aside to choose the best step by")
+    if not found["known"]:
+        voice.say("forgetting is not measured: no known text (known=) is given")
+    return {part: rows for part, rows in found.items() if rows}
+
+
+def prepare(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> Text:
+    """Rows as windows of at most run.length tokens. Raises one DataError for all rows that are too long or teach nothing."""
+    encoded = [encode(parts(row, tokenizer, run.train_on), tokenizer) for row in rows]
+    long = [(row.where, len(t.ids) - 1) for row, t in zip(rows, encoded, strict=True) if row.kind != "text"]
+    if "truncate" not in run.allow:
+        door.check_overlong(long, run.length)
+    elif n_long := sum(n > run.length for _, n in long):
+        voice.say(f"{n_long} rows are cut off at length={run.length} tokens")
+        encoded = [t if row.kind == "text" else t.first(run.length + 1) for row, t in zip(rows, encoded, strict=True)]
+    by_row = [segments(t, run.length) for t in encoded]
+    idle = [row.where for row, found in zip(rows, by_row, strict=True) if not found]
+    if idle:
+        raise DataError(
+            f"{len(idle)} rows have no token to learn (every label is masked): {first_few(idle)};"
+            f" give them a completion, or use train_on='all'"
+        )
+    every = [s for found in by_row for s in found]
+    windows: list[Window] = pack(every, run.length) if run.packing else [(s,) for s in every]
+    return Text(windows, _facts(rows, windows, every))
+
+
+def _facts(rows: Sequence[Row], windows: Sequence[Window], every: Sequence[Segment]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for s in every:
+        digest.update(s.inputs.numpy().tobytes() + s.labels.numpy().tobytes())
+    counts = {"tokens": n_tokens(windows), "learned_tokens": n_labels(windows), "learned_bytes": n_bytes(windows)}
+    return {"rows": len(rows), "windows": len(windows), **counts, "sha256": digest.hexdigest()}

@@ -1,0 +1,91 @@
+"""Tokens into windows: a row's predictions as segments, and several segments in a window, none of which sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.data.tokens import Tokens
+
+IGNORED = -100  # a position whose prediction is not learned, as torch's cross_entropy has it
+OPEN = 64  # windows that are still looked at for a place
+
+
+class Segment(NamedTuple):
+    """Predictions in a row of text: inputs (n,) and the token that follows each, labels (n,), IGNORED where it is not
+    learned; n_bytes (n,) of the labels."""
+
+    inputs: Tensor
+    labels: Tensor
+    n_bytes: Tensor
+
+
+Window = tuple[Segment, ...]
+
+
+def segments(tokens: Tokens, length: int) -> list[Segment]:
+    """A row as segments of at most `length` predictions. Every token but the first is predicted exactly once.
+
+    Stretches without anything to learn are left out.
+    """
+    labels = torch.where(tokens.learned[1:], tokens.ids[1:], IGNORED)
+    whole = Segment(tokens.ids[:-1], labels, tokens.n_bytes[1:] * tokens.learned[1:])
+    cut = [Segment(*(t[i : i + length] for t in whole)) for i in range(0, len(labels), length)]
+    return [s for s in cut if bool((s.labels != IGNORED).any())]
+
+
+def pack(found: Sequence[Segment], length: int) -> list[Window]:
+    """Segments in windows of at most `length` tokens, each in the first of the last 64 windows with room for it."""
+    windows: list[list[Segment]] = []
+    room: list[int] = []
+    first = 0  # windows before this one are closed
+    for segment in found:
+        n = len(segment.inputs)
+        place = next((i for i in range(first, len(windows)) if room[i] >= n), None)
+        if place is None:
+            windows.append([])
+            room.append(length)
+            place = len(windows) - 1
+            first = max(first, len(windows) - OPEN)
+        windows[place].append(segment)
+        room[place] -= n
+    return [tuple(w) for w in windows]
+
+
+def collate(windows: Sequence[Window], pad: int) -> dict[str, Tensor]:
+    """input_ids and labels (b, t), and position_ids (b, t) where a window holds several segments.
+
+    Positions begin anew with each segment: that is what transformers makes a block-diagonal mask from. Padding comes
+    last, as a segment of its own, so that nothing that is learned can see it, with or without positions.
+    """
+    width = max(sum(len(s.inputs) for s in w) for w in windows)
+    input_ids = torch.full((len(windows), width), pad)
+    labels = torch.full((len(windows), width), IGNORED)
+    positions = torch.zeros(len(windows), width, dtype=torch.int64)
+    for row, window in enumerate(windows):
+        at = 0
+        for s in window:
+            end = at + len(s.inputs)
+            input_ids[row, at:end], labels[row, at:end], positions[row, at:end] = s.inputs, s.labels, torch.arange(end - at)
+            at = end
+        positions[row, at:] = torch.arange(width - at)
+    batch = {"input_ids": input_ids, "labels": labels}
+    return {**batch, "position_ids": positions} if any(len(w) > 1 for w in windows) else batch
+
+
+def n_labels(windows: Iterable[Window]) -> int:
+    """Learned tokens in the windows."""
+    return sum(int((s.labels != IGNORED).sum()) for w in windows for s in w)
+
+
+def n_tokens(windows: Iterable[Window]) -> int:
+    """Tokens read in the windows, padding not counted."""
+    return sum(len(s.inputs) for w in windows for s in w)
+
+
+def n_bytes(windows: Iterable[Window]) -> int:
+    """Bytes of text that the learned tokens stand for."""
+    return sum(int(s.n_bytes.sum()) for w in windows for s in w)

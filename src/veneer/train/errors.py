@@ -1,0 +1,25 @@
+"""How a training ends early."""
+
+from __future__ import annotations
+
+from veneer.errors import VeneerError
+
+
+class Interrupted(VeneerError):
+    """A signal ended the training after a step, and what it had is saved; exit code 128 + signal, as shells have it."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Diverged(VeneerError):
+    """Loss or gradient stayed non-finite; the state of the last good step is saved."""
+
+
+class NotSaved(VeneerError):
+    """A checkpoint could not be written; the older ones are untouched."""
+
+
+class Busy(VeneerError):
+    """Another training writes to the folder."""

@@ -1,0 +1,167 @@
+"""One training: every setting of `veneer fit` declared once, with its type, default, unit and help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from veneer import methods, optim
+from veneer.errors import ConfigError, suggest
+from veneer.optim import loraplus
+from veneer.train import settings
+from veneer.train.settings import REQUIRED, about, setting
+
+# Checks that allow= may turn off, each by name; what was allowed is recorded with the run.
+ALLOWED = {
+    "ratio": "a loraplus_ratio below 1",
+    "truncate": "cutting rows that are longer than length",
+    "config": "going on with other settings than the run began with",
+    "data": "going on with other texts than the run began with",
+    "base": "going on on another base model than the run began with",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Settings of one training. Raises ConfigError, naming all of them, for settings that make no sense (together)."""
+
+    data: tuple[str, ...] = setting(REQUIRED, "texts to learn from: files (.txt, .jsonl), or builtin:prose, builtin:c")
+    model: str = setting("builtin", "base model: a Hugging Face folder or id, or builtin")
+    valid: tuple[str, ...] = setting((), "texts to choose the best step by; a tenth of data unless given")
+    test: tuple[str, ...] = setting((), "texts measured before and after only, never chosen by; the result is valid's without them")
+    known: tuple[str, ...] = setting((), "texts whose forgetting is measured; none: no text; builtin:known for the built-in model")
+    method: str = setting("lora", "how the model is changed: a method of veneer, or full for all its parameters")
+    to: str | tuple[str, ...] = setting("all-linear", "layers to adapt: all-linear, a regular expression, or names and endings of names")
+    exclude: str | tuple[str, ...] = setting((), "layers to leave out, as in to")
+    untie: bool = setting(False, "adapt layers that share their weight with another one")
+    options: dict[str, Any] = field(default_factory=dict, metadata=about("the method's own options, such as rank and alpha"))
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=about("other ranks, by the ending of the layer's name (or a pattern of it)"))
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=about("other alphas, in the same way"))
+    optimiser: Literal["adamw", "loraplus"] = setting("adamw", "AdamW, or AdamW with LoRA+'s rates for the factors")
+    loraplus_ratio: float | None = setting(None, "rate of B in multiples of A's; 16 unless given", unit="times")
+    lr: float | None = setting(None, "peak learning rate (of A, under LoRA+); depends on model and method unless given")
+    embedding_lr: float | None = setting(None, "peak learning rate of what changes embeddings; lr unless given")
+    weight_decay: float = setting(0.0, "W, or the product B A, shrinks by (1 - rate * decay) a step")
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's decay rates of the gradient's mean and square")
+    clip: float = setting(1.0, "largest norm of the whole gradient; 0: not clipped")
+    steps: int | None = setting(None, "length of the training", unit="steps")
+    epochs: float | None = setting(None, "length of the training if steps is not given; 1 unless given", unit="passes over data")
+    batch: int = setting(8, "windows in one forward pass", unit="windows")
+    accumulate: int = setting(1, "forward passes a step", unit="passes")
+    length: int = setting(256, "longest window", unit="tokens")
+    packing: bool = setting(True, "several short texts in a window; they do not see each other")
+    train_on: Literal["completion", "all"] = setting("completion", "what is learned: completions and assistant turns, or all text")
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "the rate after warm-up")
+    warmup: float = setting(0.05, "straight rise of the rate", unit="share of the steps")
+    precision: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "bf16: adapters on a bfloat16 base; full keeps float32 weights under autocast. auto: bf16 where the processor has it"
+    )
+    device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, ..; auto: cuda where there is one")
+    seed: int = setting(0, "decides starts, order, dropout and what is split off")
+    eval_every: int | None = setting(None, "distance of evaluations; a tenth of the run unless given", unit="steps")
+    eval_windows: int = setting(24, "windows that are evaluated of each text, evenly spaced; 0: all", unit="windows")
+    save_every: int | None = setting(None, "distance of checkpoints; as eval_every unless given", unit="steps")
+    keep: int = setting(3, "newest checkpoints to keep, beside the best one", unit="checkpoints")
+    out: str = setting("runs/fit", "folder of the run")
+    resume: bool = setting(False, "go on in out from the newest valid checkpoint; begin where there is none")
+    allow: tuple[str, ...] = setting((), f"checks to turn off: {', '.join(ALLOWED)}")
+
+    def __post_init__(self) -> None:
+        hints = settings.table(type(self))
+        problems = []
+        for f in fields(self):
+            try:
+                object.__setattr__(self, f.name, settings.suit(getattr(self, f.name), hints[f.name].hint))
+            except ValueError as e:
+                problems.append(f"{f.name}: {e}")
+        problems = problems or list(_problems(self))
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Run:
+        """A run from settings by name. Raises one ConfigError for all that is unknown, missing or unsuitable."""
+        name = values.get("method", cls.method)
+        return settings.from_dict(cls, values, {"options": methods.options_of(methods.get(name)) if name in methods.available() else ()})
+
+    @classmethod
+    def from_yaml(cls, file: str | Path) -> Run:
+        """A run from a YAML file of settings. Raises ConfigError."""
+        path = Path(file)
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist")
+        return cls.from_dict(settings.read_yaml(path.read_text(encoding="utf-8"), str(path)))
+
+    @property
+    def ratio(self) -> float:
+        """LoRA+'s ratio, or 1 for plain AdamW."""
+        given = self.loraplus_ratio if self.loraplus_ratio is not None else loraplus.RATIO
+        return given if self.optimiser == "loraplus" else 1.0
+
+
+class Range(NamedTuple):
+    """What a number must be, in words and as a test."""
+
+    words: str
+    names: tuple[str, ...]
+    least: float
+    most: float = float("inf")
+    open: bool = False  # whether `least` itself is excluded
+
+
+RANGES = [
+    Range("above 0", ("lr", "embedding_lr", "epochs", "loraplus_ratio"), 0, open=True),
+    Range("0 or more", ("weight_decay", "clip", "eval_windows", "seed"), 0),
+    Range("1 or more", ("steps", "batch", "accumulate", "length", "eval_every", "save_every"), 1),
+    Range("2 or more, so that one is left if the newest is damaged", ("keep",), 2),
+    Range("in [0, 1)", ("warmup",), 0, 1),
+]
+
+
+def _problems(run: Run) -> Iterator[str]:
+    for r in RANGES:
+        for name in r.names:
+            value = getattr(run, name)
+            if value is not None and not ((value > r.least or (value == r.least and not r.open)) and value < r.most):
+                yield f"{name} {value:g} must be {r.words}"
+    if not all(0 <= b < 1 for b in run.betas):
+        yield f"betas {run.betas} must both be in [0, 1)"
+    if not run.data:
+        yield "data names no text; give files (.txt, .jsonl), builtin:prose or builtin:c"
+    if run.steps is not None and run.epochs is not None:
+        yield f"steps {run.steps} and epochs {run.epochs:g} both set the length; give one of them"
+    if "none" in run.known and len(run.known) > 1:
+        yield f"known is 'none' and {', '.join(k for k in run.known if k != 'none')} at once; give one of them"
+    for name in run.allow:
+        if name not in ALLOWED:
+            yield f"allow: unknown check {name!r}{suggest(name, ALLOWED)}"
+    try:
+        yield from _of_method(run)
+    except ConfigError as e:  # an unknown method: nothing else can be said about it
+        yield str(e)
+
+
+def _of_method(run: Run) -> Iterator[str]:
+    kind = methods.get(run.method)
+    known = methods.options_of(kind)
+    for name, value in run.options.items():
+        if name not in known:
+            yield f"method {run.method!r} has no option {name!r}{suggest(name, known)}"
+            continue
+        try:
+            settings.suit(value, known[name].annotation)
+        except ValueError as e:
+            yield f"options: {name}: {e}"
+    for pattern, option in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+        if getattr(run, pattern) and option not in known:
+            yield f"{pattern} is given, but method {run.method!r} has no {option}"
+    if run.method == "full" and (run.to != "all-linear" or run.exclude or run.untie):
+        yield "to, exclude and untie choose layers to adapt, but method 'full' trains every parameter; leave them out"
+    if run.optimiser == "loraplus" and not set(optim.scales("loraplus", run.ratio)) & set(kind.roles.values()):
+        yield f"optimiser 'loraplus' sets the rate of B, and method {run.method!r} has none; use optimiser 'adamw'"
+    if run.optimiser != "loraplus" and run.loraplus_ratio is not None:
+        yield f"loraplus_ratio is given, but optimiser is {run.optimiser!r}; use optimiser 'loraplus' or leave the ratio out"
+    if run.loraplus_ratio is not None and 0 < run.loraplus_ratio < 1 and "ratio" not in run.allow:
+        yield f"loraplus_ratio {run.loraplus_ratio:g} < 1 slows B down, the opposite of LoRA+; use 1 or more, or allow 'ratio'"

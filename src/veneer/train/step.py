@@ -1,0 +1,76 @@
+"""One training step: micro-batches, one gradient, one update, or none if a number is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.data.pack import Window, collate, n_labels, n_tokens
+from veneer.errors import DataError
+from veneer.optim.groups import Part, set_rates
+from veneer.tasks import Batch, Objective
+
+
+class Outcome(NamedTuple):
+    """loss: nats per learned token; norm: of the gradient before clipping; skipped: why nothing was changed, or None."""
+
+    loss: float
+    norm: float
+    labels: int
+    tokens: int
+    skipped: str | None
+
+
+def under_autocast(objective: Objective, device: torch.device) -> Objective:
+    """The objective with matrix products in bfloat16 on weights that stay in float32."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        with torch.autocast(device.type, torch.bfloat16):
+            return objective(model, batch)
+
+    return loss
+
+
+class Learner(NamedTuple):
+    """A model, what is trained of it, and by what."""
+
+    model: nn.Module
+    parts: list[Part]
+    optimiser: torch.optim.Optimizer
+    objective: Objective
+    pad: int
+    clip: float  # largest norm of the gradient; 0: not clipped
+    decay: float
+
+    def step(self, micro: Sequence[Sequence[Window]], rate: float) -> Outcome:
+        """Learns from the micro-batches as from one batch: the loss is a mean over all their labels together.
+
+        If the loss or the gradient is not finite, no parameter and no moment changes. Raises DataError without a label.
+        """
+        labels = sum(n_labels(windows) for windows in micro)
+        if not labels:
+            raise DataError("no token of this batch is learned (every label is masked); give rows with a completion, or train_on='all'")
+        self.model.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = self._backward(micro, labels)
+        norm = float(nn.utils.clip_grad_norm_([p.parameter for p in self.parts], self.clip or math.inf))
+        skipped = next((f"{what} is {v}" for what, v in (("loss", loss), ("gradient", norm)) if not math.isfinite(v)), None)
+        if skipped is None:
+            set_rates(self.optimiser, rate, self.decay)
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return Outcome(loss, norm, labels, sum(n_tokens(windows) for windows in micro), skipped)
+
+    def _backward(self, micro: Sequence[Sequence[Window]], labels: int) -> float:
+        device = self.parts[0].parameter.device
+        total = torch.zeros((), dtype=torch.float64)
+        for windows in micro:
+            batch = {k: v.to(device) for k, v in collate(windows, self.pad).items()}
+            loss, _ = self.objective(self.model, batch)
+            (loss / labels).backward()
+            total += loss.detach().cpu()
+        return float(total / labels)
