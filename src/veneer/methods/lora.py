@@ -64,19 +64,20 @@ class LoRA(Delta):
     def holding(
         cls, site: Site, A: Tensor, B: Tensor, *, alpha: float, stabilised: bool = False, dropout: float = 0.0, start: int = 0
     ) -> LoRA:
-        """The change s B A with these factors, of any rank; the last `start` rows of A and columns of B are a start.
+        """The change s B A with these factors (k, in), (out, k), of any rank k, where s is that of alpha and k.
 
-        That is, A = [A'; A0] (r + start, in), B = [B', -B0] (out, r + start): A' and B' train, and the scaling is that
-        of alpha and all r + start rows.
+        start: how many of the ranks stand for a start A0, B0 that is subtracted; A and B are then laid out as by pair().
         """
         delta = cls(site, rank=1, dropout=dropout)
-        ranks, like = A.shape[0], delta.A
-        A, B = A.detach().to(like, copy=True), B.detach().to(like, copy=True)
-        r = ranks - start
-        delta.scaling = alpha / (math.sqrt(ranks) if stabilised else ranks)
-        delta.stabilised = stabilised
+        k, r = A.shape[0], A.shape[0] - start
+        A, B = A.detach().to(delta.A, copy=True), B.detach().to(delta.B, copy=True)
+        delta.scaling, delta.stabilised = alpha / (math.sqrt(k) if stabilised else k), stabilised
         delta.alpha = delta.scaling * (math.sqrt(r) if stabilised else r)
-        delta._hold(A[:r], B[:, :r], A[r:].clone() if start else None, -B[:, r:] if start else None)
+        if start:
+            A, A0, B, B0 = A[:r], A[:r] - A[r:], B[:, :r] + B[:, r:], B[:, r:].clone()
+            delta._hold(A, B, A0, B0)
+        else:
+            delta._hold(A, B, None, None)
         delta.options = {"rank": r, "alpha": delta.alpha, "stabilised": stabilised, "dropout": dropout}
         return delta
 
@@ -95,17 +96,21 @@ class LoRA(Delta):
         return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
 
     def to_peft(self, site: Site) -> PeftForm | None:
-        """Plain LoRA on the untouched base; rank 2r with the same scaling where a start was subtracted."""
-        if not site.factored:
-            return None  # PEFT's grouped convolution is another map (its A reads all groups)
+        """Plain LoRA on the untouched base; rank 2r with the same scaling where a start was subtracted.
+
+        `start_rank`, which is none of PEFT's settings, then says that the ranks are those of pair().
+        """
+        if not peft_same_map(site):
+            return None
         A, B = self.pair()
-        same = self.A0 is None
+        k = A.shape[0]
         config = {
             "peft_type": "LORA",
-            "r": A.shape[0],
-            "lora_alpha": self.alpha if same else self.scaling * A.shape[0],
-            "use_rslora": self.stabilised and same,
+            "r": k,
+            "lora_alpha": self.alpha if self.A0 is None else self.scaling * (math.sqrt(k) if self.stabilised else k),
+            "use_rslora": self.stabilised,
             "lora_dropout": self.dropout,
+            **({} if self.A0 is None else {"start_rank": self.A0.shape[0]}),
         }
         return PeftForm(config, peft_tensors(site, A.detach(), B.detach()))
 
@@ -115,6 +120,11 @@ class LoRA(Delta):
 
     @classmethod
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> LoRA:
+        if not peft_same_map(site):
+            raise FormatError(
+                f"{site.name}: PEFT's forward ignores this convolution's groups, dilation or padding mode, so that what was"
+                f" trained there is no change of its weight; train it again without this layer"
+            )
         check_peft_tensors(site, tensors, peft_shapes(site, config["r"]))
         A, B = (tensors[n].flatten(1) for n in peft_shapes(site, config["r"]))
         return cls.holding(

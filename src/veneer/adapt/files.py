@@ -1,0 +1,106 @@
+"""Files that are whole or not there: written under a temporary name beside their own, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from veneer.errors import FormatError
+
+# Endings of files that hold Python objects: reading one runs whatever code it names.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@contextmanager
+def replacing(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary names beside `paths`; what the block writes there takes their places, in their order, once all is on the disk.
+
+    If the block, or anything before the first rename, fails, the old files are as they were and nothing is left over.
+    """
+    temporary = [p.with_name(f".{p.name}.{uuid.uuid4().hex[:8]}") for p in paths]
+    try:
+        for folder in {p.parent for p in paths}:
+            folder.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for t in temporary:
+            _flush(t)
+        for t, p in zip(temporary, paths, strict=True):
+            os.replace(t, p)
+        for folder in {p.parent for p in paths}:
+            _flush(folder)
+    finally:
+        for t in temporary:
+            t.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a file's content, or a folder's names (which Windows cannot, and need not)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """UTF-8, sorted, two spaces: what PEFT writes. Raises ValueError for NaN and infinity, which JSON has not."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False), encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file. Raises FormatError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise FormatError(f"{path} is not JSON: {e}; restore it from a copy") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a {type(content).__name__}, not an object with settings")
+    return content
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """The tensors as safetensors, contiguous, each with its own storage."""
+    save_file({n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises FormatError if it is cut off or something else."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except (SafetensorError, OSError) as e:
+        raise FormatError(f"{path} is not a whole safetensors file ({e}); restore it from a copy") from None
+
+
+def refuse_pickle(folder: Path, wanted: str) -> None:
+    """Raises FormatError, saying what to do, where `folder` lacks the file `wanted`."""
+    if (folder / wanted).is_file():
+        return
+    there = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES) if folder.is_dir() else []
+    if there:
+        raise FormatError(
+            f"{folder} holds {there[0]} and no {wanted}; a pickle file can run code when it is read, so it is not read here. "
+            f"Open it in PEFT, if you trust it, and save_pretrained() again: that writes safetensors"
+        )
+    raise FormatError(f"{folder} has no {wanted}")

@@ -1,0 +1,72 @@
+"""Which base an adapter belongs to: a sample of every weight, rounded so that fp32, bf16 and fp16 copies look the same.
+
+A sample is 4096 evenly spaced numbers of a parameter, so that a model of 7 billion takes a second; a change that misses
+all of them (a few rows of an embedding) is not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt.attach import base_parameters
+from veneer.errors import first_few
+
+HASHED, KEPT = 4096, 32
+Record = dict[str, Any]
+
+
+def measure(model: nn.Module) -> Record:
+    """The fingerprint of the model without its adapters: a SHA-256 of all, and one, with a few numbers, of each parameter."""
+    tensors = {name: _of(name, p.detach()) for name, p in base_parameters(model).items()}
+    whole = hashlib.sha256("".join(f"{n} {t['sha256']}\n" for n, t in sorted(tensors.items())).encode())
+    return {"sha256": whole.hexdigest(), "tensors": tensors}
+
+
+def _of(name: str, p: Tensor) -> Record:
+    rounded = _sample(p, HASHED)
+    if rounded.is_floating_point():
+        rounded = rounded.to(torch.bfloat16).view(torch.int16)  # numpy has no bfloat16
+    seen = hashlib.sha256(f"{name} {tuple(p.shape)} ".encode() + rounded.cpu().numpy().tobytes())
+    kept = [float(f"{v:.9g}") for v in _sample(p, KEPT).float().nan_to_num(0.0).tolist()]  # 9 digits hold a float32
+    return {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "sha256": seen.hexdigest()[:32], "sample": kept}
+
+
+def _sample(p: Tensor, most: int) -> Tensor:
+    flat = p.reshape(-1)
+    n = min(most, flat.numel())
+    return flat[torch.arange(n, device=flat.device) * flat.numel() // max(n, 1)]
+
+
+def differences(model: nn.Module, saved: Record) -> list[str]:
+    """What tells `model` from the base that was measured as `saved`, a line a kind; empty if it is that base."""
+    now = measure(model)
+    if now["sha256"] == saved["sha256"]:
+        return []
+    here, there = now["tensors"], saved["tensors"]
+    both = [n for n in there if n in here]
+    shapes = [f"{n} {tuple(there[n]['shape'])} -> {tuple(here[n]['shape'])}" for n in both if there[n]["shape"] != here[n]["shape"]]
+    values = [n for n in both if there[n]["shape"] == here[n]["shape"] and not _same(there[n], here[n])]
+    kinds = {
+        f"{len(values)} of {len(there)} weights have other values": values,
+        "weights have other shapes": shapes,
+        "weights are not in this model": [n for n in there if n not in here],
+        "weights were not in the adapter's base": [n for n in here if n not in there],
+    }
+    return [f"another base: {what}: {first_few(names)}" for what, names in kinds.items() if names]
+
+
+def _same(a: Record, b: Record) -> bool:
+    """Equal but for rounding. Only float16 needs a tolerance: float32 -> float16 -> bfloat16 rounds twice."""
+    if a["sha256"] == b["sha256"]:
+        return True
+    dtypes = [getattr(torch, t["dtype"]) for t in (a, b)]
+    if torch.float16 not in dtypes or not all(d.is_floating_point for d in dtypes):
+        return False
+    relative = float(sum(torch.finfo(d).eps / 2 for d in dtypes))
+    least = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    pairs = zip(a["sample"], b["sample"], strict=True)
+    return all(bool(abs(x - y) <= relative * max(abs(x), abs(y)) + least) for x, y in pairs)

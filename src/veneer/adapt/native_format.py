@@ -1,0 +1,63 @@
+"""Our own tensors file, for changes that PEFT cannot express: every delta's state under `<layer>.<parameter>`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer import methods
+from veneer.adapt.checks import Problem
+from veneer.adapt.manifest import site_options
+from veneer.adapt.peft_format import Changes
+from veneer.errors import VeneerError, first_few
+from veneer.sites import LeafSite, Site, site_for
+
+TENSORS = "delta.safetensors"
+
+
+def read(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Changes, list[Problem]]:
+    """The changes that veneer.json describes, not attached, and all that is wrong with them."""
+    layers = dict(model.named_modules())
+    changes: Changes = []
+    problems: list[Problem] = []
+    used: set[str] = set()
+    for name, entry in manifest["sites"].items():
+        lead = f"{name}."
+        own = {k.removeprefix(lead): t for k, t in tensors.items() if k.startswith(lead)}
+        if name not in layers:
+            problems.append(Problem("fit", f"the model has no layer {name!r}"))
+            used |= {f"{lead}{k}" for k in own}
+            continue
+        try:
+            site = _site(name, layers[name], entry["kind"])
+            delta = methods.build(methods.get(entry["method"]), site, site_options(manifest, name))
+        except VeneerError as e:
+            problems.append(Problem("fit", str(e)))
+            used |= {f"{lead}{k}" for k in own}
+            continue
+        wanted = delta.state_dict()
+        used |= {f"{lead}{k}" for k in wanted}
+        wrong = _misfits(name, wanted, own)
+        problems += [Problem("fit", text) for text in wrong]
+        if not wrong:
+            delta.load_state_dict({k: own[k] for k in wanted})
+            changes.append((site, delta))
+    unused = [f"{k} {tuple(t.shape)}" for k, t in tensors.items() if k not in used]
+    if unused:
+        problems.append(Problem("unused", f"{len(unused)} tensors belong to no layer: {first_few(unused)}"))
+    return changes, problems
+
+
+def _site(name: str, module: nn.Module, kind: str) -> Site:
+    return LeafSite(name, module) if kind == LeafSite.kind else site_for(name, module)
+
+
+def _misfits(name: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    missing = [f"missing: {name}.{k} {tuple(t.shape)}" for k, t in wanted.items() if k not in found]
+    return missing + [
+        f"wrong shape: {name}.{k} is {tuple(found[k].shape)}, the model asks for {tuple(t.shape)}"
+        for k, t in wanted.items()
+        if k in found and found[k].shape != t.shape
+    ]

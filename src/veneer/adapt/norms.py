@@ -1,0 +1,43 @@
+"""How large a change is, and whether it is one at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.methods import Delta
+from veneer.ops.linalg import product_norm, row_norms
+from veneer.sites import Site
+
+
+class Size(NamedTuple):
+    """Frobenius norms of one site's change and of its W; `floor` is what rounding alone could make of no change."""
+
+    change: float
+    base: float
+    floor: float
+
+    @property
+    def zero(self) -> bool:
+        return self.change <= self.floor
+
+
+@torch.no_grad()
+def size(site: Site, delta: Delta) -> Size:
+    """The size of one change, without the dense change where it has factors and no gain."""
+    base = float(row_norms(site.weight()).norm())
+    f = delta.factors(site)
+    if f is not None and f.g is None:
+        # In float64: of a PiSSA-like start the norm is that of a small difference of large products.
+        A, B = f.A.double(), f.B.double()
+        return Size(float(product_norm(B, A)), base, torch.finfo(f.A.dtype).eps * float(A.norm() * B.norm()))
+    D = delta.delta(site)
+    return Size(float(row_norms(D).norm()), base, 0.0 if f is None else 4 * torch.finfo(D.dtype).eps * base)
+
+
+def finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    return [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]

@@ -1,0 +1,227 @@
+"""PEFT's adapter folder, https://huggingface.co/docs/peft: its settings and names, and our changes written in them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from veneer.methods import Delta, PeftForm
+from veneer.methods.full import Full
+from veneer.sites import LeafSite, Site
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+Config = dict[str, Any]
+Changes = list[tuple[Site, Delta]]
+
+# What PEFT has always written; the rest is written only where it says something, so that older readers do not warn.
+LONG_KNOWN: Config = {
+    "alpha_pattern": {},
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "task_type": None,
+}
+# The other settings of PEFT 0.21 with their defaults.
+NEWER: Config = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "peft_version": None,
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+KEYS: Config = {**LONG_KNOWN, **NEWER}
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+
+# PEFT trains these layers whole with every adapter of such a task, and fails on a file that lacks them.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+class Written(NamedTuple):
+    """An adapter in PEFT's format: its settings, the tensors of its changes, those of modules kept whole, and `own`,
+    by site, what PEFT has no words for."""
+
+    config: Config
+    tensors: dict[str, Tensor]
+    whole: dict[str, Tensor]
+    own: dict[str, Config]
+
+
+def write(model: nn.Module, changes: Changes) -> Written | None:
+    """The adapter as PEFT expresses it exactly on the untouched base, or None where PEFT cannot.
+
+    Changes of whole modules (method full) become modules_to_save, if there are others beside them.
+    """
+    whole: Changes = [(s, d) for s, d in changes if isinstance(d, Full)]
+    forms = {s.name: d.to_peft(s) for s, d in changes if not isinstance(d, Full)}
+    known = {n: f for n, f in forms.items() if f is not None}
+    if not known or len(known) < len(forms):
+        return None
+    saved = outermost(s.name for s, _ in whole)
+    config = _settings(model, known, saved)
+    if config is None:
+        return None
+    config["fan_in_fan_out"] = any(s.kind == "transposed" for s, _ in changes)
+    tensors = {f"{PREFIX}{n}.{end}": t for n, f in known.items() for end, t in f.tensors.items()}
+    own = {n: {k: v for k, v in f.config.items() if k not in KEYS} for n, f in known.items()}
+    return Written(config, tensors, _saved(model, saved, whole), own)
+
+
+def _settings(model: nn.Module, forms: dict[str, PeftForm], saved: list[str]) -> Config | None:
+    """adapter_config.json, or None where PEFT would apply it to other layers, or with other ranks, than ours."""
+    per_site = {n: {k: v for k, v in f.config.items() if k in KEYS} for n, f in forms.items()}
+    shared = [{k: v for k, v in own.items() if k not in PATTERNS} for own in per_site.values()]
+    if any(own != shared[0] for own in shared):
+        return None
+    config = {**LONG_KNOWN, **shared[0], "modules_to_save": saved or None, **_origin(model, saved)}
+    for key, pattern in PATTERNS.items():
+        config[key], config[pattern] = _pattern({n: _whole(own[key]) for n, own in per_site.items()})
+    names = [n for n, m in model.named_modules() if ".deltas" not in f".{n}"]
+    for targets in (_endings(forms, names), "|".join(re.escape(n) for n in forms)):
+        config["target_modules"] = targets
+        exact = [n for n in names if targeted(config, n)] == [n for n in names if n in forms]
+        same = all(at(config, n)[key] == own[key] for n, own in per_site.items() for key in PATTERNS)
+        if exact and same and wrapped(config, names) == set(saved):
+            return {k: v for k, v in config.items() if k in LONG_KNOWN or v != NEWER.get(k)}
+    return None
+
+
+def _origin(model: nn.Module, saved: list[str]) -> Config:
+    """Where the base came from, and the task by which PEFT chooses its wrapper; without the task's head in it, none."""
+    kind, known = type(model), getattr(getattr(model, "config", None), "model_type", None)
+    task = next((t for end, t in TASKS.items() if known and kind.__name__.endswith(end)), None)
+    heads = [n for n, _ in model.named_modules() if n.endswith(HEADS.get(task or "", ()))]
+    if not set(heads) <= set(saved):
+        task = None
+    return {
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "task_type": task,
+        "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+    }
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The most common value, and the others by the end of an expression that only their layers match."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    others = {n: v for n, v in values.items() if v != common}
+    if all(at({"r": common, "rank_pattern": others}, n)["r"] == v for n, v in values.items()):
+        return common, others
+    return common, {f"^{re.escape(n)}": v for n, v in others.items()}
+
+
+def _endings(sites: Iterable[str], names: list[str]) -> list[str]:
+    """The shortest endings of names that mean these layers and no others; whole names where there are none."""
+    sites = list(sites)
+    short = sorted({n.rsplit(".", 1)[-1] for n in sites})
+    return short if {n for n in names if _ends(n, short)} == set(sites) else sorted(sites)
+
+
+def _ends(name: str, entries: Iterable[str]) -> bool:
+    return any(name == e or name.endswith(f".{e}") for e in entries)
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """Sorted, and without the names of modules inside others of them."""
+    every = sorted(set(names))
+    return [n for n in every if not any(n.startswith(f"{o}.") for o in every)]
+
+
+def _saved(model: nn.Module, saved: list[str], whole: Changes) -> dict[str, Tensor]:
+    """All that the modules hold, buffers too, with their changes applied."""
+    own = {f"{n}.{k}": t for n in saved for k, t in model.get_submodule(n).state_dict().items() if ".deltas." not in f".{k}"}
+    for site, delta in whole:
+        assert isinstance(site, LeafSite)
+        parts = {n: site.module.get_parameter(n) for n in site.parameters}
+        changed = (site.weight() + delta.delta(site)).detach().flatten().split([p.numel() for p in parts.values()])
+        own.update({f"{site.name}.{n}": t.view_as(p) for (n, p), t in zip(parts.items(), changed, strict=True)})
+    return {f"{PREFIX}{k}": t for k, t in own.items()}
+
+
+def at(config: Mapping[str, Any], name: str) -> Config:
+    """The settings of one layer: rank and alpha by PEFT's rule, the first pattern that ends the layer's name."""
+    found = dict(config)
+    for key, pattern in PATTERNS.items():
+        hit = next((v for k, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", name)), None)
+        if hit is not None:
+            found[key] = hit
+    return {k: v for k, v in found.items() if k not in PATTERNS.values()}
+
+
+def wrapped(config: Config, names: Iterable[str]) -> set[str]:
+    """The modules that PEFT keeps whole: their names end with an entry of modules_to_save, wherever it begins."""
+    entries = tuple(config.get("modules_to_save") or ())
+    return {n for n in names if entries and n.endswith(entries)}
+
+
+def targeted(config: Config, name: str) -> bool:
+    """Whether PEFT adapts the layer called `name`."""
+    exclude, targets = config.get("exclude_modules"), config["target_modules"]
+    if re.fullmatch(exclude, name) if isinstance(exclude, str) else _ends(name, exclude or ()):
+        return False
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.get("modules_to_save") or ()):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return name in targets or (_ends(name, targets) and _in_layers(config, name))
+
+
+def _in_layers(config: Config, name: str) -> bool:
+    """Whether the number of the layer's block is among layers_to_transform."""
+    wanted = config.get("layers_to_transform")
+    if wanted is None or wanted == []:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        lead = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
+        found = re.match(rf"{lead}{pattern}\.(\d+)\.", name)
+        if found:
+            return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False

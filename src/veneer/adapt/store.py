@@ -1,0 +1,183 @@
+"""Save and load adapters: PEFT's folder wherever PEFT can express them, with a manifest that says what must be true.
+
+On disk an adapter is relative to the untouched base, so that any saved adapter goes with any other. Nothing is attached
+before everything has been checked, and everything that is wrong is said at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt import attach, files, fingerprint, manifest, narrow, native_format, peft_format, peft_read
+from veneer.adapt import probe as golden
+from veneer.adapt.checks import Problem, check_allowed, clash, dead, not_finite, refuse, resized
+from veneer.adapt.norms import size
+from veneer.adapt.peft_format import Changes, Config
+from veneer.errors import FormatError, first_few
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    probe: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    allow: str | Iterable[str] = (),
+) -> Path:
+    """Writes adapter `name` into `folder`, whole or not at all, and returns the folder.
+
+    probe: keyword arguments of one call of the model, whose outputs are kept and compared when the adapter is loaded;
+    language models and token classifiers need none. dtype: of the tensors, where float32 is too large. allow: "zero",
+    "finite". Raises FormatError, before anything is written, for layers whose change is zero or not finite, and for a
+    dtype that would lose more than a twentieth of a change.
+    """
+    folder, allowed = Path(folder), check_allowed(allow)
+    changes = attach.changes(model, name)
+    written = peft_format.write(model, changes)
+    on_disk = changes if dtype is None else narrow.as_saved(changes, dtype, written is not None)
+    sizes = {site.name: size(site, delta) for site, delta in on_disk}
+    state = {f"{site.name}.{k}": t for site, delta in on_disk for k, t in delta.state_dict().items()}
+    refuse(f"adapter {name!r} was not saved", dead(on_disk, sizes) + not_finite(state), allowed)
+    kept = golden.take(model, name, probe, dtype)
+    settings = {n: peft_format.at(written.config, n) for n in sizes} if written else None
+    content = {
+        **manifest.describe(changes, sizes, written.own if written else {}, settings),
+        "base": fingerprint.measure(model),
+        "probe": kept if isinstance(kept, dict) else None,
+        "no_probe": None if isinstance(kept, dict) else kept,
+        "allow": sorted(allowed.union(*(_let_through(delta) for _, delta in changes))),
+    }
+    tensors = {n: t.to(dtype or t.dtype) for n, t in (written.tensors if written else state).items()}
+    _write(folder, {**tensors, **(written.whole if written else {})}, written.config if written else None, content)
+    return folder
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: Config | None, content: dict[str, Any]) -> None:
+    """All files under temporary names first; the manifest, which vouches for the tensors, takes its place last."""
+    target = folder / (native_format.TENSORS if config is None else peft_format.TENSORS)
+    paths = [target, *([] if config is None else [folder / peft_format.CONFIG]), folder / manifest.NAME]
+    with files.replacing(*paths) as temporary:
+        files.write_tensors(temporary[0], tensors)
+        content["tensors"] = {"file": target.name, "sha256": files.sha256(temporary[0]), "bytes": temporary[0].stat().st_size}
+        if config is not None:
+            files.write_json(temporary[1], config)
+        files.write_json(temporary[-1], content)
+    for other in {native_format.TENSORS, peft_format.TENSORS, peft_format.CONFIG} - {p.name for p in paths}:
+        (folder / other).unlink(missing_ok=True)  # of an adapter that this one has replaced
+
+
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    allow: str | Iterable[str] = (),
+    trainable: bool = False,
+    initial: str | Path | None = None,
+) -> nn.Module:
+    """The same model with the adapter in `folder` attached as `name`, acting at strength 1.
+
+    Reads what `save` wrote, and PEFT's LoRA folders. trainable: whether it, and it alone, takes gradients. initial:
+    PEFT's folder of the adapter before training, for its starts that the base does not determine (pissa_niter, corda,
+    lora_ga). allow: words for what to let through, see ALLOW. Raises FormatError that lists everything at once: another
+    base, missing, unused or misshapen tensors, a changed file, a change that is zero or not finite, a failed probe; the
+    model is then as it was.
+    """
+    folder, allowed = Path(folder), check_allowed(allow)
+    attach.check_name(model, name)
+    found = _open(folder)
+    changes, problems = _read(model, found, _initial(found, initial))
+    sizes = {site.name: size(site, delta) for site, delta in changes}
+    record = found.manifest
+    other = [Problem("base", text) for text in fingerprint.differences(model, record["base"])] if record else []
+    problems = other + found.problems + problems + not_finite(found.tensors) + clash(changes) + dead(changes, sizes)
+    if record and not other and set(sizes) <= set(record["sites"]):
+        problems += resized(sizes, record["sites"])
+    refuse(f"{folder} was not loaded", problems, allowed)
+    _attach(model, name, changes, sorted(allowed), trainable)
+    if record and record["probe"] and not other:
+        _prove(model, name, record["probe"], allowed, folder)
+    return model
+
+
+class Opened(NamedTuple):
+    """A folder's files; manifest None: PEFT's own; config None: our own layout."""
+
+    manifest: dict[str, Any] | None
+    config: Config | None
+    tensors: dict[str, Tensor]
+    problems: list[Problem]
+
+
+def _open(folder: Path) -> Opened:
+    if not folder.is_dir():
+        raise FormatError(f"there is no folder {folder}")
+    record = manifest.read(folder)
+    if record is None and not (folder / peft_format.CONFIG).is_file():
+        inner = sorted(p.parent.name for p in folder.glob(f"*/{peft_format.CONFIG}"))
+        hint = f"; it holds the adapters {first_few(inner)}: name one of these folders" if inner else ""
+        raise FormatError(f"{folder} is no adapter: it has neither {manifest.NAME} nor {peft_format.CONFIG}{hint}")
+    native = record is not None and record["layout"] == manifest.NATIVE
+    path = folder / (native_format.TENSORS if native else peft_format.TENSORS)
+    files.refuse_pickle(folder, path.name)
+    config = None if native else files.read_json(folder / peft_format.CONFIG)
+    problems = []
+    if record and files.sha256(path) != record["tensors"]["sha256"]:
+        text = f"{path.name} is not the file that {manifest.NAME} was written with: it was changed, or a save was cut off"
+        problems.append(Problem("sha256", text))
+    return Opened(record, config, files.read_tensors(path), problems)
+
+
+def _initial(found: Opened, initial: str | Path | None) -> dict[str, Tensor] | None:
+    """The tensors of the folder saved before training, if any. Raises FormatError for settings that cannot be read."""
+    if found.config is not None:
+        wrong = [Problem("fit", text) for text in peft_read.settings_problems(found.config, initial is not None)]
+        refuse("the adapter cannot be read", [*wrong, *found.problems] if wrong else [])
+    if initial is None:
+        return None
+    files.refuse_pickle(Path(initial), peft_format.TENSORS)
+    return files.read_tensors(Path(initial) / peft_format.TENSORS)
+
+
+def _read(model: nn.Module, found: Opened, initial: dict[str, Tensor] | None) -> tuple[Changes, list[Problem]]:
+    record = found.manifest
+    if found.config is None:
+        assert record is not None
+        return native_format.read(model, record, found.tensors)
+    own = {n: entry["own"] for n, entry in record["sites"].items()} if record else {}
+    changes, problems = peft_read.read(model, found.config, found.tensors, own, initial)
+    if record is None or problems:
+        return changes, problems
+    odd = {site.name for site, _ in changes} ^ set(record["sites"])
+    if odd:
+        return changes, [Problem("fit", f"{manifest.NAME} and {peft_format.CONFIG} name different layers: {first_few(sorted(odd))}")]
+    for site, delta in changes:
+        delta.options = manifest.site_options(record, site.name)
+    return changes, []
+
+
+def _attach(model: nn.Module, name: str, changes: Changes, allowed: list[str], trainable: bool) -> None:
+    for _, delta in changes:
+        delta.requires_grad_(trainable)
+        vars(delta)["let_through"] = allowed
+    attach.hang(model, name, changes)
+    if trainable:
+        attach.train_only(model, name)
+
+
+def _let_through(delta: nn.Module) -> list[str]:
+    return list(vars(delta).get("let_through", []))
+
+
+def _prove(model: nn.Module, name: str, kept: dict[str, Any], allowed: set[str], folder: Path) -> None:
+    try:
+        refuse(f"{folder} was not loaded", [Problem("probe", text) for text in golden.check(model, name, kept)], allowed)
+    except BaseException:
+        attach.detach(model, name)
+        raise
