@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import methods
+from veneer.adapt.groups import Group, act, forget, is_private
 from veneer.errors import ConfigError, ShapeError, SiteError, first_few, suggest
 from veneer.methods import Delta
 from veneer.sites import Site, find
@@ -28,6 +29,7 @@ class Deltas(nn.Module):
         self.site = site
         self.active: dict[str, float] = {}
         self.called = False
+        self.group: Group | None = None  # of layers that read the same input, see discover.py
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -42,7 +44,7 @@ class Deltas(nn.Module):
         return list(self._modules)
 
 
-RESERVED = {BASE, "site", "active", "called", *dir(Deltas), *vars(nn.Module())}  # attributes beside the adapters
+RESERVED = {BASE, "site", "active", "called", "group", *dir(Deltas), *vars(nn.Module())}  # attributes beside the adapters
 
 
 def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
@@ -54,11 +56,7 @@ def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
         return y
     if not args:
         raise SiteError(f"{deltas.site.name!r} was called with keywords only; call it as layer(x), so that its change can see x")
-    total = y
-    for name, strength in deltas.active.items():
-        change = deltas[name](args[0], y, deltas.site)
-        total = total + (change if strength == 1 else strength * change)
-    return total
+    return act(deltas, args[0], y, writable=is_private(module, _apply))
 
 
 def _check_called(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -250,6 +248,7 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
             _remove(module._forward_hooks, _apply)
     if not layers(model):
         _remove(model._forward_hooks, _check_called)
+        forget(model)
     return model
 
 

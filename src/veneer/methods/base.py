@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from veneer.errors import ConfigError, suggest
 from veneer.sites import Site
 
+ROWWISE = ("linear", "transposed")  # kinds of site that map vectors one by one, the last dimension of x
+
 
 class Factors(NamedTuple):
     """The normal form  y = g * (W x + B A x) + bias.
@@ -59,6 +61,12 @@ class Delta(nn.Module, ABC):
             return D
         W = site.weight().to(D.dtype)
         return (f.g - 1)[:, None] * W + f.g[:, None] * D
+
+    def normal_form(self, site: Site) -> Factors | None:
+        """factors() where forward() is nothing but that, on a layer that maps vectors one by one; else None."""
+        if type(self).forward is not Delta.forward or (self.training and self.dropout) or site.kind not in ROWWISE:
+            return None
+        return self.factors(site)
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """What to add to the layer's own output y, given its input x; several changes of one site sum."""

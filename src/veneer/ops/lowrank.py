@@ -1,0 +1,95 @@
+"""y + (x A') B' in two steps, h = x A' and y + h B', that keep for the backward only x and h, and cast the factors once.
+
+Several layers that read one x share the first step: one product with their factors stacked, and one for dx. Under
+compilation the same formulas are written plainly: there the compiler decides what is kept, and fuses more than these do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+def project(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """x A' for every A: x (..., in), A (r, in) each -> (..., r) each, in x's dtype whatever the factors are kept in."""
+    if _plain():
+        ranks = [A.shape[0] for A in factors]
+        h = x @ _stack(factors, x.dtype).mT
+        return tuple(torch.split(h, ranks, -1))
+    hs: tuple[Tensor, ...] = _Project.apply(x, *factors)
+    return hs
+
+
+def expand(y: Tensor, h: Tensor, B: Tensor, *, writable: bool = False) -> Tensor:
+    """y + h B': y (..., out), h (..., r), B (out, r).
+
+    writable: y belongs to the caller, and nobody else reads it before this changes it; the sum is then made in place
+    where autograd allows that (not in a view, whose base would have to know).
+    """
+    if _plain():
+        return y + h @ B.to(h.dtype).mT
+    in_place = writable and y.is_contiguous() and not (torch.is_grad_enabled() and y._is_view())
+    total: Tensor = _Expand.apply(y, h, B, in_place)
+    return total
+
+
+def _plain() -> bool:
+    """Whether something traces or transforms operations, which then must be ordinary ones."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def _stack(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (factors[0] if len(factors) == 1 else torch.cat(list(factors))).to(dtype)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+class _Project(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        A = _stack(factors, x.dtype)  # (sum of ranks, in)
+        ctx.save_for_backward(x, A)
+        ctx.set_materialize_grads(False)
+        ctx.ranks, ctx.dtypes = [f.shape[0] for f in factors], [f.dtype for f in factors]
+        return tuple(torch.split(x @ A.mT, ctx.ranks, -1))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, A = ctx.saved_tensors
+        parts = [x.new_zeros(*x.shape[:-1], r) if g is None else g for g, r in zip(grads, ctx.ranks, strict=True)]
+        dh = _rows(parts[0] if len(parts) == 1 else torch.cat(parts, -1))  # (n, sum of ranks)
+        dx = (dh @ A).view_as(x) if ctx.needs_input_grad[0] else None
+        wanted = [n and g is not None for n, g in zip(ctx.needs_input_grad[1:], grads, strict=True)]
+        if not any(wanted):
+            return dx, *(None for _ in wanted)
+        own = (dh.mT @ _rows(x)).split(ctx.ranks)
+        return dx, *(d.to(t) if n else None for d, t, n in zip(own, ctx.dtypes, wanted, strict=True))
+
+
+class _Expand(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, in_place: bool) -> Tensor:
+        narrow = B.to(h.dtype)
+        ctx.save_for_backward(h, narrow)
+        ctx.dtype = B.dtype
+        if in_place:
+            y.view(-1, y.shape[-1]).addmm_(_rows(h), narrow.mT)
+            ctx.mark_dirty(y)
+            return y
+        return torch.addmm(_rows(y), _rows(h), narrow.mT).view_as(y)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, B = ctx.saved_tensors
+        dh = dy @ B if ctx.needs_input_grad[1] else None
+        dB = (_rows(dy).mT @ _rows(h)).to(ctx.dtype) if ctx.needs_input_grad[2] else None
+        return (dy if ctx.needs_input_grad[0] else None), dh, dB, None
