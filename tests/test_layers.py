@@ -19,7 +19,7 @@ ROWS = [
     ("sites",),
     ("methods",),
     ("adapt",),
-    ("tasks", "data", "optim"),
+    ("tasks", "data", "optim", "convert"),
     ("compress", "train"),
     ("serve", "analyse", "search", "embedded"),
     ("app",),
