@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         for group in (g for o in optimisers for g in o.param_groups):
             group["lr"] = group["initial_lr"] * rate(progress, args.decay)
         loss = loss_function(model, draws.batch(meta["step"]))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()

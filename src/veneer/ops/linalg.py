@@ -28,7 +28,7 @@ def range_finder(W: Tensor, width: int, iterations: int, draw: torch.Generator) 
 
     Subspace iteration with a QR at every half step (Halko, Martinsson & Tropp 2011, algorithm 4.4).
     """
-    Q = torch.randn(W.shape[1], width, generator=draw).to(W)  # drawn on the CPU: the same on every device
+    Q: Tensor = torch.randn(W.shape[1], width, generator=draw).to(W)  # drawn on the CPU: the same on every device
     Q = torch.linalg.qr(W @ Q).Q
     for _ in range(iterations):
         Q = torch.linalg.qr(W.mT @ Q).Q
@@ -59,7 +59,8 @@ def product_spectrum(B: Tensor, A: Tensor) -> Tensor:
     """Singular values (r,) of B A, largest first, from B (out, r) and A (r, in) without forming the product."""
     RB = torch.linalg.qr(precise(B)).R
     RA = torch.linalg.qr(precise(A).mT).R
-    return torch.linalg.svdvals(RB @ RA.mT)
+    spectrum: Tensor = torch.linalg.svdvals(RB @ RA.mT)
+    return spectrum
 
 
 def product_norm(B: Tensor, A: Tensor) -> Tensor:
@@ -80,7 +81,8 @@ def effective_rank(spectrum: Tensor) -> float:
 def row_norms(W: Tensor) -> Tensor:
     """Norm of every row (out,), accumulated in float32 at least and without a copy of W in it."""
     dtype = torch.promote_types(W.dtype, torch.float32)
-    return torch.linalg.vector_norm(W, dim=1, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=dtype)
+    return norms
 
 
 def row_norms_of_sum(W: Tensor, squares: Tensor, A: Tensor, B: Tensor) -> Tensor:
