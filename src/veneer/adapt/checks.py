@@ -42,11 +42,15 @@ def check_allowed(allow: str | Iterable[str]) -> set[str]:
     return words
 
 
-def refuse(what: str, problems: Iterable[Problem], allowed: Iterable[str] = ()) -> None:
-    """Raises FormatError with every problem that is not let through, and the words that would do so."""
+def refuse(what: str, problems: Iterable[Problem], allowed: Iterable[str] = ()) -> set[str]:
+    """The words of `allowed` that let a problem through.
+
+    Raises FormatError with every problem that none of them does, and the words that would.
+    """
+    problems = list(problems)
     left = [p for p in problems if p.kind not in allowed]
     if not left:
-        return
+        return {p.kind for p in problems}
     words = sorted({p.kind for p in left})
     hint = f"\nto go on all the same: allow={tuple(words)!r}" if set(words) <= set(ALLOW) else ""
     raise FormatError(f"{what}:\n" + "\n".join(f"- {p.text}" for p in left) + hint)

@@ -47,7 +47,7 @@ def differences(model: nn.Module, saved: Record) -> list[str]:
     if now["sha256"] == saved["sha256"]:
         return []
     here, there = now["tensors"], saved["tensors"]
-    both = [n for n in there if n in here]
+    both = [n for n in here if n in there]
     shapes = [f"{n} {tuple(there[n]['shape'])} -> {tuple(here[n]['shape'])}" for n in both if there[n]["shape"] != here[n]["shape"]]
     values = [n for n in both if there[n]["shape"] == here[n]["shape"] and not _same(there[n], here[n])]
     kinds = {

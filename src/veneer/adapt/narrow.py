@@ -6,6 +6,7 @@ import copy
 
 import torch
 
+from veneer.adapt.norms import dense
 from veneer.adapt.peft_format import Changes
 from veneer.errors import ConfigError, FormatError, first_few
 from veneer.methods import Delta
@@ -28,9 +29,9 @@ def as_saved(changes: Changes, dtype: torch.dtype, in_peft: bool) -> Changes:
     for site, delta in changes:
         rounded = _through_peft(site, delta, dtype) if in_peft else _through_state(delta, dtype)
         saved.append((site, rounded))
-        D = delta.delta(site)
-        if bool(D.any()):
-            lost[site.name] = float((rounded.delta(site) - D).norm() / D.norm())
+        before, after = dense(site, delta), dense(site, rounded)
+        if before is not None and after is not None and bool(before.any()):
+            lost[site.name] = float((after - before).norm() / before.norm())
     worst = sorted((n for n, share in lost.items() if not share <= MOST_LOST), key=lambda n: -lost[n])
     if worst:
         some = first_few(f"{n} ({lost[n]:.0%})" for n in worst)

@@ -9,12 +9,19 @@ from torch import Tensor, nn
 
 from veneer import methods
 from veneer.adapt.checks import Problem
-from veneer.adapt.manifest import site_options
+from veneer.adapt.manifest import method_of, site_options
 from veneer.adapt.peft_format import Changes
 from veneer.errors import VeneerError, first_few
 from veneer.sites import LeafSite, Site, site_for
 
 TENSORS = "delta.safetensors"
+
+
+def homeless(changes: Changes) -> list[Problem]:
+    """Changes of methods that are not files of `veneer.methods`, and could not be built again when read."""
+    odd = sorted({method_of(delta) for _, delta in changes} - set(methods.available()))
+    text = f"{first_few(odd)}: PEFT cannot express it, and Veneer could not load it: it is no method of its own; put it into veneer.methods"
+    return [Problem("fit", text)] if odd else []
 
 
 def read(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Changes, list[Problem]]:

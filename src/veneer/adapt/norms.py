@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from veneer.errors import NotMergeable
 from veneer.methods import Delta
 from veneer.ops.linalg import product_norm, row_norms
 from veneer.sites import Site
 
 
 class Size(NamedTuple):
-    """Frobenius norms of one site's change and of its W; `floor` is what rounding alone could make of no change."""
+    """Frobenius norms of one site's change and of its W; `floor` is what rounding alone could make of no change.
+
+    The change of a method that is no change of weights (a bottleneck) is NaN, which is neither zero nor comparable.
+    """
 
     change: float
     base: float
@@ -34,8 +39,18 @@ def size(site: Site, delta: Delta) -> Size:
         # In float64: of a PiSSA-like start the norm is that of a small difference of large products.
         A, B = f.A.double(), f.B.double()
         return Size(float(product_norm(B, A)), base, torch.finfo(f.A.dtype).eps * float(A.norm() * B.norm()))
-    D = delta.delta(site)
+    D = dense(site, delta)
+    if D is None:
+        return Size(math.nan, base, 0.0)
     return Size(float(row_norms(D).norm()), base, 0.0 if f is None else 4 * torch.finfo(D.dtype).eps * base)
+
+
+def dense(site: Site, delta: Delta) -> Tensor | None:
+    """W' - W (out, in), or None for a method that is no change of weights."""
+    try:
+        return delta.delta(site)
+    except NotMergeable:
+        return None
 
 
 def finite(tensors: Mapping[str, Tensor]) -> list[str]:

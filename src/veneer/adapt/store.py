@@ -43,7 +43,8 @@ def save(
     on_disk = changes if dtype is None else narrow.as_saved(changes, dtype, written is not None)
     sizes = {site.name: size(site, delta) for site, delta in on_disk}
     state = {f"{site.name}.{k}": t for site, delta in on_disk for k, t in delta.state_dict().items()}
-    refuse(f"adapter {name!r} was not saved", dead(on_disk, sizes) + not_finite(state), allowed)
+    problems = dead(on_disk, sizes) + not_finite(state) + ([] if written else native_format.homeless(changes))
+    used = refuse(f"adapter {name!r} was not saved", problems, allowed)
     kept = golden.take(model, name, probe, dtype)
     settings = {n: peft_format.at(written.config, n) for n in sizes} if written else None
     content = {
@@ -51,7 +52,7 @@ def save(
         "base": fingerprint.measure(model),
         "probe": kept if isinstance(kept, dict) else None,
         "no_probe": None if isinstance(kept, dict) else kept,
-        "allow": sorted(allowed.union(*(_let_through(delta) for _, delta in changes))),
+        "allow": sorted(used.union(*(_let_through(delta) for _, delta in changes))),
     }
     tensors = {n: t.to(dtype or t.dtype) for n, t in (written.tensors if written else state).items()}
     _write(folder, {**tensors, **(written.whole if written else {})}, written.config if written else None, content)
@@ -99,10 +100,15 @@ def load(
     problems = other + found.problems + problems + not_finite(found.tensors) + clash(changes) + dead(changes, sizes)
     if record and not other and set(sizes) <= set(record["sites"]):
         problems += resized(sizes, record["sites"])
-    refuse(f"{folder} was not loaded", problems, allowed)
-    _attach(model, name, changes, sorted(allowed), trainable)
+    used = refuse(f"{folder} was not loaded", problems, allowed)
+    attach.hang(model, name, changes)
     if record and record["probe"] and not other:
-        _prove(model, name, record["probe"], allowed, folder)
+        used |= _prove(model, name, record["probe"], allowed, folder)
+    for _, delta in changes:
+        delta.requires_grad_(False)
+        vars(delta)["let_through"] = sorted(used)
+    if trainable:
+        attach.train_only(model, name)
     return model
 
 
@@ -162,22 +168,13 @@ def _read(model: nn.Module, found: Opened, initial: dict[str, Tensor] | None) ->
     return changes, []
 
 
-def _attach(model: nn.Module, name: str, changes: Changes, allowed: list[str], trainable: bool) -> None:
-    for _, delta in changes:
-        delta.requires_grad_(trainable)
-        vars(delta)["let_through"] = allowed
-    attach.hang(model, name, changes)
-    if trainable:
-        attach.train_only(model, name)
-
-
 def _let_through(delta: nn.Module) -> list[str]:
     return list(vars(delta).get("let_through", []))
 
 
-def _prove(model: nn.Module, name: str, kept: dict[str, Any], allowed: set[str], folder: Path) -> None:
+def _prove(model: nn.Module, name: str, kept: dict[str, Any], allowed: set[str], folder: Path) -> set[str]:
     try:
-        refuse(f"{folder} was not loaded", [Problem("probe", text) for text in golden.check(model, name, kept)], allowed)
+        return refuse(f"{folder} was not loaded", [Problem("probe", text) for text in golden.check(model, name, kept)], allowed)
     except BaseException:
         attach.detach(model, name)
         raise

@@ -39,8 +39,10 @@ class DoRA(Delta):
         seed: draws are keyed by (seed, layer name)
         """
         super().__init__()
-        self.lora = LoRA(site, rank=rank, alpha=alpha, stabilised=stabilised, dropout=dropout, init=init, seed=seed)
-        self.dropout = dropout
+        self._hold(site, LoRA(site, rank=rank, alpha=alpha, stabilised=stabilised, dropout=dropout, init=init, seed=seed))
+
+    def _hold(self, site: Site, lora: LoRA) -> None:
+        self.lora, self.dropout = lora, lora.dropout
         norms = row_norms(site.weight().detach()).to(master_dtype(site))
         self.m = nn.Parameter(norms.clone())
         # Of the base as it was attached: attached changes never write it.
@@ -67,9 +69,10 @@ class DoRA(Delta):
     @classmethod
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> DoRA:
         check_peft_tensors(site, tensors, {**peft_shapes(site, config["r"]), **peft_magnitude(site)})
-        delta = cls(site, rank=1)
-        delta.lora = LoRA.from_peft(site, config, tensors)
-        delta.dropout, delta.options = delta.lora.dropout, delta.lora.options
+        delta = cls.__new__(cls)  # as LoRA.holding, without a start
+        nn.Module.__init__(delta)
+        delta._hold(site, LoRA.from_peft(site, config, tensors))
+        delta.options = delta.lora.options
         with torch.no_grad():
             delta.m.copy_(tensors["lora_magnitude_vector"].flatten())
         return delta

@@ -68,10 +68,12 @@ class LoRA(Delta):
 
         start: how many of the ranks stand for a start A0, B0 that is subtracted; A and B are then laid out as by pair().
         """
-        delta = cls(site, rank=1, dropout=dropout)
+        delta = cls.__new__(cls)  # __init__ would draw a start, from a copy of W
+        nn.Module.__init__(delta)
         k, r = A.shape[0], A.shape[0] - start
-        A, B = A.detach().to(delta.A, copy=True), B.detach().to(delta.B, copy=True)
-        delta.scaling, delta.stabilised = alpha / (math.sqrt(k) if stabilised else k), stabilised
+        like = torch.empty(0, dtype=master_dtype(site), device=site.weight().device)
+        A, B = A.detach().to(like, copy=True), B.detach().to(like, copy=True)
+        delta.dropout, delta.scaling, delta.stabilised = dropout, alpha / (math.sqrt(k) if stabilised else k), stabilised
         delta.alpha = delta.scaling * (math.sqrt(r) if stabilised else r)
         if start:
             A, A0, B, B0 = A[:r], A[:r] - A[r:], B[:, :r] + B[:, r:], B[:, r:].clone()
