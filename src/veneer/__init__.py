@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from veneer.adapt.attach import activate, active, adapters, attach, detach, train_only, using
 from veneer.adapt.store import load, save
 
+if TYPE_CHECKING:
+    from veneer.app.fit import fit
+    from veneer.train.run import Run
+
 __version__ = "0.1.0"
-__all__ = ["activate", "active", "adapters", "attach", "detach", "load", "save", "train_only", "using"]
+__all__ = ["Run", "activate", "active", "adapters", "attach", "detach", "fit", "load", "save", "train_only", "using"]
+
+# Names that are imported when they are first used, so that `import veneer` stays quick.
+_LATE = {"Run": "veneer.train.run", "fit": "veneer.app.fit"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LATE[name]), name)

@@ -37,7 +37,7 @@ class Run:
     exclude: str | tuple[str, ...] = setting((), "layers to leave out, as in to")
     untie: bool = setting(False, "adapt layers that share their weight with another one")
     options: dict[str, Any] = field(default_factory=dict, metadata=about("the method's own options, such as rank and alpha"))
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=about("other ranks, by the ending of the layer's name (or a pattern of it)"))
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=about("other ranks, by ending or pattern of a layer's name"))
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=about("other alphas, in the same way"))
     optimiser: Literal["adamw", "loraplus"] = setting("adamw", "AdamW, or AdamW with LoRA+'s rates for the factors")
     loraplus_ratio: float | None = setting(None, "rate of B in multiples of A's; 16 unless given", unit="times")
