@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 
 def project(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -51,6 +50,15 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
+def refuse_second_order() -> None:
+    """Raises RuntimeError in a backward that is itself to be differentiated, as what was kept is not enough for that."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "derivatives of second order (create_graph=True) are not supported by Veneer's low-rank product and chunked loss;"
+            " torch.func.grad and hessian are, and causal_lm.loss(.., chunked=False)"
+        )
+
+
 class _Project(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
@@ -61,8 +69,8 @@ class _Project(Function):
         return tuple(torch.split(x @ A.mT, ctx.ranks, -1))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         x, A = ctx.saved_tensors
         parts = [x.new_zeros(*x.shape[:-1], r) if g is None else g for g, r in zip(grads, ctx.ranks, strict=True)]
         dh = _rows(parts[0] if len(parts) == 1 else torch.cat(parts, -1))  # (n, sum of ranks)
@@ -87,8 +95,8 @@ class _Expand(Function):
         return torch.addmm(_rows(y), _rows(h), narrow.mT).view_as(y)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         h, B = ctx.saved_tensors
         dh = dy @ B if ctx.needs_input_grad[1] else None
         dB = (_rows(dy).mT @ _rows(h)).to(ctx.dtype) if ctx.needs_input_grad[2] else None

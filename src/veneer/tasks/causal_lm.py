@@ -2,23 +2,73 @@
 
 from __future__ import annotations
 
+import warnings
+from weakref import WeakKeyDictionary
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.adapt.attach import check_called, layers
+from veneer.adapt.head import Head, cut, difference
+from veneer.ops.chunked import Kernel, cross_entropy
 from veneer.ops.linalg import precise
 from veneer.tasks import Batch
 
 IGNORED = -100
+PROBED = 64  # positions at which a head is compared with its model
+
+_heads: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()  # checked ones; None where the check failed
 
 
-def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+def loss(
+    model: nn.Module, batch: Batch, *, chunked: bool = True, smoothing: float = 0.0, kernel: Kernel | None = None
+) -> tuple[Tensor, int]:
     """Sum in nats, and the number of labels.
 
     batch: input_ids (b, t), labels (b, t) already shifted: labels[i] is the token after input_ids[i]; position_ids
     (b, t), beginning anew with each document, where a row holds several. There is no attention mask: padding comes last.
+    chunked: the head runs on labelled positions only, a chunk at a time, so that the logits never exist as a whole;
+    smoothing and kernel are those of ops.chunked.
     """
     labels = batch["labels"]
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    logits = precise(model(**inputs, use_cache=False).logits)  # (b, t, vocabulary)
-    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total, int((labels != IGNORED).sum())
+    learned = labels != IGNORED
+    inputs = {**{k: v for k, v in batch.items() if k != "labels"}, "use_cache": False}
+    head = head_of(model, inputs, learned) if chunked else None
+    targets = labels[learned]
+    if head is not None:
+        features = head.features(inputs)[learned]
+        return cross_entropy(features, targets, head.logits, head.parameters(), smoothing=smoothing, kernel=kernel), len(targets)
+    logits = precise(model(**inputs).logits[learned])
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing), len(targets)
+
+
+def head_of(model: nn.Module, inputs: Batch | dict[str, object], learned: Tensor) -> Head | None:
+    """The model's head if it makes the model's own logits, which is checked once, on the first batch; else None.
+
+    Warns, once, where it does not.
+    """
+    if model not in _heads:
+        if torch.compiler.is_compiling():
+            return None
+        _heads[model] = _checked(model, inputs, learned)
+    return _heads[model]
+
+
+def _checked(model: nn.Module, inputs: Batch | dict[str, object], learned: Tensor) -> Head | None:
+    head = cut(model)
+    if head is None:
+        return None
+    places = learned & (learned.flatten().cumsum(0).view_as(learned) <= PROBED)
+    error = difference(model, head, inputs, places)
+    if any(d.called for d in layers(model)):  # none is where the body has been compiled already
+        check_called(model)  # the hook that does it sees calls of the whole model only
+    dtype = next((p.dtype for p in head.layer.parameters()), torch.float32)
+    if error <= 64 * torch.finfo(dtype).eps:
+        return head
+    warnings.warn(
+        f"{type(model).__name__} does more to its logits than its output layer and configuration say (they differ by {error:.1g} of the"
+        f" largest); its loss is computed from all logits at once, which is exact but takes more memory",
+        stacklevel=3,
+    )
+    return None
