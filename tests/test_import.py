@@ -11,21 +11,18 @@ import veneer
 COST = """
 import json, sys, time
 import torch
-before, start = set(sys.modules), time.perf_counter()
+before, start = set(sys.modules), time.process_time()
 import veneer
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 new = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 print(json.dumps({"seconds": seconds, "packages": sorted(new)}))
 """
 
 
 def test_import_brings_nothing_but_torch_and_safetensors_and_is_quick():
-    costs = []
-    while len(costs) < 3 and (not costs or min(costs) >= 0.3):  # the least of three: a busy machine only ever adds
-        found = json.loads(printed(COST))
-        assert set(found["packages"]) <= {"veneer", "safetensors"}
-        costs.append(found["seconds"])
-    assert min(costs) < 0.3
+    found = json.loads(printed(COST))
+    assert set(found["packages"]) <= {"veneer", "safetensors"}
+    assert found["seconds"] < 0.3  # the processor's time: what else the machine does only adds waiting
 
 
 def test_every_public_name_is_there():
