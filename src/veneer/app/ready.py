@@ -42,7 +42,7 @@ def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
     run = texts.named(run)
     rows = texts.gather(run, voice)
     tokenizer = pretrained.tokenizer(run.model)
-    ready = {part: texts.prepare(found, run, tokenizer, voice) for part, found in rows.items()}
+    ready = texts.prepare_all(rows, run, tokenizer, voice)
     run = decided(run, device)
     dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
     model = pretrained.causal_lm(run.model, dtype, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -58,6 +58,20 @@ def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
     if not found["known"]:
         voice.say("forgetting is not measured: no known text (known=) is given")
     return {part: rows for part, rows in found.items() if rows}
+
+
+def prepare_all(rows: Mapping[str, Sequence[Row]], run: Run, tokenizer: Any, voice: Voice) -> dict[str, Text]:
+    """Every part's rows as windows. Raises one DataError for all rows of all parts that cannot be used."""
+    found: dict[str, Text] = {}
+    problems: list[str] = []
+    for part, some in rows.items():
+        try:
+            found[part] = prepare(some, run, tokenizer, voice)
+        except DataError as e:
+            problems.append(str(e))
+    if problems:
+        raise DataError("\n".join(problems))
+    return found
 
 
 def prepare(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> Text:
