@@ -117,12 +117,13 @@ def total_change(site: Site, own: list[tuple[Delta, float]]) -> Tensor:
 
 
 @torch.no_grad()
-def foresee(model: nn.Module, wanted: Mapping[str, float], limit: float = 0.5) -> Verdict:
-    """The verdict on a merge that is not made: nothing is written."""
+def foresee(model: nn.Module, wanted: Mapping[str, float], limit: float = 0.5, *, dtype: torch.dtype | None = None) -> Verdict:
+    """The verdict on a merge that is not made: nothing is written. dtype: to merge into, each layer's own unless given."""
     kept, squared_error, squared_norm = [], 0.0, 0.0
     for site, own in _layer_changes(model, wanted):
         change, W = total_change(site, own), site.weight()
-        written = precise((precise(W) + change).to(W.dtype)) - precise(W)
+        target = dtype or W.dtype
+        written = precise((precise(W) + change).to(target)) - precise(W.to(target))
         norm, error = float(change.norm()), float((written - change).norm())
         kept.append(Kept(site.name, norm, error / norm if norm else 0.0))
         squared_error, squared_norm = squared_error + error**2, squared_norm + norm**2

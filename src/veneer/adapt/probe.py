@@ -54,6 +54,12 @@ def take(model: nn.Module, name: str, inputs: Mapping[str, Any] | None = None, k
     }
 
 
+def default_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """The fixed sequence of a model that takes token ids, as keyword arguments of a call; None for other models."""
+    packed = _token_ids(model)
+    return None if isinstance(packed, str) else {n: _unpack(model, v) for n, v in packed.items()}
+
+
 def check(model: nn.Module, name: str, saved: Record) -> list[str]:
     """What the probe says against adapter `name`, attached to `model`; empty if it acts as it did when it was saved."""
     off, on = outputs(model, name, saved["inputs"])

@@ -1,0 +1,107 @@
+"""A base model with adapters from folders, as the commands name them: FOLDER, NAME=FOLDER, FOLDER@STRENGTH."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from veneer.adapt import peft_format, store
+from veneer.adapt.attach import NAME
+from veneer.adapt.files import read_json
+from veneer.app import pretrained
+from veneer.errors import ConfigError, first_few
+from veneer.train.folder import ADAPTER, CONFIG
+
+SPEC = re.compile(r"(?:(?P<name>[^=@/]+)=)?(?P<folder>[^@]+?)(?:@(?P<strength>[-+.\de]+))?")
+
+
+class Wanted(NamedTuple):
+    """One adapter of a command: the name it gets, its folder (a run's folder stands for the adapter in it), its strength."""
+
+    name: str
+    folder: Path
+    strength: float
+
+
+class Opened(NamedTuple):
+    """The base model in eval mode with all adapters attached, its tokenizer and its name."""
+
+    model: nn.Module
+    tokenizer: Any
+    base: str
+
+
+def parse(specs: Sequence[str]) -> list[Wanted]:
+    """The adapters that the words name. Raises ConfigError for all words that cannot be read, and for equal names."""
+    found, problems = [], []
+    for spec in specs:
+        hit = SPEC.fullmatch(spec)
+        try:
+            strength = float(hit["strength"] or 1) if hit else 0.0
+        except ValueError:
+            hit = None
+        if not hit:
+            problems.append(f"adapter {spec!r}: write FOLDER, NAME=FOLDER or FOLDER@STRENGTH, such as runs/fit@0.75")
+            continue
+        folder = Path(hit["folder"])
+        name = hit["name"] or re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name)
+        if not NAME.fullmatch(name):
+            problems.append(f"adapter {spec!r}: {name!r} is no name; put one of letters, digits, '-' and '_' before it: NAME={spec}")
+        found.append(Wanted(name, folder, strength))
+    twice = sorted({w.name for w in found if sum(o.name == w.name for o in found) > 1})
+    if twice:
+        problems.append(f"several adapters are called {first_few(twice)}; name them apart: first={found[0].folder}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
+
+
+def adapter_folder(folder: Path) -> Path:
+    """The folder of the adapter itself: a run keeps it in its folder `adapter`."""
+    return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+
+
+def base_of(wanted: Sequence[Wanted]) -> str:
+    """The base model that the adapters' runs or files name. Raises ConfigError if they name none, or different ones."""
+    bases = {w.folder: _base(w.folder) for w in wanted}
+    silent = [str(f) for f, base in bases.items() if not base]
+    if silent:
+        raise ConfigError(f"{first_few(silent)} does not say which model it was made for; give --model")
+    names = sorted({str(b) for b in bases.values()})
+    if len(names) > 1:
+        raise ConfigError(f"the adapters were made for different models: {first_few(names)}; give --model")
+    return names[0]
+
+
+def _base(folder: Path) -> str | None:
+    for run in (folder, folder.parent):
+        if (run / CONFIG).is_file() and adapter_folder(run).is_dir():
+            return str(read_json(run / CONFIG)["run"]["model"])
+    config = adapter_folder(folder) / peft_format.CONFIG
+    return read_json(config).get("base_model_name_or_path") if config.is_file() else None
+
+
+def open_all(
+    specs: Sequence[str],
+    *,
+    model: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    allow: Sequence[str] = (),
+) -> tuple[Opened, list[Wanted]]:
+    """The base with every adapter attached, and what they are. Raises what reading and loading raise."""
+    wanted = parse(specs)
+    for w in wanted:
+        if not w.folder.is_dir():
+            raise ConfigError(f"adapter {w.folder}: there is no such folder")
+    base = model or base_of(wanted)
+    tokenizer = pretrained.tokenizer(base)
+    opened = pretrained.causal_lm(base, dtype, torch.device(device))
+    for w in wanted:
+        store.load(opened, adapter_folder(w.folder), w.name, allow=allow)
+    return Opened(opened, tokenizer, base), wanted

@@ -1,0 +1,92 @@
+"""`veneer generate`: one prompt continued by the base and by several adapters, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.adapt.attach import using
+from veneer.app import adapted
+from veneer.data.chat import plain, text_of
+from veneer.errors import ConfigError
+
+
+def generate(
+    prompt: str,
+    *,
+    adapter: Sequence[str] = (),
+    model: str | None = None,
+    base: bool = True,
+    tokens: int = 60,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seed: int = 0,
+    chat: bool = False,
+    device: str = "cpu",
+    allow: Sequence[str] = (),
+) -> dict[str, str]:
+    """The continuation of the prompt by name: "base", then every adapter at its strength.
+
+    prompt: text to go on from
+    adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times
+    model: the base; the one that the adapters were made for unless given, or the built-in one without adapters
+    base: show the base model's continuation too
+    tokens: longest continuation
+    temperature: 0 takes the likeliest token each time; higher is more surprising
+    top_p: draw from the likeliest tokens that together have this probability
+    seed: decides the draws; each model gets the same ones
+    chat: treat the prompt as a user's message
+    device: where to compute
+    allow: what to let through when loading, see veneer.load
+    """
+    if tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError("tokens must be 1 or more, temperature 0 or more, top_p above 0 and at most 1")
+    if not adapter and model is None:
+        model = "builtin"
+    opened, wanted = adapted.open_all(adapter, model=model, device=device, allow=allow)
+    options = {"max_new_tokens": tokens, "temperature": temperature, "top_p": top_p}
+    found: dict[str, str] = {}
+    shown: list[tuple[str, Mapping[str, float]]] = [("base", {})] if base or not wanted else []
+    shown += [(_title(w), {w.name: w.strength}) for w in wanted]
+    for title, strengths in shown:
+        with using(opened.model, strengths):
+            found[title] = continuation(opened.model, opened.tokenizer, _prompt(prompt, opened.tokenizer, chat), seed=seed, **options)
+    return found
+
+
+def _title(w: adapted.Wanted) -> str:
+    return w.name if w.strength == 1 else f"{w.name} at {w.strength:g}"
+
+
+def _prompt(prompt: str, tokenizer: Any, chat: bool) -> str:
+    if not chat:
+        return prompt
+    messages = [{"role": "user", "content": prompt}]
+    if tokenizer.chat_template:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return text_of(plain(messages, answer=True))
+
+
+@torch.no_grad()
+def continuation(model: nn.Module, tokenizer: Any, prompt: str, *, seed: int = 0, temperature: float = 0.7, **options: Any) -> str:
+    """What the model writes after the prompt. Raises ConfigError if both together are longer than its context."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.tensor([[tokenizer.eos_token_id]])
+    ids = ids.to(next(model.parameters()).device)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and ids.shape[1] + options["max_new_tokens"] > longest:
+        raise ConfigError(
+            f"the prompt has {ids.shape[1]} tokens; with {options['max_new_tokens']} more it exceeds the model's context of {longest};"
+            " shorten one"
+        )
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    if not temperature:
+        options.pop("top_p", None)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        written = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **drawing, **options
+        )
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
