@@ -122,12 +122,13 @@ def test_what_is_allowed_or_left_open_is_decided():
 
 def test_yaml_numbers_are_numbers_and_what_is_no_setting_is_refused(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("data: [a.txt]\nlr: 1e-5\nweight_decay: 2.5E-3\noptions:\n  rank: 16\n  alpha: 1e1\nbf: 1\n")
+    file.write_text("data: [a.txt, 1e3.txt]\nlr: 1e-5\nweight_decay: 2.5E-3\noptions:\n  rank: 16\n  alpha: 1e1\nbf: 1\n")
     with pytest.raises(ConfigError, match="unknown setting 'bf'"):
         Run.from_yaml(file)
     file.write_text(file.read_text().replace("bf: 1\n", "seed: 7\n"))
     run = Run.from_yaml(file)
-    assert (run.data, run.lr, run.weight_decay, run.options, run.seed) == (("a.txt",), 1e-5, 2.5e-3, {"rank": 16, "alpha": 10.0}, 7)
+    assert (run.data, run.lr, run.weight_decay, run.seed) == (("a.txt", "1e3.txt"), 1e-5, 2.5e-3, 7)
+    assert run.options == {"rank": 16, "alpha": 10.0}
 
 
 @pytest.mark.parametrize(
@@ -184,6 +185,11 @@ def door_says(given: dict[str, Any], kind: type[errors.VeneerError], **changed: 
             {"embedding_lr": 0.1},
             ConfigError,
             "embedding_lr is given, but no embedding is changed; leave it out, or adapt embeddings with to=",
+        ),
+        (
+            {"weight_decay": 200, "lr": 0.1},
+            ConfigError,
+            "weight_decay 200 at rate 0.1 leaves nothing of a weight in one step; use less than 10",
         ),
         ({"device": "gpu"}, ConfigError, "device 'gpu' cannot be used here: "),
         ({"data": "builtin:prosa"}, DataError, "builtin:prosa: unknown built-in text 'prosa'; did you mean 'prose'?"),

@@ -18,6 +18,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from veneer.adapt import store
 from veneer.app.fit import fit
 from veneer.errors import ConfigError, FormatError
 from veneer.train import checkpoint, lock
@@ -256,7 +257,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"] and newest(tmp_path) == (2, [])
 
 
-def test_a_full_disk_in_a_training_can_be_resumed_from(given, whole):
+def test_a_full_disk_in_a_training_can_be_resumed_from(given, whole, monkeypatch):
     halfway(given)
     with room_for(20_000), pytest.raises(NotSaved, match="the checkpoint of step 6 "):  # a state has 60,000 bytes
         fit(resumed(given), progress=False)
@@ -264,6 +265,11 @@ def test_a_full_disk_in_a_training_can_be_resumed_from(given, whole):
     room = (Path(given["out"]) / "metrics.jsonl").stat().st_size - 10  # too little for the line of step 6
     with room_for(room), pytest.raises(NotSaved, match=r"bytes could not be added to .*metrics.jsonl: .*; the checkpoints are untouched"):
         fit(resumed(given), progress=False)
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as disk, pytest.raises(NotSaved, match=r"the adapter could not be written to .*adapter: .*No space left"):
+        disk.setattr(store.files, "write_tensors", lambda *args: (_ for _ in ()).throw(full))
+        fit(resumed(given), progress=False)
+    assert not (Path(given["out"]) / "results.json").exists()
     fit(resumed(given), progress=False)
     assert_same(given, whole)
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from veneer import optim, tasks
 from veneer.adapt import store
@@ -18,6 +19,7 @@ from veneer.data.pack import Window
 from veneer.ops.draws import keyed
 from veneer.optim import groups
 from veneer.train import folder, full, lock
+from veneer.train.errors import NotSaved
 from veneer.train.evaluate import sample
 from veneer.train.loop import Loop, Pace
 from veneer.train.progress import Voice
@@ -105,7 +107,11 @@ def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float]
     if run.method == FULL:
         original = pretrained.causal_lm(run.model, torch.float32, torch.device("cpu"))
         full.as_change(model, original.state_dict(), NAME)
-    store.save(model, out / folder.ADAPTER, NAME)
+    try:
+        store.save(model, out / folder.ADAPTER, NAME)
+    except (OSError, SafetensorError) as e:
+        where = out / folder.ADAPTER
+        raise NotSaved(f"the adapter could not be written to {where}: {e}; the checkpoints are kept: resume=True tries again") from e
     results = {
         **{name: getattr(run, name) for name in ("model", "method", "optimiser", "lr")},
         **figures(position, after),

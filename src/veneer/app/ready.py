@@ -39,11 +39,10 @@ class Ready(NamedTuple):
 
 def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
     """Reads and checks everything, the cheap things first. Raises the errors of what does not fit."""
-    run = texts.named(run)
+    run = decided(texts.named(run), device)
     rows = texts.gather(run, voice)
     tokenizer = pretrained.tokenizer(run.model)
     ready = texts.prepare_all(rows, run, tokenizer, voice)
-    run = decided(run, device)
     dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
     model = pretrained.causal_lm(run.model, dtype, device)
     door.check_length(model, run.length)
@@ -69,6 +68,10 @@ def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
 def decided(run: Run, device: torch.device) -> Run:
     """The run with the settings that depend on method, model and machine."""
     lr = run.lr or rates.default(run.method, run.optimiser, run.model == embedded.PREFIX)
+    fastest = max(lr, run.embedding_lr or 0.0)
+    if fastest * run.weight_decay >= 1:
+        problem = f"weight_decay {run.weight_decay:g} at rate {fastest:g} leaves nothing of a weight in one step"
+        raise ConfigError(f"{problem}; use less than {1 / fastest:g}")
     epochs = None if run.steps else run.epochs or 1.0
     precision = run.precision if run.precision != "auto" else "bf16" if machine.multiplies_bf16(device) else "fp32"
     ratio = run.ratio if run.optimiser == "loraplus" else None

@@ -173,7 +173,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
                 raise ConfigError(f"{where}: given twice: {', '.join(twice)}")
             return super().construct_mapping(node, deep)  # type: ignore[no-any-return, unused-ignore]
 
-    number = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+")
+    number = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
         found = yaml.load(text, Loader)
