@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import json
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,11 +16,16 @@ from typer.testing import CliRunner
 
 import veneer
 from veneer import errors, methods
+from veneer.adapt.merge import Kept, Verdict
+from veneer.app.inspect import Inspection
 from veneer.cli import flags
-from veneer.cli.commands import app
+from veneer.cli.commands import VERBS, app
 from veneer.cli.frame import main
 from veneer.train.errors import Interrupted
+from veneer.train.result import Change, Result
 from veneer.train.run import Run
+
+RESULT = Result(Path("runs/notes"), {"learned": {"text": "valid"}, "seconds": 1.5}, Change(2.0, 1.5), Change(1.0, 1.02))
 
 
 @pytest.fixture
@@ -25,7 +33,7 @@ def started(monkeypatch):
     """The runs that `veneer fit` starts, in place of training."""
     runs: list[Run] = []
     stand_in = ModuleType("veneer.app.fit")
-    stand_in.fit = lambda run: runs.append(run) or {}
+    stand_in.fit = lambda run: runs.append(run) or RESULT
     monkeypatch.setitem(sys.modules, "veneer.app.fit", stand_in)
     monkeypatch.delenv("VENEER_DEBUG", raising=False)
     return runs
@@ -39,6 +47,20 @@ def failing(monkeypatch, error):
     stand_in.fit = fit
     monkeypatch.setitem(sys.modules, "veneer.app.fit", stand_in)
     monkeypatch.delenv("VENEER_DEBUG", raising=False)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Puts a stand-in with the same signature for a verb's function, which keeps what it was called with."""
+
+    def put(verb, outcome):
+        module = importlib.import_module(f"veneer.app.{verb}")
+        calls: list[dict[str, object]] = []
+        real = getattr(module, verb)
+        monkeypatch.setattr(module, verb, functools.wraps(real)(lambda **given: calls.append(given) or outcome))
+        return calls
+
+    return put
 
 
 def test_every_setting_and_every_option_has_a_flag_with_help():
@@ -168,10 +190,65 @@ def test_a_missing_optional_package_says_what_to_install(monkeypatch, capsys):
 def test_ctrl_c_is_130(monkeypatch, capsys):
     failing(monkeypatch, KeyboardInterrupt())
     assert main(["fit", "--data", "a.txt"]) == 130
-    assert "Traceback" not in capsys.readouterr().err
+    assert capsys.readouterr().err == "stopped\n"
 
 
-@pytest.mark.parametrize("verb", ["fit", "methods"])
+@pytest.mark.parametrize(("error", "line", "code"), [(0.1, "", 0), (0.9, "", 3), (0.9, " --force", 0)])
+def test_merge_takes_adapters_by_place_and_exits_3_if_they_were_lost(called, capsys, error, line, code):
+    verdict = Verdict([Kept("q_proj", 1.0, error)], error, None, 0.5)
+    calls = called("merge", verdict)
+    assert main(f"merge runs/a@0.5 runs/b --out merged --dtype float32{line}".split()) == code
+    assert calls == [{"adapter": ("runs/a@0.5", "runs/b"), "out": "merged", "dtype": "float32", **({"force": True} if line else {})}]
+    assert capsys.readouterr().out == f"{verdict}\n"
+    assert main(f"merge runs/a --out merged --json{line}".split()) == code
+    assert json.loads(capsys.readouterr().out) == verdict.as_dict()
+
+
+def test_what_must_be_given_is_asked_for(capsys):
+    assert main(["merge", "runs/a"]) == 2
+    assert "Missing option '--out'" in capsys.readouterr().err
+    assert main(["generate"]) == 2
+    assert "Missing argument 'PROMPT'" in capsys.readouterr().err
+
+
+def test_generate_shows_one_text_after_the_other(called, capsys):
+    calls = called("generate", {"base": "x", "a at 0.5": "y"})
+    assert main(["generate", "def f(", "--adapter", "runs/a@0.5", "--no-base", "--top_p", "0.9"]) == 0
+    assert calls == [{"prompt": "def f(", "adapter": ("runs/a@0.5",), "base": False, "top_p": 0.9}]
+    assert capsys.readouterr().out == "== base\nx\n\n== a at 0.5\ny\n"
+
+
+def test_inspect_shows_a_table_or_json(called, capsys):
+    found = Inspection("a", "runs/a", "builtin", "lora", 10, 100, 1.0, [], {"bfloat16": 0.01}, {"bfloat16": True})
+    calls = called("inspect", found)
+    assert main(["inspect", "runs/a", "--model", "m"]) == 0
+    assert calls == [{"adapter": "runs/a", "model": "m"}] and "survives" in capsys.readouterr().out
+    assert main(["inspect", "runs/a", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["merge"] == {"bfloat16": 0.01}
+
+
+def test_every_flag_made_from_a_function_has_help():
+    for verb, without in {"demo": ["progress"], "generate": [], "inspect": [], "merge": []}.items():
+        made = flags.of_function(getattr(importlib.import_module(f"veneer.app.{verb}"), verb), without)
+        assert [f"{verb} {f.name}" for f in made if not f.help.split(" (default")[0]] == []
+
+
+def test_demo_takes_what_is_given(called, capsys):
+    calls = called("demo", {"methods": []})
+    assert main("demo --steps 20 --out runs/short --fresh --json".split()) == 0
+    assert calls == [{"steps": 20, "out": "runs/short", "fresh": True}] and json.loads(capsys.readouterr().out) == {"methods": []}
+
+
+def test_fit_says_what_it_led_to(started, capsys):
+    assert main(["fit", "--data", "a.txt"]) == 0
+    out = capsys.readouterr().out
+    assert "learned (valid)    2.000 -> 1.500 bits per byte (-25.0%)" in out
+    assert "forgotten (known)  1.000 -> 1.020 bits per byte (+2.0%)" in out and "runs/notes/adapter" in out
+    assert main(["fit", "--data", "a.txt", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"folder": "runs/notes", **RESULT.metrics}
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_has_examples(monkeypatch, verb):
     monkeypatch.setenv("COLUMNS", "200")
     shown = CliRunner().invoke(app, [verb, "--help"])

@@ -1,14 +1,50 @@
-"""The verbs of the command line. Each imports what it needs when it runs, so that --help need not load PyTorch."""
+"""The command line's verbs by name, and the app that finds them. No verb is loaded before it is called."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
+
+
+class Verb(NamedTuple):
+    """What --help says of a verb; what it does stands in verbs.py under its name."""
+
+    help: str
+    examples: tuple[str, ...]
+
+
+VERBS = {
+    "demo": Verb(
+        "Adapt the built-in model in three ways and show what each learned and forgot; a few minutes, no download.",
+        ("veneer demo", "veneer demo --steps 20 --out runs/short"),
+    ),
+    "fit": Verb(
+        "Adapt a model to texts, by full fine-tuning or any method, and measure what was learned and forgotten.",
+        (
+            "veneer fit --data notes.txt --out runs/notes",
+            "veneer fit --model ./llama --data chats.jsonl --method dora --rank 16 --lr 2e-4",
+            "veneer fit --config run.yaml --steps 500",
+        ),
+    ),
+    "generate": Verb(
+        "Continue a prompt by the base model and by adapters, side by side.",
+        (
+            'veneer generate "def area(" --adapter runs/notes',
+            'veneer generate "The statement" --adapter runs/a --adapter runs/b@0.5 --tokens 100',
+        ),
+    ),
+    "inspect": Verb(
+        "Show what an adapter changes, layer by layer, and whether it would survive a merge.",
+        ("veneer inspect runs/notes", "veneer inspect runs/notes --json"),
+    ),
+    "merge": Verb(
+        "Write adapters into a copy of their base model; exit code 3, and nothing saved, if rounding would lose them.",
+        ("veneer merge runs/notes --out merged", "veneer merge runs/a@0.5 runs/b --out merged --dtype float32"),
+    ),
+    "methods": Verb("List the methods and their starts, with options and papers.", ("veneer methods", "veneer methods --json")),
+}
 
 
 def _dashed(word: str) -> str:
@@ -18,7 +54,26 @@ def _dashed(word: str) -> str:
 WORDS = {"token_normalize_func": _dashed, "help_option_names": ["-h", "--help"]}
 
 
-def _remember_debug(ctx: typer.Context, value: bool) -> None:
+class Verbs(TyperGroup):
+    """A group whose verbs are made only when one is called; --help lists them from the table."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, None if name is None else command(name), rest
+
+
+def command(name: str) -> Any:
+    """The verb with all its flags."""
+    from veneer.cli import verbs
+
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    epilog = "\n\n".join(["Examples:", *VERBS[name].examples])
+    alone.command(name, help=VERBS[name].help, epilog=epilog, context_settings=WORDS)(getattr(verbs, name)())
+    return typer.main.get_command(alone)
+
+
+def remember_debug(ctx: typer.Context, value: bool) -> None:
+    """Tells the frame that errors are to be shown with where they come from."""
     if value and ctx.obj is not None:
         ctx.obj.debug = True
 
@@ -31,90 +86,23 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-Debug = Annotated[bool, typer.Option("--debug", callback=_remember_debug, help="Show where an error comes from (also: VENEER_DEBUG=1).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")]
-
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", exists=True, dir_okay=False, metavar="<file.yaml>", help="Settings from a file; given flags replace them."),
-]
-
-
-class Verbs(TyperGroup):
-    """A group whose verbs with generated flags are made only when one is called; --help lists them by name."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, GENERATED[name]() if name in GENERATED else command, rest
-
+Debug = Annotated[bool, typer.Option("--debug", callback=remember_debug, help="Show where an error comes from (also: VENEER_DEBUG=1).")]
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
 
 app = typer.Typer(cls=Verbs, add_completion=False, pretty_exceptions_enable=False, context_settings=WORDS)
 
 
 @app.callback(invoke_without_command=True, epilog="veneer VERB --help shows the flags of a verb, with examples.")
-def veneer(
-    ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
-    debug: Debug = False,
-) -> None:
+def veneer(ctx: typer.Context, version: Version = False, debug: Debug = False) -> None:
     """Thin low-rank layers over large models: adapt, train, merge, and see what was learned and forgotten."""
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
         raise typer.Exit(2)
 
 
-FIT = "Adapt a model to texts, by full fine-tuning or any method, and measure what was learned and forgotten."
-FIT_EXAMPLES = """Examples:
-
-veneer fit --data notes.txt --out runs/notes
-
-veneer fit --model ./llama --data chats.jsonl --method dora --rank 16 --lr 2e-4
-
-veneer fit --config run.yaml --steps 500
-"""
-
-
-@app.command("fit", help=FIT)
 def _listed() -> None:
-    raise AssertionError("stands in the list of verbs only; _fit() makes what is called")
+    raise AssertionError("stands in the list of verbs only; command() makes what is called")
 
 
-def _fit() -> Any:
-    """The command `fit`, with a flag for every setting of a run and every option of a method."""
-    from veneer.cli import flags
-    from veneer.train import settings
-    from veneer.train.run import Run
-
-    own = flags.of_settings(Run)
-    every = [*own, *flags.of_methods({f.name for f in own})]
-
-    def fit(*, config: Config = None, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
-        file = {} if config is None else settings.read_yaml(config.read_text(encoding="utf-8"), str(config))
-        run = Run.from_dict(flags.over(file, flags.values(every, given)))
-        from veneer.app.fit import fit as start
-
-        outcome = start(run)
-        if as_json:
-            print(json.dumps(outcome))
-
-    flags.declare(fit, every)
-    return _made("fit", fit, FIT, FIT_EXAMPLES)
-
-
-def _made(name: str, function: Callable[..., Any], help: str, epilog: str) -> Any:
-    """A command outside the app's own list."""
-    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    alone.command(name, help=help, epilog=epilog, context_settings=WORDS)(function)
-    return typer.main.get_command(alone)
-
-
-GENERATED: dict[str | None, Callable[[], Any]] = {"fit": _fit}
-
-
-@app.command(epilog="Examples:\n\nveneer methods\n\nveneer methods --json")
-def methods(as_json: Json = False, debug: Debug = False) -> None:
-    """List the methods and their starts, with options and papers."""
-    from veneer.cli import listing
-
-    found = listing.every()
-    print(json.dumps(found, indent=2) if as_json else listing.text(found))
+for _name, _verb in VERBS.items():
+    app.command(_name, help=_verb.help)(_listed)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import typer
 from rich.markup import escape
@@ -17,6 +17,7 @@ from veneer.errors import ConfigError
 from veneer.methods import Delta
 from veneer.train import settings
 
+T = TypeVar("T")
 OPTIONS = "options"  # the setting that holds the method's own options, each of which has a flag of its own
 PLAIN_NAMES = re.compile(r"[\w.,]+")
 
@@ -29,12 +30,27 @@ class Flag(NamedTuple):
     help: str
     metavar: str = ""
     owners: tuple[str, ...] = ()
+    required: bool = False
+    argument: bool = False  # given by its place, without --name
 
 
 def of_settings(kind: type) -> list[Flag]:
-    """A flag for every field of a settings dataclass but `options`."""
+    """A flag for every field of a settings dataclass but `options`; what is missing is the dataclass's to say."""
     rows = settings.table(kind).values()
     return [Flag(s.name, s.hint, f"{s.help}{shown_default(s.default)}", s.unit) for s in rows if s.name != OPTIONS]
+
+
+def of_function(function: Callable[..., Any], without: Collection[str] = ()) -> list[Flag]:
+    """A flag for every parameter of a function but `without`, and an argument for what must be given by place."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    helps = helps_of(function, parameters)
+    made = []
+    for name, p in parameters.items():
+        if name not in without:
+            required = p.default is p.empty
+            text = helps.get(name, "") + ("" if required else shown_default(p.default))
+            made.append(Flag(name, p.annotation, text, required=required, argument=required and p.kind is p.POSITIONAL_OR_KEYWORD))
+    return made
 
 
 def of_methods(taken: Collection[str] = ()) -> list[Flag]:
@@ -55,12 +71,16 @@ def of_methods(taken: Collection[str] = ()) -> list[Flag]:
 
 
 def option_helps(method: type[Delta]) -> dict[str, str]:
-    """What the `name: text` lines in the docstring of a method's __init__ say, by option."""
-    names = "|".join(map(re.escape, methods.options_of(method)))
+    """What the docstring of a method's __init__ says of its options."""
+    return helps_of(method.__init__, methods.options_of(method))
+
+
+def helps_of(function: Callable[..., Any], names: Collection[str]) -> dict[str, str]:
+    """What the `name: text` lines of a docstring say, by name; a text goes on to the next name or an empty line."""
     if not names:
         return {}
-    parts = re.split(rf"^({names}): ", inspect.getdoc(method.__init__) or "", flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    parts = re.split(rf"^({'|'.join(map(re.escape, names))}): ", inspect.getdoc(function) or "", flags=re.MULTILINE)
+    return {name: " ".join(text.split("\n\n")[0].split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def shown_default(value: Any) -> str:
@@ -72,25 +92,33 @@ def shown_default(value: Any) -> str:
     return f" (default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"
 
 
-def declare(function: Callable[..., Any], flags: Iterable[Flag]) -> None:
-    """Gives a function that takes **given the signature from which typer makes these flags, after its own parameters.
+def declare(function: Callable[..., T], flags: Iterable[Flag]) -> Callable[..., T]:
+    """The function, which takes **given, with the signature from which typer makes these flags after its own parameters.
 
     None, and no entries, stand for a flag that was not given.
     """
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     function.__signature__ = inspect.Signature([*own, *map(_parameter, flags)])  # type: ignore[attr-defined]
+    return function
 
 
 def _parameter(flag: Flag) -> inspect.Parameter:
+    kind, default = (parsed(flag.hint), inspect.Parameter.empty) if flag.required else (parsed(flag.hint) | None, None)
+    return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, _info(flag)])
+
+
+def _info(flag: Flag) -> Any:
+    text = escape(flag.help)
+    if flag.argument:
+        return typer.Argument(metavar=flag.name.upper(), help=text, show_default=False)
     word = f"--{flag.name.replace('_', '-')}"
-    info = typer.Option(
+    return typer.Option(
         f"{word}/--no-{word[2:]}" if flag.hint is bool else word,
-        help=escape(flag.help),
+        help=text,
+        show_default=False,
         metavar=None if flag.hint is bool else f"<{flag.metavar or words(flag.hint)}>",
         rich_help_panel=f"Options of the method: {', '.join(flag.owners)}" if flag.owners else None,
-        show_default=False,
     )
-    return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[parsed(flag.hint) | None, info])
 
 
 def parsed(hint: Any) -> Any:
@@ -99,7 +127,7 @@ def parsed(hint: Any) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
     if hint in (str, int, float, bool, Path) or origin is Literal or (origin is tuple and Ellipsis not in inner):
         return hint
-    if origin is dict or (origin is tuple and inner == (str, ...)) or _is_names(hint):
+    if origin is dict or inner == (str, ...) or (origin is Sequence and inner == (str,)) or _is_names(hint):
         return list[str]
     raise TypeError(f"no flag can be made for a {hint}")
 

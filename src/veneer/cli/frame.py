@@ -18,6 +18,8 @@ from veneer.errors import VeneerError
 # Optional packages, and the extra of Veneer that brings each.
 EXTRAS = {"transformers": "text", "tokenizers": "text", "yaml": "cli", "matplotlib": "plots"}
 
+STOPPED = 130
+
 
 @dataclass
 class State:
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = State(debug=os.environ.get("VENEER_DEBUG", "0") not in ("", "0"))
     try:
         outcome = app(args=arguments, prog_name="veneer", standalone_mode=False, obj=state)
+        if outcome == STOPPED:  # what typer makes of Ctrl-C where nothing was to be saved
+            print("stopped", file=sys.stderr)
         return outcome if isinstance(outcome, int) else 0
     except Exception as e:
         if state.debug:
@@ -50,7 +54,7 @@ def explain(e: Exception) -> tuple[str, int]:
         context = getattr(e, "ctx", None)
         return f"{e.format_message()}\nsee {context.command_path if context else 'veneer'} --help", e.exit_code
     if isinstance(e, Abort):
-        return "stopped", 130
+        return "stopped", STOPPED
     package = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
     if package in EXTRAS:
         return f"this needs the package {package!r}: pip install 'veneer[{EXTRAS[package]}]'", 2

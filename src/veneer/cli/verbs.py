@@ -1,0 +1,118 @@
+"""What every verb does: each function here imports the verb's library part and returns the function that typer calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.cli import flags
+from veneer.cli.commands import Debug
+
+if TYPE_CHECKING:
+    from veneer.train.result import Change, Result
+
+Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", exists=True, dir_okay=False, metavar="<file.yaml>", help="Settings from a file; given flags replace them."),
+]
+Call = Callable[..., int | None]
+
+
+def demo() -> Call:
+    from veneer.app.demo import demo as run
+    from veneer.app.demo import text
+
+    every = flags.of_function(run, without=["progress"])
+
+    def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
+        found = run(**flags.values(every, given))
+        show(found, lambda: text(found), as_json)
+
+    return flags.declare(call, every)
+
+
+def fit() -> Call:
+    from veneer.app.fit import fit as start
+    from veneer.train import settings
+    from veneer.train.run import Run
+
+    own = flags.of_settings(Run)
+    every = [*own, *flags.of_methods({f.name for f in own})]
+
+    def call(*, config: Config = None, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
+        file = {} if config is None else settings.read_yaml(config.read_text(encoding="utf-8"), str(config))
+        result = start(Run.from_dict(flags.over(file, flags.values(every, given))))
+        show({"folder": str(result.folder), **result.metrics}, lambda: summary(result), as_json)
+
+    return flags.declare(call, every)
+
+
+def generate() -> Call:
+    from veneer.app.generate import generate as run
+
+    every = flags.of_function(run)
+
+    def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
+        found = run(**flags.values(every, given))
+        show(found, lambda: "\n\n".join(f"== {name}\n{text}" for name, text in found.items()), as_json)
+
+    return flags.declare(call, every)
+
+
+def inspect() -> Call:
+    from veneer.app.inspect import inspect as run
+    from veneer.app.inspect import text
+
+    every = flags.of_function(run)
+
+    def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
+        found = run(**flags.values(every, given))
+        show(found.as_dict(), lambda: text(found), as_json)
+
+    return flags.declare(call, every)
+
+
+def merge() -> Call:
+    from veneer.app.merge import merge as run
+
+    every = flags.of_function(run)
+
+    def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> int:
+        verdict = run(**flags.values(every, given))
+        show(verdict.as_dict(), lambda: str(verdict), as_json)
+        return 3 if verdict.lost and not given["force"] else 0
+
+    return flags.declare(call, every)
+
+
+def methods() -> Call:
+    from veneer.cli import listing
+
+    def call(as_json: Json = False, debug: Debug = False) -> None:
+        found = listing.every()
+        show(found, lambda: listing.text(found), as_json)
+
+    return call
+
+
+def summary(result: Result) -> str:
+    """What a training led to, for people."""
+    lines = [_measured(f"learned ({result.metrics['learned']['text']})", result.learned)]
+    if result.forgotten:
+        lines.append(_measured("forgotten (known)", result.forgotten))
+    return "\n".join([*lines, f"saved in {result.adapter}", f"next: veneer generate PROMPT --adapter {result.folder}"])
+
+
+def _measured(what: str, change: Change) -> str:
+    share = (change.after - change.before) / change.before
+    return f"{what:<18} {change.before:.3f} -> {change.after:.3f} bits per byte ({share:+.1%})"
+
+
+def show(outcome: Any, text: Callable[[], str], as_json: bool) -> None:
+    """A verb's outcome on stdout, for programs or for people."""
+    print(json.dumps(outcome, indent=2) if as_json else text())
