@@ -20,20 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from veneer.embedded import texts
-
-END, PAD = "<|end|>", "<|pad|>"
-SIZES: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-}
+from veneer.embedded.build import build_model, export, load_checkpoint, save_checkpoint, train_tokenizer
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -53,37 +43,6 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=0, help="0: as many as the machine has")
     p.add_argument("--compile", action="store_true", help="compile the model (needs a C++ compiler)")
     return p
-
-
-def train_tokenizer(documents: list[texts.Document], vocabulary: int) -> Any:
-    """A byte-level BPE trained on the documents, as a transformers tokenizer that starts nothing and ends nothing."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator((d.text for d in documents), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=END,
-        eos_token=END,
-        pad_token=PAD,
-        model_max_length=SIZES["max_position_embeddings"],
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model(tokenizer: Any, seed: int) -> nn.Module:
-    """The untrained Llama in float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES, **ends))
-    return model
 
 
 def token_stream(tokenizer: Any, documents: list[texts.Document]) -> Tensor:
@@ -150,52 +109,6 @@ def build_optimisers(model: nn.Module, args: argparse.Namespace) -> list[torch.o
 def rate(progress: float, decay: float) -> float:
     """Share of the base rate: 1 % warm-up, constant, then linear to zero over the last `decay` of the time."""
     return max(0.0, min(1.0, progress / 0.01 + 0.01, (1 - progress) / decay))
-
-
-def save_checkpoint(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], meta: dict[str, Any]) -> None:
-    """Weights and optimiser state into state.safetensors, `meta` into its metadata: one file, replaced at once."""
-    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
-    for i, optimiser in enumerate(optimisers):
-        for j, state in optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{i}.{j}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
-    temporary = folder / "state.tmp"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"meta": json.dumps(meta)})
-    with open(temporary, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, folder / "state.safetensors")
-
-
-def load_checkpoint(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Puts the checkpoint back in place and returns its `meta`; a fresh start without one."""
-    from safetensors import safe_open
-
-    file = folder / "state.safetensors"
-    if not file.exists():
-        return {"step": 0, "seconds": 0.0, "tokens": 0}
-    tensors = load_file(file)
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            p.copy_(tensors[f"model.{n}"])
-    for i, optimiser in enumerate(optimisers):
-        whole = optimiser.state_dict()
-        for name, value in tensors.items():
-            if name.startswith(f"optimiser.{i}."):
-                _, _, j, key = name.split(".", 3)
-                whole["state"].setdefault(int(j), {})[key] = value
-        optimiser.load_state_dict(whole)
-    with safe_open(file, "pt") as f:
-        meta: dict[str, Any] = json.loads(f.metadata()["meta"])
-    return meta
-
-
-def export(folder: Path, model: nn.Module, tokenizer: Any, facts: dict[str, Any]) -> None:
-    """The finished model in bfloat16 with its tokenizer and the facts of its training, loadable by AutoModelForCausalLM."""
-    copy = build_model(tokenizer, 0)
-    copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
-    (folder / "training.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
