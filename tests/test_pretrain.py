@@ -17,7 +17,8 @@ SMALL = ["--batch", "2", "--length", "16", "--vocabulary", "300", "--threads", "
 @pytest.fixture
 def small(monkeypatch):
     source = "def add(first, second):\n    return first + second\n\n"
-    documents = [Document(f"m{i}.py", source * 8) for i in range(4)] + [Document(f"test/t{i}.py", "assert add(1, 2) == 3\n" * 20) for i in range(3)]
+    documents = [Document(f"m{i}.py", source * 8) for i in range(4)]
+    documents += [Document(f"test/t{i}.py", "assert add(1, 2) == 3\n" * 20) for i in range(3)]
     monkeypatch.setattr(texts, "library", lambda tests=True: documents)
     monkeypatch.setattr(texts, "known", lambda split: [Document("held.py", source * 5)])
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -89,7 +90,7 @@ def test_splits_are_whole_documents_and_a_tenth_each(name):
 
 
 def test_a_text_that_is_missing_says_where_it_was_looked_for(monkeypatch):
-    monkeypatch.setattr(texts, "_headers", lambda: [])
+    monkeypatch.setattr(texts, "_headers", list)
     with pytest.raises(texts.TextMissing, match=r"this interpreter has no text for 'c' \(.*include.* is missing or empty\)"):
         texts.domain("c", "train")
     assert not texts.has("c")
