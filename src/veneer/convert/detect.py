@@ -74,8 +74,10 @@ def detect(path: Path) -> Found:
     own = folder / native_format.TENSORS
     if path in (folder, own) and own.is_file() and (manifest.read(folder) or {}).get("layout") == manifest.NATIVE:
         return Found(NATIVE, own, folder, {})
-    files = {f: of_names(opened.keys(f)) for f in ([path] if path.is_file() else sorted(folder.iterdir())) if opened.kind_of(f)}
-    known = {f: d for f, d in files.items() if d}
+    files = [f for f in ([path] if path.is_file() else sorted(folder.iterdir())) if opened.kind_of(f)]
+    known, unread = _dialects(files)
+    if not known and unread:
+        raise unread[0]
     if not known:
         there = first_few(f.name for f in files) or "any file"
         raise FormatError(f"{path} holds no adapter of a dialect known here: no tensor in {there} is called like one's")
@@ -86,6 +88,20 @@ def detect(path: Path) -> Found:
     elif said and said != dialect:
         raise FormatError(f"{folder / CONFIG} is {TEXTS[said]}'s, but the tensors in {file.name} are called like those of {dialect}")
     return Found(dialect, file, folder, config)
+
+
+def _dialects(files: Iterable[Path]) -> tuple[dict[Path, str], list[FormatError]]:
+    """The dialect of every file that is an adapter's, and why others, such as a trainer's state, could not be read."""
+    known, unread = {}, []
+    for file in files:
+        try:
+            found = of_names(opened.keys(file))
+        except FormatError as e:
+            unread.append(e)
+            continue
+        if found:
+            known[file] = found
+    return known, unread
 
 
 def _choose(folder: Path, known: Mapping[Path, str]) -> Path:

@@ -46,6 +46,14 @@ ELSEWHERE = {
     "special_tokens": "the tokenizer is used as it is",
     "tokens": "the tokenizer is used as it is",
     "chat_template": "the tokenizer's own template is used",
+    "model_type": "the base model's own class is used",
+    "tokenizer_type": "the base model's own tokenizer is used",
+    "flash_attention": "transformers chooses the kernel",
+    "sdp_attention": "transformers chooses the kernel",
+    "evals_per_epoch": "evaluations come every so many steps here; set eval_every",
+    "saves_per_epoch": "checkpoints come every so many steps here; set save_every",
+    "logging_steps": "every step is logged here",
+    "pad_to_sequence_len": "windows are padded to the longest of a batch here",
 }
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from veneer.errors import suggest
+
 NOTHING: tuple[Any, ...] = (None, "", [], {}, ())
 
 
@@ -56,8 +58,13 @@ class Given:
 
     def uncarried(self) -> list[Uncarried]:
         """All that was left, and all that nobody took."""
-        rest = [(k, v) for k, v in self.values.items() if k not in self.taken and v not in NOTHING]
-        return [*self.left, *(Uncarried(k, v, "not known here") for k, v in rest)]
+        rest = {k: v for k, v in self.values.items() if k not in self.taken and v not in NOTHING}
+        return [*self.left, *(Uncarried(k, v, f"not known here{self._typo(k)}") for k, v in rest.items())]
+
+    def _typo(self, key: str) -> str:
+        """A question where the file lacks a setting of nearly this name: most programs drop such a one silently."""
+        hint = suggest(key, (k for k in self.taken if k not in self.values))
+        return hint if hint.startswith("; did") else ""
 
 
 def _leaves(values: Mapping[str, Any], lead: str = "") -> Iterator[tuple[str, Any]]:

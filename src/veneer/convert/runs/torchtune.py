@@ -30,11 +30,14 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "log_peak_memory_stats": (True, False),
     "model.quantize_base": (False,),
     "profiler.enabled": (False,),
+    "optimizer_in_bwd": (False,),
 }
 ELSEWHERE = {
     "dataset._component_": "what a row means is told from its columns; name files in data=",
     "tokenizer._component_": "the base model's own tokenizer is used",
     "tokenizer.path": "the base model's own tokenizer is used",
+    "tokenizer.merges_file": "the base model's own tokenizer is used",
+    "tokenizer.prompt_template": "the tokenizer's own chat template is used",
     "enable_activation_checkpointing": "activations are kept here",
     "model.quantize_base": "bases are not quantised here",
 }
@@ -129,6 +132,8 @@ def _training(given: Given, out: Translation) -> None:
     out.settings |= without_nothing(
         {"length": given.take("tokenizer.max_seq_len"), "lr": None if lr is None else float(lr), "seed": given.take("seed")}
     )
+    if "length" not in out.settings:
+        out.notes.append("tokenizer.max_seq_len is not set, so that no text is cut there; set length to that of the longest")
     _schedule(given, out, steps)
     dtype, device = given.take("dtype"), given.take("device")
     out.settings |= without_nothing({"precision": {"bf16": "bf16", "fp32": "fp32"}.get(dtype), "device": device})
