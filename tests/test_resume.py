@@ -201,17 +201,21 @@ def test_killed_at_any_point_of_saving_or_pruning_old_or_new_is_left(tmp_path, m
             nonlocal calls
             calls += 1
             if calls == die_at:
+                if real is rmtree:  # dies halfway
+                    next(args[0].iterdir()).unlink()
                 raise Killed
             return real(*args, **kwargs)
 
         return call
 
+    rmtree = shutil.rmtree
+
     for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (checkpoint, "save_file"), (checkpoint, "sync")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", counted(shutil.rmtree))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", counted(rmtree))
 
     def save_and_prune(folder: Path) -> None:
-        saved(folder, 3)
+        saved(folder, 3, 3)  # the second time in place of the first
         checkpoint.prune(folder, 2, ())
 
     for point in range(1, 60):
@@ -224,10 +228,10 @@ def test_killed_at_any_point_of_saving_or_pruning_old_or_new_is_left(tmp_path, m
             break
         except Killed:
             die_at = 1 << 30
-            assert newest(folder)[0] in (2, 3) and newest(folder)[1] == []
+            assert newest(folder) in ((2, []), (3, []))
             assert sum(checkpoint.damage(p) is None for p in checkpoint.found(folder)) >= 2
             assert not list(folder.glob(".tmp-*"))
-    assert point > 8
+    assert point > 20
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
