@@ -230,6 +230,7 @@ def test_a_container_kept_whole(tmp_path: Path) -> None:
         dict(target_modules=["q_proj", "up_proj"], layers_to_transform=0, layers_pattern="layers"),
         dict(target_modules="all-linear"),
         dict(target_modules=["q_proj"], r=40),
+        dict(target_modules=["q_proj", "up_proj"], rank_pattern={"proj": 3, "layers.1": 2, "mlp.up_proj": 4}, alpha_pattern={"p_proj": 3}),
         dict(target_modules=["q_proj"], lora_dropout=0.3),
     ],
 )
@@ -291,10 +292,11 @@ def test_a_layer_whose_name_ends_another(tmp_path: Path) -> None:
         net.add_module("fc", nn.Linear(6, 6))
         net.add_module("block", nn.Sequential())
         net.block.add_module("fc", nn.Linear(6, 6))
+        net.block.add_module("gc", nn.Linear(6, 6))
         return net.eval()
 
     x = torch.randn(3, 6)
-    for to, patterns in (("fc", {}), ("(block.)?fc", {"^fc": 2}), ("(block.)?fc", {"block.fc": 2})):
+    for to, patterns in (("fc", {}), ("(block.)?[fg]c", {"^fc": 2}), ("(block.)?fc", {"block.fc": 2})):
         ours = veneer.attach(build(), to=to, rank=1, rank_pattern=patterns)
         models.randomise(ours)
         veneer.save(ours, tmp_path)
@@ -348,6 +350,27 @@ def test_a_random_start_needs_its_initial_or_converted_folder(tmp_path: Path) ->
     assert "path_initial_model_for_weight_conversion" in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets", "start"), [("llama", ["embed_tokens", "q_proj"], "pissa_niter_2"), ("conv", ["line", "head"], "lora_ga")]
+)
+def test_layers_without_the_start_stay_plain(kind: str, targets: list[str], start: str, tmp_path: Path) -> None:
+    """PEFT starts embeddings as always, and so LoRA-GA starts convolutions."""
+    build = MODELS[kind]["build"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=start if kind == "llama" else True)
+        model = peft.get_peft_model(build(), config).eval()
+    model.peft_config["default"].init_lora_weights = True
+    written(model, tmp_path / "initial")
+    stepped(model)
+    written(model, tmp_path / "trained")
+    path = tmp_path / "trained" / peft_format.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": start}))
+    ours = assert_reads(build, model, tmp_path / "trained", initial=tmp_path / "initial")
+    ranks = {s.name.rsplit(".", 1)[-1]: d.factors(s).A.shape[0] for s, d in changes(ours, "default")}
+    assert ranks == ({"embed_tokens": 3, "q_proj": 6} if kind == "llama" else {"line": 3, "head": 3})
+
+
 def test_an_initial_folder_that_does_not_fit(tmp_path: Path) -> None:
     initial_and_trained(tmp_path, "pissa_niter_4")
     path = tmp_path / "initial" / peft_format.TENSORS
@@ -387,6 +410,7 @@ def test_an_initial_folder_that_does_not_fit(tmp_path: Path) -> None:
         (dict(megatron_config={"a": 1}), "the layers are Megatron's"),
         (dict(ensure_weight_tying=True), "tied layers share one pair of factors"),
         (dict(brand_new=7), "brand_new=7: a setting of PEFT that is not known here, and may change what the tensors mean"),
+        (dict(target_modules="(q_proj"), "target_modules='(q_proj' is no regular expression"),
         (dict(peft_type="LOKR"), "peft_type 'LOKR' is not read here"),
         (dict(target_modules=["mlp"]), "'model.layers.0.mlp' is a LlamaMLP, which cannot be adapted here"),
         (dict(target_modules=["w_q"]), "no layer of the model matches target_modules=['w_q']; it has e.g. model.embed_tokens"),

@@ -336,6 +336,7 @@ def test_two_kinds_of_change_of_one_layer(tmp_path: Path) -> None:
         (lambda d: edit(d / MANIFEST, format=9, veneer="3.1"), r"veneer\.json has format 9, not 1; read it with Veneer 3\.1, which"),
         (lambda d: (d / MANIFEST).write_text('{"format": 1, "base": 0}'), r"veneer\.json lacks layout, method, options, sites, tensors,"),
         (lambda d: (d / TENSORS).write_bytes((d / TENSORS).read_bytes()[:-9]), r"adapter_model\.safetensors is not a whole safetensors"),
+        (lambda d: (d / CONFIG).unlink(), r"there is no .*adapter_config\.json; restore it from a copy"),
         (lambda d: (d / TENSORS).unlink(), r"has no adapter_model\.safetensors"),
     ],
 )

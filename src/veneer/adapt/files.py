@@ -72,6 +72,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in the file. Raises FormatError for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"there is no {path}; restore it from a copy") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise FormatError(f"{path} is not JSON: {e}; restore it from a copy") from None
     if not isinstance(content, dict):

@@ -99,8 +99,8 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
     whole: Changes = [(s, d) for s, d in changes if isinstance(d, Full)]
     forms = {s.name: d.to_peft(s) for s, d in changes if not isinstance(d, Full)}
     known = {n: f for n, f in forms.items() if f is not None}
-    if not known or len(known) < len(forms):
-        return None
+    if not known or len(known) < len(forms) or any(f.config["peft_type"] != "LORA" for f in known.values()):
+        return None  # of PEFT's other formats none is written yet
     saved = outermost(s.name for s, _ in whole)
     config = _settings(model, known, saved)
     if config is None:

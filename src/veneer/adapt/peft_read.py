@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,44 +55,57 @@ def settings_problems(config: Config, has_initial: bool) -> list[str]:
     found = [f"{k}={config[k]!r}: {why}; this cannot be read: merge it in PEFT and keep the merged model" for k, why in beyond.items()]
     unknown = [k for k in config if k not in KEYS and k != "runtime_config" and config[k]]
     found += [f"{k}={config[k]!r}: a setting of PEFT that is not known here, and may change what the tensors mean" for k in unknown]
+    found += [f"{k}={config[k]!r} is no regular expression" for k in ("target_modules", "exclude_modules") if not _compiles(config.get(k))]
     start = peft_starts.problem(config.get("init_lora_weights", True), has_initial)
     return found + ([start] if start else [])
 
 
-def read(
-    model: nn.Module, config: Config, tensors: Mapping[str, Tensor], own: Mapping[str, Config], initial: Mapping[str, Tensor] | None = None
-) -> tuple[Changes, list[Problem]]:
-    """The changes of the model's sites, not attached, and all that is wrong with them.
+def _compiles(pattern: Any) -> bool:
+    try:
+        return not isinstance(pattern, str) or bool(re.compile(pattern))
+    except re.error:
+        return False
 
-    config: one without settings_problems. own: by site, what our manifest adds to PEFT's settings. initial: the tensors
-    of the folder saved before training.
-    """
+
+class Source(NamedTuple):
+    """What is read: settings without settings_problems, the tensors, by site what our manifest adds to PEFT's settings,
+    and the tensors of the folder saved before training."""
+
+    config: Config
+    tensors: Mapping[str, Tensor]
+    own: Mapping[str, Config]
+    initial: Mapping[str, Tensor] | None = None
+
+
+def read(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]]:
+    """The changes of the model's sites, not attached, and all that is wrong with them."""
     names = [n for n, _ in model.named_modules() if n and ".deltas" not in f".{n}"]
-    config = {**KEYS, **config}
+    config, tensors = {**KEYS, **source.config}, source.tensors
     if config["target_modules"] in (None, "all-linear"):  # saved by hand: the tensors say which layers are meant
         config["target_modules"] = sorted({k.removeprefix(PREFIX).partition(".lora_")[0] for k in tensors if ".lora_" in k})
     problems: list[Problem] = []
-    changes, used = _adapted(model, config, names, (tensors, own, initial), problems)
+    sites = _sites(model, [n for n in names if targeted(config, n)], config, problems)
+    changes, used = _adapted(sites, source._replace(config=config), problems)
     for name in outermost(wrapped(config, names)):
         changes += _whole(model, name, tensors, used, problems)
     problems += _left_over(model, {k: t for k, t in tensors.items() if k not in used})
     return changes, problems
 
 
-def _adapted(model: nn.Module, config: Config, names: list[str], given: Any, problems: list[Problem]) -> tuple[Changes, set[str]]:
-    tensors, own, initial = given
-    kind = next(m for m in map(methods.get, methods.available()) if m.reads_peft(config))
+def _adapted(sites: list[Site], source: Source, problems: list[Problem]) -> tuple[Changes, set[str]]:
+    """The changes of the sites, and the names of the tensors that made them (or are to blame)."""
+    kind = next(m for m in map(methods.get, methods.available()) if m.reads_peft(source.config))
     changes: Changes = []
     used: set[str] = set()
-    for site in _sites(model, [n for n in names if targeted(config, n)], config, problems):
-        settings = {**at(config, site.name), **own.get(site.name, {})}
+    for site in sites:
+        settings = {**at(source.config, site.name), **source.own.get(site.name, {})}
         try:
-            start = None if initial is None else _of_site(initial, site)
-            settings, found = peft_starts.with_start(site, settings, _of_site(tensors, site), start)
+            start = None if source.initial is None else _of_site(source.initial, site)
+            settings, found = peft_starts.with_start(site, settings, _of_site(source.tensors, site), start)
             delta = kind.from_peft(site, settings, found)
         except FormatError as e:
             problems += [Problem("fit", line) for line in str(e).splitlines()]
-            used |= {k for k in tensors if k.startswith(f"{PREFIX}{site.name}.lora_")}
+            used |= {k for k in source.tensors if k.startswith(f"{PREFIX}{site.name}.lora_")}
             continue
         form = delta.to_peft(site)
         used |= {f"{PREFIX}{site.name}.{end}" for end in (form.tensors if form else ())}

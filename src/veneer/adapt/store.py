@@ -157,7 +157,7 @@ def _read(model: nn.Module, found: Opened, initial: dict[str, Tensor] | None) ->
         assert record is not None
         return native_format.read(model, record, found.tensors)
     own = {n: entry["own"] for n, entry in record["sites"].items()} if record else {}
-    changes, problems = peft_read.read(model, found.config, found.tensors, own, initial)
+    changes, problems = peft_read.read(model, peft_read.Source(found.config, found.tensors, own, initial))
     if record is None or problems:
         return changes, problems
     odd = {site.name for site, _ in changes} ^ set(record["sites"])
