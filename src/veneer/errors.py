@@ -40,11 +40,13 @@ class NotMergeable(VeneerError):
     exit_code = 3
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'rank'?" for the nearest known name, or the known names where none is near."""
+def suggest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
+    """ "; did you mean 'rank'?" for the nearest known name, or the known names (if `listed`) where none is near."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names) or 'none'}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(names) or 'none'}" if listed else ""
 
 
 def first_few(names: Iterable[str], n: int = 5) -> str:

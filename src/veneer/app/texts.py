@@ -46,7 +46,7 @@ def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
         except DataError as e:
             problems.append(str(e))
     if problems:
-        raise DataError("\n".join(problems))
+        raise DataError("\n".join(dict.fromkeys(problems)))  # the parts of one built-in text fail alike
     idle = text.unused(row for rows in found.values() for row in rows)
     if idle:
         voice.say(f"columns that are not used: {first_few(idle)}")

@@ -48,7 +48,7 @@ def read_file(path: Path) -> list[Row]:
         raise DataError(f"{path} is a folder; name the files in it that are to be read ({inside or 'it has none'})")
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{path} does not exist{suggest(path.name, beside) if beside else ''}")
+        raise DataError(f"{path} does not exist{suggest(path.name, beside, listed=False)}")
     if path.suffix.lower() in TABLES:
         raise DataError(f"{path}: {path.suffix} is not read; write it as .jsonl, one JSON object a line")
     text = decode(path)
