@@ -87,7 +87,7 @@ def _train(ready: Ready, out: Path, wish: Wish, voice: Voice) -> Result:
 def _plan(run: Run, windows: Sequence[Window]) -> tuple[Order, Pace]:
     total = run.steps * run.batch * run.accumulate if run.steps else max(1, round((run.epochs or 1.0) * len(windows)))
     order = Order(windows, run.batch, run.accumulate, total=total, seed=run.seed)
-    every = run.eval_every or max(1, order.steps // 10)
+    every = run.eval_every or max(1, order.steps // 5)
     warmup = round(run.warmup * order.steps)
     return order, Pace(order.steps, run.lr or math.nan, run.schedule, warmup, every, run.save_every or every, run.keep)
 

@@ -60,7 +60,7 @@ class Run:
     )
     device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, ..; auto: cuda where there is one")
     seed: int = setting(0, "decides starts, order, dropout and what is split off")
-    eval_every: int | None = setting(None, "distance of evaluations; a tenth of the run unless given", unit="steps")
+    eval_every: int | None = setting(None, "distance of evaluations; a fifth of the run unless given", unit="steps")
     eval_windows: int = setting(24, "windows that are evaluated of each text, evenly spaced; 0: all", unit="windows")
     save_every: int | None = setting(None, "distance of checkpoints; as eval_every unless given", unit="steps")
     keep: int = setting(3, "newest checkpoints to keep, beside the best one", unit="checkpoints")
