@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from veneer.adapt.algebra import combine, extract, to_lora
 from veneer.adapt.attach import activate, active, adapters, attach, detach, train_only, using
+from veneer.adapt.merge import merge
 from veneer.adapt.store import load, save
 
 if TYPE_CHECKING:
@@ -12,7 +14,23 @@ if TYPE_CHECKING:
     from veneer.train.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "activate", "active", "adapters", "attach", "detach", "fit", "load", "save", "train_only", "using"]
+__all__ = [
+    "Run",
+    "activate",
+    "active",
+    "adapters",
+    "attach",
+    "combine",
+    "detach",
+    "extract",
+    "fit",
+    "load",
+    "merge",
+    "save",
+    "to_lora",
+    "train_only",
+    "using",
+]
 
 # Names that are imported when they are first used, so that `import veneer` stays quick.
 _LATE = {"Run": "veneer.train.run", "fit": "veneer.app.fit"}
