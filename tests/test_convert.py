@@ -72,6 +72,7 @@ def test_a_round_trip_is_bit_equal(tmp_path, to, dora, dtype):
 
 @pytest.mark.parametrize("to", [*sorted(READERS), "vllm"])
 def test_mixed_ranks_and_scalings_keep_the_change(tmp_path, to):
+    """peft 2733, vllm 6909, diffusers 14409: the scaling lost on the way."""
     sites = {n: pair(*p.product().shape, rank=2 + i % 3, scaling=0.3 * (1 + i)) for i, (n, p) in enumerate(llama_pairs().sites.items())}
     pairs = Pairs(sites)
     if to == "diffusers":
@@ -88,6 +89,7 @@ def test_mixed_ranks_and_scalings_keep_the_change(tmp_path, to):
     ("to", "method"), [*((to, "lora") for to in WRITERS), *((to, "dora") for to in WRITERS if to not in ("litgpt", "vllm"))]
 )
 def test_the_effect_on_the_logits_is_the_same(tmp_path, to, method):
+    """peft 1329, 1065, 2608; mlx-lm 1119; litgpt 1990: adapters that another program cannot use after conversion."""
     model = models.llama()
     attach(model, method, to=ALL, rank=4, alpha=8, stabilised=True, rank_pattern={"q_proj": 2}, alpha_pattern={r"layers\.1\.mlp\..*": 3})
     models.randomise(model)
@@ -290,6 +292,7 @@ def spoil(folder, change) -> None:
 
 @pytest.mark.parametrize("to", ["peft", "kohya", "diffusers", "torchtune", "mlx"])
 def test_unknown_tensors_are_an_error_unless_allowed(tmp_path, to):
+    """diffusers 14005, 14088, 13998: keys dropped without a word."""
     pairs = take_part(llama_pairs(), "unet") if to == "diffusers" else llama_pairs()
     write(pairs, tmp_path / "x", to, base=BASE)
     spoil(tmp_path / "x", lambda t: t.update({"lm_head.extra": torch.zeros(2)}))
@@ -579,6 +582,7 @@ def export(pairs: Pairs, folder) -> None:
 
 
 def test_torchtunes_export_is_read_as_far_as_it_is_right(tmp_path):
+    """torchtune 2025: settings without base_model_name_or_path are no error."""
     export(llama_pairs(), tmp_path / "x")
     assert detect(tmp_path / "x").dialect == "torchtune"
     same(llama_pairs(), read(tmp_path / "x"))
@@ -775,6 +779,7 @@ def test_the_checker_of_vllm_can_say_no(tmp_path):
 
 
 def test_vllm_cannot_hold(tmp_path):
+    """vllm 10849: DoRA is refused here, with what would do, and not by the server."""
     with pytest.raises(
         FormatError, match=r"vLLM has no magnitudes \(DoRA\); the adapter must become plain LoRA, which needs the base model"
     ):

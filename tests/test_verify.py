@@ -92,6 +92,7 @@ def test_another_base(tmp_path):
 
 
 def test_an_adapter_that_is_not_whole(tmp_path):
+    """peft 2566, 2699: "Found missing adapter keys" is a warning there."""
     saved(tmp_path / "a")
     (tmp_path / "a" / "veneer.json").unlink()
     spoil(tmp_path / "a", lambda t: t.pop("base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"))
@@ -118,6 +119,7 @@ def test_a_target_that_is_no_layer(tmp_path):
 
 
 def test_dead_layers_are_listed(tmp_path):
+    """NeMo Automodel 1755: adapters that load without a warning and then do nothing."""
     saved(tmp_path / "a")
     (tmp_path / "a" / "veneer.json").unlink()
     spoil(tmp_path / "a", lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items() if "1.self_attn.v_proj.lora_B" in k}))
@@ -239,6 +241,7 @@ def test_cutting_and_rounding_are_said(tmp_path):
 
 
 def test_what_is_left_out_is_recorded(tmp_path):
+    """vllm 9280, llama.cpp 11554: whole modules beside the pairs, which the other side exits on."""
     saved(tmp_path / "a")
     (tmp_path / "a" / "veneer.json").unlink()
     spoil(tmp_path / "a", lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2, 2)}))
