@@ -16,9 +16,21 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "combine": Verb(
+        "Make one plain LoRA adapter of several, weighted, or cut one to a lower rank, and say what that lost.",
+        (
+            "veneer combine runs/a@0.7 runs/b@0.3 --out mixed --rank 16",
+            "veneer combine runs/a --out small --energy 0.9",
+            "veneer combine runs/a runs/b --out mixed --how ties --rank 32",
+        ),
+    ),
     "demo": Verb(
         "Adapt the built-in model in three ways and show what each learned and forgot; a few minutes, no download.",
         ("veneer demo", "veneer demo --steps 20 --out runs/short"),
+    ),
+    "extract": Verb(
+        "Make a LoRA adapter of what a fine-tuned model changed in its base.",
+        ("veneer extract ./tuned --base ./llama --out adapter --rank 32", "veneer extract ./tuned --base ./llama --out adapter --energy 0.9"),
     ),
     "fit": Verb(
         "Adapt a model to texts, by full fine-tuning or any method, and measure what was learned and forgotten.",

@@ -23,6 +23,13 @@ Config = Annotated[
 Call = Callable[..., int | None]
 
 
+def combine() -> Call:
+    from veneer.app.algebra import combine as run
+    from veneer.app.algebra import text
+
+    return _told(run, text)
+
+
 def demo() -> Call:
     from veneer.app.demo import demo as run
     from veneer.app.demo import text
@@ -34,6 +41,13 @@ def demo() -> Call:
         show(found, lambda: text(found), as_json)
 
     return flags.declare(call, every)
+
+
+def extract() -> Call:
+    from veneer.app.algebra import extract as run
+    from veneer.app.algebra import text
+
+    return _told(run, text)
 
 
 def fit() -> Call:
@@ -98,6 +112,17 @@ def methods() -> Call:
         show(found, lambda: listing.text(found), as_json)
 
     return call
+
+
+def _told(run: Callable[..., dict[str, Any]], text: Callable[[dict[str, Any]], str]) -> Call:
+    """A verb whose outcome is the dictionary that its function returns."""
+    every = flags.of_function(run)
+
+    def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
+        found = run(**flags.values(every, given))
+        show(found, lambda: text(found), as_json)
+
+    return flags.declare(call, every)
 
 
 def summary(result: Result) -> str:
