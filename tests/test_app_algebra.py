@@ -35,9 +35,9 @@ def outputs(folder, *adapters):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for i, (path, strength) in enumerate(adapters):
+    for i, (path, _) in enumerate(adapters):
         veneer.load(model, path, f"n{i}")
-        veneer.activate(model, {f"n{j}": s for j, (_, s) in enumerate(adapters[: i + 1])})
+    veneer.activate(model, {f"n{i}": strength for i, (_, strength) in enumerate(adapters)})
     return model(IDS).logits
 
 

@@ -30,7 +30,10 @@ VERBS = {
     ),
     "extract": Verb(
         "Make a LoRA adapter of what a fine-tuned model changed in its base.",
-        ("veneer extract ./tuned --base ./llama --out adapter --rank 32", "veneer extract ./tuned --base ./llama --out adapter --energy 0.9"),
+        (
+            "veneer extract ./tuned --base ./llama --out adapter --rank 32",
+            "veneer extract ./tuned --base ./llama --out adapter --energy 0.9",
+        ),
     ),
     "fit": Verb(
         "Adapt a model to texts, by full fine-tuning or any method, and measure what was learned and forgotten.",
@@ -54,6 +57,10 @@ VERBS = {
     "merge": Verb(
         "Write adapters into a copy of their base model; exit code 3, and nothing saved, if rounding would lose them.",
         ("veneer merge runs/notes --out merged", "veneer merge runs/a@0.5 runs/b --out merged --dtype float32"),
+    ),
+    "report": Verb(
+        "Write the page that tells a finished run, report.html, from the files in its folder.",
+        ("veneer report runs/notes", 'veneer report runs/notes --measure --prompt "def area("'),
     ),
     "methods": Verb("List the methods and their starts, with options and papers.", ("veneer methods", "veneer methods --json")),
 }
