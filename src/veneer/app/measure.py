@@ -1,0 +1,80 @@
+"""Three steps of a training, taken in memory for their seconds and bytes, and one more in which every tensor is counted."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import NamedTuple
+
+from veneer.analyse import resident
+from veneer.analyse.memory import Live, Saved
+from veneer.analyse.simulate import Memory
+from veneer.app import fit as training
+from veneer.app.ready import Ready
+from veneer.data.order import Order
+from veneer.train.evaluate import bits_per_byte
+from veneer.train.loop import Pace
+from veneer.train.step import Learner
+
+STEPS = 3
+
+
+class Measured(NamedTuple):
+    """Medians a step: seconds, and processor_seconds, which do not grow while other programs compute.
+
+    evaluation_seconds: of one batch; growth: bytes of the process, or of the GPU, at the peak over the loaded model, None
+    where the system does not tell; live: bytes of all tensors at once over the loaded model; activations: bytes kept.
+    """
+
+    seconds: float
+    processor_seconds: float
+    evaluation_seconds: float
+    growth: int | None
+    live: int
+    activations: int
+
+    def corrected(self, estimate: Memory) -> Memory:
+        """The estimate with what was measured in its place."""
+        return estimate._replace(activations=self.activations, peak=estimate.weights + estimate.adapter + self.live)
+
+
+def measure(ready: Ready, order: Order, pace: Pace) -> Measured:
+    """Trains the model for the first steps of the run; the model is not what it was afterwards. Raises what training raises."""
+    device = next(ready.model.parameters()).device
+    before = resident.forget_peak(device)
+    learner = training._learner(ready)
+    evaluation = _evaluate(learner, ready, order)
+    walls, processors = zip(*(_timed(learner, order, pace, i) for i in range(STEPS)), strict=True)
+    most = resident.peak(device)
+    growth = None if before is None or most is None else most - before
+    live, saved = _counted(learner, order)
+    return Measured(statistics.median(walls), statistics.median(processors), evaluation, growth, live, saved)
+
+
+def _timed(learner: Learner, order: Order, pace: Pace, i: int) -> tuple[float, float]:
+    """Seconds, and processor seconds, of a step."""
+    started = time.monotonic(), time.process_time()
+    learner.step(order.step(i % order.steps), pace.rate(i % order.steps))
+    return time.monotonic() - started[0], time.process_time() - started[1]
+
+
+def _evaluate(learner: Learner, ready: Ready, order: Order) -> float:
+    """Seconds of one batch of evaluation, which a training begins with too; the second time, once all is loaded."""
+    windows = next(t.windows for part, t in ready.texts.items() if part == "valid")[: order.batch]
+    seconds = 0.0
+    for _ in range(2):
+        started = time.monotonic()
+        bits_per_byte(learner.model, windows, learner.objective, batch=order.batch)
+        seconds = time.monotonic() - started
+    return seconds
+
+
+def _counted(learner: Learner, order: Order) -> tuple[int, int]:
+    """Bytes that exist at once over model and adapter, and bytes kept for the backward of one pass."""
+    state = [t for s in learner.optimiser.state.values() for t in s.values()]
+    held = sum(t.numel() * t.element_size() for t in state)
+    micro = order.step(0)
+    live, saved = Live(), Saved([*learner.model.parameters(), *learner.model.buffers()])
+    with live, saved.watching():
+        learner.step(micro, 0.0)
+    return live.peak + held, saved.bytes // len(micro)
