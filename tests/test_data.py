@@ -52,7 +52,8 @@ def refused(path: Path) -> str:
         (
             "a.jsonl",
             b'{"promt": "x", "id": 1}\n',
-            "FILE line 1: no column 'text', 'prompt' with 'completion', or 'messages'; did you mean 'prompt'?; it has 'promt', 'id'",
+            "FILE line 1: no column 'text', 'prompt' with 'completion', 'messages', 'conversations', or 'instruction' with 'output'; did"
+            " you mean 'prompt'?; it has 'promt', 'id'",
         ),
         (
             "a.jsonl",
