@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from veneer.adapt.algebra import combine, extract, to_lora
-from veneer.adapt.attach import activate, active, adapters, attach, detach, train_only, using
-from veneer.adapt.merge import merge
-from veneer.adapt.store import load, save
-
 if TYPE_CHECKING:
+    from veneer.adapt.algebra import combine, extract, to_lora
+    from veneer.adapt.attach import activate, active, adapters, attach, detach, train_only, using
+    from veneer.adapt.merge import merge
+    from veneer.adapt.store import load, save
     from veneer.app.fit import fit
     from veneer.train.run import Run
 
@@ -32,13 +31,25 @@ __all__ = [
     "using",
 ]
 
-# Names that are imported when they are first used, so that `import veneer` stays quick.
-_LATE = {"Run": "veneer.train.run", "fit": "veneer.app.fit"}
+# Where every name lives. They are imported when they are first used, so that `veneer --help` need not load PyTorch.
+_HOMES = {
+    "veneer.adapt.algebra": ("combine", "extract", "to_lora"),
+    "veneer.adapt.attach": ("activate", "active", "adapters", "attach", "detach", "train_only", "using"),
+    "veneer.adapt.merge": ("merge",),
+    "veneer.adapt.store": ("load", "save"),
+    "veneer.app.fit": ("fit",),
+    "veneer.train.run": ("Run",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATE:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_LATE[name]), name)
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
