@@ -75,6 +75,7 @@ def settings(folder: Path, **changed: Any) -> dict[str, Any]:
         "eval_windows": 4,
         "precision": "fp32",
         "device": "cpu",
+        "report": False,
         "out": str(folder / "run"),
     }
     return {**own, **changed}

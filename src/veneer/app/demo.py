@@ -12,6 +12,7 @@ import torch
 from veneer import embedded, tasks
 from veneer.adapt import store
 from veneer.adapt.attach import detach, using
+from veneer.analyse import demo_report
 from veneer.analyse.plots import TITLES, learning_vs_forgetting
 from veneer.app import machine, pretrained, sources, texts
 from veneer.app.dial import STRENGTHS, Point, dial, recommend
@@ -80,6 +81,7 @@ def demo(out: str = "runs/demo", *, steps: int = 100, seed: int = 0, fresh: bool
     }
     put(folder / RESULTS, results)
     learning_vs_forgetting(rows, folder / PICTURE, NOISE)
+    demo_report.write(folder)
     return results
 
 
@@ -99,6 +101,7 @@ def settings(folder: Path, target: str, label: str, contender: Contender, *, ste
         seed=seed,
         out=str(folder / f"{target}-{label}"),
         resume=True,
+        report=False,  # the demo has a page of its own
         **contender.settings,
     )
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from veneer import optim, tasks
 from veneer.adapt import store
-from veneer.app import machine, pretrained
+from veneer.app import machine, pretrained, report
 from veneer.app.ready import FULL, NAME, Ready, prepare
 from veneer.data.order import Order
 from veneer.data.pack import Window
@@ -81,7 +81,10 @@ def _train(ready: Ready, out: Path, wish: Wish, voice: Voice) -> Result:
         after = {**position.best, **loop.measure([name for name in measured if name == "test"])}
     except Stop:
         raise loop.interrupted() from None
-    return _finish(ready, out, position, after, voice)
+    _finish(ready, out, position, after, voice)
+    if run.report:
+        report.at_the_end(ready, out, loop.learner.objective, wish, voice)
+    return Result.read(out)
 
 
 def _plan(run: Run, windows: Sequence[Window]) -> tuple[Order, Pace]:
@@ -102,7 +105,7 @@ def _learner(ready: Ready) -> Learner:
     return Learner(ready.model, ready.parts, optimiser, objective, ready.pad, run.clip, run.weight_decay)
 
 
-def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float], voice: Voice) -> Result:
+def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float], voice: Voice) -> None:
     run, model = ready.run, ready.model
     if run.method == FULL:
         original = pretrained.causal_lm(run.model, torch.float32, torch.device("cpu"))
@@ -127,4 +130,3 @@ def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float]
         "versions": machine.versions(),
     }
     folder.put(out / folder.RESULTS, results)
-    return Result.read(out)

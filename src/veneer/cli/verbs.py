@@ -104,6 +104,18 @@ def merge() -> Call:
     return flags.declare(call, every)
 
 
+def report() -> Call:
+    from veneer.app.report import report as run
+
+    every = flags.of_function(run, without=["progress"])
+
+    def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
+        found = run(**flags.values(every, given))
+        show(found, lambda: "\n".join([*found["missing"], f"written: {found['report']}"]), as_json)
+
+    return flags.declare(call, every)
+
+
 def methods() -> Call:
     from veneer.cli import listing
 

@@ -65,6 +65,7 @@ class Run:
     save_every: int | None = setting(None, "distance of checkpoints; as eval_every unless given", unit="steps")
     keep: int = setting(3, "newest checkpoints to keep, beside the best one", unit="checkpoints")
     out: str = setting("runs/fit", "folder of the run")
+    report: bool = setting(True, "measure the strength dial, the layers and samples at the end, and write report.html")
     resume: bool = setting(False, "go on in out from the newest valid checkpoint; begin where there is none")
     allow: tuple[str, ...] = setting((), f"checks to turn off: {', '.join(ALLOWED)}")
 

@@ -1,0 +1,45 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def moved(change: Mapping[str, float]) -> str:
+    """ "1.513 → 1.405" of a change in bits per byte."""
+    return f"{change['before']:.3f} → {change['after']:.3f}"
+
+
+def percent(change: Mapping[str, float]) -> str:
+    """ "-7.1 %", the change in parts of what it was before."""
+    return f"{100 * (change['after'] / change['before'] - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def amount(n: float, unit: str = "B") -> str:
+    """ "638 kB", "1.2 GB": decimal."""
+    for size, word in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {word}{unit}"
+    return f"{n:g} {unit}"
+
+
+def seconds(n: float) -> str:
+    """ "12.3 s", "4 min 5 s", "2 h 10 min"."""
+    if n < 60:
+        return f"{n:.3g} s"
+    minutes, rest = divmod(round(n), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def plain(value: Any) -> str:
+    """A setting as one would write it; a dash for nothing."""
+    if value is None or value == [] or value == {} or value == "":
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {plain(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
