@@ -30,6 +30,7 @@ class Deltas(nn.Module):
         self.active: dict[str, float] = {}
         self.called = False
         self.group: Group | None = None  # of layers that read the same input, see discover.py
+        self.place = 0  # in the group
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -44,7 +45,7 @@ class Deltas(nn.Module):
         return list(self._modules)
 
 
-RESERVED = {BASE, "site", "active", "called", "group", *dir(Deltas), *vars(nn.Module())}  # attributes beside the adapters
+RESERVED = {BASE, "site", "active", "called", "group", "place", *dir(Deltas), *vars(nn.Module())}  # attributes beside the adapters
 
 
 def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:

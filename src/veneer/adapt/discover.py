@@ -91,8 +91,8 @@ def _alike(run: tuple[Deltas, ...]) -> bool:
 
 def _freeze(model: nn.Module, members: tuple[Deltas, ...]) -> None:
     group = Group(*members)
-    for m in members:
-        m.group = group
+    for place, m in enumerate(members):
+        m.group, m.place = group, place
     owner = _owner(n for n, module in model.named_modules() if deltas_of(module) in members)
     model.get_submodule(owner).register_forward_hook(group.clear)
 

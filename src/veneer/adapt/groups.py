@@ -66,8 +66,8 @@ class Group:
 
     def part(self, deltas: Deltas, x: Tensor, dtype: torch.dtype) -> Part | None:
         """This layer's part for the input x in dtype, or None where it has to compute its own."""
-        index = next((i for i, m in enumerate(self.members) if m is deltas), None)
-        if index is None or (not torch.compiler.is_compiling() and x.is_inference()):  # inference tensors have no versions
+        index = deltas.place
+        if not self.members or (not torch.compiler.is_compiling() and x.is_inference()):  # inference tensors have no versions
             return None
         if index == 0:
             self.held = self._shared(x, dtype)

@@ -43,13 +43,28 @@ def cross_entropy(
 
 
 def whole(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Sum of the losses, and its gradient (n, vocabulary) in the logits' dtype, in one formula: to be compiled."""
+    """Sum of the losses, and its gradient (n, vocabulary) in the logits' dtype, in a few formulas made to be compiled."""
+    return finish(logits, labels, smoothing, *softmax(logits, smoothing))
+
+
+def softmax(logits: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log sum exp (n, 1) and the sum of all logits, exact, and the gradient as it is where the label is not: all that is long."""
     exact = logits.to(_wide(logits.dtype))
     total = torch.logsumexp(exact, -1, keepdim=True)
-    right = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
-    target = right.to(exact.dtype) * (1 - smoothing) + smoothing / logits.shape[-1]
-    loss = total.sum() - (exact * target).sum()
-    return loss, ((exact - total).exp() - target).to(logits.dtype)
+    gradient = (exact - total).exp()
+    if smoothing:
+        return total, exact.sum(), (gradient - smoothing / logits.shape[-1]).to(logits.dtype)
+    return total, total.new_zeros(()), gradient.to(logits.dtype)
+
+
+def finish(
+    logits: Tensor, labels: Tensor, smoothing: float, total: Tensor, every: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the gradient put right at the labels: one number a row, which in a compiled loop would cost a pass."""
+    vocabulary, rows = logits.shape[-1], torch.arange(len(labels), device=labels.device)
+    right = logits[rows, labels].to(total.dtype)
+    gradient[rows, labels] = ((right - total[:, 0]).exp() - (1 - smoothing) - smoothing / vocabulary).to(gradient.dtype)
+    return total.sum() - (1 - smoothing) * right.sum() - smoothing / vocabulary * every, gradient
 
 
 def blocked(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
