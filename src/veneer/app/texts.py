@@ -76,7 +76,7 @@ def prepare_all(rows: Mapping[str, Sequence[Row]], run: Run, tokenizer: Any, voi
 
 def prepare(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> Text:
     """Rows as windows of at most run.length tokens. Raises one DataError for all rows that are too long or teach nothing."""
-    encoded = [encode(parts(row, tokenizer, run.train_on), tokenizer) for row in rows]
+    encoded = [encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer) for row in rows]
     long = [(row.where, len(t.ids) - 1) for row, t in zip(rows, encoded, strict=True) if row.kind != "text"]
     if "truncate" not in run.allow:
         door.check_overlong(long, run.length)

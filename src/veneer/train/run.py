@@ -53,6 +53,7 @@ class Run:
     length: int = setting(256, "longest window", unit="tokens")
     packing: bool = setting(True, "several short texts in a window; they do not see each other")
     train_on: Literal["completion", "all"] = setting("completion", "what is learned: completions and assistant turns, or all text")
+    train_roles: tuple[str, ...] = setting(("assistant",), "whose turns of a conversation are learned")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "the rate after warm-up")
     warmup: float = setting(0.05, "straight rise of the rate", unit="share of the steps")
     precision: Literal["auto", "bf16", "fp32"] = setting(
@@ -135,6 +136,10 @@ def _problems(run: Run) -> Iterator[str]:
         yield f"steps {run.steps} and epochs {run.epochs:g} both set the length; give one of them"
     if "none" in run.known and len(run.known) > 1:
         yield f"known is 'none' and {', '.join(k for k in run.known if k != 'none')} at once; give one of them"
+    if run.train_on == "all" and run.train_roles != ("assistant",):
+        yield "train_roles chooses turns, but train_on 'all' learns everything; leave one of them out"
+    if not run.train_roles:
+        yield "train_roles names no role, so that nothing of a conversation would be learned; the usual one is assistant"
     for name in run.allow:
         if name not in ALLOWED:
             yield f"allow: unknown check {name!r}{suggest(name, ALLOWED)}"
