@@ -39,7 +39,7 @@ def halving(ready: Ready, shape: Shape, now: Memory) -> list[Trial]:
     found = []
     for setting in (_batch, _precision, _length, _rank):
         last = None
-        for times, (trial, memory) in enumerate(setting(ready, shape), 1):
+        for times, (trial, memory) in enumerate(setting(ready, shape, now), 1):
             last = times, trial._replace(share=memory.peak / now.peak)
             if last[1].halves:
                 break
@@ -51,7 +51,7 @@ def halving(ready: Ready, shape: Shape, now: Memory) -> list[Trial]:
 Trials = Iterator[tuple[Trial, Memory]]
 
 
-def _batch(ready: Ready, shape: Shape) -> Trials:
+def _batch(ready: Ready, shape: Shape, now: Memory) -> Trials:
     run = ready.run
     for i in range(1, MOST + 1):
         rows, passes = shape.rows >> i, shape.passes << i
@@ -61,7 +61,7 @@ def _batch(ready: Ready, shape: Shape) -> Trials:
         yield Trial("batch", f"batch {rows}, accumulate {run.accumulate << i}", 1.0), _memory(ready, smaller)
 
 
-def _length(ready: Ready, shape: Shape) -> Trials:
+def _length(ready: Ready, shape: Shape, now: Memory) -> Trials:
     for i in range(1, MOST + 1):
         tokens = shape.tokens >> i
         if tokens < 2:
@@ -70,20 +70,20 @@ def _length(ready: Ready, shape: Shape) -> Trials:
         yield Trial("length", f"length {tokens}", 1.0), _memory(ready, smaller)
 
 
-def _precision(ready: Ready, shape: Shape) -> Trials:
+def _precision(ready: Ready, shape: Shape, now: Memory) -> Trials:
     if ready.run.precision == "fp32":
         yield Trial("precision", "precision bf16", 1.0), _memory(ready, shape, narrow=True)
 
 
-def _rank(ready: Ready, shape: Shape) -> Trials:
+def _rank(ready: Ready, shape: Shape, now: Memory) -> Trials:
     run = ready.run
     known = methods.options_of(methods.get(run.method))
     if run.method == FULL or "rank" not in known:
         return
     rank = int(run.options.get("rank", known["rank"].default))
-    for i in range(1, MOST + 1):
-        if rank >> i < 1:
-            return
+    most = min(MOST, rank.bit_length() - 1)
+    hopeful = 2 * (now.adapter + now.gradients + now.optimiser) > now.peak
+    for i in range(1 if hopeful else max(1, most), most + 1):  # what cannot halve the memory is tried once, at its smallest
         smaller = replace(
             run, options={**run.options, "rank": rank >> i}, rank_pattern={k: max(1, r >> i) for k, r in run.rank_pattern.items()}
         )

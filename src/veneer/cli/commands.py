@@ -28,6 +28,10 @@ VERBS = {
         "Adapt the built-in model in three ways and show what each learned and forgot; a few minutes, no download.",
         ("veneer demo", "veneer demo --steps 20 --out runs/short"),
     ),
+    "doctor": Verb(
+        "Show what this machine and this installation have, and what is missing for which feature; exit code 3 if the core is broken.",
+        ("veneer doctor", "veneer doctor --json"),
+    ),
     "extract": Verb(
         "Make a LoRA adapter of what a fine-tuned model changed in its base.",
         (
@@ -57,6 +61,14 @@ VERBS = {
     "merge": Verb(
         "Write adapters into a copy of their base model; exit code 3, and nothing saved, if rounding would lose them.",
         ("veneer merge runs/notes --out merged", "veneer merge runs/a@0.5 runs/b --out merged --dtype float32"),
+    ),
+    "plan": Verb(
+        "Say what a training would take in memory and time, and what would halve it; exit code 3 if it will not fit.",
+        (
+            "veneer plan --data notes.txt",
+            "veneer plan --model ./llama --data chats.jsonl --method dora --rank 16",
+            "veneer plan --config run.yaml --no-probe --json",
+        ),
     ),
     "report": Verb(
         "Write the page that tells a finished run, report.html, from the files in its folder.",

@@ -20,6 +20,7 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", exists=True, dir_okay=False, metavar="<file.yaml>", help="Settings from a file; given flags replace them."),
 ]
+Probe = Annotated[bool, typer.Option(help="Take three steps in memory, for seconds and bytes as they are.")]
 Call = Callable[..., int | None]
 
 
@@ -43,6 +44,18 @@ def demo() -> Call:
     return flags.declare(call, every)
 
 
+def doctor() -> Call:
+    from veneer.app.doctor import doctor as run
+    from veneer.app.doctor import text
+
+    def call(as_json: Json = False, debug: Debug = False) -> int:
+        found = run()
+        show(found.as_dict(), lambda: text(found), as_json)
+        return 0 if found.healthy else 3
+
+    return call
+
+
 def extract() -> Call:
     from veneer.app.algebra import extract as run
     from veneer.app.algebra import text
@@ -52,15 +65,12 @@ def extract() -> Call:
 
 def fit() -> Call:
     from veneer.app.fit import fit as start
-    from veneer.train import settings
     from veneer.train.run import Run
 
-    own = flags.of_settings(Run)
-    every = [*own, *flags.of_methods({f.name for f in own})]
+    every = _of_run()
 
     def call(*, config: Config = None, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
-        file = {} if config is None else settings.read_yaml(config.read_text(encoding="utf-8"), str(config))
-        result = start(Run.from_dict(flags.over(file, flags.values(every, given))))
+        result = start(Run.from_dict(_settings(config, every, given)))
         show({"folder": str(result.folder), **result.metrics}, lambda: summary(result), as_json)
 
     return flags.declare(call, every)
@@ -104,6 +114,21 @@ def merge() -> Call:
     return flags.declare(call, every)
 
 
+def plan() -> Call:
+    from veneer.app.plan import plan as run
+    from veneer.app.plan_text import text
+    from veneer.train.run import Run
+
+    every = _of_run()
+
+    def call(*, config: Config = None, probe: Probe = True, as_json: Json = False, debug: Debug = False, **given: Any) -> int:
+        found = run(Run.from_dict(_settings(config, every, given)), probe=probe)
+        show(found.as_dict(), lambda: text(found), as_json)
+        return 0 if found.problem is None else 3
+
+    return flags.declare(call, every)
+
+
 def report() -> Call:
     from veneer.app.report import report as run
 
@@ -137,11 +162,30 @@ def _told(run: Callable[..., dict[str, Any]], text: Callable[[dict[str, Any]], s
     return flags.declare(call, every)
 
 
+def _of_run() -> list[flags.Flag]:
+    """The flags of a Run: its settings, and every option of every method."""
+    from veneer.train.run import Run
+
+    own = flags.of_settings(Run)
+    return [*own, *flags.of_methods({f.name for f in own})]
+
+
+def _settings(config: Path | None, every: list[flags.Flag], given: dict[str, Any]) -> dict[str, Any]:
+    """A Run's settings from a file and the flags that replace them."""
+    from veneer.train import settings
+
+    file = {} if config is None else settings.read_yaml(config.read_text(encoding="utf-8"), str(config))
+    return flags.over(file, flags.values(every, given))
+
+
 def summary(result: Result) -> str:
     """What a training led to, for people."""
     lines = [_measured(f"learned ({result.metrics['learned']['text']})", result.learned)]
     if result.forgotten:
         lines.append(_measured("forgotten (known)", result.forgotten))
+    page = result.folder / "report.html"
+    if page.is_file():
+        lines.append(f"told in {page}")
     return "\n".join([*lines, f"saved in {result.adapter}", f"next: veneer generate PROMPT --adapter {result.folder}"])
 
 

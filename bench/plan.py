@@ -1,0 +1,98 @@
+"""What `veneer plan` foretells against what `veneer fit` takes: memory, and seconds a step, for three methods on the built-in model.
+
+python bench/plan.py [--rounds 3]
+
+Both run in processes of their own, in turns. Memory is the peak of the process in steps 3 to 6 over what it held when the
+model was loaded. Seconds are the processor's, as other programs slow wall time down by any factor; `wall_error` has that too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import _measure as m
+
+METHODS = ("lora", "dora", "full")
+
+SETTINGS = """
+from veneer.train.run import Run
+def settings(method, out):
+    return Run(data=("builtin:prose",), method=method, steps=8, eval_every=100, device="cpu", out=out)
+"""
+FORETOLD = """
+import dataclasses, json, sys
+from veneer.app.plan import plan
+found = plan(settings(sys.argv[1], sys.argv[2]), progress=False)
+print(json.dumps({"bytes": found.growth, "wall": found.measured.seconds, "processor": found.measured.processor_seconds}))
+"""
+REAL = """
+import json, statistics, sys, time
+import torch
+from veneer.analyse import resident
+from veneer.app import fit as app
+from veneer.train.step import Learner
+cpu, loaded, steps = torch.device("cpu"), [], []
+prepare, step = app.prepare, Learner.step
+def prepared(*given):
+    found = prepare(*given)
+    loaded.append(resident.forget_peak(cpu))
+    return found
+def watched(self, *given):
+    resident.forget_peak(cpu)
+    started = time.monotonic(), time.process_time()
+    found = step(self, *given)
+    steps.append((time.monotonic() - started[0], time.process_time() - started[1], resident.peak(cpu)))
+    return found
+app.prepare, Learner.step = prepared, watched
+app.fit(settings(sys.argv[1], sys.argv[2]), progress=False)
+walls, processor, peaks = zip(*steps)
+middle = lambda times: statistics.median(times[1:])
+print(json.dumps({"bytes": max(peaks[2:6]) - loaded[0], "wall": middle(walls), "processor": middle(processor)}))
+"""
+
+
+def child(code: str, method: str, out: str) -> dict[str, float]:
+    """What a program of its own prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", SETTINGS + code, method, out], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(method: str, rounds: int) -> dict[str, tuple[float, float]]:
+    """Foretold and real, medians of the rounds, by figure."""
+    pairs: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(rounds):
+            pairs.append((child(FORETOLD, method, f"{folder}/plan"), child(REAL, method, f"{folder}/{i}")))
+            print(method, *pairs[-1], file=sys.stderr, flush=True)
+    first = pairs[0][0]
+    return {name: (statistics.median(p[name] for p, _ in pairs), statistics.median(r[name] for _, r in pairs)) for name in first}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    figures: dict[str, float] = {}
+    for method in METHODS:
+        for name, (foretold, real) in measure(method, rounds).items():
+            figures[f"{method}_{name}"] = real
+            figures[f"{method}_{name}_error"] = abs(foretold - real) / real
+    for name, what in {"memory": "bytes", "time": "processor", "wall": "wall"}.items():
+        figures[f"{name}_error"] = max(figures[f"{method}_{what}_error"] for method in METHODS)
+    m.report("plan", figures)
+
+
+if __name__ == "__main__":
+    main()
