@@ -26,7 +26,7 @@ from veneer.train.progress import Voice
 from veneer.train.result import Result
 from veneer.train.run import Run
 
-NOISE = 0.03  # bits per byte; differences between runs below it are noise at one seed (bench/demo_rates.py has the spread)
+NOISE = 0.03  # bits per byte: twice the largest standard deviation over seeds in bench/results/demo_rates.json
 WINDOWS, LENGTH, BATCH = 24, 256, 4
 DIALLED = {"valid": [s for s in STRENGTHS if s >= 0.5], "test": [s for s in STRENGTHS if s]}
 PICTURE = "learning-vs-forgetting.png"
@@ -42,8 +42,8 @@ class Contender(NamedTuple):
 
 
 CONTENDERS = {
-    "full": Contender("full", {"prose": 3e-4, "c": 1e-3}, {}),
-    "lora": Contender("lora", {"prose": 5e-3, "c": 5e-3}, {"options": {"rank": 8}}),
+    "full": Contender("full", {"prose": 1.2e-3, "c": 6e-4}, {}),
+    "lora": Contender("lora", {"prose": 1e-2, "c": 5e-3}, {"options": {"rank": 8}}),
     "loraplus": Contender("lora", {"prose": 1e-3, "c": 1e-3}, {"options": {"rank": 8}, "optimiser": "loraplus"}),
 }
 

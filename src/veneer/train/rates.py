@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Rates by (method or "adapter", optimiser). The built-in model's come from a validation sweep, see docs.
-BUILTIN = {("full", "adamw"): 3e-4, ("adapter", "adamw"): 3e-3, ("adapter", "loraplus"): 1e-3}
+# Rates by (method or "adapter", optimiser). The built-in model's come from a validation sweep, bench/demo_rates.py.
+BUILTIN = {("full", "adamw"): 6e-4, ("adapter", "adamw"): 5e-3, ("adapter", "loraplus"): 1e-3}
 # A low-rank change wants about ten times the rate of full fine-tuning; under LoRA+ the rate is A's, and B's is 16 times it.
 OTHERS = {("full", "adamw"): 2e-5, ("adapter", "adamw"): 2e-4, ("adapter", "loraplus"): 5e-5}
 
