@@ -46,7 +46,7 @@ def refused(path: Path) -> str:
         ("a.txt", b"", "FILE is empty"),
         ("a.jsonl", b" \n\n", "FILE is empty"),
         ("a.txt", b"ab\ncd\xff\n", "FILE is not UTF-8 (byte 0xff at offset 5, line 2); convert it first, for instance with iconv"),
-        ("a.csv", b"text\nx\n", "FILE: .csv is not read; write it as .jsonl, one JSON object a line"),
+        ("a.xlsx", b"PK", "FILE: .xlsx is not read; write it as .csv, .parquet, or .jsonl with one JSON object a line"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', "FILE line 2: not JSON at column 13 (Expecting ',' delimiter)"),
         ("a.jsonl", b"[1]\n", "FILE line 1: a JSON list, not an object with columns"),
         (

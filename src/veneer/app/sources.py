@@ -1,33 +1,69 @@
-"""The texts that a run names, as rows: files of the user, or texts that every Python interpreter carries."""
+"""The texts that a run names, as rows: files, datasets, or texts that every Python interpreter carries; each with a weight."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from veneer import embedded
-from veneer.data.text import Row, read
+from veneer.data import hub, tables
+from veneer.data.text import REFUSED, Row, read
+from veneer.data.weights import weigh
 from veneer.embedded import texts
 from veneer.errors import DataError, suggest
 
 NAMES = (*texts.DOMAINS, "known")
+WEIGHTED = re.compile(r"(?P<name>.+)@(?P<weight>\d+(\.\d+)?)")
+FILES = (".txt", ".md", ".jsonl", *tables.WRITTEN, *tables.ARROW, *REFUSED)  # endings that no dataset's name is taken to have
 
 
-def rows(names: Iterable[str], split: str) -> list[Row]:
-    """The rows of all sources. `split` is the part of a built-in text to take where its name does not say one.
+def rows(names: Iterable[str], split: str, seed: int = 0) -> list[Row]:
+    """The rows of all sources. `split` is the part of a built-in text or a dataset to take where its name does not say one.
 
-    Raises one DataError for all that cannot be read.
+    seed: decides which rows a source with a broken weight has once more. Raises one DataError for all that cannot be read.
     """
     found: list[Row] = []
     problems: list[str] = []
     for name in names:
         try:
-            found += _builtin(name, split) if is_builtin(name) else read([Path(name)])
+            found += weigh(_read(plain(name), split), weight(name), seed)
         except DataError as e:
             problems.append(str(e))
     if problems:
         raise DataError("\n".join(problems))
     return found
+
+
+def weight(name: str) -> float:
+    """3 for a.jsonl@3, and 1 for a source without a weight. Raises DataError for 0."""
+    _, times = _parted(name)
+    if times is not None and not float(times):
+        raise DataError(f"{name}: a weight of 0 leaves nothing of the source; leave it out")
+    return 1.0 if times is None else float(times)
+
+
+def plain(name: str) -> str:
+    """The source without its weight."""
+    return _parted(name)[0]
+
+
+def _parted(name: str) -> tuple[str, str | None]:
+    given = WEIGHTED.fullmatch(name)
+    return (name, None) if given is None or Path(name).exists() else (given["name"], given["weight"])
+
+
+def _read(name: str, split: str) -> list[Row]:
+    path, (head, _, tail) = Path(name), name.rpartition(":")
+    if is_builtin(name):
+        return _builtin(name, split)
+    if path.is_dir() and hub.is_folder(path):
+        return hub.from_folder(path, "", split)
+    if head and hub.is_folder(Path(head)):
+        return hub.from_folder(Path(head), tail, split)
+    if hub.NAME.fullmatch(name) and not path.parent.is_dir() and path.suffix.lower() not in FILES:
+        return hub.from_hub(name, split)
+    return read([path])
 
 
 def is_builtin(name: str) -> bool:

@@ -30,7 +30,7 @@ class Text(NamedTuple):
 def named(run: Run) -> Run:
     """The run with the texts that it leaves open: those that belong to built-in data, and the built-in model's known text."""
     builtin = all(sources.is_builtin(name) for name in run.data)
-    own = tuple(name for name in run.data if name.count(":") == 1) if builtin else ()  # without a part of their own
+    own = tuple(sources.plain(name) for name in run.data if name.count(":") == 1) if builtin else ()  # without a part of their own
     known = run.known or (("builtin:known",) if run.model == embedded.PREFIX else ("none",))
     return replace(run, valid=run.valid or own, test=run.test or own, known=known)
 
@@ -42,7 +42,9 @@ def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
     problems: list[str] = []
     for part, names in wanted.items():
         try:
-            found[part] = sources.rows(names, "test" if part == "known" else part)
+            if part != "train" and any(sources.weight(name) != 1 for name in names):
+                raise DataError(f"{part}: {' '.join(names)}: a text that is measured has no weight; leave @ and what follows out")
+            found[part] = sources.rows(names, "test" if part == "known" else part, run.seed)
         except DataError as e:
             problems.append(str(e))
     if problems:
@@ -55,6 +57,10 @@ def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
         found["train"], found["valid"] = split.split_off(found["train"], run.seed)
         part = f"{len(found['valid'])} of {n} rows are" if len(found["train"]) < n else "the last tenth of each text is"
         voice.say(f"no valid text is given: {part} set aside to choose the best step by")
+    found["valid"] = [replace(row, times=1) for row in found["valid"]]
+    if any(sources.weight(name) != 1 for name in run.data):
+        each = sum(row.times for row in found["train"])
+        voice.say(f"by the weights of {' '.join(run.data)}, an epoch has {each} rows, of {len(found['train'])} different places")
     if not found["known"]:
         voice.say("forgetting is not measured: no known text (known=) is given")
     return {part: rows for part, rows in found.items() if rows}
@@ -90,7 +96,7 @@ def prepare(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> Text
             f"{len(idle)} rows have no token to learn (every label is masked): {first_few(idle)};"
             f" give them a completion, or use train_on='all'"
         )
-    every = [s for found in by_row for s in found]
+    every = [s for row, found in zip(rows, by_row, strict=True) for _ in range(row.times) for s in found]
     windows: list[Window] = pack(every, run.length) if run.packing else [(s,) for s in every]
     return Text(windows, _facts(rows, windows, every))
 

@@ -18,7 +18,7 @@ def split_off(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
 
     Of fewer than ten texts, each gives its last tenth, cut at a line's end. Raises DataError where there is too little.
     """
-    keys = [_key(row, seed) for row in rows]
+    keys = [key(row, seed) for row in rows]
     order = sorted(set(keys))
     if len(order) < FEW and all(r.kind == "text" for r in rows):
         halves = [_cut(r) for r in rows]
@@ -29,7 +29,8 @@ def split_off(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
     return [r for r, k in zip(rows, keys, strict=True) if k not in chosen], [r for r, k in zip(rows, keys, strict=True) if k in chosen]
 
 
-def _key(row: Row, seed: int) -> str:
+def key(row: Row, seed: int | str) -> str:
+    """A hash of the row's columns and the seed: equal rows have equal ones."""
     content = json.dumps(row.columns, sort_keys=True, default=str)
     return hashlib.sha256(f"{seed}\0{content}".encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Files into rows: plain text is one row a file, jsonl one row a line; anything that is not as it should be is refused."""
+"""Files into rows: plain text is one row a file, jsonl one row a line, a table its rows; what is not as it should be is refused."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from veneer.data import tables
 from veneer.data.columns import example, form_of, used
 from veneer.errors import DataError, first_few, suggest
 
-TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
+REFUSED = (".xlsx", ".xls", ".ods", ".zip", ".gz", ".zst", ".pdf", ".docx")  # that would be taken for a text in a wrong encoding
 SHOWN = 5  # problems of one file that are listed before "and 12 more"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example; `kind` is messages, pair or text, `where` names it for people."""
+    """One example; `kind` is messages, pair or text, `where` names it for people, `times` is how often an epoch has it."""
 
     kind: str
     columns: dict[str, Any]
     where: str
+    times: int = 1
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
@@ -40,22 +42,27 @@ def read(paths: Iterable[Path]) -> list[Row]:
 
 
 def read_file(path: Path) -> list[Row]:
-    """The rows of one file: .jsonl by its columns, anything else as one text.
+    """The rows of one file: .jsonl and tables by their columns, anything else as one text.
 
-    Raises DataError for a file that is missing, empty, not UTF-8, a table of another format, or has rows that do not fit.
+    Raises DataError for a file that is missing, empty, not UTF-8, of a format that is not read, or has rows that do not fit.
     """
+    suffix = path.suffix.lower()
     if path.is_dir():
         inside = first_few(sorted(p.name for p in path.iterdir() if p.is_file()), 3)
         raise DataError(f"{path} is a folder; name the files in it that are to be read ({inside or 'it has none'})")
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path} does not exist{suggest(path.name, beside, listed=False)}")
-    if path.suffix.lower() in TABLES:
-        raise DataError(f"{path}: {path.suffix} is not read; write it as .jsonl, one JSON object a line")
+    if suffix in REFUSED:
+        raise DataError(f"{path}: {path.suffix} is not read; write it as .csv, .parquet, or .jsonl with one JSON object a line")
+    if suffix in tables.ARROW:
+        return checked(str(path), tables.arrow(path))
     text = decode(path)
     if not text.strip():
         raise DataError(f"{path} is empty")
-    return _lines(path, text) if path.suffix.lower() == ".jsonl" else [Row("text", {"text": text}, str(path))]
+    if suffix in tables.WRITTEN:
+        return checked(str(path), tables.written(path, text))
+    return _lines(path, text) if suffix == ".jsonl" else [Row("text", {"text": text}, str(path))]
 
 
 def decode(path: Path) -> str:
