@@ -145,6 +145,8 @@ def test_padding_and_folding_keep_the_product(rank, more, scaling, seed):
     for other in (padded(pairs, rank + more), folded(pairs).pairs, uniform(pairs).pairs):
         assert (other.sites["x"].product() - want).norm() <= 1e-6 * want.norm()
     assert torch.equal(padded(pairs, rank + more).sites["x"].product(), pairs.sites["x"].product())
+    wide = padded(pairs, rank + more).sites["x"]
+    assert not wide.A[rank:].any() and not wide.B[:, rank:].any()
 
 
 def test_folding_says_how_much_was_rounded():
@@ -230,6 +232,8 @@ def test_the_four_meanings_of_adapter_config(tmp_path):
     from veneer.convert.detect import of_settings
 
     assert {said: of_settings(text) for said, text in texts.items()} == {said: said for said in texts}
+    assert of_settings({"fine_tune_type": "full", "lora_parameters": None}) == of_settings({"lora_parameters": {}}) == "mlx"
+    assert of_settings({"fine_tune_type": "lora"}) == "mlx" and of_settings({"rank": 4}) is None
     folder = tmp_path / "hub"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(texts["hub"]))
