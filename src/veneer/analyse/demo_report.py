@@ -50,9 +50,8 @@ def _target(target: str, rows: Rows, svg: str | None, noise: float) -> str:
     caption = "Each line dials one adapter from off (star) past full strength (large dot). Down is learned, right is forgotten."
     picture = page.picture(svg, f"What methods learned of {name} and forgot, at several strengths", caption) if svg else ""
     table = page.card(page.table([_row(r) for r in rows], _HEAD, numbers=1), page.paragraph(_ties(rows, noise), "small"))
-    samples = [page.continued(_title(r), r["prompt"], r["samples"]["after"]) for r in rows]
-    before = page.continued("base", rows[0]["prompt"], rows[0]["samples"]["before"])
-    beside = page.card('<div class="samples">', before, *samples, "</div>")
+    first = rows[0]
+    beside = page.continued(first["prompt"], [("base", first["samples"]["before"]), *((_title(r), r["samples"]["after"]) for r in rows)])
     return page.section(f"Learning {name}", page.pair(picture, table), page.paragraph("One prompt, continued:", "sub"), beside)
 
 

@@ -24,7 +24,7 @@ PALETTE = {
     "lora": "#1b9e77",
     "loraplus": "#7570b3",
 }
-SIZE = (5.0, 3.5)  # inches: at the width of a phone letters are still as large as the text around
+SIZE = (4.2, 3.1)  # inches: at the width of a phone letters are still as large as the text around
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -74,6 +74,7 @@ def keep(figure: Any, file: Path) -> str:
 
     with replacing(file) as (temporary,):
         figure.savefig(temporary, dpi=150, format="png")
+    figure.set_layout_engine("none")  # all is in its place
     drawn = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": file.stem}):  # names inside differ from those of the page's other pictures
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
@@ -86,7 +87,7 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
-    svg = re.sub(r' id="(\w*?_\d+)"', rf' id="{name}-\1"', svg)
+    svg = re.sub(r' id="([\w.]*_\d+)"', rf' id="{name}-\1"', svg)
     for word, colour in PALETTE.items():
         svg = svg.replace(colour, f"var(--{word})")
     return svg.strip()

@@ -33,8 +33,6 @@ def by_kind(layers: Layers) -> dict[str, list[Mapping[str, Any]]]:
 
 def singular_values(layers: Layers) -> Any:
     """The singular values of the change, largest first: the median over the blocks, a line for each kind of layer."""
-    from matplotlib.ticker import LogFormatter
-
     kinds = list(by_kind(layers).items())[:KINDS]
     figure = figures.blank()
     panel = figure.subplots()
@@ -45,12 +43,17 @@ def singular_values(layers: Layers) -> Any:
         look = {"color": PALETTE[colour], "linewidth": 1.4, "marker": "o" if n <= 16 else "", "markersize": 3}
         panel.plot(range(1, n + 1), middle, line, label=kind, **look)
     panel.set_yscale("log")
-    for axis_ticks in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        axis_ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    low, high = panel.get_ylim()
+    panel.yaxis.set_major_formatter(_plain)
+    panel.yaxis.set_minor_formatter(_plain if high < 10 * low else "")  # less than a decade may hold no power of ten
     panel.set_xlabel("number of the singular value")
     panel.set_title("singular values, median over blocks")
     panel.legend(ncols=2, fontsize=8)
     return figure
+
+
+def _plain(value: float, position: int | None = None) -> str:
+    return f"{value:g}"
 
 
 def effective_ranks(layers: Layers) -> Any:
@@ -60,7 +63,7 @@ def effective_ranks(layers: Layers) -> Any:
     kinds = by_kind(layers)
     columns = sorted({place(layer["site"])[1] for layer in layers})
     most = max(layer["relative"] for layer in layers) or 1.0
-    figure = figures.blank((5.0, max(1.6, 0.36 * len(kinds) + 0.9)))
+    figure = figures.blank((figures.SIZE[0], max(1.6, 0.33 * len(kinds) + 0.8)))
     panel = figure.subplots()
     for row, some in enumerate(kinds.values()):
         for layer in some:

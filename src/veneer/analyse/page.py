@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from importlib.resources import files
 from string import Template
+
+# Letters that no page may hold, as the pictures that Unicode has of them.
+CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}
+
+
+def escape(text: str) -> str:
+    """Any text as HTML that shows it."""
+    return html.escape(text.translate(CONTROLS))
 
 
 def whole(name: str, parts: Iterable[str]) -> str:
@@ -95,9 +103,10 @@ def command(text: str) -> str:
     return f'<pre class="command">{escape(text)}</pre>'
 
 
-def continued(title: str, prompt: str, text: str) -> str:
-    """A text that goes on after a prompt, which stands in grey before it."""
-    return f'<div><h3>{escape(title)}</h3><div class="text"><span class="prompt">{escape(prompt)}</span>{escape(text)}</div></div>'
+def continued(prompt: str, texts: Iterable[tuple[str, str]]) -> str:
+    """A prompt and, below it, beside each other, (by whom, text) of those who went on from it."""
+    ways = (f'<div><h3>{escape(by)}</h3><div class="text">{escape(text)}</div></div>' for by, text in texts)
+    return card(f'<div class="text prompt">{escape(prompt)}</div>', '<div class="samples">', *ways, "</div>")
 
 
 def tokens(pieces: Iterable[Sequence[object]]) -> str:

@@ -33,7 +33,7 @@ def learning_vs_forgetting(rows: Sequence[Mapping[str, Any]], file: Path, noise:
 
 def one_target(rows: Sequence[Mapping[str, Any]], noise: float) -> Any:
     """The same for the rows of one target alone."""
-    figure = figures.blank((5.2, 4.2))
+    figure = figures.blank((4.6, 3.8))
     dialled(figure.subplots(), rows, noise)
     return figure
 

@@ -29,7 +29,7 @@ def write(folder: Path) -> list[str]:
 def put(folder: Path, text: str) -> Path:
     """The page, whole or not there."""
     with replacing(folder / REPORT) as (temporary,):
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # halves of letters, which JSON may hold
     return folder / REPORT
 
 

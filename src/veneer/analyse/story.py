@@ -150,10 +150,8 @@ def _samples(run: Told) -> str:
         return page.section("Before and after", page.paragraph(f"Not measured: veneer report {run.folder} --measure does it.", "sub"))
     cards = []
     for row in found["rows"]:
-        columns = [page.continued("base", row["prompt"], row["before"]), page.continued("adapted", row["prompt"], row["after"])]
-        if row.get("truth"):
-            columns.append(page.continued("the text itself", row["prompt"], row["truth"]))
-        cards.append(page.card('<div class="samples">', *columns, "</div>"))
+        truth = [("the text itself", row["truth"])] if row.get("truth") else []
+        cards.append(page.continued(row["prompt"], [("base", row["before"]), ("adapted", row["after"]), *truth]))
     how = f"Drawn at temperature {found['temperature']:g} with the same random numbers, {found['tokens']} tokens at most"
     return page.section("Before and after", page.paragraph(f"{found['source']}. {how}; single samples, not a measure.", "sub"), *cards)
 

@@ -189,5 +189,5 @@ def _prompts(windows: Sequence[Window], tokenizer: Any, written: int, longest: i
         start = first if first > 1 else min(TOKENS["prompt"], len(ids) // 2)
         prompt = tokenizer.decode(ids[max(0, start - max(1, longest)) : start], clean_up_tokenization_spaces=False)
         truth = tokenizer.decode(ids[start : start + written], clean_up_tokenization_spaces=False)
-        found.append({"prompt": prompt.removeprefix(tokenizer.bos_token or ""), "truth": truth})
+        found.append({"prompt": prompt.removeprefix(tokenizer.bos_token or ""), "truth": truth.removesuffix(tokenizer.eos_token or "")})
     return found
