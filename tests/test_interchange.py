@@ -213,7 +213,7 @@ def test_modules_kept_whole(kind: str, method: str, tmp_path: Path) -> None:
 
 
 def test_a_container_kept_whole(tmp_path: Path) -> None:
-    model = in_peft(models.llama, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"])
+    model = in_peft(models.llama, target_modules=["q_proj", "up_proj"], modules_to_save=["layers.1.mlp"])
     ours = assert_reads(models.llama, model, written(model, tmp_path / "theirs"))
     assert sum(s.kind == "leaf" for s, _ in changes(ours, "default")) == 3
     veneer.save(ours, tmp_path / "again")
@@ -443,6 +443,14 @@ def test_starts_that_leave_the_base_alone_are_plain(start: Any, tmp_path: Path) 
     assert_reads(models.llama, model, tmp_path)
     with pytest.raises(FormatError, match="initial= is for starts that move the base; this adapter's init_lora_weights is"):
         veneer.load(models.llama(), tmp_path, initial=tmp_path)
+
+
+def test_an_untrained_orthogonal_start_is_no_change(tmp_path: Path) -> None:
+    """Its A and B are large and their product is nothing but rounding."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="orthogonal")
+    written(peft.get_peft_model(models.llama(), config), tmp_path)
+    with pytest.raises(FormatError, match="the change is zero at 2 of 2 layers"):
+        veneer.load(models.llama(), tmp_path)
 
 
 @pytest.mark.parametrize(

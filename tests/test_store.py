@@ -180,7 +180,7 @@ def test_what_peft_cannot_express_is_kept_in_our_own_layout(tmp_path: Path) -> N
         assert state(again).keys() == state(ours).keys()
 
 
-def full(build: Any = models.llama) -> nn.Module:
+def full(build: Any = models.llama, size: float = 0.05) -> nn.Module:
     """Every parameter of the model changed a little, as full fine-tuning leaves it; the head as it was."""
     model = build()
     draw = torch.Generator().manual_seed(0)
@@ -191,7 +191,7 @@ def full(build: Any = models.llama) -> nn.Module:
             delta = methods.build(methods.get("full"), site, {})
             if n != "lm_head":
                 with torch.no_grad():
-                    next(delta.parameters()).copy_(0.05 * torch.randn(site.out, 1, generator=draw))
+                    next(delta.parameters()).copy_(size * torch.randn(site.out, 1, generator=draw))
             found.append((site, delta))
     hang(model, "default", found)
     return model
@@ -369,6 +369,19 @@ def test_an_untrained_adapter_is_not_saved(tmp_path: Path) -> None:
     assert manifest(tmp_path / "a")["allow"] == ["zero"]
     assert "learned nothing" in refusal(tmp_path / "a")
     veneer.load(models.llama(), tmp_path / "a", allow="zero")
+
+
+def test_full_fine_tuning_that_changed_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="the change is zero at 21 of 21 layers"):
+        veneer.save(full(size=0), tmp_path)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa", "olora"])
+def test_a_small_step_is_a_change(init: str, tmp_path: Path) -> None:
+    model = veneer.attach(models.llama(), to=["q_proj"], rank=3, init=init)
+    models.randomise(model, size=1e-5)
+    veneer.save(model, tmp_path)
+    veneer.load(models.llama(), tmp_path)
 
 
 def test_one_layer_that_learned_nothing(tmp_path: Path) -> None:

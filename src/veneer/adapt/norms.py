@@ -36,13 +36,13 @@ def size(site: Site, delta: Delta) -> Size:
     base = float(row_norms(site.weight()).norm())
     f = delta.factors(site)
     if f is not None and f.g is None:
-        # In float64: of a PiSSA-like start the norm is that of a small difference of large products.
+        # Factors can be large and their product nothing: orthogonal starts, PiSSA's start less itself.
         A, B = f.A.double(), f.B.double()
         return Size(float(product_norm(B, A)), base, torch.finfo(f.A.dtype).eps * float(A.norm() * B.norm()))
     D = dense(site, delta)
     if D is None:
         return Size(math.nan, base, 0.0)
-    return Size(float(row_norms(D).norm()), base, 0.0 if f is None else 4 * torch.finfo(D.dtype).eps * base)
+    return Size(float(row_norms(D).norm()), base, 0.0)
 
 
 def dense(site: Site, delta: Delta) -> Tensor | None:
