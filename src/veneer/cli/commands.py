@@ -24,6 +24,18 @@ VERBS = {
             "veneer combine runs/a runs/b --out mixed --how ties --rank 32",
         ),
     ),
+    "convert": Verb(
+        "Carry an adapter between PEFT, kohya, diffusers, torchtune, mlx-lm, LitGPT and vLLM, and say what was rounded.",
+        ("veneer convert runs/notes --to vllm --out served", "veneer convert lora.safetensors --model ./llama --out adapter"),
+    ),
+    "convert-config": Verb(
+        "Translate a run's settings from axolotl, LLaMA-Factory, torchtune or mlx-lm, with a list of what could not be carried.",
+        ("veneer convert-config axolotl.yml --out run.yaml", "veneer convert-config sft.yaml --tool llamafactory --json"),
+    ),
+    "data": Verb(
+        "Show texts as tokens with what is learned of them, or check them: counts, lengths, leaks; exit code 3 if something is wrong.",
+        ("veneer data show chats.jsonl --model ./llama", "veneer data check chats.jsonl --valid held_out.jsonl --length 512"),
+    ),
     "demo": Verb(
         "Adapt the built-in model in three ways and show what each learned and forgot; a few minutes, no download.",
         ("veneer demo", "veneer demo --steps 20 --out runs/short"),
@@ -75,6 +87,10 @@ VERBS = {
         ("veneer report runs/notes", 'veneer report runs/notes --measure --prompt "def area("'),
     ),
     "methods": Verb("List the methods and their starts, with options and papers.", ("veneer methods", "veneer methods --json")),
+    "verify": Verb(
+        "Prove that an adapter is complete, loads on its base and has effect; exit code 3 when not.",
+        ("veneer verify runs/notes", "veneer verify adapter --model ./llama --dtype bfloat16"),
+    ),
 }
 
 
@@ -99,7 +115,7 @@ def command(name: str) -> Any:
 
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
     epilog = "\n\n".join(["Examples:", *VERBS[name].examples])
-    alone.command(name, help=VERBS[name].help, epilog=epilog, context_settings=WORDS)(getattr(verbs, name)())
+    alone.command(name, help=VERBS[name].help, epilog=epilog, context_settings=WORDS)(getattr(verbs, name.replace("-", "_"))())
     return typer.main.get_command(alone)
 
 

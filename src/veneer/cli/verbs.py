@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,11 @@ Config = Annotated[
     typer.Option("--config", exists=True, dir_okay=False, metavar="<file.yaml>", help="Settings from a file; given flags replace them."),
 ]
 Probe = Annotated[bool, typer.Option(help="Take three steps in memory, for seconds and bytes as they are.")]
+Action = Annotated[Literal["show", "check"], typer.Argument(help="show: rows as tokens, with what is learned; check: count and compare.")]
+Files = Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts, as by --data.", show_default=False)]
+Rows = Annotated[int, typer.Option("--rows", metavar="<integer>", help="Rows to show.")]
+# The settings of a Run that decide what is read and learned.
+READING = "data model valid test known batch accumulate length packing train_on train_roles seed allow".split()
 Call = Callable[..., int | None]
 
 
@@ -29,6 +34,50 @@ def combine() -> Call:
     from veneer.app.algebra import text
 
     return _told(run, text)
+
+
+def convert() -> Call:
+    from veneer.app.convert import convert as run
+    from veneer.app.convert import text
+
+    return _shown(run, text)
+
+
+def convert_config() -> Call:
+    from veneer.app.convert_run import convert_config as run
+    from veneer.app.convert_run import text
+
+    return _shown(run, text)
+
+
+def data() -> Call:
+    from veneer.app.data_check import check, text
+    from veneer.app.data_show import show as rows_of
+    from veneer.cli import mask
+    from veneer.train.run import Run
+
+    every = [f for f in flags.of_settings(Run) if f.name in READING]
+
+    def call(
+        action: Action,
+        files: Files = None,
+        *,
+        rows: Rows = 3,
+        config: Config = None,
+        as_json: Json = False,
+        debug: Debug = False,
+        **given: Any,
+    ) -> int:
+        chosen = _settings(config, every, {**given, "data": [*(given["data"] or []), *(files or [])]})
+        if action == "show":
+            found = rows_of(Run.from_dict(chosen), rows)
+            show(found, lambda: mask.text(found, mask.has_colour()), as_json)
+            return 0
+        checked = check(Run.from_dict(chosen))
+        show(checked.as_dict(), lambda: text(checked), as_json)
+        return 3 if checked.wrong else 0
+
+    return flags.declare(call, every)
 
 
 def demo() -> Call:
@@ -141,6 +190,13 @@ def report() -> Call:
     return flags.declare(call, every)
 
 
+def verify() -> Call:
+    from veneer.app.verify import exit_code, text
+    from veneer.app.verify import verify as run
+
+    return _shown(run, text, exit_code)
+
+
 def methods() -> Call:
     from veneer.cli import listing
 
@@ -158,6 +214,18 @@ def _told(run: Callable[..., dict[str, Any]], text: Callable[[dict[str, Any]], s
     def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
         found = run(**flags.values(every, given))
         show(found, lambda: text(found), as_json)
+
+    return flags.declare(call, every)
+
+
+def _shown(run: Callable[..., Any], text: Callable[[Any], str], exit_code: Callable[[Any], int] = lambda found: 0) -> Call:
+    """A verb whose outcome is an object with as_dict()."""
+    every = flags.of_function(run)
+
+    def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> int:
+        found = run(**flags.values(every, given))
+        show(found.as_dict(), lambda: text(found), as_json)
+        return exit_code(found)
 
     return flags.declare(call, every)
 
