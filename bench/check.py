@@ -1,0 +1,50 @@
+"""Compares figures with the recorded ones, and fails where one is worse by more than 15 %: make bench-check.
+
+python bench/check.py [bench ..]: runs these benches, or all that have a file in bench/results.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+ALLOWED = 0.15
+LESS_IS_BETTER = ("_over_bound", "peak_vs_", "pissa_excess_ratio", "final_loss_difference", "_over_base")
+
+
+def worse(name: str, now: float, then: float) -> float:
+    """By what share the figure is worse than it was."""
+    less = any(part in name for part in LESS_IS_BETTER)
+    return (now / then if less else then / now) - 1 if now > 0 and then > 0 else 0.0
+
+
+def run(bench: str) -> dict[str, float]:
+    """The figures of a bench, run now."""
+    done = subprocess.run([sys.executable, str(HERE / f"{bench}.py")], check=True, stdout=subprocess.PIPE, text=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])["figures"]
+    return figures
+
+
+def main() -> int:
+    failed = 0
+    for bench in sys.argv[1:] or sorted(p.stem for p in RESULTS.glob("*.json")):
+        recorded = json.loads((RESULTS / f"{bench}.json").read_text(encoding="utf-8"))["figures"]
+        now = run(bench)
+        for name, then in recorded.items():
+            if name not in now:
+                print(f"{name}: recorded as {then:g}, but not measured any more")
+                failed += 1
+            elif (by := worse(name, now[name], then)) > ALLOWED:
+                print(f"{name}: {now[name]:g}, recorded as {then:g}: {by:.0%} worse")
+                failed += 1
+            else:
+                print(f"{name}: {now[name]:g}, recorded as {then:g}")
+    return 3 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

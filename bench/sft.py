@@ -1,0 +1,98 @@
+"""Useful tokens a second in supervised fine-tuning: lognormal lengths (median 110, sigma 0.8), half of the tokens prompt.
+
+Veneer packs texts into windows and learns from labels only; PEFT pads batches of 8, at random or of like length, and at
+its best (adapters in the model's dtype, fused AdamW, compiled, lengths padded to multiples of 64) too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import _measure as m
+import torch
+from torch import Tensor
+
+SIZE, VOCABULARY, TEXTS, ROWS, WINDOW, LONGEST, BUCKET = "h512", 32000, 64, 8, 256, 1024, 64
+
+
+def texts(seed: int = 0) -> list[Tensor]:
+    """Token ids of texts with such lengths."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.exp(torch.log(torch.tensor(110.0)) + 0.8 * torch.randn(TEXTS, generator=draw)).round().long().clamp(8, LONGEST)
+    return [torch.randint(0, VOCABULARY, (int(n),), generator=draw) for n in lengths]
+
+
+def padded(rows: Sequence[Tensor], multiple: int = 1) -> dict[str, Tensor]:
+    """A batch as transformers takes it; the first half of every text is prompt."""
+    longest = -(-max(len(r) for r in rows) // multiple) * multiple
+    batch = dict(input_ids=torch.zeros(len(rows), longest, dtype=torch.long), labels=torch.full((len(rows), longest), -100))
+    batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+    for i, r in enumerate(rows):
+        batch["input_ids"][i, : len(r)], batch["attention_mask"][i, : len(r)] = r, 1
+        batch["labels"][i, len(r) // 2 : len(r)] = r[len(r) // 2 :]
+    return batch
+
+
+def batches(found: list[Tensor], *, grouped: bool, multiple: int = 1) -> list[dict[str, Tensor]]:
+    """Padded batches of ROWS texts, in the order given or by length."""
+    ordered = sorted(found, key=len) if grouped else found
+    return [padded(ordered[i : i + ROWS], multiple) for i in range(0, len(ordered), ROWS)]
+
+
+def windows(found: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Veneer's batches: texts packed into windows by its own code, a long one cut, ROWS / 2 windows a batch."""
+    from veneer.data import pack
+
+    pieces = []
+    for text in found:
+        labels = text[1:].clone()
+        labels[: len(text) // 2 - 1] = pack.IGNORED
+        whole = pack.Segment(text[:-1], labels, torch.zeros_like(labels))
+        cut = [pack.Segment(*(t[i : i + WINDOW] for t in whole)) for i in range(0, len(labels), WINDOW)]
+        pieces += [s for s in cut if bool((s.labels != pack.IGNORED).any())]
+    packed = pack.pack(pieces, WINDOW)
+    return [pack.collate(packed[i : i + ROWS // 2], 0) for i in range(0, len(packed), ROWS // 2)]
+
+
+def peer(found: list[Tensor], *, grouped: bool, best: bool) -> m.Step:
+    """An epoch of PEFT."""
+    model = m.peft_model(m.llama(SIZE, VOCABULARY, torch.bfloat16), best=best)
+    adam, every = m.optimiser(model, fused=best), batches(found, grouped=grouped, multiple=BUCKET if best else 1)
+
+    def act() -> None:
+        for batch in every:
+            m.peer_step(model, adam, batch)
+
+    return act
+
+
+def ours(found: list[Tensor]) -> m.Step:
+    """An epoch of Veneer."""
+    from veneer.train.compiling import prepare
+
+    model, every = m.veneer_model(m.llama(SIZE, VOCABULARY, torch.bfloat16)), windows(found)
+    objective: Any = prepare(model, every[0], compiled=True)
+    adam = m.optimiser(model, fused=True)
+
+    def act() -> None:
+        for batch in every:
+            m.our_step(model, objective, adam, batch)
+
+    return act
+
+
+def main() -> None:
+    found = texts()
+    steps = {"veneer": ours(found), "padded": peer(found, grouped=False, best=False), "grouped": peer(found, grouped=True, best=False)}
+    steps["compiled"] = peer(found, grouped=True, best=True)
+    seconds = m.interleaved(steps)
+    useful = sum(map(len, found))
+    print({k: f"{useful / v:.0f} tokens/s" for k, v in seconds.items()}, file=sys.stderr)
+    names = {"vs_padded_peft": "padded", "vs_length_grouped_peft": "grouped", "vs_length_grouped_compiled": "compiled"}
+    m.report("sft", {figure: seconds[k] / seconds["veneer"] for figure, k in names.items()})
+
+
+if __name__ == "__main__":
+    main()
