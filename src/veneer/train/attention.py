@@ -14,7 +14,7 @@ OWN = "sdpa"  # what it stands in for
 FASTER = (torch.bfloat16,)  # where it has been measured to be
 
 
-def use_short(model: nn.Module) -> bool:
+def use_short(model: Any) -> bool:
     """Whether the model's attention now has the faster backward: one of such a dtype on a CPU that uses PyTorch's fused one.
 
     It pays only under torch.compile, which makes few passes of the many that its formulas are.
