@@ -204,8 +204,10 @@ def test_full_fine_tuning_without_test_and_known_text(tmp_path):
     given = tiny.settings(tmp_path, method="full", options={}, known="none", steps=2, eval_every=1, report=True, lr=1e-3)
     folder = fit(Run.from_dict(given), progress=False).folder
     r = results(folder)
-    assert (r["dial"]["chosen_on"], r["dial"]["text"], r["dial"]["apart"]) == ("half of the valid text", "its other half", True)
-    assert {p["known_bpb"] for p in r["dial"]["points"]} == {None}
+    dial = r["dial"]
+    assert (dial["chosen_on"], dial["text"], dial["apart"]) == ("half of the valid text", "the other half of the valid text", True)
+    assert {p["known_bpb"] for p in dial["points"]} == {None}
+    assert "No test text was given, so what was learned is reported on the same text" in text_of(folder)
     assert "what was forgotten is not measured" in text_of(folder) and "learning-vs-forgetting" not in text_of(folder)
     assert len(r["layers"]) > 10 and not (folder / "learning-vs-forgetting.png").exists()
 
@@ -297,3 +299,9 @@ def test_a_browser_draws_it_without_a_complaint(run, tmp_path, colours):
     )
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     assert (tmp_path / "page.png").stat().st_size > 20_000
+
+
+def test_every_flag_of_the_verb_has_help():
+    from veneer.cli import flags
+
+    assert [f.name for f in flags.of_function(report, ["progress"]) if not f.help.split(" (default")[0]] == []

@@ -9,7 +9,7 @@ from typing import Any
 from veneer.analyse import figures
 from veneer.analyse.figures import PALETTE
 
-TITLES = {"full": "full fine-tuning", "lora": "LoRA", "loraplus": "LoRA+", "prose": "English prose", "c": "C headers"}
+TITLES = {"full": "full fine-tuning", "lora": "LoRA", "loraplus": "LoRA+", "dora": "DoRA", "prose": "English prose", "c": "C headers"}
 COLOURS = {name: PALETTE[name] for name in ("full", "lora", "loraplus")}
 MARKED = 160  # points of a curve of training losses: more are taken together
 

@@ -21,12 +21,15 @@ class Told(NamedTuple):
 
 
 Drawn = Mapping[str, str]
+NO_TEST = "No test text was given, so what was learned is reported on the same text, which flatters it a little."
+PARTS = ("train", "valid", "test", "known")
 
 
 def page_of(run: Told, drawn: Drawn, missing: Sequence[str]) -> str:
     """The whole page. drawn: pictures by name; missing: what could not be drawn, as sentences."""
     settings = run.config["run"]
-    title = f"{plots.TITLES.get(settings['method'], settings['method'])} on {settings['model']}"
+    method = "loraplus" if (settings["method"], settings["optimiser"]) == ("lora", "loraplus") else settings["method"]
+    title = f"{plots.TITLES.get(method, method)} on {settings['model']}"
     above = f"Veneer {run.config.get('veneer', '')} · {', '.join(settings['data'])} · {run.folder}"
     parts = [
         page.title(title, above),
@@ -90,8 +93,9 @@ def _curves(run: Told, drawn: Drawn) -> str:
     loss = "Loss on the batch of each step, before the step is taken." + (f" {skipped} steps were skipped." if skipped else "")
     windows = run.config["run"]["eval_windows"]
     part = f"on {windows} evenly spaced windows of each text" if windows else "on all of each text"
-    measured = f"Measured {part}. The step is chosen on valid text; test text is measured at the beginning and at the end only."
-    path = "A dot for every evaluation. A good training goes down more than to the right. One run with one seed: small moves may be noise."
+    apart = "Test text is measured before and after only." if "test" in run.results["after"] else NO_TEST
+    measured = f"Measured {part}. The step that is kept is chosen on valid text. {apart}"
+    path = "A dot for every evaluation, from the base (star) on. One run with one seed: small moves may be noise."
     return page.section(
         "Learning and forgetting",
         page.row(
@@ -122,7 +126,7 @@ def _dial(run: Told, drawn: Drawn) -> str:
     head, rows = _dial_rows(dial["points"])
     use = f"veneer generate PROMPT --adapter {run.folder}@{dial['recommended']:g}"
     apart = "not the ones it was chosen by" if dial["apart"] else "the same that it was chosen by"
-    caption = f"Measured on {dial['windows']} windows of {dial['text']}, {apart}."
+    caption = f"Measured on {dial['windows']} window{'s' if dial['windows'] > 1 else ''} of {dial['text']}, {apart}."
     return page.section(
         title,
         page.paragraph(" ".join(says)),
@@ -181,7 +185,7 @@ def _data(run: Told) -> str:
     head = ["text", "rows", "windows", "tokens", "learned tokens", "learned"]
     rows = [
         [part, *(f"{f[k]:,}" for k in ("rows", "windows", "tokens", "learned_tokens")), f"{f['learned_tokens'] / f['tokens']:.1%}"]
-        for part, f in run.config["data"].items()
+        for part, f in sorted(run.config["data"].items(), key=lambda item: PARTS.index(item[0]) if item[0] in PARTS else len(PARTS))
     ]
     preview = [page.card(page.tokens(pieces)) for pieces in run.results.get("preview") or ()]
     says = "The beginning of what is trained on, token by token: marked tokens are learned, the others are only read."

@@ -23,8 +23,9 @@ from veneer.train.run import Run
 
 WINDOWS = 6  # of each text and each half of known text: all strengths together cost about as much as eight training steps
 VALUES = 64  # singular values of a matrix that are kept
-SHOWN = 3  # rows of data, and SAMPLES prompts
-SAMPLES = 2
+SHOWN = 3  # rows of data, of those that begin in the first LOOKED windows
+LOOKED = 100
+SAMPLES = 2  # prompts
 TOKENS = {"preview": 120, "prompt": 24, "longest prompt": 200, "written": 48}
 TEMPERATURE = 0.7
 DENSE = 3e10  # out * in * min(out, in) of all matrices whose singular values are computed from the whole change: some 10 s
@@ -64,7 +65,7 @@ def examine(
 
 def dialled(model: nn.Module, name: str, texts: Texts, objective: Objective, *, batch: int, between: Between) -> dict[str, Any]:
     """The dial, with the strength chosen on valid text and measured on test text; halves of one text where there is no other."""
-    chosen_on, reported = ("valid text", "test text") if "test" in texts else ("half of the valid text", "its other half")
+    chosen_on, reported = ("valid text", "test text") if "test" in texts else ("half of the valid text", "the other half of the valid text")
     target = (texts["valid"].windows, texts["test"].windows) if "test" in texts else _halves(texts["valid"].windows)
     known = _halves(texts["known"].windows) if "known" in texts else ((), ())
     choosing, points = (
@@ -126,7 +127,9 @@ def layers(model: nn.Module, name: str, voice: Voice) -> list[dict[str, Any]]:
 def preview(windows: Sequence[Window], tokenizer: Any) -> list[list[list[Any]]]:
     """The beginnings of the first rows, each a list of [text of a token, whether it is learned]."""
     found = []
-    for s in [s for w in windows[:SHOWN] for s in w][:SHOWN]:
+    every = [s for w in windows[:LOOKED] for s in w]
+    whole = [s for s in every if s.inputs[0] == tokenizer.bos_token_id]  # from where a row begins, if that can be seen
+    for s in (whole or every)[:SHOWN]:
         ids, learned = _learned(s)
         found.append([[text, was] for text, was in zip(pieces(ids[: TOKENS["preview"]], tokenizer), learned, strict=False)])
     return found
