@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -65,9 +66,15 @@ class Operations(TorchDispatchMode):
         if "_scaled_dot_product" in name:
             q, k = args[1:3] if "backward" in name else args[:2]
             self.attention += 2 * (5 if "backward" in name else 2) * math.prod(q.shape) * k.shape[-2]
-        elif func.overloadpacket in flop_registry:
-            self.products += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        elif (packet := _written_elsewhere(func)) in flop_registry:
+            self.products += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
+
+
+def _written_elsewhere(func: Any) -> Any:
+    """The operation that takes the same arguments and writes into none of them: addmm for addmm_."""
+    name = func.overloadpacket.__name__
+    return getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else func.overloadpacket
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,8 @@ from veneer.adapt.head import cut
 from veneer.analyse.flops import Flops, counting
 from veneer.analyse.memory import Live, Saved, n_bytes
 from veneer.ops.chunked import CHUNK, cross_entropy
+
+LOOK = "find_packed_sequence_indices"
 
 
 class Shape(NamedTuple):
@@ -72,7 +77,8 @@ def step(model: nn.Module, shape: Shape, *, base: torch.dtype | None = None, ful
         learned = [t for n, t in tensors.items() if n in trained]
         try:
             model.train()
-            found = _run(model, tensors, shape, device, autocast)
+            with _unpacked():
+                found = _run(model, tensors, shape, device, autocast)
         finally:
             model.train(training)
     gradients = sum(t.numel() * t.element_size() for t in learned)
@@ -81,6 +87,21 @@ def step(model: nn.Module, shape: Shape, *, base: torch.dtype | None = None, ful
     logits = _logits(model, shape, 2 if autocast else _width(kept))
     peak = weights + adapter + states + found.live
     return Step(Memory(weights, adapter, gradients, states, found.saved, logits, peak), found.flops)
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """Within the block transformers does not look into positions for packed texts, as there is nothing to see in them."""
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    find = getattr(masks, LOOK, None)
+    if find is None:
+        yield
+        return
+    setattr(masks, LOOK, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masks, LOOK, find)
 
 
 class _Found(NamedTuple):
@@ -97,7 +118,7 @@ def _run(model: nn.Module, tensors: dict[str, Tensor], shape: Shape, device: tor
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 total = torch.func.functional_call(_Loss(model), named, (shape, device))
             total.backward()
-    return _Found(live.peak, saved.bytes // min(shape.passes, 2), flops.found())
+    return _Found(live.made.peak, saved.kept.peak, flops.found())
 
 
 class _Loss(nn.Module):

@@ -1,4 +1,4 @@
-"""Three steps of a training, taken in memory for their seconds and bytes, and one more in which every tensor is counted."""
+"""The seconds and bytes of three steps of a training, taken in memory after one that loads all they need."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def measure(ready: Ready, order: Order, pace: Pace) -> Measured:
     before = resident.forget_peak(device)
     learner = training._learner(ready)
     evaluation = _evaluate(learner, ready, order)
-    walls, processors = zip(*(_timed(learner, order, pace, i) for i in range(STEPS)), strict=True)
+    times = [_timed(learner, order, pace, i) for i in range(1 + STEPS)]
+    walls, processors = zip(*times[1:], strict=True)
     most = resident.peak(device)
     growth = None if before is None or most is None else most - before
     live, saved = _counted(learner, order)
@@ -73,8 +74,7 @@ def _counted(learner: Learner, order: Order) -> tuple[int, int]:
     """Bytes that exist at once over model and adapter, and bytes kept for the backward of one pass."""
     state = [t for s in learner.optimiser.state.values() for t in s.values()]
     held = sum(t.numel() * t.element_size() for t in state)
-    micro = order.step(0)
     live, saved = Live(), Saved([*learner.model.parameters(), *learner.model.buffers()])
     with live, saved.watching():
-        learner.step(micro, 0.0)
-    return live.peak + held, saved.bytes // len(micro)
+        learner.step(order.step(0), 0.0)
+    return live.made.peak + held, saved.kept.peak
