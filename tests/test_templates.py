@@ -12,12 +12,15 @@ import pytest
 import tiny
 import torch
 
+from veneer.app import texts
+from veneer.app.fit import fit
 from veneer.data import chat, text
 from veneer.data.pack import IGNORED, collate, segments
 from veneer.data.text import Row
 from veneer.data.tokens import Tokens, encode
 from veneer.errors import ConfigError, DataError
 from veneer.tasks.causal_lm import loss
+from veneer.train.progress import Voice
 from veneer.train.run import Run
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -174,3 +177,62 @@ def test_the_loss_of_a_row_is_the_value_by_hand():
     # p(2 after 1) = 3/4, p(0 after 2) = 1/3, p(0 after 0) = 1/2: together 1/8.
     assert n == 3
     assert abs(value.item() - math.log(8)) < 1e-12
+
+
+def test_the_loss_of_a_run_is_the_value_by_hand(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny.base(tmp_path / "base"))
+    with torch.no_grad():
+        base.lm_head.weight.fill_(0.01)  # every token is as likely as every other one
+    base.save_pretrained(tmp_path / "base")
+    data = str(tiny.jsonl(tmp_path / "a.jsonl", {"prompt": "x", "completion": "yes"}, {"prompt": "y", "completion": "no way"}))
+    common = {"model": str(tmp_path / "base"), "valid": data, "known": "none", "length": 32, "precision": "fp32", "device": "cpu"}
+    fit(Run(data=f"{data}@2", method="full", steps=1, out=str(tmp_path / "run"), **common), progress=False)
+    before, first, _ = tiny.metrics(tmp_path / "run")
+    n = len(tiny.tokenizer())
+    assert first["loss"] == pytest.approx(math.log(n), rel=1e-6)
+    labels = len("yes") + 1 + len("no way") + 1  # each letter is a token here, and so is the end of each row
+    assert [len(tiny.tokenizer()(text)["input_ids"]) for text in ("yes", "no way")] == [3, 6]
+    assert first["labels"] % labels == 0
+    assert before["valid_bpb"] == pytest.approx(labels * math.log2(n) / len("yesno way"), rel=1e-6)
+
+
+# -- at the door ------------------------------------------------------------------------------------------------------
+
+
+def gathered(data: str, **more: Any) -> dict[str, list[Row]]:
+    return texts.gather(Run(data=data, valid=data, known="none", **more), Voice(False))
+
+
+def test_roles_that_no_turn_has_are_refused(tmp_path):
+    data = str(tiny.jsonl(tmp_path / "a.jsonl", TALK))
+    with pytest.raises(DataError, match="train_roles: no turn is of role 'asistant'; did you mean 'assistant'"):
+        gathered(data, train_roles=("asistant",))
+    with pytest.raises(DataError, match="train_roles: no turn is of role 'tool'; known: assistant, system, user"):
+        gathered(data, train_roles=("assistant", "tool"))
+    plain = str(tiny.jsonl(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"}))
+    with pytest.raises(DataError, match="train_roles: no turn is of role 'user'; none of the rows is a conversation"):
+        gathered(plain, train_roles=("user",))
+    assert gathered(plain)["train"] and gathered(data, train_roles=("user", "system"))["train"]
+
+
+def test_weights_are_for_what_is_learned_from(tmp_path):
+    data = str(tiny.jsonl(tmp_path / "a.jsonl", *({"prompt": "a", "completion": f"b{i}"} for i in range(20))))
+    with pytest.raises(DataError, match=r"valid: .*@2: a text that is measured has no weight; leave @ and what follows out"):
+        texts.gather(Run(data=data, valid=f"{data}@2", known="none"), Voice(False))
+    voice, run = Voice(False), Run(data=f"{data}@3", known="none", packing=False)
+    found = texts.gather(run, voice)
+    assert {r.times for r in found["train"]} == {3} and {r.times for r in found["valid"]} == {1}
+    assert f"by the weights of {data}@3, an epoch has 54 rows, of 18 different places" in voice.said
+    assert len(texts.prepare(found["train"], run, tiny.tokenizer(), voice).windows) == 54
+
+
+def test_it_is_said_when_no_end_of_a_turn_is_learned(rows):
+    by, voice = copy.deepcopy(tokenizer("mistral")), Voice(False)
+    run = Run(data="a.jsonl")
+    texts.prepare([rows["talk"]], run, by, voice)
+    assert voice.said == []
+    by.chat_template = by.chat_template.replace("+ eos_token", "").replace("endgeneration %}", "endgeneration %}{{ eos_token }}")
+    texts.prepare([rows["talk"]], run, by, voice)
+    assert voice.said == ["in 1 conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out"]

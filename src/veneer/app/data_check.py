@@ -45,7 +45,7 @@ def check(run: Run) -> Check:
         part: Read((row, encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer)) for row in some)
         for part, some in rows.items()
     }
-    figures = {part: _figures(found, run, tokenizer.eos_token_id) for part, found in read.items()}
+    figures = {part: _figures(found, run, tokenizer) for part, found in read.items()}
     wrong = [problem for part, found in figures.items() for problem in _problems(part, found, run)]
     found_leaks = _leaks(read, tokenizer)
     for part, found in found_leaks.items():
@@ -61,7 +61,7 @@ def check(run: Run) -> Check:
 LEAKS = ("are learned from too", f"share at least half of what is learned of them, in runs of {leaks.N} words, with the training text")
 
 
-def _figures(read: Read, run: Run, end: int | None) -> dict[str, Any]:
+def _figures(read: Read, run: Run, tokenizer: Any) -> dict[str, Any]:
     lengths = sorted(len(t.ids) for _, t in read)
     contents = [_content(t) for _, t in read]
     return {
@@ -73,18 +73,12 @@ def _figures(read: Read, run: Run, end: int | None) -> dict[str, Any]:
         "duplicates": len(contents) - len(set(contents)),
         "too_long": [row.where for row, t in read if row.kind != "text" and len(t.ids) - 1 > run.length],
         "unlabelled": [row.where for row, t in read if not segments(_cut(row, t, run), run.length)],
-        "endless": [row.where for row, t in read if row.kind == "messages" and _is_endless(t, end, run)],
+        "endless": [row.where for row, t in read if texts.is_endless(row, t, tokenizer, run)],
     }
 
 
 def _cut(row: Row, tokens: Tokens, run: Run) -> Tokens:
     return tokens if row.kind == "text" else tokens.first(run.length + 1)
-
-
-def _is_endless(tokens: Tokens, end: int | None, run: Run) -> bool:
-    """Whether turns of a conversation end by a token that is not learned at any of them: the model would not learn to stop."""
-    learned = tokens.ids[tokens.learned]
-    return "assistant" in run.train_roles and len(learned) > 0 and end in tokens.ids.tolist() and end not in learned.tolist()
 
 
 def histogram(lengths: Sequence[int]) -> dict[int, int]:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from veneer import embedded
 from veneer.app import sources
 from veneer.data import split, text
-from veneer.data.chat import parts
+from veneer.data.chat import ASSISTANT, parts
 from veneer.data.pack import Segment, Window, n_bytes, n_labels, n_tokens, pack, segments
 from veneer.data.text import Row
-from veneer.data.tokens import encode
-from veneer.errors import DataError, first_few
+from veneer.data.tokens import Tokens, encode
+from veneer.errors import DataError, first_few, suggest
 from veneer.train import door
 from veneer.train.progress import Voice
 from veneer.train.run import Run
@@ -49,6 +49,7 @@ def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
             problems.append(str(e))
     if problems:
         raise DataError("\n".join(dict.fromkeys(problems)))  # the parts of one built-in text fail alike
+    _check_roles(found["train"], run.train_roles)
     idle = text.unused(row for rows in found.values() for row in rows)
     if idle:
         voice.say(f"columns that are not used: {first_few(idle)}")
@@ -64,6 +65,21 @@ def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
     if not found["known"]:
         voice.say("forgetting is not measured: no known text (known=) is given")
     return {part: rows for part, rows in found.items() if rows}
+
+
+def _check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
+    there = {m["role"] for row in rows if row.kind == "messages" for m in row.columns["messages"]}
+    missing = [r for r in wanted if r not in there]
+    if missing and (there or tuple(wanted) != ASSISTANT):
+        has = suggest(missing[0], there) if there else "; none of the rows is a conversation"
+        raise DataError(f"train_roles: no turn is of role {first_few(map(repr, missing))}{has}")
+
+
+def is_endless(row: Row, tokens: Tokens, tokenizer: Any, run: Run) -> bool:
+    """Whether a conversation's turns end by the end token and it is not learned at any of them: the model would not learn to stop."""
+    end, learned = tokenizer.eos_token_id, tokens.ids[tokens.learned].tolist()
+    asked = row.kind == "messages" and "assistant" in run.train_roles
+    return asked and bool(learned) and end in tokens.ids.tolist() and end not in learned
 
 
 def prepare_all(rows: Mapping[str, Sequence[Row]], run: Run, tokenizer: Any, voice: Voice) -> dict[str, Text]:
@@ -83,6 +99,8 @@ def prepare_all(rows: Mapping[str, Sequence[Row]], run: Run, tokenizer: Any, voi
 def prepare(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> Text:
     """Rows as windows of at most run.length tokens. Raises one DataError for all rows that are too long or teach nothing."""
     encoded = [encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer) for row in rows]
+    if endless := sum(is_endless(row, t, tokenizer, run) for row, t in zip(rows, encoded, strict=True)):
+        voice.say(f"in {endless} conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out")
     long = [(row.where, len(t.ids) - 1) for row, t in zip(rows, encoded, strict=True) if row.kind != "text"]
     if "truncate" not in run.allow:
         door.check_overlong(long, run.length)

@@ -27,7 +27,9 @@ ALLOWED = {
 class Run:
     """Settings of one training. Raises ConfigError, naming all of them, for settings that make no sense (together)."""
 
-    data: tuple[str, ...] = setting(REQUIRED, "texts to learn from: files (.txt, .jsonl, .csv, .parquet, ..), datasets, builtin:prose; NAME@2: twice an epoch")
+    data: tuple[str, ...] = setting(
+        REQUIRED, "texts to learn from: files (.txt, .jsonl, .csv, .parquet, ..), datasets, builtin:prose; NAME@2: twice an epoch"
+    )
     model: str = setting("builtin", "base model: a Hugging Face folder or id, or builtin")
     valid: tuple[str, ...] = setting((), "texts to choose the best step by; a tenth of data unless given")
     test: tuple[str, ...] = setting((), "texts measured before and after only, never chosen by; the result is valid's without them")
