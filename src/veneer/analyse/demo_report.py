@@ -49,21 +49,26 @@ def _target(target: str, rows: Rows, svg: str | None, noise: float) -> str:
     name = plots.TITLES.get(target, target)
     caption = "Each line dials one adapter from off (star) past full strength (large dot). Down is learned, right is forgotten."
     picture = page.picture(svg, f"What methods learned of {name} and forgot, at several strengths", caption) if svg else ""
-    table = page.card(page.table([_row(r) for r in rows], _HEAD, numbers=1), page.paragraph(_ties(rows, noise), "small"))
+    tables = [page.table([make(r) for r in rows], head, numbers=1) for make, head in ((_moves, MOVES), (_use, USE))]
+    table = page.card(tables[0], page.paragraph(_ties(rows, noise), "small"), tables[1])
     first = rows[0]
     beside = page.continued(first["prompt"], [("base", first["samples"]["before"]), *((_title(r), r["samples"]["after"]) for r in rows)])
     return page.section(f"Learning {name}", page.pair(picture, table), page.paragraph("One prompt, continued:", "sub"), beside)
 
 
-_HEAD = ["method", "learned", "", "forgotten", "", "best strength", "there", "trained", "adapter", "time"]
+MOVES = ["method", "learned", "", "forgotten", ""]
+USE = ["method", "strength to use", "there: new, known", "trained", "adapter", "time"]
 
 
-def _row(r: Mapping[str, Any]) -> list[str]:
-    at = next(p for p in r["dial"] if p["strength"] == r["recommended_strength"])
+def _moves(r: Mapping[str, Any]) -> list[str]:
     changes = [{"before": r[f"{k}_bpb_before"], "after": r[f"{k}_bpb_after"]} for k in ("target", "known")]
-    figures = [word for change in changes for word in (moved(change), percent(change))]
+    return [_title(r), *(word for change in changes for word in (moved(change), percent(change)))]
+
+
+def _use(r: Mapping[str, Any]) -> list[str]:
+    at = next(p for p in r["dial"] if p["strength"] == r["recommended_strength"])
     dialled = [f"{at['strength']:g}", f"{at['target_bpb']:.3f}, {at['known_bpb']:.3f}"]
-    return [_title(r), *figures, *dialled, amount(r["trainable_parameters"], ""), amount(r["adapter_bytes"]), seconds(r["seconds"])]
+    return [_title(r), *dialled, amount(r["trainable_parameters"], ""), amount(r["adapter_bytes"]), seconds(r["seconds"])]
 
 
 def _ties(rows: Rows, noise: float) -> str:
