@@ -68,6 +68,13 @@ def test_conversations_come_out_of_tables_without_what_is_null(tmp_path, name):
     assert two.columns == {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [{"type": "function"}]}
 
 
+def test_calls_with_other_arguments_share_a_table(tmp_path):
+    calls = [[{"function": {"name": "f", "arguments": arguments}}] for arguments in ({"a": 1}, {"b": {"c": "x"}})]
+    rows = [{"messages": [{"role": "assistant", "content": "", "tool_calls": c}]} for c in calls]
+    found = text.read_file(write(tmp_path / "a.parquet", rows))
+    assert [r.columns["messages"][0]["tool_calls"][0]["function"]["arguments"] for r in found] == [{"a": 1}, {"b": {"c": "x"}}]
+
+
 def test_a_field_may_be_long(tmp_path):
     limit = csv.field_size_limit()
     (row,) = text.read_file(write(tmp_path / "a.csv", [{"text": "x" * 200_000}]))
