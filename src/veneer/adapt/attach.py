@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from veneer.sites.find import Target
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 BASE = "base"
+TRAINED_BEFORE = "_trained_before_adapters"  # names of the base's parameters that took gradients when the first was attached
 
 
 class Deltas(nn.Module):
@@ -31,6 +33,18 @@ class Deltas(nn.Module):
         self.called = False
         self.group: Group | None = None  # of layers that read the same input, see discover.py
         self.place = 0  # in the group
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Deltas:
+        """model.half() and .to(torch.bfloat16) move the changes and leave them in float32, which small steps need."""
+
+        def kept(t: Tensor) -> Tensor:
+            moved: Tensor = fn(t)
+            if t.is_meta or not t.is_floating_point():
+                return moved
+            return t.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+
+        super()._apply(kept, recurse)
+        return self
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -97,17 +111,24 @@ def attach(
     rule). untie: adapt a layer that shares its weight with another. The other options are the method's own.
     Raises SiteError, ConfigError or ShapeError before anything is changed.
     """
+    refuse_compiled(model)
     kind = methods.get(method) if isinstance(method, str) else method
     methods.check_options(kind, options)
     sites = find(model, to, exclude, untie)
-    per_site = [_options(s.name, kind, options, rank_pattern, alpha_pattern) for s in sites]
     _check_patterns(sites, {**(rank_pattern or {}), **(alpha_pattern or {})})
+    per_site = [_options(s.name, kind, options, rank_pattern, alpha_pattern) for s in sites]
     check_name(model, name)
     hang(model, name, _build_all(kind, sites, per_site))
     train_only(model, name)
     if not any(h is _check_called for h in model._forward_hooks.values()):
         model.register_forward_hook(_check_called)
     return model
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raises ConfigError for torch.compile's wrapper, under which every layer's name begins with `_orig_mod`."""
+    if "_orig_mod" in model._modules:
+        raise ConfigError("this is torch.compile's wrapper of a model; give the model itself (model._orig_mod) and compile it afterwards")
 
 
 def _build_all(kind: type[Delta], sites: list[Site], options: list[dict[str, Any]]) -> list[tuple[Site, Delta]]:
@@ -155,6 +176,11 @@ def _options(
 
 
 def _check_patterns(sites: list[Site], pattern: Mapping[str, float]) -> None:
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as e:
+            raise ConfigError(f"{key!r} in rank_pattern or alpha_pattern is not a regular expression: {e}") from None
     idle = [k for k in pattern if not any(re.match(rf"(.*\.)?({k})$", s.name) for s in sites)]
     if idle:
         raise ConfigError(
@@ -201,6 +227,9 @@ def strengths(names: tuple[str | Mapping[str, float], ...]) -> dict[str, float]:
     found: dict[str, float] = {}
     for entry in names:
         found.update({entry: 1.0} if isinstance(entry, str) else {k: float(v) for k, v in entry.items()})
+    wild = {n: s for n, s in found.items() if not math.isfinite(s)}
+    if wild:
+        raise ConfigError(f"strengths must be finite numbers, not {wild}")
     return found
 
 
@@ -228,6 +257,8 @@ def using(model: nn.Module, *names: str | Mapping[str, float]) -> Iterator[nn.Mo
 def train_only(model: nn.Module, *names: str) -> None:
     """Only the parameters of the named adapters take gradients; "base" stands for the model's own."""
     chosen = [delta for name in names if name != BASE for _, delta in changes(model, name)]
+    if layers(model) and TRAINED_BEFORE not in model.__dict__:
+        model.__dict__[TRAINED_BEFORE] = frozenset(n for n, p in base_parameters(model).items() if p.requires_grad)
     of_adapters = {id(p) for d in layers(model) for p in d.parameters()}
     for p in model.parameters():
         p.requires_grad_(id(p) not in of_adapters and BASE in names)
@@ -249,6 +280,9 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
             _remove(module._forward_hooks, _apply)
     if not layers(model):
         _remove(model._forward_hooks, _check_called)
+        before = model.__dict__.pop(TRAINED_BEFORE, None)
+        for n, p in base_parameters(model).items() if before is not None else ():
+            p.requires_grad_(n in before)
         forget(model)
     return model
 

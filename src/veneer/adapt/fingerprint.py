@@ -1,7 +1,7 @@
 """Which base an adapter belongs to: a sample of every weight, rounded so that fp32, bf16 and fp16 copies look the same.
 
-A sample is 4096 evenly spaced numbers of a parameter, so that a model of 7 billion takes a second; a change that misses
-all of them (a few rows of an embedding) is not seen.
+A sample is 4096 numbers spread over a parameter, so that a model of 7 billion takes a second; a change that misses
+all of them (a few rows of an embedding) is not seen. Buffers (BatchNorm's running means) are left out: training moves them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from veneer.adapt.attach import base_parameters
 from veneer.errors import first_few
 
 HASHED, KEPT = 4096, 32
+SPREAD = 2_654_435_761  # a prime near 2^32 / golden ratio
 Record = dict[str, Any]
 
 
@@ -38,7 +39,10 @@ def _of(name: str, p: Tensor) -> Record:
 def _sample(p: Tensor, most: int) -> Tensor:
     flat = p.reshape(-1)
     n = min(most, flat.numel())
-    return flat[torch.arange(n, device=flat.device) * flat.numel() // max(n, 1)]
+    if n == flat.numel():
+        return flat
+    # Spread by the golden ratio: an even stride would meet the same few columns of a matrix again and again.
+    return flat[torch.arange(n, device=flat.device) * SPREAD % flat.numel()]
 
 
 def differences(model: nn.Module, saved: Record) -> list[str]:

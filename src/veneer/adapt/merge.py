@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import activate, active, adapters, changes, detach, layers, strengths
+from veneer.adapt import probe as golden
+from veneer.adapt.attach import active, adapters, changes, detach, layers, strengths, using
 from veneer.errors import ConfigError, NotMergeable, first_few
 from veneer.methods import Delta
 from veneer.ops.linalg import precise
@@ -48,10 +49,11 @@ class Verdict:
         return {**asdict(self), "lost": self.lost}
 
     def __str__(self) -> str:
-        worst = sorted(self.sites, key=lambda k: -k.error)[:3]
-        shown = ", ".join(f"{k.site} {k.error:.1%}" for k in worst)
+        worst = ", ".join(f"{k.site} {k.error:.1%}" for k in sorted(self.sites, key=lambda k: -k.error)[:3])
+        gone = sum(k.error > self.limit for k in self.sites)
+        shown = f"{gone} of {len(self.sites)} layers lost more than {self.limit:.0%}, worst {worst}"
         outputs = "" if self.logit_error is None else f"; {self.logit_error:.1%} of its effect on the outputs"
-        return f"{'LOST' if self.lost else 'kept'}: rounding took {self.error:.1%} of the change{outputs} (worst layers: {shown})"
+        return f"{'LOST' if self.lost else 'kept'}: rounding took {self.error:.1%} of the change{outputs} ({shown})"
 
 
 def merge(
@@ -63,30 +65,43 @@ def merge(
 ) -> Verdict:
     """Adds the named adapters' changes (or the acting ones', at their strengths) to the weights and detaches them.
 
-    Sums are made in float32 and rounded once, to each layer's own dtype. Raises NotMergeable, before anything is
-    written, if rounding would take more than `limit` of the change, unless `force`. probe: keyword arguments for the
-    model, to compare outputs before and after. Raises ConfigError if other adapters are attached, whose base this
-    would change.
+    Sums are made in float32 and rounded once, to each layer's own dtype. Raises NotMergeable, with the model as it was, if
+    rounding takes more than `limit` of the change or of its effect on the outputs, unless `force`. probe: keyword arguments
+    of a call of the model, whose outputs are compared before and after; models of token ids have one of their own, and
+    an empty one compares nothing (the changed weights are kept until the outputs are compared). Raises ConfigError if
+    other adapters are attached, whose base this would change.
     """
     wanted = strengths(names) or active(model)
     _check(model, wanted)
     verdict = foresee(model, wanted, limit)
     if verdict.lost and not force:
-        raise NotMergeable(
-            f"the adapter would be lost in the merge: {verdict}\n"
-            f"keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
-        )
-    activate(model, wanted)
-    adapted = None if probe is None else _outputs(model, probe)
-    activate(model)
-    base = None if probe is None else _outputs(model, probe)
-    _write(model, wanted)
+        raise NotMergeable(_refusal(verdict))
+    inputs = golden.default_inputs(model) if probe is None else probe
+    if inputs:
+        with using(model, wanted):
+            adapted = _outputs(model, inputs)
+        with using(model):
+            base = _outputs(model, inputs)
+            before = [(site, site.weight().detach().clone()) for site, _ in _layer_changes(model, wanted)]
+            _write(model, wanted)
+            off = float((_outputs(model, inputs) - adapted).norm())
+        effect = float((adapted - base).norm())
+        verdict = replace(verdict, logit_error=off / effect if effect else math.inf)
+        if verdict.lost and not force:
+            for site, W in before:
+                site.set_weight(W)
+            raise NotMergeable(_refusal(verdict))
+    else:
+        _write(model, wanted)
     detach(model)
-    if probe is None or adapted is None or base is None:
-        return verdict
-    effect = float((adapted - base).norm())
-    off = float((_outputs(model, probe) - adapted).norm())
-    return Verdict(verdict.sites, verdict.error, off / effect if effect else math.inf, limit)
+    return verdict
+
+
+def _refusal(verdict: Verdict) -> str:
+    return (
+        f"the adapter would be lost in the merge: {verdict}\n"
+        f"keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
+    )
 
 
 def _check(model: nn.Module, wanted: Mapping[str, float]) -> None:
@@ -151,9 +166,7 @@ def _untie(model: Any, site: Site) -> None:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, probe: Mapping[str, Any]) -> Tensor:
-    training = model.training
-    model.eval()
-    output = model(**probe)
-    model.train(training)
+    with golden.evaluating(model):
+        output = model(**probe)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return precise(logits)

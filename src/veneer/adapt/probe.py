@@ -80,7 +80,7 @@ def check(model: nn.Module, name: str, saved: Record) -> list[str]:
 def outputs(model: nn.Module, name: str, packed: Record) -> tuple[Tensor, Tensor]:
     """The model's outputs with no adapter, and with `name` alone, in evaluation mode."""
     inputs = {n: _unpack(model, v) for n, v in packed.items()}
-    with _evaluating(model):
+    with evaluating(model):
         with using(model):
             off = _tensor(model(**inputs))
         with using(model, name):
@@ -89,7 +89,8 @@ def outputs(model: nn.Module, name: str, packed: Record) -> tuple[Tensor, Tensor
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block every module is in eval mode; each gets its own mode back."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

@@ -18,7 +18,7 @@ from veneer.adapt import probe as golden
 from veneer.adapt.checks import Problem, check_allowed, clash, dead, not_finite, refuse, resized
 from veneer.adapt.norms import size
 from veneer.adapt.peft_format import Changes, Config
-from veneer.errors import FormatError, first_few
+from veneer.errors import ConfigError, FormatError, first_few
 
 
 def save(
@@ -37,7 +37,10 @@ def save(
     "finite". Raises FormatError, before anything is written, for layers whose change is zero or not finite, and for a
     dtype that would lose more than a twentieth of a change.
     """
+    attach.refuse_compiled(model)
     folder, allowed = Path(folder), check_allowed(allow)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; an adapter is saved in a folder")
     changes = attach.changes(model, name)
     written = peft_format.write(model, changes)
     on_disk = changes if dtype is None else narrow.as_saved(changes, dtype, written is not None)
@@ -90,6 +93,7 @@ def load(
     base, missing, unused or misshapen tensors, a changed file, a change that is zero or not finite, a failed probe; the
     model is then as it was.
     """
+    attach.refuse_compiled(model)
     folder, allowed = Path(folder), check_allowed(allow)
     attach.check_name(model, name)
     found = _open(folder)

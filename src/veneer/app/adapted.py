@@ -20,6 +20,9 @@ from veneer.train.folder import ADAPTER, CONFIG
 SPEC = re.compile(r"(?:(?P<name>[^=@/]+)=)?(?P<folder>[^@]+?)(?:@(?P<strength>[-+.\de]+))?")
 
 
+PLAIN = re.compile(r"(?P<folder>.+)(?P<name>)(?P<strength>)")  # a folder whose path has the marks of SPEC in it
+
+
 class Wanted(NamedTuple):
     """One adapter of a command: the name it gets, its folder (a run's folder stands for the adapter in it), its strength."""
 
@@ -40,7 +43,7 @@ def parse(specs: Sequence[str]) -> list[Wanted]:
     """The adapters that the words name. Raises ConfigError for all words that cannot be read, and for equal names."""
     found, problems = [], []
     for spec in specs:
-        hit = SPEC.fullmatch(spec)
+        hit = PLAIN.fullmatch(spec) if Path(spec).is_dir() else SPEC.fullmatch(spec)
         try:
             strength = float(hit["strength"] or 1) if hit else 0.0
         except ValueError:
@@ -53,11 +56,19 @@ def parse(specs: Sequence[str]) -> list[Wanted]:
         if not NAME.fullmatch(name):
             problems.append(f"adapter {spec!r}: {name!r} is no name; put one of letters, digits, '-' and '_' before it: NAME={spec}")
         found.append(Wanted(name, folder, strength))
-    twice = sorted({w.name for w in found if sum(o.name == w.name for o in found) > 1})
+    twice = sorted({w.name for w in found if any(o.name == w.name and o.folder != w.folder for o in found)})
     if twice:
         problems.append(f"several adapters are called {first_few(twice)}; name them apart: first={found[0].folder}")
     if problems:
         raise ConfigError("\n".join(problems))
+    return found
+
+
+def summed(wanted: Sequence[Wanted]) -> dict[str, float]:
+    """The strength of every adapter, where all act together; one that is named twice acts with both strengths."""
+    found: dict[str, float] = {}
+    for w in wanted:
+        found[w.name] = found.get(w.name, 0.0) + w.strength
     return found
 
 
@@ -102,6 +113,6 @@ def open_all(
     base = model or base_of(wanted)
     tokenizer = pretrained.tokenizer(base)
     opened = pretrained.causal_lm(base, dtype, torch.device(device))
-    for w in wanted:
+    for w in {w.name: w for w in wanted}.values():  # one adapter may be wanted at several strengths
         store.load(opened, adapter_folder(w.folder), w.name, allow=allow)
     return Opened(opened, tokenizer, base), wanted

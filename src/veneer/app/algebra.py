@@ -42,8 +42,7 @@ def combine(
     """
     _check_new(out)
     opened, wanted = adapted.open_all(adapter, model=model, allow=allow)
-    weights = {w.name: w.strength for w in wanted}
-    cuts = algebra.combine(opened.model, weights, NEW, rank=rank, energy=energy, how=how, density=density, seed=seed)
+    cuts = algebra.combine(opened.model, adapted.summed(wanted), NEW, rank=rank, energy=energy, how=how, density=density, seed=seed)
     store.save(opened.model, out, NEW)
     return _told(out, cuts)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from veneer import optim, tasks
 from veneer.adapt import store
@@ -16,6 +17,7 @@ from veneer.app import machine, pretrained, report
 from veneer.app.ready import FULL, NAME, Ready, prepare
 from veneer.data.order import Order
 from veneer.data.pack import Window
+from veneer.errors import FormatError
 from veneer.ops.draws import keyed
 from veneer.optim import groups
 from veneer.train import folder, full, lock
@@ -105,13 +107,22 @@ def _learner(ready: Ready) -> Learner:
     return Learner(ready.model, ready.parts, optimiser, objective, ready.pad, run.clip, run.weight_decay)
 
 
+def _save(model: nn.Module, out: Path, voice: Voice) -> None:
+    """The adapter; one that learned nothing somewhere is saved too, and said: a training must not be lost at its end."""
+    try:
+        store.save(model, out / folder.ADAPTER, NAME)
+    except FormatError as e:
+        voice.say(f"{e}\nit is saved as it is; loading it needs allow='zero'")
+        store.save(model, out / folder.ADAPTER, NAME, allow="zero")
+
+
 def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float], voice: Voice) -> None:
     run, model = ready.run, ready.model
     if run.method == FULL:
         original = pretrained.causal_lm(run.model, torch.float32, torch.device("cpu"))
         full.as_change(model, original.state_dict(), NAME)
     try:
-        store.save(model, out / folder.ADAPTER, NAME)
+        _save(model, out, voice)
     except (OSError, SafetensorError) as e:
         where = out / folder.ADAPTER
         raise NotSaved(f"the adapter could not be written to {where}: {e}; the checkpoints are kept: resume=True tries again") from e

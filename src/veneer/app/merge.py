@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from veneer.adapt import probe as golden
 from veneer.adapt.files import write_json
 from veneer.adapt.merge import Verdict
 from veneer.adapt.merge import merge as merge_into
@@ -47,10 +46,8 @@ def merge(
     if folder.exists():
         raise ConfigError(f"out {folder} exists; choose another folder or remove it")
     opened, wanted = adapted.open_all(adapter, model=model, dtype=DTYPES[dtype], allow=allow)
-    strengths = {w.name: w.strength for w in wanted}
-    verdict = merge_into(opened.model, strengths, probe=golden.default_inputs(opened.model), limit=limit, force=force)
-    if verdict.lost and not force:
-        return verdict
+    strengths = adapted.summed(wanted)
+    verdict = merge_into(opened.model, strengths, limit=limit, force=force)
     _save(opened, folder, {"merged": [str(a) for a in adapter], "base": opened.base, **verdict.as_dict()})
     return verdict
 

@@ -37,6 +37,8 @@ def causal_lm(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if missing:
         kind = type(model).__name__
         raise ConfigError(f"model {name!r} lacks {len(missing)} weights of a {kind}, which would be random: {first_few(missing)}")
+    if name == embedded.PREFIX:
+        model.name_or_path = name  # what adapters record; the folder is this machine's own
     found: nn.Module = model.to(device).eval()
     return found
 

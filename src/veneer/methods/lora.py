@@ -45,6 +45,8 @@ class LoRA(Delta):
         super().__init__()
         if not 0 <= dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), not {dropout}")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise ConfigError(f"alpha must be a number above 0, not {alpha}")
         check_rank(rank, site.weight(), site.name)
         chosen = inits.get(init)
         self.alpha = float(alpha if alpha is not None else chosen.ALPHA * rank)

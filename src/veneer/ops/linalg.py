@@ -15,6 +15,8 @@ def precise(W: Tensor) -> Tensor:
 
 def check_rank(rank: int, W: Tensor, where: str = "") -> None:
     """Raises ShapeError unless 1 <= rank <= min(out, in)."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ShapeError(f"rank {rank!r} is no whole number; use 1 or more")
     most = min(W.shape)
     at = f" at {where!r}" if where else ""
     if rank < 1:

@@ -58,7 +58,9 @@ def find(model: nn.Module, to: Target = "all-linear", exclude: Target = (), unti
     layer whose owner reads its weight directly, and (unless `untie`) a layer that shares its weight with another.
     """
     layers = {n: m for n, m in model.named_modules() if n and ".deltas" not in f".{n}"}
-    names = [n for n in _match(model, layers, to) if not _excluded(n, exclude)]
+    wanted = _match(model, layers, to)
+    _check_exclude(wanted, exclude)
+    names = [n for n in wanted if not _excluded(n, exclude)]
     if not names:
         raise SiteError(f"no layer is left to adapt: to={to!r}, exclude={exclude!r}")
     problems = [*_unknown(layers, names), *_read_directly(layers, names)]
@@ -98,6 +100,20 @@ def _by_expression(layers: dict[str, nn.Module], expression: str) -> list[str]:
 
 def _ends(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
+
+
+def _check_exclude(names: Sequence[str], exclude: Target) -> None:
+    """Raises SiteError for an exclude that is no expression, or leaves nothing out that would be adapted without it."""
+    if isinstance(exclude, str):
+        try:
+            re.compile(exclude)
+        except re.error as e:
+            raise SiteError(f"exclude={exclude!r} is not a regular expression: {e}") from None
+    entries = [exclude] if isinstance(exclude, str) else list(exclude)
+    idle = [entry for entry in entries if not any(_excluded(n, exclude if isinstance(exclude, str) else [entry]) for n in names)]
+    if idle:
+        endings = {n.rsplit(".", 1)[-1] for n in names}
+        raise SiteError("\n".join(f"exclude={entry!r} leaves out no layer{suggest(entry, endings)}" for entry in idle))
 
 
 def _excluded(name: str, exclude: Target) -> bool:
