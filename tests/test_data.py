@@ -253,6 +253,7 @@ def test_collate_by_hand():
 
 @pytest.mark.parametrize("model", [models.llama, models.gpt2])
 def test_packed_loss_and_gradient_are_those_of_the_texts_apart(model):
+    """axolotl 3453, unsloth 126, MeetKai 265: packed texts that see each other, or whose loss is 0."""
     net = model().double()
     draw = torch.Generator().manual_seed(0)
     rows = [Tokens(torch.randint(models.VOCABULARY, (n,), generator=draw), torch.arange(n) > n // 3, torch.ones(n)) for n in (9, 5, 14, 2)]

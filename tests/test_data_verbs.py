@@ -9,11 +9,12 @@ import re
 import pytest
 import tiny
 
-from veneer.app import data_check, data_show, pretrained
+from veneer.app import data_check, data_show, pretrained, texts
 from veneer.cli import mask
 from veneer.cli.frame import main
 from veneer.data import leaks
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError
+from veneer.train.progress import Voice
 from veneer.train.run import Run
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
@@ -119,6 +120,18 @@ def test_check_finds_what_is_wrong(by, tmp_path):
     cut = data_check.check(run(data, valid=valid, length=20, allow=("truncate",)))
     assert f"train: 1 rows have no token to learn: {data} line 3" in cut.wrong
     assert cut.parts["train"]["too_long"] == 2 and not any("longer than" in w for w in cut.wrong)
+
+
+def test_rows_whose_every_label_is_masked_stop_a_run_and_are_shown(by, tmp_path):
+    """trl 6668, unsloth 1290, 2771, 2900: a loss of 0 that looks like success."""
+    talk = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    data = str(tiny.jsonl(tmp_path / "a.jsonl", talk))
+    by.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% generation %}{% endgeneration %}"
+    given = run(data, valid=data)
+    with pytest.raises(DataError, match="1 rows have no token to learn"):
+        texts.prepare(texts.gather(given, Voice(False))["train"], given, by, Voice(False))
+    assert data_show.show(given)["rows"][0]["learned"] == 0
+    assert f"train: 1 rows have no token to learn: {data} line 1" in data_check.check(given).wrong
 
 
 def test_rows_that_are_too_long_are_wrong_unless_they_may_be_cut(by, tmp_path):

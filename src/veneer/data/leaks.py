@@ -18,7 +18,8 @@ class Leaks(NamedTuple):
 
 def find(train: Iterable[tuple[bytes, str]], part: Iterable[tuple[str, bytes, str]]) -> Leaks:
     """train: (content, learned text) of each row; part: the same after the row's name. Texts under 13 words are compared whole only."""
-    contents, runs = set(), set()
+    contents: set[bytes] = set()
+    runs: set[int] = set()
     for content, text in train:
         contents.add(content)
         runs.update(_runs(text))
