@@ -271,3 +271,53 @@ def test_a_shared_module_is_adapted_once():
     layer = nn.Linear(4, 4)
     model = veneer.attach(nn.Sequential(layer, nn.ReLU(), layer), "lora", rank=2)
     assert names(model) == ["0"] and len(layer._forward_hooks) == 1
+
+
+def test_detaching_gives_the_base_its_gradients_back():
+    model = llama()
+    model.lm_head.weight.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    veneer.attach(model, "lora", rank=2, name="a")
+    veneer.attach(model, "lora", rank=2, name="b")
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "deltas" not in n)
+    veneer.detach(model, "a")
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "deltas" not in n)
+    veneer.detach(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before and "_trained_before_adapters" not in vars(model)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
+def test_casting_the_model_leaves_the_changes_precise_and_the_start_the_base(method, cast):
+    model = cast(veneer.attach(llama(), method, rank=2).eval())
+    wanted = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
+    assert {p.dtype for _, d in changes(model, "default") for p in d.parameters()} == {wanted}
+    on = model(IDS).logits
+    with veneer.using(model):
+        assert torch.equal(model(IDS).logits, on)
+
+
+def test_an_exclude_that_leaves_nothing_out_is_an_error():
+    with pytest.raises(SiteError, match=r"exclude='q_porj' leaves out no layer; did you mean 'q_proj'\?"):
+        veneer.attach(llama(), "lora", exclude=["v_proj", "q_porj"])
+    with pytest.raises(SiteError, match=r"exclude='\[' is not a regular expression"):
+        veneer.attach(llama(), "lora", exclude="[")
+    with pytest.raises(ConfigError, match=r"'\[' in rank_pattern or alpha_pattern is not a regular expression"):
+        veneer.attach(llama(), "lora", rank_pattern={"[": 2})
+
+
+def test_impossible_numbers_are_refused():
+    for alpha in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="alpha must be a number above 0"):
+            veneer.attach(llama(), "lora", alpha=alpha)
+    for rank in ("8", 4.5, True):
+        with pytest.raises(ShapeError, match="is no whole number"):
+            veneer.attach(llama(), "lora", rank=rank)
+    model = veneer.attach(llama(), "lora", rank=2)
+    with pytest.raises(ConfigError, match="strengths must be finite numbers"):
+        veneer.activate(model, {"default": float("nan")})
+
+
+def test_the_wrapper_of_a_compiled_model_is_refused():
+    with pytest.raises(ConfigError, match=r"torch\.compile.s wrapper of a model; give the model itself"):
+        veneer.attach(torch.compile(llama()), "lora", rank=2)

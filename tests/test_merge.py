@@ -77,3 +77,29 @@ def test_merging_under_another_adapter_is_refused():
         merge(model, "defalt")
     with pytest.raises(ConfigError, match="nothing to merge"):
         merge(llama())
+
+
+def test_the_effect_on_the_outputs_is_compared_and_a_merge_that_spoils_it_is_undone(monkeypatch):
+    """logit_error recomputed from its definition; then a writer that damages the weights, as a bad quantiser would."""
+    import veneer.adapt.merge as module
+
+    model = adapted(torch.bfloat16, 3e-3)
+    with veneer.using(model, "default"):
+        on = model(IDS).logits.float()
+    with veneer.using(model):
+        off = model(IDS).logits.float()
+    twin = copy.deepcopy(model)
+    verdict = merge(model, probe={"input_ids": IDS}, limit=10)
+    assert verdict.logit_error == pytest.approx(float((model(IDS).logits.float() - on).norm() / (on - off).norm()), rel=1e-4)
+    before = {n: t.clone() for n, t in twin.state_dict().items()}
+    real = module._write
+
+    def spoils(model, wanted):
+        real(model, wanted)
+        for d in module.layers(model):
+            d.site.set_weight(d.site.weight() * 1.5)
+
+    monkeypatch.setattr(module, "_write", spoils)
+    with pytest.raises(NotMergeable, match=r"of its effect on the outputs \(0 of 14 layers lost more than 1000%"):
+        merge(twin, limit=10)
+    assert all(torch.equal(t, before[n]) for n, t in twin.state_dict().items()) and veneer.adapters(twin) == ["default"]

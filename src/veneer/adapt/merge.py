@@ -86,7 +86,7 @@ def merge(
             _write(model, wanted)
             off = float((_outputs(model, inputs) - adapted).norm())
         effect = float((adapted - base).norm())
-        verdict = replace(verdict, logit_error=off / effect if effect else math.inf)
+        verdict = replace(verdict, logit_error=off / effect if effect else 1.0)
         if verdict.lost and not force:
             for site, W in before:
                 site.set_weight(W)

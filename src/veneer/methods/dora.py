@@ -17,7 +17,7 @@ class DoRA(Delta):
     """A LoRA pair and a magnitude m (out,). The norm is a constant in the backward (section 4.3 of the paper)."""
 
     roles = {"A": "A", "B": "B", "m": "magnitude"}
-    squares: Tensor
+    norms: Tensor
 
     def __init__(
         self,
@@ -46,12 +46,12 @@ class DoRA(Delta):
         norms = row_norms(site.weight().detach()).to(master_dtype(site))
         self.m = nn.Parameter(norms.clone())
         # Of the base as it was attached: attached changes never write it.
-        self.register_buffer("squares", norms.square(), persistent=False)
+        self.register_buffer("norms", norms, persistent=False)
 
     def factors(self, site: Site) -> Factors:
         A, B, _ = self.lora.factors(site)
         with torch.no_grad():
-            norm = row_norms_of_sum(site.weight(), self.squares, A, B)
+            norm = row_norms_of_sum(site.weight(), self.norms.square(), A, B)
         safe = torch.where(norm > 0, norm, 1)  # a row of zeros (a padding token) stays one
         return Factors(A, B, torch.where(norm > 0, self.m / safe, 1))
 
