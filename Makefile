@@ -13,13 +13,13 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-check clean
 
 help:
 	@echo "make demo    adapt the built-in model in three ways and see what was learned and forgotten"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   run every script in bench/"
+	@echo "make bench   run every script in bench/; make bench-check compares with the figures in bench/results"
 	@echo "make clean   remove .venv and what tests and builds left behind (not runs/)"
 
 $(STAMP): pyproject.toml constraints.txt tools/install.py
@@ -38,7 +38,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	@set -e; for script in bench/*.py; do [ -f "$$script" ] || continue; echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in bench/[a-z]*.py; do case $$script in bench/check.py) continue;; esac; echo "== $$script"; $(BIN)/python "$$script"; done
+
+bench-check: $(STAMP)
+	$(BIN)/python bench/check.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
