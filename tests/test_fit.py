@@ -495,4 +495,4 @@ def test_the_built_in_model_learns_the_interpreters_own_prose(tmp_path):
     settings = {"data": "builtin:prose", "steps": 1, "batch": 1, "length": 64, "eval_windows": 2, "out": str(tmp_path / "run")}
     result = fit(Run.from_dict(settings), progress=False)
     assert set(result.metrics["after"]) == {"valid", "test", "known"} and result.metrics["learned"]["text"] == "test"
-    assert result.metrics["lr"] == 3e-3
+    assert result.metrics["lr"] == 5e-3

@@ -89,6 +89,20 @@ def test_splits_are_whole_documents_and_a_tenth_each(name):
         assert 0.05 < sum(len(d.text) for d in parts[s]) / total <= 0.1
 
 
+@pytest.mark.parametrize("name", [d for d in texts.DOMAINS if texts.has(d)])
+def test_hardly_a_run_of_thirteen_words_is_in_two_splits(name):
+    """What is tested must not have been trained on; headers share their licence, and no more."""
+
+    def runs(split):
+        words = [d.text.split() for d in texts.domain(name, split)]
+        return {tuple(w[i : i + 13]) for w in words for i in range(len(w) - 12)}
+
+    train = runs("train")
+    for split in ("valid", "test"):
+        own = runs(split)
+        assert len(own & train) < 0.02 * len(own)
+
+
 def test_a_text_that_is_missing_says_where_it_was_looked_for(monkeypatch):
     monkeypatch.setattr(texts, "_headers", list)
     with pytest.raises(texts.TextMissing, match=r"this interpreter has no text for 'c' \(.*include.* is missing or empty\)"):

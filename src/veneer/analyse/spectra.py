@@ -17,7 +17,7 @@ from veneer.sites import LeafSite, Site
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One matrix's change: its Frobenius norm, that over the norm of W, and its singular values, largest first.
+    """One matrix's change: its Frobenius norm, that over the norm of W (0 where W is zero), and its singular values, largest first.
 
     rank is what the method may use; effective_rank is exp of the entropy of the singular values; energy_rank is how
     many of them hold 90 % of the squared norm.
@@ -62,4 +62,5 @@ def _spectrum(site: str, W: Tensor, values: Tensor, rank: int) -> Spectrum:
     total = float(energy[-1])
     enough = int((energy < 0.9 * total).sum()) + 1 if total else 0
     norm = total**0.5
-    return Spectrum(site, rank, norm, norm / float(precise(W).norm()), effective_rank(values), enough, values.tolist())
+    base = float(precise(W).norm())
+    return Spectrum(site, rank, norm, norm / base if base else 0.0, effective_rank(values), enough, values.tolist())

@@ -17,6 +17,7 @@ from typing import Any
 
 DOMAINS = ("prose", "c")
 SPLITS = ("train", "valid", "test")
+PARAGRAPH = 80  # characters from which a paragraph that two documents share makes them one text
 SKIPPED = ("site-packages", "dist-packages", "pydoc_data", "encodings", "lib-dynload", "__pycache__", "_sysconfigdata")
 
 
@@ -65,10 +66,11 @@ def known(split: str) -> list[Document]:
 def domain(name: str, split: str) -> list[Document]:
     """The documents of "prose" or "c" in "train", "valid" or "test". Raises TextMissing where the interpreter has none."""
     documents = {"prose": _topics, "c": _headers}[name]()
+    groups = _related(documents) if name == "prose" else [[d] for d in documents]
     if not documents:
         where = {"prose": "pydoc_data.topics", "c": sysconfig.get_path("include")}[name]
         raise TextMissing(f"this interpreter has no text for {name!r} ({where} is missing or empty)")
-    return _split(documents)[split]
+    return _split(groups)[split]
 
 
 def has(name: str) -> bool:
@@ -99,17 +101,35 @@ def _headers() -> list[Document]:
     return list(_unique(_read(sorted(root.rglob("*.h")), root)))
 
 
-def _split(documents: list[Document]) -> dict[str, list[Document]]:
-    """Whole documents by the hash of their titles: a tenth of the bytes each to test and valid, the rest to train."""
-    order = sorted(documents, key=lambda d: hashlib.sha256(d.title.encode()).digest())
-    room = dict.fromkeys(("test", "valid"), sum(len(d.text) for d in order) // 10)
+def _split(groups: list[list[Document]]) -> dict[str, list[Document]]:
+    """Whole groups by the hash of their titles: a tenth of the characters each to test and valid, the rest to train."""
+    groups = sorted(groups, key=lambda g: hashlib.sha256(g[0].title.encode()).digest())
+    room = dict.fromkeys(("test", "valid"), sum(len(d.text) for g in groups for d in g) // 10)
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    for d in order:
-        split = next((s for s, left in room.items() if len(d.text) <= left), "train")
-        parts[split].append(d)
+    for group in groups:
+        size = sum(len(d.text) for d in group)
+        split = next((s for s, left in room.items() if size <= left), "train")
+        parts[split] += group
         if split in room:
-            room[split] -= len(d.text)
+            room[split] -= size
     return parts
+
+
+def _related(documents: list[Document]) -> list[list[Document]]:
+    """Documents in groups, such that a paragraph that stands in two of them puts both into one group.
+
+    pydoc shows many sections under several topics, alone and within larger ones: parted, they would leak into the test.
+    """
+    group = {d.title: [d] for d in documents}
+    first: dict[str, str] = {}
+    for d in documents:
+        for paragraph in d.text.split("\n\n"):
+            words = " ".join(paragraph.split())
+            other = first.setdefault(words, d.title) if len(words) >= PARAGRAPH else d.title
+            if group[other] is not group[d.title]:
+                group[other] += group[d.title]
+                group |= {member.title: group[other] for member in group[d.title]}
+    return list({id(g): g for g in group.values()}.values())
 
 
 def _stdlib() -> Path:
