@@ -652,3 +652,19 @@ def test_every_word_to_allow_is_used_somewhere() -> None:
 
     assert [w for w in ALLOW if f'Problem("{w}"' not in source] == []
     assert attach.BASE in ALLOW
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("tensors", {}), ("base", {}), ("base", None), ("sites", []), ("probe", {"inputs": {}}), ("probe", None)]
+)
+def test_a_manifest_with_damaged_entries_is_refused(key, value, tmp_path):
+    model = veneer.attach(models.llama(), "lora", rank=2)
+    with torch.no_grad():
+        for _, delta in attach.changes(model, "default"):
+            delta.B.add_(0.1)
+    veneer.save(model, tmp_path / "a")
+    file = tmp_path / "a" / "veneer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, key: value, "no_probe": None}))
+    with pytest.raises(FormatError, match=rf"veneer\.json is damaged at .*{key}"):
+        veneer.load(models.llama(), tmp_path / "a")

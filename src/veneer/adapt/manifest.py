@@ -17,6 +17,7 @@ from veneer.methods.full import Full
 NAME, FORMAT = "veneer.json", 1
 PEFT, NATIVE = "peft", "native"
 REQUIRED = ("layout", "method", "options", "sites", "base", "tensors", "probe", "allow")
+INSIDE = {"base": ("sha256", "tensors"), "tensors": ("sha256",), "probe": ("inputs", "shape", "where", "off", "on", "dtype")}
 
 
 def method_of(delta: Delta) -> str:
@@ -57,6 +58,10 @@ def describe(changes: Changes, sizes: Mapping[str, Size], own: Mapping[str, Conf
     }
 
 
+def _holds(entry: Any, inner: tuple[str, ...]) -> bool:
+    return isinstance(entry, dict) and all(k in entry for k in inner)
+
+
 def site_options(manifest: Mapping[str, Any], site: str) -> dict[str, Any]:
     """The options of one site's change."""
     entry = manifest["sites"][site]
@@ -85,4 +90,11 @@ def read(folder: Path) -> dict[str, Any] | None:
     missing = [k for k in REQUIRED if k not in found]
     if missing:
         raise FormatError(f"{path} lacks {', '.join(missing)}; restore it from a copy, or remove it to read the folder as PEFT's own")
+    damaged = [k for k, inner in INSIDE.items() if found[k] is not None and not _holds(found[k], inner)]
+    if found["base"] is None or found["tensors"] is None or not isinstance(found["sites"], dict):
+        damaged += [k for k in ("base", "tensors", "sites") if k not in damaged]
+    if found["probe"] is None and not found.get("no_probe"):
+        damaged.append("probe")
+    if damaged:
+        raise FormatError(f"{path} is damaged at {', '.join(damaged)}; restore it from a copy, or remove it to read the folder as PEFT's own")
     return found
