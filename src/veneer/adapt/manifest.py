@@ -96,5 +96,6 @@ def read(folder: Path) -> dict[str, Any] | None:
     if found["probe"] is None and not found.get("no_probe"):
         damaged.append("probe")
     if damaged:
-        raise FormatError(f"{path} is damaged at {', '.join(damaged)}; restore it from a copy, or remove it to read the folder as PEFT's own")
+        at = ", ".join(damaged)
+        raise FormatError(f"{path} is damaged at {at}; restore it from a copy, or remove it to read the folder as PEFT's own")
     return found
