@@ -463,7 +463,7 @@ def test_a_narrower_file_in_our_own_layout(tmp_path: Path) -> None:
 # Whole or not at all
 
 
-@pytest.mark.parametrize("where", ["write_tensors", "write_json", "sha256", "_flush"])
+@pytest.mark.parametrize("where", ["write_tensors", "write_json", "sha256", "sync"])
 def test_a_failed_save_leaves_the_old_adapter(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     veneer.save(adapted(), tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

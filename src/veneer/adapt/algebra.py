@@ -65,13 +65,7 @@ def combine(
 
 def as_lora(site: Site, A: Tensor, B: Tensor) -> LoRA:
     """A LoRA at scaling 1 with these factors."""
-    k = A.shape[0]
-    delta = LoRA(site, rank=k, alpha=k)
-    delta.options = {"rank": k, "alpha": float(k), "stabilised": False, "dropout": 0.0, "init": "kaiming", "seed": 0}
-    with torch.no_grad():
-        delta.A.copy_(A)
-        delta.B.copy_(B)
-    return delta
+    return LoRA.holding(site, A, B, alpha=A.shape[0])
 
 
 Own = list[tuple[str, Delta, float]]

@@ -33,17 +33,17 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
             folder.mkdir(parents=True, exist_ok=True)
         yield temporary
         for t in temporary:
-            _flush(t)
+            sync(t)
         for t, p in zip(temporary, paths, strict=True):
             os.replace(t, p)
         for folder in {p.parent for p in paths}:
-            _flush(folder)
+            sync(folder)
     finally:
         for t in temporary:
             t.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def sync(path: Path) -> None:
     """To the disk: a file's content, or a folder's names (which Windows cannot, and need not)."""
     if path.is_dir() and os.name == "nt":
         return

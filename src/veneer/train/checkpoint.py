@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from veneer.adapt.files import sha256
+from veneer.adapt.files import sha256, sync
 from veneer.train.errors import NotSaved
 
 STATE, META, MANIFEST = "state.safetensors", "meta.json", "MANIFEST.json"
@@ -124,14 +124,3 @@ def _discard(path: Path) -> None:
     aside = path.with_name(f".tmp-{path.name}-{time.time_ns()}")  # never half a checkpoint under a valid name
     path.rename(aside)
     shutil.rmtree(aside)
-
-
-def sync(path: Path) -> None:
-    """Has the operating system write a file, or a folder's names (which Windows cannot), to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
