@@ -382,7 +382,8 @@ def test_an_unknown_program():
 def test_the_new_file_says_what_is_missing_from_it(folder):
     (folder / "theirs.yaml").write_text(LLAMAFACTORY.replace("identity,elsewhere", "elsewhere"))
     done = convert_config(str(folder / "theirs.yaml"), out=str(folder / "ours.yaml"))
-    assert done.problems == ["setting 'data' is missing: texts to learn from: files (.txt, .jsonl), or builtin:prose, builtin:c"]
+    (problem,) = done.problems
+    assert problem.startswith("setting 'data' is missing: texts to learn from: files")
     written = (folder / "ours.yaml").read_text()
     assert written.startswith("# made from theirs.yaml of llamafactory\n# not carried: dataset: 'elsewhere' (")
     assert "\n# to do: setting 'data' is missing" in written
