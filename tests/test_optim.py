@@ -152,8 +152,8 @@ def test_schedules_by_hand(shape, expected):
     assert [schedule.share(step, 6, 2, shape) for step in range(6)] == pytest.approx(expected, abs=1e-15)
 
 
-def test_adapters_start_from_ten_times_the_rate_of_full_fine_tuning():
-    for builtin in (True, False):
+def test_adapters_start_from_about_ten_times_the_rate_of_full_fine_tuning():
+    for builtin, times in ((True, 25 / 3), (False, 10)):  # what the sweep found for the built-in model; the habit
         full = rates.default("full", "adamw", builtin)
-        assert rates.default("lora", "adamw", builtin) == rates.default("dora", "adamw", builtin) == pytest.approx(10 * full)
+        assert rates.default("lora", "adamw", builtin) == rates.default("dora", "adamw", builtin) == pytest.approx(times * full)
         assert full < rates.default("lora", "loraplus", builtin) < 10 * full

@@ -42,9 +42,9 @@ class Contender(NamedTuple):
 
 
 CONTENDERS = {
-    "full": Contender("full", {"prose": 1.2e-3, "c": 6e-4}, {}),
-    "lora": Contender("lora", {"prose": 1e-2, "c": 5e-3}, {"options": {"rank": 8}}),
-    "loraplus": Contender("lora", {"prose": 1e-3, "c": 1e-3}, {"options": {"rank": 8}, "optimiser": "loraplus"}),
+    "full": Contender("full", {"prose": 6e-4, "c": 6e-4}, {}),
+    "lora": Contender("lora", {"prose": 5e-3, "c": 5e-3}, {"options": {"rank": 8}}),
+    "loraplus": Contender("lora", {"prose": 5e-4, "c": 1e-3}, {"options": {"rank": 8}, "optimiser": "loraplus"}),
 }
 
 
