@@ -20,6 +20,7 @@ from veneer.app.fit import fit
 from veneer.app.generate import continuation
 from veneer.data.pack import Window
 from veneer.embedded.texts import DOMAINS, describe, domain, has, known
+from veneer.errors import ConfigError
 from veneer.train.evaluate import sample
 from veneer.train.folder import RESULTS, put
 from veneer.train.progress import Voice
@@ -67,7 +68,10 @@ def demo(out: str = "runs/demo", *, steps: int = 100, seed: int = 0, fresh: bool
     for target in targets:
         for label, contender in CONTENDERS.items():
             voice.say(f"{TITLES[label]} on {TITLES[target]} ({len(rows) + 1} of {len(targets) * len(CONTENDERS)})")
-            result = fit(settings(folder, target, label, contender, steps=steps, seed=seed), progress=progress)
+            try:
+                result = fit(settings(folder, target, label, contender, steps=steps, seed=seed), progress=progress)
+            except ConfigError as e:
+                raise ConfigError(f"{e}\nor remove what an earlier demo left there: fresh=True (--fresh)") from e
             voice.say("measuring what was learned and forgotten, at several strengths")
             rows.append(judge.row(target, label, result))
     results = {
