@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from veneer import methods
 from veneer.adapt.groups import Group, act, forget, is_private
-from veneer.errors import ConfigError, ShapeError, SiteError, first_few, suggest
+from veneer.adapt.per_site import build_all, check_patterns, options_at
+from veneer.errors import ConfigError, SiteError, first_few, suggest
 from veneer.methods import Delta
 from veneer.sites import Site, find
 from veneer.sites.find import Target
@@ -115,10 +116,10 @@ def attach(
     kind = methods.get(method) if isinstance(method, str) else method
     methods.check_options(kind, options)
     sites = find(model, to, exclude, untie)
-    _check_patterns(sites, {**(rank_pattern or {}), **(alpha_pattern or {})})
-    per_site = [_options(s.name, kind, options, rank_pattern, alpha_pattern) for s in sites]
+    check_patterns(sites, {**(rank_pattern or {}), **(alpha_pattern or {})})
+    per_site = [options_at(s.name, kind, options, rank_pattern, alpha_pattern) for s in sites]
     check_name(model, name)
-    hang(model, name, _build_all(kind, sites, per_site))
+    hang(model, name, build_all(kind, sites, per_site))
     train_only(model, name)
     if not any(h is _check_called for h in model._forward_hooks.values()):
         model.register_forward_hook(_check_called)
@@ -129,19 +130,6 @@ def refuse_compiled(model: nn.Module) -> None:
     """Raises ConfigError for torch.compile's wrapper, under which every layer's name begins with `_orig_mod`."""
     if "_orig_mod" in model._modules:
         raise ConfigError("this is torch.compile's wrapper of a model; give the model itself (model._orig_mod) and compile it afterwards")
-
-
-def _build_all(kind: type[Delta], sites: list[Site], options: list[dict[str, Any]]) -> list[tuple[Site, Delta]]:
-    """Every change, or one error that names every layer it does not fit."""
-    built, problems = [], []
-    for site, own in zip(sites, options, strict=True):
-        try:
-            built.append((site, methods.build(kind, site, own)))
-        except ShapeError as e:
-            problems.append(str(e))
-    if problems:
-        raise ShapeError("\n".join([*problems[:5], *[f"and {len(problems) - 5} more"][: len(problems) > 5]]))
-    return built
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -161,31 +149,6 @@ def hang(model: nn.Module, name: str, changes: list[tuple[Site, Delta]]) -> None
             site.module.register_forward_hook(_apply)
         deltas.add_module(name, delta.to(site.weight().device).train(site.module.training))
         deltas.active[name] = 1.0
-
-
-def _options(
-    site: str, method: type[Delta], options: dict[str, Any], ranks: Mapping[str, int] | None, alphas: Mapping[str, float] | None
-) -> dict[str, Any]:
-    found = dict(options)
-    for option, pattern in (("rank", ranks), ("alpha", alphas)):
-        hit = next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", site)), None)
-        if hit is not None:
-            found[option] = hit
-    methods.check_options(method, found)
-    return found
-
-
-def _check_patterns(sites: list[Site], pattern: Mapping[str, float]) -> None:
-    for key in pattern:
-        try:
-            re.compile(key)
-        except re.error as e:
-            raise ConfigError(f"{key!r} in rank_pattern or alpha_pattern is not a regular expression: {e}") from None
-    idle = [k for k in pattern if not any(re.match(rf"(.*\.)?({k})$", s.name) for s in sites)]
-    if idle:
-        raise ConfigError(
-            f"rank_pattern or alpha_pattern matches no adapted layer: {first_few(idle)}; there are {first_few(s.name for s in sites)}"
-        )
 
 
 def deltas_of(module: nn.Module) -> Deltas | None:
