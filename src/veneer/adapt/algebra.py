@@ -86,7 +86,7 @@ def _by_site(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, Own]:
 def _join(site: Site, own: Own, cut: tuple[int | None, float | None], way: tuple[str, float, int]) -> Truncated:
     how, density, seed = way
     factors = [delta.factors(site) for _, delta, _ in own]
-    if how == "sum" and all(f is not None and f.g is None for f in factors):
+    if how == "sum" and all(f is not None and f.is_product for f in factors):
         A = torch.cat([precise(f.A) for f in factors if f])
         B = torch.cat([w * precise(f.B) for f, (_, _, w) in zip(factors, own, strict=True) if f], 1)
         return truncate_product(B, A, *cut)

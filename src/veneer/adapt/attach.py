@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import methods
-from veneer.adapt.groups import Group, act, forget, is_private
+from veneer.adapt.groups import Group, act, forget, input_gain, is_private
 from veneer.adapt.per_site import build_all, check_patterns, options_at
 from veneer.errors import ConfigError, SiteError, first_few, suggest
 from veneer.methods import Delta
@@ -73,6 +73,12 @@ def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
     if not args:
         raise SiteError(f"{deltas.site.name!r} was called with keywords only; call it as layer(x), so that its change can see x")
     return act(deltas, args[0], y, writable=is_private(module, _apply))
+
+
+def _scale_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The forward pre-hook of a layer of which some change has an input gain; a plain function, as _apply."""
+    c = input_gain(module.deltas) if args else None
+    return None if c is None else (args[0] * c.to(args[0].dtype), *args[1:])
 
 
 def _check_called(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -147,8 +153,16 @@ def hang(model: nn.Module, name: str, changes: list[tuple[Site, Delta]]) -> None
         if deltas is None:
             deltas = site.module.deltas = Deltas(site)
             site.module.register_forward_hook(_apply)
+        if _gains_input(site, delta) and _scale_input not in site.module._forward_pre_hooks.values():
+            site.module.register_forward_pre_hook(_scale_input)
         deltas.add_module(name, delta.to(site.weight().device).train(site.module.training))
         deltas.active[name] = 1.0
+
+
+@torch.no_grad()
+def _gains_input(site: Site, delta: Delta) -> bool:
+    f = delta.factors(site)
+    return f is not None and f.c is not None
 
 
 def deltas_of(module: nn.Module) -> Deltas | None:
@@ -241,6 +255,7 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
         if not deltas.names():
             del module.deltas
             _remove(module._forward_hooks, _apply)
+            _remove(module._forward_pre_hooks, _scale_input)
     if not layers(model):
         _remove(model._forward_hooks, _check_called)
         before = model.__dict__.pop(TRAINED_BEFORE, None)

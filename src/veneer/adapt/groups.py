@@ -18,6 +18,7 @@ class Acting(NamedTuple):
     """What acts on one layer now:  y + excess * (y - bias) + B A x, and the changes that have no such form.
 
     A (r, in), B (out, r): those of all adapters stacked, with gains and strengths in B; excess (out,): g - 1, or None.
+    x is what the layer is given: c * x where a change with an input gain acts alone.
     """
 
     A: Tensor | None
@@ -102,15 +103,29 @@ def acting(deltas: Deltas) -> Acting:
     As, Bs, gains, others = [], [], [], []
     for name, strength in deltas.active.items():
         form = deltas[name].normal_form(deltas.site)
-        if form is None:
+        if form is None or (form.c is not None and not _is_whole(deltas)):
             others.append((deltas[name], strength))
             continue
-        B = form.B if form.g is None else form.g[:, None] * form.B
-        As.append(form.A)
-        Bs.append(_times(B, strength))
+        if form.A.shape[0]:
+            As.append(form.A)
+            Bs.append(_times(form.B if form.g is None else form.g[:, None] * form.B, strength))
         if form.g is not None:
             gains.append(_times(form.g - 1, strength))
     return Acting(_joined(As, 0), _joined(Bs, 1), sum(gains[1:], gains[0]) if gains else None, tuple(others))
+
+
+def input_gain(deltas: Deltas) -> Tensor | None:
+    """c (in,) of the change that acts alone and in full on this layer, if it has one: what the layer's input is multiplied by."""
+    if not _is_whole(deltas):
+        return None
+    (name,) = deltas.active
+    form = deltas[name].normal_form(deltas.site)
+    return None if form is None else form.c
+
+
+def _is_whole(deltas: Deltas) -> bool:
+    """Whether one change acts, at strength 1: only then is W' x that change's own formula."""
+    return list(deltas.active.values()) == [1.0]
 
 
 def _joined(factors: list[Tensor], dim: int) -> Tensor | None:
@@ -129,11 +144,11 @@ def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
     now = part.acting if part is not None else acting(deltas)
     changes = [_times(delta(x, y, deltas.site), strength) for delta, strength in now.others]
     out = y
+    if now.excess is not None:
+        shift = deltas.site.shift()
+        out = y + now.excess.to(y.dtype) * (y if shift is None else y - shift)
     if now.A is not None and now.B is not None:
         h = part.h if part is not None else project(x.to(y.dtype), [now.A])[0]
-        if now.excess is not None:
-            shift = deltas.site.shift()
-            out = y + now.excess.to(y.dtype) * (y if shift is None else y - shift)
         out = expand(out, h, now.B, writable=out is not y or (writable and not changes))
     for change in changes:
         out = out + change

@@ -32,10 +32,10 @@ class Size(NamedTuple):
 
 @torch.no_grad()
 def size(site: Site, delta: Delta) -> Size:
-    """The size of one change, without the dense change where it has factors and no gain."""
+    """The size of one change, without the dense change where it is a product of factors."""
     base = float(row_norms(site.weight()).norm())
     f = delta.factors(site)
-    if f is not None and f.g is None:
+    if f is not None and f.is_product:
         # Factors can be large and their product nothing: orthogonal starts, PiSSA's start less itself.
         A, B = f.A.double(), f.B.double()
         return Size(float(product_norm(B, A)), base, torch.finfo(f.A.dtype).eps * float(A.norm() * B.norm()))

@@ -50,7 +50,7 @@ def _matrices(site: Site, delta: Delta) -> Iterator[tuple[str, Tensor, Tensor, i
                 yield f"{site.name}.{n}", own[n].flatten(1), torch.linalg.svdvals(precise(D).flatten(1)), min(D.flatten(1).shape)
         return
     f = delta.factors(site)
-    if f is not None and f.g is None:
+    if f is not None and f.is_product:
         yield site.name, site.weight(), product_spectrum(f.B, f.A), f.A.shape[0]
     else:
         D = precise(delta.delta(site))

@@ -159,7 +159,7 @@ def _on_base(found: Found, model: str, cut: tuple[int | None, float | None]) -> 
     sites = {}
     for site, delta in attach.changes(base, name):
         f = delta.factors(site)
-        if f is None or f.g is not None:
+        if f is None or not f.is_product:
             raise FormatError(f"{site.name} holds no plain pair of factors; cut it to one with --rank or --energy")
         kind: Kind = "linear" if site.kind == "transposed" else site.kind  # type: ignore[assignment]
         sites[site.name] = Pair(site.pack(f.A).detach(), f.B.detach(), 1.0, kind=kind)

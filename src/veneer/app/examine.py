@@ -116,7 +116,7 @@ def layers(model: nn.Module, name: str, voice: Voice) -> list[dict[str, Any]]:
     work = 0.0
     for site, delta in changes(model, name):
         f = delta.factors(site)
-        if f is None or f.g is not None:
+        if f is None or not f.is_product:
             work += site.out * site.in_ * min(site.out, site.in_)
     if work > DENSE:
         voice.say("the report leaves out singular values, which would take minutes for changes that are no product: see veneer inspect")

@@ -18,14 +18,26 @@ ROWWISE = ("linear", "transposed")  # kinds of site that map vectors one by one,
 
 
 class Factors(NamedTuple):
-    """The normal form  y = g * (W x + B A x) + bias.
+    """The normal form  y = g * (W (c * x) + B A (c * x)) + bias.
 
-    A: (r, in); B: (out, r) with all scaling folded in; g: (out,) or None for 1.
+    A: (r, in); B: (out, r) with all scaling folded in, r = 0 where there are only gains; g: (out,) or None for 1;
+    c: (in,) or None for 1.
+
+    An adapter of strength t is W + t (W' - W), and several are the sum of their W' - W, whatever gains they have. Alone
+    and at strength 1 a change with c costs one product of x with c in front of the layer; at any other strength, beside
+    other changes, and on layers that do not map vectors one by one, its W' - W is made and applied, which is as exact and
+    costs another product of the base's size.
     """
 
     A: Tensor
     B: Tensor
     g: Tensor | None = None
+    c: Tensor | None = None
+
+    @property
+    def is_product(self) -> bool:
+        """Whether W' - W is B A and nothing else."""
+        return self.g is None and self.c is None
 
 
 class PeftForm(NamedTuple):
@@ -57,10 +69,10 @@ class Delta(nn.Module, ABC):
         if f is None:
             raise TypeError(f"{type(self).__name__} states neither factors() nor delta()")
         D = f.B @ f.A
-        if f.g is None:
-            return D
-        W = site.weight().to(D.dtype)
-        return (f.g - 1)[:, None] * W + f.g[:, None] * D
+        gain = None if f.g is None else f.g[:, None]
+        if f.c is not None:
+            gain = f.c if gain is None else gain * f.c
+        return D if gain is None else (gain - 1) * site.weight().to(D.dtype) + gain * D
 
     def normal_form(self, site: Site) -> Factors | None:
         """factors() where forward() is nothing but that, on a layer that maps vectors one by one; else None."""
@@ -74,9 +86,11 @@ class Delta(nn.Module, ABC):
             x = site.drop(x, self.dropout)
         x = x.to(y.dtype) if x.is_floating_point() else x
         f = self.factors(site)
-        if f is None:
+        if f is None or f.c is not None:
             return site.apply(x, self.delta(site).to(y.dtype))
-        if site.factored:
+        if not f.A.shape[0]:
+            change = torch.zeros_like(y)
+        elif site.factored:
             change = site.mix(site.apply(x, f.A.to(y.dtype)), f.B.to(y.dtype))
         else:
             change = site.apply(x, (f.B @ f.A).to(y.dtype))

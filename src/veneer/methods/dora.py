@@ -49,11 +49,11 @@ class DoRA(Delta):
         self.register_buffer("norms", norms, persistent=False)
 
     def factors(self, site: Site) -> Factors:
-        A, B, _ = self.lora.factors(site)
+        low = self.lora.factors(site)
         with torch.no_grad():
-            norm = row_norms_of_sum(site.weight(), self.norms.square(), A, B)
+            norm = row_norms_of_sum(site.weight(), self.norms.square(), low.A, low.B)
         safe = torch.where(norm > 0, norm, 1)  # a row of zeros (a padding token) stays one
-        return Factors(A, B, torch.where(norm > 0, self.m / safe, 1))
+        return Factors(low.A, low.B, torch.where(norm > 0, self.m / safe, 1))
 
     def to_peft(self, site: Site) -> PeftForm | None:
         form = self.lora.to_peft(site)
