@@ -15,7 +15,7 @@ from fresh import printed, python
 from typer.testing import CliRunner
 
 import veneer
-from veneer import errors, methods
+from veneer import errors, methods, optim
 from veneer.adapt.merge import Kept, Verdict
 from veneer.app.inspect import Inspection
 from veneer.cli import flags
@@ -64,8 +64,9 @@ def called(monkeypatch):
 
 
 def test_every_setting_and_every_option_has_a_flag_with_help():
-    made = {f.name: f for f in [*flags.of_settings(Run), *flags.of_methods()]}
-    wanted = {f.name for f in dataclasses.fields(Run)} - {"options"}
+    made = {f.name: f for f in [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers()]}
+    wanted = {f.name for f in dataclasses.fields(Run)} - {"options", "optimiser_options"}
+    wanted |= {f"{name}_{o}".replace("-", "_") for name in optim.available() for o in optim.options_of(name)}
     wanted |= {option for m in methods.available() for option in methods.options_of(methods.get(m))}
     assert set(made) == wanted
     assert [f.name for f in made.values() if not f.help.split(" (default")[0]] == []
@@ -89,6 +90,16 @@ def test_settings_come_as_python_would_give_them(started):
             seed=3,
         )
     ]
+
+
+def test_an_optimisers_option_bears_its_name(started, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("data: [a.txt]\noptimiser: loraplus\noptimiser_options: {ratio: 4}\n")
+    assert main(["fit", "--config", str(file), "--loraplus-ratio", "8"]) == 0
+    assert started == [Run(data=("a.txt",), optimiser="loraplus", optimiser_options={"ratio": 8.0})]
+    assert main(["fit", "--data", "a.txt", "--loraplus-ratio", "8"]) == 2
+    told = "--loraplus-ratio is an option of optimiser 'loraplus', but the optimiser is 'adamw'; use --optimiser loraplus or leave it out"
+    assert told in capsys.readouterr().err
 
 
 def test_dashes_and_underscores_are_the_same(started):
@@ -258,7 +269,8 @@ def test_help_has_examples(monkeypatch, verb):
 
 def test_help_keeps_square_brackets(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(flags, "of_methods", lambda taken=(): [flags.Flag("share", float, "in [bold] and [0, 1)", owners=("lora",))])
+    share = flags.Flag("share", float, "in [bold] and [0, 1)", owners=("lora",), into=flags.METHOD)
+    monkeypatch.setattr(flags, "of_methods", lambda taken=(): [share])
     assert "in [bold] and [0, 1)" in CliRunner().invoke(app, ["fit", "--help"]).output
 
 
@@ -276,6 +288,8 @@ def test_methods_lists_all_with_their_papers(capsys):
     assert listed["lora"]["paper"] == "https://arxiv.org/abs/2106.09685" and "W' = W + s" in listed["lora"]["summary"]
     assert {"name": "rank", "type": "a whole number", "default": 8, "help": "r, at most min(out, in)"} in listed["lora"]["options"]
     assert [i["name"] for i in found["inits"]] == methods.inits.available() and all(i["summary"] for i in found["inits"])
+    loraplus = next(o for o in found["optimisers"] if o["name"] == "loraplus")
+    assert loraplus["paper"] == "https://arxiv.org/abs/2402.12354" and [o["name"] for o in loraplus["options"]] == ["ratio"]
     assert main(["methods"]) == 0
     assert "--rank: r, at most min(out, in) (default: 8)" in capsys.readouterr().out
 

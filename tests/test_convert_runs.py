@@ -71,7 +71,7 @@ AXOLOTL_SETTINGS = {
     "train_on": "all",
     "seed": 42,
     "optimiser": "loraplus",
-    "loraplus_ratio": 16.0,
+    "optimiser_options": {"ratio": 16.0},
     "lr": 2e-4,
     "weight_decay": 0.1,
     "clip": 1.0,

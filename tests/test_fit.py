@@ -20,7 +20,7 @@ from torch import nn
 import veneer
 from veneer import errors, optim
 from veneer.adapt import attach
-from veneer.app import pretrained, texts
+from veneer.app import pretrained, ready, texts
 from veneer.app.fit import fit
 from veneer.data import pack
 from veneer.data.tokens import Tokens
@@ -61,13 +61,12 @@ def refused(**changed: Any) -> list[str]:
 
 
 def test_all_unknown_and_unsuitable_settings_are_named_at_once():
-    assert refused(rnak=3, rank=4, batchs=2, lr="fast", steps=1.5, optimiser="adamv", packing="yes", betas=[0.9], keep=True) == [
+    assert refused(rnak=3, rank=4, batchs=2, lr="fast", steps=1.5, packing="yes", betas=[0.9], keep=True) == [
         "unknown setting 'rnak'; did you mean 'rank'?",
         "unknown setting 'rank'; it belongs into options, as  options: {rank: ..}",
         "unknown setting 'batchs'; did you mean 'batch'?",
         "lr: 'fast' is not a number",
         "steps: 1.5 is not a whole number",
-        "optimiser: 'adamv' is none of adamw, loraplus; did you mean 'adamw'?",
         "packing: 'yes' is not true or false",
         "betas: [0.9] has 1 values, not 2",
         "keep: True is not a whole number",
@@ -80,22 +79,30 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
     ("changed", "message"),
     [
         ({"lr": 0}, "lr 0 must be above 0"),
-        ({"loraplus_ratio": 4}, "loraplus_ratio is given, but optimiser is 'adamw'; use optimiser 'loraplus' or leave the ratio out"),
         (
-            {"loraplus_ratio": 0.5, "optimiser": "loraplus"},
-            "loraplus_ratio 0.5 < 1 slows B down, the opposite of LoRA+; use 1 or more, or allow 'ratio'",
+            {"ratio": 4, "optimiser": "loraplus"},
+            "unknown setting 'ratio'; it belongs into optimiser_options, as  optimiser_options: {ratio: ..}",
+        ),
+        ({"optimiser_options": {"ratio": 4}}, "optimiser 'adamw' has no option 'ratio'; known: none"),
+        ({"optimiser_options": {"rate": 4}, "optimiser": "loraplus"}, "optimiser 'loraplus' has no option 'rate'; did you mean 'ratio'?"),
+        ({"optimiser_options": {"ratio": "4"}, "optimiser": "loraplus"}, "optimiser 'loraplus': ratio: '4' is not a number"),
+        ({"optimiser_options": {"ratio": 0}, "optimiser": "loraplus"}, "optimiser 'loraplus': ratio 0 must be above 0"),
+        (
+            {"optimiser_options": {"ratio": 0.5}, "optimiser": "loraplus"},
+            "optimiser 'loraplus': ratio 0.5 < 1 slows B down, the opposite of LoRA+; use 1 or more, or allow 'ratio'",
         ),
         (
             {"optimiser": "loraplus", "method": "full"},
-            "optimiser 'loraplus' sets the rate of B, and method 'full' has none; use optimiser 'adamw'",
+            "optimiser 'loraplus' works on B, and method 'full' has none; use optimiser 'adamw'",
         ),
+        ({"optimiser": "adamv"}, "unknown optimiser 'adamv'; did you mean 'adamw'?"),
         (
             {"to": "q_proj", "method": "full"},
             "to, exclude and untie choose layers to adapt, but method 'full' trains every parameter; leave them out",
         ),
         ({"rank_pattern": {"q": 2}, "method": "full"}, "rank_pattern is given, but method 'full' has no rank"),
         ({"options": {"rnk": 2}}, "method 'lora' has no option 'rnk'; did you mean 'rank'?"),
-        ({"options": {"rank": "8"}}, "options: rank: '8' is not a whole number"),
+        ({"options": {"rank": "8"}}, "method 'lora': rank: '8' is not a whole number"),
         ({"method": "lroa"}, "unknown method 'lroa'; did you mean 'lora'?"),
         ({"steps": 3, "epochs": 2}, "steps 3 and epochs 2 both set the length; give one of them"),
         ({"data": []}, "data names no text; give files (.txt, .jsonl), builtin:prose or builtin:c"),
@@ -111,12 +118,14 @@ def test_settings_that_make_no_sense_are_refused(changed, message):
 
 
 def test_several_of_them_are_refused_together():
-    assert len(refused(steps=0, batch=0, weight_decay=-1, loraplus_ratio=2.0, options={"x": 1})) == 5
+    assert len(refused(steps=0, batch=0, weight_decay=-1, optimiser_options={"ratio": 2.0}, options={"x": 1})) == 5
 
 
 def test_what_is_allowed_or_left_open_is_decided():
-    assert Run(data="a.txt", loraplus_ratio=0.5, optimiser="loraplus", allow=("ratio",)).ratio == 0.5
-    assert (Run(data="a.txt").ratio, Run(data="a.txt", optimiser="loraplus").ratio) == (1.0, 16.0)
+    slow = {"optimiser": "loraplus", "optimiser_options": {"ratio": 0.5}}
+    assert Run(data="a.txt", **slow, allow=("ratio",)).optimiser_options == {"ratio": 0.5}
+    chosen = ready.decided(Run(data="a.txt", optimiser="loraplus"), torch.device("cpu"))
+    assert chosen.optimiser_options == {"ratio": 16.0}
     assert Run(data=["a.txt", "b.txt"], lr=1, to=["q", "v"]) == Run(data=("a.txt", "b.txt"), lr=1.0, to=("q", "v"))
 
 
@@ -370,7 +379,7 @@ def test_accumulated_micro_batches_are_one_batch(batch, accumulate):
     def after_a_step(micro: list[list[pack.Window]]) -> tuple[float, float, list[torch.Tensor]]:
         model = veneer.attach(models.llama().double(), rank=2)
         parts = groups.of_adapter(model, "default")
-        learner = Learner(model, parts, groups.adamw(parts, optim.scales("loraplus", 4.0)), causal_lm.loss, 0, 0.01, 0.1)
+        learner = Learner(model, parts, optim.make("loraplus", ratio=4.0).build(optim.Trained(parts)), causal_lm.loss, 0, 0.01, 0.1)
         outcome = learner.step(micro, 0.1)
         return outcome.loss, outcome.norm, [p.parameter.detach() for p in parts]
 

@@ -28,6 +28,10 @@ def rates_by_name(found: list[groups.Part], optimiser: torch.optim.Optimizer) ->
     return {names[id(p)]: g["lr"] for g in optimiser.param_groups for p in g["params"]}
 
 
+def loraplus(found: list[groups.Part], ratio: float = RATIO, **given: object) -> torch.optim.Optimizer:
+    return optim.make("loraplus", ratio=ratio).build(optim.Trained(found, **given))
+
+
 def test_every_trained_parameter_is_in_one_group_and_nothing_else_is():
     model = veneer.attach(models.llama(), "dora", rank=2)
     found = groups.of_adapter(model, "default")
@@ -42,14 +46,14 @@ def test_roles_come_from_the_method():
 
 def test_loraplus_multiplies_the_rate_of_B_alone():
     found = parts("dora")
-    optimiser = groups.adamw(found, optim.scales("loraplus", RATIO))
+    optimiser = loraplus(found)
     groups.set_rates(optimiser, RATE, 0.0)
     assert rates_by_name(found, optimiser) == {p.name: RATE * RATIO if p.role == "B" else RATE for p in found}
 
 
 def test_embeddings_have_a_rate_of_their_own_and_no_ratio():
     found = parts(to=["embed_tokens", "q_proj"])
-    optimiser = groups.adamw(found, optim.scales("loraplus", RATIO), embedding=0.1)
+    optimiser = loraplus(found, embedding=0.1)
     groups.set_rates(optimiser, RATE, 0.0)
     own = rates_by_name(found, optimiser)
     assert {own["model.embed_tokens.A"], own["model.embed_tokens.B"]} == {0.1 * RATE}
@@ -86,7 +90,16 @@ def test_nothing_to_train_is_refused():
 
 def test_an_unknown_optimiser_is_refused():
     with pytest.raises(ConfigError, match=r"unknown optimiser 'adam'; did you mean 'adamw'\?"):
-        optim.scales("adam", 1.0)
+        optim.make("adam")
+
+
+def test_options_are_the_optimisers_own():
+    with pytest.raises(ConfigError) as e:
+        optim.make("loraplus", ration=2.0, damping=1.0)
+    told = "optimiser 'loraplus' has no option 'ration'; did you mean 'ratio'?\noptimiser 'loraplus' has no option 'damping'; known: ratio"
+    assert str(e.value) == told
+    for name in optim.available():
+        assert optim.get(name).__doc__ and rates.default("lora", name, True) > rates.default("lora", name, False) > 0
 
 
 def adamw_by_hand(p: Tensor, gradients: list[Tensor], rates: list[float], kept: list[float]) -> Tensor:
@@ -103,7 +116,7 @@ def test_steps_are_adamws_with_the_decay_shared_by_the_factors():
     shapes = {"A": (2, 5), "B": (4, 2), "matrix": (3, 3), "vector": (4,)}
     found = [groups.Part(role, nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64)), role) for role, s in shapes.items()]
     start = {p.role: p.parameter.detach().clone() for p in found}
-    optimiser = groups.adamw(found, optim.scales("loraplus", RATIO), betas=(0.8, 0.95))
+    optimiser = loraplus(found, betas=(0.8, 0.95))
     steps = [RATE, RATE / 2, RATE / 7]
     gradients: dict[str, list[Tensor]] = {p.role: [] for p in found}
     for rate in steps:
@@ -123,7 +136,7 @@ def test_steps_are_adamws_with_the_decay_shared_by_the_factors():
 def test_without_a_gradient_the_product_decays_as_a_whole_matrix_would(ratio):
     A, B = (nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in ((2, 5), (4, 2)))
     before = (B @ A).detach()
-    optimiser = groups.adamw([groups.Part("A", A, "A"), groups.Part("B", B, "B")], optim.scales("loraplus", ratio))
+    optimiser = loraplus([groups.Part("A", A, "A"), groups.Part("B", B, "B")], ratio)
     for p in (A, B):
         p.grad = torch.zeros_like(p)
     groups.set_rates(optimiser, RATE, DECAY)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from veneer import optim, tasks
+from veneer import tasks
 from veneer.adapt import store
 from veneer.app import machine, pretrained, report
 from veneer.app.ready import FULL, NAME, Ready, prepare
@@ -19,7 +19,7 @@ from veneer.data.order import Order
 from veneer.data.pack import Window
 from veneer.errors import FormatError
 from veneer.ops.draws import keyed
-from veneer.optim import groups
+from veneer.optim import Trained
 from veneer.train import folder, full, lock
 from veneer.train.errors import NotSaved
 from veneer.train.evaluate import sample
@@ -100,7 +100,7 @@ def _plan(run: Run, windows: Sequence[Window]) -> tuple[Order, Pace]:
 def _learner(ready: Ready) -> Learner:
     run, device = ready.run, next(ready.model.parameters()).device
     embedding = 1.0 if run.embedding_lr is None or run.lr is None else run.embedding_lr / run.lr
-    optimiser = groups.adamw(ready.parts, optim.scales(run.optimiser, run.ratio), embedding=embedding, betas=run.betas)
+    optimiser = ready.optimiser.build(Trained(ready.parts, run.betas, embedding))
     objective = tasks.get(OBJECTIVE)
     if run.method == FULL and run.precision == "bf16":
         objective = under_autocast(objective, device)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import veneer
-from veneer import embedded, methods
+from veneer import embedded, methods, optim
 from veneer.adapt import attach, fingerprint
 from veneer.app import machine, pretrained, texts
 from veneer.app.texts import Text
@@ -27,11 +27,12 @@ FULL = "full"  # the method that trains the base itself
 
 
 class Ready(NamedTuple):
-    """run: with every setting decided; parts: what is trained; config: the content of config.json."""
+    """run: with every setting decided; parts: what is trained; optimiser: by what; config: the content of config.json."""
 
     run: Run
     model: nn.Module
     parts: list[groups.Part]
+    optimiser: optim.Optimiser
     pad: int
     texts: dict[str, Text]
     config: dict[str, Any]
@@ -50,6 +51,7 @@ def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
     base = {"model": run.model, "class": type(model).__name__, "sha256": fingerprint.measure(model)["sha256"]}
     parts = adapt(model, run)
     _try_out(model, run, ready)
+    optimiser = optim.make(run.optimiser, **run.optimiser_options)
     voice.say(_described(model, run, parts))
     facts = {part: (t.facts["rows"], t.facts["tokens"], len(t.windows)) for part, t in ready.items()}
     voice.say("; ".join(f"{part}: {rows} rows, {tokens:,} tokens, {windows} windows" for part, (rows, tokens, windows) in facts.items()))
@@ -62,7 +64,7 @@ def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
         "notes": list(voice.said),
     }
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Ready(run, model, parts, pad, ready, config)
+    return Ready(run, model, parts, optimiser, pad, ready, config)
 
 
 def decided(run: Run, device: torch.device) -> Run:
@@ -74,8 +76,8 @@ def decided(run: Run, device: torch.device) -> Run:
         raise ConfigError(f"{problem}; use less than {1 / fastest:g}")
     epochs = None if run.steps else run.epochs or 1.0
     precision = run.precision if run.precision != "auto" else "bf16" if machine.multiplies_bf16(device) else "fp32"
-    ratio = run.ratio if run.optimiser == "loraplus" else None
-    return replace(run, lr=lr, loraplus_ratio=ratio, epochs=epochs, precision=precision, device=str(device))
+    options = {**{name: p.default for name, p in optim.options_of(run.optimiser).items()}, **run.optimiser_options}
+    return replace(run, lr=lr, optimiser_options=options, epochs=epochs, precision=precision, device=str(device))
 
 
 def adapt(model: nn.Module, run: Run) -> list[groups.Part]:

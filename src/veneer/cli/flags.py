@@ -1,4 +1,4 @@
-"""Command line flags made from declarations: the fields of a settings dataclass, and the options of all methods together."""
+"""Command line flags made from declarations: the fields of a settings dataclass, and the options of all methods and optimisers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import typer
 from rich.markup import escape
 
-from veneer import methods
+from veneer import methods, optim
 from veneer.errors import ConfigError
 from veneer.methods import Delta
 from veneer.train import settings
 
 T = TypeVar("T")
-OPTIONS = "options"  # the setting that holds the method's own options, each of which has a flag of its own
+METHOD, OPTIMISER = "options", "optimiser_options"  # settings that hold options, each of which has a flag of its own
+KINDS = {METHOD: "method", OPTIMISER: "optimiser"}  # whose options these are
 PLAIN_NAMES = re.compile(r"[\w.,]+")
 
 
 class Flag(NamedTuple):
-    """One flag: its setting, the type of the setting's value, and what --help says; `owners` are methods that have it."""
+    """One flag: its setting, the type of the setting's value, and what --help says.
+
+    owners: the methods or optimisers whose option it is; into, key: the setting that holds it, and its name there.
+    """
 
     name: str
     hint: Any
@@ -32,12 +36,14 @@ class Flag(NamedTuple):
     owners: tuple[str, ...] = ()
     required: bool = False
     argument: bool = False  # given by its place, without --name
+    into: str = ""
+    key: str = ""
 
 
 def of_settings(kind: type) -> list[Flag]:
-    """A flag for every field of a settings dataclass but `options`; what is missing is the dataclass's to say."""
+    """A flag for every field of a settings dataclass but those that hold options; what is missing is the dataclass's to say."""
     rows = settings.table(kind).values()
-    return [Flag(s.name, s.hint, f"{s.help}{shown_default(s.default)}", s.unit) for s in rows if s.name != OPTIONS]
+    return [Flag(s.name, s.hint, f"{s.help}{shown_default(s.default)}", s.unit) for s in rows if s.name not in KINDS]
 
 
 def of_function(function: Callable[..., Any], without: Collection[str] = ()) -> list[Flag]:
@@ -63,11 +69,27 @@ def of_methods(taken: Collection[str] = ()) -> list[Flag]:
             if name in taken:
                 continue
             text = f"{helps.get(name, '')}{shown_default(p.default)}"
-            before = found.setdefault(name, Flag(name, p.annotation, text))
+            before = found.setdefault(name, Flag(name, p.annotation, text, into=METHOD, key=name))
             if before.hint != p.annotation:
                 raise TypeError(f"option {name!r} of method {method!r} is a {p.annotation}, of {before.owners} a {before.hint}")
             found[name] = before._replace(owners=(*before.owners, method))
     return list(found.values())
+
+
+def of_optimisers() -> list[Flag]:
+    """A flag for every option of every optimiser, with the optimiser's name before it: --loraplus-ratio."""
+    return [
+        Flag(
+            f"{name}_{option}".replace("-", "_"),
+            p.annotation,
+            f"{helps_of(optim.get(name).__init__, [option]).get(option, '')}{shown_default(p.default)}",
+            owners=(name,),
+            into=OPTIMISER,
+            key=option,
+        )
+        for name in optim.available()
+        for option, p in optim.options_of(name).items()
+    ]
 
 
 def option_helps(method: type[Delta]) -> dict[str, str]:
@@ -117,7 +139,7 @@ def _info(flag: Flag) -> Any:
         help=text,
         show_default=False,
         metavar=None if flag.hint is bool else f"<{flag.metavar or words(flag.hint)}>",
-        rich_help_panel=f"Options of the method: {', '.join(flag.owners)}" if flag.owners else None,
+        rich_help_panel=f"Options of the {KINDS[flag.into]}: {', '.join(flag.owners)}" if flag.owners else None,
     )
 
 
@@ -156,15 +178,27 @@ def _is_names(hint: Any) -> bool:
 
 
 def values(flags: Iterable[Flag], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the command line gave, options of methods under `options`. Raises ConfigError for a bad NAME=VALUE."""
+    """The settings that the command line gave, options under the setting that holds them. Raises ConfigError for a bad NAME=VALUE."""
     found: dict[str, Any] = {}
     for flag in flags:
         value = given.get(flag.name)
         if value is None or value in ([], ()):
             continue
-        into = found.setdefault(OPTIONS, {}) if flag.owners else found
-        into[flag.name] = _value(flag, value)
+        into = found.setdefault(flag.into, {}) if flag.into else found
+        into[flag.key or flag.name] = _value(flag, value)
     return found
+
+
+def check_optimiser(flags: Iterable[Flag], given: Mapping[str, Any], chosen: str) -> None:
+    """Raises ConfigError for flags that are options of another optimiser than the chosen one."""
+    problems = []
+    for flag in flags:
+        if flag.into == OPTIMISER and given.get(flag.name) is not None and chosen not in flag.owners:
+            word, owner = f"--{flag.name.replace('_', '-')}", flag.owners[0]
+            what = f"{word} is an option of optimiser {owner!r}, but the optimiser is {chosen!r}"
+            problems.append(f"{what}; use --optimiser {owner} or leave it out")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _value(flag: Flag, value: Any) -> Any:
@@ -196,6 +230,7 @@ def _pair(flag: str, entry: str, kind: type) -> tuple[str, Any]:
 def over(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a file, replaced by those given on the command line; single options replace single options."""
     merged = {**file, **given}
-    if isinstance(file.get(OPTIONS), Mapping) and OPTIONS in given:
-        merged[OPTIONS] = {**file[OPTIONS], **given[OPTIONS]}
+    for name in KINDS:
+        if isinstance(file.get(name), Mapping) and name in given:
+            merged[name] = {**file[name], **given[name]}
     return merged

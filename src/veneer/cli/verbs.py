@@ -231,19 +231,22 @@ def _shown(run: Callable[..., Any], text: Callable[[Any], str], exit_code: Calla
 
 
 def _of_run() -> list[flags.Flag]:
-    """The flags of a Run: its settings, and every option of every method."""
+    """The flags of a Run: its settings, and every option of every method and optimiser."""
     from veneer.train.run import Run
 
     own = flags.of_settings(Run)
-    return [*own, *flags.of_methods({f.name for f in own})]
+    return [*own, *flags.of_methods({f.name for f in own}), *flags.of_optimisers()]
 
 
 def _settings(config: Path | None, every: list[flags.Flag], given: dict[str, Any]) -> dict[str, Any]:
     """A Run's settings from a file and the flags that replace them."""
     from veneer.train import settings
+    from veneer.train.run import Run
 
     file = {} if config is None else settings.read_yaml(config.read_text(encoding="utf-8"), str(config))
-    return flags.over(file, flags.values(every, given))
+    chosen = flags.over(file, flags.values(every, given))
+    flags.check_optimiser(every, given, str(chosen.get("optimiser", Run.optimiser)))
+    return chosen
 
 
 def summary(result: Result) -> str:

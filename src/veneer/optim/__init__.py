@@ -1,18 +1,44 @@
-"""Parameter groups and optimisers that work by roles on any method."""
+"""Optimisers that work by roles on any method: one file, one optimiser; the file's name is the optimiser's, with dashes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import inspect
+import pkgutil
+from typing import Any
 
 from veneer.errors import ConfigError, suggest
-from veneer.optim import loraplus
+from veneer.optim.base import Optimiser, Trained
 
-# An optimiser's name -> the rates of roles in multiples of the run's rate, given the ratio of LoRA+.
-SCALES: dict[str, Callable[[float], dict[str, float]]] = {"adamw": lambda ratio: {}, "loraplus": loraplus.scales}
+__all__ = ["Optimiser", "Trained", "available", "get", "make", "options_of"]
+
+MACHINERY = ("base", "groups")  # files that are no optimiser
 
 
-def scales(name: str, ratio: float) -> dict[str, float]:
-    """Multiples of the run's rate by role; a role that is not named has 1. Raises ConfigError for an unknown optimiser."""
-    if name not in SCALES:
-        raise ConfigError(f"unknown optimiser {name!r}{suggest(name, SCALES)}")
-    return SCALES[name](ratio)
+def available() -> list[str]:
+    """Names of all optimisers."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if m.name not in MACHINERY)
+
+
+def get(name: str) -> type[Optimiser]:
+    """The optimiser called `name`. Raises ConfigError with the nearest name for an unknown one."""
+    if name not in available():
+        raise ConfigError(f"unknown optimiser {name!r}{suggest(name, available())}")
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Optimiser) and c.__module__ == module.__name__]
+    return own[0]
+
+
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """The optimiser's options with their types and defaults."""
+    parameters = inspect.signature(get(name).__init__, eval_str=True).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def make(name: str, **options: Any) -> Optimiser:
+    """The optimiser with these options. Raises ConfigError for an unknown name or option, or a value that cannot be."""
+    known = options_of(name)
+    unknown = [f"optimiser {name!r} has no option {o!r}{suggest(o, known)}" for o in options if o not in known]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    return get(name)(**options)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from inspect import Parameter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from veneer import methods, optim
 from veneer.errors import ConfigError, suggest
-from veneer.optim import loraplus
 from veneer.train import settings
 from veneer.train.settings import REQUIRED, about, setting
 
 # Checks that allow= may turn off, each by name; what was allowed is recorded with the run.
 ALLOWED = {
-    "ratio": "a loraplus_ratio below 1",
+    "ratio": "a ratio of LoRA+ below 1",
     "truncate": "cutting rows that are longer than length",
     "config": "going on with other settings than the run began with",
     "data": "going on with other texts than the run began with",
@@ -41,9 +41,9 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict, metadata=about("the method's own options, such as rank and alpha"))
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata=about("other ranks, by ending or pattern of a layer's name"))
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=about("other alphas, in the same way"))
-    optimiser: Literal["adamw", "loraplus"] = setting("adamw", "AdamW, or AdamW with LoRA+'s rates for the factors")
-    loraplus_ratio: float | None = setting(None, "rate of B in multiples of A's; 16 unless given", unit="times")
-    lr: float | None = setting(None, "peak learning rate (of A, under LoRA+); depends on model and method unless given")
+    optimiser: str = setting("adamw", f"what makes steps of gradients: {', '.join(optim.available())}")
+    optimiser_options: dict[str, Any] = field(default_factory=dict, metadata=about("the optimiser's own options, such as LoRA+'s ratio"))
+    lr: float | None = setting(None, "peak learning rate (of A, under LoRA+); depends on model, method and optimiser unless given")
     embedding_lr: float | None = setting(None, "peak learning rate of what changes embeddings; lr unless given")
     weight_decay: float = setting(0.0, "W, or the product B A, shrinks by (1 - rate * decay) a step")
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's decay rates of the gradient's mean and square")
@@ -87,8 +87,12 @@ class Run:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
         """A run from settings by name. Raises one ConfigError for all that is unknown, missing or unsuitable."""
-        name = values.get("method", cls.method)
-        return settings.from_dict(cls, values, {"options": methods.options_of(methods.get(name)) if name in methods.available() else ()})
+        method, optimiser = values.get("method", cls.method), values.get("optimiser", cls.optimiser)
+        inside = {
+            "options": methods.options_of(methods.get(method)) if method in methods.available() else (),
+            "optimiser_options": optim.options_of(optimiser) if optimiser in optim.available() else (),
+        }
+        return settings.from_dict(cls, values, inside)
 
     @classmethod
     def from_yaml(cls, file: str | Path) -> Run:
@@ -97,12 +101,6 @@ class Run:
         if not path.is_file():
             raise ConfigError(f"{path} does not exist")
         return cls.from_dict(settings.read_yaml(path.read_text(encoding="utf-8"), str(path)))
-
-    @property
-    def ratio(self) -> float:
-        """LoRA+'s ratio, or 1 for plain AdamW."""
-        given = self.loraplus_ratio if self.loraplus_ratio is not None else loraplus.RATIO
-        return given if self.optimiser == "loraplus" else 1.0
 
 
 class Range(NamedTuple):
@@ -116,7 +114,7 @@ class Range(NamedTuple):
 
 
 RANGES = [
-    Range("above 0", ("lr", "embedding_lr", "epochs", "loraplus_ratio"), 0, open=True),
+    Range("above 0", ("lr", "embedding_lr", "epochs"), 0, open=True),
     Range("0 or more", ("weight_decay", "clip", "eval_windows", "seed"), 0),
     Range("1 or more", ("steps", "batch", "accumulate", "length", "eval_every", "save_every"), 1),
     Range("2 or more, so that one is left if the newest is damaged", ("keep",), 2),
@@ -145,31 +143,48 @@ def _problems(run: Run) -> Iterator[str]:
     for name in run.allow:
         if name not in ALLOWED:
             yield f"allow: unknown check {name!r}{suggest(name, ALLOWED)}"
-    try:
-        yield from _of_method(run)
-    except ConfigError as e:  # an unknown method: nothing else can be said about it
-        yield str(e)
+    for check in (_of_method, _of_optimiser):
+        try:
+            yield from check(run)
+        except ConfigError as e:  # an unknown name: nothing else can be said about it
+            yield from str(e).splitlines()
+
+
+def _of_options(owner: str, given: Mapping[str, Any], known: Mapping[str, Parameter]) -> Iterator[str]:
+    for name, value in given.items():
+        if name not in known:
+            yield f"{owner} has no option {name!r}{suggest(name, known)}"
+            continue
+        try:
+            settings.suit(value, known[name].annotation)
+        except ValueError as e:
+            yield f"{owner}: {name}: {e}"
 
 
 def _of_method(run: Run) -> Iterator[str]:
     kind = methods.get(run.method)
     known = methods.options_of(kind)
-    for name, value in run.options.items():
-        if name not in known:
-            yield f"method {run.method!r} has no option {name!r}{suggest(name, known)}"
-            continue
-        try:
-            settings.suit(value, known[name].annotation)
-        except ValueError as e:
-            yield f"options: {name}: {e}"
+    yield from _of_options(f"method {run.method!r}", run.options, known)
     for pattern, option in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
         if getattr(run, pattern) and option not in known:
             yield f"{pattern} is given, but method {run.method!r} has no {option}"
     if run.method == "full" and (run.to != "all-linear" or run.exclude or run.untie):
         yield "to, exclude and untie choose layers to adapt, but method 'full' trains every parameter; leave them out"
-    if run.optimiser == "loraplus" and not set(optim.scales("loraplus", run.ratio)) & set(kind.roles.values()):
-        yield f"optimiser 'loraplus' sets the rate of B, and method {run.method!r} has none; use optimiser 'adamw'"
-    if run.optimiser != "loraplus" and run.loraplus_ratio is not None:
-        yield f"loraplus_ratio is given, but optimiser is {run.optimiser!r}; use optimiser 'loraplus' or leave the ratio out"
-    if run.loraplus_ratio is not None and 0 < run.loraplus_ratio < 1 and "ratio" not in run.allow:
-        yield f"loraplus_ratio {run.loraplus_ratio:g} < 1 slows B down, the opposite of LoRA+; use 1 or more, or allow 'ratio'"
+
+
+def _of_optimiser(run: Run) -> Iterator[str]:
+    owner = f"optimiser {run.optimiser!r}"
+    unsuitable = list(_of_options(owner, run.optimiser_options, optim.options_of(run.optimiser)))
+    yield from unsuitable
+    roles = set(methods.get(run.method).roles.values()) if run.method in methods.available() else None
+    needed = sorted(optim.get(run.optimiser).needs)
+    if roles is not None and not roles.issuperset(needed):
+        has = f"has {' and '.join(sorted(roles))} alone" if roles else "has neither" if len(needed) > 1 else "has none"
+        yield f"{owner} works on {' and '.join(needed)}, and method {run.method!r} {has}; use optimiser 'adamw'"
+    if not unsuitable:
+        try:
+            doubts = optim.make(run.optimiser, **run.optimiser_options).doubts
+        except ConfigError as e:
+            yield f"{owner}: {e}"
+        else:
+            yield from (f"{owner}: {sentence}, or allow {check!r}" for check, sentence in doubts.items() if check not in run.allow)

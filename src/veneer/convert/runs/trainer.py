@@ -25,7 +25,7 @@ def optimiser(given: Given, out: Translation, key: str) -> None:
         given.leave(key, "AdamW keeps its state in 32 bits here")
     embedding = given.take("loraplus_lr_embedding")
     if ratio is not None:
-        out.settings |= {"optimiser": "loraplus", "loraplus_ratio": float(ratio)}
+        out.settings |= {"optimiser": "loraplus", "optimiser_options": {"ratio": float(ratio)}}
         out.settings |= without_nothing({"embedding_lr": embedding})
     if given.take("weight_decay"):
         out.notes.append("weight_decay shrinks the product B A here, and A and B apart there")
