@@ -1,10 +1,11 @@
-"""Files that are whole or not there: written under a temporary name beside their own, flushed to the disk, then renamed."""
+"""Files and folders that are whole or not there: written under a temporary name beside their own, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,24 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     finally:
         for t in temporary:
             t.unlink(missing_ok=True)
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`; with what the block writes there it becomes `folder`, once all is on the disk.
+
+    If the block, or anything before the rename, fails, nothing is left over.
+    """
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        temporary.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

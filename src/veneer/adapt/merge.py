@@ -75,29 +75,30 @@ def merge(
     _check(model, wanted)
     verdict = foresee(model, wanted, limit)
     if verdict.lost and not force:
-        raise NotMergeable(_refusal(verdict))
+        raise NotMergeable(refusal(verdict))
     inputs = golden.default_inputs(model) if probe is None else probe
     if inputs:
         with using(model, wanted):
-            adapted = _outputs(model, inputs)
+            adapted = outputs(model, inputs)
         with using(model):
-            base = _outputs(model, inputs)
+            base = outputs(model, inputs)
             before = [(site, site.weight().detach().clone()) for site, _ in _layer_changes(model, wanted)]
             _write(model, wanted)
-            off = float((_outputs(model, inputs) - adapted).norm())
+            off = float((outputs(model, inputs) - adapted).norm())
         effect = float((adapted - base).norm())
         verdict = replace(verdict, logit_error=off / effect if effect else 1.0)
         if verdict.lost and not force:
             for site, W in before:
                 site.set_weight(W)
-            raise NotMergeable(_refusal(verdict))
+            raise NotMergeable(refusal(verdict))
     else:
         _write(model, wanted)
     detach(model)
     return verdict
 
 
-def _refusal(verdict: Verdict) -> str:
+def refusal(verdict: Verdict) -> str:
+    """What a merge that is not made says, with the ways out."""
     return (
         f"the adapter would be lost in the merge: {verdict}\n"
         f"keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
@@ -165,7 +166,8 @@ def _untie(model: Any, site: Site) -> None:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, probe: Mapping[str, Any]) -> Tensor:
+def outputs(model: nn.Module, probe: Mapping[str, Any]) -> Tensor:
+    """The model's logits on the keyword arguments `probe`, in evaluation mode."""
     with golden.evaluating(model):
         output = model(**probe)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from veneer.adapt.files import write_json
+from veneer.adapt.files import making, write_json
 from veneer.adapt.merge import Verdict
 from veneer.adapt.merge import merge as merge_into
 from veneer.app import adapted
@@ -53,15 +52,7 @@ def merge(
 
 
 def _save(opened: adapted.Opened, folder: Path, record: dict[str, Any]) -> None:
-    """Everything under a temporary name first, so that the folder is whole or not there."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with making(folder) as temporary:
         opened.model.save_pretrained(temporary)  # type: ignore[operator]
         opened.tokenizer.save_pretrained(temporary)
         write_json(temporary / "merge.json", record)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -27,11 +27,19 @@ def tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(source(name))
 
 
+def config(name: str) -> Any:
+    """The model's configuration. Raises ConfigError if there is none."""
+    from transformers import AutoConfig
+
+    with _said_well(name, "configuration"):
+        return AutoConfig.from_pretrained(source(name))
+
+
 def causal_lm(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The language model in eval mode. Raises ConfigError if there is none, or if weights are missing from it."""
     from transformers import AutoModelForCausalLM
 
-    with _said_well(name, "causal language model"), _no_bars():
+    with _said_well(name, "causal language model"), no_bars():
         model, info = AutoModelForCausalLM.from_pretrained(source(name), dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -59,7 +67,8 @@ def _said_well(name: str, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
+    """Within the block transformers shows no progress bars."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

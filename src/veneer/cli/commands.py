@@ -44,6 +44,13 @@ VERBS = {
         "Show what this machine and this installation have, and what is missing for which feature; exit code 3 if the core is broken.",
         ("veneer doctor", "veneer doctor --json"),
     ),
+    "export": Verb(
+        "Write base and adapters as one Hugging Face folder in any number format; exit code 3, and nothing saved, if that would lose them.",
+        (
+            "veneer export ./llama --adapter runs/notes --out exported --dtype fp16",
+            "veneer export builtin --adapter runs/a@0.5 --adapter runs/b --out exported --shard-size 500MB",
+        ),
+    ),
     "extract": Verb(
         "Make a LoRA adapter of what a fine-tuned model changed in its base.",
         (

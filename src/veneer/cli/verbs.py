@@ -105,6 +105,13 @@ def doctor() -> Call:
     return call
 
 
+def export() -> Call:
+    from veneer.app.export import export as run
+    from veneer.app.export import text
+
+    return _shown(run, text)
+
+
 def extract() -> Call:
     from veneer.app.algebra import extract as run
     from veneer.app.algebra import text
