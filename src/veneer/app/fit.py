@@ -14,13 +14,13 @@ from torch import nn
 from veneer import tasks
 from veneer.adapt import store
 from veneer.app import machine, pretrained, report
+from veneer.app.learner import OBJECTIVE, in_precision, learner
 from veneer.app.ready import FULL, NAME, Ready, prepare
 from veneer.data.order import Order
 from veneer.data.pack import Window
 from veneer.errors import FormatError
 from veneer.ops.draws import keyed
-from veneer.optim import Trained
-from veneer.train import folder, full, lock
+from veneer.train import compiling, folder, full, lock
 from veneer.train.errors import NotSaved
 from veneer.train.evaluate import sample
 from veneer.train.loop import Loop, Pace
@@ -29,9 +29,6 @@ from veneer.train.result import Result, figures
 from veneer.train.run import Run
 from veneer.train.signals import Stop, Wish, listening
 from veneer.train.state import Position
-from veneer.train.step import Learner, under_autocast
-
-OBJECTIVE = "causal_lm"
 
 
 def fit(run: Run, *, progress: bool = True) -> Result:
@@ -75,7 +72,7 @@ def _train(ready: Ready, out: Path, wish: Wish, voice: Voice) -> Result:
     torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, "dropout"))))
     order, pace = _plan(run, windows["train"])
     measured = {part: sample(w, run.eval_windows) for part, w in windows.items() if part != "train"}
-    loop = Loop(_learner(ready), order, measured, pace, folder=out, voice=voice)
+    loop = Loop(learner(ready, order, voice), order, measured, pace, folder=out, voice=voice)
     loop.begin(run.resume)
     position = loop.run(wish)
     try:
@@ -83,9 +80,10 @@ def _train(ready: Ready, out: Path, wish: Wish, voice: Voice) -> Result:
         after = {**position.best, **loop.measure([name for name in measured if name == "test"])}
     except Stop:
         raise loop.interrupted() from None
+    compiling.restore(ready.model)
     _finish(ready, out, position, after, voice)
     if run.report:
-        report.at_the_end(ready, out, loop.learner.objective, wish, voice)
+        report.at_the_end(ready, out, in_precision(run, tasks.get(OBJECTIVE), next(ready.model.parameters()).device), wish, voice)
     return Result.read(out)
 
 
@@ -95,16 +93,6 @@ def _plan(run: Run, windows: Sequence[Window]) -> tuple[Order, Pace]:
     every = run.eval_every or max(1, order.steps // 5)
     warmup = round(run.warmup * order.steps)
     return order, Pace(order.steps, run.lr or math.nan, run.schedule, warmup, every, run.save_every or every, run.keep)
-
-
-def _learner(ready: Ready) -> Learner:
-    run, device = ready.run, next(ready.model.parameters()).device
-    embedding = 1.0 if run.embedding_lr is None or run.lr is None else run.embedding_lr / run.lr
-    optimiser = ready.optimiser.build(Trained(ready.parts, run.betas, embedding))
-    objective = tasks.get(OBJECTIVE)
-    if run.method == FULL and run.precision == "bf16":
-        objective = under_autocast(objective, device)
-    return Learner(ready.model, ready.parts, optimiser, objective, ready.pad, run.clip, run.weight_decay)
 
 
 def _save(model: nn.Module, out: Path, voice: Voice) -> None:

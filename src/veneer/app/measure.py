@@ -9,11 +9,13 @@ from typing import NamedTuple
 from veneer.analyse import resident
 from veneer.analyse.memory import Live, Saved
 from veneer.analyse.simulate import Memory
-from veneer.app import fit as training
+from veneer.app.learner import learner as learner_of
 from veneer.app.ready import Ready
 from veneer.data.order import Order
+from veneer.train.compiling import eagerly
 from veneer.train.evaluate import bits_per_byte
 from veneer.train.loop import Pace
+from veneer.train.progress import Voice
 from veneer.train.step import Learner
 
 STEPS = 3
@@ -42,7 +44,7 @@ def measure(ready: Ready, order: Order, pace: Pace) -> Measured:
     """Trains the model for the first steps of the run; the model is not what it was afterwards. Raises what training raises."""
     device = next(ready.model.parameters()).device
     before = resident.forget_peak(device)
-    learner = training._learner(ready)
+    learner = learner_of(ready, order, Voice(False))
     evaluation = _evaluate(learner, ready, order)
     times = [_timed(learner, order, pace, i) for i in range(1 + STEPS)]
     walls, processors = zip(*times[1:], strict=True)
@@ -75,6 +77,6 @@ def _counted(learner: Learner, order: Order) -> tuple[int, int]:
     state = [t for s in learner.optimiser.state.values() for t in s.values()]
     held = sum(t.numel() * t.element_size() for t in state)
     live, saved = Live(), Saved([*learner.model.parameters(), *learner.model.buffers()])
-    with live, saved.watching():
+    with eagerly(), live, saved.watching():
         learner.step(order.step(0), 0.0)
     return live.made.peak + held, saved.kept.peak

@@ -55,13 +55,15 @@ def pack(found: Sequence[Segment], length: int) -> list[Window]:
     return [tuple(w) for w in windows]
 
 
-def collate(windows: Sequence[Window], pad: int) -> dict[str, Tensor]:
+def collate(windows: Sequence[Window], pad: int, widths: Sequence[int] = ()) -> dict[str, Tensor]:
     """input_ids and labels (b, t), and position_ids (b, t) where a window holds several segments.
 
+    t is the longest window's, or the least of `widths` that holds it: few shapes, so that a compiler meets them all soon.
     Positions begin anew with each segment: that is what transformers makes a block-diagonal mask from. Padding comes
     last, as a segment of its own, so that nothing that is learned can see it, with or without positions.
     """
-    width = max(sum(len(s.inputs) for s in w) for w in windows)
+    longest = max(sum(len(s.inputs) for s in w) for w in windows)
+    width = min((w for w in widths if w >= longest), default=longest)
     input_ids = torch.full((len(windows), width), pad)
     labels = torch.full((len(windows), width), IGNORED)
     positions = torch.zeros(len(windows), width, dtype=torch.int64)

@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapt.discover import discover, ungroup
 from veneer.adapt.head import cut
+from veneer.errors import ConfigError
 from veneer.ops.chunked import Kernel, finish, softmax
 from veneer.tasks import Batch, Objective, causal_lm
 from veneer.train import attention
+
+# A run is long enough for `auto` where its products take ten minutes or so: 4 per parameter and token, at what a core or a
+# GPU does in a second. Compilation takes about one, and makes steps a quarter to a third shorter.
+LONG = {"cpu": 600 * 1e11, "cuda": 600 * 1e14}
+COMPILERS = ("g++", "clang++", "c++", "cl")
+
+
+def is_long(model: nn.Module, tokens: float, device: torch.device) -> bool:
+    """Whether compilation pays in a training on that many tokens."""
+    return 4 * sum(p.numel() for p in model.parameters()) * tokens >= LONG.get(device.type, float("inf"))
+
+
+def missing(device: torch.device) -> str | None:
+    """What torch.compile needs on this device and does not find, or None."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "the package triton"
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    return None if any(map(shutil.which, wanted)) else f"a C++ compiler ({', '.join(wanted)})"
+
+
+class Shapes(NamedTuple):
+    """Of the batches that run compiled, one graph each; batches of other than `rows` rows, the last one of a run, do not."""
+
+    rows: int
+    widths: tuple[int, ...]
 
 
 def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False) -> Objective:
     """The objective to train this model with, as fast as it goes; the model is changed in nothing but its speed.
 
     batch: any one of the training's, for a dry run that finds the layers with a common input. compiled: the model's
-    repeated blocks are compiled when first called, which takes a minute or less. `restore` undoes all.
+    repeated blocks are compiled when first called, which takes a minute or less, once for each shape of a batch.
+    `restore` undoes all.
     """
     restore(model)
     with discover(model), torch.no_grad():
@@ -29,8 +63,45 @@ def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False) -> Object
     head = cut(model)
     body = model if head is None else head.body
     for block in blocks(body) or [body]:
-        block.compile()
+        block.compile(dynamic=False)  # a graph for each shape, whatever came before: a resumed training computes the same
     return functools.partial(causal_lm.loss, kernel=compiled_kernel())
+
+
+def warm_up(model: nn.Module, objective: Objective, batch: Batch) -> float:
+    """Seconds of a first step that changes nothing, in which all is compiled. Raises ConfigError where that fails."""
+    started, training, device = time.monotonic(), model.training, next(model.parameters()).device
+    model.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            objective(model, batch)[0].backward()  # type: ignore[no-untyped-call, unused-ignore]
+    except RuntimeError as e:
+        restore(model)
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        raise ConfigError(f"torch.compile cannot compile this model: {lines[0]}; use compile='off'") from e
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+    return time.monotonic() - started
+
+
+@contextmanager
+def eagerly(wanted: bool = True) -> Iterator[None]:
+    """Within the block nothing is compiled, nor runs compiled; `wanted` False changes nothing."""
+    if not wanted:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def widths(length: int, packing: bool) -> tuple[int, ...]:
+    """The widths of batches in a compiled training: few, as each is compiled for itself.
+
+    Packed windows are nearly full; their blocks exist with and without a mask, so that three widths are six graphs of the
+    eight that torch.compile makes of one function before it gives up.
+    """
+    eighths = (2, 4, 8) if packing else range(1, 9)
+    return tuple(sorted({-(-length * n // 8) for n in eighths}))
 
 
 def restore(model: nn.Module) -> None:
@@ -47,6 +118,17 @@ def blocks(body: nn.Module) -> list[nn.Module]:
     alike = [s for s in stacks if len({type(layer) for layer in s}) == 1 and any(True for _ in s[0].children())]
     size = {id(s): sum(p.numel() for layer in s for p in layer.parameters()) for s in alike}
     return max(alike, key=lambda s: size[id(s)], default=[])
+
+
+def recompute(model: Any, wanted: bool) -> None:
+    """Has the model keep only what enters its blocks, and compute the rest again in the backward. Raises ConfigError."""
+    if not wanted:
+        return
+    try:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its older name
+        enable({"use_reentrant": False})
+    except (AttributeError, ValueError):
+        raise ConfigError(f"a {type(model).__name__} cannot compute its blocks again; use gradient_checkpointing=False") from None
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from veneer.data.order import Order
 from veneer.data.pack import Window
 from veneer.train import checkpoint, schedule, state
+from veneer.train.compiling import eagerly
 from veneer.train.errors import Diverged, Interrupted
 from veneer.train.evaluate import bits_per_byte
 from veneer.train.folder import CHECKPOINTS, Metrics
@@ -143,9 +144,10 @@ class Loop:
         figures = {}
         for name in names:
             self.voice.show(self.position.step, f"on {name} text", "measuring")
-            figures[name] = bits_per_byte(
-                self.learner.model, self.texts[name], self.learner.objective, batch=self.order.batch, between=self.wish.check
-            )
+            with eagerly():
+                figures[name] = bits_per_byte(
+                    self.learner.model, self.texts[name], self.learner.objective, batch=self.order.batch, between=self.wish.check
+                )
         return figures
 
     def _save(self) -> None:

@@ -61,6 +61,12 @@ class Run:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "bf16: adapters on a bfloat16 base; full keeps float32 weights under autocast. auto: bf16 where the processor has it"
     )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "torch.compile of the model's blocks and of the loss: faster steps for a minute at the start. auto: in long runs"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "keep only what enters each block and compute the rest again backward: less memory, a third more time"
+    )
     device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, ..; auto: cuda where there is one")
     seed: int = setting(0, "decides starts, order, dropout and what is split off")
     eval_every: int | None = setting(None, "distance of evaluations; a fifth of the run unless given", unit="steps")

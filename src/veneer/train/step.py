@@ -13,6 +13,7 @@ from veneer.data.pack import Window, collate, n_labels, n_tokens
 from veneer.errors import DataError
 from veneer.optim.groups import Part, set_rates
 from veneer.tasks import Batch, Objective
+from veneer.train.compiling import Shapes, eagerly
 
 
 class Outcome(NamedTuple):
@@ -36,7 +37,7 @@ def under_autocast(objective: Objective, device: torch.device) -> Objective:
 
 
 class Learner(NamedTuple):
-    """A model, what is trained of it, and by what."""
+    """A model, what is trained of it, and by what. shapes: of the batches that run compiled, None where nothing does."""
 
     model: nn.Module
     parts: list[Part]
@@ -45,6 +46,7 @@ class Learner(NamedTuple):
     pad: int
     clip: float  # largest norm of the gradient; 0: not clipped
     decay: float
+    shapes: Shapes | None = None
 
     def step(self, micro: Sequence[Sequence[Window]], rate: float) -> Outcome:
         """Learns from the micro-batches as from one batch: the loss is a mean over all their labels together.
@@ -69,8 +71,13 @@ class Learner(NamedTuple):
         device = self.parts[0].parameter.device
         total = torch.zeros((), dtype=torch.float64)
         for windows in micro:
-            batch = {k: v.to(device) for k, v in collate(windows, self.pad).items()}
-            loss, _ = self.objective(self.model, batch)
-            (loss / labels).backward()
+            with eagerly(self.shapes is not None and len(windows) != self.shapes.rows):
+                loss, _ = self.objective(self.model, self.batch(windows, device))
+                (loss / labels).backward()
             total += loss.detach().cpu()
         return float(total / labels)
+
+    def batch(self, windows: Sequence[Window], device: torch.device) -> Batch:
+        """Windows as the model takes them."""
+        found = collate(windows, self.pad, self.shapes.widths if self.shapes else ())
+        return {k: v.to(device) for k, v in found.items()}

@@ -1,0 +1,69 @@
+"""What a run trains with: parameters, optimiser, and an objective made as fast as the run is long."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from veneer import tasks
+from veneer.app.ready import FULL, Ready
+from veneer.data.order import Order
+from veneer.errors import ConfigError
+from veneer.optim import Trained
+from veneer.tasks import Objective
+from veneer.train import compiling
+from veneer.train.progress import Voice
+from veneer.train.run import Run
+from veneer.train.step import Learner, under_autocast
+
+OBJECTIVE = "causal_lm"
+
+
+def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
+    """Everything that a step needs. What layers share is found out, and the model compiled where the run says so.
+
+    Raises ConfigError where it says so and the model or the machine does not allow it. `compiling.restore` undoes it.
+    """
+    run, device = ready.run, next(ready.model.parameters()).device
+    embedding = 1.0 if run.embedding_lr is None or run.lr is None else run.embedding_lr / run.lr
+    optimiser = ready.optimiser.build(Trained(ready.parts, run.betas, embedding))
+    plain = Learner(ready.model, ready.parts, optimiser, tasks.get(OBJECTIVE), ready.pad, run.clip, run.weight_decay)
+    compiling.recompute(ready.model, run.gradient_checkpointing)
+    if not _compiles(ready, order, device):
+        objective = compiling.prepare(ready.model, plain.batch(order.step(0)[0], device))
+        return plain._replace(objective=in_precision(run, objective, device))
+    return _compiled(ready, plain, order, voice)
+
+
+def in_precision(run: Run, objective: Objective, device: torch.device) -> Objective:
+    """The objective as the run computes it: under autocast where float32 weights are trained in bf16."""
+    return under_autocast(objective, device) if run.method == FULL and run.precision == "bf16" else objective
+
+
+def _compiles(ready: Ready, order: Order, device: torch.device) -> bool:
+    """Raises ConfigError where compilation is asked for and cannot be done."""
+    run = ready.run
+    lacking = compiling.missing(device)
+    if run.compile == "on" and lacking:
+        raise ConfigError(f"compile='on' needs {lacking}, which is not found here; install it, or use compile='off'")
+    long = compiling.is_long(ready.model, order.total * run.length, device)
+    return run.compile == "on" or (run.compile == "auto" and long and not lacking)
+
+
+def _compiled(ready: Ready, plain: Learner, order: Order, voice: Voice) -> Learner:
+    """With blocks and loss compiled; eagerly where that fails in a run that leaves the choice open."""
+    run, device = ready.run, next(ready.model.parameters()).device
+    learner = plain._replace(shapes=compiling.Shapes(run.batch, compiling.widths(run.length, run.packing)))
+    batch = learner.batch(order.step(0)[0], device)
+    objective = in_precision(run, compiling.prepare(ready.model, batch, compiled=True), device)
+    voice.show(0, "the model", "compiling")
+    try:
+        seconds = compiling.warm_up(ready.model, objective, batch)
+    except ConfigError as e:
+        if run.compile == "on":
+            raise
+        voice.say(f"{e}; goes on without")
+        return plain._replace(objective=in_precision(run, compiling.prepare(ready.model, batch), device))
+    voice.say(f"compiled in {math.ceil(seconds)} s")
+    return learner._replace(objective=objective)
