@@ -16,7 +16,7 @@ from veneer.adapt.groups import Group, act, forget, input_gain, is_private
 from veneer.adapt.per_site import build_all, check_patterns, options_at
 from veneer.errors import ConfigError, SiteError, first_few, suggest
 from veneer.methods import Delta
-from veneer.sites import Site, find
+from veneer.sites import Site
 from veneer.sites.find import Target
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -103,7 +103,7 @@ def attach(
     model: nn.Module,
     method: str | type[Delta] = "lora",
     *,
-    to: Target = "all-linear",
+    to: Target | None = None,
     exclude: Target = (),
     name: str = "default",
     rank_pattern: Mapping[str, int] | None = None,
@@ -113,7 +113,8 @@ def attach(
 ) -> nn.Module:
     """The same model with a new adapter `name`: acting at strength 1, and the only thing that trains.
 
-    to, exclude: "all-linear", a regular expression for whole layer names, or a list of names and endings of names.
+    to, exclude: None (what the method chooses, "all-linear" for most), "all-linear", a regular expression for whole
+    layer names, or a list of names and endings of names.
     rank_pattern, alpha_pattern: other ranks and alphas for layers whose name ends with a match of the key (PEFT's
     rule). untie: adapt a layer that shares its weight with another. The other options are the method's own.
     Raises SiteError, ConfigError or ShapeError before anything is changed.
@@ -121,7 +122,7 @@ def attach(
     refuse_compiled(model)
     kind = methods.get(method) if isinstance(method, str) else method
     methods.check_options(kind, options)
-    sites = find(model, to, exclude, untie)
+    sites = kind.find(model, to, exclude, untie)
     check_patterns(sites, {**(rank_pattern or {}), **(alpha_pattern or {})})
     per_site = [options_at(s.name, kind, options, rank_pattern, alpha_pattern) for s in sites]
     check_name(model, name)

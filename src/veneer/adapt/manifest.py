@@ -36,6 +36,7 @@ def describe(changes: Changes, sizes: Mapping[str, Size], own: Mapping[str, Conf
     sites: dict[str, dict[str, Any]] = {}
     for site, delta in changes:
         size, f = sizes[site.name], delta.factors(site)
+        settings = {} if config is None or isinstance(delta, Full) else config[site.name]
         shared = main.options if type(delta) is type(main) else {}
         sites[site.name] = {
             "method": method_of(delta),
@@ -45,7 +46,7 @@ def describe(changes: Changes, sizes: Mapping[str, Size], own: Mapping[str, Conf
             "options": {k: v for k, v in delta.options.items() if k not in shared or shared[k] != v},
             "own": dict(own.get(site.name, {})),
             **({} if f is None else {"rank": f.A.shape[0]}),
-            **({} if config is None or isinstance(delta, Full) else {"scaling": _scaling(config[site.name])}),
+            **({"scaling": _scaling(settings)} if "lora_alpha" in settings else {}),
         }
     return {
         "format": FORMAT,

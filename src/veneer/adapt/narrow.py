@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import Tensor
 
 from veneer.adapt.norms import dense
 from veneer.adapt.peft_format import Changes
@@ -27,9 +28,9 @@ def as_saved(changes: Changes, dtype: torch.dtype, in_peft: bool) -> Changes:
         raise ConfigError(f"adapters are saved in {', '.join(map(str, DTYPES))}, not in {dtype}")
     saved, lost = [], {}
     for site, delta in changes:
-        rounded = _through_peft(site, delta, dtype) if in_peft else _through_state(delta, dtype)
-        saved.append((site, rounded))
-        before, after = dense(site, delta), dense(site, rounded)
+        narrow = _through_peft(site, delta, dtype) if in_peft else _through_state(delta, dtype)
+        saved.append((site, narrow))
+        before, after = dense(site, delta), dense(site, narrow)
         if before is not None and after is not None and bool(before.any()):
             lost[site.name] = float((after - before).norm() / before.norm())
     worst = sorted((n for n, share in lost.items() if not share <= MOST_LOST), key=lambda n: -lost[n])
@@ -43,11 +44,16 @@ def _through_peft(site: Site, delta: Delta, dtype: torch.dtype) -> Delta:
     form = None if isinstance(delta, Full) else delta.to_peft(site)
     if form is None:
         return delta
-    return type(delta).from_peft(site, form.config, {k: t.to(dtype) for k, t in form.tensors.items()})
+    return type(delta).from_peft(site, form.config, {k: rounded(t, dtype) for k, t in {**form.shared, **form.tensors}.items()})
 
 
 def _through_state(delta: Delta, dtype: torch.dtype) -> Delta:
-    rounded = copy.deepcopy(delta)
-    for t in rounded.state_dict().values():
-        t.copy_(t.to(dtype))
-    return rounded
+    twin = copy.deepcopy(delta)
+    for t in twin.state_dict().values():
+        t.copy_(rounded(t, dtype))
+    return twin
+
+
+def rounded(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """t in dtype, if it is one and t holds no indices."""
+    return t if dtype is None or not t.is_floating_point() else t.to(dtype)

@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from veneer import methods
 from veneer.methods import Delta, PeftForm
 from veneer.methods.full import Full
 from veneer.sites import LeafSite, Site
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+TOP = "base_model."  # of tensors that all layers share
+PREFIX = f"{TOP}model."
 
 Config = dict[str, Any]
 Changes = list[tuple[Site, Delta]]
@@ -67,7 +70,13 @@ NEWER: Config = {
     "velora_config": None,
 }
 KEYS: Config = {**LONG_KNOWN, **NEWER}
-PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+# Those that every kind of adapter has.
+GENERAL = {
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform"),
+    *("modules_to_save", "peft_type", "peft_version", "revision", "target_modules", "task_type"),
+}
+# Settings that may be another one by layer, and where those stand.
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "n_frequency": "n_frequency_pattern"}
 
 # PEFT trains these layers whole with every adapter of such a task, and fails on a file that lacks them.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -79,6 +88,30 @@ TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+
+
+class Table(NamedTuple):
+    """The settings of one kind of PEFT's adapters with their defaults: those always written, and those that say something."""
+
+    always: Config
+    others: Config
+
+    @property
+    def every(self) -> Config:
+        return {**self.always, **self.others}
+
+
+def table(kind: type[Delta]) -> Table:
+    """The settings of the method's kind."""
+    if not kind.peft_settings:
+        return Table(LONG_KNOWN, NEWER)
+    always, others = ({k: v for k, v in part.items() if k in GENERAL} for part in (LONG_KNOWN, NEWER))
+    return Table({**always, **kind.peft_settings}, others)
+
+
+def method_of(config: Config) -> type[Delta] | None:
+    """The method that reads adapters of this adapter_config.json, or None."""
+    return next((m for m in map(methods.get, methods.available()) if m.reads_peft(config)), None)
 
 
 class Written(NamedTuple):
@@ -99,34 +132,50 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
     whole: Changes = [(s, d) for s, d in changes if isinstance(d, Full)]
     forms = {s.name: d.to_peft(s) for s, d in changes if not isinstance(d, Full)}
     known = {n: f for n, f in forms.items() if f is not None}
-    if not known or len(known) < len(forms) or any(f.config["peft_type"] != "LORA" for f in known.values()):
-        return None  # of PEFT's other formats none is written yet
-    saved = outermost(s.name for s, _ in whole)
-    config = _settings(model, known, saved)
-    if config is None:
+    if not known or len(known) < len(forms) or len({f.config["peft_type"] for f in known.values()}) > 1:
         return None
-    config["fan_in_fan_out"] = any(s.kind == "transposed" for s, _ in changes)
+    settings = table(next(type(d) for _, d in changes if not isinstance(d, Full)))
+    saved = outermost(s.name for s, _ in whole)
+    config, shared = _settings(model, known, saved, settings), _shared([f.shared for f in known.values()])
+    if config is None or shared is None:
+        return None
+    if "fan_in_fan_out" in settings.always:
+        config["fan_in_fan_out"] = any(s.kind == "transposed" for s, _ in changes)
     tensors = {f"{PREFIX}{n}.{end}": t for n, f in known.items() for end, t in f.tensors.items()}
-    own = {n: {k: v for k, v in f.config.items() if k not in KEYS} for n, f in known.items()}
-    return Written(config, tensors, _saved(model, saved, whole), own)
+    own = {n: {k: v for k, v in f.config.items() if k not in settings.every} for n, f in known.items()}
+    return Written(config, {**tensors, **{f"{TOP}{n}": t for n, t in shared.items()}}, _saved(model, saved, whole), own)
 
 
-def _settings(model: nn.Module, forms: dict[str, PeftForm], saved: list[str]) -> Config | None:
+def _shared(found: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Every shared tensor with as many rows and columns as any layer uses, or None where the layers' parts are no parts of one."""
+    whole: dict[str, Tensor] = {}
+    for name in found[0]:
+        parts = [own[name] for own in found]
+        rows, columns = max(p.shape[0] for p in parts), max(p.shape[1] for p in parts)
+        largest = next((p for p in parts if p.shape == (rows, columns)), None)
+        if largest is None or not all(torch.equal(largest[: p.shape[0], : p.shape[1]], p) for p in parts):
+            return None
+        whole[name] = largest
+    return whole
+
+
+def _settings(model: nn.Module, forms: dict[str, PeftForm], saved: list[str], settings: Table) -> Config | None:
     """adapter_config.json, or None where PEFT would apply it to other layers, or with other ranks, than ours."""
-    per_site = {n: {k: v for k, v in f.config.items() if k in KEYS} for n, f in forms.items()}
-    shared = [{k: v for k, v in own.items() if k not in PATTERNS} for own in per_site.values()]
+    patterns = {key: pattern for key, pattern in PATTERNS.items() if pattern in settings.every}
+    per_site = {n: {k: v for k, v in f.config.items() if k in settings.every} for n, f in forms.items()}
+    shared = [{k: v for k, v in own.items() if k not in patterns} for own in per_site.values()]
     if any(own != shared[0] for own in shared):
         return None
-    config = {**LONG_KNOWN, **shared[0], "modules_to_save": saved or None, **_origin(model, saved)}
-    for key, pattern in PATTERNS.items():
+    config = {**settings.always, **shared[0], "modules_to_save": saved or None, **_origin(model, saved)}
+    for key, pattern in patterns.items():
         config[key], config[pattern] = _pattern({n: _whole(own[key]) for n, own in per_site.items()})
     names = [n for n, m in model.named_modules() if ".deltas" not in f".{n}"]
     for targets in (_endings(forms, names), "|".join(re.escape(n) for n in forms)):
         config["target_modules"] = targets
         exact = [n for n in names if targeted(config, n)] == [n for n in names if n in forms]
-        same = all(at(config, n)[key] == own[key] for n, own in per_site.items() for key in PATTERNS)
+        same = all(at(config, n)[key] == own[key] for n, own in per_site.items() for key in patterns)
         if exact and same and wrapped(config, names) == set(saved):
-            return {k: v for k, v in config.items() if k in LONG_KNOWN or v != NEWER.get(k)}
+            return {k: v for k, v in config.items() if k in settings.always or v != settings.others.get(k)}
     return None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer import methods
 from veneer.adapt import peft_starts
 from veneer.adapt.checks import Problem
-from veneer.adapt.peft_format import KEYS, PREFIX, Changes, Config, at, outermost, targeted, wrapped
+from veneer.adapt.peft_format import PREFIX, TOP, Changes, Config, at, method_of, outermost, table, targeted, wrapped
 from veneer.errors import FormatError, SiteError, first_few
 from veneer.methods import Delta
 from veneer.sites import LeafSite, Site, find
@@ -49,11 +49,13 @@ def settings_problems(config: Config, has_initial: bool) -> list[str]:
     if "peft_type" not in config:
         other = next((d for k, d in DIALECTS.items() if k in config), "not PEFT's")
         return [f"this adapter_config.json is {other}: it has no peft_type; only PEFT's is read here"]
-    if not any(methods.get(m).reads_peft(config) for m in methods.available()):
+    kind = method_of(config)
+    if kind is None:
         return [f"peft_type {config['peft_type']!r} is not read here; convert it with PEFT's own save_as_lora, or merge it there"]
-    beyond = {k: why for k, why in BEYOND.items() if config.get(k) and config[k] != KEYS[k]}
+    known = table(kind).every
+    beyond = {k: why for k, why in BEYOND.items() if config.get(k) and config[k] != known.get(k)}
     found = [f"{k}={config[k]!r}: {why}; this cannot be read: merge it in PEFT and keep the merged model" for k, why in beyond.items()]
-    unknown = [k for k in config if k not in KEYS and k != "runtime_config" and config[k]]
+    unknown = [k for k in config if k not in known and k != "runtime_config" and config[k]]
     found += [f"{k}={config[k]!r}: a setting of PEFT that is not known here, and may change what the tensors mean" for k in unknown]
     found += [f"{k}={config[k]!r} is no regular expression" for k in ("target_modules", "exclude_modules") if not _compiles(config.get(k))]
     start = peft_starts.problem(config.get("init_lora_weights", True), has_initial)
@@ -80,21 +82,23 @@ class Source(NamedTuple):
 def read(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]]:
     """The changes of the model's sites, not attached, and all that is wrong with them."""
     names = [n for n, _ in model.named_modules() if n and ".deltas" not in f".{n}"]
-    config, tensors = {**KEYS, **source.config}, source.tensors
+    kind = method_of(source.config)
+    assert kind is not None
+    config, tensors = {**table(kind).every, **source.config}, source.tensors
     if config["target_modules"] in (None, "all-linear"):  # saved by hand: the tensors say which layers are meant
         config["target_modules"] = sorted({k.removeprefix(PREFIX).partition(".lora_")[0] for k in tensors if ".lora_" in k})
     problems: list[Problem] = []
     sites = _sites(model, [n for n in names if targeted(config, n)], config, problems)
-    changes, used = _adapted(sites, source._replace(config=config), problems)
+    changes, used = _adapted(kind, sites, source._replace(config=config), problems)
     for name in outermost(wrapped(config, names)):
         changes += _whole(model, name, tensors, used, problems)
     problems += _left_over(model, {k: t for k, t in tensors.items() if k not in used})
     return changes, problems
 
 
-def _adapted(sites: list[Site], source: Source, problems: list[Problem]) -> tuple[Changes, set[str]]:
+def _adapted(kind: type[Delta], sites: list[Site], source: Source, problems: list[Problem]) -> tuple[Changes, set[str]]:
     """The changes of the sites, and the names of the tensors that made them (or are to blame)."""
-    kind = next(m for m in map(methods.get, methods.available()) if m.reads_peft(source.config))
+    shared = {k.removeprefix(TOP): t for k, t in source.tensors.items() if k.startswith(TOP) and not k.startswith(PREFIX)}
     changes: Changes = []
     used: set[str] = set()
     for site in sites:
@@ -102,15 +106,21 @@ def _adapted(sites: list[Site], source: Source, problems: list[Problem]) -> tupl
         try:
             start = None if source.initial is None else _of_site(source.initial, site)
             settings, found = peft_starts.with_start(site, settings, _of_site(source.tensors, site), start)
-            delta = kind.from_peft(site, settings, found)
+            delta = kind.from_peft(site, settings, {**shared, **found})
         except FormatError as e:
             problems += [Problem("fit", line) for line in str(e).splitlines()]
-            used |= {k for k in source.tensors if k.startswith(f"{PREFIX}{site.name}.lora_")}
+            used |= {f"{PREFIX}{site.name}.{k}" for k in _of_site(source.tensors, site) if not _is_base(k)} | {f"{TOP}{k}" for k in shared}
             continue
         form = delta.to_peft(site)
         used |= {f"{PREFIX}{site.name}.{end}" for end in (form.tensors if form else ())}
+        used |= {f"{TOP}{end}" for end in (form.shared if form else ())}
         changes.append((site, delta))
     return changes, used
+
+
+def _is_base(name: str) -> bool:
+    """Whether a site's tensor is a copy of the layer's own, and none of the adapter's."""
+    return name.removeprefix("base_layer.") in ("weight", "bias")
 
 
 def _of_site(tensors: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def save(
         "no_probe": None if isinstance(kept, dict) else kept,
         "allow": sorted(used.union(*(_let_through(delta) for _, delta in changes))),
     }
-    tensors = {n: t.to(dtype or t.dtype) for n, t in (written.tensors if written else state).items()}
+    tensors = {n: narrow.rounded(t, dtype) for n, t in (written.tensors if written else state).items()}
     _write(folder, {**tensors, **(written.whole if written else {})}, written.config if written else None, content)
     return folder
 

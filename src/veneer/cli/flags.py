@@ -173,8 +173,8 @@ def _of_optional(hint: Any) -> Any:
 
 
 def _is_names(hint: Any) -> bool:
-    """Whether a setting takes an expression or a list of names: str | tuple[str, ...]."""
-    return get_origin(hint) in (Union, types.UnionType) and set(get_args(hint)) == {str, tuple[str, ...]}
+    """Whether a setting takes an expression or a list of names: str | tuple[str, ...], or None besides."""
+    return get_origin(hint) in (Union, types.UnionType) and set(get_args(hint)) - {type(None)} == {str, tuple[str, ...]}
 
 
 def values(flags: Iterable[Flag], given: Mapping[str, Any]) -> dict[str, Any]:

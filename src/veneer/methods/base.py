@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, suggest
-from veneer.sites import Site
+from veneer.sites import Site, find
+from veneer.sites.find import Target
 
 ROWWISE = ("linear", "transposed")  # kinds of site that map vectors one by one, the last dimension of x
 
@@ -41,10 +42,14 @@ class Factors(NamedTuple):
 
 
 class PeftForm(NamedTuple):
-    """One site's change as PEFT writes it: entries of adapter_config.json, and tensors by the end of their names."""
+    """One site's change as PEFT writes it: entries of adapter_config.json, and tensors by the end of their names.
+
+    shared: tensors that PEFT keeps once for all layers, each of which uses the first rows and columns that it needs.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    shared: dict[str, Tensor] = {}
 
 
 class Delta(nn.Module, ABC):
@@ -56,8 +61,15 @@ class Delta(nn.Module, ABC):
     """
 
     roles: ClassVar[dict[str, str]] = {}
+    # What adapter_config.json says of this method alone, with PEFT's defaults; LoRA's family has its table in peft_format.
+    peft_settings: ClassVar[dict[str, Any]] = {}
     dropout: float = 0.0
     options: dict[str, Any]
+
+    @classmethod
+    def find(cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False) -> list[Site]:
+        """The places of the model that this method changes: those of `to`, or the method's own choice if that is None."""
+        return find(model, "all-linear" if to is None else to, exclude, untie)
 
     def factors(self, site: Site) -> Factors | None:
         """The change in normal form, differentiable, or None where it has none."""

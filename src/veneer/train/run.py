@@ -35,7 +35,9 @@ class Run:
     test: tuple[str, ...] = setting((), "texts measured before and after only, never chosen by; the result is valid's without them")
     known: tuple[str, ...] = setting((), "texts whose forgetting is measured; none: no text; builtin:known for the built-in model")
     method: str = setting("lora", "how the model is changed: a method of veneer, or full for all its parameters")
-    to: str | tuple[str, ...] = setting("all-linear", "layers to adapt: all-linear, a regular expression, or names and endings of names")
+    to: str | tuple[str, ...] | None = setting(
+        None, "layers to adapt: all-linear, a regular expression, or names and endings of names; the method's own choice unless given"
+    )
     exclude: str | tuple[str, ...] = setting((), "layers to leave out, as in to")
     untie: bool = setting(False, "adapt layers that share their weight with another one")
     options: dict[str, Any] = field(default_factory=dict, metadata=about("the method's own options, such as rank and alpha"))
@@ -174,7 +176,7 @@ def _of_method(run: Run) -> Iterator[str]:
     for pattern, option in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
         if getattr(run, pattern) and option not in known:
             yield f"{pattern} is given, but method {run.method!r} has no {option}"
-    if run.method == "full" and (run.to != "all-linear" or run.exclude or run.untie):
+    if run.method == "full" and (run.to is not None or run.exclude or run.untie):
         yield "to, exclude and untie choose layers to adapt, but method 'full' trains every parameter; leave them out"
 
 
