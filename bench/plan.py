@@ -2,8 +2,10 @@
 
 python bench/plan.py [--rounds 3]
 
-Both run in processes of their own, in turns. Memory is the peak of the process in steps 3 to 6 over what it held when the
-model was loaded. Seconds are the processor's, as other programs slow wall time down by any factor; `wall_error` has that too.
+Both run in processes of their own at the same time and take their steps in turns, one waiting while the other computes, so
+that what else the machine does falls on both. Memory is the peak of the process in steps 3 to 6 over what it held when the
+model was loaded. Seconds are the processor's, of the probe as `plan` tells them and of the run's steps but the first, as
+other programs slow wall time down by any factor; `wall_error` has that too.
 """
 
 from __future__ import annotations
@@ -26,9 +28,20 @@ from veneer.train.run import Run
 def settings(method, out):
     return Run(data=("builtin:prose",), method=method, steps=8, eval_every=100, device="cpu", out=out)
 """
+TURN = """
+def turn():
+    print("step", flush=True)
+    sys.stdin.readline()
+"""
 FORETOLD = """
-import dataclasses, json, sys
+import json, sys
+from veneer.app import measure
 from veneer.app.plan import plan
+timed = measure._timed
+def in_turn(*given):
+    turn()
+    return timed(*given)
+measure._timed = in_turn
 found = plan(settings(sys.argv[1], sys.argv[2]), progress=False)
 print(json.dumps({"bytes": found.growth, "wall": found.measured.seconds, "processor": found.measured.processor_seconds}))
 """
@@ -45,6 +58,7 @@ def prepared(*given):
     loaded.append(resident.forget_peak(cpu))
     return found
 def watched(self, *given):
+    turn()
     resident.forget_peak(cpu)
     started = time.monotonic(), time.process_time()
     found = step(self, *given)
@@ -58,15 +72,32 @@ print(json.dumps({"bytes": max(peaks[2:6]) - loaded[0], "wall": middle(walls), "
 """
 
 
-def child(code: str, method: str, out: str) -> dict[str, float]:
-    """What a program of its own prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", SETTINGS + code, method, out], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+class Program:
+    """A program of its own that says when it is about to take a step, and waits until it may."""
+
+    def __init__(self, code: str, method: str, out: str) -> None:
+        command = [sys.executable, "-c", SETTINGS + TURN + code, method, out]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.line = self._read()
+
+    def step(self) -> None:
+        """Lets it take a step, and waits until it has, and is about to take the next one or is done."""
+        assert self._process.stdin is not None
+        print(file=self._process.stdin, flush=True)
+        self.line = self._read()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip() or sys.exit("a program ended without a figure")
+
+
+def in_turns(*programs: Program) -> list[dict[str, float]]:
+    """What the programs print at their ends."""
+    while waiting := [p for p in programs if p.line == "step"]:
+        for program in waiting:
+            program.step()
+    return [json.loads(p.line) for p in programs]
 
 
 def measure(method: str, rounds: int) -> dict[str, tuple[float, float]]:
@@ -74,7 +105,7 @@ def measure(method: str, rounds: int) -> dict[str, tuple[float, float]]:
     pairs: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
-            pairs.append((child(FORETOLD, method, f"{folder}/plan"), child(REAL, method, f"{folder}/{i}")))
+            pairs.append(in_turns(Program(FORETOLD, method, f"{folder}/plan"), Program(REAL, method, f"{folder}/{i}")))
             print(method, *pairs[-1], file=sys.stderr, flush=True)
     first = pairs[0][0]
     return {name: (statistics.median(p[name] for p, _ in pairs), statistics.median(r[name] for _, r in pairs)) for name in first}

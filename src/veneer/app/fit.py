@@ -70,7 +70,7 @@ def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
 def _train(ready: Ready, out: Path, wish: Wish, voice: Voice) -> Result:
     run, windows = ready.run, {part: t.windows for part, t in ready.texts.items()}
     torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, "dropout"))))
-    order, pace = _plan(run, windows["train"])
+    order, pace = lay_out(run, windows["train"])
     measured = {part: sample(w, run.eval_windows) for part, w in windows.items() if part != "train"}
     loop = Loop(learner(ready, order, voice), order, measured, pace, folder=out, voice=voice)
     loop.begin(run.resume)
@@ -87,7 +87,8 @@ def _train(ready: Ready, out: Path, wish: Wish, voice: Voice) -> Result:
     return Result.read(out)
 
 
-def _plan(run: Run, windows: Sequence[Window]) -> tuple[Order, Pace]:
+def lay_out(run: Run, windows: Sequence[Window]) -> tuple[Order, Pace]:
+    """Which windows each step learns from, and when it is evaluated and saved."""
     total = run.steps * run.batch * run.accumulate if run.steps else max(1, round((run.epochs or 1.0) * len(windows)))
     order = Order(windows, run.batch, run.accumulate, total=total, seed=run.seed)
     every = run.eval_every or max(1, order.steps // 5)

@@ -55,7 +55,7 @@ class Length(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory in bytes. measured: what three steps showed, or None without a probe; problem: why it will not fit, or None."""
+    """Memory in bytes. measured: what a few steps showed, or None without a probe; problem: why it will not fit, or None."""
 
     run: Run
     layers: list[Layer]
@@ -115,7 +115,7 @@ class Plan:
 def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
     """What `fit` would take with these settings; nothing is written.
 
-    probe: take three steps on the run's own texts, in memory, for seconds and bytes as they are; without it, or where the
+    probe: take five steps on the run's own texts, in memory, for seconds and bytes as they are; without it, or where the
     training would not fit, memory is estimated from shapes. progress: sentences on stderr. Raises the errors of `fit` for
     settings that make no sense, and NoRoom where the model itself does not fit.
     """
@@ -123,13 +123,13 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
     _check_weights(run, device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         ready = prepare(run, device, voice)
-        order, pace = training._plan(ready.run, ready.texts["train"].windows)
+        order, pace = training.lay_out(ready.run, ready.texts["train"].windows)
         shape = _shape(ready.run, ready.texts["train"].windows, order)
         own, full = _simulated(ready, shape)
         room = resident.available(device)
         problem = _problem(ready.run, own.memory.growth, room, device)
-        trials = halving(ready, shape, own.memory)
         measured = measure(ready, order, pace) if probe and problem is None else None
+        trials = halving(ready, shape, own.memory)  # afterwards: what it leaves free in the process is no growth of the probe's
     if measured:
         own = own._replace(memory=measured.corrected(own.memory))
     return Plan(

@@ -20,7 +20,7 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", exists=True, dir_okay=False, metavar="<file.yaml>", help="Settings from a file; given flags replace them."),
 ]
-Probe = Annotated[bool, typer.Option(help="Take three steps in memory, for seconds and bytes as they are.")]
+Probe = Annotated[bool, typer.Option(help="Take five steps in memory, for seconds and bytes as they are.")]
 Action = Annotated[Literal["show", "check"], typer.Argument(help="show: rows as tokens, with what is learned; check: count and compare.")]
 Files = Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts, as by --data.", show_default=False)]
 Rows = Annotated[int, typer.Option("--rows", metavar="<integer>", help="Rows to show.")]
