@@ -12,7 +12,9 @@ from torch.autograd import Function
 from veneer.ops.lowrank import refuse_second_order
 
 Head = Callable[[Tensor], Tensor]  # features (n, width) -> logits (n, vocabulary)
-Kernel = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # logits, labels, smoothing -> sum of losses, gradient of it
+# logits (n, vocabulary), labels (n,), smoothing -> sum of the losses, and its gradient in two parts: a matrix, and a number
+# for each of its rows (n, 1), or None for 1
+Kernel = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor | None]]
 
 CHUNK = 256  # positions: the fastest of 128 to 1024 on a CPU, and at 32,000 tokens 16 MB of bf16 logits
 BLOCK = 2**19  # numbers that are computed in float32 at a time: 2 MB, which a core's cache holds
@@ -33,7 +35,7 @@ def cross_entropy(
     features: (n, width), those of positions with a label; labels: (n,). parameters: all leaves that head(features)
     depends on and that take a gradient: what is not listed gets none. smoothing: share of every label that is spread
     evenly over the vocabulary. chunk: positions whose logits exist at a time. kernel: what turns logits into the loss
-    and its gradient, `blocked` unless given; torch.compile(`whole`) is faster.
+    and its gradient, `blocked` unless given; `whole` is faster with the two parts of it that are long compiled.
     """
     run = _Run(head, labels, smoothing, chunk, kernel or blocked)
     if torch.is_grad_enabled():
@@ -42,9 +44,32 @@ def cross_entropy(
     return run.forward(features)
 
 
-def whole(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Sum of the losses, and its gradient (n, vocabulary) in the logits' dtype, in a few formulas made to be compiled."""
-    return finish(logits, labels, smoothing, *softmax(logits, smoothing))
+def whole(
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    compiled: Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., tuple[Tensor, ...]]] = lambda f: f,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss and gradient in a few formulas; `compiled` turns a function of the logits into a faster one.
+
+    Where a label is all of its position's target, the gradient is left as exp(logits - max) over its sum: the division
+    by the sum waits for the product with the head, which makes the rows many times shorter. float16 could not hold that.
+    """
+    if smoothing or logits.dtype == torch.float16:
+        return finish(logits, labels, smoothing, *compiled(softmax)(logits, smoothing))
+    top, total, gradient = compiled(exponentials)(logits)
+    rows = torch.arange(len(labels), device=labels.device)
+    right = logits[rows, labels].to(total.dtype) - top[:, 0].to(total.dtype)
+    gradient[rows, labels] = (right.exp() - total[:, 0]).to(gradient.dtype)
+    return total.log().sum() - right.sum(), gradient, 1 / total
+
+
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of each row (n, 1), the sum (n, 1) of what all exceed it by in exponentials, exact, and these themselves."""
+    top = logits.amax(-1, keepdim=True)
+    wide = _wide(logits.dtype)
+    exact = (logits.to(wide) - top.to(wide)).exp()
+    return top, exact.sum(-1, keepdim=True), exact.to(logits.dtype)
 
 
 def softmax(logits: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,15 +84,15 @@ def softmax(logits: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def finish(
     logits: Tensor, labels: Tensor, smoothing: float, total: Tensor, every: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, None]:
     """The loss, and the gradient put right at the labels: one number a row, which in a compiled loop would cost a pass."""
     vocabulary, rows = logits.shape[-1], torch.arange(len(labels), device=labels.device)
     right = logits[rows, labels].to(total.dtype)
     gradient[rows, labels] = ((right - total[:, 0]).exp() - (1 - smoothing) - smoothing / vocabulary).to(gradient.dtype)
-    return total.sum() - (1 - smoothing) * right.sum() - smoothing / vocabulary * every, gradient
+    return total.sum() - (1 - smoothing) * right.sum() - smoothing / vocabulary * every, gradient, None
 
 
-def blocked(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+def blocked(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor, None]:
     """The same as `whole` without a compiler: few rows at a time, so that what is in float32 stays in the cache."""
     vocabulary = logits.shape[-1]
     gradient, loss = torch.empty_like(logits), logits.new_zeros((), dtype=_wide(logits.dtype))
@@ -81,7 +106,7 @@ def blocked(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, T
         exact.sub_(total).exp_()
         exact.scatter_add_(1, right, exact.new_full((), smoothing - 1).expand_as(right))
         gradient[i : i + rows] = exact.sub_(smoothing / vocabulary) if smoothing else exact
-    return loss, gradient
+    return loss, gradient, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -118,11 +143,14 @@ class _Chunked(Function):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_(own is not None)
                 logits = run.head(leaf)
-            loss, gradient = run.kernel(logits.detach(), labels, run.smoothing)
+            loss, gradient, factor = run.kernel(logits.detach(), labels, run.smoothing)
             total += loss
+            if factor is not None and wanted:
+                gradient, factor = gradient.mul_(factor), None
             found = _gradients(logits, [leaf, *wanted] if own is not None else wanted, gradient)
             if own is not None:
-                own[i * run.chunk : i * run.chunk + len(part)] = found.pop(0)
+                first = found.pop(0)
+                own[i * run.chunk : i * run.chunk + len(part)] = first if factor is None else first * factor
             for s, g in zip((s for s in sums if s is not None), found, strict=True):
                 s += g
         ctx.save_for_backward(own, *(s if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from veneer.adapt.discover import discover, ungroup
 from veneer.adapt.head import cut
 from veneer.errors import ConfigError
-from veneer.ops.chunked import Kernel, finish, softmax
+from veneer.ops.chunked import Kernel, whole
 from veneer.tasks import Batch, Objective, causal_lm
 from veneer.train import attention
 
@@ -134,11 +134,11 @@ def recompute(model: Any, wanted: bool) -> None:
 @functools.cache
 def compiled_kernel() -> Kernel:
     """The loss of one chunk, compiled once for any number of positions."""
-    compiled = torch.compile(softmax)
+    compiled = functools.cache(torch.compile)
 
-    def kernel(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    def kernel(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor | None]:
         if len(labels) > 1:  # a size of 1 is always compiled for itself
             torch._dynamo.maybe_mark_dynamic(logits, 0)
-        return finish(logits, labels, smoothing, *compiled(logits, smoothing))
+        return whole(logits, labels, smoothing, compiled)
 
     return kernel
