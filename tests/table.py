@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from oracles import dora, lora
+from oracles import dora, lora, miss
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +37,9 @@ METHODS = {
     "pissa": Method("lora", {"rank": 2, "init": "pissa"}, lora.weight_from_pissa),
     "pissa alpha": Method("lora", {"rank": 2, "alpha": 7.0, "init": "pissa"}, lora.weight_from_pissa),
     "olora": Method("lora", {"rank": 2, "init": "olora", "alpha": 3.0}, lora.weight_from_olora),
+    "miss": Method("miss", {"rank": 3}, miss.weight),
+    "miss mini": Method("miss", {"rank": 2, "mini": 1}, miss.weight),
+    "bat": Method("bat", {"rank": 1}, miss.weight_from_bat),
     "dora": Method("dora", {"rank": 3}, dora.weight, exact_gradient=False),
 }
 

@@ -15,14 +15,18 @@ def precise(W: Tensor) -> Tensor:
 
 def check_rank(rank: int, W: Tensor, where: str = "") -> None:
     """Raises ShapeError unless 1 <= rank <= min(out, in)."""
+    check_at_most(rank, min(W.shape), "min(out, in)", where)
+
+
+def check_at_most(rank: int, most: int, what: str, where: str = "") -> None:
+    """Raises ShapeError unless rank is a whole number from 1 to `most`, which the message calls `what`."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise ShapeError(f"rank {rank!r} is no whole number; use 1 or more")
-    most = min(W.shape)
     at = f" at {where!r}" if where else ""
     if rank < 1:
         raise ShapeError(f"rank {rank} < 1{at}; use 1 or more")
     if rank > most:
-        raise ShapeError(f"rank {rank} > min(out, in) = {most}{at}; use at most {most} or exclude the layer")
+        raise ShapeError(f"rank {rank} > {what} = {most}{at}; use at most {most} or exclude the layer")
 
 
 def range_finder(W: Tensor, width: int, iterations: int, draw: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 def project(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """x A' for every A: x (..., in), A (r, in) each -> (..., r) each, in x's dtype whatever the factors are kept in."""
-    if _plain():
+    if is_traced():
         ranks = [A.shape[0] for A in factors]
         h = x @ _stack(factors, x.dtype).mT
         return tuple(torch.split(h, ranks, -1))
@@ -30,14 +30,14 @@ def expand(y: Tensor, h: Tensor, B: Tensor, *, writable: bool = False) -> Tensor
     writable: y belongs to the caller, and nobody else reads it before this changes it; the sum is then made in place
     where autograd allows that (not in a view, whose base would have to know).
     """
-    if _plain():
+    if is_traced():
         return y + h @ B.to(h.dtype).mT
     in_place = writable and y.is_contiguous() and not (torch.is_grad_enabled() and y._is_view())
     total: Tensor = _Expand.apply(y, h, B, in_place)
     return total
 
 
-def _plain() -> bool:
+def is_traced() -> bool:
     """Whether something traces or transforms operations, which then must be ordinary ones."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
@@ -63,7 +63,7 @@ class _Project(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         A = _stack(factors, x.dtype)  # (sum of ranks, in)
-        ctx.save_for_backward(x, A)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, A)  # frozen factors need no x
         ctx.set_materialize_grads(False)
         ctx.ranks, ctx.dtypes = [f.shape[0] for f in factors], [f.dtype for f in factors]
         return tuple(torch.split(x @ A.mT, ctx.ranks, -1))
@@ -72,13 +72,14 @@ class _Project(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         x, A = ctx.saved_tensors
-        parts = [x.new_zeros(*x.shape[:-1], r) if g is None else g for g, r in zip(grads, ctx.ranks, strict=True)]
-        dh = _rows(parts[0] if len(parts) == 1 else torch.cat(parts, -1))  # (n, sum of ranks)
-        dx = (dh @ A).view_as(x) if ctx.needs_input_grad[0] else None
+        like = next(g for g in grads if g is not None)
+        parts = [like.new_zeros(*like.shape[:-1], r) if g is None else g for g, r in zip(grads, ctx.ranks, strict=True)]
+        dh = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (.., sum of ranks)
+        dx = dh @ A if ctx.needs_input_grad[0] else None
         wanted = [n and g is not None for n, g in zip(ctx.needs_input_grad[1:], grads, strict=True)]
         if not any(wanted):
             return dx, *(None for _ in wanted)
-        own = (dh.mT @ _rows(x)).split(ctx.ranks)
+        own = (_rows(dh).mT @ _rows(x)).split(ctx.ranks)
         return dx, *(d.to(t) if n else None for d, t, n in zip(own, ctx.dtypes, wanted, strict=True))
 
 

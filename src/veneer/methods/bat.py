@@ -1,0 +1,73 @@
+"""Bat: W'_ij = W_ij + W_ij B_i + B_i for every tile W_ij (r, r) of W.  Kang & Yin 2024, https://arxiv.org/abs/2409.15371
+
+W is cut into square tiles; all tiles of one row of tiles share one block B_i. The paper's first three versions call this
+Bone, its later ones Bat, and "Bone" something else (see miss): a number quoted for Bone may mean either. PEFT has it as
+MiSS with init_weights "bat".
+
+Parameters: r x out a layer, as many as MiSS of that rank.
+State: B.
+Cost: W' - W is computed in every pass, out x in x r products, and multiplied like another weight; it is computed again in
+the backward and not kept. Merged: none. On a quantised base W is unpacked in every pass.
+Use: to repeat what was published under that name; its change has full rank, but depends on W itself.
+Against: no comparison at learning rates tuned for each method; r must divide both sides of every layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ShapeError
+from veneer.methods.base import ROWWISE, Delta, PeftForm, build, master_dtype
+from veneer.methods.lora import check_peft_tensors
+from veneer.ops.linalg import check_rank
+from veneer.ops.tiles import affine, product
+from veneer.sites import Site
+
+
+class Bat(Delta):
+    """B (out / r, r, r), a block for every row of tiles, starts at zero."""
+
+    peft_settings = {"r": 64, "miss_dropout": 0.0, "mini_r": 1, "init_weights": True, "bias": "none"}
+
+    def __init__(self, site: Site, *, rank: int = 64) -> None:
+        """
+        rank: r, the side of a tile; a divisor of `in` and `out`
+        """
+        super().__init__()
+        check_rank(rank, site.weight(), site.name)
+        odd = [f"{what} = {size}" for what, size in (("in", site.in_), ("out", site.out)) if size % rank]
+        if odd:
+            fitting = max(r for r in range(1, rank + 1) if site.in_ % r == site.out % r == 0)
+            raise ShapeError(f"rank {rank} does not divide {' and '.join(odd)} at {site.name!r}; use e.g. {fitting}, or exclude the layer")
+        blocks = torch.zeros(site.out // rank, rank, rank, dtype=master_dtype(site), device=site.weight().device)
+        self.B = nn.Parameter(blocks)
+
+    def delta(self, site: Site) -> Tensor:
+        return affine(site.weight().to(self.B.dtype), self.B)
+
+    def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        if site.kind not in ROWWISE:
+            return super().forward(x, y, site)
+        return product(x.to(y.dtype), site.weight(), self.B)
+
+    def to_peft(self, site: Site) -> PeftForm | None:
+        if site.kind != "linear":
+            return None
+        config = {"peft_type": "MISS", "r": self.B.shape[1], "miss_dropout": 0.0, "mini_r": 1, "init_weights": "bat"}
+        return PeftForm(config, {"miss_block": self.B.detach()})
+
+    @classmethod
+    def reads_peft(cls, config: dict[str, Any]) -> bool:
+        return config.get("peft_type") == "MISS" and config.get("init_weights") == "bat"
+
+    @classmethod
+    def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
+        r = config["r"]
+        delta = build(cls, site, {"rank": r})
+        check_peft_tensors(site, tensors, {"miss_block": (site.out // r, r, r)})
+        with torch.no_grad():
+            delta.get_parameter("B").copy_(tensors["miss_block"])
+        return delta
