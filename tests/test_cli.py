@@ -135,7 +135,7 @@ def test_flags_replace_the_file_and_only_those_that_are_given(started, tmp_path)
     ("line", "message"),
     [
         ("fti", "No such command 'fti'. Did you mean 'fit'?\nsee veneer --help"),
-        ("fit --rnk 3", "No such option: --rnk (Possible options: --lr, --rank)\nsee veneer fit --help"),
+        ("fit --rnk 3", "No such option: --rnk (Possible options: --lr, --rank, --track)\nsee veneer fit --help"),
         ("fit --data a.txt --lr much", "Invalid value for '--lr'"),
         ("fit --data a.txt --schedule linaer", "Invalid value for '--schedule'"),
         ("fit --config nowhere.yaml", "nowhere.yaml"),

@@ -20,7 +20,7 @@ from veneer.data.order import Order
 from veneer.data.pack import Window
 from veneer.errors import FormatError
 from veneer.ops.draws import keyed
-from veneer.train import compiling, folder, full, lock
+from veneer.train import compiling, folder, full, lock, track
 from veneer.train.errors import NotSaved
 from veneer.train.evaluate import sample
 from veneer.train.loop import Loop, Pace
@@ -38,6 +38,7 @@ def fit(run: Run, *, progress: bool = True) -> Result:
     the errors are those of veneer.errors, and those of veneer.train.errors for trainings that end early, all saved.
     """
     voice, out = Voice(progress), Path(run.out)
+    track.check_installed(run.track)
     folder.check_free(out, run.resume)
     begun = (out / folder.CONFIG).exists()
     device = machine.device(run.device)
@@ -55,7 +56,10 @@ def fit(run: Run, *, progress: bool = True) -> Result:
             if (out / folder.RESULTS).exists():
                 voice.say(f"{out} is finished already; its result is returned as it is")
                 return Result.read(out)
-        return _train(ready, out, stack.enter_context(listening()), voice)
+        feed = stack.enter_context(track.Feed(run.track, out, ready.config, voice))
+        result = _train(ready, out, stack.enter_context(listening()), voice, feed)
+        feed.finish(result.metrics)
+        return result
 
 
 def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
@@ -67,12 +71,12 @@ def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
         folder.put(out / folder.CONFIG, {**ready.config, "allowed": allowed})
 
 
-def _train(ready: Ready, out: Path, wish: Wish, voice: Voice) -> Result:
+def _train(ready: Ready, out: Path, wish: Wish, voice: Voice, feed: track.Feed) -> Result:
     run, windows = ready.run, {part: t.windows for part, t in ready.texts.items()}
     torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, "dropout"))))
     order, pace = lay_out(run, windows["train"])
     measured = {part: sample(w, run.eval_windows) for part, w in windows.items() if part != "train"}
-    loop = Loop(learner(ready, order, voice), order, measured, pace, folder=out, voice=voice)
+    loop = Loop(learner(ready, order, voice), order, measured, pace, folder=out, voice=voice, feed=feed)
     loop.begin(run.resume)
     position = loop.run(wish)
     try:

@@ -18,7 +18,7 @@ from veneer.train.errors import NotSaved
 
 CONFIG, METRICS, RESULTS, ADAPTER, CHECKPOINTS = "config.json", "metrics.jsonl", "results.json", "adapter", "checkpoints"
 # Settings that change nothing in what is computed: they may differ when a run goes on.
-FREE = ("out", "resume", "allow", "keep", "save_every", "report")
+FREE = ("out", "resume", "allow", "keep", "save_every", "report", "track")
 
 
 def check_free(folder: Path, resume: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from veneer.data.order import Order
 from veneer.data.pack import Window
@@ -18,6 +18,7 @@ from veneer.train.progress import Voice
 from veneer.train.signals import Stop, Wish
 from veneer.train.state import Position
 from veneer.train.step import Learner, Outcome
+from veneer.train.track import Feed
 
 PATIENCE = 5  # steps in a row that may be skipped
 
@@ -50,7 +51,15 @@ class Loop:
     """One training in one folder. texts: what is measured by name; "valid" chooses the best step, "test" waits for the end."""
 
     def __init__(
-        self, learner: Learner, order: Order, texts: Mapping[str, Sequence[Window]], pace: Pace, *, folder: Path, voice: Voice
+        self,
+        learner: Learner,
+        order: Order,
+        texts: Mapping[str, Sequence[Window]],
+        pace: Pace,
+        *,
+        folder: Path,
+        voice: Voice,
+        feed: Feed | None = None,
     ) -> None:
         self.learner, self.order, self.texts, self.pace, self.voice = learner, order, texts, pace, voice
         self.folder, self.checkpoints = folder, folder / CHECKPOINTS
@@ -58,9 +67,10 @@ class Loop:
         self.saved: int | None = None
         self.metrics: Metrics
         self.wish = Wish()
+        self.feed = feed or Feed((), folder, {}, voice)
 
     def begin(self, resume: bool) -> None:
-        """Opens metrics.jsonl, and goes on from the newest valid checkpoint if there is one. Raises FormatError."""
+        """Opens metrics.jsonl and tells the trackers, and goes on from the newest valid checkpoint if there is one. Raises FormatError."""
         n_bytes = 0
         if resume:
             found, damaged = checkpoint.newest(self.checkpoints)
@@ -72,6 +82,7 @@ class Loop:
                 self.saved = found.step if self.position.evaluated == found.step or not self.pace.evaluates(found.step) else None
             self.voice.say(f"goes on from step {self.position.step}" if found else "found no checkpoint to go on from; begins at step 0")
         self.metrics = Metrics(self.folder, n_bytes)
+        self.feed.start(self.position.step)
 
     def run(self, wish: Wish) -> Position:
         """Trains to the end. Raises Interrupted after a signal and Diverged after too many skipped steps, once all is saved."""
@@ -113,10 +124,14 @@ class Loop:
         p.skipped_in_a_row = p.skipped_in_a_row + 1 if outcome.skipped else 0
         p.skipped += outcome.skipped is not None
         speed = outcome.tokens / max(now - before, 1e-9)
-        self.metrics.write(_line(p, outcome, rate, speed))
+        self._write(_line(p, outcome, rate, speed))
         self.voice.show(p.step, f"loss {outcome.loss:.3f}  {speed:,.0f} tokens/s")
         if p.skipped_in_a_row >= PATIENCE:
             self._give_up(outcome)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self.metrics.write(line)
+        self.feed.log(line)
 
     def _give_up(self, outcome: Outcome) -> None:
         p = self.position
@@ -130,7 +145,7 @@ class Loop:
     def _evaluate(self) -> bool:
         p = self.position
         figures = self.measure([name for name in self.texts if name != "test" or p.step == 0])
-        self.metrics.write({"step": p.step, **{f"{name}_bpb": v for name, v in figures.items()}, "seconds": p.seconds})
+        self._write({"step": p.step, **{f"{name}_bpb": v for name, v in figures.items()}, "seconds": p.seconds})
         p.evaluated = p.step
         if p.step == 0:
             p.before = figures

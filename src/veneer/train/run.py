@@ -12,6 +12,7 @@ from veneer import methods, optim
 from veneer.errors import ConfigError, suggest
 from veneer.train import settings
 from veneer.train.settings import REQUIRED, about, setting
+from veneer.train.track import available as trackers
 
 # Checks that allow= may turn off, each by name; what was allowed is recorded with the run.
 ALLOWED = {
@@ -77,6 +78,7 @@ class Run:
     keep: int = setting(3, "newest checkpoints to keep, beside the best one", unit="checkpoints")
     out: str = setting("runs/fit", "folder of the run")
     report: bool = setting(True, "measure the strength dial, the layers and samples at the end, and write report.html")
+    track: tuple[str, ...] = setting((), f"where to show the figures too, without a network; several with commas: {', '.join(trackers())}")
     resume: bool = setting(False, "go on in out from the newest valid checkpoint; begin where there is none")
     allow: tuple[str, ...] = setting((), f"checks to turn off: {', '.join(ALLOWED)}")
 
@@ -88,6 +90,8 @@ class Run:
                 object.__setattr__(self, f.name, settings.suit(getattr(self, f.name), hints[f.name].hint))
             except ValueError as e:
                 problems.append(f"{f.name}: {e}")
+        if isinstance(self.track, tuple):
+            object.__setattr__(self, "track", tuple(name for entry in self.track for name in entry.split(",")))
         problems = problems or list(_problems(self))
         if problems:
             raise ConfigError("\n".join(problems))
@@ -148,6 +152,9 @@ def _problems(run: Run) -> Iterator[str]:
         yield "train_roles chooses turns, but train_on 'all' learns everything; leave one of them out"
     if not run.train_roles:
         yield "train_roles names no role, so that nothing of a conversation would be learned; the usual one is assistant"
+    for name in run.track:
+        if name not in trackers():
+            yield f"track: unknown tracker {name!r}{suggest(name, trackers())}"
     for name in run.allow:
         if name not in ALLOWED:
             yield f"allow: unknown check {name!r}{suggest(name, ALLOWED)}"
