@@ -321,6 +321,27 @@ def test_the_last_step_may_be_smaller():
     assert [len(micro) for micro in ragged.step(1)] == [2, 1]
 
 
+def of_length(*lengths: int) -> list[pack.Window]:
+    return [(Segment(torch.full((n,), i), torch.zeros(n, dtype=torch.int64), torch.ones(n)),) for i, n in enumerate(lengths)]
+
+
+def test_windows_that_are_not_packed_come_with_others_of_their_length():
+    lengths = [7, 1, 5, 3, 8, 2, 6, 4] * 60  # 480 windows: two stretches and a half of 50 batches
+    given = of_length(*lengths)
+    one = order.Order(given, 4, 1, total=960, seed=3, grouped=True)
+    steps = [drawn(one.step(step)) for step in range(240)]
+    for epoch in (steps[:120], steps[120:]):
+        assert sorted(i for step in epoch for i in step) == list(range(480))
+    positions = sum(4 * max(lengths[i] for i in step) for step in steps)
+    plain = order.Order(given, 4, 1, total=960, seed=3)
+    without = sum(4 * max(lengths[i] for i in drawn(plain.step(step))) for step in range(240))
+    assert 1 - 2 * sum(lengths) / positions < 0.05 < 0.25 < 1 - 2 * sum(lengths) / without
+    longest = [max(lengths[i] for i in step) for step in steps[:50]]
+    assert longest != sorted(longest)  # the batches themselves come in a random order
+    again = order.Order(given, 4, 1, total=960, seed=3, grouped=True)
+    assert [drawn(again.step(step)) for step in (130, 7, 119)] == [steps[130], steps[7], steps[119]]
+
+
 def test_split_keeps_equal_rows_together_and_takes_a_tenth():
     rows = [Row("pair", {"prompt": str(i % 50), "completion": "y"}, f"line {i}") for i in range(100)]
     train, valid = split.split_off(rows, 0)

@@ -230,6 +230,16 @@ def test_rows_that_are_too_long_are_refused_or_cut_if_allowed(given, tmp_path):
     assert "1 rows are cut off at length=32 tokens" in result.metrics["notes"]
 
 
+def test_padding_is_counted(given, tmp_path):
+    rows = [{"text": "one two three " * n} for n in (1, 2, 4, 8)] * 8
+    data = str(tiny.jsonl(tmp_path / "rows.jsonl", *rows))
+    shared = {**given, "data": data, "valid": data, "length": 64, "batch": 4, "accumulate": 1, "epochs": 1.0, "steps": None}
+    packed, padded = (fit(Run.from_dict({**shared, "packing": p, "out": str(tmp_path / str(p))}), progress=False) for p in (True, False))
+    assert 0 <= packed.metrics["padding_share"] < 0.2
+    assert packed.metrics["tokens"] == padded.metrics["tokens"]
+    assert padded.metrics["padding_share"] < 0.1  # of like length, four times eight of each
+
+
 def test_rows_without_a_label_are_refused(given, tmp_path):
     data = tiny.jsonl(tmp_path / "a.jsonl", *PAIRS, {"prompt": "why " * 40, "completion": "so"})
     said = door_says(given, DataError, data=str(data), allow=["truncate"], valid=given["valid"])

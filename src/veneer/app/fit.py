@@ -94,7 +94,7 @@ def _train(ready: Ready, out: Path, wish: Wish, voice: Voice, feed: track.Feed) 
 def lay_out(run: Run, windows: Sequence[Window]) -> tuple[Order, Pace]:
     """Which windows each step learns from, and when it is evaluated and saved."""
     total = run.steps * run.batch * run.accumulate if run.steps else max(1, round((run.epochs or 1.0) * len(windows)))
-    order = Order(windows, run.batch, run.accumulate, total=total, seed=run.seed)
+    order = Order(windows, run.batch, run.accumulate, total=total, seed=run.seed, grouped=not run.packing)
     every = run.eval_every or max(1, order.steps // 5)
     warmup = round(run.warmup * order.steps)
     return order, Pace(order.steps, run.lr or math.nan, run.schedule, warmup, every, run.save_every or every, run.keep)
@@ -128,6 +128,7 @@ def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float]
         "trainable_parameters": sum(p.parameter.numel() for p in ready.parts),
         "adapter_bytes": sum(p.stat().st_size for p in (out / folder.ADAPTER).glob("*.safetensors")),
         "tokens": position.tokens,
+        "padding_share": 1 - position.tokens / max(1, position.positions),
         "seconds": position.seconds,
         "peak_memory_bytes": machine.peak_memory(next(model.parameters()).device),
         "notes": voice.said,

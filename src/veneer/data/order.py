@@ -8,8 +8,10 @@ from functools import lru_cache
 
 import torch
 
-from veneer.data.pack import Window
+from veneer.data.pack import Window, n_tokens
 from veneer.ops.draws import keyed
+
+STRETCH = 50  # batches that are sorted by length together: enough for little padding, few enough for a mixed order
 
 
 @lru_cache(maxsize=2)
@@ -19,16 +21,30 @@ def permutation(seed: int, epoch: int, n: int) -> list[int]:
     return found
 
 
+def by_length(order: Sequence[int], lengths: Sequence[int], batch: int, draw: torch.Generator) -> list[int]:
+    """The order with windows of like length side by side: sorted within every 50 batches, which are then shuffled."""
+    found: list[int] = []
+    for at in range(0, len(order), STRETCH * batch):
+        stretch = sorted(order[at : at + STRETCH * batch], key=lambda i: lengths[i])
+        whole = len(stretch) // batch  # a shorter batch stays last, or all that follow would be of mixed lengths
+        turns = [*torch.randperm(whole, generator=draw).tolist(), whole]
+        found += [i for turn in turns for i in stretch[turn * batch : (turn + 1) * batch]]
+    return found
+
+
 class Order:
     """`total` windows in steps of `accumulate` micro-batches of `batch`; only the last step may be smaller.
 
-    Epochs follow each other without a gap, each in an order of its own.
+    Epochs follow each other without a gap, each in an order of its own. grouped: windows of a batch are of like length,
+    for windows that are not packed.
     """
 
-    def __init__(self, windows: Sequence[Window], batch: int, accumulate: int, *, total: int, seed: int) -> None:
+    def __init__(self, windows: Sequence[Window], batch: int, accumulate: int, *, total: int, seed: int, grouped: bool = False) -> None:
         self.windows, self.batch, self.total, self.seed = windows, batch, total, seed
         self.per_step = batch * accumulate
         self.steps = math.ceil(total / self.per_step)
+        self.lengths = [n_tokens([w]) for w in windows] if grouped else None
+        self._orders: dict[int, list[int]] = {}
 
     def step(self, step: int) -> list[list[Window]]:
         """The micro-batches of a step, counted from 0."""
@@ -38,4 +54,13 @@ class Order:
 
     def _window(self, i: int) -> Window:
         epoch, index = divmod(i, len(self.windows))
-        return self.windows[permutation(self.seed, epoch, len(self.windows))[index]]
+        return self.windows[self._order(epoch)[index]]
+
+    def _order(self, epoch: int) -> list[int]:
+        plain = permutation(self.seed, epoch, len(self.windows))
+        if self.lengths is None:
+            return plain
+        if epoch not in self._orders:
+            draw = keyed(self.seed, f"batches of epoch {epoch}")
+            self._orders = {epoch: by_length(plain, self.lengths, self.batch, draw)}
+        return self._orders[epoch]

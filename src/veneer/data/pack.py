@@ -55,25 +55,30 @@ def pack(found: Sequence[Segment], length: int) -> list[Window]:
     return [tuple(w) for w in windows]
 
 
+def width(windows: Sequence[Window], widths: Sequence[int] = ()) -> int:
+    """Positions in each row of a batch: the longest window's, or the least of `widths` that holds it."""
+    longest = max(n_tokens([w]) for w in windows)
+    return min((w for w in widths if w >= longest), default=longest)
+
+
 def collate(windows: Sequence[Window], pad: int, widths: Sequence[int] = ()) -> dict[str, Tensor]:
     """input_ids and labels (b, t), and position_ids (b, t) where a window holds several segments.
 
-    t is the longest window's, or the least of `widths` that holds it: few shapes, so that a compiler meets them all soon.
+    t is their width(): with few widths there are few shapes, so that a compiler meets them all soon.
     Positions begin anew with each segment: that is what transformers makes a block-diagonal mask from. Padding comes
     last, as a segment of its own, so that nothing that is learned can see it, with or without positions.
     """
-    longest = max(sum(len(s.inputs) for s in w) for w in windows)
-    width = min((w for w in widths if w >= longest), default=longest)
-    input_ids = torch.full((len(windows), width), pad)
-    labels = torch.full((len(windows), width), IGNORED)
-    positions = torch.zeros(len(windows), width, dtype=torch.int64)
+    t = width(windows, widths)
+    input_ids = torch.full((len(windows), t), pad)
+    labels = torch.full((len(windows), t), IGNORED)
+    positions = torch.zeros(len(windows), t, dtype=torch.int64)
     for row, window in enumerate(windows):
         at = 0
         for s in window:
             end = at + len(s.inputs)
             input_ids[row, at:end], labels[row, at:end], positions[row, at:end] = s.inputs, s.labels, torch.arange(end - at)
             at = end
-        positions[row, at:] = torch.arange(width - at)
+        positions[row, at:] = torch.arange(t - at)
     batch = {"input_ids": input_ids, "labels": labels}
     return {**batch, "position_ids": positions} if any(len(w) > 1 for w in windows) else batch
 

@@ -121,6 +121,7 @@ class Loop:
         outcome = self.learner.step(self.order.step(p.step), rate)
         now = time.monotonic()
         p.step, p.tokens, p.seconds = p.step + 1, p.tokens + outcome.tokens, now - started
+        p.positions += outcome.positions
         p.skipped_in_a_row = p.skipped_in_a_row + 1 if outcome.skipped else 0
         p.skipped += outcome.skipped is not None
         speed = outcome.tokens / max(now - before, 1e-9)

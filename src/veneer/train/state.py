@@ -19,6 +19,7 @@ class Position:
 
     step: int = 0
     tokens: int = 0
+    positions: int = 0  # tokens and padding
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0

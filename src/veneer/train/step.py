@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.data.pack import Window, collate, n_labels, n_tokens
+from veneer.data.pack import Window, collate, n_labels, n_tokens, width
 from veneer.errors import DataError
 from veneer.optim.groups import Part, set_rates
 from veneer.tasks import Batch, Objective
@@ -17,12 +17,14 @@ from veneer.train.compiling import Shapes, eagerly
 
 
 class Outcome(NamedTuple):
-    """loss: nats per learned token; norm: of the gradient before clipping; skipped: why nothing was changed, or None."""
+    """loss: nats per learned token; norm: of the gradient before clipping; positions: tokens and padding; skipped: why
+    nothing was changed, or None."""
 
     loss: float
     norm: float
     labels: int
     tokens: int
+    positions: int
     skipped: str | None
 
 
@@ -65,7 +67,8 @@ class Learner(NamedTuple):
             set_rates(self.optimiser, rate, self.decay)
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return Outcome(loss, norm, labels, sum(n_tokens(windows) for windows in micro), skipped)
+        positions = sum(len(windows) * width(windows, self._widths()) for windows in micro)
+        return Outcome(loss, norm, labels, sum(n_tokens(windows) for windows in micro), positions, skipped)
 
     def _backward(self, micro: Sequence[Sequence[Window]], labels: int) -> float:
         device = self.parts[0].parameter.device
@@ -79,5 +82,7 @@ class Learner(NamedTuple):
 
     def batch(self, windows: Sequence[Window], device: torch.device) -> Batch:
         """Windows as the model takes them."""
-        found = collate(windows, self.pad, self.shapes.widths if self.shapes else ())
-        return {k: v.to(device) for k, v in found.items()}
+        return {k: v.to(device) for k, v in collate(windows, self.pad, self._widths()).items()}
+
+    def _widths(self) -> tuple[int, ...]:
+        return self.shapes.widths if self.shapes else ()
