@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import models
-import peft
 import torch
 from torch import nn
 
@@ -17,12 +16,14 @@ IDS = torch.randint(0, models.VOCABULARY, (2, 9), generator=torch.Generator().ma
 
 
 def agrees_with_peft(
-    folder: Path, method: str, options: dict[str, Any], to: list[str], config: peft.PeftConfig, build: Callable[[], nn.Module] = models.llama
+    folder: Path, method: str, options: dict[str, Any], to: list[str], config: Any, build: Callable[[], nn.Module] = models.llama
 ) -> nn.Module:
     """Asserts that a change made by PEFT and read here, and one made here and read by PEFT, are the same in both.
 
     Returns the model that Veneer read PEFT's folder into.
     """
+    import peft
+
     theirs = peft.get_peft_model(build(), config)
     _shake(theirs, [p for p in theirs.parameters() if p.requires_grad])
     theirs.save_pretrained(folder / "theirs")

@@ -72,7 +72,9 @@ class _Project(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         x, A = ctx.saved_tensors
-        like = next(g for g in grads if g is not None)
+        like = next((g for g in grads if g is not None), None)
+        if like is None:
+            return None, *(None for _ in grads)
         parts = [like.new_zeros(*like.shape[:-1], r) if g is None else g for g, r in zip(grads, ctx.ranks, strict=True)]
         dh = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (.., sum of ranks)
         dx = dh @ A if ctx.needs_input_grad[0] else None
