@@ -58,13 +58,11 @@ def _same(ours: nn.Module, theirs: nn.Module) -> None:
     with veneer.using(ours):
         moved = float((ours(input_ids=IDS).logits - outputs[0]).detach().norm() / outputs[0].norm())
     assert moved > 1e-3, "the adapter changes nothing"
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
-    assert len(gradients[0]) == len(gradients[1])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(gradients[1][0].abs().max()) + 1e-7)
+    for a, b in (outputs, gradients):
+        error = float((a - b).norm() / b.norm())
+        assert error <= 5e-5, (tuple(a.shape), error)  # float32 through two layers and back
 
 
-def _gradients(model: nn.Module) -> list[torch.Tensor]:
+def _gradients(model: nn.Module) -> torch.Tensor:
     """The gradients of all trained numbers, sorted: both programs lay the same numbers out in their own ways."""
-    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return [found.sort().values]
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).sort().values

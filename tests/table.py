@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from oracles import dora, lora, miss
+from oracles import dora, fourierft, lora, miss
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -40,6 +40,9 @@ METHODS = {
     "miss": Method("miss", {"rank": 3}, miss.weight),
     "miss mini": Method("miss", {"rank": 2, "mini": 1}, miss.weight),
     "bat": Method("bat", {"rank": 1}, miss.weight_from_bat),
+    "fourierft": Method("fourierft", {"frequencies": 10, "scaling": 50.0}, fourierft.weight),
+    "fourierft rms": Method("fourierft", {"frequencies": 30, "rms": 0.3, "seed": 1}, fourierft.weight),
+    "fourierft grid": Method("fourierft", {"frequencies": 6, "grid": True, "rms": 0.5}, fourierft.weight),
     "dora": Method("dora", {"rank": 3}, dora.weight, exact_gradient=False),
 }
 

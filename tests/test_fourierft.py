@@ -1,0 +1,88 @@
+"""FourierFT against PEFT and a dense transform; its size, its memory, and frequencies that are saved and not drawn again."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from kept import kept_bytes
+from models import gpt2, llama, output, randomise
+from peer import agrees_with_peft
+from torch import nn
+
+import veneer
+from veneer.adapt.attach import changes
+from veneer.errors import ConfigError, ShapeError
+
+TO = ["q_proj", "k_proj", "down_proj"]
+
+
+def test_same_outputs_gradients_and_files_as_peft(tmp_path):
+    shared = {"task_type": "CAUSAL_LM", "n_frequency": 70, "init_weights": True}
+    config = peft.FourierFTConfig(target_modules=TO, scaling=200.0, random_loc_seed=5, **shared)
+    agrees_with_peft(tmp_path, "fourierft", {"frequencies": 70, "scaling": 200.0, "seed": 5}, TO, config)
+    where = ["c_attn"]
+    config = peft.FourierFTConfig(target_modules=where, fan_in_fan_out=True, **shared)
+    (tmp_path / "gpt2").mkdir()
+    agrees_with_peft(tmp_path / "gpt2", "fourierft", {"frequencies": 70, "scaling": 200.0}, where, config, gpt2)
+
+
+def test_a_scaling_by_shape_is_read_by_peft_too(tmp_path):
+    model = veneer.attach(llama(), "fourierft", to=TO, frequencies=50, rms=0.02)
+    randomise(model)
+    veneer.save(model, tmp_path)
+    opened = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(output(opened), output(model), rtol=1e-4, atol=1e-5)
+    again = veneer.load(llama(), tmp_path)
+    torch.testing.assert_close(output(again), output(model), rtol=1e-5, atol=1e-6)
+    for (_, a), (_, b) in zip(changes(again, "default"), changes(model, "default"), strict=True):
+        assert a.scaling == b.scaling and torch.equal(a.rows, b.rows)
+        torch.testing.assert_close(a.c, b.c)
+
+
+@pytest.mark.parametrize(("out", "in_"), [(6, 8), (7, 9), (6, 9), (7, 8), (1, 5), (5, 1), (2, 2)])
+def test_every_parity_of_sizes_and_every_frequency(out, in_):
+    model = veneer.attach(nn.Sequential(nn.Linear(in_, out).double()), "fourierft", frequencies=out * in_, scaling=30.0)
+    randomise(model, size=1.0)
+    site, delta = changes(model, "default")[0]
+    x = torch.randn(2, 3, in_, dtype=torch.float64, requires_grad=True)
+    F = torch.zeros(out, in_, dtype=torch.float64).index_put((delta.rows, delta.columns), delta.c.detach())
+    D = torch.fft.ifft2(F).real * 30.0
+    torch.testing.assert_close(delta.delta(site), D)
+    torch.testing.assert_close(model(x), model[0](x) * 0 + x @ (site.weight() + D).mT + model[0].bias)
+    assert torch.autograd.gradcheck(lambda z: model(z), (x,))
+
+
+def test_the_size_of_a_change_does_not_depend_on_the_width():
+    for width in (16, 64, 256):
+        model = veneer.attach(nn.Sequential(nn.Linear(width, width)), "fourierft", frequencies=40, rms=0.01)
+        site, delta = changes(model, "default")[0]
+        with torch.no_grad():
+            delta.c.normal_(generator=torch.Generator().manual_seed(0))
+        rms = float(delta.delta(site).square().mean().sqrt() / delta.c.norm())
+        assert 0.008 < rms < 0.012  # frequencies 0 and half count twice
+
+
+def test_nothing_of_the_size_of_the_weight_is_kept():
+    x = torch.randn(8, 512)
+    for grid in (False, True):
+        model = veneer.attach(nn.Sequential(nn.Linear(512, 512, bias=False)), "fourierft", frequencies=100, grid=grid)
+        assert kept_bytes(model, x.clone()) < 0.2 * 512 * 512 * 4
+
+
+def test_frequencies_come_from_the_file(tmp_path, monkeypatch):
+    for options in ({"frequencies": 12}, {"frequencies": 16, "grid": True}):
+        model = veneer.attach(llama(), "fourierft", rms=0.01, **options)
+        randomise(model)
+        for _, d in changes(model, "default"):
+            d.load_state_dict({**d.state_dict(), "rows": (d.rows + 1) % 16})  # as another version might have drawn them
+        veneer.save(model, tmp_path / str(len(options)))
+        again = veneer.load(llama(), tmp_path / str(len(options)))
+        torch.testing.assert_close(output(again), output(model), rtol=0, atol=0)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ShapeError, match=r"frequencies 1000 are not in 1 to out \* in = 512 at '.*k_proj'; use fewer"):
+        veneer.attach(llama(), "fourierft", to=["k_proj"])
+    with pytest.raises(ConfigError, match=r"rms and scaling must be numbers above 0, not 0\.0 and None"):
+        veneer.attach(llama(), "fourierft", frequencies=10, rms=0.0)
