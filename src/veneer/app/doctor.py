@@ -18,10 +18,11 @@ import veneer
 from veneer import embedded
 from veneer.adapt import fingerprint
 from veneer.analyse import resident
-from veneer.app import machine, pretrained
+from veneer.app import pretrained
 from veneer.app.plan_text import size
 from veneer.embedded import texts
 from veneer.errors import VeneerError
+from veneer.ops.linalg import multiplies_bf16
 
 PYTHON = (3, 10)
 
@@ -133,7 +134,7 @@ def _devices() -> Iterator[Check]:
         room = resident.available(place)
         memory = "memory not known" if room is None else f"{size(room)} of memory available"
         name = f"{torch.get_num_threads()} threads" if place.type == "cpu" else torch.cuda.get_device_name(place)
-        bf16 = "bf16 products in hardware" if machine.multiplies_bf16(place) else "no bf16 products in hardware: precision auto is fp32"
+        bf16 = "bf16 products in hardware" if multiplies_bf16(place) else "no bf16 products in hardware: precision auto is fp32"
         yield Check(str(place), True, f"{name}, {memory}, {bf16}", core=place.type == "cpu")
 
 

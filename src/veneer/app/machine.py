@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
@@ -25,15 +23,6 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else found
-
-
-def multiplies_bf16(where: torch.device) -> bool:
-    """Whether the device has instructions for products of bfloat16 matrices."""
-    if where.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    ask: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # older versions of torch cannot say
-    capabilities = ask()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def versions() -> dict[str, str]:

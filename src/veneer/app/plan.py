@@ -22,6 +22,7 @@ from veneer.app.ready import FULL, NAME, Ready, prepare
 from veneer.data.order import Order
 from veneer.data.pack import Window, n_labels, n_tokens
 from veneer.errors import VeneerError
+from veneer.ops.linalg import multiplies_bf16
 from veneer.train.loop import Pace
 from veneer.train.progress import Voice
 from veneer.train.run import Run
@@ -164,7 +165,7 @@ def training_precision(run: Run, device: torch.device) -> str:
     """The precision that the run would have."""
     if run.precision != "auto":
         return run.precision
-    return "bf16" if machine.multiplies_bf16(device) else "fp32"
+    return "bf16" if multiplies_bf16(device) else "fp32"
 
 
 def pretrained_size(name: str) -> int | None:

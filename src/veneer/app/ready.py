@@ -17,6 +17,7 @@ from veneer.app import machine, pretrained, texts
 from veneer.app.texts import Text
 from veneer.data.pack import collate
 from veneer.errors import ConfigError
+from veneer.ops.linalg import multiplies_bf16
 from veneer.optim import groups
 from veneer.train import door, rates
 from veneer.train.progress import Voice
@@ -75,7 +76,7 @@ def decided(run: Run, device: torch.device) -> Run:
         problem = f"weight_decay {run.weight_decay:g} at rate {fastest:g} leaves nothing of a weight in one step"
         raise ConfigError(f"{problem}; use less than {1 / fastest:g}")
     epochs = None if run.steps else run.epochs or 1.0
-    precision = run.precision if run.precision != "auto" else "bf16" if machine.multiplies_bf16(device) else "fp32"
+    precision = run.precision if run.precision != "auto" else "bf16" if multiplies_bf16(device) else "fp32"
     options = {**{name: p.default for name, p in optim.options_of(run.optimiser).items()}, **run.optimiser_options}
     return replace(run, lr=lr, optimiser_options=options, epochs=epochs, precision=precision, device=str(device))
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from veneer.errors import ShapeError
+
+
+def multiplies_bf16(where: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16 matrices."""
+    if where.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    ask: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # older versions of torch cannot say
+    capabilities = ask()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def precise(W: Tensor) -> Tensor:
@@ -30,15 +42,22 @@ def check_at_most(rank: int, most: int, what: str, where: str = "") -> None:
 
 
 def range_finder(W: Tensor, width: int, iterations: int, draw: torch.Generator) -> Tensor:
-    """Q (out, width) with orthonormal columns that nearly span W's leading directions.
+    """Q (out, width) with orthonormal columns that nearly span W's leading directions, in float32 at least.
 
-    Subspace iteration with a QR at every half step (Halko, Martinsson & Tropp 2011, algorithm 4.4).
+    Subspace iteration with a QR at every step (Halko, Martinsson & Tropp 2011, algorithm 4.4, which has one at every half
+    step too). Where the machine multiplies bfloat16 matrices, these products are such: what they round away of a column is
+    a small direction like any other to the next iteration, and the last product, from which the factors come, is exact.
     """
-    Q: Tensor = torch.randn(W.shape[1], width, generator=draw).to(W)  # drawn on the CPU: the same on every device
-    Q = torch.linalg.qr(W @ Q).Q
+    narrow = W.to(torch.bfloat16) if W.dtype != torch.float64 and multiplies_bf16(W.device) else precise(W)
+    Q: Tensor = torch.randn(W.shape[1], width, generator=draw).to(W.device)  # drawn on the CPU: the same on every device
+    Q = _orthonormal(narrow @ Q.to(narrow))
     for _ in range(iterations):
-        Q = torch.linalg.qr(W.mT @ Q).Q
-        Q = torch.linalg.qr(W @ Q).Q
+        Q = _orthonormal(narrow @ (narrow.mT @ Q.to(narrow)))
+    return Q
+
+
+def _orthonormal(Y: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.qr(precise(Y)).Q
     return Q
 
 
@@ -50,13 +69,12 @@ def leading_svd(W: Tensor, rank: int, draw: torch.Generator, iterations: int = 4
     Raises ShapeError if rank > min(out, in).
     """
     check_rank(rank, W)
-    W = precise(W)
     width = 2 * rank + 8
     if width >= min(W.shape):
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(precise(W), full_matrices=False)
     else:
         Q = range_finder(W, width, iterations, draw)
-        U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(Q.mT @ precise(W), full_matrices=False)
         U = Q @ U
     return U[:, :rank], S[:rank], Vh[:rank]
 
