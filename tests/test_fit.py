@@ -437,7 +437,7 @@ def test_the_folder_says_how_and_from_what_it_was_made(given):
     result = fit(Run.from_dict({**given, "epochs": 0.5, "steps": None}), progress=False)
     assert {p.name for p in result.folder.iterdir()} == {"adapter", "checkpoints", "config.json", "lock", "metrics.jsonl", "results.json"}
     suffixes = {p.suffix for p in result.folder.rglob("*") if p.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".safetensors", ""}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".md", ""}
     config = json.loads((result.folder / "config.json").read_text())
     assert config["run"]["epochs"] == 0.5 and result.metrics["steps"] == 6  # half of 48 windows, four a step
     assert config["run"]["precision"] == "fp32" and config["run"]["known"] == given["known"].split(",")

@@ -13,7 +13,7 @@ from torch import nn
 
 from veneer import tasks
 from veneer.adapt import store
-from veneer.app import machine, pretrained, report
+from veneer.app import card, machine, pretrained, report
 from veneer.app.learner import OBJECTIVE, in_precision, learner
 from veneer.app.ready import FULL, NAME, Ready, prepare
 from veneer.data.order import Order
@@ -88,6 +88,10 @@ def _train(ready: Ready, out: Path, wish: Wish, voice: Voice, feed: track.Feed) 
     _finish(ready, out, position, after, voice)
     if run.report:
         report.at_the_end(ready, out, in_precision(run, tasks.get(OBJECTIVE), next(ready.model.parameters()).device), wish, voice)
+    try:
+        card.write(out)
+    except OSError as e:
+        voice.say(f"the run is finished and saved, but the adapter's {card.CARD} is not written: {e}")
     return Result.read(out)
 
 
@@ -132,6 +136,7 @@ def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float]
         "seconds": position.seconds,
         "peak_memory_bytes": machine.peak_memory(next(model.parameters()).device),
         "notes": voice.said,
+        "hardware": machine.hardware(next(model.parameters()).device),
         "versions": machine.versions(),
     }
     folder.put(out / folder.RESULTS, results)

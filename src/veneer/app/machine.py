@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,23 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else found
+
+
+def hardware(where: torch.device) -> str:
+    """What computes: the GPU's name, or the processor's with the threads that PyTorch uses."""
+    if where.type == "cuda":
+        return torch.cuda.get_device_name(where)
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # other systems than Linux
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

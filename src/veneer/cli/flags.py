@@ -14,8 +14,8 @@ from rich.markup import escape
 
 from veneer import methods, optim
 from veneer.errors import ConfigError
-from veneer.methods import Delta
 from veneer.train import settings
+from veneer.train.described import helps_of, option_helps
 
 T = TypeVar("T")
 METHOD, OPTIMISER = "options", "optimiser_options"  # settings that hold options, each of which has a flag of its own
@@ -90,19 +90,6 @@ def of_optimisers() -> list[Flag]:
         for name in optim.available()
         for option, p in optim.options_of(name).items()
     ]
-
-
-def option_helps(method: type[Delta]) -> dict[str, str]:
-    """What the docstring of a method's __init__ says of its options."""
-    return helps_of(method.__init__, methods.options_of(method))
-
-
-def helps_of(function: Callable[..., Any], names: Collection[str]) -> dict[str, str]:
-    """What the `name: text` lines of a docstring say, by name; a text goes on to the next name or an empty line."""
-    if not names:
-        return {}
-    parts = re.split(rf"^({'|'.join(map(re.escape, names))}): ", inspect.getdoc(function) or "", flags=re.MULTILINE)
-    return {name: " ".join(text.split("\n\n")[0].split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def shown_default(value: Any) -> str:

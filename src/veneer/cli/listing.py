@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from veneer import methods, optim
-from veneer.cli.flags import helps_of, option_helps, shown_default
+from veneer.cli.flags import shown_default
 from veneer.methods import Delta, inits
+from veneer.train.described import Described, helps_of, of_module, option_helps
 from veneer.train.settings import describe
 
 
 def every() -> dict[str, Any]:
     """{"methods": [..], "inits": [..], "optimisers": [..]} with what modules and signatures say, ready for JSON."""
     return {
-        "methods": [{"name": n, **_about(_module_doc(methods.get(n))), "options": _options(methods.get(n))} for n in methods.available()],
-        "inits": [{"name": n, **_about(inspect.getdoc(inits.get(n)) or "")} for n in inits.available()],
-        "optimisers": [{"name": n, **_about(_module_doc(optim.get(n))), "options": _own_options(n)} for n in optim.available()],
+        "methods": [{"name": n, **_about(of_module(methods.get(n))), "options": _options(methods.get(n))} for n in methods.available()],
+        "inits": [{"name": n, **_about(of_module(inits.get(n)))} for n in inits.available()],
+        "optimisers": [{"name": n, **_about(of_module(optim.get(n))), "options": _own_options(n)} for n in optim.available()],
     }
 
 
@@ -37,15 +37,8 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines[1:])
 
 
-def _module_doc(method: type) -> str:
-    return inspect.getdoc(inspect.getmodule(method)) or ""
-
-
-def _about(doc: str) -> dict[str, str | None]:
-    """The first paragraph of a module's docstring, parted into what it is and the paper's address."""
-    first = " ".join(doc.split("\n\n")[0].split())
-    found = re.search(r"https?://\S+", first)
-    return {"summary": first[: found.start()].rstrip(" ,.") if found else first, "paper": found.group().rstrip(".,)") if found else None}
+def _about(found: Described) -> dict[str, str | None]:
+    return {"summary": found.summary, "paper": found.paper}
 
 
 def _options(method: type[Delta]) -> list[dict[str, Any]]:
