@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from oracles import dora, fourierft, lora, miss
+from oracles import dora, fourierft, frozen, lora, miss
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,6 +43,10 @@ METHODS = {
     "fourierft": Method("fourierft", {"frequencies": 10, "scaling": 50.0}, fourierft.weight),
     "fourierft rms": Method("fourierft", {"frequencies": 30, "rms": 0.3, "seed": 1}, fourierft.weight),
     "fourierft grid": Method("fourierft", {"frequencies": 6, "grid": True, "rms": 0.5}, fourierft.weight),
+    "loldu": Method("loldu", {"rank": 3, "alpha": 2.0}, frozen.loldu),
+    "loldu svd": Method("loldu", {"rank": 2, "basis": "svd"}, frozen.loldu),
+    "loraxs": Method("loraxs", {"rank": 2, "alpha": 3.0}, frozen.loraxs),
+    "vera": Method("vera", {"rank": 4}, frozen.vera),
     "dora": Method("dora", {"rank": 3}, dora.weight, exact_gradient=False),
 }
 

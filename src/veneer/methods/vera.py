@@ -1,0 +1,100 @@
+"""VeRA: W' = W + diag(b) B diag(d) A, A and B random and frozen.  Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454
+
+All layers read one random A (r, in) and B (out, r), each as many columns and rows of them as it has; what is trained is a
+vector on each side. A and B are kept with variance 1, and d counts with 2 / sqrt(in r), which is Kaiming's scale for each
+layer's own width; PEFT scales all layers by the widest.
+
+Parameters: r + out a layer.
+State: b and d, and A and B once for all layers (in PEFT's layout; beside changes that PEFT cannot express, for every layer).
+Cost: that of a LoRA of rank r, which here is large, less the gradients of its factors; keeps r numbers a token for the
+backward. In memory every layer holds its part of A and B. Merged: none.
+Use: many adapters of one base with small files.
+Against: as much computing as a LoRA of a rank many times larger than one would choose; random directions are not those of
+the data, so that it wants a larger rate and more steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError, FormatError
+from veneer.methods.base import ROWWISE, Delta, Factors, PeftForm, build, master_dtype
+from veneer.methods.lora import check_peft_tensors
+from veneer.ops.draws import keyed
+from veneer.ops.linalg import check_at_most
+from veneer.sites import Site
+
+
+class VeRA(Delta):
+    """b (out,) starts at zero, d (r,) at `start`."""
+
+    peft_settings = {
+        "r": 256, "projection_prng_key": 0, "save_projection": True, "vera_dropout": 0.0, "d_initial": 0.1,
+        "fan_in_fan_out": False, "bias": "none", "init_weights": True,
+    }
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, site: Site, *, rank: int = 256, start: float = 0.1, dropout: float = 0.0, seed: int = 0) -> None:
+        """
+        rank: r, as large as one likes
+        start: what d starts at; 0.1 and less do best in the paper
+        dropout: share of the adapter's inputs dropped in training; the base path keeps all
+        seed: draws A and B, the same for all layers
+        """
+        super().__init__()
+        check_at_most(rank, 1 << 20, "2^20", site.name)
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), not {dropout}")
+        self.dropout, self.scale = dropout, 2 / math.sqrt(site.in_ * rank)
+        dtype, device = master_dtype(site), site.weight().device
+        self.register_buffer("A", _draw(site.in_, rank, seed, "A").mT.to(device, dtype).contiguous())
+        self.register_buffer("B", _draw(site.out, rank, seed, "B").to(device, dtype))
+        self.b = nn.Parameter(torch.zeros(site.out, dtype=dtype, device=device))
+        self.d = nn.Parameter(torch.full((rank,), float(start), dtype=dtype, device=device))
+
+    def factors(self, site: Site) -> Factors:
+        return Factors(self.A, self.b[:, None] * self.B * (self.scale * self.d))
+
+    def to_peft(self, site: Site) -> PeftForm | None:
+        if site.kind not in ROWWISE:
+            return None
+        config = {"peft_type": "VERA", "r": len(self.d), "vera_dropout": self.dropout, "d_initial": self.options["start"]}
+        config |= {"projection_prng_key": self.options["seed"], "own_scale": self.scale}
+        tensors = {"vera_lambda_b": self.b.detach(), "vera_lambda_d": self.scale * self.d.detach()}
+        return PeftForm(config, tensors, {"vera_A": self.A, "vera_B": self.B})
+
+    @classmethod
+    def reads_peft(cls, config: dict[str, Any]) -> bool:
+        return config.get("peft_type") == "VERA"
+
+    @classmethod
+    def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
+        r = config["r"]
+        if not {"vera_A", "vera_B"} <= tensors.keys():
+            raise FormatError(
+                f"{site.name}: the file holds no vera_A and vera_B, which would have to be drawn again as another machine drew them;"
+                f" save it in PEFT with save_projection=True"
+            )
+        check_peft_tensors(site, tensors, {"vera_lambda_b": (site.out,), "vera_lambda_d": (r,)})
+        A, B = tensors["vera_A"][:r, : site.in_], tensors["vera_B"][: site.out, :r]
+        check_peft_tensors(site, {"vera_A": A, "vera_B": B}, {"vera_A": (r, site.in_), "vera_B": (site.out, r)})
+        options = {"start": config["d_initial"], "dropout": config["vera_dropout"], "seed": config["projection_prng_key"]}
+        delta = build(cls, site, {"rank": r, **options})
+        assert isinstance(delta, cls)
+        delta.scale = config.get("own_scale", 1.0)
+        with torch.no_grad():
+            delta.A.copy_(A)
+            delta.B.copy_(B)
+            delta.b.copy_(tensors["vera_lambda_b"])
+            delta.d.copy_(tensors["vera_lambda_d"] / delta.scale)
+        return delta
+
+
+def _draw(rows: int, rank: int, seed: int, which: str) -> Tensor:
+    """(rows, r) of variance 1, the first rows of an endless matrix: numbers are drawn one after the other."""
+    return (torch.rand(rows, rank, generator=keyed(seed, f"vera {which} {rank}")) * 2 - 1) * math.sqrt(3)
