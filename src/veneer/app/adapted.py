@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from veneer.adapt import peft_format, store
-from veneer.adapt.attach import NAME
+from veneer.adapt.attach import NAME, detach, using
 from veneer.adapt.files import read_json
 from veneer.app import pretrained
 from veneer.errors import ConfigError, first_few
@@ -72,6 +73,11 @@ def summed(wanted: Sequence[Wanted]) -> dict[str, float]:
     return found
 
 
+def title(w: Wanted) -> str:
+    """What an adapter is called where several are shown side by side."""
+    return w.name if w.strength == 1 else f"{w.name} at {w.strength:g}"
+
+
 def adapter_folder(folder: Path) -> Path:
     """The folder of the adapter itself: a run keeps it in its folder `adapter`."""
     return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
@@ -97,6 +103,31 @@ def _base(folder: Path) -> str | None:
     return read_json(config).get("base_model_name_or_path") if config.is_file() else None
 
 
+def there(specs: Sequence[str]) -> list[Wanted]:
+    """The adapters that the words name, whose folders are there. Raises ConfigError."""
+    wanted = parse(specs)
+    for w in wanted:
+        if not w.folder.is_dir():
+            raise ConfigError(f"adapter {w.folder}: there is no such folder")
+    return wanted
+
+
+@contextmanager
+def alone(model: nn.Module, w: Wanted | None, allow: Sequence[str] = ()) -> Iterator[None]:
+    """Within the block the adapter is on the model and acts alone, or none does. Raises what loading raises.
+
+    Adapters that cannot be on one model together, such as a change of whole modules beside low-rank ones, follow each other so.
+    """
+    if w is not None:
+        store.load(model, adapter_folder(w.folder), w.name, allow=allow)
+    try:
+        with using(model, {} if w is None else {w.name: w.strength}):
+            yield
+    finally:
+        if w is not None:
+            detach(model, w.name)
+
+
 def open_all(
     specs: Sequence[str],
     *,
@@ -106,10 +137,7 @@ def open_all(
     allow: Sequence[str] = (),
 ) -> tuple[Opened, list[Wanted]]:
     """The base with every adapter attached, and what they are. Raises what reading and loading raise."""
-    wanted = parse(specs)
-    for w in wanted:
-        if not w.folder.is_dir():
-            raise ConfigError(f"adapter {w.folder}: there is no such folder")
+    wanted = there(specs)
     base = model or base_of(wanted)
     tokenizer = pretrained.tokenizer(base)
     opened = pretrained.causal_lm(base, dtype, torch.device(device))

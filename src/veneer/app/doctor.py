@@ -53,6 +53,7 @@ FEATURES = (
     _feature("language models and texts", "text", transformers="5.0", tokenizers="0.22"),
     _feature("command line", "cli", typer="0.28", rich="13.7", pyyaml="6.0"),
     _feature("plots", "plots", matplotlib="3.8"),
+    _feature("benchmarks", "eval", lm_eval="0.4.11"),
 )
 
 

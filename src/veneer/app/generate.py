@@ -50,15 +50,11 @@ def generate(
     options = {"max_new_tokens": tokens, "temperature": temperature, "top_p": top_p}
     found: dict[str, str] = {}
     shown: list[tuple[str, Mapping[str, float]]] = [("base", {})] if base or not wanted else []
-    shown += [(_title(w), {w.name: w.strength}) for w in wanted]
+    shown += [(adapted.title(w), {w.name: w.strength}) for w in wanted]
     for title, strengths in shown:
         with using(opened.model, strengths):
             found[title] = continuation(opened.model, opened.tokenizer, _prompt(prompt, opened.tokenizer, chat), seed=seed, **options)
     return found
-
-
-def _title(w: adapted.Wanted) -> str:
-    return w.name if w.strength == 1 else f"{w.name} at {w.strength:g}"
 
 
 def _prompt(prompt: str, tokenizer: Any, chat: bool) -> str:

@@ -98,6 +98,14 @@ def prepare_all(rows: Mapping[str, Sequence[Row]], run: Run, tokenizer: Any, voi
 
 def prepare(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> Text:
     """Rows as windows of at most run.length tokens. Raises one DataError for all rows that are too long or teach nothing."""
+    found = by_row(rows, run, tokenizer, voice)
+    every = [s for row, own in zip(rows, found, strict=True) for _ in range(row.times) for s in own]
+    windows: list[Window] = pack(every, run.length) if run.packing else [(s,) for s in every]
+    return Text(windows, _facts(rows, windows, every))
+
+
+def by_row(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> list[list[Segment]]:
+    """The segments of every row, at least one each. Raises as `prepare`."""
     encoded = [encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer) for row in rows]
     if endless := sum(is_endless(row, t, tokenizer, run) for row, t in zip(rows, encoded, strict=True)):
         voice.say(f"in {endless} conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out")
@@ -107,16 +115,14 @@ def prepare(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> Text
     elif n_long := sum(n > run.length for _, n in long):
         voice.say(f"{n_long} rows are cut off at length={run.length} tokens")
         encoded = [t if row.kind == "text" else t.first(run.length + 1) for row, t in zip(rows, encoded, strict=True)]
-    by_row = [segments(t, run.length) for t in encoded]
-    idle = [row.where for row, found in zip(rows, by_row, strict=True) if not found]
+    found = [segments(t, run.length) for t in encoded]
+    idle = [row.where for row, own in zip(rows, found, strict=True) if not own]
     if idle:
         raise DataError(
             f"{len(idle)} rows have no token to learn (every label is masked): {first_few(idle)};"
             f" give them a completion, or use train_on='all'"
         )
-    every = [s for row, found in zip(rows, by_row, strict=True) for _ in range(row.times) for s in found]
-    windows: list[Window] = pack(every, run.length) if run.packing else [(s,) for s in every]
-    return Text(windows, _facts(rows, windows, every))
+    return found
 
 
 def _facts(rows: Sequence[Row], windows: Sequence[Window], every: Sequence[Segment]) -> dict[str, Any]:

@@ -44,6 +44,14 @@ VERBS = {
         "Show what this machine and this installation have, and what is missing for which feature; exit code 3 if the core is broken.",
         ("veneer doctor", "veneer doctor --json"),
     ),
+    "eval": Verb(
+        "Measure a base and its adapters on texts and lm-eval's benchmarks, side by side; exit code 3 for a benchmark there is none of.",
+        (
+            "veneer eval builtin --adapter runs/notes --data builtin:prose --data builtin:known",
+            "veneer eval ./llama --adapter runs/a --adapter runs/b@0.75 --data held_out.jsonl --tasks arc_easy --json",
+            "veneer eval ./llama --tasks my_task --task-folder ./tasks",
+        ),
+    ),
     "export": Verb(
         "Write base and adapters as one Hugging Face folder in any number format; exit code 3, and nothing saved, if that would lose them.",
         (

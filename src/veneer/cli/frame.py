@@ -16,7 +16,10 @@ from typer.exceptions import Abort, TyperException
 from veneer.errors import VeneerError
 
 # Optional packages, and the extra of Veneer that brings each.
-EXTRAS = {"transformers": "text", "tokenizers": "text", "yaml": "cli", "matplotlib": "plots", "datasets": "data", "pyarrow": "data"}
+EXTRAS = {
+    "transformers": "text", "tokenizers": "text", "yaml": "cli", "matplotlib": "plots", "datasets": "data", "pyarrow": "data",
+    "lm_eval": "eval",
+}  # fmt: skip
 
 STOPPED = 130
 

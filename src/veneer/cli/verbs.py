@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -103,6 +103,12 @@ def doctor() -> Call:
         return 0 if found.healthy else 3
 
     return call
+
+
+def eval() -> Call:
+    from veneer.app.eval import evaluate, text
+
+    return _shown(evaluate, text, without=["progress"])
 
 
 def export() -> Call:
@@ -225,9 +231,11 @@ def _told(run: Callable[..., dict[str, Any]], text: Callable[[dict[str, Any]], s
     return flags.declare(call, every)
 
 
-def _shown(run: Callable[..., Any], text: Callable[[Any], str], exit_code: Callable[[Any], int] = lambda found: 0) -> Call:
+def _shown(
+    run: Callable[..., Any], text: Callable[[Any], str], exit_code: Callable[[Any], int] = lambda found: 0, without: Collection[str] = ()
+) -> Call:
     """A verb whose outcome is an object with as_dict()."""
-    every = flags.of_function(run)
+    every = flags.of_function(run, without=without)
 
     def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> int:
         found = run(**flags.values(every, given))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.adapt.attach import check_called, layers
 from veneer.adapt.head import Head, cut, difference
-from veneer.ops.chunked import Kernel, cross_entropy
+from veneer.ops.chunked import CHUNK, Kernel, cross_entropy
 from veneer.ops.linalg import precise
 from veneer.tasks import Batch
 
@@ -41,6 +41,17 @@ def loss(
         return cross_entropy(features, targets, head.logits, head.parameters(), smoothing=smoothing, kernel=kernel), len(targets)
     logits = precise(model(**inputs).logits[learned])
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing), len(targets)
+
+
+@torch.no_grad()
+def nats(model: nn.Module, batch: Batch) -> Tensor:
+    """The cross-entropy of every label alone, in the order of their positions: (n,), for a batch as `loss` takes it."""
+    learned = batch["labels"] != IGNORED
+    inputs = {**{k: v for k, v in batch.items() if k != "labels"}, "use_cache": False}
+    head = head_of(model, inputs, learned)
+    read, logits = (head.features(inputs), head.logits) if head else (model(**inputs).logits, nn.Identity())
+    pieces = zip(read[learned].split(CHUNK), batch["labels"][learned].split(CHUNK), strict=True)
+    return torch.cat([F.cross_entropy(precise(logits(x)), labels, reduction="none") for x, labels in pieces])
 
 
 def head_of(model: nn.Module, inputs: Batch | dict[str, object], learned: Tensor) -> Head | None:

@@ -17,12 +17,13 @@ PROBE = 8  # tokens of each of the two texts that are packed together for a look
 
 def check_length(model: nn.Module, length: int) -> None:
     """Raises ConfigError if the model's positions end before `length` tokens."""
-    most = _context(model)
+    most = context(model)
     if most is not None and length > most:
         raise ConfigError(f"length {length} > {most}, the longest sequence this model takes (max_position_embeddings); use at most {most}")
 
 
-def _context(model: nn.Module) -> int | None:
+def context(model: nn.Module) -> int | None:
+    """The longest sequence that the model takes, in tokens; None where it does not say."""
     config: Any = model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
