@@ -105,8 +105,9 @@ def table(kind: type[Delta]) -> Table:
     """The settings of the method's kind."""
     if not kind.peft_settings:
         return Table(LONG_KNOWN, NEWER)
-    always, others = ({k: v for k, v in part.items() if k in GENERAL} for part in (LONG_KNOWN, NEWER))
-    return Table({**always, **kind.peft_settings}, others)
+    general = {k: v for k, v in KEYS.items() if k in GENERAL}
+    always = {k: v for k, v in general.items() if k in LONG_KNOWN and not k.startswith("layers")}  # which not every kind has
+    return Table({**always, **kind.peft_settings}, {k: v for k, v in general.items() if k not in always})
 
 
 def method_of(config: Config) -> type[Delta] | None:

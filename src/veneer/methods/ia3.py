@@ -1,0 +1,107 @@
+"""(IA)3: k' = l_k * k, v' = l_v * v, and l_ff * h in the feed-forward layer.  Liu et al. 2022, https://arxiv.org/abs/2205.05638
+
+Keys and values are multiplied number by number, and so is what the last feed-forward layer reads: a gain g on the outputs of
+the first two, a gain c on the inputs of the third.
+
+Parameters: out or in of each of these layers.
+State: the gains.
+Cost: one multiplication a number; merged: none. A layer's bias is multiplied too, as in the paper, so that keys and values
+of layers with a bias (BERT, GPT-2, Qwen 2) cannot be merged into the weight alone.
+Use: thousands of adapters; few examples.
+Against: can only turn up and down what is there; below LoRA wherever there is enough to learn. Numbers in PEFT multiply when
+several are active; here they add as changes of W.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import NotMergeable, SiteError
+from veneer.methods.base import Delta, Factors, PeftForm, build, master_dtype
+from veneer.methods.lora import check_peft_tensors
+from veneer.sites import Site, find
+from veneer.sites.find import Target
+
+# Names of the layers that make keys and values, and of the one that reads the feed-forward's hidden numbers.
+KEYS_AND_VALUES = ("k_proj", "v_proj", "key_proj", "value_proj", "self.key", "self.value", "Attention.k", "Attention.v")
+FEEDFORWARD = ("down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h", "DenseReluDense.wo", "output.dense")
+NOT_FEEDFORWARD = ("attention.output.dense",)
+
+
+class IA3(Delta):
+    """l starts at one: (in,) on a feed-forward layer, else (out,)."""
+
+    peft_settings = {"feedforward_modules": None, "fan_in_fan_out": False, "init_ia3_weights": True}
+
+    def __init__(self, site: Site, *, feedforward: str | tuple[str, ...] = FEEDFORWARD) -> None:
+        """
+        feedforward: which layers have a gain of inputs and not of outputs: a regular expression, or endings of names
+        """
+        super().__init__()
+        self.reads = _named(site.name, feedforward)
+        size = site.in_ if self.reads else site.out
+        self.l = nn.Parameter(torch.ones(size, dtype=master_dtype(site), device=site.weight().device))
+
+    @classmethod
+    def find(cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False) -> list[Site]:
+        """Those of `to`, or every layer that is known to make keys, values, or to end a feed-forward block."""
+        if to is not None:
+            return find(model, to, exclude, untie)
+        names = [n for n, _ in model.named_modules() if ".deltas" not in f".{n}" and not n.endswith(NOT_FEEDFORWARD)]
+        keys, last = ([n for n in names if n.endswith(known)] for known in (KEYS_AND_VALUES, FEEDFORWARD))
+        if not keys or not last:
+            what = " and ".join(w for w, found in (("keys and values", keys), ("the end of the feed-forward block", last)) if not found)
+            raise SiteError(f"the layers of {what} are not known in a {type(model).__name__}; name all of them with to= and feedforward=")
+        return find(model, [*keys, *last], exclude, untie)
+
+    def _scales_bias(self, site: Site) -> bool:
+        return not self.reads and site.shift() is not None
+
+    def factors(self, site: Site) -> Factors | None:
+        if self._scales_bias(site):
+            return None
+        A, B = self.l.new_empty(0, site.in_), self.l.new_empty(site.out, 0)
+        return Factors(A, B, c=self.l) if self.reads else Factors(A, B, g=self.l)
+
+    def delta(self, site: Site) -> Tensor:
+        if self._scales_bias(site):
+            raise NotMergeable(
+                f"(IA)3 multiplies the bias of {site.name!r} too, which no change of its weight does; keep it as an adapter, or leave"
+                f" layers with a bias out"
+            )
+        return super().delta(site)
+
+    def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        if self._scales_bias(site):
+            return site.rows((self.l - 1).to(y.dtype)) * y
+        return super().forward(x, y, site)
+
+    def to_peft(self, site: Site) -> PeftForm | None:
+        if site.kind not in ("linear", "transposed"):
+            return None
+        which = self.options["feedforward"]
+        expression = which if isinstance(which, str) else f".*({'|'.join(map(re.escape, which))})"
+        gain = self.l.detach()
+        return PeftForm({"peft_type": "IA3", "feedforward_modules": expression}, {"ia3_l": gain[None] if self.reads else gain[:, None]})
+
+    @classmethod
+    def reads_peft(cls, config: dict[str, Any]) -> bool:
+        return config.get("peft_type") == "IA3"
+
+    @classmethod
+    def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
+        which = config["feedforward_modules"] or ()
+        delta = build(cls, site, {"feedforward": which if isinstance(which, str) else tuple(sorted(which))})
+        assert isinstance(delta, cls)
+        check_peft_tensors(site, tensors, {"ia3_l": (1, site.in_) if delta.reads else (site.out, 1)})
+        with torch.no_grad():
+            delta.l.copy_(tensors["ia3_l"].flatten())
+        return delta
+
+
+def _named(name: str, which: str | tuple[str, ...] | list[str]) -> bool:
+    return re.fullmatch(which, name) is not None if isinstance(which, str) else name.endswith(tuple(which))
