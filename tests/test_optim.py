@@ -98,8 +98,13 @@ def test_options_are_the_optimisers_own():
         optim.make("loraplus", ration=2.0, damping=1.0)
     told = "optimiser 'loraplus' has no option 'ration'; did you mean 'ratio'?\noptimiser 'loraplus' has no option 'damping'; known: ratio"
     assert str(e.value) == told
-    for name in optim.available():
-        assert optim.get(name).__doc__ and rates.default("lora", name, True) > rates.default("lora", name, False) > 0
+
+
+def test_where_no_rate_is_known_it_is_asked_for():
+    with pytest.raises(ConfigError) as e:
+        rates.default("lora", "scaled", False)
+    assert str(e.value).startswith("no rate is known for 'scaled' on this model; give lr (--lr)")
+    assert rates.default("lora", "lorapro", False) == 2e-5
 
 
 def adamw_by_hand(p: Tensor, gradients: list[Tensor], rates: list[float], kept: list[float]) -> Tensor:

@@ -34,6 +34,10 @@ class FormatError(VeneerError):
     """A file is not what it should be, or does not belong to this model."""
 
 
+class NotFinite(VeneerError):
+    """A number that a step needs is infinite or not a number."""
+
+
 class NotMergeable(VeneerError):
     """The change of weights cannot be written into the base, or would not survive there."""
 

@@ -58,10 +58,19 @@ class Step(NamedTuple):
     flops: Flops
 
 
-def step(model: nn.Module, shape: Shape, *, base: torch.dtype | None = None, full: bool = False, autocast: bool = False) -> Step:
-    """The step that trains the acting adapters, or the base alone if `full`, as AdamW takes it.
+def step(
+    model: nn.Module,
+    shape: Shape,
+    *,
+    base: torch.dtype | None = None,
+    full: bool = False,
+    autocast: bool = False,
+    states: int | None = None,
+) -> Step:
+    """The step that trains the acting adapters, or the base alone if `full`.
 
-    base: what the model's own floating-point numbers are held in, unless as they are; autocast: products in bfloat16.
+    base: what the model's own floating-point numbers are held in, unless as they are; autocast: products in bfloat16;
+    states: bytes that the optimiser keeps, AdamW's unless given.
     """
     own = base_parameters(model)
     trained = set(own) if full else {n for n, p in model.named_parameters() if n not in own and _acts(model, n)}
@@ -82,7 +91,7 @@ def step(model: nn.Module, shape: Shape, *, base: torch.dtype | None = None, ful
         finally:
             model.train(training)
     gradients = sum(t.numel() * t.element_size() for t in learned)
-    states = 2 * gradients + 4 * len(learned)
+    states = 2 * gradients + 4 * len(learned) if states is None else states
     weights, adapter = n_bytes(kept.values()), n_bytes(masters.values())
     logits = _logits(model, shape, 2 if autocast else _width(kept))
     peak = weights + adapter + states + found.live

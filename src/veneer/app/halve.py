@@ -15,6 +15,7 @@ from veneer.adapt import attach
 from veneer.analyse import simulate
 from veneer.analyse.simulate import Memory, Shape
 from veneer.app.ready import FULL, NAME, Ready
+from veneer.optim.groups import of_adapter
 from veneer.train.run import Run
 
 TRIAL = "trial"  # the name of an adapter that exists for a moment
@@ -88,14 +89,15 @@ def _rank(ready: Ready, shape: Shape, now: Memory) -> Trials:
             run, options={**run.options, "rank": rank >> i}, rank_pattern={k: max(1, r >> i) for k, r in run.rank_pattern.items()}
         )
         with _instead(ready.model, smaller):
-            memory = _memory(ready, shape)
+            memory = _memory(ready._replace(parts=of_adapter(ready.model, TRIAL)), shape)
         yield Trial("rank", f"rank {rank >> i}", 1.0), memory
 
 
 def _memory(ready: Ready, shape: Shape, *, narrow: bool = False) -> Memory:
     full, bf16 = ready.run.method == FULL, narrow or ready.run.precision == "bf16"
     base = torch.bfloat16 if narrow and not full else None
-    return simulate.step(ready.model, shape, full=full, base=base, autocast=full and bf16).memory
+    states = ready.optimiser.state_bytes(ready.trained)
+    return simulate.step(ready.model, shape, full=full, base=base, autocast=full and bf16, states=states).memory
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from veneer import tasks
 from veneer.app.ready import FULL, Ready
 from veneer.data.order import Order
 from veneer.errors import ConfigError
-from veneer.optim import Trained
 from veneer.tasks import Objective
 from veneer.train import compiling
 from veneer.train.progress import Voice
@@ -26,8 +25,7 @@ def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
     Raises ConfigError where it says so and the model or the machine does not allow it. `compiling.restore` undoes it.
     """
     run, device = ready.run, next(ready.model.parameters()).device
-    embedding = 1.0 if run.embedding_lr is None or run.lr is None else run.embedding_lr / run.lr
-    optimiser = ready.optimiser.build(Trained(ready.parts, run.betas, embedding))
+    optimiser = ready.optimiser.build(ready.trained)
     plain = Learner(ready.model, ready.parts, optimiser, tasks.get(OBJECTIVE), ready.pad, run.clip, run.weight_decay)
     compiling.recompute(ready.model, run.gradient_checkpointing)
     if not _compiles(ready, order, device):

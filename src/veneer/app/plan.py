@@ -191,10 +191,11 @@ def _shape(run: Run, windows: Sequence[Window], order: Order) -> Shape:
 def _simulated(ready: Ready, shape: Shape) -> tuple[simulate.Step, simulate.Step]:
     """This method's step, and that of full fine-tuning."""
     narrow = ready.run.precision == "bf16"
+    states = ready.optimiser.state_bytes(ready.trained)
     if ready.run.method == FULL:
-        own = simulate.step(ready.model, shape, full=True, autocast=narrow)
+        own = simulate.step(ready.model, shape, full=True, autocast=narrow, states=states)
         return own, own
-    own = simulate.step(ready.model, shape)
+    own = simulate.step(ready.model, shape, states=states)
     with using(ready.model):
         return own, simulate.step(ready.model, shape, full=True, base=torch.float32, autocast=narrow)
 

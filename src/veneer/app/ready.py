@@ -38,6 +38,11 @@ class Ready(NamedTuple):
     texts: dict[str, Text]
     config: dict[str, Any]
 
+    @property
+    def trained(self) -> optim.Trained:
+        """What the optimiser is made for."""
+        return _trained(self.run, self.parts)
+
 
 def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
     """Reads and checks everything, the cheap things first. Raises the errors of what does not fit."""
@@ -53,7 +58,11 @@ def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
     parts = adapt(model, run)
     _try_out(model, run, ready)
     optimiser = optim.make(run.optimiser, **run.optimiser_options)
+    optimiser.build(_trained(run, parts))  # before anything is written: it may find no pair of factors
     voice.say(_described(model, run, parts))
+    announcement = optimiser.announcement(_trained(run, parts))
+    if announcement:
+        voice.say(announcement)
     facts = {part: (t.facts["rows"], t.facts["tokens"], len(t.windows)) for part, t in ready.items()}
     voice.say("; ".join(f"{part}: {rows} rows, {tokens:,} tokens, {windows} windows" for part, (rows, tokens, windows) in facts.items()))
     config = {
@@ -70,7 +79,8 @@ def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
 
 def decided(run: Run, device: torch.device) -> Run:
     """The run with the settings that depend on method, model and machine."""
-    lr = run.lr or rates.default(run.method, run.optimiser, run.model == embedded.PREFIX)
+    rated = optim.make(run.optimiser, **run.optimiser_options).rated_as
+    lr = run.lr or rates.default(run.method, rated, run.model == embedded.PREFIX)
     fastest = max(lr, run.embedding_lr or 0.0)
     if fastest * run.weight_decay >= 1:
         problem = f"weight_decay {run.weight_decay:g} at rate {fastest:g} leaves nothing of a weight in one step"
@@ -94,6 +104,11 @@ def adapt(model: nn.Module, run: Run) -> list[groups.Part]:
     if run.embedding_lr is not None and not any(p.embedding for p in parts):
         raise ConfigError("embedding_lr is given, but no embedding is changed; leave it out, or adapt embeddings with to=")
     return parts
+
+
+def _trained(run: Run, parts: list[groups.Part]) -> optim.Trained:
+    embedding = 1.0 if run.embedding_lr is None or run.lr is None else run.embedding_lr / run.lr
+    return optim.Trained(parts, run.betas, embedding)
 
 
 def _try_out(model: nn.Module, run: Run, ready: Mapping[str, Text]) -> None:

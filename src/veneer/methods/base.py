@@ -63,6 +63,7 @@ class Delta(nn.Module, ABC):
     roles: ClassVar[dict[str, str]] = {}
     # What adapter_config.json says of this method alone, with PEFT's defaults; LoRA's family has its table in peft_format.
     peft_settings: ClassVar[dict[str, Any]] = {}
+    scaling: float = 1.0  # of the product B A of the factors in these roles
     dropout: float = 0.0
     options: dict[str, Any]
 

@@ -12,7 +12,7 @@ from veneer.optim.base import Optimiser, Trained
 
 __all__ = ["Optimiser", "Trained", "available", "get", "make", "options_of"]
 
-MACHINERY = ("base", "groups")  # files that are no optimiser
+MACHINERY = ("base", "groups", "moments", "paired", "pairs")  # files that are no optimiser
 
 
 def available() -> list[str]:

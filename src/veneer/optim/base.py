@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from veneer.errors import ConfigError
 from veneer.optim.groups import Part
 
 
@@ -28,6 +29,11 @@ class Optimiser(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     doubts: Mapping[str, str] = {}
 
+    @property
+    def rated_as(self) -> str:
+        """The name under which train/rates.py has its rates: its own, unless a form of it wants others."""
+        return type(self).__module__.rsplit(".", 1)[-1].replace("_", "-")
+
     @abstractmethod
     def build(self, trained: Trained) -> torch.optim.Optimizer:
         """The torch optimiser, whose groups `groups.set_rates` sets before each step and whose state is tensors alone."""
@@ -40,3 +46,10 @@ class Optimiser(ABC):
     def announcement(self, trained: Trained) -> str | None:
         """What whoever starts it should know before."""
         return None
+
+
+def check_damping(damping: float) -> float:
+    """The damping of Gram matrices, if it is 0 or more. Raises ConfigError."""
+    if not damping >= 0:
+        raise ConfigError(f"damping {damping:g} must be 0 or more")
+    return damping

@@ -16,6 +16,7 @@ from torch import nn
 
 from veneer.adapt.attach import changes
 from veneer.errors import ConfigError
+from veneer.methods import Delta
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.find import kind_of
 
@@ -23,12 +24,16 @@ FACTORS = ("A", "B")
 
 
 class Part(NamedTuple):
-    """One trained parameter. role: what its method calls it, else "matrix" or "vector"; whether it changes an embedding."""
+    """One trained parameter. role: what its method calls it, else "matrix" or "vector"; whether it changes an embedding.
+
+    owner: the change, or the change within a change, that has it as its own.
+    """
 
     name: str
     parameter: nn.Parameter
     role: str
     embedding: bool = False
+    owner: Delta | None = None
 
 
 def of_adapter(model: nn.Module, adapter: str) -> list[Part]:
@@ -36,8 +41,10 @@ def of_adapter(model: nn.Module, adapter: str) -> list[Part]:
     found = []
     for site, delta in changes(model, adapter):
         for name, p in delta.named_parameters():
-            role = delta.roles.get(name.rsplit(".", 1)[-1], _shape(p))
-            found.append(Part(f"{site.name}.{name}", p, role, site.kind == "embedding"))
+            path, _, own = name.rpartition(".")
+            owner = delta.get_submodule(path)
+            role = delta.roles.get(own, _shape(p))
+            found.append(Part(f"{site.name}.{name}", p, role, site.kind == "embedding", owner if isinstance(owner, Delta) else None))
     return _trained(found)
 
 
@@ -65,7 +72,12 @@ def adamw(
     embedding: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """AdamW with a group for every role; rates are set before each step by `set_rates`.
+    """AdamW with a group for every role; rates are set before each step by `set_rates`."""
+    return torch.optim.AdamW(by_rate(parts, scales, embedding), lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+
+
+def by_rate(parts: Iterable[Part], scales: Mapping[str, float], embedding: float = 1.0) -> list[dict[str, Any]]:
+    """Groups as `set_rates` knows them, one for every rate and decay.
 
     scales: multiples of the run's rate by role. embedding: the multiple for what changes embeddings, in place of these.
     """
@@ -75,8 +87,7 @@ def adamw(
         base = embedding if part.embedding else 1.0
         share = 0.5 if part.role in FACTORS else float(part.parameter.ndim > 1)
         groups.setdefault((scale, base, share), []).append(part.parameter)
-    listed: list[dict[str, Any]] = [{"params": ps, "scale": s, "base": b, "share": h} for (s, b, h), ps in groups.items()]
-    return torch.optim.AdamW(listed, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+    return [{"params": ps, "scale": s, "base": b, "share": h} for (s, b, h), ps in groups.items()]
 
 
 def set_rates(optimiser: torch.optim.Optimizer, rate: float, decay: float) -> None:

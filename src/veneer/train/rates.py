@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-# Rates by (method or "adapter", optimiser). The built-in model's come from a validation sweep, bench/demo_rates.py.
-BUILTIN = {("full", "adamw"): 6e-4, ("adapter", "adamw"): 5e-3, ("adapter", "loraplus"): 1e-3}
+from veneer.errors import ConfigError
+
+# Rates by (method or "adapter", optimiser). The built-in model's come from validation sweeps: bench/demo_rates.py for full
+# fine-tuning, LoRA and LoRA+, bench/optimiser_rates.py for the other optimisers.
+BUILTIN = {
+    ("full", "adamw"): 6e-4,
+    ("adapter", "adamw"): 5e-3,
+    ("adapter", "loraplus"): 1e-3,
+}
 # A low-rank change wants about ten times the rate of full fine-tuning; under LoRA+ the rate is A's, and B's is 16 times it.
-OTHERS = {("full", "adamw"): 2e-5, ("adapter", "adamw"): 2e-4, ("adapter", "loraplus"): 5e-5}
+# LoRA-Pro's is that of its authors' scripts. Where nothing is known, nothing is guessed.
+OTHERS = {("full", "adamw"): 2e-5, ("adapter", "adamw"): 2e-4, ("adapter", "loraplus"): 5e-5, ("adapter", "lorapro"): 2e-5}
 
 
 def default(method: str, optimiser: str, builtin: bool) -> float:
-    """The peak rate for a method and optimiser."""
+    """The peak rate for a method and optimiser. Raises ConfigError where none is known."""
+    kind = "full" if method == "full" else "adapter"
     known = BUILTIN if builtin else OTHERS
-    return known["full" if method == "full" else "adapter", optimiser]
+    if (kind, optimiser) in known:
+        return known[kind, optimiser]
+    measured = BUILTIN.get((kind, optimiser))
+    hint = f"; the built-in model's is {measured:g}, AdamW's there {BUILTIN[kind, 'adamw']:g}" if measured else ""
+    raise ConfigError(f"no rate is known for {optimiser!r} on this model; give lr (--lr){hint}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from veneer.data.pack import Window, collate, n_labels, n_tokens, width
 from veneer.errors import DataError
 from veneer.optim.groups import Part, set_rates
+from veneer.optim.paired import Paired
 from veneer.tasks import Batch, Objective
 from veneer.train.compiling import Shapes, eagerly
 
@@ -61,7 +62,7 @@ class Learner(NamedTuple):
         self.model.train()
         self.optimiser.zero_grad(set_to_none=True)
         loss = self._backward(micro, labels)
-        norm = float(nn.utils.clip_grad_norm_([p.parameter for p in self.parts], self.clip or math.inf))
+        norm = self._clip()
         skipped = next((f"{what} is {v}" for what, v in (("loss", loss), ("gradient", norm)) if not math.isfinite(v)), None)
         if skipped is None:
             set_rates(self.optimiser, rate, self.decay)
@@ -69,6 +70,12 @@ class Learner(NamedTuple):
         self.optimiser.zero_grad(set_to_none=True)
         positions = sum(len(windows) * width(windows, self._widths()) for windows in micro)
         return Outcome(loss, norm, labels, sum(n_tokens(windows) for windows in micro), positions, skipped)
+
+    def _clip(self) -> float:
+        parameters, most = [p.parameter for p in self.parts], self.clip or math.inf
+        if isinstance(self.optimiser, Paired):  # some of these have a norm of their own
+            return float(self.optimiser.clip(parameters, most))
+        return float(nn.utils.clip_grad_norm_(parameters, most))
 
     def _backward(self, micro: Sequence[Sequence[Window]], labels: int) -> float:
         device = self.parts[0].parameter.device

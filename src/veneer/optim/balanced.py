@@ -1,0 +1,66 @@
+"""Balanced LoRA+: AdamW's directions, as long as each moves the product B A equally far.  New here; compare https://arxiv.org/abs/2402.12354
+
+With Adam's directions u_A, u_B, a = ||B u_A||, b = ||u_B A|| (Frobenius, from (r, r) Gram matrices) and
+t = sqrt(out in) / (2 s):  A <- A - lr t u_A / (a + floor b),  B <- B - lr t u_B / (b + floor a).  So lr is how far a weight of W
+moves in the root mean square, and LoRA+'s ratio of rates follows ||B|| / ||A|| through the training: below 1 while B is small.
+
+State: AdamW's. Cost a step: four products of r^2 (m + n) a layer.
+When: to have LoRA+'s idea without choosing its ratio.
+Known against it: a rule of this project, tried on toys and on the built-in model alone; it depends on how B A is split into
+factors, as Adam's directions do.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from veneer.errors import ConfigError
+from veneer.optim.base import Optimiser, Trained
+from veneer.optim.moments import directions
+from veneer.optim.paired import Paired
+from veneer.optim.pairs import Bucket
+
+
+class Balanced(Optimiser):
+    """Both factors have the same budget in weight space."""
+
+    needs = frozenset({"A", "B"})
+
+    def __init__(self, *, floor: float = 0.1) -> None:
+        """
+        floor: what a factor's reach counts at least, in shares of the other's, so that a step stays bounded at B = 0
+        """
+        if not 0 < floor <= 1:
+            raise ConfigError(f"floor {floor:g} must be in (0, 1]")
+        self.floor = floor
+
+    def build(self, trained: Trained) -> torch.optim.Optimizer:
+        return BalancedAdamW(trained, self.floor)
+
+
+class BalancedAdamW(Paired):
+    """The torch optimiser."""
+
+    def __init__(self, trained: Trained, floor: float) -> None:
+        super().__init__(trained)
+        self.floor = floor
+
+    def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        AA, BB = bucket.products()
+        uA, uB = directions(bucket.states_a, bucket.gA, self.betas), directions(bucket.states_b, bucket.gB, self.betas)
+        a, b = product_norm(BB, uA @ uA.mT), product_norm(uB.mT @ uB, AA)
+        t = math.sqrt(bucket.B.shape[-2] * bucket.A.shape[-1]) / (2 * bucket.s)
+        return t * over(uA, a + self.floor * b), t * over(uB, b + self.floor * a)
+
+
+def product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """||L R|| (.., 1, 1) in the Frobenius norm, from L'L and R R' (.., r, r)."""
+    return (left * right).sum((-2, -1), keepdim=True).clamp_min(0).sqrt()
+
+
+def over(u: Tensor, length: Tensor) -> Tensor:
+    """u / length, and 0 where the length is 0."""
+    return torch.where(length > 0, u / torch.where(length > 0, length, 1), 0)

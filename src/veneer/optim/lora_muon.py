@@ -1,0 +1,65 @@
+"""LoRA-Muon: steps of A and B that move B A equally far in the spectral norm, in all directions alike.  https://arxiv.org/abs/2606.12921
+
+With running means m_A, m_B of the gradients, R_A = (A A' + d)^-1/2, R_B = (B'B + d)^-1/2, msign(U S V') = U V' and
+t = sqrt(max(out, in)) / s:  A <- A - lr t/2 R_B msign(R_B m_A),  B <- B - lr t/2 msign(m_B R_A) R_A.  Undamped, ||B dA|| = ||dB A|| = 1/2
+and nothing depends on how B A is split into factors. d = damping (tr A A' + tr B'B) / r is new here: without it the step of A
+is unbounded where B is near 0, as it is at the start.
+
+State: one running mean for each number that is trained, half of AdamW's. Cost a step: six products of r^2 (m + n) and four
+eigendecompositions of (r, r) a layer.
+When: for half of AdamW's state and a rate that should carry over between ranks and widths.
+Known against it: young; the second moment is missed where gradients are of very different sizes; in float32, directions of
+less than about 0.4 % (r = 16) of the largest are left out of msign, which is computed from a Gram matrix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from veneer.ops.grams import gram
+from veneer.optim.base import Optimiser, Trained, check_damping
+from veneer.optim.moments import count, mean
+from veneer.optim.paired import Paired
+from veneer.optim.pairs import Bucket, stacked
+
+
+class LoRAMuon(Optimiser):
+    """Orthogonal steps with the same spectral budget for A and B."""
+
+    needs = frozenset({"A", "B"})
+
+    def __init__(self, *, damping: float = 0.05) -> None:
+        """
+        damping: what is added to both Gram matrices, in shares of their mean eigenvalues together
+        """
+        self.damping = check_damping(damping)
+
+    def build(self, trained: Trained) -> torch.optim.Optimizer:
+        return Muon(trained, self.damping)
+
+    def state_bytes(self, trained: Trained) -> int:
+        return super().state_bytes(trained) - sum(p.parameter.numel() * p.parameter.element_size() for p in trained.parts if p.role in "AB")
+
+
+class Muon(Paired):
+    """The torch optimiser."""
+
+    def __init__(self, trained: Trained, damping: float) -> None:
+        super().__init__(trained)
+        self.damping = damping
+
+    def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        a, b = bucket.grams()
+        shift = self.damping * (a.mean + b.mean)
+        RA, RB = a.power(-0.5, shift), b.power(-0.5, shift)
+        hA, hB = RB @ self._mean(bucket.states_a, bucket.gA), self._mean(bucket.states_b, bucket.gB) @ RA
+        t = math.sqrt(max(bucket.B.shape[-2], bucket.A.shape[-1])) / (2 * bucket.s)
+        return t * (RB @ gram(hA @ hA.mT).power(-0.5)) @ hA, t * hB @ (gram(hB.mT @ hB).power(-0.5) @ RA)
+
+    def _mean(self, states: list[dict[str, Tensor]], gradients: Tensor) -> Tensor:
+        """The running means, corrected for their start at 0, stacked."""
+        beta = self.betas[0]
+        return stacked([mean(s, "exp_avg", g, beta) / (1 - beta ** count(s)) for s, g in zip(states, gradients, strict=True)])

@@ -1,0 +1,59 @@
+"""LoRA-Pro as published: Adam's moments of the projected gradient in full size; and without moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from veneer.ops.tangent import Choice, Point, adjust, point, squared_norm
+from veneer.optim.base import Trained
+from veneer.optim.moments import direction
+from veneer.optim.paired import Paired
+from veneer.optim.pairs import Bucket
+
+
+class Projected(Paired):
+    """What the forms share: the point where A and B stand, and the norm of the projected gradient."""
+
+    def __init__(self, trained: Trained, x: Choice, damping: float) -> None:
+        super().__init__(trained)
+        self.x, self.damping = x, damping
+
+    def point(self, bucket: Bucket) -> Point:
+        """Where the pairs of a bucket stand. Raises NotFinite."""
+        return point(bucket.A, bucket.B, bucket.s, self.damping, bucket.grams())
+
+    @torch.no_grad()
+    def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+        """As for any optimiser, by the norm that the projected gradient of the whole matrices has, with all others' own."""
+        squares = [squared_norm(self.point(b), b.gA, b.gB).sum() for b in self.buckets()]
+        others = [p for group in self.param_groups if not group["where"] for p in group["params"] if p.grad is not None]
+        norm = torch.stack([*squares, *(p.grad.square().sum() for p in others)]).sum().sqrt()
+        factor = (most / (norm + 1e-6)).clamp(max=1.0)
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.mul_(factor.to(p.grad.dtype))
+        return norm
+
+
+class Plain(Projected):
+    """The projected gradient itself: Riemannian gradient descent on the matrices of rank r."""
+
+    def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        return adjust(self.point(bucket), bucket.gA, bucket.gB, self.x)
+
+
+class Full(Projected):
+    """AdamW on the projected gradient E = s (B dA + dB A), whose direction is projected again. The moments lie with B."""
+
+    def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        at = self.point(bucket)
+        dA, dB = adjust(at, bucket.gA, bucket.gB, "zero")
+        gA, gB = torch.empty_like(dA), torch.empty_like(dB)
+        for i, state in enumerate(bucket.states_b):  # one (m, n) matrix at a time
+            A, B, s = bucket.A[i], bucket.B[i], bucket.s[i]
+            g = s * direction(state, s * torch.addmm(B @ dA[i], dB[i], A), self.betas)
+            gA[i], gB[i] = B.mT @ g, g @ A.mT
+        return adjust(at, gA, gB, self.x)

@@ -1,0 +1,106 @@
+"""The pairs A (r, in), B (out, r) among what is trained, found by their roles and put together by shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError, NotFinite, first_few
+from veneer.ops.grams import Gram, gram
+from veneer.ops.linalg import precise
+from veneer.optim.groups import FACTORS, Part
+
+
+class Pair(NamedTuple):
+    """The factors of a change s B A, s its module's own scaling; where: the name of what has them."""
+
+    where: str
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+    embedding: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(out, in, r)."""
+        return self.B.shape[0], self.A.shape[1], self.A.shape[0]
+
+
+def of(parts: Iterable[Part]) -> tuple[list[Pair], list[Part]]:
+    """The pairs, and what is in none. Raises ConfigError for a layer whose factors are not one A and one B, or where there is no pair."""
+    owned: dict[int, list[Part]] = defaultdict(list)
+    others = []
+    for part in parts:
+        if part.role in FACTORS and part.owner is not None:
+            owned[id(part.owner)].append(part)
+        else:
+            others.append(part)
+    odd = [found[0].name for found in owned.values() if not _is_pair(found)]
+    if odd:
+        raise ConfigError(f"this optimiser works on pairs A (r, in), B (out, r), and at {first_few(odd)} is none; use optimiser 'adamw'")
+    if not owned:
+        raise ConfigError("this optimiser works on pairs A (r, in), B (out, r), and none is trained; use optimiser 'adamw'")
+    return [_pair(found) for found in owned.values()], others
+
+
+def _is_pair(found: list[Part]) -> bool:
+    by_role = {p.role: p.parameter for p in found}
+    if len(found) != 2 or set(by_role) != set(FACTORS):
+        return False
+    A, B = by_role["A"], by_role["B"]
+    return A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+
+
+def _pair(found: list[Part]) -> Pair:
+    by_role, first = {p.role: p.parameter for p in found}, found[0]
+    assert first.owner is not None
+    return Pair(first.name.rpartition(".")[0], by_role["A"], by_role["B"], first.owner.scaling, first.embedding)
+
+
+def by_shape(pairs: Iterable[Pair]) -> list[list[Pair]]:
+    """The pairs in buckets of one shape, dtype and rate, in the order of their first ones."""
+    buckets: dict[Any, list[Pair]] = defaultdict(list)
+    for p in pairs:
+        buckets[(p.shape, p.A.dtype, p.A.device, p.embedding)].append(p)
+    return list(buckets.values())
+
+
+class Bucket(NamedTuple):
+    """The pairs of a shape that have a gradient, stacked in float32 at least: A, gA (L, r, n), B, gB (L, m, r), s (L, 1, 1).
+
+    states_a, states_b: what the optimiser remembers of each factor. kept: the share of it that decay leaves.
+    """
+
+    A: Tensor
+    B: Tensor
+    gA: Tensor
+    gB: Tensor
+    s: Tensor
+    where: tuple[str, ...]
+    states_a: list[dict[str, Tensor]]
+    states_b: list[dict[str, Tensor]]
+    rate: float
+    kept: float
+
+    def grams(self) -> tuple[Gram, Gram]:
+        """The spectra of A A' and B'B in one decomposition. Raises NotFinite."""
+        w, Q = gram(self.products())
+        return Gram(w[0], Q[0]), Gram(w[1], Q[1])
+
+    def products(self) -> Tensor:
+        """A A' and B'B (2, L, r, r). Raises NotFinite, naming the layers, where one is not finite."""
+        S = torch.stack([self.A @ self.A.mT, self.B.mT @ self.B])
+        fine = S.isfinite().flatten(2).all(-1).all(0)
+        if not fine.all():
+            wrong = [name for name, ok in zip(self.where, fine.tolist(), strict=True) if not ok]
+            raise NotFinite(f"A A' or B'B is not finite at {first_few(wrong)}; go on from a checkpoint with a lower lr")
+        return S
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """(L, ..) in float32 at least."""
+    return precise(torch.stack([t.detach() for t in tensors]))

@@ -1,0 +1,49 @@
+"""Scaled AdamW: AdamW on (B'B + d)^-1 gA and gB (A A' + d)^-1.  Zhang & Pilanci 2024, https://arxiv.org/abs/2402.02347
+
+State: AdamW's, two numbers for each that is trained. Cost a step: two products of r^2 (m + n) and two eigendecompositions
+of (r, r) a layer. Here d = damping (tr A A' + tr B'B) / r, so that it means the same at every size of A and B; the authors'
+code and PEFT's take an absolute number, and the authors' preconditions B by an A that has been stepped already.
+
+When: as a drop-in for AdamW whose rates depend less on how B A is split into factors.
+Known against it: scaled gradient descent does not depend on the split, but Adam's division by the root of the second
+moment, element by element, undoes that; the part of the change that A and B can both make is counted twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.optim.base import Optimiser, Trained, check_damping
+from veneer.optim.moments import directions
+from veneer.optim.paired import Paired
+from veneer.optim.pairs import Bucket
+
+
+class Scaled(Optimiser):
+    """AdamW's rule on gradients that the Gram matrix of the other factor has scaled."""
+
+    needs = frozenset({"A", "B"})
+
+    def __init__(self, *, damping: float = 0.05) -> None:
+        """
+        damping: what is added to both Gram matrices, in shares of their mean eigenvalues together
+        """
+        self.damping = check_damping(damping)
+
+    def build(self, trained: Trained) -> torch.optim.Optimizer:
+        return ScaledAdamW(trained, self.damping)
+
+
+class ScaledAdamW(Paired):
+    """The torch optimiser."""
+
+    def __init__(self, trained: Trained, damping: float) -> None:
+        super().__init__(trained)
+        self.damping = damping
+
+    def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        a, b = bucket.grams()
+        shift = self.damping * (a.mean + b.mean)
+        gA, gB = b.power(-1, shift) @ bucket.gA, bucket.gB @ a.power(-1, shift)
+        return directions(bucket.states_a, gA, self.betas), directions(bucket.states_b, gB, self.betas)
