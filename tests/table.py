@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from oracles import dora, fourierft, frozen, ia3, lora, miss
+from oracles import dora, fourierft, frozen, ia3, lora, miss, starts
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +21,7 @@ class Method(NamedTuple):
     options: dict[str, Any]
     oracle: Callable[..., Any]
     exact_gradient: bool = True  # False where the paper holds a part constant in the backward
+    calibrated: bool = False  # True for a start that looks at the loss first
 
 
 class Place(NamedTuple):
@@ -37,6 +38,8 @@ METHODS = {
     "pissa": Method("lora", {"rank": 2, "init": "pissa"}, lora.weight_from_pissa),
     "pissa alpha": Method("lora", {"rank": 2, "alpha": 7.0, "init": "pissa"}, lora.weight_from_pissa),
     "olora": Method("lora", {"rank": 2, "init": "olora", "alpha": 3.0}, lora.weight_from_olora),
+    "orthogonal": Method("lora", {"rank": 2, "init": "orthogonal"}, lora.weight),
+    "loraga": Method("lora", {"rank": 2, "init": "loraga"}, starts.weight_from_kept, calibrated=True),
     "miss": Method("miss", {"rank": 3}, miss.weight),
     "miss mini": Method("miss", {"rank": 2, "mini": 1}, miss.weight),
     "bat": Method("bat", {"rank": 1}, miss.weight_from_bat),

@@ -33,8 +33,18 @@ def made(method: str | Method, site: str, seed: int = 0):
     model = copy.deepcopy(base)
     rank = min(row.options.get("rank", 99), *weight_of(base).shape)
     options = {**row.options, **({"rank": rank} if "rank" in row.options else {})}
+    x = place.x()
+    row = row._replace(options=options)
+    attach(model, row, x)
+    return base, model, x, row
+
+
+def attach(model, row, x):
+    """Adapts the one layer, after a look at a loss on x where the start needs one."""
+    options = dict(row.options)
+    if row.calibrated:
+        options["stats"] = veneer.calibrate(model, [x], rank=options["rank"], loss=lambda m, x: m(x).square().sum(), to=["0"])
     veneer.attach(model, row.name, to=["0"], **options)
-    return base, model, place.x(), row._replace(options=options)
 
 
 def weight_of(model):
@@ -164,7 +174,7 @@ def test_bfloat16_is_nearly_as_close_as_the_plain_layer(method, site):
     delta = changes(model, "default")[0][1]
     plain = layer_with(base, row.oracle(weight_of(base).detach().numpy(), numpy_tensors(delta), row.options)).bfloat16()
     adapted = copy.deepcopy(base).bfloat16()
-    veneer.attach(adapted, row.name, to=["0"], **row.options)
+    attach(adapted, row, x.bfloat16() if x.is_floating_point() else x)
     changes(adapted, "default")[0][1].load_state_dict(delta.state_dict())
     half = x.bfloat16() if x.is_floating_point() else x
     y = adapted(half)

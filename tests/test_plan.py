@@ -17,7 +17,7 @@ from veneer.adapt.attach import attach, base_parameters, using
 from veneer.analyse import resident, simulate
 from veneer.analyse.memory import Live, Saved, n_bytes
 from veneer.analyse.simulate import Memory, Shape
-from veneer.app import halve
+from veneer.app import calibration, halve
 from veneer.app import plan as module
 from veneer.app.halve import Trial
 from veneer.app.measure import measure
@@ -221,6 +221,14 @@ def test_the_setting_that_halves_is_tried(planned):
     assert all(0 < t.share < 1 for t in planned.halving)
     assert tried["length"].change == "length 16" and tried["rank"].change == "rank 2" and tried["rank"].share > 0.9
     assert tried["batch"].change.startswith("batch 1, accumulate 4")
+
+
+def test_a_start_that_looks_at_the_loss_is_planned_by_its_shapes(folder, monkeypatch):
+    monkeypatch.setattr(calibration, "look", lambda *given: pytest.fail("a pass over the text was made"))
+    for other in ("_batch", "_precision", "_length"):
+        monkeypatch.setattr(halve, other, lambda *given: iter(()))
+    found = plan(run(folder, options={"rank": 2, "init": "loraga"}), probe=False, progress=False)
+    assert {layer.rank for layer in found.layers} == {4} and [t.change for t in found.halving] == ["rank 1"]
 
 
 def test_full_fine_tuning_is_planned_alone(folder, untried):

@@ -127,7 +127,7 @@ def test_what_the_manifest_says(tmp_path: Path) -> None:
     veneer.save(ours, tmp_path)
     found = manifest(tmp_path)
     assert (found["format"], found["veneer"], found["layout"], found["method"], found["seed"]) == (1, veneer.__version__, "peft", "lora", 5)
-    assert found["options"] == dict(rank=3, alpha=6, stabilised=True, dropout=0.0, init="kaiming", seed=5)
+    assert found["options"] == dict(rank=3, alpha=6, stabilised=True, dropout=0.0, init="kaiming", init_options=None, seed=5)
     assert found["tensors"]["sha256"] == files.sha256(tmp_path / TENSORS)
     assert found["tensors"]["bytes"] == (tmp_path / TENSORS).stat().st_size
     assert found["allow"] == [] and found["no_probe"] is None

@@ -15,7 +15,7 @@ from veneer import methods
 from veneer.adapt.groups import Group, act, forget, input_gain, is_private
 from veneer.adapt.per_site import build_all, check_patterns, options_at
 from veneer.errors import ConfigError, SiteError, first_few, suggest
-from veneer.methods import Delta
+from veneer.methods import Delta, Stats
 from veneer.sites import Site
 from veneer.sites.find import Target
 
@@ -109,6 +109,7 @@ def attach(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     untie: bool = False,
+    stats: Mapping[str, Stats] | None = None,
     **options: Any,
 ) -> nn.Module:
     """The same model with a new adapter `name`: acting at strength 1, and the only thing that trains.
@@ -116,7 +117,8 @@ def attach(
     to, exclude: None (what the method chooses, "all-linear" for most), "all-linear", a regular expression for whole
     layer names, or a list of names and endings of names.
     rank_pattern, alpha_pattern: other ranks and alphas for layers whose name ends with a match of the key (PEFT's
-    rule). untie: adapt a layer that shares its weight with another. The other options are the method's own.
+    rule). untie: adapt a layer that shares its weight with another. stats: of calibrate(), for a start that looks at the
+    loss. The other options are the method's own.
     Raises SiteError, ConfigError or ShapeError before anything is changed.
     """
     refuse_compiled(model)
@@ -126,7 +128,7 @@ def attach(
     check_patterns(sites, {**(rank_pattern or {}), **(alpha_pattern or {})})
     per_site = [options_at(s.name, kind, options, rank_pattern, alpha_pattern) for s in sites]
     check_name(model, name)
-    hang(model, name, build_all(kind, sites, per_site))
+    hang(model, name, build_all(kind, sites, per_site, stats))
     train_only(model, name)
     if not any(h is _check_called for h in model._forward_hooks.values()):
         model.register_forward_hook(_check_called)

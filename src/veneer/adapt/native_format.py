@@ -39,7 +39,9 @@ def read(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Te
             continue
         try:
             site = _site(name, layers[name], entry["kind"])
-            delta = methods.build(methods.get(entry["method"]), site, site_options(manifest, name))
+            kind = methods.get(entry["method"])
+            start = methods.unseen(site) if methods.takes_stats(kind) else None  # the true one is among the tensors
+            delta = methods.build(kind, site, site_options(manifest, name), start)
         except VeneerError as e:
             problems.append(Problem("fit", str(e)))
             used |= {f"{lead}{k}" for k in own}

@@ -8,21 +8,34 @@ from typing import Any
 
 from veneer import methods
 from veneer.errors import ConfigError, ShapeError, first_few
-from veneer.methods import Delta
+from veneer.methods import Delta, Stats
 from veneer.sites import Site
 
 
-def build_all(kind: type[Delta], sites: list[Site], options: list[dict[str, Any]]) -> list[tuple[Site, Delta]]:
-    """Every change, or one error that names every layer it does not fit."""
+def build_all(
+    kind: type[Delta], sites: list[Site], options: list[dict[str, Any]], stats: Mapping[str, Stats] | None = None
+) -> list[tuple[Site, Delta]]:
+    """Every change, or one error that names every layer it does not fit. stats: what calibration saw, by layer."""
+    _check_stats(kind, sites, stats)
     built, problems = [], []
     for site, own in zip(sites, options, strict=True):
         try:
-            built.append((site, methods.build(kind, site, own)))
+            built.append((site, methods.build(kind, site, own, None if stats is None else stats[site.name])))
         except ShapeError as e:
             problems.append(str(e))
     if problems:
         raise ShapeError("\n".join([*problems[:5], *[f"and {len(problems) - 5} more"][: len(problems) > 5]]))
     return built
+
+
+def _check_stats(kind: type[Delta], sites: list[Site], stats: Mapping[str, Stats] | None) -> None:
+    if stats is None:
+        return
+    if not methods.takes_stats(kind):
+        raise ConfigError(f"method {kind.__module__.rsplit('.', 1)[-1]!r} starts without a look at the loss; leave stats= out")
+    missing = [s.name for s in sites if s.name not in stats]
+    if missing:
+        raise ConfigError(f"stats= says nothing of {len(missing)} layers: {first_few(missing)}; calibrate with the same to= and exclude=")
 
 
 def options_at(

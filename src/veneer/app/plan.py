@@ -123,7 +123,7 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
     voice, device = Voice(progress), machine.device(run.device)
     _check_weights(run, device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        ready = prepare(run, device, voice)
+        ready = prepare(run, device, voice, only_shapes=True)
         order, pace = training.lay_out(ready.run, ready.texts["train"].windows)
         shape = _shape(ready.run, ready.texts["train"].windows, order)
         own, full = _simulated(ready, shape)

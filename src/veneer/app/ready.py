@@ -13,7 +13,7 @@ from torch import nn
 import veneer
 from veneer import embedded, methods, optim
 from veneer.adapt import attach, fingerprint
-from veneer.app import machine, pretrained, texts
+from veneer.app import calibration, machine, pretrained, texts
 from veneer.app.texts import Text
 from veneer.data.pack import collate
 from veneer.errors import ConfigError
@@ -44,8 +44,11 @@ class Ready(NamedTuple):
         return _trained(self.run, self.parts)
 
 
-def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
-    """Reads and checks everything, the cheap things first. Raises the errors of what does not fit."""
+def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool = False) -> Ready:
+    """Reads and checks everything, the cheap things first. Raises the errors of what does not fit.
+
+    only_shapes: what is trained need not start where a training would start.
+    """
     run = decided(texts.named(run), device)
     rows = texts.gather(run, voice)
     tokenizer = pretrained.tokenizer(run.model)
@@ -55,7 +58,12 @@ def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
     door.check_length(model, run.length)
     door.check_vocabulary(model, (w for t in ready.values() for w in t.windows))
     base = {"model": run.model, "class": type(model).__name__, "sha256": fingerprint.measure(model)["sha256"]}
-    parts = adapt(model, run)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    stats = None
+    if calibration.needed(run):
+        blank = only_shapes or calibration.goes_on(run)
+        stats = calibration.unseen(model, run) if blank else calibration.look(model, run, ready["train"].windows, pad, voice)
+    parts = adapt(model, run, stats)
     _try_out(model, run, ready)
     optimiser = optim.make(run.optimiser, **run.optimiser_options)
     optimiser.build(_trained(run, parts))  # before anything is written: it may find no pair of factors
@@ -73,14 +81,13 @@ def prepare(run: Run, device: torch.device, voice: Voice) -> Ready:
         "base": base,
         "notes": list(voice.said),
     }
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Ready(run, model, parts, optimiser, pad, ready, config)
 
 
 def decided(run: Run, device: torch.device) -> Run:
     """The run with the settings that depend on method, model and machine."""
     rated = optim.make(run.optimiser, **run.optimiser_options).rated_as
-    lr = run.lr or rates.default(run.method, rated, run.model == embedded.PREFIX)
+    lr = run.lr or rates.default(run.method, rated, run.model == embedded.PREFIX, str(run.options.get("init")))
     fastest = max(lr, run.embedding_lr or 0.0)
     if fastest * run.weight_decay >= 1:
         problem = f"weight_decay {run.weight_decay:g} at rate {fastest:g} leaves nothing of a weight in one step"
@@ -91,7 +98,7 @@ def decided(run: Run, device: torch.device) -> Run:
     return replace(run, lr=lr, optimiser_options=options, epochs=epochs, precision=precision, device=str(device))
 
 
-def adapt(model: nn.Module, run: Run) -> list[groups.Part]:
+def adapt(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None) -> list[groups.Part]:
     """Attaches the adapter, or opens the base for full fine-tuning: what is trained. Raises ConfigError, SiteError, ShapeError."""
     if run.method == FULL:
         attach.train_only(model, attach.BASE)
@@ -99,7 +106,7 @@ def adapt(model: nn.Module, run: Run) -> list[groups.Part]:
     else:
         seed = {"seed": run.seed} if "seed" in methods.options_of(methods.get(run.method)) else {}
         layers: dict[str, Any] = {name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")}
-        attach.attach(model, run.method, name=NAME, **layers, **{**seed, **run.options})
+        attach.attach(model, run.method, name=NAME, stats=stats, **layers, **{**seed, **run.options})
         parts = groups.of_adapter(model, NAME)
     if run.embedding_lr is not None and not any(p.embedding for p in parts):
         raise ConfigError("embedding_lr is given, but no embedding is changed; leave it out, or adapt embeddings with to=")

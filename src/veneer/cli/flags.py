@@ -6,6 +6,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -204,14 +205,23 @@ def names(entries: list[str]) -> str | tuple[str, ...]:
     return tuple(name for entry in entries for name in (entry.split(",") if PLAIN_NAMES.fullmatch(entry) else [entry]) if name)
 
 
-def _pair(flag: str, entry: str, kind: type) -> tuple[str, Any]:
+def _pair(flag: str, entry: str, kind: Any) -> tuple[str, Any]:
     name, equals, value = entry.rpartition("=")
     try:
         if not equals:
             raise ValueError
-        return name, kind(value)
+        return name, _read(value, kind)
     except ValueError:
         raise ConfigError(f"{flag} {entry!r} is not NAME=VALUE with {settings.describe(kind)} as value, e.g. q_proj=4") from None
+
+
+def _read(text: str, kind: Any) -> Any:
+    """The text as the first type of `kind` (int, or float | str) that takes it. Raises ValueError."""
+    *first, last = get_args(kind) or (kind,)
+    for one in first:
+        with suppress(ValueError):
+            return one(text)
+    return last(text)
 
 
 def over(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

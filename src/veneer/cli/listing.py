@@ -17,7 +17,7 @@ def every() -> dict[str, Any]:
     """{"methods": [..], "inits": [..], "optimisers": [..]} with what modules and signatures say, ready for JSON."""
     return {
         "methods": [{"name": n, **_about(of_module(methods.get(n))), "options": _options(methods.get(n))} for n in methods.available()],
-        "inits": [{"name": n, **_about(of_module(inits.get(n)))} for n in inits.available()],
+        "inits": [{"name": n, **_about(of_module(inits.get(n))), "options": _of_start(n)} for n in inits.available()],
         "optimisers": [{"name": n, **_about(of_module(optim.get(n))), "options": _own_options(n)} for n in optim.available()],
     }
 
@@ -29,7 +29,9 @@ def text(found: dict[str, Any]) -> str:
         lines += ["", f"{m['name']}: {m['summary']}", *([f"  {m['paper']}"] if m["paper"] else [])]
         lines += [f"  --{o['name'].replace('_', '-')}: {o['help']}{shown_default(o['default'])}" for o in m["options"]]
     lines += ["", "how the factors of a low-rank method start (--init):"]
-    lines += [f"  {i['name']}: {i['summary']}{' ' + i['paper'] if i['paper'] else ''}" for i in found["inits"]]
+    for i in found["inits"]:
+        lines += [f"  {i['name']}: {i['summary']}{' ' + i['paper'] if i['paper'] else ''}"]
+        lines += [f"    --init-options {o['name']}=..: {o['help']}{shown_default(o['default'])}" for o in i["options"]]
     lines += ["", "what makes steps of gradients (--optimiser):"]
     for o in found["optimisers"]:
         lines += [f"  {o['name']}: {o['summary']}{' ' + o['paper'] if o['paper'] else ''}"]
@@ -43,6 +45,11 @@ def _about(found: Described) -> dict[str, str | None]:
 
 def _options(method: type[Delta]) -> list[dict[str, Any]]:
     return _listed(methods.options_of(method), option_helps(method))
+
+
+def _of_start(init: str) -> list[dict[str, Any]]:
+    known = inits.options_of(init)
+    return _listed(known, helps_of(inits.get(init).start, known))
 
 
 def _own_options(optimiser: str) -> list[dict[str, Any]]:

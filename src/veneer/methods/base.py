@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, suggest
+from veneer.ops.sketch import Svd
 from veneer.sites import Site, find
 from veneer.sites.find import Target
 
@@ -41,6 +42,12 @@ class Factors(NamedTuple):
         return self.g is None and self.c is None
 
 
+class Stats(NamedTuple):
+    """What calibration saw at one layer: the leading part of the loss's gradient in W (out, in)."""
+
+    gradient: Svd
+
+
 class PeftForm(NamedTuple):
     """One site's change as PEFT writes it: entries of adapter_config.json, and tensors by the end of their names.
 
@@ -56,7 +63,8 @@ class Delta(nn.Module, ABC):
     """A trainable change of one site. A method overrides factors() or delta(), or forward() for what is neither.
 
     The options of a method are the keyword parameters of its __init__(self, site, *, ..): command line and files are
-    made from that signature. `roles` names the parameters that optimisers treat apart: the factor on the input side
+    made from that signature. A method that can start from calibration takes `stats` by place: (self, site, stats, *, ..).
+    `roles` names the parameters that optimisers treat apart: the factor on the input side
     is "A", on the output side "B", a row magnitude "magnitude".
     """
 
@@ -159,9 +167,21 @@ def check_options(method: type[Delta], options: dict[str, Any]) -> None:
         raise ConfigError("\n".join(unknown))
 
 
-def build(method: type[Delta], site: Site, options: dict[str, Any]) -> Delta:
+def unseen(site: Site) -> Stats:
+    """Statistics of the right shapes that say nothing: for a change whose start is put in place afterwards, or never used."""
+    W = site.weight()
+    one, q = torch.ones((), dtype=master_dtype(site), device=W.device), min(W.shape)
+    return Stats(Svd(one.expand(site.out, q), one.expand(q), one.expand(q, site.in_)))
+
+
+def takes_stats(method: type[Delta]) -> bool:
+    """Whether the method can start from what calibration saw."""
+    return "stats" in inspect.signature(method.__init__).parameters
+
+
+def build(method: type[Delta], site: Site, options: dict[str, Any], stats: Stats | None = None) -> Delta:
     """A change of `site`, on its device, in float32 at least; `options` is kept with it for the manifest."""
-    delta = method(site, **options)
+    delta = method(site, **options) if stats is None else method(site, stats, **options)
     delta.options = {**{n: p.default for n, p in options_of(method).items()}, **options}
     return delta
 

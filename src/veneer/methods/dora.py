@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.methods.base import Delta, Factors, PeftForm, master_dtype
+from veneer.methods.base import Delta, Factors, PeftForm, Stats, master_dtype
 from veneer.methods.lora import LoRA, check_peft_tensors, peft_shapes
 from veneer.ops.linalg import row_norms, row_norms_of_sum
 from veneer.sites import Site
@@ -22,24 +22,28 @@ class DoRA(Delta):
     def __init__(
         self,
         site: Site,
+        stats: Stats | None = None,
         *,
         rank: int = 8,
         alpha: float | None = None,
         stabilised: bool = False,
         dropout: float = 0.0,
         init: str = "kaiming",
+        init_options: dict[str, float | str] | None = None,
         seed: int = 0,
     ) -> None:
         """
         rank: r, at most min(out, in)
-        alpha: scale numerator; 2 x rank unless given, rank for pissa and olora
+        alpha: scale numerator; 2 x rank unless given, rank for pissa and olora, 16 sqrt(rank) for loraga
         stabilised: s = alpha / sqrt(r) instead of alpha / r
         dropout: share of the low-rank branch's inputs dropped in training
-        init: how A and B start: kaiming, gaussian, pissa or olora
+        init: how A and B start: kaiming, gaussian, pissa, olora, orthogonal, or loraga, which looks at the loss first
+        init_options: the start's own options by name, such as gamma=64
         seed: draws are keyed by (seed, layer name)
         """
         super().__init__()
-        self._hold(site, LoRA(site, rank=rank, alpha=alpha, stabilised=stabilised, dropout=dropout, init=init, seed=seed))
+        pair: dict[str, Any] = dict(rank=rank, alpha=alpha, stabilised=stabilised, dropout=dropout, init=init, seed=seed)
+        self._hold(site, LoRA(site, stats, init_options=init_options, **pair))
 
     def _hold(self, site: Site, lora: LoRA) -> None:
         self.lora, self.dropout = lora, lora.dropout

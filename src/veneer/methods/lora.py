@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, FormatError
 from veneer.methods import inits
-from veneer.methods.base import Delta, Factors, PeftForm, master_dtype
+from veneer.methods.base import Delta, Factors, PeftForm, Stats, master_dtype
 from veneer.ops.draws import keyed
 from veneer.ops.linalg import check_rank
 from veneer.sites import Site
 
 
 class LoRA(Delta):
-    """A (r, in) and B (out, r). A start with B0 A0 != 0 (PiSSA, OLoRA) is kept and subtracted: W is never written."""
+    """A (r, in) and B (out, r). A start with B0 A0 != 0 (PiSSA, OLoRA, LoRA-GA) is kept and subtracted: W is never written."""
 
     roles = {"A": "A", "B": "B"}
     A0: Tensor | None
@@ -26,20 +26,23 @@ class LoRA(Delta):
     def __init__(
         self,
         site: Site,
+        stats: Stats | None = None,
         *,
         rank: int = 8,
         alpha: float | None = None,
         stabilised: bool = False,
         dropout: float = 0.0,
         init: str = "kaiming",
+        init_options: dict[str, float | str] | None = None,
         seed: int = 0,
     ) -> None:
         """
         rank: r, at most min(out, in)
-        alpha: scale numerator; 2 x rank unless given, rank for pissa and olora
+        alpha: scale numerator; 2 x rank unless given, rank for pissa and olora, 16 sqrt(rank) for loraga
         stabilised: s = alpha / sqrt(r) instead of alpha / r (rsLoRA, https://arxiv.org/abs/2312.03732)
         dropout: share of the adapter's inputs dropped in training; the base path keeps all
-        init: how A and B start: kaiming, gaussian, pissa or olora
+        init: how A and B start: kaiming, gaussian, pissa, olora, orthogonal, or loraga, which looks at the loss first
+        init_options: the start's own options by name, such as gamma=64
         seed: draws are keyed by (seed, layer name)
         """
         super().__init__()
@@ -49,11 +52,13 @@ class LoRA(Delta):
             raise ConfigError(f"alpha must be a number above 0, not {alpha}")
         check_rank(rank, site.weight(), site.name)
         chosen = inits.get(init)
-        self.alpha = float(alpha if alpha is not None else chosen.ALPHA * rank)
+        inits.check(init, init_options)
+        self.alpha = float(alpha if alpha is not None else chosen.alpha(rank, stabilised))
         self.stabilised, self.dropout = stabilised, dropout
         self.scaling = self.alpha / (math.sqrt(rank) if stabilised else rank)
         W = site.weight().detach().to(master_dtype(site))
-        A, B = chosen.start(inits.Start(W, rank, self.scaling, keyed(seed, site.name), site.kind == "embedding"))
+        given = inits.Start(W, rank, self.scaling, keyed(seed, site.name), site.kind == "embedding", stats)
+        A, B = chosen.start(given, **(init_options or {}))
         shifted = bool(A.any()) and bool(B.any())
         self._hold(A, B, A.clone() if shifted else None, B.clone() if shifted else None)
 

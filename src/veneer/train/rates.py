@@ -14,12 +14,14 @@ BUILTIN = {
 # A low-rank change wants about ten times the rate of full fine-tuning; under LoRA+ the rate is A's, and B's is 16 times it.
 # LoRA-Pro's is that of its authors' scripts. Where nothing is known, nothing is guessed.
 OTHERS = {("full", "adamw"): 2e-5, ("adapter", "adamw"): 2e-4, ("adapter", "loraplus"): 5e-5, ("adapter", "lorapro"): 2e-5}
+# Starts that want the rate of full fine-tuning: their factors begin large, and move the weights as far in a step.
+AS_FULL = ("loraga",)
 
 
-def default(method: str, optimiser: str, builtin: bool) -> float:
-    """The peak rate for a method and optimiser. Raises ConfigError where none is known."""
-    kind = "full" if method == "full" else "adapter"
+def default(method: str, optimiser: str, builtin: bool, init: str = "") -> float:
+    """The peak rate for a method, an optimiser and a start. Raises ConfigError where none is known."""
     known = BUILTIN if builtin else OTHERS
+    kind = "full" if method == "full" or (init in AS_FULL and ("full", optimiser) in known) else "adapter"
     if (kind, optimiser) in known:
         return known[kind, optimiser]
     measured = BUILTIN.get((kind, optimiser))

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from veneer import methods, optim
 from veneer.errors import ConfigError, suggest
+from veneer.methods import inits
 from veneer.train import settings
 from veneer.train.settings import REQUIRED, about, setting
 from veneer.train.track import available as trackers
@@ -44,6 +45,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict, metadata=about("the method's own options, such as rank and alpha"))
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata=about("other ranks, by ending or pattern of a layer's name"))
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=about("other alphas, in the same way"))
+    calibration: int = setting(64, "windows of data that a start such as loraga looks at before the training", unit="windows")
     optimiser: str = setting("adamw", f"what makes steps of gradients: {', '.join(optim.available())}")
     optimiser_options: dict[str, Any] = field(default_factory=dict, metadata=about("the optimiser's own options, such as LoRA+'s ratio"))
     lr: float | None = setting(None, "peak learning rate (of A, under LoRA+); depends on model, method and optimiser unless given")
@@ -128,7 +130,7 @@ class Range(NamedTuple):
 RANGES = [
     Range("above 0", ("lr", "embedding_lr", "epochs"), 0, open=True),
     Range("0 or more", ("weight_decay", "clip", "eval_windows", "seed"), 0),
-    Range("1 or more", ("steps", "batch", "accumulate", "length", "eval_every", "save_every"), 1),
+    Range("1 or more", ("steps", "batch", "accumulate", "length", "eval_every", "save_every", "calibration"), 1),
     Range("2 or more, so that one is left if the newest is damaged", ("keep",), 2),
     Range("in [0, 1)", ("warmup",), 0, 1),
 ]
@@ -179,7 +181,13 @@ def _of_options(owner: str, given: Mapping[str, Any], known: Mapping[str, Parame
 def _of_method(run: Run) -> Iterator[str]:
     kind = methods.get(run.method)
     known = methods.options_of(kind)
-    yield from _of_options(f"method {run.method!r}", run.options, known)
+    unsuitable = list(_of_options(f"method {run.method!r}", run.options, known))
+    yield from unsuitable
+    if "init" in known and not unsuitable:
+        try:
+            inits.check(run.options.get("init", known["init"].default), run.options.get("init_options"))
+        except ConfigError as e:
+            yield from str(e).splitlines()
     for pattern, option in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
         if getattr(run, pattern) and option not in known:
             yield f"{pattern} is given, but method {run.method!r} has no {option}"

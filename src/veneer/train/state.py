@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.adapt.attach import layers
 from veneer.errors import FormatError, first_few
 from veneer.train.checkpoint import Checkpoint
 from veneer.train.step import Learner
@@ -38,9 +39,16 @@ class Position:
         return cls(**meta["position"]), meta["metrics_bytes"]
 
 
+def fixed(learner: Learner) -> dict[str, Tensor]:
+    """b.<name>: what the adapters hold beside their parameters, such as a start that is subtracted."""
+    trained = {id(p) for d in layers(learner.model) for p in d.parameters()}
+    held = learner.model.state_dict(keep_vars=True)
+    return {f"b.{n}": t for n, t in held.items() if ".deltas." in f".{n}" and id(t) not in trained}
+
+
 def tensors(learner: Learner) -> dict[str, Tensor]:
-    """p.<name>: parameters, o.<name>.<key>: AdamW's state, rng and rng.cuda: the state of the random numbers."""
-    found = {"rng": torch.get_rng_state()}
+    """p.<name>: parameters, b.<name>: see fixed, o.<name>.<key>: AdamW's state, rng and rng.cuda: the state of the random numbers."""
+    found = {"rng": torch.get_rng_state(), **fixed(learner)}
     device = learner.parts[0].parameter.device
     if device.type == "cuda":
         found["rng.cuda"] = torch.cuda.get_rng_state(device)
@@ -53,12 +61,15 @@ def tensors(learner: Learner) -> dict[str, Tensor]:
 
 def restore(learner: Learner, saved: Checkpoint) -> None:
     """Puts everything back. Raises FormatError, before anything is changed, if the checkpoint is of other parameters."""
-    wanted = {f"p.{p.name}": tuple(p.parameter.shape) for p in learner.parts}
-    there = {n: tuple(t.shape) for n, t in saved.tensors.items() if n.startswith("p.")}
+    held = fixed(learner)
+    wanted = {**{f"p.{p.name}": tuple(p.parameter.shape) for p in learner.parts}, **{n: tuple(t.shape) for n, t in held.items()}}
+    there = {n: tuple(t.shape) for n, t in saved.tensors.items() if n.startswith(("p.", "b."))}
     wrong = sorted(n for n in {*wanted, *there} if wanted.get(n) != there.get(n))
     if wrong:
         raise FormatError(f"the checkpoint of step {saved.step} is of other parameters: {first_few(wrong)}; begin anew in another folder")
     put_back(learner, saved)
+    for name, t in held.items():
+        t.copy_(saved.tensors[name])
     for part in learner.parts:
         prefix = f"o.{part.name}."
         state = {n.removeprefix(prefix): t for n, t in saved.tensors.items() if n.startswith(prefix)}

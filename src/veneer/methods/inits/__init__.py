@@ -1,10 +1,15 @@
-"""Starts of a low-rank pair: one file, one function `start`; the file's name is the start's name."""
+"""Starts of a low-rank pair: one file, one function `start`; the file's name is the start's name.
+
+The options of a start are the keyword parameters of its `start(s, *, ..)`, given together as `init_options`. Beside it
+stand `alpha(rank, stabilised)`, alpha where none is given, and `NEEDS`: "gradient" if it looks at calibration's, or "".
+"""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,19 +17,40 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError, suggest
+from veneer.methods.base import Stats
+from veneer.ops.sketch import Svd
+
+Options = Mapping[str, float | str]
 
 
 class Start(NamedTuple):
-    """What a start may look at: W (out, in), the rank, the scaling s, its own draw, and whether x holds token ids."""
+    """What a start may look at: W (out, in), the rank, the scaling s, its own draw, whether x holds token ids, and what
+    calibration saw."""
 
     W: Tensor
     rank: int
     scaling: float
     draw: torch.Generator
     lookup: bool = False
+    stats: Stats | None = None
+
+    def gradient(self, rank: int) -> Svd:
+        """The leading `rank` triplets (or all there are) of the loss's gradient in W. Raises ConfigError where they are not known."""
+        if self.stats is None:
+            raise ConfigError(
+                "this init starts from the loss's gradient, of which nothing is known; take it first:"
+                " stats = veneer.calibrate(model, batches, rank=..), then veneer.attach(.., stats=stats)"
+            )
+        found, wanted = self.stats.gradient, min(rank, *self.W.shape)
+        there = (len(found.U), found.Vh.shape[1])
+        if there != self.W.shape:
+            raise ConfigError(f"the statistics are of a layer {there}, this one is {tuple(self.W.shape)}; calibrate on this model")
+        if len(found.S) < wanted:
+            raise ConfigError(f"calibrated for rank {len(found.S) // 2}, but the rank here is {self.rank}; calibrate with rank={self.rank}")
+        return Svd(*(t.to(self.W) for t in (found.U[:, :rank], found.S[:rank], found.Vh[:rank])))
 
 
-Init = Callable[[Start], tuple[Tensor, Tensor]]  # -> A (r, in), B (out, r)
+Init = Callable[..., tuple[Tensor, Tensor]]  # (Start, *, options) -> A (r, in), B (out, r)
 
 
 def available() -> list[str]:
@@ -33,7 +59,27 @@ def available() -> list[str]:
 
 
 def get(name: str) -> ModuleType:
-    """The module of a start: `start`, and `ALPHA`, the default alpha in ranks. Raises ConfigError for an unknown one."""
+    """The module of a start. Raises ConfigError for an unknown one."""
     if name not in available():
         raise ConfigError(f"unknown init {name!r}{suggest(name, available())}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """The options of a start with their types, float or str, and defaults."""
+    parameters = inspect.signature(get(name).start, eval_str=True).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check(name: str, options: Options | None) -> None:
+    """Raises ConfigError for an unknown start, and for all options that it does not have or that are of another type."""
+    known, problems = options_of(name), []
+    for option, value in (options or {}).items():
+        if option not in known:
+            hint = suggest(option, known) if known else "; it has none"
+            problems.append(f"init {name!r} has no option {option!r}{hint}")
+        elif (known[option].annotation is str) != isinstance(value, str):
+            kind = "a word" if known[option].annotation is str else "a number"
+            problems.append(f"init_options: {option} {value!r} is not {kind}")
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from veneer.methods.inits import Start
 
-ALPHA = 2.0
+NEEDS = ""
+
+
+def alpha(rank: int, stabilised: bool) -> float:
+    return 2.0 * rank
 
 
 def start(s: Start) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,11 @@ from torch import Tensor
 from veneer.methods.inits import Start
 from veneer.ops.linalg import check_rank, precise
 
-ALPHA = 1.0
+NEEDS = ""
+
+
+def alpha(rank: int, stabilised: bool) -> float:
+    return 1.0 * rank
 
 
 def start(s: Start) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,11 @@ from torch import Tensor
 from veneer.methods.inits import Start
 from veneer.ops.linalg import leading_svd
 
-ALPHA = 1.0
+NEEDS = ""
+
+
+def alpha(rank: int, stabilised: bool) -> float:
+    return 1.0 * rank
 
 
 def start(s: Start) -> tuple[Tensor, Tensor]:

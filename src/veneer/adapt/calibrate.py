@@ -1,0 +1,168 @@
+"""What a start may ask about the loss before the training: one pass over a few batches, with nothing of a weight's size kept.
+
+Every layer gets a change that is zero, Y Omega' + Psi' Z with fixed random Omega, Psi and Y = Z = 0. The gradient of the loss
+in Y is then G Omega, and in Z it is Psi G, where G (out, in) is the gradient in the layer's weight: the sketch that ops/sketch.py
+rebuilds G's leading part from. G itself is never made, on no kind of layer that a change can hang on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt.attach import check_called, check_name, detach, hang, layers, refuse_compiled
+from veneer.adapt.probe import evaluating
+from veneer.errors import ConfigError, DataError, SiteError, first_few
+from veneer.methods.base import Delta, Factors, Stats, master_dtype
+from veneer.ops import sketch
+from veneer.ops.draws import keyed
+from veneer.sites import Site, find
+from veneer.sites.find import Target
+
+NAME = "calibration"  # of the adapter that is there meanwhile
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Sketched(Delta):
+    """Y (out, k) and Z (l, in), zero; their gradients are summed in float64, whose rounding no order of the batches moves."""
+
+    Omega: Tensor
+    Psi: Tensor
+
+    def __init__(self, site: Site, k: int, seed: int) -> None:
+        super().__init__()
+        fixed = sketch.tests(site.out, site.in_, k, keyed(seed, f"{site.name} gradient"))
+        like = torch.empty(0, dtype=master_dtype(site), device=site.weight().device)
+        self.register_buffer("Omega", fixed.Omega.to(like))
+        self.register_buffer("Psi", fixed.Psi.to(like))
+        self.Y = nn.Parameter(like.new_zeros(site.out, fixed.Omega.shape[1]))
+        self.Z = nn.Parameter(like.new_zeros(fixed.Psi.shape[0], site.in_))
+        self.sums = [torch.zeros_like(p, dtype=torch.float64) for p in (self.Y, self.Z)]
+
+    def factors(self, site: Site) -> Factors:
+        return Factors(torch.cat([self.Omega.mT, self.Z]), torch.cat([self.Y, self.Psi.mT], 1))
+
+    def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """Zero, computed in the sketch's own precision whatever the model computes in."""
+        with torch.autocast(y.device.type, enabled=False):
+            return super().forward(x.detach(), y.to(self.Y.dtype), site).to(y.dtype)
+
+    def collect(self) -> None:
+        """Adds the gradients of the batch to the sums, and forgets them."""
+        for p, total in zip((self.Y, self.Z), self.sums, strict=True):
+            if p.grad is not None:
+                total += p.grad
+            p.grad = None
+
+    def leading(self, rank: int) -> sketch.Svd:
+        """The gradient's leading triplets, from the sums over all processes."""
+        Y, Z = (_over_processes(total).to(self.Y.dtype) for total in self.sums)
+        if not (torch.isfinite(Y).all() and torch.isfinite(Z).all()):
+            return sketch.Svd(*(Y.new_full((1,), torch.nan),) * 3)
+        return sketch.leading(Y, Z, self.Psi, rank)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rank: int = 8,
+    to: Target | None = None,
+    exclude: Target = (),
+    untie: bool = False,
+    loss: Loss | None = None,
+    width: int = 4,
+    seed: int = 0,
+) -> dict[str, Stats]:
+    """What attach(.., stats=..) takes for starts that look at the loss, by layer. The model is as it was afterwards.
+
+    The gradient is that of the sum of `loss(model, batch)` over the batches, in eval mode, with the acting adapters acting;
+    where torch.distributed is initialised every process brings batches of its own, and all get the sum of all. rank: the
+    largest that will be attached. to, exclude, untie: the layers, as in attach. loss: a number to differentiate; without it
+    `model(**batch).loss`. width: columns of the sketch in ranks: while it lasts, a layer takes about 20 (out + 2 in) width
+    rank bytes, and 8 (out + in) rank after it. Raises DataError without a batch, and SiteError naming layers without a gradient.
+    """
+    refuse_compiled(model)
+    check_name(model, NAME)
+    _check_numbers(rank, width)
+    probes = [(site, Sketched(site, width * rank, seed)) for site in find(model, "all-linear" if to is None else to, exclude, untie)]
+    seen = torch.zeros((), dtype=torch.int64, device=probes[0][1].Y.device)
+    with _hung(model, probes), evaluating(model), torch.enable_grad():
+        for batch in batches:
+            _scalar((loss or _own_loss)(model, batch)).backward()  # type: ignore[no-untyped-call, unused-ignore]
+            seen += 1
+            for _, probe in probes:
+                probe.collect()
+        if seen:
+            check_called(model)
+    if not _over_processes(seen):
+        raise DataError("calibration got no batch; a start from the loss's gradient needs some of the training's text")
+    found = {site.name: Stats(probe.leading(2 * rank)) for site, probe in probes}
+    _check_gradients(found)
+    return found
+
+
+def _over_processes(total: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def _check_numbers(rank: int, width: int) -> None:
+    problems = [f"rank {rank} must be 1 or more"] if rank < 1 else []
+    problems += [f"width {width} must be 2 or more: a start of rank r needs 2 r directions"] if width < 2 else []
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Any:
+    found = model(**batch)
+    return getattr(found, "loss", None)
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ConfigError(
+            f"calibration needs one number to differentiate for each batch, not {what}; put labels into the batches, or pass loss="
+        )
+    return value
+
+
+@contextmanager
+def _hung(model: nn.Module, probes: list[tuple[Site, Sketched]]) -> Iterator[None]:
+    """Within the block the probes act beside what acts already, and are all that takes gradients."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    called = [(d, d.called) for d in layers(model)]
+    hang(model, NAME, list(probes))
+    for p, _ in before:
+        p.requires_grad_(False)
+    for d in layers(model):
+        d.called = NAME not in d
+    try:
+        yield
+    finally:
+        detach(model, NAME)
+        for p, wanted in before:
+            p.requires_grad_(wanted)
+        for d, was in called:
+            d.called = was
+
+
+def _check_gradients(found: dict[str, Stats]) -> None:
+    wild = [n for n, s in found.items() if not bool(torch.isfinite(s.gradient.S).all())]
+    none = [n for n, s in found.items() if n not in wild and not s.gradient.S.any()]
+    problems = []
+    if wild:
+        problems.append(f"the gradient is not finite at {len(wild)} layers: {first_few(wild)}; are the batches and the precision right?")
+    if none:
+        problems.append(
+            f"the loss has no gradient at {len(none)} layers: {first_few(none)}; is every label masked? Or leave them out with exclude="
+        )
+    if problems:
+        raise SiteError("\n".join(problems))
