@@ -130,9 +130,14 @@ def attach(
     check_name(model, name)
     hang(model, name, build_all(kind, sites, per_site, stats))
     train_only(model, name)
+    watch(model)
+    return model
+
+
+def watch(model: nn.Module) -> None:
+    """Has the first training step raise SiteError if an adapted layer is not called in it."""
     if not any(h is _check_called for h in model._forward_hooks.values()):
         model.register_forward_hook(_check_called)
-    return model
 
 
 def refuse_compiled(model: nn.Module) -> None:

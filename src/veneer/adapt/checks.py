@@ -21,6 +21,7 @@ ALLOW = {
     "zero": "layers whose change is zero",
     "finite": "tensors with NaN or infinity",
     "norm": "changes of another size than veneer.json says",
+    "targets": "entries of target_modules that no layer matches",
     "sha256": "a tensors file that was changed since it was saved",
     "probe": "outputs other than those kept in veneer.json",
 }
@@ -63,6 +64,13 @@ def dead(changes: Changes, sizes: Mapping[str, Size]) -> list[Problem]:
     nothing = low_rank or (zero if len(zero) == len(sizes) else [])
     text = f"the change is zero at {len(nothing)} of {len(sizes)} layers, which have learned nothing: {first_few(nothing)}"
     return [Problem("zero", text)] if nothing else []
+
+
+def hollow(changes: Changes) -> list[Problem]:
+    """Parameters without a number in them, as partitioned ones look from one process."""
+    wrong = [f"{site.name}.{n}" for site, delta in changes for n, p in delta.named_parameters() if not p.numel()]
+    text = f"{len(wrong)} parameters are empty: {first_few(wrong)}; gather what ZeRO or FSDP has partitioned before saving"
+    return [Problem("fit", text)] if wrong else []
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[Problem]:

@@ -68,7 +68,7 @@ def merge(
     Sums are made in float32 and rounded once, to each layer's own dtype. Raises NotMergeable, with the model as it was, if
     rounding takes more than `limit` of the change or of its effect on the outputs, unless `force`. probe: keyword arguments
     of a call of the model, whose outputs are compared before and after; models of token ids have one of their own, and
-    an empty one compares nothing (the changed weights are kept until the outputs are compared). Raises ConfigError if
+    an empty one compares nothing (the changed weights are kept until then, unless `force`). Raises ConfigError if
     other adapters are attached, whose base this would change.
     """
     wanted = strengths(names) or active(model)
@@ -82,7 +82,7 @@ def merge(
             adapted = outputs(model, inputs)
         with using(model):
             base = outputs(model, inputs)
-            before = [(site, site.weight().detach().clone()) for site, _ in _layer_changes(model, wanted)]
+            before = [] if force else [(site, site.weight().detach().clone()) for site, _ in _layer_changes(model, wanted)]
             _write(model, wanted)
             off = float((outputs(model, inputs) - adapted).norm())
         effect = float((adapted - base).norm())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ def settings_problems(config: Config, has_initial: bool) -> list[str]:
     """What in adapter_config.json cannot be expressed here, with the reason."""
     if "peft_type" not in config:
         other = next((d for k, d in DIALECTS.items() if k in config), "not PEFT's")
-        return [f"this adapter_config.json is {other}: it has no peft_type; only PEFT's is read here"]
+        return [f"this adapter_config.json is {other}: it has no peft_type; only PEFT's is read here: `veneer convert` makes one of it"]
     kind = method_of(config)
     if kind is None:
         return [f"peft_type {config['peft_type']!r} is not read here; convert it with PEFT's own save_as_lora, or merge it there"]
@@ -87,13 +87,21 @@ def read(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]]:
     config, tensors = {**table(kind).every, **source.config}, source.tensors
     if config["target_modules"] in (None, "all-linear"):  # saved by hand: the tensors say which layers are meant
         config["target_modules"] = sorted({k.removeprefix(PREFIX).partition(".lora_")[0] for k in tensors if ".lora_" in k})
-    problems: list[Problem] = []
+    idle = idle_targets(config, names)
+    text = f"target_modules names {first_few(idle)}, which no layer of the model is called: nothing was trained there"
+    problems = [Problem("targets", text)] if 0 < len(idle) < len(config["target_modules"]) else []  # all of them is said below
     sites = _sites(model, [n for n in names if targeted(config, n)], config, problems)
     changes, used = _adapted(kind, sites, source._replace(config=config), problems)
     for name in outermost(wrapped(config, names)):
         changes += _whole(model, name, tensors, used, problems)
     problems += _left_over(model, {k: t for k, t in tensors.items() if k not in used})
     return changes, problems
+
+
+def idle_targets(config: Config, names: Sequence[str]) -> list[str]:
+    """The entries of target_modules that no module is called: PEFT trains without them, and says nothing."""
+    targets = config.get("target_modules")
+    return [e for e in targets if not any(n == e or n.endswith(f".{e}") for n in names)] if isinstance(targets, list) else []
 
 
 def _adapted(kind: type[Delta], sites: list[Site], source: Source, problems: list[Problem]) -> tuple[Changes, set[str]]:

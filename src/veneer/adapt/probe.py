@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt.attach import base_parameters, using
+from veneer.adapt.checks import Problem
 from veneer.errors import ConfigError
 
 Record = dict[str, Any]
@@ -74,6 +75,17 @@ def check(model: nn.Module, name: str, saved: Record) -> list[str]:
         if not error <= limit:
             problems.append(f"probe: with the adapter {state}, outputs are {error:.2g} from those kept with it; {limit:.2g} is allowed")
     return problems
+
+
+def idle(model: nn.Module, name: str) -> list[Problem]:
+    """A problem if the model's outputs with adapter `name` are those without it; none where there is no input to try."""
+    packed = _token_ids(model)
+    try:
+        same = isinstance(packed, dict) and torch.equal(*outputs(model, name, packed))
+    except Exception:  # a model may need more than token ids, and then says so in its own way
+        return []
+    text = "the model's outputs with it are those of the base, bit for bit; does the model call these layers?"
+    return [Problem("zero", text)] if same else []
 
 
 @torch.no_grad()

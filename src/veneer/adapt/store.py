@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.adapt import attach, files, fingerprint, manifest, narrow, native_format, peft_format, peft_read
 from veneer.adapt import probe as golden
-from veneer.adapt.checks import Problem, check_allowed, clash, dead, not_finite, refuse, resized
+from veneer.adapt.checks import Problem, check_allowed, clash, dead, hollow, not_finite, refuse, resized
 from veneer.adapt.norms import size
 from veneer.adapt.peft_format import Changes, Config
 from veneer.errors import ConfigError, FormatError, first_few
@@ -34,7 +34,7 @@ def save(
 
     probe: keyword arguments of one call of the model, whose outputs are kept and compared when the adapter is loaded;
     language models and token classifiers need none. dtype: of the tensors, where float32 is too large. allow: "zero",
-    "finite". Raises FormatError, before anything is written, for layers whose change is zero or not finite, and for a
+    "finite". Raises FormatError, before anything is written, for layers whose change is zero, empty or not finite, and for a
     dtype that would lose more than a twentieth of a change.
     """
     attach.refuse_compiled(model)
@@ -42,6 +42,7 @@ def save(
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; an adapter is saved in a folder")
     changes = attach.changes(model, name)
+    refuse(f"adapter {name!r} was not saved", hollow(changes))
     written = peft_format.write(model, changes)
     on_disk = changes if dtype is None else narrow.as_saved(changes, dtype, written is not None)
     sizes = {site.name: size(site, delta) for site, delta in on_disk}
@@ -90,8 +91,8 @@ def load(
     Reads what `save` wrote, and PEFT's LoRA folders. trainable: whether it, and it alone, takes gradients. initial:
     PEFT's folder of the adapter before training, for its starts that the base does not determine (pissa_niter, corda,
     lora_ga). allow: words for what to let through, see ALLOW. Raises FormatError that lists everything at once: another
-    base, missing, unused or misshapen tensors, a changed file, a change that is zero or not finite, a failed probe; the
-    model is then as it was.
+    base, missing, unused or misshapen tensors, a changed file, a change that is zero or not finite, a failed probe, no
+    effect on the outputs; the model is then as it was.
     """
     attach.refuse_compiled(model)
     folder, allowed = Path(folder), check_allowed(allow)
@@ -106,13 +107,14 @@ def load(
         problems += resized(sizes, record["sites"])
     used = refuse(f"{folder} was not loaded", problems, allowed)
     attach.hang(model, name, changes)
-    if record and record["probe"] and not other:
-        used |= _prove(model, name, record["probe"], allowed, folder)
+    if record is None or (record["probe"] and not other):
+        used |= _prove(model, name, record and record["probe"], allowed, folder)
     for _, delta in changes:
         delta.requires_grad_(False)
         vars(delta)["let_through"] = sorted(used)
     if trainable:
         attach.train_only(model, name)
+        attach.watch(model)
     return model
 
 
@@ -135,8 +137,11 @@ def _open(folder: Path) -> Opened:
         raise FormatError(f"{folder} is no adapter: it has neither {manifest.NAME} nor {peft_format.CONFIG}{hint}")
     native = record is not None and record["layout"] == manifest.NATIVE
     path = folder / (native_format.TENSORS if native else peft_format.TENSORS)
-    files.refuse_pickle(folder, path.name)
     config = None if native else files.read_json(folder / peft_format.CONFIG)
+    if config is None or "peft_type" in config:  # other programs' tensors have another name
+        files.refuse_pickle(folder, path.name)
+    else:
+        _refuse_settings(config)
     problems = []
     if record and files.sha256(path) != record["tensors"]["sha256"]:
         text = f"{path.name} is not the file that {manifest.NAME} was written with: it was changed, or a save was cut off"
@@ -147,12 +152,17 @@ def _open(folder: Path) -> Opened:
 def _initial(found: Opened, initial: str | Path | None) -> dict[str, Tensor] | None:
     """The tensors of the folder saved before training, if any. Raises FormatError for settings that cannot be read."""
     if found.config is not None:
-        wrong = [Problem("fit", text) for text in peft_read.settings_problems(found.config, initial is not None)]
-        refuse("the adapter cannot be read", [*wrong, *found.problems] if wrong else [])
+        _refuse_settings(found.config, found.problems, has_initial=initial is not None)
     if initial is None:
         return None
     files.refuse_pickle(Path(initial), peft_format.TENSORS)
     return files.read_tensors(Path(initial) / peft_format.TENSORS)
+
+
+def _refuse_settings(config: Config, others: Iterable[Problem] = (), *, has_initial: bool = False) -> None:
+    """Raises FormatError for settings that cannot be read, and then for the other problems too."""
+    wrong = [Problem("fit", text) for text in peft_read.settings_problems(config, has_initial)]
+    refuse("the adapter cannot be read", [*wrong, *others] if wrong else [])
 
 
 def _read(model: nn.Module, found: Opened, initial: dict[str, Tensor] | None) -> tuple[Changes, list[Problem]]:
@@ -176,9 +186,11 @@ def _let_through(delta: nn.Module) -> list[str]:
     return list(vars(delta).get("let_through", []))
 
 
-def _prove(model: nn.Module, name: str, kept: dict[str, Any], allowed: set[str], folder: Path) -> set[str]:
+def _prove(model: nn.Module, name: str, kept: dict[str, Any] | None, allowed: set[str], folder: Path) -> set[str]:
+    """The outputs are those that were kept with the adapter; where another program kept none, at least not the base's."""
     try:
-        return refuse(f"{folder} was not loaded", [Problem("probe", text) for text in golden.check(model, name, kept)], allowed)
+        problems = [Problem("probe", text) for text in golden.check(model, name, kept)] if kept else golden.idle(model, name)
+        return refuse(f"{folder} was not loaded", problems, allowed)
     except BaseException:
         attach.detach(model, name)
         raise

@@ -40,20 +40,19 @@ class Measured(NamedTuple):
         return estimate._replace(activations=self.activations, peak=estimate.weights + estimate.adapter + self.live)
 
 
-def measure(ready: Ready, order: Order, pace: Pace) -> Measured:
+def measure(ready: Ready, order: Order, pace: Pace, *, held: int | None) -> Measured:
     """Trains for a few steps, spread over the run as their batches may differ; the model is not what it was afterwards.
 
-    Raises what training raises.
+    held: bytes of the loaded model, as `resident.forget_peak` told them. Raises what training raises.
     """
     device = next(ready.model.parameters()).device
-    before = resident.forget_peak(device)
     learner = learner_of(ready, order, Voice(False))
     evaluation = _evaluate(learner, ready, order)
     spread = [i * order.steps // (WARM + STEPS) for i in range(WARM + STEPS)]
     times = [_timed(learner, order, pace, step) for step in spread]
     walls, processors = zip(*times[WARM:], strict=True)
     most = resident.peak(device)
-    growth = None if before is None or most is None else most - before
+    growth = None if held is None or most is None else most - held
     live, saved = _counted(learner, order)
     return Measured(statistics.median(walls), statistics.median(processors), evaluation, growth, live, saved)
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from veneer.adapt.files import making, write_json
-from veneer.adapt.merge import Verdict
+from veneer.adapt.merge import Verdict, refusal
 from veneer.adapt.merge import merge as merge_into
 from veneer.app import adapted
-from veneer.errors import ConfigError, suggest
+from veneer.errors import ConfigError, NotMergeable, suggest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,7 +46,9 @@ def merge(
         raise ConfigError(f"out {folder} exists; choose another folder or remove it")
     opened, wanted = adapted.open_all(adapter, model=model, dtype=DTYPES[dtype], allow=allow)
     strengths = adapted.summed(wanted)
-    verdict = merge_into(opened.model, strengths, limit=limit, force=force)
+    verdict = merge_into(opened.model, strengths, limit=limit, force=True)  # this copy is thrown away, and need not be undone
+    if verdict.lost and not force:
+        raise NotMergeable(refusal(verdict))
     _save(opened, folder, {"merged": [str(a) for a in adapter], "base": opened.base, **verdict.as_dict()})
     return verdict
 

@@ -124,12 +124,13 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
     _check_weights(run, device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         ready = prepare(run, device, voice, only_shapes=True)
+        held = resident.forget_peak(device)
         order, pace = training.lay_out(ready.run, ready.texts["train"].windows)
         shape = _shape(ready.run, ready.texts["train"].windows, order)
         own, full = _simulated(ready, shape)
         room = resident.available(device)
         problem = _problem(ready.run, own.memory.growth, room, device)
-        measured = measure(ready, order, pace) if probe and problem is None else None
+        measured = measure(ready, order, pace, held=held) if probe and problem is None else None
         trials = halving(ready, shape, own.memory)  # afterwards: what it leaves free in the process is no growth of the probe's
     if measured:
         own = own._replace(memory=measured.corrected(own.memory))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.adapt import attach, manifest, peft_format, probe, store
+from veneer.adapt import attach, manifest, peft_format, peft_read, probe, store
 from veneer.adapt.checks import ALLOW
 from veneer.adapt.files import read_json
 from veneer.adapt.norms import size
@@ -117,11 +117,11 @@ def _refused(model: nn.Module, folder: Path, allow: set[str]) -> str | None:
 def _targets(model: nn.Module, folder: Path) -> Iterator[Check]:
     """Whether each entry of target_modules is a layer of the model: PEFT trains without those that are not, and says nothing."""
     path = folder / peft_format.CONFIG
-    targets = read_json(path).get("target_modules") if path.is_file() else None
+    config = read_json(path) if path.is_file() else {}
+    targets = config.get("target_modules")
     if not isinstance(targets, list):
         return
-    names = [n for n, _ in model.named_modules()]
-    idle = [e for e in targets if not any(n == e or n.endswith(f".{e}") for n in names)]
+    idle = peft_read.idle_targets(config, [n for n, _ in model.named_modules()])
     text = f"no layer is called {first_few(idle)}" if idle else f"each of {first_few(targets)} is a layer of the base"
     yield Check("targets", not idle, text)
 

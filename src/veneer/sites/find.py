@@ -63,7 +63,7 @@ def find(model: nn.Module, to: Target = "all-linear", exclude: Target = (), unti
     names = [n for n in wanted if not _excluded(n, exclude)]
     if not names:
         raise SiteError(f"no layer is left to adapt: to={to!r}, exclude={exclude!r}")
-    problems = [*_unknown(layers, names), *_read_directly(layers, names)]
+    problems = [*_unknown(layers, names), *_packed(layers, names), *_read_directly(layers, names)]
     if not untie:
         problems += _tied(layers, names)
     if problems:
@@ -137,6 +137,17 @@ def _unknown(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str
             inner = [f"{n}.{k}" for k, m in layers[n].named_modules() if k and kind_of(m)]
             hint = f"; name layers inside it, e.g. {first_few(inner, 3)}" if inner else ""
             yield f"{n!r} is a {type(layers[n]).__name__}, which holds no linear map known here{hint}"
+
+
+def _packed(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
+    """Subclasses of known layers whose weight is codes for W, such as those of 4 and 8 bits."""
+    for n in names:
+        weight = layers[n]._parameters.get("weight")
+        if kind_of(layers[n]) and weight is not None and not (weight.is_floating_point() and weight.element_size() > 1):
+            yield (
+                f"{n!r} is a {type(layers[n]).__name__} whose weight is packed ({weight.dtype}), which cannot be read or merged here;"
+                f" load the model in bfloat16 or float32"
+            )
 
 
 def _read_directly(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:

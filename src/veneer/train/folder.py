@@ -1,6 +1,6 @@
 """A run's folder: what it was started with, its metrics line by line, and the refusal to go on with something else.
 
-    config.json  metrics.jsonl  results.json  lock  adapter/  checkpoints/step-N/
+config.json  metrics.jsonl  results.json  lock  adapter/  checkpoints/step-N/
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ FREE = ("out", "resume", "allow", "keep", "save_every", "report", "track")
 
 def check_free(folder: Path, resume: bool) -> None:
     """Raises ConfigError if the folder holds a run, or anything else, and is not to be resumed."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out {folder} is a file; name a folder")
+    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise ConfigError(f"out {folder}{'' if there == folder else f': {there}'} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"out {folder} cannot be written: {there} may not be written by this user; choose another folder")
     if (folder / CONFIG).exists() and not resume:
         state = "finished" if (folder / RESULTS).exists() else "unfinished"
         raise ConfigError(f"out {folder} holds another run ({state}); go on with it by resume=True (--resume), or choose another folder")
@@ -61,7 +64,7 @@ def check_drift(folder: Path, now: Mapping[str, Any], allow: Collection[str]) ->
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """"lr: 0.001 -> 0.002" for every entry that differs; both as JSON has them."""
+    """ "lr: 0.001 -> 0.002" for every entry that differs; both as JSON has them."""
     old, new = (json.loads(json.dumps(d, default=list)) for d in (then, now))
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
 
