@@ -75,9 +75,10 @@ def _by_site(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, Own]:
     found: dict[Site, Own] = {}
     for name, weight in weights.items():
         for site, delta in changes(model, name):
-            if isinstance(site, LeafSite):
+            if not site.is_matrix:
                 raise NotMergeable(
-                    f"{name!r} changes the parameters of {site.name!r} in full; combine low-rank adapters, or merge it first"
+                    f"{name!r} changes {site.name!r} otherwise than by a matrix, which cannot be cut to a rank; combine low-rank adapters,"
+                    f" or merge it first"
                 )
             found.setdefault(site, []).append((name, delta, float(weight)))
     return found

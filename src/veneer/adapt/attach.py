@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +70,8 @@ def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
         deltas.called = True
     if not deltas.active:
         return y
+    if not isinstance(y, Tensor):
+        raise SiteError(f"{deltas.site.name!r} returns a {type(y).__name__}, not a tensor, which no change can be added to; leave it out")
     if not args:
         raise SiteError(f"{deltas.site.name!r} was called with keywords only; call it as layer(x), so that its change can see x")
     return act(deltas, args[0], y, writable=is_private(module, _apply))
@@ -124,7 +126,8 @@ def attach(
     refuse_compiled(model)
     kind = methods.get(method) if isinstance(method, str) else method
     methods.check_options(kind, options)
-    sites = kind.find(model, to, exclude, untie)
+    sites = kind.find(model, to, exclude, untie, options=options)
+    refuse_clash(sites)
     check_patterns(sites, {**(rank_pattern or {}), **(alpha_pattern or {})})
     per_site = [options_at(s.name, kind, options, rank_pattern, alpha_pattern) for s in sites]
     check_name(model, name)
@@ -144,6 +147,22 @@ def refuse_compiled(model: nn.Module) -> None:
     """Raises ConfigError for torch.compile's wrapper, under which every layer's name begins with `_orig_mod`."""
     if "_orig_mod" in model._modules:
         raise ConfigError("this is torch.compile's wrapper of a model; give the model itself (model._orig_mod) and compile it afterwards")
+
+
+def clashing(sites: Iterable[Site]) -> list[str]:
+    """Names of the sites whose modules another adapter changes as a site of another kind."""
+    there = [(site, deltas_of(site.module)) for site in sites]
+    return [s.name for s, d in there if d is not None and type(d.site) is not type(s)]
+
+
+CLASH = "another adapter changes {names} in another way (as a matrix, or whole); detach that one first"
+
+
+def refuse_clash(sites: Iterable[Site]) -> None:
+    """Raises SiteError for such sites: a module has one kind of change at a time."""
+    names = clashing(sites)
+    if names:
+        raise SiteError(CLASH.format(names=first_few(names)))
 
 
 def check_name(model: nn.Module, name: str) -> None:

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from veneer.adapt.attach import deltas_of
+from veneer.adapt.attach import CLASH, clashing
 from veneer.adapt.norms import Size, finite
 from veneer.adapt.peft_format import Changes
 from veneer.errors import ConfigError, FormatError, first_few, suggest
 from veneer.methods.full import Full
-from veneer.sites import LeafSite
 
 # What can be let through, by name. Whatever is let through is written into veneer.json.
 ALLOW = {
@@ -81,10 +80,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[Problem]:
 
 def clash(changes: Changes) -> list[Problem]:
     """Layers that another adapter changes as a matrix and this one as a whole, or the other way round."""
-    there = [(site, deltas_of(site.module)) for site, _ in changes]
-    wrong = [s.name for s, d in there if d is not None and isinstance(d.site, LeafSite) != isinstance(s, LeafSite)]
-    text = f"another adapter changes {first_few(wrong)} in another way (as a matrix, or whole); detach that one first"
-    return [Problem("fit", text)] if wrong else []
+    wrong = clashing(site for site, _ in changes)
+    return [Problem("fit", CLASH.format(names=first_few(wrong)))] if wrong else []
 
 
 def resized(sizes: Mapping[str, Size], sites: Mapping[str, Any]) -> list[Problem]:

@@ -149,7 +149,7 @@ def foresee(model: nn.Module, wanted: Mapping[str, float], limit: float = 0.5, *
 @torch.no_grad()
 def _write(model: nn.Module, wanted: Mapping[str, float]) -> None:
     for site, own in _layer_changes(model, wanted):
-        if site.kind != "leaf":
+        if site.is_matrix:
             _untie(model, site)
         site.set_weight((precise(site.weight()) + total_change(site, own)).to(site.weight().dtype))
 

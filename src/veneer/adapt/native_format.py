@@ -12,7 +12,7 @@ from veneer.adapt.checks import Problem
 from veneer.adapt.manifest import method_of, site_options
 from veneer.adapt.peft_format import Changes
 from veneer.errors import VeneerError, first_few
-from veneer.sites import LeafSite, Site, site_for
+from veneer.sites import site_of_kind
 
 TENSORS = "delta.safetensors"
 
@@ -38,7 +38,7 @@ def read(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Te
             used |= {f"{lead}{k}" for k in own}
             continue
         try:
-            site = _site(name, layers[name], entry["kind"])
+            site = site_of_kind(entry["kind"], name, layers[name])
             kind = methods.get(entry["method"])
             start = methods.unseen(site) if methods.takes_stats(kind) else None  # the true one is among the tensors
             delta = methods.build(kind, site, site_options(manifest, name), start)
@@ -57,10 +57,6 @@ def read(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Te
     if unused:
         problems.append(Problem("unused", f"{len(unused)} tensors belong to no layer: {first_few(unused)}"))
     return changes, problems
-
-
-def _site(name: str, module: nn.Module, kind: str) -> Site:
-    return LeafSite(name, module) if kind == LeafSite.kind else site_for(name, module)
 
 
 def _misfits(name: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt.attach import changes
+from veneer.errors import NotMergeable
 from veneer.methods import Delta
 from veneer.ops.linalg import effective_rank, precise, product_spectrum
 from veneer.sites import LeafSite, Site
@@ -49,10 +51,13 @@ def _matrices(site: Site, delta: Delta) -> Iterator[tuple[str, Tensor, Tensor, i
             if D.ndim >= 2:
                 yield f"{site.name}.{n}", own[n].flatten(1), torch.linalg.svdvals(precise(D).flatten(1)), min(D.flatten(1).shape)
         return
+    if not site.is_matrix:
+        return
     f = delta.factors(site)
     if f is not None and f.is_product:
         yield site.name, site.weight(), product_spectrum(f.B, f.A), f.A.shape[0]
-    else:
+        return
+    with suppress(NotMergeable):  # a change that is none of weights
         D = precise(delta.delta(site))
         yield site.name, site.weight(), torch.linalg.svdvals(D), min(D.shape)
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -76,8 +77,10 @@ class Delta(nn.Module, ABC):
     options: dict[str, Any]
 
     @classmethod
-    def find(cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False) -> list[Site]:
-        """The places of the model that this method changes: those of `to`, or the method's own choice if that is None."""
+    def find(
+        cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False, *, options: Mapping[str, Any] | None = None
+    ) -> list[Site]:
+        """The places of the model that this method, with these options, changes: those of `to`, or its own choice if that is None."""
         return find(model, "all-linear" if to is None else to, exclude, untie)
 
     def factors(self, site: Site) -> Factors | None:
@@ -156,6 +159,11 @@ def options_of(method: type[Delta]) -> dict[str, inspect.Parameter]:
     """The method's options with their types and defaults."""
     parameters = list(inspect.signature(method.__init__, eval_str=True).parameters.values())
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def option(method: type[Delta], name: str, options: Mapping[str, Any] | None) -> Any:
+    """The value of an option of the method: what is given, or its default."""
+    return {**{n: p.default for n, p in options_of(method).items()}, **(options or {})}[name]
 
 
 def check_options(method: type[Delta], options: dict[str, Any]) -> None:

@@ -15,21 +15,18 @@ several are active; here they add as changes of W.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import NotMergeable, SiteError
+from veneer.errors import NotMergeable
 from veneer.methods.base import Delta, Factors, PeftForm, build, master_dtype
 from veneer.methods.lora import check_peft_tensors
 from veneer.sites import Site, find
 from veneer.sites.find import Target
-
-# Names of the layers that make keys and values, and of the one that reads the feed-forward's hidden numbers.
-KEYS_AND_VALUES = ("k_proj", "v_proj", "key_proj", "value_proj", "self.key", "self.value", "Attention.k", "Attention.v")
-FEEDFORWARD = ("down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h", "DenseReluDense.wo", "output.dense")
-NOT_FEEDFORWARD = ("attention.output.dense",)
+from veneer.sites.names import FEEDFORWARD_END, called
 
 
 class IA3(Delta):
@@ -37,7 +34,7 @@ class IA3(Delta):
 
     peft_settings = {"feedforward_modules": None, "fan_in_fan_out": False, "init_ia3_weights": True}
 
-    def __init__(self, site: Site, *, feedforward: str | tuple[str, ...] = FEEDFORWARD) -> None:
+    def __init__(self, site: Site, *, feedforward: str | tuple[str, ...] = FEEDFORWARD_END) -> None:
         """
         feedforward: which layers have a gain of inputs and not of outputs: a regular expression, or endings of names
         """
@@ -47,16 +44,13 @@ class IA3(Delta):
         self.l = nn.Parameter(torch.ones(size, dtype=master_dtype(site), device=site.weight().device))
 
     @classmethod
-    def find(cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False) -> list[Site]:
-        """Those of `to`, or every layer that is known to make keys, values, or to end a feed-forward block."""
-        if to is not None:
-            return find(model, to, exclude, untie)
-        names = [n for n, _ in model.named_modules() if ".deltas" not in f".{n}" and not n.endswith(NOT_FEEDFORWARD)]
-        keys, last = ([n for n in names if n.endswith(known)] for known in (KEYS_AND_VALUES, FEEDFORWARD))
-        if not keys or not last:
-            what = " and ".join(w for w, found in (("keys and values", keys), ("the end of the feed-forward block", last)) if not found)
-            raise SiteError(f"the layers of {what} are not known in a {type(model).__name__}; name all of them with to= and feedforward=")
-        return find(model, [*keys, *last], exclude, untie)
+    def find(
+        cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False, *, options: Mapping[str, Any] | None = None
+    ) -> list[Site]:
+        """Those of `to`, or every layer that is known to make keys or values, or to end a feed-forward block."""
+        known = ("keys and values", "the end of the feed-forward block")
+        chosen = called(model, *known, hint="name all of them with to= and feedforward=") if to is None else to
+        return find(model, chosen, exclude, untie)
 
     def _scales_bias(self, site: Site) -> bool:
         return not self.reads and site.shift() is not None

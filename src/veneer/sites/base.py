@@ -19,6 +19,7 @@ class Site(ABC):
     kind: ClassVar[str]
     module: Any  # the layer, whose attributes depend on its class
     spatial: int = 0
+    is_matrix: ClassVar[bool] = True  # whether W is a linear map of the layer's input, which other matrices can take the place of
     factored: bool = True  # whether apply() takes a matrix with any number of rows
 
     def __init__(self, name: str, module: nn.Module) -> None:

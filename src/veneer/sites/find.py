@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -60,7 +60,7 @@ def find(model: nn.Module, to: Target = "all-linear", exclude: Target = (), unti
     layers = {n: m for n, m in model.named_modules() if n and ".deltas" not in f".{n}"}
     wanted = _match(model, layers, to)
     _check_exclude(wanted, exclude)
-    names = [n for n in wanted if not _excluded(n, exclude)]
+    names = [n for n in wanted if not _meant(n, exclude)]
     if not names:
         raise SiteError(f"no layer is left to adapt: to={to!r}, exclude={exclude!r}")
     problems = [*_unknown(layers, names), *_packed(layers, names), *_read_directly(layers, names)]
@@ -69,6 +69,28 @@ def find(model: nn.Module, to: Target = "all-linear", exclude: Target = (), unti
     if problems:
         raise SiteError("\n".join(problems))
     return [site_for(n, layers[n]) for n in names]
+
+
+def named(model: nn.Module, to: Target | None, exclude: Target, fits: Callable[[nn.Module], bool]) -> list[str]:
+    """Names of the modules of any class that fit and that `to` names (all of them if None), in the model's order.
+
+    to, exclude: as in find, less "all-linear". Raises SiteError for an entry that names none of them.
+    """
+    modules = [n for n, m in model.named_modules() if n and ".deltas" not in f".{n}" and fits(m)]
+    entries = [] if to is None else [to] if isinstance(to, str) else list(to)
+    idle = [e for e in entries if not any(_chosen(n, to if isinstance(to, str) else [e]) for n in modules)]
+    if idle:
+        raise SiteError("\n".join(f"no module that could be changed is called {e!r}; there are e.g. {first_few(modules, 3)}" for e in idle))
+    names = [n for n in modules if to is None or _chosen(n, to)]
+    _check_exclude(names, exclude)
+    return [n for n in names if not _meant(n, exclude)]
+
+
+def _chosen(name: str, target: Target) -> bool:
+    try:
+        return _meant(name, target)
+    except re.error as e:
+        raise SiteError(f"to={target!r} is not a regular expression: {e}") from None
 
 
 def _match(model: nn.Module, layers: dict[str, nn.Module], to: Target) -> list[str]:
@@ -110,16 +132,17 @@ def _check_exclude(names: Sequence[str], exclude: Target) -> None:
         except re.error as e:
             raise SiteError(f"exclude={exclude!r} is not a regular expression: {e}") from None
     entries = [exclude] if isinstance(exclude, str) else list(exclude)
-    idle = [entry for entry in entries if not any(_excluded(n, exclude if isinstance(exclude, str) else [entry]) for n in names)]
+    idle = [entry for entry in entries if not any(_meant(n, exclude if isinstance(exclude, str) else [entry]) for n in names)]
     if idle:
         endings = {n.rsplit(".", 1)[-1] for n in names}
         raise SiteError("\n".join(f"exclude={entry!r} leaves out no layer{suggest(entry, endings)}" for entry in idle))
 
 
-def _excluded(name: str, exclude: Target) -> bool:
-    if isinstance(exclude, str):
-        return re.fullmatch(exclude, name) is not None
-    return any(_ends(name, entry) for entry in exclude)
+def _meant(name: str, target: Target) -> bool:
+    """Whether an expression or a list of names means this one."""
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    return any(_ends(name, entry) for entry in target)
 
 
 def output_head(model: nn.Module) -> set[str]:

@@ -13,6 +13,7 @@ class LeafSite(Site):
     """W is (n, 1): all parameters that `module` holds itself, in their order."""
 
     kind = "leaf"
+    is_matrix = False
     factored = False
 
     def __init__(self, name: str, module: nn.Module) -> None:
