@@ -40,7 +40,7 @@ def unseen(model: nn.Module, run: Run) -> dict[str, Stats]:
 
 
 def _sites(model: nn.Module, run: Run) -> list[Site]:
-    return methods.get(run.method).find(model, run.to, run.exclude, run.untie)
+    return methods.get(run.method).find(model, run.to, run.exclude, run.untie, options=run.options)
 
 
 def look(model: nn.Module, run: Run, windows: Sequence[Window], pad: int, voice: Voice) -> dict[str, Stats]:
