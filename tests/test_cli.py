@@ -20,7 +20,7 @@ from veneer.adapt.merge import Kept, Verdict
 from veneer.app.inspect import Inspection
 from veneer.cli import flags
 from veneer.cli.commands import VERBS, app
-from veneer.cli.frame import main
+from veneer.cli.frame import explain, main
 from veneer.train.errors import Interrupted
 from veneer.train.result import Change, Result
 from veneer.train.run import Run
@@ -176,6 +176,21 @@ def test_foreseen_errors_are_their_message_and_their_exit_code(monkeypatch, caps
     failing(monkeypatch, error)
     assert main(["fit", "--data", "a.txt"]) == code
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("to go on all the same: allow=('base', 'zero')", "to go on all the same: --allow base --allow zero"),
+        ("loading it needs allow='zero'", "loading it needs --allow zero"),
+        ("begin anew, or allow 'config', 'data'", "begin anew, or --allow config --allow data"),
+        ("use packing=False, or pass force=True", "use --no-packing, or pass --force"),
+        ("go on with it by resume=True (--resume)", "go on with it by resume=True (--resume)"),
+        ("use_qalora=True: not read", "use_qalora=True: not read"),  # a setting of a file
+    ],
+)
+def test_advice_to_pythons_callers_is_given_in_flags(said, shown):
+    assert explain(errors.ConfigError(said)) == (shown, 2)
 
 
 def test_other_errors_are_two_lines_unless_debug_is_on(monkeypatch, capsys):

@@ -71,6 +71,13 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         "betas: [0.9] has 1 values, not 2",
         "keep: True is not a whole number",
     ]
+    both = refused(batchs=2, options={"rnak": 3, "alpha": "much"}, optimiser="loraplus", optimiser_options={"ration": 2})
+    assert both == [
+        "unknown setting 'batchs'; did you mean 'batch'?",
+        "method 'lora' has no option 'rnak'; did you mean 'rank'?",
+        "method 'lora': alpha: 'much' is not a number",
+        "optimiser 'loraplus' has no option 'ration'; did you mean 'ratio'?",
+    ]
     with pytest.raises(ConfigError, match="setting 'data' is missing: texts to learn from"):
         Run.from_dict({})
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -49,10 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
+# Advice to Python's callers that has a flag: allow=('a', 'b'), allow 'a', force=True, packing=False.
+ALLOW = re.compile(r"\ballow(?:=\(| |=)((?:'[^']+'(?:, )?)+)(?:,?\))?")
+SWITCH = re.compile(r"\b(force|resume|untie|packing)=(True|False)\b(?! \(--)")
+
+
+def in_flags(message: str) -> str:
+    """The message with its advice in flags: allow=('base', 'zero') is --allow base --allow zero, force=True is --force."""
+    message = ALLOW.sub(lambda m: " ".join(f"--allow {word}" for word in re.findall(r"'([^']+)'", m[1])), message)
+    return SWITCH.sub(lambda m: f"--{'' if m[2] == 'True' else 'no-'}{m[1]}", message)
+
+
 def explain(e: Exception) -> tuple[str, int]:
     """What an error says to the user, and the exit code."""
     if isinstance(e, VeneerError):
-        return str(e), e.exit_code
+        return in_flags(str(e)), e.exit_code
     if isinstance(e, TyperException):
         context = getattr(e, "ctx", None)
         return f"{e.format_message()}\nsee {context.command_path if context else 'veneer'} --help", e.exit_code

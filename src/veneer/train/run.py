@@ -102,11 +102,17 @@ class Run:
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
         """A run from settings by name. Raises one ConfigError for all that is unknown, missing or unsuitable."""
         method, optimiser = values.get("method", cls.method), values.get("optimiser", cls.optimiser)
-        inside = {
+        inside: dict[str, Any] = {
             "options": methods.options_of(methods.get(method)) if method in methods.available() else (),
             "optimiser_options": optim.options_of(optimiser) if optimiser in optim.available() else (),
         }
-        return settings.from_dict(cls, values, inside)
+        try:
+            return settings.from_dict(cls, values, inside)
+        except ConfigError as e:  # options are looked at once all else is well: what is wrong in them is said with it
+            owners = {"options": f"method {method!r}", "optimiser_options": f"optimiser {optimiser!r}"}
+            own = [(owner, values.get(key), inside[key]) for key, owner in owners.items()]
+            more = [s for owner, v, known in own if isinstance(v, Mapping) and known != () for s in _of_options(owner, v, known)]
+            raise ConfigError("\n".join(dict.fromkeys([*str(e).splitlines(), *more]))) from None
 
     @classmethod
     def from_yaml(cls, file: str | Path) -> Run:
