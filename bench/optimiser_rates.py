@@ -32,7 +32,7 @@ TARGET, STEPS = "prose", 60
 
 
 def measure(out: Path, label: str, options: dict[str, Any], rate: float) -> dict[str, float]:
-    """Bits per byte after one training, on validation text and on known text, and its processor seconds."""
+    """Bits per byte on validation text before and after one training, and on known text after it."""
     file = out / f"{label}-{rate:g}.json"
     if not file.exists():
         work = out / "work"

@@ -320,12 +320,28 @@ def test_the_first_two_steps_from_b_zero_are_bounded_by_the_rate(name):
     assert reached[2][0] < 3 * reached[0][0] and reached[2][1] < 3 * reached[0][1]
 
 
+def test_embeddings_have_a_rate_of_their_own():
+    parts = groups.of_adapter(veneer.attach(models.llama(), "dora", rank=2, to=["embed_tokens", "q_proj"]), "default")
+    for name in PAIRED:
+        optimiser = rule(name).build(optim.Trained(parts, embedding=0.25))
+        groups.set_rates(optimiser, 2e-3, 0.0)
+        rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+        assert {p.name: rates[id(p.parameter)] for p in parts} == {p.name: 5e-4 if "embed" in p.name else 2e-3 for p in parts}
+
+
 def test_lorapro_clips_by_the_norm_of_the_projected_gradient():
     made = learner("lorapro sgd", dtype=torch.float64)
     models.randomise(made.model)
-    norms = []
-    for p in made.parts:
-        p.parameter.grad = numbers(tuple(p.parameter.shape), seed=len(norms))[0]
-    for most in (math.inf, 0.5, math.inf):
-        norms.append(float(made.optimiser.clip([p.parameter for p in made.parts], most)))
-    assert norms[0] == norms[1] > 0.5 and norms[2] == pytest.approx(0.5, rel=1e-4)
+    loss, n = causal_lm.loss(made.model.train(), made.batch(windows(2), torch.device("cpu")))
+    (loss / n).backward()
+    square = 0.0
+    for _, d in changes(made.model, "default"):
+        A, B, s = d.A.detach(), d.B.detach(), d.scaling
+        G = torch.linalg.pinv(s * B).T @ d.A.grad  # what the factors' gradients tell of the whole one
+        G = G + (d.B.grad / s - G @ A.T) @ torch.linalg.pinv(A).T
+        square += float(G.square().sum())
+    parameters = [p.parameter for p in made.parts]
+    made.optimiser.damping = 0.0
+    norms = [float(made.optimiser.clip(parameters, most)) for most in (math.inf, 0.1 * math.sqrt(square), math.inf)]
+    assert norms == pytest.approx([math.sqrt(square), math.sqrt(square), 0.1 * math.sqrt(square)], rel=1e-4)
+    assert made.step([windows(2)], 0.0).norm == pytest.approx(math.sqrt(square), rel=1e-9)

@@ -1,13 +1,14 @@
 """Balanced LoRA+: AdamW's directions, as long as each moves the product B A equally far.  New here; compare https://arxiv.org/abs/2402.12354
 
-With Adam's directions u_A, u_B, a = ||B u_A||, b = ||u_B A|| (Frobenius, from (r, r) Gram matrices) and
-t = sqrt(out in) / (2 s):  A <- A - lr t u_A / (a + floor b),  B <- B - lr t u_B / (b + floor a).  So lr is how far a weight of W
-moves in the root mean square, and LoRA+'s ratio of rates follows ||B|| / ||A|| through the training: below 1 while B is small.
+With Adam's directions u_A, u_B, a = ||B u_A||, b = ||u_B A|| (Frobenius, from (r, r) Gram matrices) and t = sqrt(out in) / (2 s):
+A <- A - lr t u_A / (a + floor b),  B <- B - lr t u_B / (b + floor a).  So lr is about how far a weight of W moves, and the ratio of
+LoRA+ follows ||B|| / ||A|| through the training: below 1 while B is small.
 
-State: AdamW's. Cost a step: four products of r^2 (m + n) a layer.
-When: to have LoRA+'s idea without choosing its ratio.
-Known against it: a rule of this project, tried on toys and on the built-in model alone; it depends on how B A is split into
-factors, as Adam's directions do.
+State: AdamW's.
+Cost: four products of r^2 (out + in) a layer and step.
+Use: to have LoRA+'s idea without choosing a ratio. The rate is of the size of full fine-tuning's.
+Against: a rule of this project, tried on toys and on the built-in model alone; it depends on how B A is split into factors, as
+Adam's directions do.
 """
 
 from __future__ import annotations
