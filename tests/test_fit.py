@@ -464,7 +464,8 @@ def test_conversations_without_valid_text_are_learned_and_a_part_is_set_aside(gi
     assert "no valid text is given: 3 of 30 rows are set aside to choose the best step by" in notes
     assert result.forgotten is None and result.learned.after < result.learned.before
     config = json.loads((result.folder / "config.json").read_text())
-    assert config["data"]["train"]["learned_bytes"] == 27 * len("the moon")
+    assert config["data"]["train"]["learned_bytes"] == 27 * len("the moon") and config["data"]["train"]["conversations"] == 27
+    assert (result.adapter / "tokenizer.json").is_file()  # for whoever opens the adapter alone
 
 
 def test_unpacked_windows_hold_one_row_each(given, tmp_path):

@@ -120,6 +120,8 @@ def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float]
         full.as_change(model, original.state_dict(), NAME)
     try:
         _save(model, out, voice)
+        if "conversations" in ready.texts["train"].facts:  # they were learned in this template, and are to be asked in it
+            pretrained.tokenizer(run.model).save_pretrained(out / folder.ADAPTER)
     except (OSError, SafetensorError) as e:
         where = out / folder.ADAPTER
         raise NotSaved(f"the adapter could not be written to {where}: {e}; the checkpoints are kept: resume=True tries again") from e

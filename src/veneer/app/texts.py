@@ -130,4 +130,6 @@ def _facts(rows: Sequence[Row], windows: Sequence[Window], every: Sequence[Segme
     for s in every:
         digest.update(s.inputs.numpy().tobytes() + s.labels.numpy().tobytes())
     counts = {"tokens": n_tokens(windows), "learned_tokens": n_labels(windows), "learned_bytes": n_bytes(windows)}
-    return {"rows": len(rows), "windows": len(windows), **counts, "sha256": digest.hexdigest()}
+    talks = sum(row.kind == "messages" for row in rows)
+    own = {"conversations": talks} if talks else {}
+    return {"rows": len(rows), **own, "windows": len(windows), **counts, "sha256": digest.hexdigest()}
