@@ -13,7 +13,7 @@ from veneer.app.learner import learner as learner_of
 from veneer.app.ready import Ready
 from veneer.data.order import Order
 from veneer.train.compiling import eagerly
-from veneer.train.evaluate import bits_per_byte
+from veneer.train.evaluate import bits_per_byte, sample
 from veneer.train.loop import Pace
 from veneer.train.progress import Voice
 from veneer.train.step import Learner
@@ -65,13 +65,13 @@ def _timed(learner: Learner, order: Order, pace: Pace, step: int) -> tuple[float
 
 
 def _evaluate(learner: Learner, ready: Ready, order: Order) -> float:
-    """Seconds of one batch of evaluation, which a training begins with too; the second time, once all is loaded."""
-    windows = next(t.windows for part, t in ready.texts.items() if part == "valid")[: order.batch]
+    """Seconds of one batch of evaluation, which a training begins with too: the last of two of each text, once all is loaded."""
     seconds = 0.0
-    for _ in range(2):
-        started = time.monotonic()
-        bits_per_byte(learner.model, windows, learner.objective, batch=order.batch)
-        seconds = time.monotonic() - started
+    for windows in (sample(t.windows, 2 * order.batch) for part, t in ready.texts.items() if part != "train"):
+        for batch in (windows[: order.batch], windows[-order.batch :]):
+            started = time.monotonic()
+            bits_per_byte(learner.model, batch, learner.objective, batch=order.batch)
+            seconds = time.monotonic() - started
     return seconds
 
 
