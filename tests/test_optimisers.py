@@ -71,7 +71,7 @@ def trained(made: Learner) -> list[Tensor]:
 
 
 def test_every_optimiser_is_tested_here():
-    assert {r.name for r in RULES.values()} == set(optim.available())
+    assert {r.name for r in RULES.values()} == set(optim.available()) - {"galore"}  # steps weights, not factors: test_scratch.py
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------

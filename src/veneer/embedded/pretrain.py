@@ -3,8 +3,8 @@
     python -m veneer.embedded.pretrain --out runs/pretrain --minutes 90
 
 A Llama of 4.26 M parameters, byte-level BPE of 4096. Resumable: run the same command again. Needs no download.
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices, AdamW for embeddings and
-norms; warm-up, constant rate, linear decay. A checkpoint is safetensors and JSON, written under a temporary name.
+Muon for the matrices (or AdamW, GaLore or ReLoRA, see via.py), AdamW for embeddings and norms; warm-up, constant rate,
+linear decay. A checkpoint is safetensors and JSON, written under a temporary name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.embedded import texts
+from veneer.embedded import texts, via
 from veneer.embedded.build import build_model, export, load_checkpoint, save_checkpoint, train_tokenizer
 
 
@@ -41,6 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
     p.add_argument("--threads", type=int, default=0, help="0: as many as the machine has")
+    via.add_arguments(p)
     p.add_argument("--compile", action="store_true", help="compile the model (needs a C++ compiler)")
     return p
 
@@ -94,18 +95,6 @@ def bits_per_byte(model: nn.Module, stream: Tensor, n_bytes: int, length: int, w
     return nats / tokens / math.log(2) * (len(stream) - 1) / n_bytes
 
 
-def build_optimisers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest; the base rates are kept in `initial_lr`."""
-    inside = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
-    outside = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in n]
-    muon = torch.optim.Muon(inside, lr=args.muon_lr, weight_decay=0.05, adjust_lr_fn="original")
-    adam = torch.optim.AdamW(outside, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    for optimiser in (muon, adam):
-        for group in optimiser.param_groups:
-            group["initial_lr"] = group["lr"]
-    return [muon, adam]
-
-
 def rate(progress: float, decay: float) -> float:
     """Share of the base rate: 1 % warm-up, constant, then linear to zero over the last `decay` of the time."""
     return max(0.0, min(1.0, progress / 0.01 + 0.01, (1 - progress) / decay))
@@ -121,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     streams = [token_stream(tokenizer, plain), token_stream(tokenizer, [d for d in library if texts.is_test(d.title)])]
     held, n_bytes = token_stream(tokenizer, known), texts.describe(known)["bytes"]
     model = build_model(tokenizer, args.seed)
-    optimisers = build_optimisers(model, args)
+    way = via.WAYS[args.via](model, args)
+    optimisers = way.optimisers
     meta = load_checkpoint(args.out, model, optimisers)
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters; tokens: library {len(streams[0]):,}, tests {len(streams[1]):,}",
@@ -147,8 +137,9 @@ def main(argv: list[str] | None = None) -> int:
                 save_checkpoint(args.out, model, optimisers, meta)
         if finished:
             break
+        share = way.before(meta["step"])
         for group in (g for o in optimisers for g in o.param_groups):
-            group["lr"] = group["initial_lr"] * rate(progress, args.decay)
+            group["lr"] = group["initial_lr"] * share * rate(progress, args.decay)
         loss = loss_function(model, draws.batch(meta["step"]))
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -162,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
             "tokens": meta["tokens"] + args.batch * args.length,
             "seconds": meta["seconds"] + time.monotonic() - started,
         }
+    way.finish()
     recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
     data = {"library": texts.describe(plain), "tests": texts.describe([d for d in library if texts.is_test(d.title)])}
     export(
