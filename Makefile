@@ -13,12 +13,13 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH
 
-.PHONY: help demo test lint bench bench-check clean
+.PHONY: help demo test lint docs bench bench-check clean
 
 help:
 	@echo "make demo    adapt the built-in model in three ways and see what was learned and forgotten"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    build the documentation into site/ and check its links"
 	@echo "make bench   run every script in bench/; make bench-check compares with the figures in bench/results"
 	@echo "make clean   remove .venv and what tests and builds left behind (not runs/)"
 
@@ -37,6 +38,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs site
+	$(BIN)/python tools/links.py site
+
 bench: $(STAMP)
 	@set -e; for script in bench/[a-z]*.py; do case $$script in bench/check.py) continue;; esac; echo "== $$script"; $(BIN)/python "$$script"; done
 
@@ -44,5 +49,5 @@ bench-check: $(STAMP)
 	$(BIN)/python bench/check.py
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv build dist site docs/generated src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find src tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-EXTRAS = "all,test,dev"
+EXTRAS = "all,test,dev,docs"
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,0 +1,209 @@
+"""The documentation: commands print what the pages show, generated pages have all there is, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from veneer import methods, optim
+from veneer.cli.commands import VERBS, command
+from veneer.cli.frame import main
+from veneer.methods import inits
+from veneer.train import settings
+from veneer.train.run import Run
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+QUICKSTART = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+WRITTEN = sorted(p for p in DOCS.rglob("*.md") if "generated" not in p.parts)
+# Flags of other programs that the pages name.
+FOREIGN = set("--logdir --append --backend-store-uri --project --debug --enable-lora --max-lora-rank".split())
+
+
+@pytest.fixture(scope="module")
+def tools():
+    """The scripts that make the pages and check the links, as modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        import links
+        import pages
+        import pages.markdown
+
+        yield {"links": links, "pages": pages, "markdown": pages.markdown}
+        for name in [n for n in sys.modules if n == "links" or n.split(".")[0] == "pages"]:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def written(tools, tmp_path_factory) -> dict[str, str]:
+    """The generated pages by name."""
+    folder = tmp_path_factory.mktemp("generated")
+    tools["pages"].write(folder, DOCS / "notes")
+    return {p.name: p.read_text(encoding="utf-8") for p in folder.iterdir()}
+
+
+# -- the quickstart --------------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """The commands of a page with the lines that it shows below each."""
+    found: list[tuple[str, list[str]]] = []
+    for block in re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                found.append((line[2:], []))
+            else:
+                found[-1][1].append(line)
+    return found
+
+
+def skeleton(line: str) -> str:
+    """The line without its numbers and the width of its columns."""
+    return " ".join(re.sub(r"[-+]?\d[\d,.]*", "#", line).split())
+
+
+def missing(shown: list[str], printed: str) -> str | None:
+    """The first line shown that does not follow in what was printed; "..." stands for any text, within a line or between lines."""
+    rest = [skeleton(line) for line in printed.splitlines()]
+    for line in shown:
+        parts = [re.escape(skeleton(part)) for part in line.split("...")]
+        if line.strip() in ("", "..."):
+            continue
+        at = next((i for i, other in enumerate(rest) if re.fullmatch(".*".join(parts), other)), None)
+        if at is None:
+            return line
+        rest = rest[at + 1 :]
+    return None
+
+
+def test_every_command_of_the_quickstart_prints_what_it_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, content in re.findall(r"in `(\S+)`:\n\n```json\n(.*?)```", QUICKSTART, re.DOTALL):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    every = commands(QUICKSTART)
+    assert [line.split()[1] for line, _ in every] == "data plan fit generate inspect verify merge convert".split()
+    for line, shown in every:
+        program, *words = shlex.split(line)
+        assert program == "veneer" and shown
+        capsys.readouterr()
+        code = main(words)
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        assert missing(shown, f"{err}\n{out}") is None, f"{line}\n{err}\n{out}"
+    for block in re.findall(r"^```python\n(.*?)^```", QUICKSTART, re.DOTALL | re.MULTILINE):
+        exec(block, {})
+    assert (tmp_path / "runs" / "prose" / "report.html").is_file() and (tmp_path / "runs" / "chats" / "results.json").is_file()
+
+
+def test_the_comparison_of_outputs_can_fail():
+    assert missing(["kept 4.2%; ...", "ends"], "begins\nkept 17%; of much\nends") is None
+    assert missing(["ends", "kept 4.2%"], "kept 1%\nends") == "kept 4.2%"
+    assert missing(["lost"], "kept") == "lost"
+
+
+# -- what is made from the code --------------------------------------------------------------------------------------
+
+
+def test_the_page_of_methods_has_every_file_and_option(written):
+    text = written["methods.md"]
+    for name in (*methods.available(), *inits.available(), *optim.available()):
+        assert f"\n### {name}\n" in text
+    for option in methods.options_of(methods.get("lora")):
+        assert f"`--{option.replace('_', '-')}`" in text
+    assert "Begin here." in text and "(https://arxiv.org/abs/2402.09353)" in text
+
+
+def test_a_new_method_is_there_as_soon_as_its_file_is(tools, tmp_path, monkeypatch):
+    code = '"""Nil: W\' = W * 1, for nothing.  Nobody 2026, https://example.org/nil\n\nUse: never.\n"""\n'
+    code += "from veneer.methods.base import Delta\n\n\nclass Nil(Delta):\n    def __init__(self, site, *, depth: int = 3) -> None:\n"
+    code += '        """\n        depth: how deep\n        """\n'
+    (tmp_path / "nil.py").write_text(code, encoding="utf-8")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    try:
+        tools["pages"].write(tmp_path / "pages", tmp_path)
+    finally:
+        sys.modules.pop("veneer.methods.nil", None)
+    text = (tmp_path / "pages" / "methods.md").read_text(encoding="utf-8")
+    section = text.split("### nil\n")[1].split("\n### ")[0]
+    assert "Nil: W' = W \\* 1, for nothing. Nobody 2026 ([paper](https://example.org/nil))." in section
+    assert "- **Use:** never." in section and "| `--depth` | how deep (default: 3) |" in section and "Veneer's own file" in section
+
+
+def test_the_page_of_commands_has_every_verb_and_flag(written):
+    for name in VERBS:
+        section = written["cli.md"].split(f"\n## veneer {name}\n")[1].split("\n## ")[0]
+        flags = [o for p in command(name).params if p.name not in ("help", "debug") and p.param_type_name == "option" for o in p.opts]
+        assert [o for o in flags if f"`{o}`" not in section] == []
+
+
+def test_the_page_of_python_has_every_name_and_setting(written):
+    import veneer
+
+    text = written["api.md"]
+    assert [n for n in veneer.__all__ if n != "Run" and f"### veneer.{n}\n" not in text and f".{n}\n" not in text] == []
+    assert [s for s in settings.table(Run) if f"| `{s}` |" not in text] == []
+
+
+def test_pages_that_did_not_change_are_not_written_again(tools, tmp_path):
+    tools["pages"].write(tmp_path, DOCS / "notes")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    tools["pages"].write(tmp_path, DOCS / "notes")
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+
+
+def test_docstrings_become_markdown_that_says_the_same(tools):
+    prose = tools["markdown"].prose
+    assert prose("a * b_c, `x*y` and https://a.org/b.") == "a \\* b\\_c, `x*y` and <https://a.org/b>."
+    assert prose("Rank r.\n\nrank: how\n  many\nto: where", ["rank", "to"]) == "Rank r.\n\n- `rank`: how many\n- `to`: where"
+    assert prose("It does:\n\n    a  b\n    c").endswith("```text\n    a  b\n    c\n```")
+    assert prose("Cost: 1\nUse: 2") == "- **Cost:** 1\n- **Use:** 2"
+
+
+def test_every_note_belongs_to_something():
+    known = {*methods.available(), *inits.available(), *optim.available()}
+    assert [p.stem for p in (DOCS / "notes").glob("*.md") if p.stem not in known] == []
+
+
+# -- what is written by hand -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda p: p.relative_to(DOCS).as_posix())
+def test_flags_and_settings_that_are_named_exist(page):
+    text = page.read_text(encoding="utf-8")
+    flags = {o for name in VERBS for p in command(name).params for o in (*p.opts, *p.secondary_opts)}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - flags - FOREIGN == set()
+    for word in re.findall(r"`veneer ([a-z-]+)", text):
+        assert word in VERBS, f"veneer {word}"
+
+
+def test_translation_tables_name_what_exists():
+    known = {*settings.table(Run), *methods.options_of(methods.get("lora")), *methods.available(), *VERBS}
+    for page in ("axolotl", "llama-factory"):
+        text = (DOCS / "from" / f"{page}.md").read_text(encoding="utf-8")
+        for row in re.findall(r"^\| `.*\| (.*) \|$", text, re.MULTILINE):
+            names = re.findall(r"`([a-z_]+)(?::[^`]*)?`", row)
+            assert [n for n in names if n not in known] == [], row
+
+
+def test_links_of_the_repository_lead_somewhere(tools):
+    files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + WRITTEN
+    assert [b for b in tools["links"].broken(files) if "generated/" not in b] == []  # those are checked in the built site
+
+
+def test_broken_links_are_found(tools, tmp_path, capsys):
+    links = tools["links"]
+    (tmp_path / "a.md").write_text("# One two\n[x](b.md) [y](#one-two) [z](#three) `[c](no.md)`\n", encoding="utf-8")
+    assert [b.split(": ", 1)[1] for b in links.broken([tmp_path / "a.md"])] == [
+        "b.md: there is no such file",
+        "#three: there is no such anchor",
+    ]
+    (tmp_path / "a.html").write_text('<p id="x"><a href="#x">1</a><a href="b.html#y">2</a><a href="https://a.org">3</a>', encoding="utf-8")
+    (tmp_path / "b.html").write_text("<p>", encoding="utf-8")
+    assert links.main(tmp_path) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith("b.html#y: there is no such anchor") and printed[1].startswith("2 pages, 1 broken links; 1 links")
+    assert links.external([tmp_path / "a.html"]) == ["https://a.org"]

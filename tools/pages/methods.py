@@ -1,0 +1,95 @@
+"""The page of methods, starts and optimisers: what their files say of themselves, and a hand-written note where there is one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pages.markdown import escaped, prose, table
+from veneer import methods, optim
+from veneer.cli.flags import shown_default
+from veneer.methods import Delta, inits
+from veneer.train.described import Described, helps_of, of_module, option_helps
+
+HEAD = """# Methods, starts and optimisers
+
+Every method is one file of `veneer.methods`, every start one of `veneer.methods.inits`, every optimiser one of `veneer.optim`; this
+page is made of what they say, so that a new file is here as soon as it is there. `veneer methods` prints the short form.
+`CONTRIBUTING.md` in the repository shows how one is added."""
+
+
+class Entry(NamedTuple):
+    """One file: about: its docstring; options: by name, with their helps; facts: sentences about it that the code knows."""
+
+    name: str
+    about: Described
+    options: Mapping[str, inspect.Parameter]
+    helps: Mapping[str, str]
+    facts: tuple[str, ...]
+    flag: Callable[[str], str]
+
+
+def page(notes: Path) -> str:
+    """The whole page. notes: folder of hand-written notes by name."""
+    kinds = {"Methods": _methods(), "Starts": _starts(), "Optimisers": _optimisers()}
+    parts = [HEAD]
+    for title, entries in kinds.items():
+        rows = [(f"[{e.name}](#{e.name})", escaped(e.about.summary), f"[paper]({e.about.paper})" if e.about.paper else "") for e in entries]
+        parts += [f"## {title}", table(("name", "what it is", ""), rows), *(_entry(e, notes) for e in entries)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _entry(e: Entry, notes: Path) -> str:
+    paper = f" ([paper]({e.about.paper}))" if e.about.paper else ""
+    parts = [f"### {e.name}", f"{escaped(e.about.summary)}{paper}.", prose(e.about.rest), *e.facts]
+    if e.options:
+        rows = [(f"`{e.flag(n)}`", escaped(e.helps.get(n, "")) + escaped(shown_default(p.default))) for n, p in e.options.items()]
+        parts.append(table(("option", "meaning"), rows))
+    note = notes / f"{e.name}.md"
+    if note.is_file():
+        parts.append(note.read_text(encoding="utf-8").strip())
+    return "\n\n".join(part for part in parts if part)
+
+
+def _methods() -> list[Entry]:
+    return [_method(name, methods.get(name)) for name in methods.available()]
+
+
+def _method(name: str, kind: type[Delta]) -> Entry:
+    plain = kind.to_peft is not Delta.to_peft
+    file = (
+        "PEFT's files, wherever PEFT can express the layer"
+        if plain
+        else "Veneer's own file, [`delta.safetensors`](../format.md#the-tensors)"
+    )
+    roles = ", ".join(f"`{p}`" for p in kind.roles) or "none that optimisers treat apart"
+    facts = (f'Use it: `veneer fit --method {name}`, `veneer.attach(model, "{name}")`. Saved in {file}. Roles: {roles}.',)
+    return Entry(name, of_module(kind), methods.options_of(kind), option_helps(kind), facts, _dashed)
+
+
+def _starts() -> list[Entry]:
+    return [_start(name, inits.get(name)) for name in inits.available()]
+
+
+def _start(name: str, module: Any) -> Entry:
+    known = inits.options_of(name)
+    needs = f" It needs the {module.NEEDS} that `veneer.calibrate` takes." if module.NEEDS else ""
+    facts = (f"Use it: `--init {name}`.{needs}",)
+    return Entry(name, of_module(module.start), known, helps_of(module.start, known), facts, lambda option: f"init_options: {option}")
+
+
+def _optimisers() -> list[Entry]:
+    return [_optimiser(name, optim.get(name)) for name in optim.available()]
+
+
+def _optimiser(name: str, kind: Any) -> Entry:
+    known = optim.options_of(name)
+    needs = f" It needs a method with {', '.join(sorted(kind.needs))}." if kind.needs else ""
+    facts = (f"Use it: `--optimiser {name}`.{needs}",)
+    return Entry(name, of_module(kind), known, helps_of(kind.__init__, known), facts, lambda option: f"--{name}-{option.replace('_', '-')}")
+
+
+def _dashed(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
