@@ -175,11 +175,14 @@ def check_name(model: nn.Module, name: str) -> None:
 
 def hang(model: nn.Module, name: str, changes: list[tuple[Site, Delta]]) -> None:
     """Adds ready-made changes as adapter `name`, acting at strength 1."""
+    for kind in {type(delta) for _, delta in changes}:
+        kind.open(model)
     for site, delta in changes:
         deltas = deltas_of(site.module)
         if deltas is None:
             deltas = site.module.deltas = Deltas(site)
-            site.module.register_forward_hook(_apply)
+            if site.acts_by_hook:
+                site.module.register_forward_hook(_apply)
         if _gains_input(site, delta) and _scale_input not in site.module._forward_pre_hooks.values():
             site.module.register_forward_pre_hook(_scale_input)
         deltas.add_module(name, delta.to(site.weight().device).train(site.module.training))
@@ -275,6 +278,7 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
     gone = names or tuple(adapters(model))
     for name in names:
         changes(model, name)
+    before = _kinds(model)
     for module, deltas in [(m, d) for m in model.modules() if (d := deltas_of(m))]:
         for name in [n for n in gone if n in deltas]:
             del deltas._modules[name]
@@ -283,13 +287,19 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
             del module.deltas
             _remove(module._forward_hooks, _apply)
             _remove(module._forward_pre_hooks, _scale_input)
+    for kind in before - _kinds(model):
+        kind.close(model)
     if not layers(model):
         _remove(model._forward_hooks, _check_called)
-        before = model.__dict__.pop(TRAINED_BEFORE, None)
-        for n, p in base_parameters(model).items() if before is not None else ():
-            p.requires_grad_(n in before)
+        trained = model.__dict__.pop(TRAINED_BEFORE, None)
+        for n, p in base_parameters(model).items() if trained is not None else ():
+            p.requires_grad_(n in trained)
         forget(model)
     return model
+
+
+def _kinds(model: nn.Module) -> set[type[Delta]]:
+    return {type(d[name]) for d in layers(model) for name in d.names()}
 
 
 def _remove(hooks: dict[int, Any], function: Any) -> None:

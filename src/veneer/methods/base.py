@@ -83,6 +83,14 @@ class Delta(nn.Module, ABC):
         """The places of the model that this method, with these options, changes: those of `to`, or its own choice if that is None."""
         return find(model, "all-linear" if to is None else to, exclude, untie)
 
+    @classmethod
+    def open(cls, model: nn.Module) -> None:
+        """What the model needs besides, before changes of this method hang on it; nothing for most."""
+
+    @classmethod
+    def close(cls, model: nn.Module) -> None:
+        """Undoes `open`, after the last change of this method came off."""
+
     def factors(self, site: Site) -> Factors | None:
         """The change in normal form, differentiable, or None where it has none."""
         return None

@@ -2,15 +2,16 @@
 
 from torch import nn
 
+from veneer.sites.attention import AttentionSite
 from veneer.sites.base import Site
 from veneer.sites.bias import BiasSite
 from veneer.sites.block import BlockSite
 from veneer.sites.find import find, site_for
 from veneer.sites.leaf import LeafSite
 
-__all__ = ["BiasSite", "BlockSite", "LeafSite", "Site", "find", "site_for", "site_of_kind"]
+__all__ = ["AttentionSite", "BiasSite", "BlockSite", "LeafSite", "Site", "find", "site_for", "site_of_kind"]
 
-OTHERS: dict[str, type[Site]] = {kind.kind: kind for kind in (LeafSite, BiasSite, BlockSite)}
+OTHERS: dict[str, type[Site]] = {kind.kind: kind for kind in (LeafSite, BiasSite, BlockSite, AttentionSite)}
 
 
 def site_of_kind(kind: str, name: str, module: nn.Module) -> Site:

@@ -20,6 +20,7 @@ class Site(ABC):
     module: Any  # the layer, whose attributes depend on its class
     spatial: int = 0
     is_matrix: ClassVar[bool] = True  # whether W is a linear map of the layer's input, which other matrices can take the place of
+    acts_by_hook: ClassVar[bool] = True  # whether a change is added to the layer's output by a hook on it
     factored: bool = True  # whether apply() takes a matrix with any number of rows
 
     def __init__(self, name: str, module: nn.Module) -> None:

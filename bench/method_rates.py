@@ -1,0 +1,79 @@
+"""A coarse choice of each method's learning rate on the built-in model, by validation text, and what it then learns.
+
+    python bench/method_rates.py --out runs/method_rates [method ..]
+
+Short trainings on English prose, one seed, four rates a factor of four apart: enough to tell rates that are wrong from those
+that are not, and no comparison of methods. Chosen is the rate with the least bits per byte on validation text. Resumable.
+Ends with one JSON line; --write puts it into bench/results/method_rates.json, from which a test checks the default rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from veneer.app import machine
+from veneer.app.fit import fit
+from veneer.train.run import Run
+
+STEPS, LENGTH, WINDOWS = 30, 128, 12
+# method -> its options, the layers it adapts if not its own choice, and the lowest of the four rates
+TRIED: dict[str, tuple[dict[str, Any], str | None, float]] = {
+    "lora": ({}, None, 1.25e-3),
+    "miss": ({"rank": 16}, None, 5e-4),
+    "bat": ({"rank": 16}, None, 5e-4),
+    "fourierft": ({}, None, 5e-2),
+    "loldu": ({"basis": "svd"}, None, 2e-3),
+    "loraxs": ({}, None, 1e-3),
+    "vera": ({}, None, 5e-3),
+    "ia3": ({}, None, 2e-3),
+    "bitfit": ({}, "all-linear", 1e-3),
+    "bottleneck": ({"rank": 16}, None, 5e-4),
+    "prefix": ({"length": 16}, None, 5e-3),
+}
+
+
+def measure(out: Path, method: str, rate: float) -> dict[str, float]:
+    """Bits per byte of validation text before and after one training."""
+    file = out / f"{method}-{rate:g}.json"
+    if not file.exists():
+        options, to, _ = TRIED[method]
+        work = out / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        settings = {"data": ["builtin:prose"], "known": ["none"], "steps": STEPS, "length": LENGTH, "eval_windows": WINDOWS}
+        settings |= {"eval_every": STEPS, "report": False, "out": str(work)}
+        found = fit(Run.from_dict({**settings, "method": method, "options": options, "to": to, "lr": rate}), progress=False)
+        after, before = found.metrics["after"], found.metrics["before"]
+        numbers = {"before": before["valid"], "after": after["valid"], "trained": found.metrics["trainable_parameters"]}
+        file.write_text(json.dumps(numbers))
+        shutil.rmtree(work)
+    known: dict[str, float] = json.loads(file.read_text())
+    return known
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", default=[*TRIED])
+    parser.add_argument("--out", type=Path, default=Path("runs/method_rates"))
+    parser.add_argument("--write", action="store_true", help="keep the outcome in bench/results")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows, figures = [], {}
+    for method in args.methods:
+        rates = [TRIED[method][2] * 4**i for i in range(4)]
+        tried = {rate: measure(args.out, method, rate) for rate in rates}
+        rows += [{"method": method, "rate": rate, **values} for rate, values in tried.items()]
+        best = min(tried, key=lambda rate: tried[rate]["after"])
+        figures[f"{method}_rate"], figures[f"{method}_bpb"] = best, tried[best]["after"]
+        print(method, {f"{rate:g}": round(v["after"], 4) for rate, v in tried.items()}, flush=True)
+    line = {"bench": "method_rates", "device": "cpu", "versions": machine.versions(), "figures": figures, "rows": rows}
+    if args.write:
+        (Path(__file__).parent / "results" / "method_rates.json").write_text(json.dumps(line, indent=1) + "\n")
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

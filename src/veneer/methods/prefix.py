@@ -1,0 +1,130 @@
+"""Prefix-tuning: every attention sees p more keys and values, which are trained.  Li & Liang 2021, https://arxiv.org/abs/2101.00190
+
+No token stands for them: positions of the text, caches and masks are as they were, so that generation works with and without
+a cache and with padding on the left. With rotary positions the trained keys are seen from everywhere as at the distance
+at which they were trained, turned as they are. The paper trains them through a network that is thrown away; here they
+are trained themselves, as one does for large models.
+
+Parameters: 2 p d a layer (d: kv_heads * head_dim).
+State: keys and values.
+Cost: p more positions in every attention; it cannot be merged. At strengths other than 1 and beside other prefixes each costs an
+attention of its own: changes add up as changes of the attention's output.
+Use: as the baseline that LoRA was compared with.
+Against: hard to train: it starts as noise that takes some of the attention away, not as the base; more than 32 positions a
+layer do worse in the LoRA paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError, NotMergeable, SiteError
+from veneer.methods.base import Delta, master_dtype
+from veneer.ops.draws import keyed
+from veneer.ops.linalg import check_at_most
+from veneer.sites import AttentionSite, Site
+from veneer.sites.attention import is_self_attention
+from veneer.sites.find import Target, named
+
+NAME, OWN = "veneer_prefix", "sdpa"  # our attention in transformers' registry, and what it calls
+
+
+class Prefix(Delta):
+    """K and V (kv_heads, p, head_dim) start as small noise."""
+
+    def __init__(self, site: Site, *, length: int = 16, start: float = 0.1, seed: int = 0) -> None:
+        """
+        length: p, the positions that are added to every attention
+        start: size of the noise that keys and values start as
+        seed: draws it, keyed by (seed, layer name)
+        """
+        super().__init__()
+        if not isinstance(site, AttentionSite):
+            raise SiteError(f"prefix adds to attentions; {site.name!r} was given as a matrix")
+        check_at_most(length, 1 << 16, "2^16", site.name)
+        draw, like = keyed(seed, site.name), site.weight()
+        K, V = (start * torch.randn(2, site.heads, length, site.head_dim, generator=draw)).to(like.device, master_dtype(site))
+        self.K, self.V = nn.Parameter(K.clone()), nn.Parameter(V.clone())
+
+    @classmethod
+    def find(
+        cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False, *, options: Mapping[str, Any] | None = None
+    ) -> list[Site]:
+        """Every self-attention, or those of `to`."""
+        names = named(model, None if to == "all-linear" else to, exclude, is_self_attention)
+        if not names:
+            raise SiteError(f"no self-attention is known in a {type(model).__name__}; prefix works on transformers' models")
+        _check_attention(model)
+        return [AttentionSite(n, model.get_submodule(n)) for n in names]
+
+    @classmethod
+    def open(cls, model: Any) -> None:
+        """The model's attentions go through `attention` from now on."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        _check_attention(model)
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[OWN])
+        model.set_attn_implementation(NAME)
+
+    @classmethod
+    def close(cls, model: Any) -> None:
+        """The model's own attention again."""
+        model.set_attn_implementation(OWN)
+
+    def delta(self, site: Site) -> Tensor:
+        raise NotMergeable(f"the prefix of {site.name!r} is no change of a weight, but keys and values; keep it as an adapter")
+
+    def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        raise SiteError(f"the attention {site.name!r} was called outside of its model")
+
+    def extend(self, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (b, kv_heads, t, head_dim) with ours in front, and a mask (.., t, p + t) that lets all see ours.
+
+        causal: whether no mask means that each of t positions sees itself and those before.
+        """
+        p = self.K.shape[1]
+        if mask is None and causal:
+            t = key.shape[2]
+            mask = torch.ones(t, t, dtype=torch.bool, device=key.device).tril()[None, None]
+        if mask is not None:
+            mask = nn.functional.pad(mask, (p, 0), value=True if mask.dtype == torch.bool else 0.0)
+        K, V = (t.to(key.dtype).expand(key.shape[0], -1, -1, -1) for t in (self.K, self.V))
+        return torch.cat([K, key], 2), torch.cat([V, value], 2), mask
+
+
+def _check_attention(model: Any) -> None:
+    """Raises ConfigError unless the model's attention is PyTorch's, or already ours."""
+    own = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if own not in (OWN, NAME):
+        raise ConfigError(f"prefix needs attn_implementation={OWN!r}, and the model has {own!r}; load it with attn_implementation={OWN!r}")
+
+
+def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, None]:
+    """transformers' interface: query (b, heads, t, d), key and value (b, kv_heads, ..) -> (b, t, heads, d)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def attend(key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        y: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        return y
+
+    deltas = module._modules.get("deltas")
+    acting = [] if deltas is None else [(deltas[name], strength) for name, strength in deltas.active.items()]
+    if not acting:
+        return attend(key, value, attention_mask), None
+    if not torch.compiler.is_compiling():
+        deltas.called = True
+    causal = options.get("is_causal")
+    causal = bool(module.is_causal if causal is None else causal) and attention_mask is None and query.shape[2] > 1
+    if causal:  # a static cache that is longer than what is in it, as PyTorch's attention does it
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    seen = [(attend(*delta.extend(key, value, attention_mask, causal)), strength) for delta, strength in acting]
+    if [strength for _, strength in seen] == [1.0]:
+        return seen[0][0], None
+    base = attend(key, value, attention_mask)
+    return base + sum(strength * (y - base) for y, strength in seen), None

@@ -1,0 +1,99 @@
+"""Prefix-tuning: what an attention then computes, generation with and without a cache, padding, and what it is not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import bert, conv_net, gpt2, llama, output, randomise
+from torch import nn
+
+import veneer
+from veneer.adapt.attach import changes
+from veneer.adapt.merge import merge
+from veneer.errors import ConfigError, NotMergeable, SiteError
+from veneer.methods.prefix import attention
+
+
+def with_prefix(build, **options):
+    model = veneer.attach(build(), "prefix", length=3, **options)
+    randomise(model, size=0.5)
+    return model
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, bert])
+def test_keys_and_values_stand_in_front_and_the_model_is_otherwise_itself(build):
+    base = build()
+    expected = output(base)
+    model = with_prefix(build)
+    assert len(changes(model, "default")) == 2 and list(base.state_dict()) == [n for n in model.state_dict() if ".deltas." not in n]
+    y = output(model)
+    assert not torch.allclose(y, expected, atol=1e-3)
+    with veneer.using(model):
+        assert torch.equal(output(model), expected)
+    veneer.detach(model)
+    assert model.config._attn_implementation == "sdpa" and torch.equal(output(model), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_attention_with_a_prefix_is_a_softmax_over_all(causal):
+    model = with_prefix(llama)
+    site, delta = changes(model, "default")[0]
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    y, _ = attention(site.module, q, k, v, None, scaling=0.3, is_causal=causal)
+    for b in range(2):
+        for head in range(4):
+            K, V = torch.cat([delta.K[head // 2], k[b, head // 2]]), torch.cat([delta.V[head // 2], v[b, head // 2]])
+            for t in range(5):
+                n = 3 + t + 1 if causal else 8
+                expected = torch.softmax(0.3 * K[:n] @ q[b, head, t], 0) @ V[:n]
+                torch.testing.assert_close(y[b, t, head], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_generation_with_and_without_a_cache_and_padded_on_the_left(build):
+    model = with_prefix(build)
+    ids = torch.tensor([[5, 9, 33, 2, 71], [8, 8, 41, 6, 90]])
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids, use_cache=True, **asked)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **asked))
+    base = copy.deepcopy(model)
+    veneer.detach(base)
+    assert not torch.equal(cached, base.generate(ids, use_cache=True, **asked))
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
+    mask = (torch.arange(8) >= 3).long().expand(2, -1)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **asked)[:, 3:], cached)
+
+
+def test_it_trains_dials_stacks_and_is_saved(tmp_path):
+    model = with_prefix(llama)
+    base, y = output(llama()), output(model)
+    model.train()
+    model(input_ids=torch.arange(8)[None]).logits.square().mean().backward()
+    assert {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.grad is not None} == {"K", "V"}
+    assert all(bool(p.grad.any()) for n, p in model.named_parameters() if n.endswith((".K", ".V")))
+    with veneer.using(model.eval(), {"default": 0.0}):
+        torch.testing.assert_close(output(model), base)
+    veneer.save(model, tmp_path)
+    assert torch.equal(output(veneer.load(llama(), tmp_path)), y)
+    veneer.attach(model, "lora", rank=2, name="low")
+    randomise(model, "low")
+    both = output(model)
+    with veneer.using(model, "default"):
+        assert torch.equal(output(model), y)
+    assert not torch.allclose(both, y)
+    veneer.attach(model, "prefix", length=2, name="second")
+    assert torch.isfinite(output(model)).all()
+    veneer.detach(model, "default")
+    assert model.config._attn_implementation == "veneer_prefix"
+
+
+def test_what_it_is_not():
+    with pytest.raises(NotMergeable, match=r"the prefix of 'model\.layers\.0\.self_attn' is no change of a weight"):
+        merge(with_prefix(llama), probe={})
+    with pytest.raises(SiteError, match="no self-attention is known in a ConvNet; prefix works on transformers' models"):
+        veneer.attach(conv_net(), "prefix")
+    with pytest.raises(ConfigError, match="prefix needs attn_implementation='sdpa', and the model has 'eager'"):
+        veneer.attach(llama(attn_implementation="eager"), "prefix")
+    assert not veneer.adapters(nn.Sequential())
