@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
+from safetensors.torch import load_file
 
 from veneer import methods, optim
+from veneer.adapt import checks
+from veneer.app.fit import fit
 from veneer.cli.commands import VERBS, command
 from veneer.cli.frame import main
 from veneer.methods import inits
+from veneer.sites import Site
 from veneer.train import settings
 from veneer.train.run import Run
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 QUICKSTART = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+FORMAT = (DOCS / "format.md").read_text(encoding="utf-8")
 WRITTEN = sorted(p for p in DOCS.rglob("*.md") if "generated" not in p.parts)
 # Flags of other programs that the pages name.
 FOREIGN = set("--logdir --append --backend-store-uri --project --debug --enable-lora --max-lora-rank".split())
@@ -187,6 +195,75 @@ def test_translation_tables_name_what_exists():
         for row in re.findall(r"^\| `.*\| (.*) \|$", text, re.MULTILINE):
             names = re.findall(r"`([a-z_]+)(?::[^`]*)?`", row)
             assert [n for n in names if n not in known] == [], row
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A short run's folder."""
+    folder = tmp_path_factory.mktemp("format")
+    return fit(Run.from_dict(tiny.settings(folder, steps=4, eval_every=2)), progress=False).folder
+
+
+def table(section: str) -> set[str]:
+    """What stands in code in the first column of the tables of a section of format.md."""
+    part = re.split(rf"^#+ {re.escape(section)}$", FORMAT, flags=re.MULTILINE)[1]
+    rows = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+)", re.split(r"^#", part, flags=re.MULTILINE)[0], re.MULTILINE)
+    return {word for row in rows for word in re.findall(r"`([^`]+)`", row)}
+
+
+def read(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_manifest_has_what_the_page_of_files_says(run):
+    record = read(run / "adapter" / "veneer.json")
+    every = {*record, *(key for site in record["sites"].values() for key in site)}
+    assert every == table("veneer.json")
+    assert set(record["probe"]) == {"inputs", "shape", "where", "off", "on", "dtype"}
+    assert set(record["tensors"]) == {"file", "sha256", "bytes"}
+    assert {p.name for p in (run / "adapter").iterdir()} <= table("An adapter")
+    kinds = set(re.findall(r"`(\w+)`", re.search(r"the kind of place: (.*)", FORMAT)[1]))
+    assert kinds == {k.kind for k in every_site()}
+
+
+def every_site() -> list[type[Site]]:
+    found, left = [], [Site]
+    while left:
+        kind = left.pop()
+        left += kind.__subclasses__()
+        found += [kind] if "kind" in vars(kind) and isinstance(vars(kind)["kind"], str) else []
+    return [k for k in found if k.__module__.startswith("veneer.")]
+
+
+def test_a_run_has_what_the_page_of_files_says(run):
+    assert {p.name for p in run.iterdir()} - {"adapter", "checkpoints"} <= table("A run")
+    words = set(re.findall(r"`([\w.]+)`", FORMAT.split("## A run")[1]))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {key for line in lines for key in line} <= words
+    assert set(read(run / "results.json")) <= words
+    config = read(run / "config.json")
+    assert set(config) - {"veneer"} <= words and set(config["base"]) <= {"model", "class", "sha256"}
+
+
+def test_a_checkpoint_has_what_the_page_of_files_says(run):
+    folder = max((run / "checkpoints").iterdir())
+    assert {p.name for p in folder.iterdir()} == table("A checkpoint")
+    assert set(read(folder / "meta.json")) == {"step", "position", "metrics_bytes"}
+    prefixes = {name.partition(".")[0] for name in load_file(folder / "state.safetensors")}
+    assert prefixes <= {"p", "b", "o", "rng"} and {"p", "o", "rng"} <= prefixes
+
+
+def test_every_check_on_loading_is_on_the_page_of_files():
+    assert table("What is checked on loading") == set(checks.ALLOW)
+
+
+def test_names_of_the_package_that_pages_call_exist():
+    import veneer
+
+    called = {name for page in WRITTEN for name in re.findall(r"\bveneer\.([a-z_]+)\(", page.read_text(encoding="utf-8"))}
+    assert called - set(veneer.__all__) == set() and len(called) > 8
 
 
 def test_links_of_the_repository_lead_somewhere(tools):
