@@ -12,7 +12,7 @@ from torch import nn
 from veneer.adapt.attach import attach, changes
 from veneer.adapt.merge import merge
 from veneer.optim import Trained, make
-from veneer.optim.groups import by_rate, of_base
+from veneer.optim.groups import adamw, by_rate, of_base
 from veneer.train import relora
 
 BETAS = (0.9, 0.95)
@@ -22,6 +22,8 @@ NAME = "relora"  # of the adapter
 def add_arguments(p: ArgumentParser) -> None:
     """The flags of all ways."""
     p.add_argument("--via", choices=sorted(WAYS), default="muon", help="what trains the matrices inside the blocks")
+    p.add_argument("--matrix-lr", type=float, help="rate of the matrices under full, galore and relora; that of --adam-lr unless given")
+    p.add_argument("--factor-lr", type=float, help="rate of relora's A; twice that of the matrices unless given")
     p.add_argument("--rank", type=int, default=64, help="of galore and relora")
     p.add_argument("--period", type=int, default=200, help="steps between galore's subspaces, and between relora's restarts")
     p.add_argument("--full-steps", type=int, default=200, help="steps at full rank before relora begins")
@@ -51,6 +53,10 @@ def _peak(optimiser: torch.optim.Optimizer, lr: float) -> torch.optim.Optimizer:
     return optimiser
 
 
+def _matrix_lr(args: Namespace) -> float:
+    return args.adam_lr if args.matrix_lr is None else float(args.matrix_lr)
+
+
 def _inside(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The matrices inside the blocks, and all other parameters."""
     every = list(model.named_parameters())
@@ -72,7 +78,7 @@ class Full(Via):
     """AdamW on everything."""
 
     def __init__(self, model: nn.Module, args: Namespace) -> None:
-        self.optimisers = [_peak(make("adamw").build(Trained(of_base(model), BETAS)), args.adam_lr)]
+        self.optimisers = [_peak(adamw(of_base(model), {"matrix": _matrix_lr(args) / args.adam_lr}, betas=BETAS), args.adam_lr)]
 
 
 class GaLore(Via):
@@ -81,6 +87,9 @@ class GaLore(Via):
     def __init__(self, model: nn.Module, args: Namespace) -> None:
         how = make("galore", rank=args.rank, period=args.period)
         self.optimisers = [_peak(how.build(Trained(of_base(model), BETAS)), args.adam_lr)]
+        for group in self.optimisers[0].param_groups:
+            if group["names"]:
+                group["initial_lr"] = _matrix_lr(args)
 
 
 class ReLoRA(Via):
@@ -98,8 +107,10 @@ class ReLoRA(Via):
         found = changes(model, NAME)
         self.matrices = [site.module.weight for site, _ in found]
         self.factors = [p for _, delta in found for p in delta.parameters()]
-        groups: list[dict[str, Any]] = [*by_rate(parts, {}), {"params": [d.A for _, d in found], "scale": 1.0}]
-        groups.append({"params": [d.B for _, d in found], "scale": args.ratio})
+        matrix = _matrix_lr(args) / args.adam_lr
+        factor = 2 * matrix if args.factor_lr is None else args.factor_lr / args.adam_lr
+        groups: list[dict[str, Any]] = [*by_rate(parts, {"matrix": matrix}), {"params": [d.A for _, d in found], "scale": factor}]
+        groups.append({"params": [d.B for _, d in found], "scale": factor * args.ratio})
         self.optimisers = [_peak(torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True), args.adam_lr)]
         model.requires_grad_(True)
 
