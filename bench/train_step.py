@@ -43,10 +43,12 @@ def products(model: Any, rows: int) -> Callable[[], None]:
 
 def ours(model: Any, batch: dict[str, torch.Tensor], compiled: bool = True) -> m.Step:
     """A step of Veneer as `veneer fit --compile on` takes it."""
-    from veneer.train.compiling import prepare
+    from veneer.train.compiling import prepare, warm_up
 
     model, batch = m.veneer_model(model), m.shifted(batch)
     objective, adam = prepare(model, batch, compiled=compiled), m.optimiser(model, fused=True)
+    if compiled:
+        warm_up(model, objective, batch)
     return lambda: m.our_step(model, objective, adam, batch)
 
 
