@@ -138,7 +138,7 @@ def test_a_new_method_is_there_as_soon_as_its_file_is(tools, tmp_path, monkeypat
     text = (tmp_path / "pages" / "methods.md").read_text(encoding="utf-8")
     section = text.split("### nil\n")[1].split("\n### ")[0]
     assert "Nil: W' = W \\* 1, for nothing. Nobody 2026 ([paper](https://example.org/nil))." in section
-    assert "- **Use:** never." in section and "| `--depth` | how deep (default: 3) |" in section and "Veneer's own file" in section
+    assert "- **Use**: never." in section and "| `--depth` | how deep (default: 3) |" in section and "Veneer's own file" in section
 
 
 def test_the_page_of_commands_has_every_verb_and_flag(written):
@@ -168,7 +168,12 @@ def test_docstrings_become_markdown_that_says_the_same(tools):
     assert prose("a * b_c, `x*y` and https://a.org/b.") == "a \\* b\\_c, `x*y` and <https://a.org/b>."
     assert prose("Rank r.\n\nrank: how\n  many\nto: where", ["rank", "to"]) == "Rank r.\n\n- `rank`: how many\n- `to`: where"
     assert prose("It does:\n\n    a  b\n    c").endswith("```text\n    a  b\n    c\n```")
-    assert prose("Cost: 1\nUse: 2") == "- **Cost:** 1\n- **Use:** 2"
+    assert prose("Cost: 1\nUse: 2") == "- **Cost**: 1\n- **Use**: 2"
+    assert (
+        prose("a, b: two. c: one\nmore. Raises FormatError.", ["a", "b", "c"])
+        == "- `a`, `b`: two.\n- `c`: one more.\n\nRaises FormatError."
+    )
+    assert prose("It is a: no list.", ["a"]) == "It is a: no list."
 
 
 def test_every_note_belongs_to_something():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
 
 SPECIAL = re.compile(r"([\\*_<>\[\]$|~])")
 LABEL = re.compile(r"^([A-Z][a-z]+): ", re.MULTILINE)  # "Cost: .." at the beginning of a line
+RAISES = re.compile(r"(?<=[.\w])\s+(?=Raises [A-Z])")
 ADDRESS = re.compile(r"(https?://[^\s)>]+[^\s)>.,])")
 
 
@@ -22,27 +24,29 @@ def _plain(text: str) -> str:
 
 
 def prose(text: str, names: Collection[str] = ()) -> str:
-    """The paragraphs of a docstring. Lines `Label: ..`, and `name: ..` for the given names, become a list; indented ones, code."""
+    """The paragraphs of a docstring. `Label: ..` at the beginning of a line, and `name: ..` or `name, name: ..` of the given names
+    at the beginning of a line or sentence, become a list; what is raised, a paragraph; indented lines, code.
+    """
     return "\n\n".join(_paragraph(p, names) for p in text.strip("\n").split("\n\n") if p.strip())
 
 
 def _paragraph(text: str, names: Collection[str]) -> str:
     if all(line.startswith("    ") for line in text.splitlines()):
         return f"```text\n{text}\n```"
-    starts = [m.start() for m in re.finditer(rf"^(?:{'|'.join(map(re.escape, names))}): ", text, re.MULTILINE)] if names else []
-    starts += [m.start() for m in LABEL.finditer(text)]
-    if not starts:
-        return escaped(" ".join(text.split()))
-    starts = sorted(set(starts))
-    lead = " ".join(text[: starts[0]].split())
-    rows = [" ".join(text[a:b].split()) for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
-    listed = "\n".join(f"- {_label(row, names)}" for row in rows)
-    return f"{escaped(lead)}\n\n{listed}" if lead else listed
+    text, raises = RAISES.split(text, maxsplit=1) if RAISES.search(text) else (text, "")
+    one = "|".join(map(re.escape, names))
+    named = re.compile(rf"(?:^|(?<=\.\s))(?:{one})(?:, (?:{one}))*: ", re.MULTILINE)
+    starts = sorted({m.start() for pattern in (LABEL, *([named] if names else [])) for m in pattern.finditer(text)})
+    lead = escaped(" ".join(text[: starts[0] if starts else len(text)].split()))
+    listed = "\n".join(f"- {_label(' '.join(text[a:b].split()), names)}" for a, b in pairwise([*starts, len(text)]))
+    return "\n\n".join(part for part in (lead, listed, escaped(" ".join(raises.split()))) if part)
 
 
 def _label(row: str, names: Collection[str]) -> str:
-    name, _, rest = row.partition(": ")
-    return f"`{name}`: {escaped(rest)}" if name in names else f"**{name}:** {escaped(rest)}"
+    label, _, rest = row.partition(": ")
+    own = label.split(", ")
+    shown = ", ".join(f"`{n}`" for n in own) if set(own) <= set(names) else f"**{label}**"
+    return f"{shown}: {escaped(rest)}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
