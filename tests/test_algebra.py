@@ -121,8 +121,8 @@ def test_impossible_combinations_are_refused():
     ):
         with pytest.raises(ConfigError, match=text):
             call()
-    with pytest.raises(NotMergeable, match="its change has no low rank; give rank= or energy="):
-        combine(model, {"dora": 1.0}, "mix")
+    with pytest.raises(NotMergeable, match=r"'dora' at 'model.*': its change has no low rank; give rank= or energy="):
+        combine(model, {"plain": 0.5, "dora": 1.0}, "mix")
     assert "mix" not in veneer.adapters(model)
 
 

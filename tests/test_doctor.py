@@ -36,7 +36,9 @@ def test_the_packages_are_those_that_are_declared():
     extras = project["optional-dependencies"]
     for feature in module.FEATURES:
         declared = extras[feature.extra] if feature.extra else project["dependencies"]
-        assert {f"{p.name}>={p.least}" for p in feature.packages} <= set(declared)
+        assert {f"{p.name}>={p.least}" for p in feature.packages} == set(declared)
+    own = {"all", "test", "dev", "docs"}  # collections of the others, and what is for those who work on Veneer
+    assert {f.extra for f in module.FEATURES} == {"", *extras} - own
 
 
 def test_what_is_missing_old_or_broken_is_said_with_the_command(monkeypatch):

@@ -122,6 +122,12 @@ def test_any_adapter_comes_back(
     torch.testing.assert_close(again(ids), ours(ids), rtol=0, atol=steps * scale * (0 if init == "kaiming" else torch.finfo(dtype).eps))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_the_tensors_can_be_read_by_whom_the_settings_can(tmp_path: Path) -> None:
+    veneer.save(adapted(), tmp_path / "a")
+    assert len({f.stat().st_mode for f in (tmp_path / "a").iterdir()}) == 1
+
+
 def test_what_the_manifest_says(tmp_path: Path) -> None:
     ours = adapted(alpha=6, seed=5, stabilised=True)
     veneer.save(ours, tmp_path)

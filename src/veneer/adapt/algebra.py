@@ -93,7 +93,8 @@ def _join(site: Site, own: Own, cut: tuple[int | None, float | None], way: tuple
         return truncate_product(B, A, *cut)
     if cut == (None, None):
         why = "its change has no low rank" if how == "sum" else f"{how} leaves no low rank"
-        raise NotMergeable(f"{own[0][0]!r} at {site.name!r}: {why}; give rank= or energy=")
+        first = next(n for (n, _, _), f in zip(own, factors, strict=True) if how != "sum" or f is None or not f.is_product)
+        raise NotMergeable(f"{first!r} at {site.name!r}: {why}; give rank= or energy=")
     dense = [precise(delta.delta(site)) for _, delta, _ in own]
     weights = [w for _, _, w in own]
     if how == "ties":

@@ -102,7 +102,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """The tensors as safetensors, contiguous, each with its own storage."""
+    path.touch()
+    mode = path.stat().st_mode  # as this user makes files; safetensors makes them for the user alone
     save_file({n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+    path.chmod(mode)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

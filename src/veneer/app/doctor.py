@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -43,17 +43,25 @@ class Feature(NamedTuple):
     packages: tuple[Package, ...]
 
 
-def _feature(what: str, extra: str, **packages: str) -> Feature:
-    """packages: the oldest version by name; pyyaml's module has another one."""
-    return Feature(what, extra, tuple(Package(name, {"pyyaml": "yaml"}.get(name, name), least) for name, least in packages.items()))
+MODULES = {"pyyaml": "yaml", "mlflow-skinny": "mlflow"}  # those that are called otherwise than their package
+
+
+def _feature(what: str, extra: str, packages: Mapping[str, str]) -> Feature:
+    """packages: the oldest version by name."""
+    return Feature(what, extra, tuple(Package(name, MODULES.get(name, name), least) for name, least in packages.items()))
 
 
 FEATURES = (
-    _feature("adapting models", "", torch="2.6", safetensors="0.4.3"),
-    _feature("language models and texts", "text", transformers="5.0", tokenizers="0.22"),
-    _feature("command line", "cli", typer="0.28", rich="13.7", pyyaml="6.0"),
-    _feature("plots", "plots", matplotlib="3.8"),
-    _feature("benchmarks", "eval", lm_eval="0.4.11"),
+    _feature("adapting models", "", {"torch": "2.6", "safetensors": "0.4.3"}),
+    _feature("language models and texts", "text", {"transformers": "5.0", "tokenizers": "0.22"}),
+    _feature("command line", "cli", {"typer": "0.28", "rich": "13.7", "pyyaml": "6.0"}),
+    _feature("plots", "plots", {"matplotlib": "3.8"}),
+    _feature("tables and datasets", "data", {"datasets": "3.0", "pyarrow": "15.0"}),
+    _feature("benchmarks", "eval", {"lm_eval": "0.4.11"}),
+    _feature("--track tensorboard", "tensorboard", {"tensorboard": "2.16"}),
+    _feature("--track wandb", "wandb", {"wandb": "0.20"}),
+    _feature("--track mlflow", "mlflow", {"mlflow-skinny": "3.10", "sqlalchemy": "2.0", "alembic": "1.13"}),
+    _feature("--track trackio", "trackio", {"trackio": "0.43"}),
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from veneer.adapt.files import making, write_json
 from veneer.adapt.merge import Verdict, refusal
 from veneer.adapt.merge import merge as merge_into
-from veneer.app import adapted
+from veneer.app import adapted, pretrained
 from veneer.errors import ConfigError, NotMergeable, suggest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +55,7 @@ def merge(
 
 def _save(opened: adapted.Opened, folder: Path, record: dict[str, Any]) -> None:
     with making(folder) as temporary:
-        opened.model.save_pretrained(temporary)  # type: ignore[operator]
+        with pretrained.no_bars():
+            opened.model.save_pretrained(temporary)  # type: ignore[operator]
         opened.tokenizer.save_pretrained(temporary)
         write_json(temporary / "merge.json", record)
