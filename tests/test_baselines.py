@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from models import bert, conv_net, gpt2, inputs, llama, output, randomise
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attach import base_parameters, changes
 from veneer.adapt.merge import merge
+from veneer.app.fit import fit
 from veneer.errors import ConfigError, NotMergeable, SiteError
+from veneer.train.run import Run
+
+IDS = torch.arange(10)[None]
 
 
 def names(model, name="default"):
@@ -133,3 +139,15 @@ def test_bottlenecks_that_make_no_sense_are_refused():
     model = veneer.attach(llama(), "bottleneck", to=["self_attn"], placement="parallel")
     with pytest.raises(SiteError, match=r"'model.layers.0.self_attn' returns a tuple, not a tensor"):
         output(model)
+
+
+def test_full_fine_tuning_of_the_last_layer_alone(tmp_path):
+    given = tiny.settings(tmp_path, method="full", options={}, to=r"model\.(layers\.1|norm)", steps=3, lr=1e-2)
+    fit(Run.from_dict(given), progress=False)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = veneer.load(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "run" / "adapter")
+    changed = set(names(model))
+    assert changed == {n for n, m in before.named_modules() if n.startswith(("model.layers.1.", "model.norm")) and m._parameters}
+    assert all(torch.equal(p, before.get_parameter(n)) for n, p in base_parameters(model).items())
+    with torch.no_grad():
+        assert not torch.equal(model(IDS).logits, before(IDS).logits)

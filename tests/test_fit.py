@@ -104,8 +104,8 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         ),
         ({"optimiser": "adamv"}, "unknown optimiser 'adamv'; did you mean 'adamw'?"),
         (
-            {"to": "q_proj", "method": "full"},
-            "to, exclude and untie choose layers to adapt, but method 'full' trains every parameter; leave them out",
+            {"untie": True, "method": "full"},
+            "untie is for adapters, which change one of two tied layers; method 'full' trains the weight that they share; leave it out",
         ),
         ({"rank_pattern": {"q": 2}, "method": "full"}, "rank_pattern is given, but method 'full' has no rank"),
         ({"options": {"rnk": 2}}, "method 'lora' has no option 'rnk'; did you mean 'rank'?"),

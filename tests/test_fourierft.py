@@ -13,6 +13,7 @@ from torch import nn
 import veneer
 from veneer.adapt.attach import changes
 from veneer.errors import ConfigError, ShapeError
+from veneer.ops import fourier
 
 TO = ["q_proj", "k_proj", "down_proj"]
 
@@ -40,8 +41,10 @@ def test_a_scaling_by_shape_is_read_by_peft_too(tmp_path):
         torch.testing.assert_close(a.c, b.c)
 
 
+@pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize(("out", "in_"), [(6, 8), (7, 9), (6, 9), (7, 8), (1, 5), (5, 1), (2, 2)])
-def test_every_parity_of_sizes_and_every_frequency(out, in_):
+def test_every_parity_of_sizes_and_every_frequency_by_both_ways(out, in_, small, monkeypatch):
+    monkeypatch.setattr(fourier, "_small", lambda *a: small)
     model = veneer.attach(nn.Sequential(nn.Linear(in_, out).double()), "fourierft", frequencies=out * in_, scaling=30.0)
     randomise(model, size=1.0)
     site, delta = changes(model, "default")[0]
@@ -50,7 +53,8 @@ def test_every_parity_of_sizes_and_every_frequency(out, in_):
     D = torch.fft.ifft2(F).real * 30.0
     torch.testing.assert_close(delta.delta(site), D)
     torch.testing.assert_close(model(x), model[0](x) * 0 + x @ (site.weight() + D).mT + model[0].bias)
-    assert torch.autograd.gradcheck(lambda z: model(z), (x,))
+    inputs = (x, delta.c.detach().requires_grad_())
+    assert torch.autograd.gradcheck(lambda z, c: fourier.product(z, c, delta.rows, delta.columns, out), inputs)
 
 
 def test_the_size_of_a_change_does_not_depend_on_the_width():

@@ -17,6 +17,7 @@ from veneer.app import calibration, machine, pretrained, texts
 from veneer.app.texts import Text
 from veneer.data.pack import collate
 from veneer.errors import ConfigError
+from veneer.methods.full import Full
 from veneer.ops.linalg import multiplies_bf16
 from veneer.optim import groups
 from veneer.train import door, rates
@@ -102,6 +103,7 @@ def adapt(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None 
     """Attaches the adapter, or opens the base for full fine-tuning: what is trained. Raises ConfigError, SiteError, ShapeError."""
     if run.method == FULL:
         attach.train_only(model, attach.BASE)
+        _keep_frozen(model, {id(p) for s in Full.find(model, run.to, run.exclude) for p in s.module.parameters(recurse=False)})
         parts = groups.of_base(model)
     else:
         seed = {"seed": run.seed} if "seed" in methods.options_of(methods.get(run.method)) else {}
@@ -111,6 +113,12 @@ def adapt(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None 
     if run.embedding_lr is not None and not any(p.embedding for p in parts):
         raise ConfigError("embedding_lr is given, but no embedding is changed; leave it out, or adapt embeddings with to=")
     return parts
+
+
+def _keep_frozen(model: nn.Module, trained: set[int]) -> None:
+    """Of the base only these parameters, by id, take gradients."""
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
 
 
 def _trained(run: Run, parts: list[groups.Part]) -> optim.Trained:

@@ -59,7 +59,7 @@ class LoRA(Delta):
         W = site.weight().detach().to(master_dtype(site))
         given = inits.Start(W, rank, self.scaling, keyed(seed, site.name), site.kind == "embedding", stats)
         A, B = chosen.start(given, **(init_options or {}))
-        shifted = bool(A.any()) and bool(B.any())
+        shifted = not A.is_meta and bool(A.any()) and bool(B.any())
         self._hold(A, B, A.clone() if shifted else None, B.clone() if shifted else None)
 
     def _hold(self, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> None:

@@ -1,7 +1,9 @@
-"""x times a matrix that has few Fourier coefficients: by fast transforms of x, never by the matrix itself.
+"""x times a matrix that has few Fourier coefficients, exactly: by fast transforms of x, or of the coefficients.
 
-The matrix is D[p, q] = sum_l c_l cos(2 pi (p j_l / out + q k_l / in)). Spectra of real numbers are kept by their first
-half, as pairs (re, im) that lie apart: (half, 2, n), so that picking and adding up frequencies move whole rows.
+The matrix is D[p, q] = sum_l c_l cos(2 pi (p j_l / out + q k_l / in)). With few rows of x on a large matrix x is transformed
+and D never made; with many on a small one D is made in each pass, and again in the backward. Either way only x is kept.
+Spectra of real numbers are kept by their first half, as pairs (re, im) that lie apart: (half, 2, n), so that picking
+and adding up frequencies move whole rows.
 """
 
 from __future__ import annotations
@@ -35,19 +37,45 @@ def places(j: Tensor, k: Tensor, out: int, in_: int) -> Places:
     return Places(torch.where(j > out // 2, out - j, j), torch.where(k > in_ // 2, in_ - k, k), signs)
 
 
-def product(x: Tensor, c: Tensor, at: Places, out: int) -> Tensor:
-    """x D': x (.., in), c (n,) -> (.., out) in x's dtype, computed in float32 at least. Only x is kept for the backward."""
+def product(x: Tensor, c: Tensor, j: Tensor, k: Tensor, out: int) -> Tensor:
+    """x D': x (.., in), c (n,) for frequencies j, k (n,) -> (.., out) in x's dtype; transforms in float32 at least."""
+    in_, rows = x.shape[-1], x.numel() // max(1, x.shape[-1])
+    if _small(out, in_, rows, x.dtype):
+        if is_traced():
+            return x @ dense(c, j, k, out, in_, x.dtype).mT
+        made: Tensor = _Made.apply(x, c, j, k, out)
+        return made
+    at = places(j, k, out, in_)
     if is_traced():
         return _product(_rows(x), c, at, out).to(x.dtype).view(*x.shape[:-1], out)
-    y: Tensor = _Product.apply(x, c, *at, out)
+    y: Tensor = _Transformed.apply(x, c, *at, out)
     return y
 
 
-def dense(c: Tensor, j: Tensor, k: Tensor, out: int, in_: int) -> Tensor:
-    """D (out, in) itself."""
-    F = torch.zeros(out, in_, dtype=c.dtype, device=c.device).index_put((j, k), c)
-    D: Tensor = torch.fft.ifft2(F, norm="forward").real
-    return D
+def dense(c: Tensor, j: Tensor, k: Tensor, out: int, in_: int, dtype: torch.dtype | None = None) -> Tensor:
+    """D (out, in) itself, in c's dtype or another: the left half is a transform of real numbers, the right one its mirror."""
+    F = torch.zeros(out, in_, dtype=c.dtype, device=c.device).index_put_((j, k), c)
+    left = torch.fft.rfft2(F).real.to(dtype or c.dtype)  # (out, half): cosines do not know the direction of the transform
+    right = left[:, 1 : in_ - in_ // 2].flip(0, 1).roll(1, 0)  # D[p, q] = D[-p, -q]
+    return torch.cat([left, right], 1)
+
+
+def _small(out: int, in_: int, rows: int, dtype: torch.dtype) -> bool:
+    """Whether D is made sooner than x is transformed, as measured on one core: its numbers, and products with them, count
+    against the numbers of all rows."""
+    cheap = 4000 if dtype in (torch.bfloat16, torch.float16) else 600
+    return out * in_ * (0.5 + rows / cheap) < 1.1 * rows * (out + in_)
+
+
+def _folded(j: Tensor, k: Tensor, out: int, in_: int) -> tuple[Tensor, Tensor]:
+    """Frequencies with columns in the lower half: (j, k) and (-j, -k) are one cosine."""
+    high = k > in_ // 2
+    return torch.where(high, (out - j) % out, j), torch.where(high, in_ - k, k)
+
+
+def _weights(place: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """What a place of a half spectrum stands for: itself alone at both ends, else half of itself and its conjugate."""
+    return torch.where((place == 0) | (2 * place == size), 1.0, 0.5).to(dtype)
 
 
 def waves(frequencies: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -62,7 +90,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, c: Tensor, at: Places, out: int) -> Tensor:
-    picked = _analysed(x)[at.columns] * (c[:, None, None] * at.signs).to(x.dtype)
+    weights = c * _weights(at.rows, out, c.dtype)
+    picked = _analysed(x)[at.columns] * (weights[:, None, None] * at.signs).to(x.dtype)
     return _composed(_added(picked, at.rows, out), out)
 
 
@@ -76,16 +105,12 @@ def _added(picked: Tensor, rows: Tensor, size: int) -> Tensor:
 
 
 def _composed(Z: Tensor, size: int) -> Tensor:
-    """Re sum_j Z_j exp(2 pi i p j / size), (half, 2, n) -> (n, size)."""
-    weight = torch.full((Z.shape[0], 1, 1), 0.5, dtype=Z.dtype, device=Z.device)  # all but the ends stand for two
-    weight[0] = 1
-    if size % 2 == 0:
-        weight[-1] = 1
-    found: Tensor = torch.fft.irfft(torch.view_as_complex((Z * weight).permute(2, 0, 1).contiguous()), n=size, norm="forward")
+    """Re sum_j Z_j exp(2 pi i p j / size), (half, 2, n) -> (n, size), for Z with the weights of its places."""
+    found: Tensor = torch.fft.irfft(torch.view_as_complex(Z.permute(2, 0, 1).contiguous()), n=size, norm="forward")
     return found
 
 
-class _Product(Function):
+class _Transformed(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, c: Tensor, rows: Tensor, columns: Tensor, signs: Tensor, out: int) -> Tensor:
         ctx.save_for_backward(x, c, rows, columns, signs)
@@ -99,6 +124,27 @@ class _Product(Function):
         dc = (dZ * _analysed(_rows(x))[columns]).sum((1, 2)).to(c.dtype) if ctx.needs_input_grad[1] else None
         dx = None
         if ctx.needs_input_grad[0]:
-            spectrum = _added(dZ * c[:, None, None].to(dZ.dtype), columns, x.shape[-1])
+            weights = (c * _weights(columns, x.shape[-1], c.dtype)).to(dZ.dtype)
+            spectrum = _added(dZ * weights[:, None, None], columns, x.shape[-1])
             dx = _composed(spectrum, x.shape[-1]).to(x.dtype).view_as(x)
         return dx, dc, None, None, None, None
+
+
+class _Made(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, c: Tensor, j: Tensor, k: Tensor, out: int) -> Tensor:
+        ctx.save_for_backward(x, c, j, k)
+        ctx.out = out
+        return x @ dense(c, j, k, out, x.shape[-1], x.dtype).mT
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
+        x, c, j, k = ctx.saved_tensors
+        out, in_ = ctx.out, x.shape[-1]
+        dx = dy @ dense(c, j, k, out, in_, dy.dtype) if ctx.needs_input_grad[0] else None
+        dc = None
+        if ctx.needs_input_grad[1]:
+            D = dy.reshape(-1, out).mT @ x.reshape(-1, in_)  # (out, in): the gradient of the matrix
+            dc = torch.fft.rfft2(precise(D)).real[_folded(j, k, out, in_)].to(c.dtype)
+        return dx, dc, None, None, None

@@ -14,8 +14,8 @@ from veneer.sites import LeafSite, Site
 
 
 def leaves(model: nn.Module) -> list[LeafSite]:
-    """The modules that hold parameters themselves, in the model's order; one that shares all of them included."""
-    return [LeafSite(n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    """The modules that hold parameters themselves that were trained, in the model's order; one that shares all of them included."""
+    return [LeafSite(n, m) for n, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
 
 
 @torch.no_grad()

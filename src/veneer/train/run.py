@@ -197,8 +197,8 @@ def _of_method(run: Run) -> Iterator[str]:
     for pattern, option in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
         if getattr(run, pattern) and option not in known:
             yield f"{pattern} is given, but method {run.method!r} has no {option}"
-    if run.method == "full" and (run.to is not None or run.exclude or run.untie):
-        yield "to, exclude and untie choose layers to adapt, but method 'full' trains every parameter; leave them out"
+    if run.method == "full" and run.untie:
+        yield "untie is for adapters, which change one of two tied layers; method 'full' trains the weight that they share; leave it out"
 
 
 def _of_optimiser(run: Run) -> Iterator[str]:
