@@ -94,36 +94,46 @@ def test_what_it_says_to_type_loads_the_same_model_in_veneer_and_peft(place, mon
     assert "--enable-lora --max-lora-rank 8 --lora-modules adapter=." in text
 
 
-def test_dora_is_not_said_to_load_in_vllm(place, monkeypatch, capsys):
+@pytest.mark.parametrize(("method", "blocks_shown"), [("dora", 2), ("vera", 2), ("loldu", 1)])
+def test_what_vllm_does_not_read_becomes_plain_lora_as_it_is_said(place, method, blocks_shown, monkeypatch, capsys):
     from veneer.cli.frame import main
 
-    result, text = made(place, "dora", method="dora")
-    assert "vllm serve" not in text and "vLLM reads plain LoRA alone" in text and len(blocks(text)) == 2
-    command = re.search(r"`(veneer convert [^`]+)`", text)
+    result, text = made(place, method, method=method, options={"rank": 4})
+    assert "vllm serve" not in text and len(blocks(text)) == blocks_shown
+    command = re.search(r"`veneer (combine [^`]+)`", text)
     assert command is not None
     monkeypatch.chdir(result.adapter)
-    assert main(command[1].replace("--rank 64", "--rank 8").split()[1:]) == 0, capsys.readouterr().err
-    assert (result.adapter / "served" / "adapter_model.safetensors").is_file()
+    assert main(command[1].split()) == 0, capsys.readouterr().err
+    assert json.loads(Path("plain/adapter_config.json").read_text(encoding="utf-8"))["peft_type"] == "LORA"
 
 
-def test_full_fine_tuning_loads_in_veneer_alone(place, monkeypatch):
+def test_what_is_no_change_of_weights_is_not_said_to_merge(place):
+    text = made(place, "bottleneck", method="bottleneck", options={})[1]
+    assert "it is no change of weights, and is used by Veneer alone" in text and "veneer merge" not in text
+
+
+def test_full_fine_tuning_loads_in_veneer_alone(place, monkeypatch, capsys):
     result, text = made(place, "full", method="full", options={}, lr=1e-3)
-    assert len(blocks(text)) == 1 and "PeftModel" not in text and "`veneer merge` writes it into a copy of the base" in text
+    assert len(blocks(text)) == 1 and "PeftModel" not in text and " --out merged` writes it into a copy of the base" in text
     monkeypatch.chdir(result.adapter)
     exec(blocks(text)[0], {})
+    from veneer.cli.frame import main
+
+    command = re.search(r"`veneer (merge [^`]+)`", text)
+    assert command is not None and main(command[1].split()) == 0, capsys.readouterr().err
 
 
-RECORD = {"layout": "peft", "allow": ["zero"], "sites": {"a": {"kind": "linear", "rank": 600}}}
+RECORD = {"layout": "peft", "allow": ["zero"], "sites": {"a": {"kind": "linear", "rank": 600, "norm": 1.0}}}
 
 
 @pytest.mark.parametrize(
     ("sites", "peft", "says"),
     [
-        ({"kind": "linear", "rank": 600}, {"peft_type": "LORA"}, "Not with vLLM as it is: rank 600 > 512, the largest"),
-        ({"kind": "conv", "rank": 4}, {"peft_type": "LORA"}, "vLLM adapts no layers of the kind conv"),
-        ({"kind": "linear", "rank": 4}, {"peft_type": "MISS"}, "vLLM reads plain LoRA alone"),
-        ({"kind": "linear", "rank": 4}, {"peft_type": "LORA", "modules_to_save": ["score"]}, "vLLM reads plain LoRA alone"),
-        ({"kind": "linear", "rank": 9}, {"peft_type": "LORA"}, "--max-lora-rank 16"),
+        ({"kind": "linear", "rank": 600, "norm": 1.0}, {"peft_type": "LORA"}, "Not with vLLM as it is: rank 600 > 512, the largest"),
+        ({"kind": "conv", "rank": 4, "norm": 1.0}, {"peft_type": "LORA"}, "vLLM adapts no layers of the kind conv"),
+        ({"kind": "linear", "rank": 4, "norm": 1.0}, {"peft_type": "MISS"}, "vLLM reads plain LoRA alone"),
+        ({"kind": "linear", "rank": 4, "norm": 1.0}, {"peft_type": "LORA", "modules_to_save": ["score"]}, "vLLM reads plain LoRA alone"),
+        ({"kind": "linear", "rank": 9, "norm": 1.0}, {"peft_type": "LORA"}, "--max-lora-rank 16"),
     ],
 )
 def test_only_ways_that_work_are_named(sites, peft, says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from veneer.convert import vllm
 from veneer.embedded import PREFIX
 from veneer.errors import FormatError
 
+FOLDER = "$(python -c 'from veneer import embedded; print(embedded.folder())')"  # of the built-in model
 SERVED = ("linear", "transposed", "embedding")  # kinds of layers that vLLM adapts
 
 OURS = """With Veneer, in this folder:
@@ -46,27 +48,31 @@ def ways(model: str, record: Mapping[str, Any], peft: Mapping[str, Any] | None) 
     allow = f", allow={record['allow']!r}" if record["allow"] else ""
     found = [OURS.format(base=base, imports=imports, allow=allow)]
     if record["layout"] != manifest.PEFT or peft is None:
-        return [*found, f"PEFT has no words for this change; {_converted(record, model)}"]
+        return [*found, f"PEFT has no words for this change; {_otherwise(model, record)}"]
     found.append(PEFT.format(base=base, imports=imports))
-    return [*found, _vllm("the built-in model's folder" if builtin else model, record, peft)]
+    return [*found, _vllm(model, record, peft)]
 
 
-def _vllm(base: str, record: Mapping[str, Any], peft: Mapping[str, Any]) -> str:
+def _vllm(model: str, record: Mapping[str, Any], peft: Mapping[str, Any]) -> str:
     sites = record["sites"].values()
     odd = sorted({s["kind"] for s in sites} - set(SERVED))
     if odd:
         return f"vLLM adapts no layers of the kind {', '.join(odd)}, which this adapter changes."
     if peft["peft_type"] != "LORA" or peft.get("use_dora") or peft.get("modules_to_save"):
-        return f"vLLM reads plain LoRA alone; {_converted(record, base)}"
+        return f"vLLM reads plain LoRA alone; {_otherwise(model, record)}"
     try:
         rank = vllm.legal_rank(max(s["rank"] for s in sites))
     except FormatError as e:
         return f"Not with vLLM as it is: {e}."
-    return VLLM.format(base=base if " " not in base else "BASE", rank=rank)
+    return VLLM.format(base=FOLDER if model == PREFIX else shlex.quote(model), rank=rank)
 
 
-def _converted(record: Mapping[str, Any], base: str) -> str:
-    if any(s["kind"] not in SERVED for s in record["sites"].values()):
-        return "`veneer merge` writes it into a copy of the base, which any program reads."
-    model = base if " " not in base else PREFIX
-    return f"`veneer convert . --model {model} --to vllm --rank 64 --out served` makes plain LoRA of it, and says what that loses."
+def _otherwise(model: str, record: Mapping[str, Any]) -> str:
+    """What makes something of the change that other programs read."""
+    sites, base = record["sites"].values(), shlex.quote(model)
+    if any(s["norm"] is None for s in sites):
+        return "it is no change of weights, and is used by Veneer alone."
+    if any(s["kind"] not in SERVED for s in sites):
+        return f"`veneer merge . --model {base} --out merged` writes it into a copy of the base, which any program reads."
+    plain = "makes plain LoRA of it, which PEFT and vLLM read, and says what that loses."
+    return f"`veneer combine . --model {base} --rank 64 --out plain` {plain}"
