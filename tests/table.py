@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from oracles import dora, fourierft, frozen, ia3, lora, miss, starts
+from oracles import dora, flora, fourierft, frozen, ia3, lora, miss, starts
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -50,6 +50,8 @@ METHODS = {
     "loldu svd": Method("loldu", {"rank": 2, "basis": "svd"}, frozen.loldu),
     "loraxs": Method("loraxs", {"rank": 2, "alpha": 3.0}, frozen.loraxs),
     "vera": Method("vera", {"rank": 4}, frozen.vera),
+    "flora": Method("flora", {}, flora.weight),
+    "flora of rank 3": Method("flora", {"rank": 3}, flora.weight),
     "ia3": Method("ia3", {"feedforward": ("0",)}, ia3.weight),
     "dora": Method("dora", {"rank": 3}, dora.weight, exact_gradient=False),
 }

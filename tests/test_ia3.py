@@ -71,3 +71,12 @@ def test_models_whose_layers_are_not_known_are_refused():
         veneer.attach(conv_net(), "ia3")
     with pytest.raises(SiteError, match=r"the layers of keys and values are not known in a GPT2LMHeadModel; name all of them with to="):
         veneer.attach(gpt2(), "ia3")
+
+
+def test_a_gain_of_inputs_is_one_product_with_the_input(monkeypatch):
+    model = veneer.attach(nn.Sequential(nn.Linear(4, 3, bias=False)), "ia3", to=["0"], feedforward=("0",))
+    randomise(model)
+    x = torch.randn(2, 4)
+    delta = changes(model, "default")[0][1]
+    monkeypatch.setattr(type(delta), "delta", lambda *a: pytest.fail("W' - W was made"))
+    torch.testing.assert_close(model(x), (x * delta.l) @ model[0].weight.T)

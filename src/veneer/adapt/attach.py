@@ -79,7 +79,7 @@ def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
 
 def _scale_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The forward pre-hook of a layer of which some change has an input gain; a plain function, as _apply."""
-    c = input_gain(module.deltas) if args else None
+    c = input_gain(module.deltas, args[0]) if args else None
     return None if c is None else (args[0] * c.to(args[0].dtype), *args[1:])
 
 
@@ -191,8 +191,7 @@ def hang(model: nn.Module, name: str, changes: list[tuple[Site, Delta]]) -> None
 
 @torch.no_grad()
 def _gains_input(site: Site, delta: Delta) -> bool:
-    f = delta.factors(site)
-    return f is not None and f.c is not None
+    return delta.gains_input(site)
 
 
 def deltas_of(module: nn.Module) -> Deltas | None:

@@ -114,13 +114,12 @@ def acting(deltas: Deltas) -> Acting:
     return Acting(_joined(As, 0), _joined(Bs, 1), sum(gains[1:], gains[0]) if gains else None, tuple(others))
 
 
-def input_gain(deltas: Deltas) -> Tensor | None:
-    """c (in,) of the change that acts alone and in full on this layer, if it has one: what the layer's input is multiplied by."""
+def input_gain(deltas: Deltas, x: Tensor) -> Tensor | None:
+    """What the layer's input x is multiplied by: the gain c of the change that acts alone and in full, if it has one."""
     if not _is_whole(deltas):
         return None
     (name,) = deltas.active
-    form = deltas[name].normal_form(deltas.site)
-    return None if form is None else form.c
+    return deltas[name].input_gain(x, deltas.site)
 
 
 def _is_whole(deltas: Deltas) -> bool:
@@ -142,6 +141,8 @@ def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
     """The layer's output y with all acting changes, given its input x. writable: nobody else reads y."""
     part = deltas.group.part(deltas, x, y.dtype) if deltas.group is not None else None
     now = part.acting if part is not None else acting(deltas)
+    if now.others and _is_whole(deltas):
+        return now.others[0][0].onto(x, y, deltas.site, writable=writable)
     changes = [_times(delta(x, y, deltas.site), strength) for delta, strength in now.others]
     out = y
     if now.excess is not None:

@@ -132,6 +132,20 @@ class Delta(nn.Module, ABC):
         own = y if shift is None else y - shift
         return site.rows((f.g - 1).to(y.dtype)) * own + site.rows(f.g.to(y.dtype)) * change
 
+    def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
+        """The layer's output y with this change, which acts alone and in full. writable: y may be written into."""
+        return y + self(x, y, site)
+
+    def gains_input(self, site: Site) -> bool:
+        """Whether this change may want the layer's input multiplied."""
+        f = self.factors(site)
+        return f is not None and f.c is not None
+
+    def input_gain(self, x: Tensor, site: Site) -> Tensor | None:
+        """What to multiply the layer's input x by, shaped to act on it, where the change acts alone and in full."""
+        form = self.normal_form(site)
+        return None if form is None else form.c
+
     def to_peft(self, site: Site) -> PeftForm | None:
         """The change as PEFT expresses it exactly on the untouched base, or None where PEFT cannot."""
         return None

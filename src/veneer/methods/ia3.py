@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import NotMergeable
-from veneer.methods.base import Delta, Factors, PeftForm, build, master_dtype
+from veneer.methods.base import ROWWISE, Delta, Factors, PeftForm, build, master_dtype
 from veneer.methods.lora import check_peft_tensors
 from veneer.sites import Site, find
 from veneer.sites.find import Target
@@ -61,6 +61,9 @@ class IA3(Delta):
         A, B = self.l.new_empty(0, site.in_), self.l.new_empty(site.out, 0)
         return Factors(A, B, c=self.l) if self.reads else Factors(A, B, g=self.l)
 
+    def normal_form(self, site: Site) -> Factors | None:
+        return self.factors(site) if site.kind in ROWWISE else None
+
     def delta(self, site: Site) -> Tensor:
         if self._scales_bias(site):
             raise NotMergeable(
@@ -75,7 +78,7 @@ class IA3(Delta):
         return super().forward(x, y, site)
 
     def to_peft(self, site: Site) -> PeftForm | None:
-        if site.kind not in ("linear", "transposed"):
+        if site.kind not in ROWWISE:
             return None
         which = self.options["feedforward"]
         expression = which if isinstance(which, str) else f".*({'|'.join(map(re.escape, which))})"

@@ -1,0 +1,71 @@
+"""FLoRA: W' = W * (B A), number by number.  Wen & Chaudhuri 2023, https://arxiv.org/abs/2312.05677
+
+y = sum_k b_k * W (a_k * x) + bias with the columns b_k of B and the rows a_k of A: one product with W for every rank, in which
+every example may have an A and a B of its own. At rank 1 that is a gain of inputs and one of outputs around a single product,
+which the bank (veneer.bank) serves for each row of a batch.
+
+Parameters: r (out + in) a layer.
+State: A and B. The first row of A and column of B start at one, further columns of B at zero and rows of A at random signs:
+the model starts as it was, and no two ranks alike. (From ones everywhere, as in the paper, all ranks stay equal for ever.)
+Cost: two multiplications a number at rank 1. Above, r more products with W for few rows; for many, W' - W is made and kept for
+the backward, as large as W, and applied in one. Merged: none.
+Use: rank 1, another adapter for every example.
+Against: cannot change a weight that is zero, and no LoRA can express it: "the same expressive power" is true neither way. Above
+rank 1 it costs more than a batched LoRA of the same rank wherever a product of small matrices runs at a fair speed
+(bench/bank.py has the paper's inequality beside the crossover). The paper's code takes the mean over ranks, here it is the sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from veneer.methods.base import ROWWISE, Delta, Factors, master_dtype
+from veneer.ops.draws import keyed
+from veneer.ops.linalg import check_at_most
+from veneer.sites import Site
+
+FEW_ROWS = 64  # up to so many, r products with W cost less than a pass over W for every rank
+
+
+class FLoRA(Delta):
+    """A (r, in), B (out, r)."""
+
+    def __init__(self, site: Site, *, rank: int = 1, seed: int = 0) -> None:
+        """
+        rank: r; above 1 with a cost of r products with W
+        seed: draws the signs of further ranks, keyed by (seed, layer name)
+        """
+        super().__init__()
+        check_at_most(rank, 1 << 20, "2^20", site.name)
+        like = torch.empty(0, dtype=master_dtype(site), device=site.weight().device)
+        A, B = torch.ones(rank, site.in_), torch.zeros(site.out, rank)
+        A[1:] = 2 * torch.randint(0, 2, (rank - 1, site.in_), generator=keyed(seed, site.name)) - 1
+        B[:, 0] = 1
+        self.A, self.B = nn.Parameter(A.to(like)), nn.Parameter(B.to(like))
+
+    def factors(self, site: Site) -> Factors | None:
+        if self.A.shape[0] > 1:
+            return None
+        return Factors(self.A[:0], self.B[:, :0], g=self.B[:, 0], c=self.A[0])
+
+    def normal_form(self, site: Site) -> Factors | None:
+        return self.factors(site) if site.kind in ROWWISE else None
+
+    def delta(self, site: Site) -> Tensor:
+        return site.weight().to(self.A.dtype) * (self.B @ self.A - 1)
+
+    def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        rows = x.numel() // x.shape[-1] if site.kind in ROWWISE and x.numel() else FEW_ROWS + 1
+        if rows > FEW_ROWS or self.A.shape[0] == 1:
+            return super().forward(x, y, site)
+        shift = site.shift()
+        own = y if shift is None else y - shift
+        return (self.B[:, 0] - 1).to(y.dtype) * own + self._products(x.to(y.dtype), site)
+
+    def _products(self, x: Tensor, site: Site) -> Tensor:
+        """sum_k b_k * W (a_k * x), where the layer's own output stands for the ones in a_1: exact where little has changed."""
+        A = torch.cat([self.A[:1] - 1, self.A[1:]]).to(x.dtype)
+        scaled = x * A.view(-1, *(1,) * (x.ndim - 1), A.shape[1])  # (r, .., in)
+        made = site.apply(scaled, site.weight().to(x.dtype))  # (r, .., out)
+        return (made * self.B.mT.to(x.dtype).view(-1, *(1,) * (x.ndim - 1), self.B.shape[0])).sum(0)

@@ -1,0 +1,77 @@
+"""FLoRA beyond the table: few rows and many, ranks that stay apart, and its way to a file and back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import llama, output, randomise
+from torch import nn
+
+import veneer
+from veneer.adapt.attach import changes
+from veneer.errors import ShapeError
+from veneer.methods.flora import FEW_ROWS, FLoRA
+
+
+def made(rank, *, bias=True):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(7, 5, bias=bias).double())
+    model = veneer.attach(copy.deepcopy(base), "flora", rank=rank)
+    randomise(model, size=0.3)
+    return base, model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_few_rows_and_many_give_the_same(rank, bias):
+    _, model = made(rank, bias=bias)
+    x = torch.randn(2 * FEW_ROWS, 7, dtype=torch.float64)
+    apart = torch.cat([model(part) for part in x.split(FEW_ROWS // 2)])
+    torch.testing.assert_close(model(x), apart, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(x[:0]), x.new_zeros(0, 5))
+
+
+def test_few_rows_make_no_matrix_of_the_weights_size(monkeypatch):
+    for rank in (1, 3):
+        _, model = made(rank)
+        monkeypatch.setattr(FLoRA, "delta", lambda *a: pytest.fail("W' - W was made"))
+        model(torch.randn(FEW_ROWS, 7, dtype=torch.float64))
+
+
+def trained(delta, model, steps=50):
+    """delta's B after steps of Adam on a random goal."""
+    torch.manual_seed(1)
+    x, goal = torch.randn(32, 7, dtype=torch.float64), torch.randn(32, 5, dtype=torch.float64)
+    adam = torch.optim.Adam(delta.parameters(), lr=1e-2)
+    for _ in range(steps):
+        adam.zero_grad()
+        (model(x) - goal).square().mean().backward()
+        adam.step()
+    return delta.B.detach()
+
+
+def test_ranks_learn_apart_which_they_never_do_from_ones():
+    model = veneer.attach(nn.Sequential(nn.Linear(7, 5)).double(), "flora", rank=3)
+    delta = changes(model, "default")[0][1]
+    twin = copy.deepcopy(model)
+    ones = changes(twin, "default")[0][1]
+    nn.init.ones_(ones.A)
+    nn.init.constant_(ones.B, 1 / 3)
+    assert torch.linalg.matrix_rank(trained(delta, model), rtol=1e-6) == 3
+    assert torch.linalg.matrix_rank(trained(ones, twin), rtol=1e-6) == 1
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_it_is_saved_and_loaded(rank, tmp_path):
+    model = veneer.attach(llama(), "flora", rank=rank, to=["q_proj", "down_proj"])
+    randomise(model)
+    y = output(model)
+    veneer.save(model, tmp_path / "flora")
+    assert torch.equal(output(veneer.load(llama(), tmp_path / "flora")), y)
+
+
+def test_a_rank_of_none_is_refused():
+    with pytest.raises(ShapeError, match="rank 0 < 1 at '0'; use 1 or more"):
+        veneer.attach(nn.Sequential(nn.Linear(3, 2)), "flora", rank=0)
