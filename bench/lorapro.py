@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from veneer import optim
-from veneer.ops.tangent import adjust, point
 from veneer.optim import groups
 from veneer.optim.lorapro.forms import Plain
 
@@ -51,20 +50,23 @@ def naive(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, s: float) -> tuple[Tenso
     return P + X @ A, rest @ gB @ iA / s**2 - B @ X
 
 
+@torch.no_grad()
 def one_by_one(optimiser: Plain) -> list[tuple[Tensor, Tensor]]:
     return [naive(*four, float(s)) for b in optimiser.buckets() for *four, s in zip(b.A, b.B, b.gA, b.gB, b.s, strict=True)]
 
 
-def correction(optimiser: Plain) -> list[tuple[Tensor, Tensor]]:
+@torch.no_grad()
+def correction(optimiser: Plain) -> list[Any]:
     """All layers' corrections, from the parameters and gradients as they lie."""
-    return [adjust(point(b.A, b.B, b.s, optimiser.damping, b.grams()), b.gA, b.gB) for b in optimiser.buckets()]
+    return [optimiser.steps(b) for b in optimiser.buckets()]
 
 
+@torch.no_grad()
 def exact_error(optimiser: Plain) -> float:
     """The largest error of a layer's undamped float32 correction, in shares of its length, against the recipe in float64."""
-    worst = 0.0
+    worst, optimiser.damping = 0.0, 0.0
     for b in optimiser.buckets():
-        found = adjust(point(b.A, b.B, b.s, 0.0, b.grams()), b.gA, b.gB)
+        found = [[*side] for side in optimiser.steps(b)]
         for i in range(0, len(b.A), 8):
             expected = naive(*(t[i].double() for t in (b.A, b.B, b.gA, b.gB)), float(b.s[i]))
             worst = max(worst, *(float((f[i] - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)))
@@ -80,8 +82,15 @@ def size_figures(size: str) -> dict[str, float]:
         assert isinstance(plain, Plain)
         rules: dict[str, Any] = {form: optim.make("lorapro", form=form) for form in FORMS}
         rules |= {name: optim.make(name) for name in ("scaled", "balanced", "lora-muon")}
-        steps: dict[str, m.Step] = {"adamw": torch.optim.AdamW([p.parameter for p in parts], lr=1e-6).step}
-        steps["correction"] = lambda plain=plain: correction(plain)
+        adamw = torch.optim.AdamW([p.parameter for p in parts], lr=1e-6).step
+        pure: dict[str, m.Step] = {"adamw": adamw, "correction": lambda plain=plain: correction(plain)}
+        times = m.interleaved(pure, repeats=15, warm=3)
+        figures[f"correction_r{rank}_vs_default_adamw"] = times["correction"] / times["adamw"]
+        if rank == 16:
+            each = m.interleaved({"ours": pure["correction"], "naive": lambda plain=plain: one_by_one(plain)}, repeats=3, warm=1)
+            figures["naive_over_ours"] = each["naive"] / each["ours"]
+            figures["exact_error"] = exact_error(plain)
+        steps: dict[str, m.Step] = {"adamw": adamw}
         for name, rule in rules.items():
             made = rule.build(trained)
             groups.set_rates(made, 1e-6, 0.0)
@@ -89,12 +98,7 @@ def size_figures(size: str) -> dict[str, float]:
             figures[f"{name}_r{rank}_state_mib"] = rule.state_bytes(trained) / 2**20
         times = m.interleaved(steps, repeats=5, warm=1)
         figures[f"adamw_r{rank}_state_mib"] = optim.make("adamw").state_bytes(trained) / 2**20
-        figures[f"correction_r{rank}_vs_default_adamw"] = times["correction"] / times["adamw"]
         figures |= {f"{name}_r{rank}_step_vs_default_adamw": times[name] / times["adamw"] for name in rules}
-        if rank == 16:
-            each = m.interleaved({"ours": steps["correction"], "naive": lambda plain=plain: one_by_one(plain)}, repeats=3, warm=1)
-            figures["naive_over_ours"] = each["naive"] / each["ours"]
-            figures["exact_error"] = exact_error(plain)
     return figures
 
 

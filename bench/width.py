@@ -86,7 +86,7 @@ class Layer:
 
 def train(task: Network | Layer, n: int, rule: Rule, rate: float, seed: int) -> float:
     """The score after one training; infinite where it diverges."""
-    host = nn.Sequential(nn.Linear(n, n, bias=False))
+    host = nn.Sequential(nn.utils.skip_init(nn.Linear, n, n, bias=False))  # its weight is never used
     parts = groups.of_adapter(veneer.attach(host, to=["0"], rank=task.rank, alpha=S * task.rank, seed=seed), "default")
     A, B = (next(p.parameter for p in parts if p.role == role) for role in "AB")
     optimiser = optim.make(rule[0], **rule[1]).build(optim.Trained(parts, (0.9, 0.99)))

@@ -306,6 +306,7 @@ METHODS = {
     "dora": {"method": "dora", "options": {"rank": 4}, "lr": 2e-2},
     "pissa": {"options": {"rank": 4, "init": "pissa"}, "lr": 2e-2},
     "loraplus": {"options": {"rank": 4}, "optimiser": "loraplus", "lr": 3e-3, "weight_decay": 0.1},
+    "lorapro": {"options": {"rank": 4}, "optimiser": "lorapro", "optimiser_options": {"form": "full"}, "lr": 1e-2},
     "full": {"method": "full", "options": {}, "lr": 5e-3},
     "bf16": {"options": {"rank": 4}, "lr": 2e-2, "precision": "bf16"},
     "full bf16": {"method": "full", "options": {}, "lr": 5e-3, "precision": "bf16"},
@@ -334,6 +335,12 @@ def test_every_method_learns_and_its_adapter_is_what_was_measured(given, name):
         assert measured(result, given, part, 0.0, dtype) == pytest.approx(result.metrics["before"][part], rel=tolerance)
     own = [p for p in Path(result.adapter).iterdir() if p.suffix == ".safetensors"]
     assert result.metrics["adapter_bytes"] == sum(p.stat().st_size for p in own) > 0
+
+
+def test_what_large_moments_take_is_said_before_the_training(given):
+    result = fit(Run.from_dict({**given, **METHODS["lorapro"], "steps": 1, "to": ["q_proj"]}), progress=False)
+    said = "LoRA-Pro's full form keeps two matrices of every layer's size: 0.0 MiB; form factored keeps 0.0 MiB"
+    assert said in json.loads((result.folder / "config.json").read_text())["notes"]
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "pissa"])

@@ -79,7 +79,7 @@ def test_4_sylvesters_x_is_the_papers():
     for found, expected in zip((dA, dB), oracle.paper(GA.numpy(), GB.numpy(), A.numpy(), B.numpy(), S), strict=True):
         close(found, torch.from_numpy(expected), 1e-11)
     at = point(A, B, S)
-    C = -at.inverse_b @ GA @ A.T / S**2
+    C = -at.inverses.of_b @ GA @ A.T / S**2
     X = (dA - exact("zero")[0]) @ torch.linalg.pinv(A)
     close(B.T @ B @ X + X @ A @ A.T, C, 1e-11)
     slope = 2 * (dA - GA) @ A.T - 2 * B.T @ (dB - GB)  # of |dA - gA|^2 + |dB - gB|^2 in X
@@ -94,7 +94,7 @@ def test_5_the_symmetric_x_gives_each_factor_half_of_what_both_could_do():
     close(PB @ (B @ dA) @ PA, PB @ (dB @ A) @ PA, 1e-11)
     at = point(A, B, S)
     zero = exact("zero")
-    X = -(at.inverse_b @ GA @ A.T / S**2) @ (A @ A.T) / 2  # the authors' older code has A A' for its inverse
+    X = -(at.inverses.of_b @ GA @ A.T / S**2) @ (A @ A.T) / 2  # the authors' older code has A A' for its inverse
     dA, dB = zero[0] + X @ A, zero[1] - B @ X
     close(product(dA, dB), NEAREST, 1e-11)
     assert (PB @ (B @ dA - dB @ A) @ PA).norm() > 0.5 * (PB @ (B @ dA) @ PA).norm()

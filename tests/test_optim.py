@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import models
 import pytest
@@ -16,6 +18,7 @@ from veneer.methods import Delta
 from veneer.optim import groups
 from veneer.train import rates, schedule
 
+BENCH = Path(__file__).parents[1] / "bench" / "results"
 RATE, DECAY, RATIO = 0.03, 0.2, 16.0
 
 
@@ -98,6 +101,14 @@ def test_options_are_the_optimisers_own():
         optim.make("loraplus", ration=2.0, damping=1.0)
     told = "optimiser 'loraplus' has no option 'ration'; did you mean 'ratio'?\noptimiser 'loraplus' has no option 'damping'; known: ratio"
     assert str(e.value) == told
+
+
+def test_the_built_in_models_rates_are_those_that_were_measured():
+    rows = json.loads((BENCH / "optimiser_rates.json").read_text())["rows"]
+    swept = {row["optimiser"]: [r for r in rows if r["optimiser"] == row["optimiser"]] for row in rows}
+    for name in {"lorapro-sgd", *optim.available()} - {"loraplus"}:  # its own sweep is the demo's
+        best = min(swept[name], key=lambda row: row["valid"])
+        assert rates.default("lora", name, True) == best["rate"] and best["valid"] < best["before"]
 
 
 def test_where_no_rate_is_known_it_is_asked_for():

@@ -21,47 +21,73 @@ from veneer.ops.grams import Gram, gram
 Choice = Literal["sylvester", "zero", "symmetric"]
 
 
-class Point(NamedTuple):
-    """Where A and B stand. a, b: spectra of A A' and B'B; inverse_a, inverse_b: their damped pseudo-inverses (.., r, r)."""
+class Inverses(NamedTuple):
+    """What a step needs of A and B in (.., r, r): the spectra a, b of A A' and B'B, and their damped pseudo-inverses; s as in point()."""
 
-    A: Tensor
-    B: Tensor
     s: Tensor | float
     a: Gram
     b: Gram
-    inverse_a: Tensor
-    inverse_b: Tensor
+    of_a: Tensor
+    of_b: Tensor
 
 
-def point(A: Tensor, B: Tensor, s: Tensor | float, damping: float = 0.0, grams: tuple[Gram, Gram] | None = None) -> Point:
-    """The point (A, B). Both Grams are damped by `damping` tr(A A') / r, as B'B damped by its own trace would cure nothing at B = 0.
+class Point(NamedTuple):
+    """Where A (.., r, n) and B (.., m, r) stand."""
 
-    s: a number, or (.., 1, 1). grams: the spectra of A A' and B'B where they are known.
+    A: Tensor
+    B: Tensor
+    inverses: Inverses
+
+
+class Mix(NamedTuple):
+    """dA = on_gA gA + on_A A and dB = gB on_gB + B on_B, all (.., r, r)."""
+
+    on_gA: Tensor
+    on_A: Tensor
+    on_gB: Tensor
+    on_B: Tensor
+
+
+def inverses(products: Tensor, s: Tensor | float, damping: float = 0.0) -> Inverses:
+    """From A A' and B'B, stacked (2, .., r, r).
+
+    Both are damped by `damping` tr(A A') / r, as B'B damped by its own trace would cure nothing at B = 0.
     """
-    a, b = grams or (gram(A @ A.mT), gram(B.mT @ B))
-    shift = damping * a.mean
-    return Point(A, B, s, a, b, a.power(-1, shift), b.power(-1, shift))
+    both = gram(products)
+    a, b = (Gram(w, Q) for w, Q in zip(both.w, both.Q, strict=True))
+    of_a, of_b = both.power(-1, damping * a.mean)
+    return Inverses(s, a, b, of_a, of_b)
 
 
-def adjust(at: Point, gA: Tensor, gB: Tensor, x: Choice = "sylvester") -> tuple[Tensor, Tensor]:
-    """dA (.., r, n) and dB (.., m, r).
+def point(A: Tensor, B: Tensor, s: Tensor | float, damping: float = 0.0) -> Point:
+    """The point (A, B); s: a number, or (.., 1, 1)."""
+    return Point(A, B, inverses(torch.stack([A @ A.mT, B.mT @ B]), s, damping))
+
+
+def mix(at: Inverses, gAA: Tensor, x: Choice = "sylvester") -> Mix:
+    """How dA and dB are made, from gA A' (.., r, r), which is B'gB too: both are s B'G A'.
 
     x: how the freedom X is used. "sylvester": dA and dB are as near to gA and gB as can be; "zero": what both could do, A
     does; "symmetric": each does half of it.
     """
-    A, B, s, a, b, inverse_a, inverse_b = at
-    iA, iB = inverse_a / s**2, inverse_b / s**2
-    K = inverse_b @ (B.mT @ gB) @ iA  # (.., r, r)
+    s, a, b, of_a, of_b = at
+    iA, iB = of_a / s**2, of_b / s**2
+    PA = iB @ gAA  # (B'B)^+ gA A' / s^2
     if x == "zero":
-        return iB @ gA, _plus(gB @ iA, B, -K)
-    PA = iB @ (gA @ A.mT)
-    if x == "symmetric":
-        X = -(PA @ inverse_a) / 2
+        X = torch.zeros_like(PA)
+    elif x == "symmetric":
+        X = -(PA @ of_a) / 2
     else:
         total = b.w[..., :, None] + a.w[..., None, :]
         inner = b.Q.mT @ -PA @ a.Q
         X = b.Q @ torch.where(total > 0, inner / torch.where(total > 0, total, 1), 0) @ a.Q.mT
-    return _plus(iB @ gA, X, A), _plus(gB @ iA, B, -K - X)
+    return Mix(iB, X, iA, -X - PA @ of_a)
+
+
+def adjust(at: Point, gA: Tensor, gB: Tensor, x: Choice = "sylvester") -> tuple[Tensor, Tensor]:
+    """dA (.., r, n) and dB (.., m, r) from gA and gB; x as in mix()."""
+    m = mix(at.inverses, gA @ at.A.mT, x)
+    return _plus(m.on_gA @ gA, m.on_A, at.A), _plus(gB @ m.on_gB, at.B, m.on_B)
 
 
 def _plus(into: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -75,7 +101,6 @@ def squared_norm(at: Point, gA: Tensor, gB: Tensor) -> Tensor:
 
     Without damping that is the squared norm of the projected G, and the first-order fall of the loss per unit of rate.
     """
-    K = at.B.mT @ gB
-    both = at.inverse_b * (gA @ gA.mT - K @ at.inverse_a @ K.mT) + at.inverse_a * (gB.mT @ gB)
-    s = at.s if isinstance(at.s, float | int) else at.s[..., 0, 0]
-    return both.sum((-2, -1)) / s**2
+    K, (s, _, _, of_a, of_b) = gA @ at.A.mT, at.inverses
+    both = of_b * (gA @ gA.mT - K @ of_a @ K.mT) + of_a * (gB.mT @ gB)
+    return both.sum((-2, -1)) / (s if isinstance(s, float | int) else s[..., 0, 0]) ** 2

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.ops.linalg import precise
 from veneer.optim import pairs
 from veneer.optim.base import Trained
 from veneer.optim.groups import by_rate
 from veneer.optim.moments import direction
-from veneer.optim.pairs import Bucket, stacked
+from veneer.optim.pairs import Bucket
 
 Present = tuple[nn.Parameter, nn.Parameter, str, float]  # A, B, where, scaling
 
@@ -37,8 +38,8 @@ class Paired(torch.optim.Optimizer, ABC):
         super().__init__(listed, {"lr": 0.0, "weight_decay": 0.0})
 
     @abstractmethod
-    def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
-        """What A (L, r, n) and B (L, m, r) move by at rate 1, downhill being positive; remembers what it needs in the states."""
+    def steps(self, bucket: Bucket) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+        """What every A (r, n) and every B (m, r) moves by at rate 1, downhill being positive; remembers what it needs in the states."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -61,10 +62,10 @@ class Paired(torch.optim.Optimizer, ABC):
     def _bucket(self, group: dict[str, Any], present: Sequence[Present]) -> Bucket:
         A, B, where, s = zip(*present, strict=True)
         return Bucket(
-            stacked([*A]),
-            stacked([*B]),
-            stacked([p.grad for p in A]),
-            stacked([p.grad for p in B]),
+            [precise(p) for p in A],
+            [precise(p) for p in B],
+            [precise(p.grad) for p in A],
+            [precise(p.grad) for p in B],
             torch.tensor(s, dtype=torch.float64).to(A[0])[:, None, None],
             where,
             [self.state[p] for p in A],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -69,22 +71,48 @@ def by_shape(pairs: Iterable[Pair]) -> list[list[Pair]]:
     return list(buckets.values())
 
 
-class Bucket(NamedTuple):
-    """The pairs of a shape that have a gradient, stacked in float32 at least: A, gA (L, r, n), B, gB (L, m, r), s (L, 1, 1).
+@dataclass(frozen=True)
+class Bucket:
+    """The pairs of a shape that have a gradient, each in float32 at least: every_A (r, n), every_B (m, r), and their gradients.
 
-    states_a, states_b: what the optimiser remembers of each factor. kept: the share of it that decay leaves.
+    s: (L, 1, 1). states_a, states_b: what the optimiser remembers of each factor. kept: the share of it that decay leaves.
     """
 
-    A: Tensor
-    B: Tensor
-    gA: Tensor
-    gB: Tensor
+    every_A: list[Tensor]
+    every_B: list[Tensor]
+    every_gA: list[Tensor]
+    every_gB: list[Tensor]
     s: Tensor
     where: tuple[str, ...]
     states_a: list[dict[str, Tensor]]
     states_b: list[dict[str, Tensor]]
     rate: float
     kept: float
+
+    @cached_property
+    def A(self) -> Tensor:
+        """(L, r, n)."""
+        return torch.stack(self.every_A)
+
+    @cached_property
+    def B(self) -> Tensor:
+        """(L, m, r)."""
+        return torch.stack(self.every_B)
+
+    @cached_property
+    def gA(self) -> Tensor:
+        """(L, r, n)."""
+        return torch.stack(self.every_gA)
+
+    @cached_property
+    def gB(self) -> Tensor:
+        """(L, m, r)."""
+        return torch.stack(self.every_gB)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether products with whole factors are taken layer by layer: on a CPU, where stacking costs more than it saves."""
+        return self.s.device.type == "cpu"
 
     def grams(self) -> tuple[Gram, Gram]:
         """The spectra of A A' and B'B in one decomposition. Raises NotFinite."""
@@ -93,7 +121,11 @@ class Bucket(NamedTuple):
 
     def products(self) -> Tensor:
         """A A' and B'B (2, L, r, r). Raises NotFinite, naming the layers, where one is not finite."""
-        S = torch.stack([self.A @ self.A.mT, self.B.mT @ self.B])
+        if self.one_by_one:
+            every = [*(torch.mm(A, A.t()) for A in self.every_A), *(torch.mm(B.t(), B) for B in self.every_B)]
+            S = torch.stack(every).view(2, len(self.where), *every[0].shape)
+        else:
+            S = torch.stack([self.A @ self.A.mT, self.B.mT @ self.B])
         fine = S.isfinite().flatten(2).all(-1).all(0)
         if not fine.all():
             wrong = [name for name, ok in zip(self.where, fine.tolist(), strict=True) if not ok]

@@ -10,6 +10,11 @@ BUILTIN = {
     ("full", "adamw"): 6e-4,
     ("adapter", "adamw"): 5e-3,
     ("adapter", "loraplus"): 1e-3,
+    ("adapter", "scaled"): 5e-3,
+    ("adapter", "balanced"): 6e-4,
+    ("adapter", "lora-muon"): 5e-3,
+    ("adapter", "lorapro"): 2e-3,
+    ("adapter", "lorapro-sgd"): 1.0,
 }
 # A low-rank change wants about ten times the rate of full fine-tuning; under LoRA+ the rate is A's, and B's is 16 times it.
 # LoRA-Pro's is that of its authors' scripts. Where nothing is known, nothing is guessed.

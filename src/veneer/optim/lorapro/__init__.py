@@ -13,7 +13,8 @@ authors' code shrinks the frozen W as well.
 
 State: full: 2 out x in numbers a layer, as full fine-tuning; factored: (out + in)(r + 1) + 2 r^2, about half of AdamW's; sgd: none.
 Cost: O((out + in) r^2 + r^3) a layer and step; full: 8 r out x in operations and a dozen passes over out x in besides.
-Use: to come nearer to full fine-tuning at a low rank. The rate is full fine-tuning's, not LoRA's.
+Use: to come nearer to full fine-tuning at a low rank. The rate is below LoRA's: the authors use full fine-tuning's, and the
+built-in model wants three times that.
 Against: users could not repeat the published figures (github.com/mrflogs/LoRA-Pro, issues 3, 7 and 9), and where rates were tuned
 for each, variants of LoRA ended within 1 to 2 % of each other (https://arxiv.org/abs/2602.04998). Undamped, the second step from
 B = 0 moves A by most of its length at any rate; damping both Gram matrices by a hundredth of tr(A A') / r, which is not in

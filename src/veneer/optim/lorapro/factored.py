@@ -41,7 +41,7 @@ class Factored(Projected):
 
     def _carried(self, bucket: Bucket, at: Point, dA: Tensor, dB: Tensor) -> tuple[Tensor, Tensor]:
         """The running means of the factors (L, r, n), (L, m, r) after they were carried here from the last point."""
-        for a, b, iA, iB in zip(bucket.states_a, bucket.states_b, at.inverse_a, at.inverse_b, strict=True):
+        for a, b, iA, iB in zip(bucket.states_a, bucket.states_b, at.inverses.of_a, at.inverses.of_b, strict=True):
             if "crossed" in a:
                 a["exp_avg"], b["exp_avg"] = iB @ b["crossed"] @ a["exp_avg"], b["exp_avg"] @ (a["crossed"] @ iA)
         beta = self.betas[0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from veneer.ops.tangent import Choice, Point, adjust, point, squared_norm
+from veneer.ops.tangent import Choice, Inverses, Point, adjust, inverses, mix, squared_norm
 from veneer.optim.base import Trained
 from veneer.optim.moments import direction
 from veneer.optim.paired import Paired
@@ -23,7 +23,11 @@ class Projected(Paired):
 
     def point(self, bucket: Bucket) -> Point:
         """Where the pairs of a bucket stand. Raises NotFinite."""
-        return point(bucket.A, bucket.B, bucket.s, self.damping, bucket.grams())
+        return Point(bucket.A, bucket.B, self.inverses(bucket))
+
+    def inverses(self, bucket: Bucket) -> Inverses:
+        """The inverses of all Gram matrices of a bucket. Raises NotFinite."""
+        return inverses(bucket.products(), bucket.s, self.damping)
 
     @torch.no_grad()
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
@@ -41,8 +45,13 @@ class Projected(Paired):
 class Plain(Projected):
     """The projected gradient itself: Riemannian gradient descent on the matrices of rank r."""
 
-    def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
-        return adjust(self.point(bucket), bucket.gA, bucket.gB, self.x)
+    def steps(self, bucket: Bucket) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+        if not bucket.one_by_one:
+            return adjust(self.point(bucket), bucket.gA, bucket.gB, self.x)
+        sides = [*zip(bucket.every_A, bucket.every_gA, strict=True)], [*zip(bucket.every_B, bucket.every_gB, strict=True)]
+        m = mix(self.inverses(bucket), torch.stack([torch.mm(g, A.t()) for A, g in sides[0]]), self.x)
+        dA = [torch.mm(on_g, g).addmm_(on_A, A) for (A, g), on_g, on_A in zip(sides[0], m.on_gA, m.on_A, strict=True)]
+        return dA, [torch.mm(g, on_g).addmm_(B, on_B) for (B, g), on_g, on_B in zip(sides[1], m.on_gB, m.on_B, strict=True)]
 
 
 class Full(Projected):
