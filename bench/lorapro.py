@@ -18,6 +18,7 @@ from torch import Tensor
 from veneer import optim
 from veneer.optim import groups
 from veneer.optim.lorapro.forms import Plain
+from veneer.optim.pairs import Bucket
 
 FORMS = ("full", "factored", "sgd")
 
@@ -52,7 +53,11 @@ def naive(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, s: float) -> tuple[Tenso
 
 @torch.no_grad()
 def one_by_one(optimiser: Plain) -> list[tuple[Tensor, Tensor]]:
-    return [naive(*four, float(s)) for b in optimiser.buckets() for *four, s in zip(b.A, b.B, b.gA, b.gB, b.s, strict=True)]
+    return [naive(*four, float(s)) for b in optimiser.buckets() for *four, s in zip(*_each(b), b.s, strict=True)]
+
+
+def _each(b: Bucket) -> tuple[list[Tensor], ...]:
+    return b.every_A, b.every_B, b.every_gA, b.every_gB
 
 
 @torch.no_grad()
@@ -67,8 +72,8 @@ def exact_error(optimiser: Plain) -> float:
     worst, optimiser.damping = 0.0, 0.0
     for b in optimiser.buckets():
         found = [[*side] for side in optimiser.steps(b)]
-        for i in range(0, len(b.A), 8):
-            expected = naive(*(t[i].double() for t in (b.A, b.B, b.gA, b.gB)), float(b.s[i]))
+        for i in range(0, len(b.where), 8):
+            expected = naive(*(t[i].double() for t in _each(b)), float(b.s[i]))
             worst = max(worst, *(float((f[i] - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)))
     return worst
 

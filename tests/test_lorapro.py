@@ -67,7 +67,7 @@ def test_2_it_is_the_dense_least_squares_projection():
 
 def test_3_the_norm_of_the_projection_is_free_and_the_descent():
     square = NEAREST.square().sum()
-    for found in (squared_norm(point(A, B, S), GA, GB), (G * NEAREST).sum()):
+    for found in (squared_norm(point(A, B, S).inverses, GA @ A.T, GA @ GA.T, GB.T @ GB), (G * NEAREST).sum()):
         assert float(found) == pytest.approx(float(square), rel=1e-12)
     dA, dB = exact("zero")
     assert float((GA * dA).sum() + (GB * dB).sum()) == pytest.approx(float(square), rel=1e-12)

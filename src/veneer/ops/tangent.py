@@ -96,11 +96,11 @@ def _plus(into: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return flat.baddbmm_(L, R).view_as(into)
 
 
-def squared_norm(at: Point, gA: Tensor, gB: Tensor) -> Tensor:
-    """<gA, dA> + <gB, dB> (..) with the pair of X = 0, from (r, r) products alone.
+def squared_norm(at: Inverses, gAA: Tensor, gAgA: Tensor, gBgB: Tensor) -> Tensor:
+    """<gA, dA> + <gB, dB> (..) with the pair of X = 0, from gA A', gA gA' and gB'gB (.., r, r) alone.
 
     Without damping that is the squared norm of the projected G, and the first-order fall of the loss per unit of rate.
     """
-    K, (s, _, _, of_a, of_b) = gA @ at.A.mT, at.inverses
-    both = of_b * (gA @ gA.mT - K @ of_a @ K.mT) + of_a * (gB.mT @ gB)
+    s, _, _, of_a, of_b = at
+    both = of_b * (gAgA - gAA @ of_a @ gAA.mT) + of_a * gBgB
     return both.sum((-2, -1)) / (s if isinstance(s, float | int) else s[..., 0, 0]) ** 2

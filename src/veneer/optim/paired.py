@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ class Paired(torch.optim.Optimizer, ABC):
     `groups.set_rates`: A and B both shrink by sqrt(1 - rate * decay), so that B A shrinks by it as a whole.
     """
 
+    mixes: ClassVar[bool] = False  # whether, on a CPU, `steps` takes pairs of one rank and several shapes together
+
     def __init__(self, trained: Trained) -> None:
         found, others = pairs.of(trained.parts)
         self.betas = trained.betas
         listed: list[dict[str, Any]] = []
-        for bucket in pairs.by_shape(found):
+        for bucket in pairs.by_shape(found, mixed=self.mixes):
             scale = trained.embedding if bucket[0].embedding else 1.0
             names = {"where": tuple(p.where for p in bucket), "scaling": tuple(p.scaling for p in bucket)}
             listed.append({"params": [t for p in bucket for t in (p.A, p.B)], "scale": scale, "base": scale, "share": 0.5, **names})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -63,19 +63,20 @@ def _pair(found: list[Part]) -> Pair:
     return Pair(first.name.rpartition(".")[0], by_role["A"], by_role["B"], first.owner.scaling, first.embedding)
 
 
-def by_shape(pairs: Iterable[Pair]) -> list[list[Pair]]:
-    """The pairs in buckets of one shape, dtype and rate, in the order of their first ones."""
+def by_shape(pairs: Iterable[Pair], *, mixed: bool = False) -> list[list[Pair]]:
+    """The pairs in buckets of one shape, dtype and rate, in the order of their first ones; mixed: on a CPU, of one rank."""
     buckets: dict[Any, list[Pair]] = defaultdict(list)
     for p in pairs:
-        buckets[(p.shape, p.A.dtype, p.A.device, p.embedding)].append(p)
+        shape = p.shape[2] if mixed and p.A.device.type == "cpu" else p.shape
+        buckets[(shape, p.A.dtype, p.A.device, p.embedding)].append(p)
     return list(buckets.values())
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The pairs of a shape that have a gradient, each in float32 at least: every_A (r, n), every_B (m, r), and their gradients.
+    """The pairs of a shape, or of a rank, that have a gradient: every A (r, n) and B (m, r), float32 at least, and their gradients.
 
-    s: (L, 1, 1). states_a, states_b: what the optimiser remembers of each factor. kept: the share of it that decay leaves.
+    A, B, gA, gB: stacks, of a shape alone. s: (L, 1, 1). states_a, states_b: what the optimiser remembers of each factor. kept: the share of it that decay leaves.
     """
 
     every_A: list[Tensor]
@@ -121,16 +122,18 @@ class Bucket:
 
     def products(self) -> Tensor:
         """A A' and B'B (2, L, r, r). Raises NotFinite, naming the layers, where one is not finite."""
-        if self.one_by_one:
-            every = [*(torch.mm(A, A.t()) for A in self.every_A), *(torch.mm(B.t(), B) for B in self.every_B)]
-            S = torch.stack(every).view(2, len(self.where), *every[0].shape)
-        else:
-            S = torch.stack([self.A @ self.A.mT, self.B.mT @ self.B])
+        rows = [*self.every_A, *(B.t() for B in self.every_B)]
+        S = inner(rows, rows).unflatten(0, (2, -1)) if self.one_by_one else torch.stack([self.A @ self.A.mT, self.B.mT @ self.B])
         fine = S.isfinite().flatten(2).all(-1).all(0)
         if not fine.all():
             wrong = [name for name, ok in zip(self.where, fine.tolist(), strict=True) if not ok]
             raise NotFinite(f"A A' or B'B is not finite at {first_few(wrong)}; go on from a checkpoint with a lower lr")
         return S
+
+
+def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """X Y' (L, r, r) of each X, Y (r, k), one by one."""
+    return torch.stack([torch.mm(X, Y.t()) for X, Y in zip(left, right, strict=True)])
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from veneer.ops.tangent import Choice, Inverses, Point, adjust, inverses, mix, s
 from veneer.optim.base import Trained
 from veneer.optim.moments import direction
 from veneer.optim.paired import Paired
-from veneer.optim.pairs import Bucket
+from veneer.optim.pairs import Bucket, inner
 
 
 class Projected(Paired):
@@ -32,7 +32,7 @@ class Projected(Paired):
     @torch.no_grad()
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
         """As for any optimiser, by the norm that the projected gradient of the whole matrices has, with all others' own."""
-        squares = [squared_norm(self.point(b), b.gA, b.gB).sum() for b in self.buckets()]
+        squares = [self._square(b) for b in self.buckets()]
         others = [p for group in self.param_groups if not group["where"] for p in group["params"] if p.grad is not None]
         norm = torch.stack([*squares, *(p.grad.square().sum() for p in others)]).sum().sqrt()
         factor = (most / (norm + 1e-6)).clamp(max=1.0)
@@ -41,15 +41,21 @@ class Projected(Paired):
                 p.grad.mul_(factor.to(p.grad.dtype))
         return norm
 
+    def _square(self, bucket: Bucket) -> Tensor:
+        gA, gB = bucket.every_gA, [g.t() for g in bucket.every_gB]
+        return squared_norm(self.inverses(bucket), inner(gA, bucket.every_A), inner(gA, gA), inner(gB, gB)).sum()
+
 
 class Plain(Projected):
     """The projected gradient itself: Riemannian gradient descent on the matrices of rank r."""
+
+    mixes = True
 
     def steps(self, bucket: Bucket) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
         if not bucket.one_by_one:
             return adjust(self.point(bucket), bucket.gA, bucket.gB, self.x)
         sides = [*zip(bucket.every_A, bucket.every_gA, strict=True)], [*zip(bucket.every_B, bucket.every_gB, strict=True)]
-        m = mix(self.inverses(bucket), torch.stack([torch.mm(g, A.t()) for A, g in sides[0]]), self.x)
+        m = mix(self.inverses(bucket), inner(bucket.every_gA, bucket.every_A), self.x)
         dA = [torch.mm(on_g, g).addmm_(on_A, A) for (A, g), on_g, on_A in zip(sides[0], m.on_gA, m.on_A, strict=True)]
         return dA, [torch.mm(g, on_g).addmm_(B, on_B) for (B, g), on_g, on_B in zip(sides[1], m.on_gB, m.on_B, strict=True)]
 
