@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from veneer.adapt.merge import merge
     from veneer.adapt.store import load, save
     from veneer.app.fit import fit
+    from veneer.compress.packed_store import load_quantised, save_quantised
+    from veneer.compress.quantise import dequantise, quantise, quantise_around
     from veneer.train.run import Run
 
 __version__ = "0.1.0"
@@ -22,12 +24,17 @@ __all__ = [
     "attach",
     "calibrate",
     "combine",
+    "dequantise",
     "detach",
     "extract",
     "fit",
     "load",
+    "load_quantised",
     "merge",
+    "quantise",
+    "quantise_around",
     "save",
+    "save_quantised",
     "to_lora",
     "train_only",
     "using",
@@ -41,6 +48,8 @@ _HOMES = {
     "veneer.adapt.merge": ("merge",),
     "veneer.adapt.store": ("load", "save"),
     "veneer.app.fit": ("fit",),
+    "veneer.compress.packed_store": ("load_quantised", "save_quantised"),
+    "veneer.compress.quantise": ("dequantise", "quantise", "quantise_around"),
     "veneer.train.run": ("Run",),
 }
 

@@ -18,6 +18,7 @@ from veneer.errors import ConfigError, SiteError, first_few, suggest
 from veneer.methods import Delta, Stats
 from veneer.sites import Site
 from veneer.sites.find import Target
+from veneer.sites.quantised import packed_kind
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 BASE = "base"
@@ -185,7 +186,7 @@ def hang(model: nn.Module, name: str, changes: list[tuple[Site, Delta]]) -> None
                 site.module.register_forward_hook(_apply)
         if _gains_input(site, delta) and _scale_input not in site.module._forward_pre_hooks.values():
             site.module.register_forward_pre_hook(_scale_input)
-        deltas.add_module(name, delta.to(site.weight().device).train(site.module.training))
+        deltas.add_module(name, delta.to(site.device).train(site.module.training))
         deltas.active[name] = 1.0
 
 
@@ -208,6 +209,14 @@ def layers(model: nn.Module) -> list[Deltas]:
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own parameters by name, without those of adapters."""
     return {n: p for n, p in model.named_parameters() if ".deltas." not in f".{n}"}
+
+
+def n_base_parameters(model: nn.Module) -> int:
+    """Numbers in the base; those of a packed weight count as they would unpacked."""
+    packed: list[Any] = [m for m in model.modules() if packed_kind(m)]
+    parts = {id(p) for m in packed for n, p in m.named_parameters(recurse=False) if n != "bias"}
+    whole = sum(p.numel() for p in base_parameters(model).values() if id(p) not in parts)
+    return whole + sum(int(m.out_features * m.in_features) for m in packed)
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -263,6 +272,9 @@ def using(model: nn.Module, *names: str | Mapping[str, float]) -> Iterator[nn.Mo
 def train_only(model: nn.Module, *names: str) -> None:
     """Only the parameters of the named adapters take gradients; "base" stands for the model's own."""
     chosen = [delta for name in names if name != BASE for _, delta in changes(model, name)]
+    packed = [n for n, p in base_parameters(model).items() if not p.is_floating_point()] if BASE in names else []
+    if packed:
+        raise ConfigError(f"a quantised base cannot be trained: {first_few(packed, 3)} are codes; train an adapter, or dequantise it")
     if layers(model) and TRAINED_BEFORE not in model.__dict__:
         model.__dict__[TRAINED_BEFORE] = frozenset(n for n, p in base_parameters(model).items() if p.requires_grad)
     of_adapters = {id(p) for d in layers(model) for p in d.parameters()}

@@ -36,7 +36,7 @@ class Sketched(Delta):
     def __init__(self, site: Site, k: int, seed: int) -> None:
         super().__init__()
         fixed = sketch.tests(site.out, site.in_, k, keyed(seed, f"{site.name} gradient"))
-        like = torch.empty(0, dtype=master_dtype(site), device=site.weight().device)
+        like = torch.empty(0, dtype=master_dtype(site), device=site.device)
         self.register_buffer("Omega", fixed.Omega.to(like))
         self.register_buffer("Psi", fixed.Psi.to(like))
         self.Y = nn.Parameter(like.new_zeros(site.out, fixed.Omega.shape[1]))
@@ -101,9 +101,9 @@ def calibrate(
             check_called(model)
     if not _over_processes(seen):
         raise DataError("calibration got no batch; a start from the loss's gradient needs some of the training's text")
-    found = {site.name: Stats(probe.leading(2 * rank)) for site, probe in probes}
+    found = {site.name: probe.leading(2 * rank) for site, probe in probes}
     _check_gradients(found)
-    return found
+    return {name: Stats(gradient) for name, gradient in found.items()}
 
 
 def _over_processes(total: Tensor) -> Tensor:
@@ -154,9 +154,9 @@ def _hung(model: nn.Module, probes: list[tuple[Site, Sketched]]) -> Iterator[Non
             d.called = was
 
 
-def _check_gradients(found: dict[str, Stats]) -> None:
-    wild = [n for n, s in found.items() if not bool(torch.isfinite(s.gradient.S).all())]
-    none = [n for n, s in found.items() if n not in wild and not s.gradient.S.any()]
+def _check_gradients(found: dict[str, sketch.Svd]) -> None:
+    wild = [n for n, g in found.items() if not bool(torch.isfinite(g.S).all())]
+    none = [n for n, g in found.items() if n not in wild and not g.S.any()]
     problems = []
     if wild:
         problems.append(f"the gradient is not finite at {len(wild)} layers: {first_few(wild)}; are the batches and the precision right?")

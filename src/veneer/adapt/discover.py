@@ -85,7 +85,7 @@ def _steady(runs: list[list[Deltas]]) -> list[tuple[Deltas, ...]]:
 
 
 def _alike(run: tuple[Deltas, ...]) -> bool:
-    devices = {d.site.weight().device for d in run}
+    devices = {d.site.device for d in run}
     return len(devices) == 1 and all(d.site.kind in ROWWISE for d in run)
 
 

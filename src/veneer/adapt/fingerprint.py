@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from veneer.adapt.attach import base_parameters
 from veneer.errors import first_few
+from veneer.sites.quantised import formats
 
 HASHED, KEPT = 4096, 32
 SPREAD = 2_654_435_761  # a prime near 2^32 / golden ratio
@@ -24,7 +25,8 @@ def measure(model: nn.Module) -> Record:
     """The fingerprint of the model without its adapters: a SHA-256 of all, and one, with a few numbers, of each parameter."""
     tensors = {name: _of(name, p.detach()) for name, p in base_parameters(model).items()}
     whole = hashlib.sha256("".join(f"{n} {t['sha256']}\n" for n, t in sorted(tensors.items())).encode())
-    return {"sha256": whole.hexdigest(), "tensors": tensors}
+    packed = sorted(set(formats(model).values()))
+    return {"sha256": whole.hexdigest(), "tensors": tensors, **({"quantised": packed} if packed else {})}
 
 
 def _of(name: str, p: Tensor) -> Record:
@@ -50,6 +52,9 @@ def differences(model: nn.Module, saved: Record) -> list[str]:
     now = measure(model)
     if now["sha256"] == saved["sha256"]:
         return []
+    ways = _ways(saved.get("quantised", []), now.get("quantised", []))
+    if ways:
+        return [ways]
     here, there = now["tensors"], saved["tensors"]
     both = [n for n in here if n in there]
     shapes = [f"{n} {tuple(there[n]['shape'])} -> {tuple(here[n]['shape'])}" for n in both if there[n]["shape"] != here[n]["shape"]]
@@ -61,6 +66,15 @@ def differences(model: nn.Module, saved: Record) -> list[str]:
         "weights were not in the adapter's base": [n for n in here if n not in there],
     }
     return [f"another base: {what}: {first_few(names)}" for what, names in kinds.items() if names]
+
+
+def _ways(there: list[str], here: list[str]) -> str | None:
+    """What is wrong if only one of two bases is quantised, or each in another way."""
+    if there == here:
+        return None
+    then, now = ("in " + " and ".join(formats) if formats else None for formats in (there, here))
+    do = f"veneer.quantise(model, {there[0]!r}) first" if len(there) == 1 and not here else "load the model without, or as it was then"
+    return f"another base: its layers are {then or 'plain'}, those of this model are {now or 'not'}; {do}"
 
 
 def _same(a: Record, b: Record) -> bool:

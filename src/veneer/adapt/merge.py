@@ -65,17 +65,18 @@ def merge(
 ) -> Verdict:
     """Adds the named adapters' changes (or the acting ones', at their strengths) to the weights and detaches them.
 
-    Sums are made in float32 and rounded once, to each layer's own dtype. Raises NotMergeable, with the model as it was, if
-    rounding takes more than `limit` of the change or of its effect on the outputs, unless `force`. probe: keyword arguments
-    of a call of the model, whose outputs are compared before and after; models of token ids have one of their own, and
-    an empty one compares nothing (the changed weights are kept until then, unless `force`). Raises ConfigError if
-    other adapters are attached, whose base this would change.
+    Sums are made in float32 and rounded once, to each layer's own dtype or, where the layer is quantised, to its format, in which
+    small changes vanish (veneer.dequantise makes the layers plain). Raises NotMergeable, with the model as it was, if rounding
+    takes more than `limit` of the change or of its effect on the outputs, unless `force`. probe: keyword arguments of a call of
+    the model, whose outputs are compared before and after; models of token ids have one of their own, and an empty one compares
+    nothing (the changed weights are kept until then, unless `force`). Raises ConfigError if other adapters are attached, whose
+    base this would change.
     """
     wanted = strengths(names) or active(model)
     _check(model, wanted)
     verdict = foresee(model, wanted, limit)
     if verdict.lost and not force:
-        raise NotMergeable(refusal(verdict))
+        raise NotMergeable(refusal(verdict, packed=_is_packed(model)))
     inputs = golden.default_inputs(model) if probe is None else probe
     if inputs:
         with using(model, wanted):
@@ -90,18 +91,23 @@ def merge(
         if verdict.lost and not force:
             for site, W in before:
                 site.set_weight(W)
-            raise NotMergeable(refusal(verdict))
+            raise NotMergeable(refusal(verdict, packed=_is_packed(model)))
     else:
         _write(model, wanted)
     detach(model)
     return verdict
 
 
-def refusal(verdict: Verdict) -> str:
-    """What a merge that is not made says, with the ways out."""
+def _is_packed(model: nn.Module) -> bool:
+    return any(d.site.is_packed for d in layers(model))
+
+
+def refusal(verdict: Verdict, *, packed: bool = False) -> str:
+    """What a merge that is not made says, with the ways out. packed: whether it was one into a format of few bits."""
     return (
         f"the adapter would be lost in the merge: {verdict}\n"
         f"keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
+        f"{'; this base is quantised: veneer.dequantise(model) makes plain layers of it first' if packed else ''}"
     )
 
 
@@ -129,7 +135,7 @@ def _layer_changes(model: nn.Module, wanted: Mapping[str, float]) -> list[tuple[
 
 def total_change(site: Site, own: list[tuple[Delta, float]]) -> Tensor:
     """The sum (out, in) of one layer's changes at their strengths, in float32 or float64."""
-    return precise(sum((s * precise(d.delta(site)) for d, s in own), torch.zeros((), device=site.weight().device)))
+    return precise(sum((s * precise(d.delta(site)) for d, s in own), torch.zeros((), device=site.device)))
 
 
 @torch.no_grad()
@@ -138,8 +144,9 @@ def foresee(model: nn.Module, wanted: Mapping[str, float], limit: float = 0.5, *
     kept, squared_error, squared_norm = [], 0.0, 0.0
     for site, own in _layer_changes(model, wanted):
         change, W = total_change(site, own), site.weight()
-        target = dtype or W.dtype
-        written = precise((precise(W) + change).to(target)) - precise(W.to(target))
+        after = precise(W) + change
+        stored = site.stored(after) if dtype is None else after.to(dtype)
+        written = precise(stored) - precise(W if dtype is None else W.to(dtype))
         norm, error = float(change.norm()), float((written - change).norm())
         kept.append(Kept(site.name, norm, error / norm if norm else 0.0))
         squared_error, squared_norm = squared_error + error**2, squared_norm + norm**2
@@ -151,7 +158,7 @@ def _write(model: nn.Module, wanted: Mapping[str, float]) -> None:
     for site, own in _layer_changes(model, wanted):
         if site.is_matrix:
             _untie(model, site)
-        site.set_weight((precise(site.weight()) + total_change(site, own)).to(site.weight().dtype))
+        site.set_weight(precise(site.weight()) + total_change(site, own))
 
 
 def _untie(model: Any, site: Site) -> None:

@@ -44,9 +44,14 @@ class Factors(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What calibration saw at one layer: the leading part of the loss's gradient in W (out, in)."""
+    """What is known of a layer before an adapter starts there, both of the size of W (out, in).
 
-    gradient: Svd
+    gradient: the leading part of the loss's gradient in W, which calibration saw; residual: the leading part of what
+    quantisation took from W.
+    """
+
+    gradient: Svd | None = None
+    residual: Svd | None = None
 
 
 class PeftForm(NamedTuple):
@@ -218,4 +223,4 @@ def build(method: type[Delta], site: Site, options: dict[str, Any], stats: Stats
 
 def master_dtype(site: Site) -> torch.dtype:
     """What trained parameters are kept in: float32, or float64 on a float64 base."""
-    return torch.promote_types(site.weight().dtype, torch.float32)
+    return torch.promote_types(site.dtype, torch.float32)

@@ -42,7 +42,7 @@ class Bat(Delta):
         if odd:
             fitting = max(r for r in range(1, rank + 1) if site.in_ % r == site.out % r == 0)
             raise ShapeError(f"rank {rank} does not divide {' and '.join(odd)} at {site.name!r}; use e.g. {fitting}, or exclude the layer")
-        blocks = torch.zeros(site.out // rank, rank, rank, dtype=master_dtype(site), device=site.weight().device)
+        blocks = torch.zeros(site.out // rank, rank, rank, dtype=master_dtype(site), device=site.device)
         self.B = nn.Parameter(blocks)
 
     def delta(self, site: Site) -> Tensor:

@@ -31,7 +31,7 @@ class BitFit(Delta):
         super().__init__()
         if not isinstance(site, BiasSite):
             raise SiteError(f"bitfit changes biases; {site.name!r} was given as a matrix")
-        self.d = nn.Parameter(torch.zeros(site.out, dtype=master_dtype(site), device=site.weight().device))
+        self.d = nn.Parameter(torch.zeros(site.out, dtype=master_dtype(site), device=site.device))
 
     @classmethod
     def find(

@@ -34,10 +34,10 @@ class DoRA(Delta):
     ) -> None:
         """
         rank: r, at most min(out, in)
-        alpha: scale numerator; 2 x rank unless given, rank for pissa and olora, 16 sqrt(rank) for loraga
+        alpha: scale numerator; 2 x rank unless given, rank for pissa, qpissa and olora, 16 sqrt(rank) for loraga
         stabilised: s = alpha / sqrt(r) instead of alpha / r
         dropout: share of the low-rank branch's inputs dropped in training
-        init: how A and B start: kaiming, gaussian, pissa, olora, orthogonal, or loraga, which looks at the loss first
+        init: how A and B start: kaiming, gaussian, pissa, olora, orthogonal; loraga looks at the loss; qpissa, loftq on a quantised base
         init_options: the start's own options by name, such as gamma=64
         seed: draws are keyed by (seed, layer name)
         """
@@ -48,7 +48,11 @@ class DoRA(Delta):
     def _hold(self, site: Site, lora: LoRA) -> None:
         self.lora, self.dropout = lora, lora.dropout
         norms = row_norms(site.weight().detach()).to(master_dtype(site))
-        self.m = nn.Parameter(norms.clone())
+        start = norms
+        if lora.A0 is None and not lora.B.is_meta and bool(lora.B.any()):  # what makes up for quantisation acts from the first step on
+            low = lora.factors(site)
+            start = row_norms_of_sum(site.weight(), norms.square(), low.A.detach(), low.B.detach())
+        self.m = nn.Parameter(start.clone())
         # Of the base as it was attached: attached changes never write it.
         self.register_buffer("norms", norms, persistent=False)
 

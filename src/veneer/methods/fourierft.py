@@ -63,7 +63,7 @@ class FourierFT(Delta):
             raise ConfigError(f"rms and scaling must be numbers above 0, not {rms} and {scaling}")
         self.grid, self.seed = grid, seed
         self.scaling = scaling if scaling is not None else rms * math.sqrt(2) * site.out * site.in_
-        device = site.weight().device
+        device = site.device
         draw = _crossed if grid else _scattered
         rows, columns = (t.clone().to(device) for t in draw(site.out, site.in_, frequencies, seed))
         self.register_buffer("rows", rows)

@@ -41,7 +41,7 @@ class IA3(Delta):
         super().__init__()
         self.reads = _named(site.name, feedforward)
         size = site.in_ if self.reads else site.out
-        self.l = nn.Parameter(torch.ones(size, dtype=master_dtype(site), device=site.weight().device))
+        self.l = nn.Parameter(torch.ones(size, dtype=master_dtype(site), device=site.device))
 
     @classmethod
     def find(

@@ -38,10 +38,10 @@ class LoRA(Delta):
     ) -> None:
         """
         rank: r, at most min(out, in)
-        alpha: scale numerator; 2 x rank unless given, rank for pissa and olora, 16 sqrt(rank) for loraga
+        alpha: scale numerator; 2 x rank unless given, rank for pissa, qpissa and olora, 16 sqrt(rank) for loraga
         stabilised: s = alpha / sqrt(r) instead of alpha / r (rsLoRA, https://arxiv.org/abs/2312.03732)
         dropout: share of the adapter's inputs dropped in training; the base path keeps all
-        init: how A and B start: kaiming, gaussian, pissa, olora, orthogonal, or loraga, which looks at the loss first
+        init: how A and B start: kaiming, gaussian, pissa, olora, orthogonal; loraga looks at the loss; qpissa, loftq on a quantised base
         init_options: the start's own options by name, such as gamma=64
         seed: draws are keyed by (seed, layer name)
         """
@@ -59,7 +59,7 @@ class LoRA(Delta):
         W = site.weight().detach().to(master_dtype(site))
         given = inits.Start(W, rank, self.scaling, keyed(seed, site.name), site.kind == "embedding", stats)
         A, B = chosen.start(given, **(init_options or {}))
-        shifted = not A.is_meta and bool(A.any()) and bool(B.any())
+        shifted = not A.is_meta and bool(A.any()) and bool(B.any()) and chosen.NEEDS != "residual"
         self._hold(A, B, A.clone() if shifted else None, B.clone() if shifted else None)
 
     def _hold(self, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> None:
@@ -78,7 +78,7 @@ class LoRA(Delta):
         delta = cls.__new__(cls)  # __init__ would draw a start, from a copy of W
         nn.Module.__init__(delta)
         k, r = A.shape[0], A.shape[0] - start
-        like = torch.empty(0, dtype=master_dtype(site), device=site.weight().device)
+        like = torch.empty(0, dtype=master_dtype(site), device=site.device)
         A, B = A.detach().to(like, copy=True), B.detach().to(like, copy=True)
         delta.dropout, delta.scaling, delta.stabilised = dropout, alpha / (math.sqrt(k) if stabilised else k), stabilised
         delta.alpha = delta.scaling * (math.sqrt(r) if stabilised else r)

@@ -46,7 +46,7 @@ class MiSS(Delta):
         if mini is not None and (mini < 1 or site.out % mini):
             raise ShapeError(f"mini {mini} does not divide out = {site.out} at {site.name!r}; use a divisor, or leave it out")
         self.dropout = dropout
-        dtype, device = master_dtype(site), site.weight().device
+        dtype, device = master_dtype(site), site.device
         self.D = nn.Parameter(torch.zeros(mini or site.out, rank, dtype=dtype, device=device))
         places = torch.arange(site.in_, device=device) % rank
         self.register_buffer("A", nn.functional.one_hot(places, rank).mT.to(dtype).contiguous(), persistent=False)

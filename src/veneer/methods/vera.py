@@ -51,7 +51,7 @@ class VeRA(Delta):
         if not 0 <= dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), not {dropout}")
         self.dropout, self.scale = dropout, 2 / math.sqrt(site.in_ * rank)
-        dtype, device = master_dtype(site), site.weight().device
+        dtype, device = master_dtype(site), site.device
         self.register_buffer("A", _draw(site.in_, rank, seed, "A").mT.to(device, dtype).contiguous())
         self.register_buffer("B", _draw(site.out, rank, seed, "B").to(device, dtype))
         self.b = nn.Parameter(torch.zeros(site.out, dtype=dtype, device=device))

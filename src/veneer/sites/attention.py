@@ -25,7 +25,7 @@ class AttentionSite(Site):
         self.in_ = self.out
 
     def weight(self) -> Tensor:
-        first: Tensor = next(self.module.parameters())
+        first: Tensor = next(p for p in self.module.parameters() if p.is_floating_point())  # packed weights have whole numbers too
         return first.new_empty(self.heads * self.head_dim, 0)
 
     def set_weight(self, W: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ class Site(ABC):
     spatial: int = 0
     is_matrix: ClassVar[bool] = True  # whether W is a linear map of the layer's input, which other matrices can take the place of
     acts_by_hook: ClassVar[bool] = True  # whether a change is added to the layer's output by a hook on it
+    is_packed: ClassVar[bool] = False  # whether W is kept in a format of few bits, from which it is unpacked when asked for
     factored: bool = True  # whether apply() takes a matrix with any number of rows
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -42,6 +44,20 @@ class Site(ABC):
     @abstractmethod
     def drop(self, x: Tensor, p: float) -> Tensor:
         """x with dropout, or x itself where the layer's input cannot be dropped."""
+
+    def stored(self, W: Tensor) -> Tensor:
+        """W (out, in) as it would be if it were written into the layer: rounded to what the layer can hold."""
+        return W.to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """W's."""
+        return self.weight().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where W lies."""
+        return self.weight().device
 
     def mix(self, h: Tensor, B: Tensor) -> Tensor:
         """A mix of channels of apply's output: k -> out by B (out, k)."""

@@ -13,6 +13,7 @@ from veneer.sites.base import Site
 from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import LinearSite, TransposedSite
+from veneer.sites.quantised import packed_kind
 
 Target = str | Sequence[str]
 
@@ -37,7 +38,7 @@ def kind_of(module: nn.Module) -> type[Site] | None:
     """The Site class for a layer, or None if it holds no linear map known here."""
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return TransposedSite
-    return next((site for layer, site in KINDS if isinstance(module, layer)), None)
+    return packed_kind(module) or next((site for layer, site in KINDS if isinstance(module, layer)), None)
 
 
 def site_for(name: str, module: nn.Module) -> Site:
@@ -96,7 +97,7 @@ def _chosen(name: str, target: Target) -> bool:
 def _match(model: nn.Module, layers: dict[str, nn.Module], to: Target) -> list[str]:
     if to == "all-linear":
         head = output_head(model)
-        return [n for n, m in layers.items() if kind_of(m) in (LinearSite, TransposedSite) and n not in head]
+        return [n for n, m in layers.items() if (kind := kind_of(m)) and kind.kind in ("linear", "transposed") and n not in head]
     if isinstance(to, str):
         return _by_expression(layers, to)
     found = {entry: [n for n in layers if _ends(n, entry)] for entry in to}
@@ -163,8 +164,10 @@ def _unknown(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str
 
 
 def _packed(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
-    """Subclasses of known layers whose weight is codes for W, such as those of 4 and 8 bits."""
+    """Subclasses of known layers whose weight is codes for W in a way that is not known here."""
     for n in names:
+        if packed_kind(layers[n]):
+            continue
         weight = layers[n]._parameters.get("weight")
         if kind_of(layers[n]) and weight is not None and not (weight.is_floating_point() and weight.element_size() > 1):
             yield (

@@ -30,7 +30,7 @@ def check(model: nn.Module, adapter: str) -> None:
     """Raises ConfigError, naming layers, for changes that cannot be begun anew and bases that would lose them."""
     found = changes(model, adapter)
     other = [site.name for site, delta in found if not isinstance(delta, LoRA) or delta.A0 is not None]
-    narrow = [site.name for site, _ in found if site.weight().dtype not in (torch.float32, torch.float64)]
+    narrow = [site.name for site, _ in found if site.dtype not in (torch.float32, torch.float64)]
     problems = []
     if other:
         problems.append(f"ReLoRA restarts plain LoRA whose B starts at zero, unlike {first_few(other)}; use method lora, init kaiming")

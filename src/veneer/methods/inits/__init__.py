@@ -1,7 +1,8 @@
 """Starts of a low-rank pair: one file, one function `start`; the file's name is the start's name.
 
 The options of a start are the keyword parameters of its `start(s, *, ..)`, given together as `init_options`. Beside it
-stand `alpha(rank, stabilised)`, alpha where none is given, and `NEEDS`: "gradient" if it looks at calibration's, or "".
+stand `alpha(rank, stabilised)`, alpha where none is given, and `NEEDS`: "gradient" if it looks at calibration's, "residual"
+if it makes up for what quantisation took (it then acts from the first step on, and is not subtracted), or "".
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Start(NamedTuple):
 
     def gradient(self, rank: int) -> Svd:
         """The leading `rank` triplets (or all there are) of the loss's gradient in W. Raises ConfigError where they are not known."""
-        if self.stats is None:
+        if self.stats is None or self.stats.gradient is None:
             raise ConfigError(
                 "this init starts from the loss's gradient, of which nothing is known; take it first:"
                 " stats = veneer.calibrate(model, batches, rank=..), then veneer.attach(.., stats=stats)"
@@ -48,6 +49,19 @@ class Start(NamedTuple):
         if len(found.S) < wanted:
             raise ConfigError(f"calibrated for rank {len(found.S) // 2}, but the rank here is {self.rank}; calibrate with rank={self.rank}")
         return Svd(*(t.to(self.W) for t in (found.U[:, :rank], found.S[:rank], found.Vh[:rank])))
+
+    def residual(self) -> tuple[Tensor, Tensor]:
+        """A (r, in), B (out, r) with s B A the part of W that quantisation took apart for them. Raises ConfigError where it did not."""
+        if self.stats is None or self.stats.residual is None:
+            raise ConfigError(
+                "this init makes up for what quantisation takes from W; quantise for it first:"
+                " stats = veneer.quantise_around(model, 'nf4', start=.., rank=..), then veneer.attach(.., stats=stats)"
+            )
+        U, S, Vh = (t.to(self.W) for t in self.stats.residual)
+        if (len(U), len(S), Vh.shape[1]) != (len(self.W), self.rank, self.W.shape[1]):
+            raise ConfigError(f"the base was quantised for rank {len(S)} on {len(U)} x {Vh.shape[1]}, not for {self.rank}; use that rank")
+        root = (S / self.scaling).sqrt()
+        return root[:, None] * Vh, U * root
 
 
 Init = Callable[..., tuple[Tensor, Tensor]]  # (Start, *, options) -> A (r, in), B (out, r)

@@ -1,0 +1,1 @@
+"""Smaller models: layers kept in fewer bits or fewer numbers."""

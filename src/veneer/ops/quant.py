@@ -1,0 +1,187 @@
+"""Matrices kept in 8 or 4 bits a number, and products with them that keep no unpacked matrix for the backward.
+
+int8: w ~ c a / 127 with whole c in [-127, 127] and one a, the largest |w|, for each row: 8 bits a number.
+nf4: w ~ L[c] a with 16 levels L, the quantiles of a normal distribution in [-1, 1] with an exact 0, and one a for each block of
+64 numbers; the a's are kept in 8 bits themselves, in blocks of 256 with one float32 each (double quantisation): 4.127 bits a
+number.  Dettmers et al. 2023 (QLoRA), https://arxiv.org/abs/2305.14314, sections 2 and 3.
+
+What differs from the paper: a = a_max 2^(-k/24), k in 0..255, where the paper keeps a in 8-bit floats after taking their mean
+off; a is within 1.5 % of the block's largest number wherever that is above a 1500th of a_max, so that one row of outliers does
+not spoil the blocks beside it. A level is chosen for the a that is kept, and the a's are such that packing what was unpacked
+gives the same bytes.
+
+Cost of a product: the matrix is unpacked once forward and once backward, in the dtype of x, and forgotten; int8's a is multiplied
+into the product and not into the matrix. Error in W, of normal numbers: int8 0.8 %, nf4 9 %.
+Use: int8 halves a bfloat16 base at little cost, nf4 takes nearly a quarter. Against: without a kernel of its own nf4 costs more
+time than it saves in memory traffic; small layers and embeddings suffer most, and are left out by `veneer.quantise`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from veneer.errors import ConfigError, suggest
+from veneer.ops.lowrank import is_traced, refuse_second_order
+
+Parts = tuple[Tensor, ...]
+BLOCK, GROUP = 64, 256  # numbers that share an a; a's that share a float32
+TINY = torch.finfo(torch.float32).tiny
+
+
+class Format(ABC):
+    """A way to keep W (out, in) as tensors; `names` are theirs, in order."""
+
+    name: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def pack(self, W: Tensor) -> Parts:
+        """W (out, in) in few bits; on the meta device the shapes alone."""
+
+    @abstractmethod
+    def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """W (out, in) as it was kept, rounded to dtype."""
+
+    def times(self, x: Tensor, parts: Parts, shape: tuple[int, int]) -> Tensor:
+        """x W': x (.., in) -> (.., out)."""
+        return x @ self.unpack(parts, shape, x.dtype).mT
+
+    def times_transposed(self, dy: Tensor, parts: Parts, shape: tuple[int, int]) -> Tensor:
+        """dy W: dy (.., out) -> (.., in)."""
+        return dy @ self.unpack(parts, shape, dy.dtype)
+
+
+class Int8(Format):
+    """codes (out, in) in int8, absmax (out,) in W's dtype, but with bfloat16's digits."""
+
+    name = "int8"
+    names = ("codes", "absmax")
+
+    def pack(self, W: Tensor) -> Parts:
+        absmax = W.float().abs().amax(1).bfloat16().float()
+        codes = (W.float() * (127 / absmax.clamp_min(TINY))[:, None]).round_().clamp_(-127, 127)
+        return codes.to(torch.int8), absmax.to(W.dtype)
+
+    def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        codes, absmax = parts
+        return (codes.to(torch.promote_types(dtype, torch.float32)) * _steps(absmax)[:, None]).to(dtype)
+
+    def times(self, x: Tensor, parts: Parts, shape: tuple[int, int]) -> Tensor:
+        if x.dtype == torch.float16:  # whose sums of codes could overflow
+            return super().times(x, parts, shape)
+        codes, absmax = parts
+        return ((x @ codes.to(x.dtype).mT) * _steps(absmax)).to(x.dtype)
+
+    def times_transposed(self, dy: Tensor, parts: Parts, shape: tuple[int, int]) -> Tensor:
+        if dy.dtype == torch.float16:
+            return super().times_transposed(dy, parts, shape)
+        codes, absmax = parts
+        return (dy * _steps(absmax)).to(dy.dtype) @ codes.to(dy.dtype)
+
+
+def _steps(absmax: Tensor) -> Tensor:
+    """What a code of 1 stands for in each row (out,), in float32."""
+    return absmax.float() / 127
+
+
+def _levels() -> tuple[float, ...]:
+    """NF4's 16 levels: 8 quantiles above 0, 7 below, 0 itself, over the largest (QLoRA, section 3 and appendix E)."""
+    tail = 1 - (1 / 32 + 1 / 30) / 2
+    above, below = (torch.special.ndtri(torch.linspace(tail, 0.5, n, dtype=torch.float64))[:-1] for n in (9, 8))
+    levels = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above]).sort().values
+    return tuple((levels / levels.abs().max()).float().tolist())
+
+
+def _between(values: tuple[float, ...]) -> tuple[float, ...]:
+    """What separates each value from the next one."""
+    return tuple((a + b) / 2 for a, b in itertools.pairwise(values))
+
+
+LEVELS = _levels()
+PAIRS = tuple((a, b) for a in LEVELS for b in LEVELS)  # the two numbers of every byte
+SHARES = tuple(2 ** (-k / 24) for k in range(256))  # of a_max
+
+
+class NF4(Format):
+    """codes (n / 2,) in uint8, two numbers each; absmax (blocks,) in uint8; largest (groups,) in W's dtype, with bfloat16's digits."""
+
+    name = "nf4"
+    names = ("codes", "absmax", "largest")
+
+    def pack(self, W: Tensor) -> Parts:
+        blocks = _padded(W.float().reshape(-1), BLOCK)  # (blocks, 64)
+        absmax = _padded(blocks.abs().amax(1), GROUP)  # (groups, 256)
+        largest = absmax.amax(1).bfloat16().float()
+        rising = torch.tensor(_between(SHARES[::-1]), device=W.device)
+        shares = 255 - torch.bucketize(absmax / largest.clamp_min(TINY)[:, None], rising, out_int32=True)
+        kept = shares.to(torch.uint8).view(-1)[: len(blocks)]
+        scales = _scales(kept, largest).clamp_min(TINY)
+        codes = torch.bucketize(blocks / scales[:, None], torch.tensor(_between(LEVELS), device=W.device), out_int32=True)
+        pairs = codes.to(torch.uint8).view(-1, 2)
+        return pairs[:, 0] * 16 + pairs[:, 1], kept, largest.to(W.dtype)
+
+    def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        codes, absmax, largest = parts
+        # Two float32 looked up as one number of 64 bits: half as many look-ups, which are what this costs.
+        table = torch.tensor(PAIRS, dtype=torch.float32, device=codes.device).view(torch.int64).view(-1)
+        blocks = table.index_select(0, codes.int()).view(torch.float32).view(-1, BLOCK)
+        W = blocks.mul_(_scales(absmax, largest)[:, None])
+        return W.view(-1)[: math.prod(shape)].view(shape).to(dtype)
+
+
+def _padded(flat: Tensor, size: int) -> Tensor:
+    """flat (n,) with zeros behind it as (n / size rounded up, size)."""
+    return F.pad(flat, (0, -len(flat) % size)).view(-1, size)
+
+
+def _scales(absmax: Tensor, largest: Tensor) -> Tensor:
+    """a (blocks,) of every block of nf4, in float32."""
+    shares = torch.tensor(SHARES, dtype=torch.float32, device=absmax.device).index_select(0, absmax.int())
+    return shares * largest.float().repeat_interleave(GROUP)[: len(shares)]
+
+
+FORMATS: dict[str, Format] = {f.name: f for f in (Int8(), NF4())}
+
+
+def get(name: str) -> Format:
+    """The format called `name`. Raises ConfigError for an unknown one."""
+    if name not in FORMATS:
+        raise ConfigError(f"unknown format {name!r} of quantised weights{suggest(name, FORMATS)}")
+    return FORMATS[name]
+
+
+def rounded(W: Tensor, format: Format) -> Tensor:
+    """W (out, in) as it would be after packing, in W's dtype."""
+    out, in_ = W.shape
+    return format.unpack(format.pack(W), (out, in_), W.dtype)
+
+
+def product(x: Tensor, parts: Parts, format: Format, shape: tuple[int, int]) -> Tensor:
+    """x W' for a packed W (out, in): x (.., in) -> (.., out) in x's dtype; the packed W is all that is kept, and takes no gradient."""
+    if is_traced():
+        return format.times(x, parts, shape)
+    y: Tensor = _Product.apply(x, format, shape, *parts)
+    return y
+
+
+class _Product(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, format: Format, shape: tuple[int, int], *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.format, ctx.shape = format, shape
+        return format.times(x, parts, shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
+        parts = ctx.saved_tensors  # asked for once: under gradient checkpointing there is no second time
+        dx = ctx.format.times_transposed(dy, parts, ctx.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, *(None for _ in parts)
