@@ -64,8 +64,8 @@ def point(A: Tensor, B: Tensor, s: Tensor | float, damping: float = 0.0) -> Poin
     return Point(A, B, inverses(torch.stack([A @ A.mT, B.mT @ B]), s, damping))
 
 
-def mix(at: Inverses, gAA: Tensor, x: Choice = "sylvester") -> Mix:
-    """How dA and dB are made, from gA A' (.., r, r), which is B'gB too: both are s B'G A'.
+def mix(at: Inverses, gAA: Tensor, BgB: Tensor, x: Choice = "sylvester") -> Mix:
+    """How dA and dB are made, from gA A' and B'gB (.., r, r), which are the same where both gradients are of one G.
 
     x: how the freedom X is used. "sylvester": dA and dB are as near to gA and gB as can be; "zero": what both could do, A
     does; "symmetric": each does half of it.
@@ -81,12 +81,12 @@ def mix(at: Inverses, gAA: Tensor, x: Choice = "sylvester") -> Mix:
         total = b.w[..., :, None] + a.w[..., None, :]
         inner = b.Q.mT @ -PA @ a.Q
         X = b.Q @ torch.where(total > 0, inner / torch.where(total > 0, total, 1), 0) @ a.Q.mT
-    return Mix(iB, X, iA, -X - PA @ of_a)
+    return Mix(iB, X, iA, -X - of_b @ BgB @ iA)
 
 
 def adjust(at: Point, gA: Tensor, gB: Tensor, x: Choice = "sylvester") -> tuple[Tensor, Tensor]:
     """dA (.., r, n) and dB (.., m, r) from gA and gB; x as in mix()."""
-    m = mix(at.inverses, gA @ at.A.mT, x)
+    m = mix(at.inverses, gA @ at.A.mT, at.B.mT @ gB, x)
     return _plus(m.on_gA @ gA, m.on_A, at.A), _plus(gB @ m.on_gB, at.B, m.on_B)
 
 
@@ -96,11 +96,11 @@ def _plus(into: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return flat.baddbmm_(L, R).view_as(into)
 
 
-def squared_norm(at: Inverses, gAA: Tensor, gAgA: Tensor, gBgB: Tensor) -> Tensor:
-    """<gA, dA> + <gB, dB> (..) with the pair of X = 0, from gA A', gA gA' and gB'gB (.., r, r) alone.
+def squared_norm(at: Inverses, BgB: Tensor, gAgA: Tensor, gBgB: Tensor) -> Tensor:
+    """<gA, dA> + <gB, dB> (..) with the pair of X = 0, from B'gB, gA gA' and gB'gB (.., r, r) alone.
 
     Without damping that is the squared norm of the projected G, and the first-order fall of the loss per unit of rate.
     """
     s, _, _, of_a, of_b = at
-    both = of_b * (gAgA - gAA @ of_a @ gAA.mT) + of_a * gBgB
+    both = of_b * (gAgA - BgB @ of_a @ BgB.mT) + of_a * gBgB
     return both.sum((-2, -1)) / (s if isinstance(s, float | int) else s[..., 0, 0]) ** 2

@@ -7,7 +7,7 @@ d the step of A has no bound where B is near 0, as it is at the start.
 
 State: one number for each that is trained, half of AdamW's.
 Cost: six products of r^2 (out + in) and four eigendecompositions of (r, r) a layer and step.
-Use: for half of AdamW's state, and a rate that should carry over between ranks and widths.
+Use: for half of AdamW's state, and a rate that, by the paper, carries over between ranks and widths.
 Against: young and little tried; singular values of the mean below about 0.4 % of the largest (r = 16, float32) get no step, as
 msign is computed from a Gram matrix.
 """

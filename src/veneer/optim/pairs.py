@@ -76,7 +76,8 @@ def by_shape(pairs: Iterable[Pair], *, mixed: bool = False) -> list[list[Pair]]:
 class Bucket:
     """The pairs of a shape, or of a rank, that have a gradient: every A (r, n) and B (m, r), float32 at least, and their gradients.
 
-    A, B, gA, gB: stacks, of a shape alone. s: (L, 1, 1). states_a, states_b: what the optimiser remembers of each factor. kept: the share of it that decay leaves.
+    A, B, gA, gB: stacks, of a shape alone. s: (L, 1, 1). states_a, states_b: what the optimiser remembers of each factor.
+    kept: the share of it that decay leaves.
     """
 
     every_A: list[Tensor]

@@ -1,12 +1,12 @@
 """LoRA-Pro: A and B move so that B A follows full fine-tuning's gradient as nearly as it can.  Wang et al. 2024, https://arxiv.org/abs/2407.18242
 
 dA = (B'B)^-1 gA / s^2 + X A and dB = (1 - P_B) gB (A A')^-1 / s^2 - B X have s (B dA + dB A) = G - (1 - P_B) G (1 - P_A), the projection
-of the whole matrix's gradient G onto what A and B can change, for every X (r, r). What is done with it is the form:
+of the whole matrix's gradient G onto what A and B can change, for every X (r, r).
 
-- full: the published AdamW form. Moments of the projected gradient, as large as W; Adam's direction is projected again.
-- factored: an approximation of it. The mean is kept as a pair of factors, carried along as A and B move, the second moment
-  as sums of rows and columns (as in Adafactor, https://arxiv.org/abs/1804.04235); no (out, in) matrix is made.
-- sgd: dA and dB themselves.
+The form `full` is the published one: AdamW's moments of the projected gradient, as large as W, and Adam's direction projected
+again. `factored` approximates it: the mean is kept as a pair of factors, carried along as A and B move, and the second
+moment as sums of rows and columns (as in Adafactor, https://arxiv.org/abs/1804.04235); no (out, in) matrix is made. `sgd`
+steps by dA and dB themselves.
 
 The gradient is clipped by the norm of the projected one, which <gA, dA> + <gB, dB> gives. Weight decay shrinks B A; the
 authors' code shrinks the frozen W as well.

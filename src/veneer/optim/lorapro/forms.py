@@ -42,8 +42,8 @@ class Projected(Paired):
         return norm
 
     def _square(self, bucket: Bucket) -> Tensor:
-        gA, gB = bucket.every_gA, [g.t() for g in bucket.every_gB]
-        return squared_norm(self.inverses(bucket), inner(gA, bucket.every_A), inner(gA, gA), inner(gB, gB)).sum()
+        gA, gB, B = bucket.every_gA, *([t.t() for t in every] for every in (bucket.every_gB, bucket.every_B))
+        return squared_norm(self.inverses(bucket), inner(B, gB), inner(gA, gA), inner(gB, gB)).sum()
 
 
 class Plain(Projected):
@@ -55,7 +55,8 @@ class Plain(Projected):
         if not bucket.one_by_one:
             return adjust(self.point(bucket), bucket.gA, bucket.gB, self.x)
         sides = [*zip(bucket.every_A, bucket.every_gA, strict=True)], [*zip(bucket.every_B, bucket.every_gB, strict=True)]
-        m = mix(self.inverses(bucket), inner(bucket.every_gA, bucket.every_A), self.x)
+        BgB = inner([B.t() for B in bucket.every_B], [g.t() for g in bucket.every_gB])
+        m = mix(self.inverses(bucket), inner(bucket.every_gA, bucket.every_A), BgB, self.x)
         dA = [torch.mm(on_g, g).addmm_(on_A, A) for (A, g), on_g, on_A in zip(sides[0], m.on_gA, m.on_A, strict=True)]
         return dA, [torch.mm(g, on_g).addmm_(B, on_B) for (B, g), on_g, on_B in zip(sides[1], m.on_gB, m.on_B, strict=True)]
 
