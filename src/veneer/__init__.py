@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from veneer.adapt.algebra import combine, extract, to_lora
     from veneer.adapt.attach import activate, active, adapters, attach, detach, train_only, using
+    from veneer.adapt.bank import bank
     from veneer.adapt.calibrate import calibrate
     from veneer.adapt.merge import merge
     from veneer.adapt.store import load, save
@@ -22,6 +23,7 @@ __all__ = [
     "active",
     "adapters",
     "attach",
+    "bank",
     "calibrate",
     "combine",
     "dequantise",
@@ -44,6 +46,7 @@ __all__ = [
 _HOMES = {
     "veneer.adapt.algebra": ("combine", "extract", "to_lora"),
     "veneer.adapt.attach": ("activate", "active", "adapters", "attach", "detach", "train_only", "using"),
+    "veneer.adapt.bank": ("bank",),
     "veneer.adapt.calibrate": ("calibrate",),
     "veneer.adapt.merge": ("merge",),
     "veneer.adapt.store": ("load", "save"),

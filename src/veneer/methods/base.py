@@ -139,7 +139,8 @@ class Delta(nn.Module, ABC):
 
     def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
         """The layer's output y with this change, which acts alone and in full. writable: y may be written into."""
-        return y + self(x, y, site)
+        change: Tensor = self(x, y, site)
+        return y + change
 
     def gains_input(self, site: Site) -> bool:
         """Whether this change may want the layer's input multiplied."""
