@@ -119,7 +119,9 @@ def device() -> str:
         return f"{platform.processor() or platform.machine()}, 1 thread"
 
 
-def report(bench: str, figures: dict[str, float]) -> None:
-    """The one JSON line that every bench ends with."""
+def report(bench: str, figures: dict[str, float]) -> dict[str, Any]:
+    """The one JSON line that every bench ends with, printed and returned."""
     rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
-    print(json.dumps({"bench": bench, "device": device(), "versions": versions(), "figures": rounded}), flush=True)
+    line = {"bench": bench, "device": device(), "versions": versions(), "figures": rounded}
+    print(json.dumps(line), flush=True)
+    return line

@@ -26,13 +26,13 @@ TRIED: dict[str, tuple[dict[str, Any], str | None, float]] = {
     "miss": ({"rank": 16}, None, 5e-4),
     "bat": ({"rank": 16}, None, 5e-4),
     "fourierft": ({}, None, 5e-2),
-    "loldu": ({"basis": "svd"}, None, 2e-3),
+    "loldu": ({"basis": "svd"}, None, 8e-3),
     "loraxs": ({}, None, 1e-3),
     "vera": ({}, None, 5e-3),
-    "ia3": ({}, None, 2e-3),
-    "bitfit": ({}, "all-linear", 1e-3),
+    "ia3": ({}, None, 8e-3),
+    "bitfit": ({}, "all-linear", 4e-3),
     "bottleneck": ({"rank": 16}, None, 5e-4),
-    "prefix": ({"length": 16}, None, 5e-3),
+    "prefix": ({"length": 16}, None, 2e-2),
 }
 
 

@@ -130,7 +130,9 @@ def of_methods(names: list[str]) -> dict[str, float]:
         if contest.peer:
             theirs = peers(contest)
             steps["peft"] = step_of(theirs)
-            figures[f"{name}_kept_vs_peft"] = own_kept / max(1, kept(theirs) - nothing)
+            their_kept = kept(theirs) - nothing
+            if their_kept > 0.05 * lora_kept:  # less is within what the two models differ by elsewhere
+                figures[f"{name}_kept_vs_peft"] = own_kept / their_kept
         seconds = m.interleaved(steps)
         figures[f"{name}_time_vs_lora"] = seconds["veneer"] / seconds["lora"]
         if contest.peer:

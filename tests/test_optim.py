@@ -187,3 +187,16 @@ def test_adapters_start_from_about_ten_times_the_rate_of_full_fine_tuning():
         full = rates.default("full", "adamw", builtin)
         assert rates.default("lora", "adamw", builtin) == rates.default("dora", "adamw", builtin) == pytest.approx(times * full)
         assert full < rates.default("lora", "loraplus", builtin) < 10 * full
+
+
+def test_methods_of_other_numbers_have_the_rates_that_a_sweep_chose():
+    sweep = json.loads((Path(__file__).parents[1] / "bench/results/method_rates.json").read_text())
+    best = {}
+    for row in sweep["rows"]:
+        best[row["method"]] = min(best.get(row["method"], row), row, key=lambda r: r["after"])
+    assert set(rates.OWN_BUILTIN) | {"lora"} == set(best)
+    for method, row in best.items():
+        assert rates.default(method, "adamw", True) == pytest.approx(row["rate"])
+        assert row["after"] < row["before"] - 0.02  # it has learned something
+    with pytest.raises(ConfigError, match=r"no rate is known for method 'vera' and optimiser 'adamw' on this model; give lr"):
+        rates.default("vera", "adamw", False)

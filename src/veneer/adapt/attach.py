@@ -81,7 +81,7 @@ def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
 def _scale_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The forward pre-hook of a layer of which some change has an input gain; a plain function, as _apply."""
     c = input_gain(module.deltas, args[0]) if args else None
-    return None if c is None else (args[0] * c.to(args[0].dtype), *args[1:])
+    return None if c is None else (torch.addcmul(args[0], args[0], (c - 1).to(args[0].dtype)), *args[1:])
 
 
 def _check_called(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

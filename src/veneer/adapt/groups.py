@@ -147,7 +147,7 @@ def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
     out = y
     if now.excess is not None:
         shift = deltas.site.shift()
-        out = y + now.excess.to(y.dtype) * (y if shift is None else y - shift)
+        out = torch.addcmul(y, now.excess.to(y.dtype), y if shift is None else y - shift)
     if now.A is not None and now.B is not None:
         h = part.h if part is not None else project(x.to(y.dtype), [now.A])[0]
         out = expand(out, h, now.B, writable=out is not y or (writable and not changes))

@@ -23,12 +23,28 @@ OTHERS = {("full", "adamw"): 2e-5, ("adapter", "adamw"): 2e-4, ("adapter", "lora
 AS_FULL = ("loraga",)
 
 
+# Methods whose numbers mean something else than LoRA's, under AdamW: on the built-in model by a coarse sweep,
+# bench/method_rates.py, and on others from their papers ((IA)3's from FLoRA's comparison), where those could be had.
+OWN_BUILTIN = {"miss": 2e-3, "bat": 2e-3, "fourierft": 0.8, "loldu": 0.128, "loraxs": 4e-3, "vera": 8e-2}
+OWN_BUILTIN |= {"ia3": 0.128, "bitfit": 6.4e-2, "bottleneck": 8e-3, "prefix": 0.32}
+OWN_OTHERS = {"miss": 2e-5, "bat": 2e-5, "fourierft": 5e-2, "ia3": 5e-3, "bitfit": 1.6e-3, "bottleneck": 1e-4, "prefix": 1e-4}
+
+
 def default(method: str, optimiser: str, builtin: bool, init: str = "") -> float:
     """The peak rate for a method, an optimiser and a start. Raises ConfigError where none is known."""
     known = BUILTIN if builtin else OTHERS
+    if method in OWN_BUILTIN:
+        return _own(method, optimiser, OWN_BUILTIN if builtin else OWN_OTHERS)
     kind = "full" if method == "full" or (init in AS_FULL and ("full", optimiser) in known) else "adapter"
     if (kind, optimiser) in known:
         return known[kind, optimiser]
     measured = BUILTIN.get((kind, optimiser))
     hint = f"; the built-in model's is {measured:g}, AdamW's there {BUILTIN[kind, 'adamw']:g}" if measured else ""
     raise ConfigError(f"no rate is known for {optimiser!r} on this model; give lr (--lr){hint}")
+
+
+def _own(method: str, optimiser: str, known: dict[str, float]) -> float:
+    if optimiser == "adamw" and method in known:
+        return known[method]
+    hint = f"; AdamW's on the built-in model is {OWN_BUILTIN[method]:g}"
+    raise ConfigError(f"no rate is known for method {method!r} and optimiser {optimiser!r} on this model; give lr (--lr){hint}")
