@@ -156,7 +156,7 @@ def picture(rows: list[Row], path: Path) -> None:
             axes.set(xscale="log", yscale="log", xlabel="width")
             axes.set_xticks(widths, [str(n) for n in widths])
             axes.minorticks_off()
-    grid[0, 0].legend()
+    grid[1, 0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 
