@@ -123,7 +123,7 @@ def test_full_fine_tuning_loads_in_veneer_alone(place, monkeypatch, capsys):
     assert command is not None and main(command[1].split()) == 0, capsys.readouterr().err
 
 
-RECORD = {"layout": "peft", "allow": ["zero"], "sites": {"a": {"kind": "linear", "rank": 600, "norm": 1.0}}}
+RECORD = {"layout": "peft", "options": {}, "base": {}, "allow": ["zero"], "sites": {"a": {"kind": "linear", "rank": 600, "norm": 1.0}}}
 
 
 @pytest.mark.parametrize(

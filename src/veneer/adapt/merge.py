@@ -107,7 +107,7 @@ def refusal(verdict: Verdict, *, packed: bool = False) -> str:
     return (
         f"the adapter would be lost in the merge: {verdict}\n"
         f"keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
-        f"{'; this base is quantised: veneer.dequantise(model) makes plain layers of it first' if packed else ''}"
+        f"{'; the base is quantised, and bfloat16 finer than its format: merge into that (veneer.dequantise)' if packed else ''}"
     )
 
 

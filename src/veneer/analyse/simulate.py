@@ -78,8 +78,8 @@ def step(
     device = next(iter(own.values())).device
     with FakeTensorMode():
         tensors = {
-            **{n: _fake(p, base if n in own else None, n in trained) for n, p in model.named_parameters()},
-            **{n: _fake(b, None, False) for n, b in model.named_buffers() if n},
+            **{n: _fake(p, base if n in own else None, n in trained, device) for n, p in model.named_parameters()},
+            **{n: _fake(b, None, False, device) for n, b in model.named_buffers() if n},
         }
         masters = {n: t for n, t in tensors.items() if n not in own and _acts(model, n)}
         kept = {n: t for n, t in tensors.items() if n not in masters and ".deltas." not in f".{n}"}
@@ -156,9 +156,9 @@ def _acts(model: nn.Module, name: str) -> bool:
     return bool(rest) and rest.split(".")[0] in model.get_submodule(f"{owner}.deltas").active  # type: ignore[operator]
 
 
-def _fake(t: Tensor, dtype: torch.dtype | None, trained: bool) -> Tensor:
+def _fake(t: Tensor, dtype: torch.dtype | None, trained: bool, device: torch.device) -> Tensor:
     dtype = dtype if dtype is not None and t.is_floating_point() else t.dtype
-    return torch.empty(t.shape, dtype=dtype, device=t.device, requires_grad=trained)
+    return torch.empty(t.shape, dtype=dtype, device=device if t.is_meta else t.device, requires_grad=trained)
 
 
 def _width(kept: dict[str, Tensor]) -> int:

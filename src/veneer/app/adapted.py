@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.adapt import peft_format, store
+from veneer.adapt import manifest, peft_format, store
 from veneer.adapt.attach import NAME, detach, using
 from veneer.adapt.files import read_json
 from veneer.app import pretrained
+from veneer.compress import packed_store
 from veneer.errors import ConfigError, first_few
-from veneer.train.folder import ADAPTER, CONFIG
+from veneer.train.folder import ADAPTER, BASE, CONFIG
 
 SPEC = re.compile(r"(?:(?P<name>[^=@/]+)=)?(?P<folder>[^@]+?)(?:@(?P<strength>[-+.\de]+))?")
 
@@ -95,8 +96,26 @@ def base_of(wanted: Sequence[Wanted]) -> str:
     return names[0]
 
 
+def format_of(wanted: Sequence[Wanted], base: str) -> str | None:
+    """The format that the adapters' base was quantised to, None for a plain one or where `base` holds the quantised layers itself.
+
+    Raises ConfigError if the adapters were made for bases of different formats.
+    """
+    if packed_store.description(base) is not None:
+        return None
+    records = {w.folder: manifest.read(adapter_folder(w.folder)) for w in wanted}
+    found = {f: tuple(r["base"].get("quantised", ())) if r else () for f, r in records.items()}
+    if len(set(found.values())) > 1:
+        told = first_few(f"{folder} in {' and '.join(formats) or 'its own dtype'}" for folder, formats in found.items())
+        raise ConfigError(f"the adapters were made for a base in different formats: {told}; use them one at a time")
+    formats = next(iter(found.values()), ())
+    return formats[0] if len(formats) == 1 else None
+
+
 def _base(folder: Path) -> str | None:
     for run in (folder, folder.parent):
+        if packed_store.description(run / BASE) is not None:
+            return str(run / BASE)
         if (run / CONFIG).is_file() and adapter_folder(run).is_dir():
             return str(read_json(run / CONFIG)["run"]["model"])
     config = adapter_folder(folder) / peft_format.CONFIG
@@ -138,9 +157,13 @@ def open_all(
 ) -> tuple[Opened, list[Wanted]]:
     """The base with every adapter attached, and what they are. Raises what reading and loading raise."""
     wanted = there(specs)
-    base = model or base_of(wanted)
-    tokenizer = pretrained.tokenizer(base)
-    opened = pretrained.causal_lm(base, dtype, torch.device(device))
+    opened = open_base(model or base_of(wanted), wanted, dtype, device)
     for w in {w.name: w for w in wanted}.values():  # one adapter may be wanted at several strengths
-        store.load(opened, adapter_folder(w.folder), w.name, allow=allow)
-    return Opened(opened, tokenizer, base), wanted
+        store.load(opened.model, adapter_folder(w.folder), w.name, allow=allow)
+    return opened, wanted
+
+
+def open_base(base: str, wanted: Sequence[Wanted], dtype: torch.dtype, device: str) -> Opened:
+    """The base alone, quantised as it was for these adapters."""
+    tokenizer = pretrained.tokenizer(base)
+    return Opened(pretrained.causal_lm(base, dtype, torch.device(device), format_of(wanted, base)), tokenizer, base)

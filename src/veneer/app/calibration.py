@@ -26,7 +26,7 @@ OBJECTIVE = "causal_lm"
 def needed(run: Run) -> bool:
     """Whether the run's start looks at the loss."""
     known = methods.options_of(methods.get(run.method))
-    return "init" in known and bool(inits.get(run.options.get("init", known["init"].default)).NEEDS)
+    return "init" in known and inits.get(run.options.get("init", known["init"].default)).NEEDS == "gradient"
 
 
 def goes_on(run: Run) -> bool:

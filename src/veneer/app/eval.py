@@ -113,7 +113,7 @@ def evaluate(
     known = benchmarks.find(tasks, task_folder) if tasks else None  # the cheap refusals first
     wanted = adapted.there(adapter)
     rows = {name: sample(sources.rows([name], "test"), documents) for name in data}
-    opened, _ = adapted.open_all((), model=base, dtype=DTYPES[dtype], device=str(machine.device(device)))
+    opened = adapted.open_base(base, wanted, DTYPES[dtype], str(machine.device(device)))
     length = length or min(LENGTH, door.context(opened.model) or LENGTH)
     door.check_length(opened.model, length)
     for w in wanted:  # what cannot be loaded is refused before the first is measured

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapt.attach import base_parameters, changes, using
+from veneer.adapt.attach import changes, n_base_parameters, using
 from veneer.analyse.spectra import spectra
 from veneer.app.dial import STRENGTHS, Point, dial, recommend
 from veneer.app.generate import continuation
@@ -53,7 +53,7 @@ def examine(
     begun = time.monotonic()
     model.eval()
     found = {
-        "base_parameters": sum(p.numel() for p in base_parameters(model).values()),
+        "base_parameters": n_base_parameters(model),
         "dial": dialled(model, name, texts, objective, batch=run.batch, between=between),
         "layers": layers(model, name, voice),
         "preview": preview(texts["train"].windows, tokenizer),

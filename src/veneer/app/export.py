@@ -17,6 +17,7 @@ from veneer.adapt.merge import Verdict, foresee, outputs, refusal
 from veneer.adapt.merge import merge as merge_into
 from veneer.adapt.probe import TOLERANCE, default_inputs
 from veneer.app import adapted, pretrained
+from veneer.compress.quantise import dequantise
 from veneer.errors import ConfigError, NotMergeable, first_few
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,6 +70,7 @@ def export(
     _check(adapter, out, shard_size)
     name = _stored(base) if dtype == "auto" else dtype
     opened, wanted = adapted.open_all(adapter, model=base, allow=allow)
+    dequantise(opened.model)
     strengths = adapted.summed(wanted)
     verdict = foresee(opened.model, strengths, limit, dtype=DTYPES[name])
     _refuse(verdict, force)

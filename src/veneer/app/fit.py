@@ -13,9 +13,10 @@ from torch import nn
 
 from veneer import tasks
 from veneer.adapt import store
-from veneer.app import card, machine, pretrained, report
+from veneer.app import card, machine, pretrained, quantising, report
 from veneer.app.learner import OBJECTIVE, in_precision, learner
 from veneer.app.ready import FULL, NAME, Ready, prepare
+from veneer.compress.packed_store import save_quantised
 from veneer.data.order import Order
 from veneer.data.pack import Window
 from veneer.errors import FormatError
@@ -50,6 +51,8 @@ def fit(run: Run, *, progress: bool = True) -> Result:
         if not begun:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock.held(out))
+            if quantising.start_of(ready.run):
+                save_quantised(ready.model, quantising.own_base(ready.run), ready.run.model)
             folder.put(out / folder.CONFIG, ready.config)
         else:
             _check_same(out, ready, voice)

@@ -14,7 +14,7 @@ from veneer import methods
 from veneer.adapt import attach
 from veneer.analyse import simulate
 from veneer.analyse.simulate import Memory, Shape
-from veneer.app import calibration
+from veneer.app import calibration, quantising
 from veneer.app.ready import FULL, NAME, Ready
 from veneer.optim.groups import of_adapter
 from veneer.train.run import Run
@@ -106,7 +106,8 @@ def _instead(model: nn.Module, run: Run) -> Iterator[None]:
     """Within the block another adapter acts, that of `run`."""
     layers: dict[str, Any] = {name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")}
     stats = calibration.unseen(model, run) if calibration.needed(run) else None
-    attach.attach(model, run.method, name=TRIAL, stats=stats, **layers, **run.options)
+    options = {k: v for k, v in run.options.items() if k != "init" or quantising.start_of(run) is None}  # as large with any start
+    attach.attach(model, run.method, name=TRIAL, stats=stats, **layers, **options)
     try:
         with attach.using(model, TRIAL):
             yield

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapt.attach import changes
+from veneer.adapt.attach import changes, n_base_parameters
 from veneer.adapt.manifest import method_of
 from veneer.adapt.merge import foresee
 from veneer.analyse.spectra import Spectrum, spectra
@@ -56,7 +56,7 @@ def inspect(adapter: str, *, model: str | None = None, allow: Sequence[str] = ()
         base=opened.base,
         method=", ".join(dict.fromkeys(method_of(d) for _, d in found)),
         parameters=sum(p.numel() for _, d in found for p in d.parameters()),
-        base_parameters=sum(p.numel() for n, p in opened.model.named_parameters() if ".deltas." not in n),
+        base_parameters=n_base_parameters(opened.model),
         strength=wanted.strength,
         layers=spectra(opened.model, wanted.name),
         merge={word: verdict.error for word, verdict in verdicts.items()},

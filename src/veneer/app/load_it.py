@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.adapt import manifest
+from veneer.compress import quantise
 from veneer.convert import vllm
 from veneer.embedded import PREFIX
 from veneer.errors import FormatError
@@ -20,7 +21,7 @@ OURS = """With Veneer, in this folder:
 import veneer
 from transformers import AutoModelForCausalLM
 {imports}
-model = AutoModelForCausalLM.from_pretrained({base})
+model = AutoModelForCausalLM.from_pretrained({base}){quantised}
 veneer.load(model, "."{allow})  # veneer.using(model, {{"default": 0.75}}) dials it down
 ```"""
 
@@ -46,11 +47,18 @@ def ways(model: str, record: Mapping[str, Any], peft: Mapping[str, Any] | None) 
     base = "embedded.folder()" if builtin else f'"{model}"'
     imports = "\nfrom veneer import embedded\n" if builtin else ""
     allow = f", allow={record['allow']!r}" if record["allow"] else ""
-    found = [OURS.format(base=base, imports=imports, allow=allow)]
+    own = record["options"].get("init") in quantise.STARTS
+    packed = record["base"].get("quantised", [])
+    quantised = '\nveneer.load_quantised(model, "../base")' if own else f"\nveneer.quantise(model, {packed[0]!r})" if packed else ""
+    found = [OURS.format(base=base, imports=imports, allow=allow, quantised=quantised)]
+    if own:
+        return [*found, "Its base is its own, quantised around its start: other programs need the model that `veneer merge` writes."]
     if record["layout"] != manifest.PEFT or peft is None:
         return [*found, f"PEFT has no words for this change; {_otherwise(model, record)}"]
     found.append(PEFT.format(base=base, imports=imports))
-    return [*found, _vllm(model, record, peft)]
+    found.append(_vllm(model, record, peft))
+    near = f"It was trained on a base in {' and '.join(packed)}: on the plain one, and in other programs' formats, it does nearly the same."
+    return [*found, near] if packed else found
 
 
 def _vllm(model: str, record: Mapping[str, Any], peft: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.adapt.attach import base_parameters, changes, using
+from veneer.adapt.attach import changes, n_base_parameters, using
 from veneer.analyse import resident, simulate
 from veneer.analyse.simulate import Memory, Shape
 from veneer.app import fit as training
@@ -19,6 +19,7 @@ from veneer.app.halve import Trial, halving
 from veneer.app.measure import Measured, measure
 from veneer.app.plan_text import size
 from veneer.app.ready import FULL, NAME, Ready, prepare
+from veneer.compress.quantise import as_plain
 from veneer.data.order import Order
 from veneer.data.pack import Window, n_labels, n_tokens
 from veneer.errors import VeneerError
@@ -138,7 +139,7 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
         run=ready.run,
         layers=layers(ready),
         trained=sum(p.parameter.numel() for p in ready.parts),
-        base=sum(p.numel() for p in base_parameters(ready.model).values()),
+        base=n_base_parameters(ready.model),
         memory=own.memory,
         full=full.memory,
         flops=own.flops,
@@ -197,7 +198,7 @@ def _simulated(ready: Ready, shape: Shape) -> tuple[simulate.Step, simulate.Step
         own = simulate.step(ready.model, shape, full=True, autocast=narrow, states=states)
         return own, own
     own = simulate.step(ready.model, shape, states=states)
-    with using(ready.model):
+    with using(ready.model), as_plain(ready.model):
         return own, simulate.step(ready.model, shape, full=True, base=torch.float32, autocast=narrow)
 
 

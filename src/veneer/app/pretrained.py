@@ -11,12 +11,24 @@ import torch
 from torch import nn
 
 from veneer import embedded
+from veneer.compress import packed_store
+from veneer.compress.quantise import quantise
 from veneer.errors import ConfigError, first_few
 
 
 def source(name: str) -> str:
-    """What transformers calls the model: the built-in model's folder for "builtin", else the name itself."""
+    """What transformers calls the model: the built-in model's folder for "builtin", else the name itself.
+
+    A folder of quantised layers stands for the model that they belong into.
+    """
+    name = origin(name)
     return str(embedded.folder()) if name == embedded.PREFIX else name
+
+
+def origin(name: str) -> str:
+    """The model that a folder of quantised layers belongs into, or the name itself for any other."""
+    packed = packed_store.description(name)
+    return name if packed is None else str(packed["model"])
 
 
 def tokenizer(name: str) -> Any:
@@ -35,8 +47,12 @@ def config(name: str) -> Any:
         return AutoConfig.from_pretrained(source(name))
 
 
-def causal_lm(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The language model in eval mode. Raises ConfigError if there is none, or if weights are missing from it."""
+def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: str | None = None) -> nn.Module:
+    """The language model in eval mode, with the quantised layers of the folder if it is one of them.
+
+    quantised: the format that its linear layers are kept in. Raises ConfigError if there is none, or if weights are missing
+    from it.
+    """
     from transformers import AutoModelForCausalLM
 
     with _said_well(name, "causal language model"), no_bars():
@@ -45,8 +61,13 @@ def causal_lm(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if missing:
         kind = type(model).__name__
         raise ConfigError(f"model {name!r} lacks {len(missing)} weights of a {kind}, which would be random: {first_few(missing)}")
-    if name == embedded.PREFIX:
+    if origin(name) == embedded.PREFIX:
         model.name_or_path = name  # what adapters record; the folder is this machine's own
+    if packed_store.description(name) is not None:
+        packed_store.load_quantised(model, name)
+        model.name_or_path = name
+    if quantised is not None:
+        quantise(model, quantised)
     found: nn.Module = model.to(device).eval()
     return found
 

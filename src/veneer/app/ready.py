@@ -13,7 +13,7 @@ from torch import nn
 import veneer
 from veneer import embedded, methods, optim
 from veneer.adapt import attach, fingerprint
-from veneer.app import calibration, machine, pretrained, texts
+from veneer.app import calibration, machine, pretrained, quantising, texts
 from veneer.app.texts import Text
 from veneer.data.pack import collate
 from veneer.errors import ConfigError
@@ -55,12 +55,11 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     tokenizer = pretrained.tokenizer(run.model)
     ready = texts.prepare_all(rows, run, tokenizer, voice)
     dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
-    model = pretrained.causal_lm(run.model, dtype, device)
+    model, stats = quantising.base(run, dtype, device, voice, only_shapes=only_shapes)
     door.check_length(model, run.length)
     door.check_vocabulary(model, (w for t in ready.values() for w in t.windows))
     base = {"model": run.model, "class": type(model).__name__, "sha256": fingerprint.measure(model)["sha256"]}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    stats = None
     if calibration.needed(run):
         blank = only_shapes or calibration.goes_on(run)
         stats = calibration.unseen(model, run) if blank else calibration.look(model, run, ready["train"].windows, pad, voice)
@@ -138,7 +137,7 @@ def _try_out(model: nn.Module, run: Run, ready: Mapping[str, Text]) -> None:
 
 
 def _described(model: nn.Module, run: Run, parts: list[groups.Part]) -> str:
-    n, total = sum(p.parameter.numel() for p in parts), sum(p.numel() for p in attach.base_parameters(model).values())
+    n, total = sum(p.parameter.numel() for p in parts), attach.n_base_parameters(model)
     if run.method == FULL:
         return f"full fine-tuning: all {n:,} parameters are trained, at lr {run.lr:g}"
     found = attach.changes(model, NAME)

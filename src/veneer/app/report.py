@@ -13,7 +13,7 @@ from veneer.adapt import store
 from veneer.adapt.files import read_json
 from veneer.analyse import demo_report
 from veneer.analyse import report as told
-from veneer.app import examine, machine, pretrained, texts
+from veneer.app import examine, machine, pretrained, quantising, texts
 from veneer.app.ready import FULL, NAME, Ready
 from veneer.errors import ConfigError
 from veneer.tasks import Objective
@@ -79,6 +79,6 @@ def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]
     for line in folder.differences(config["data"], {part: t.facts for part, t in ready.items()}):
         voice.say(f"text differs from what the run was trained on: {line}")
     dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
-    model = pretrained.causal_lm(run.model, dtype, machine.device("auto"))
+    model, _ = quantising.base(run, dtype, machine.device("auto"), voice)
     store.load(model, out / folder.ADAPTER, NAME)
     return examine.examine(model, NAME, tokenizer, ready, tasks.get("causal_lm"), run=run, voice=voice, prompts=prompts)

@@ -70,8 +70,9 @@ def verify(adapter: str, *, model: str | None = None, dtype: str = "float32", de
     folder = Path(adapter)
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}{suggest(dtype, DTYPES)}")
-    base = model or adapted.base_of([adapted.Wanted(NAME, folder, 1.0)])
-    found = pretrained.causal_lm(base, DTYPES[dtype], torch.device(device))
+    wanted = [adapted.Wanted(NAME, folder, 1.0)]
+    base = model or adapted.base_of(wanted)
+    found = pretrained.causal_lm(base, DTYPES[dtype], torch.device(device), adapted.format_of(wanted, base))
     return examine(found, adapted.adapter_folder(folder))
 
 

@@ -25,7 +25,7 @@ class QuantisedLinear(nn.Module):
     @property
     def parts(self) -> quant.Parts:
         """The tensors that W is kept as."""
-        return tuple(self.get_parameter(name) for name in self.format.names)
+        return tuple(getattr(self, name) for name in self.format.names)  # tensors that stand for parameters included
 
     @property
     def shape(self) -> tuple[int, int]:

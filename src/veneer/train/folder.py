@@ -17,6 +17,7 @@ from veneer.errors import ConfigError, FormatError
 from veneer.train.errors import NotSaved
 
 CONFIG, METRICS, RESULTS, ADAPTER, CHECKPOINTS = "config.json", "metrics.jsonl", "results.json", "adapter", "checkpoints"
+BASE = "base"  # quantised layers that no other run has
 # Settings that change nothing in what is computed: they may differ when a run goes on.
 FREE = ("out", "resume", "allow", "keep", "save_every", "report", "track")
 

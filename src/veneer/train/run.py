@@ -66,6 +66,9 @@ class Run:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "bf16: adapters on a bfloat16 base; full keeps float32 weights under autocast. auto: bf16 where the processor has it"
     )
+    quantise: Literal["nf4", "int8"] | None = setting(
+        None, "keep the frozen base's linear layers in 4 or 8 bits a number (QLoRA): nf4 or int8; as they are unless given"
+    )
     compile: Literal["auto", "on", "off"] = setting(
         "auto", "torch.compile of the model's blocks and of the loss: faster steps for a minute at the start. auto: in long runs"
     )
@@ -194,11 +197,23 @@ def _of_method(run: Run) -> Iterator[str]:
             inits.check(run.options.get("init", known["init"].default), run.options.get("init_options"))
         except ConfigError as e:
             yield from str(e).splitlines()
+        else:
+            yield from _of_start(run, str(run.options.get("init", known["init"].default)))
     for pattern, option in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
         if getattr(run, pattern) and option not in known:
             yield f"{pattern} is given, but method {run.method!r} has no {option}"
+    if run.method == "full" and run.quantise is not None:
+        yield f"quantise {run.quantise!r} keeps the base as codes, which method 'full' cannot train; leave it out, or train an adapter"
     if run.method == "full" and run.untie:
         yield "untie is for adapters, which change one of two tied layers; method 'full' trains the weight that they share; leave it out"
+
+
+def _of_start(run: Run, init: str) -> Iterator[str]:
+    needs = inits.get(init).NEEDS
+    if needs == "residual" and run.quantise is None:
+        yield f"init {init!r} makes up for what quantisation takes from the base, which is not quantised; add quantise='nf4'"
+    if needs == "residual" and run.untie:
+        yield f"init {init!r} is for layers that are quantised, and tied ones are not; leave untie out"
 
 
 def _of_optimiser(run: Run) -> Iterator[str]:
