@@ -25,7 +25,7 @@ from veneer.ops.draws import keyed
 from veneer.ops.linalg import check_at_most
 from veneer.sites import Site
 
-FEW_ROWS = 64  # up to so many, r products with W cost less than a pass over W for every rank
+FEW_ROWS = 128  # r products with W cost less than making W' - W up to 100 to 250 rows (r of 2 and 4, layers of 512 and 2048)
 
 
 class FLoRA(Delta):

@@ -13,7 +13,6 @@ grouped  rows sorted by adapter in one grouped product (F.grouped_mm), or a prod
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,23 +25,29 @@ SHORT = 8  # tokens a row up to which it is
 
 
 class Layout(NamedTuple):
-    """Where the rows of ids go in buckets: of the rows that have an adapter, `rows`, the k-th lies at place[k] of n - 1 buckets
-    of `size`; filled: the row that lies at each place, any row where none does."""
+    """What can be known of ids (b,) once for all layers.
+
+    Buckets: of the rows that have an adapter, `rows`, the k-th lies at place[k] of n - 1 buckets of `size`; filled: the row that
+    lies at each place, any row where none does. masks: the mask (b, (n - 1) r) by r and dtype, as they are asked for.
+    """
 
     rows: Tensor
     place: Tensor
     filled: Tensor
     size: int
+    masks: dict[tuple[int, torch.dtype], Tensor]
 
 
 def add(x: Tensor, y: Tensor, A: Tensor, B: Tensor, ids: Tensor, *, way: str = "gather", layout: Layout | None = None) -> Tensor:
     """y + (x A[ids]') B[ids] in one of the four ways, written into y, which must be contiguous.
 
-    layout: of `lay_out(ids, n)`, for "bucket" only.
+    layout: of `lay_out(ids, n)`, where it is known already.
     """
     if way == "bucket":
         return _bucket(x, y, A, B, layout or lay_out(ids, A.shape[0]))
-    return WAYS[way](x, y, A, B, ids)
+    if way == "masked":
+        return _masked(x, y, A, B, _mask(ids, A, layout))
+    return (_grouped if way == "grouped" else _gather)(x, y, A, B, ids)
 
 
 def choose(x: Tensor, A: Tensor, *, finite: bool, layout: Layout | None) -> str:
@@ -72,7 +77,7 @@ def lay_out(ids: Tensor, n: int) -> Layout:
     place[order] = own[order] * size + torch.arange(len(rows), device=ids.device) - (counts.cumsum(0) - counts)[own[order]]
     filled = torch.zeros((n - 1) * size, dtype=torch.long, device=ids.device)
     filled[place] = rows
-    return Layout(rows, place, filled, size)
+    return Layout(rows, place, filled, size, {})
 
 
 def _gather(x: Tensor, y: Tensor, A: Tensor, B: Tensor, ids: Tensor) -> Tensor:
@@ -91,12 +96,22 @@ def _bucket(x: Tensor, y: Tensor, A: Tensor, B: Tensor, layout: Layout) -> Tenso
     return y.index_add_(0, layout.rows, change.index_select(0, layout.place))
 
 
-def _masked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, ids: Tensor) -> Tensor:
-    (b, t, _), n, r = x.shape, A.shape[0] - 1, A.shape[1]
-    h = F.linear(x, A[1:].flatten(0, 1)).view(b, t, n, r)
-    own = ids[:, None] == torch.arange(1, n + 1, device=ids.device)  # (b, n)
-    h = h.mul_(own[:, None, :, None].to(h.dtype))
-    return y.view(b * t, -1).addmm_(h.view(b * t, n * r), B[1:].flatten(0, 1)).view_as(y)
+def _masked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:
+    b, t, _ = x.shape
+    h = F.linear(x, A[1:].flatten(0, 1)).mul_(mask[:, None])  # (b, t, (n - 1) r)
+    return y.view(b * t, -1).addmm_(h.view(b * t, -1), B[1:].flatten(0, 1)).view_as(y)
+
+
+def _mask(ids: Tensor, A: Tensor, layout: Layout | None) -> Tensor:
+    """(b, (n - 1) r): one at each row's own adapter."""
+    n, r, _ = A.shape
+    if layout is not None and (r, A.dtype) in layout.masks:
+        return layout.masks[r, A.dtype]
+    own = ids[:, None] == torch.arange(1, n, device=ids.device)
+    mask = own.to(A.dtype).repeat_interleave(r, 1)
+    if layout is not None:
+        layout.masks[r, A.dtype] = mask
+    return mask
 
 
 def _grouped(x: Tensor, y: Tensor, A: Tensor, B: Tensor, ids: Tensor) -> Tensor:
@@ -121,10 +136,3 @@ def _groupable(x: Tensor, A: Tensor) -> bool:
     if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
         return False
     return A.shape[1] * x.element_size() % 16 == 0 and A.shape[2] * x.element_size() % 16 == 0
-
-
-WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "gather": _gather,
-    "masked": _masked,
-    "grouped": _grouped,
-}
