@@ -127,6 +127,16 @@ def test_product_and_gradient_are_those_of_the_unpacked_matrix(name, dtype):
 
 
 @BOTH
+def test_one_vector_is_multiplied_as_many_are(name):
+    format, W = quant.get(name), 0.1 * normal(32, 64, dtype=torch.bfloat16)
+    parts, x = format.pack(W), normal(2, 1, 64, dtype=torch.bfloat16)
+    many = quant.product(x, parts, format, (32, 64))
+    one = quant.product(x[:1], parts, format, (32, 64))
+    assert one.shape == (1, 1, 32)
+    torch.testing.assert_close(one, many[:1])
+
+
+@BOTH
 def test_nothing_of_the_unpacked_matrix_is_kept_for_the_backward(name):
     model, x, kept = layer(name, 64, 64, torch.float32), normal(2, 64).requires_grad_(True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

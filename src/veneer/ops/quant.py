@@ -60,7 +60,7 @@ class Format(ABC):
 
 
 class Int8(Format):
-    """codes (out, in) in int8, absmax (out,) in W's dtype, but with bfloat16's digits."""
+    """codes (out, in) in int8; absmax (out,) in W's dtype but with bfloat16's digits."""
 
     name = "int8"
     names = ("codes", "absmax")
@@ -72,19 +72,22 @@ class Int8(Format):
 
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         codes, absmax = parts
-        return (codes.to(torch.promote_types(dtype, torch.float32)) * _steps(absmax)[:, None]).to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return (codes.to(wide) * _steps(absmax).to(wide)[:, None]).to(dtype)
 
     def times(self, x: Tensor, parts: Parts, shape: tuple[int, int]) -> Tensor:
         if x.dtype == torch.float16:  # whose sums of codes could overflow
             return super().times(x, parts, shape)
-        codes, absmax = parts
-        return ((x @ codes.to(x.dtype).mT) * _steps(absmax)).to(x.dtype)
+        codes, steps = parts[0], _steps(parts[1]).to(x.dtype)
+        if x.numel() == shape[1] and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not is_traced():
+            # One vector, as in generation: torch's own product reads the codes as they are.
+            return torch._weight_int8pack_mm(x.reshape(1, -1), codes, steps).view(*x.shape[:-1], -1)
+        return (x @ codes.to(x.dtype).mT).mul_(steps)
 
     def times_transposed(self, dy: Tensor, parts: Parts, shape: tuple[int, int]) -> Tensor:
         if dy.dtype == torch.float16:
             return super().times_transposed(dy, parts, shape)
-        codes, absmax = parts
-        return (dy * _steps(absmax)).to(dy.dtype) @ codes.to(dy.dtype)
+        return (dy * _steps(parts[1]).to(dy.dtype)) @ parts[0].to(dy.dtype)
 
 
 def _steps(absmax: Tensor) -> Tensor:
