@@ -10,6 +10,7 @@ model's logits, for normal weights; bits a number as stored.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import _measure as m
@@ -50,8 +51,8 @@ def products(figures: dict[str, float]) -> None:
     for n in TOKENS:
         x = torch.randn(n, D, dtype=torch.bfloat16)
         learnt = x.clone().requires_grad_(True)
-        calls = {name: lambda layer=layer: forward(layer, x) for name, layer in every.items()}
-        calls |= {f"{name} step": lambda layer=layer: both(layer, learnt) for name, layer in every.items()}
+        calls = {name: partial(forward, layer, x) for name, layer in every.items()}
+        calls |= {f"{name} step": partial(both, layer, learnt) for name, layer in every.items()}
         seconds = m.interleaved({k: repeated(c, 1 + 256 // n) for k, c in calls.items()}, repeats=9)
         for name in quant.FORMATS:
             figures[f"{name}_forward_{n}_over_base"] = seconds[name] / seconds["bf16"]
@@ -99,7 +100,7 @@ def steps(figures: dict[str, float]) -> None:
             logits[name] = model(input_ids=batch["input_ids"]).logits.float()
         veneer.attach(model, "lora", rank=m.RANK, alpha=m.ALPHA)
         adam = m.optimiser(model, fused=True)
-        calls[name] = lambda model=model, adam=adam: m.our_step(model, causal_lm.loss, adam, shifted)
+        calls[name] = partial(m.our_step, model, causal_lm.loss, adam, shifted)
     seconds = m.interleaved(calls)
     for name in quant.FORMATS:
         figures[f"{name}_lora_step_over_base"] = seconds[name] / seconds["bf16"]
