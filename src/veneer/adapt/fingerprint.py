@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer.adapt.attach import base_parameters
 from veneer.errors import first_few
-from veneer.sites.quantised import formats
+from veneer.sites.quantised import formats, plain
 
 HASHED, KEPT = 4096, 32
 SPREAD = 2_654_435_761  # a prime near 2^32 / golden ratio
@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 def measure(model: nn.Module) -> Record:
     """The fingerprint of the model without its adapters: a SHA-256 of all, and one, with a few numbers, of each parameter."""
-    tensors = {name: _of(name, p.detach()) for name, p in base_parameters(model).items()}
+    tensors = {name: _of(name, plain(p.detach())) for name, p in base_parameters(model).items()}
     whole = hashlib.sha256("".join(f"{n} {t['sha256']}\n" for n, t in sorted(tensors.items())).encode())
     packed = sorted(set(formats(model).values()))
     return {"sha256": whole.hexdigest(), "tensors": tensors, **({"quantised": packed} if packed else {})}

@@ -33,6 +33,7 @@ from veneer.ops.linalg import check_rank
 from veneer.ops.residual import split
 from veneer.sites import Site, find, site_for
 from veneer.sites.find import Target
+from veneer.sites.quantised import packed_kind
 from veneer.sites.quantised_linear import QuantisedLinear
 
 STARTS = {"qpissa": True, "loftq": False}  # whether the first low-rank part is that of W itself
@@ -94,16 +95,15 @@ def quantise_around(
 def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """The same model with plain linear layers that hold what the packed ones held, in dtype, each layer's own unless given.
 
-    Adapters stay attached, acting and training as they were.
+    bitsandbytes' and torchao's layers are unpacked too. Adapters stay attached, acting and training as they were.
     """
     state = {n: changes(model, n) for n in adapters(model)}
     acting, trained = active(model), {id(p) for p in model.parameters() if p.requires_grad}
     watched = {d.site.name: d.called for d in layers(model)}
     detach(model)
     places = Places(model)
-    for module in list(model.modules()):
-        if isinstance(module, QuantisedLinear):
-            places.put(module, _plain(module, dtype))
+    for site in [site_for(n, m) for n, m in model.named_modules() if packed_kind(m)]:
+        places.put(site.module, _plain(site, dtype))
     for name, found in state.items():
         hang(model, name, [(_again(model, site), delta) for site, delta in found])
     if state:
@@ -197,11 +197,11 @@ def layer_of(site: Site, parts: quant.Parts, format: quant.Format) -> QuantisedL
     return QuantisedLinear(parts, (site.out, site.in_), bias, format).train(site.module.training)
 
 
-def _plain(layer: QuantisedLinear, dtype: torch.dtype | None) -> nn.Linear:
-    """The layer unpacked; its weight is made once."""
-    new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    W = layer.format.unpack(layer.parts, layer.shape, dtype or layer.dtype)
+def _plain(site: Site, dtype: torch.dtype | None) -> nn.Linear:
+    """The layer unpacked."""
+    old, new = site.module, nn.Linear(site.in_, site.out, bias=False, device="meta")
+    W = site.weight().to(dtype or (site.dtype if old.bias is None else old.bias.dtype))
     new.weight = nn.Parameter(W, requires_grad=False)
-    if layer.bias is not None:
-        new.register_parameter("bias", nn.Parameter(layer.bias.to(W.dtype), requires_grad=False))
-    return new.train(layer.training)
+    if old.bias is not None:
+        new.register_parameter("bias", nn.Parameter(old.bias.to(W.dtype), requires_grad=False))
+    return new.train(old.training)

@@ -2,7 +2,7 @@
 
 W is what the layer computes with: the unpacked weight. Writing to it packs again, which rounds to the format; `stored` tells
 beforehand what would be left. bitsandbytes and torchao are asked for by the names of their types and imported when used; they
-are not part of the tested environment (tried by hand with bitsandbytes 0.50.2 and torchao 0.18.0 on a CPU).
+are not part of the tests' environment; tests/test_quant_libraries.py passed with bitsandbytes 0.50.2 and torchao 0.18.0 on a CPU.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class TorchaoSite(PackedSite):
         from torchao.quantization import PerRow
 
         own = self.module.weight
-        if list(own.block_size) != [1, self.in_] or own.zero_point is not None:
+        if list(own.block_size) != [1, self.in_] or (own.zero_point is not None and own.zero_point.any()):
             raise NotMergeable(f"{self.name!r}: torchao's weight is packed again here where it has one scale a row; dequantise the layer")
         return type(own).from_hp(W.to(own.dtype), granularity=PerRow(), act_quant_kwargs=own.act_quant_kwargs)
 
@@ -157,9 +157,19 @@ def packed_kind(module: nn.Module) -> type[PackedSite] | None:
     weight = module._parameters.get("weight")
     if not isinstance(module, nn.Linear) or weight is None:
         return None
-    kind = WEIGHTS.get((type(weight).__module__.split(".")[0], type(weight).__name__))
+    kind = _by_type(weight)
     whole = kind is not TorchaoSite and weight.is_floating_point()  # bitsandbytes packs when the layer is moved to its device
     return None if whole else kind
+
+
+def _by_type(weight: Tensor) -> type[PackedSite] | None:
+    return WEIGHTS.get((type(weight).__module__.split(".")[0], type(weight).__name__))
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A parameter as a tensor that any operation reads: torchao's unpacked, all others as they are."""
+    found: Tensor = weight.dequantize() if _by_type(weight) is TorchaoSite else weight
+    return found
 
 
 def formats(model: nn.Module) -> dict[str, str]:
