@@ -31,7 +31,21 @@ class Linear4bit(nn.Linear):
         self.weight = nn.Parameter(torch.zeros(out * in_ // 2, 1, dtype=torch.uint8), requires_grad=False)
 
 
-def test_peft_1043_a_quantised_base_is_refused_and_not_merged_badly():
+@pytest.mark.parametrize("size", [0.003, 0.3])
+def test_peft_1043_a_merge_into_four_bits_is_refused_or_keeps_the_change(size):
+    model = veneer.attach(veneer.quantise(models.llama(), "nf4"), "lora", rank=2)
+    models.randomise(model, size=size)
+    y, before = models.output(model), {n: t.clone() for n, t in model.state_dict().items()}
+    try:
+        verdict = merge(model, limit=0.4)
+    except NotMergeable as e:
+        assert "merge into that (veneer.dequantise)" in str(e) and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        assert size < 0.1
+    else:
+        assert verdict.error < 0.4 and models.output(model).shape == y.shape and size > 0.1
+
+
+def test_peft_1043_weights_packed_in_an_unknown_way_are_refused():
     model = models.llama()
     model.model.layers[0].self_attn.q_proj = Linear4bit(32, 32)
     with pytest.raises(SiteError, match=r"'model\.layers\.0\.self_attn\.q_proj' is a Linear4bit whose weight is packed \(torch\.uint8\)"):
