@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from veneer.adapt.merge import merge
     from veneer.adapt.store import load, save
     from veneer.app.fit import fit
+    from veneer.app.fit_many import fit_many
     from veneer.compress.packed_store import load_quantised, save_quantised
     from veneer.compress.quantise import dequantise, quantise, quantise_around
     from veneer.train.run import Run
@@ -30,6 +31,7 @@ __all__ = [
     "detach",
     "extract",
     "fit",
+    "fit_many",
     "load",
     "load_quantised",
     "merge",
@@ -51,6 +53,7 @@ _HOMES = {
     "veneer.adapt.merge": ("merge",),
     "veneer.adapt.store": ("load", "save"),
     "veneer.app.fit": ("fit",),
+    "veneer.app.fit_many": ("fit_many",),
     "veneer.compress.packed_store": ("load_quantised", "save_quantised"),
     "veneer.compress.quantise": ("dequantise", "quantise", "quantise_around"),
     "veneer.train.run": ("Run",),

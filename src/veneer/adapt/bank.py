@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from veneer.adapt import attach
 from veneer.adapt.forms import Forms, attached, read
+from veneer.adapt.peft_format import Changes
 from veneer.adapt.rows import FREE, Live, Router, Rows, Slots
 from veneer.errors import ConfigError, ShapeError, SiteError, first_few, suggest
 from veneer.methods import Delta, Factors
@@ -196,12 +197,17 @@ def _fill(layers: Mapping[str, Slots], router: Router, slot: int, forms: Forms) 
 
 
 def _live(model: nn.Module, chosen: Mapping[str, str | Path]) -> list[tuple[Site, Delta]]:
-    found = [{site.name: (site, delta) for site, delta in changes} for changes in attached(model, chosen).values()]
-    sites = {name: site for own in found for name, (site, _) in own.items()}
-    if not sites:
+    found = attached(model, chosen)
+    if not found:
         raise ConfigError("this bank would be empty; name the attached adapters that are to be trained")
-    router = Router([attach.BASE, *chosen], next(iter(sites.values())).weight().device)
-    return [(site, Live(site, router, [None, *(own[n][1] if n in own else None for own in found)])) for n, site in sites.items()]
+    return living(found, {site.name: site for changes in found.values() for site, _ in changes})
+
+
+def living(adapters: Mapping[str, Changes], sites: Mapping[str, Site]) -> list[tuple[Site, Delta]]:
+    """The changes of a bank in which adapters learn: theirs side by side at every one of the sites, by name."""
+    router = Router([attach.BASE, *adapters], next(iter(sites.values())).weight().device)
+    found = [{site.name: delta for site, delta in changes} for changes in adapters.values()]
+    return [(site, Live(site, router, [None, *(own.get(n) for own in found)])) for n, site in sites.items()]
 
 
 def _check_fit(layers: Mapping[str, Slots], name: str, forms: Forms) -> None:

@@ -25,11 +25,16 @@ def attached(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, 
     """The changes of attached adapters that are to be trained side by side. Raises ConfigError for all that cannot be."""
     _refuse(f"{n!r} is not attached{_nearest(model, str(a))}" for n, a in adapters.items() if a not in attach.adapters(model))
     found = {name: attach.changes(model, str(a)) for name, a in adapters.items()}
+    check_trainable(found)
+    return found
+
+
+def check_trainable(found: Mapping[str, Changes]) -> None:
+    """Raises ConfigError for all adapters that cannot be trained side by side."""
     dropping = {name: max(delta.dropout for _, delta in changes) for name, changes in found.items()}
     problems = [problem for name, changes in found.items() for problem in _shapeless(name, changes)]
     problems += [f"{n!r} drops inputs (dropout={p:g}), which a bank does not; attach it without" for n, p in dropping.items() if p]
     _refuse(problems)
-    return found
 
 
 @torch.no_grad()

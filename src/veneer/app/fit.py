@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -38,31 +39,51 @@ def fit(run: Run, *, progress: bool = True) -> Result:
     progress: sentences on stderr, and a bar where that is a terminal. Everything is checked before anything is written;
     the errors are those of veneer.errors, and those of veneer.train.errors for trainings that end early, all saved.
     """
-    voice, out = Voice(progress), Path(run.out)
+    voice = Voice(progress)
+    with ExitStack() as stack:
+        begun = begin(look(run, voice, stack), voice, stack)
+        if isinstance(begun, Result):
+            return begun
+        wish, loop = stack.enter_context(listening()), loop_of(begun)
+        return end(begun, loop, loop.run(wish), wish)
+
+
+class Begun(NamedTuple):
+    """A run whose folder is held by this process, with all that a training needs."""
+
+    ready: Ready
+    out: Path
+    voice: Voice
+    feed: track.Feed
+
+
+def look(run: Run, voice: Voice, stack: ExitStack) -> Ready:
+    """Checks and reads everything, with nothing written yet but the lock of a run that has begun."""
+    out = Path(run.out)
     track.check_installed(run.track)
     folder.check_free(out, run.resume)
-    begun = (out / folder.CONFIG).exists()
     device = machine.device(run.device)
-    with ExitStack() as stack:
-        if begun:
-            stack.enter_context(lock.held(out))
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        ready = prepare(run, device, voice)
-        if not begun:
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock.held(out))
-            if quantising.start_of(ready.run):
-                save_quantised(ready.model, quantising.own_base(ready.run), ready.run.model)
-            folder.put(out / folder.CONFIG, ready.config)
-        else:
-            _check_same(out, ready, voice)
-            if (out / folder.RESULTS).exists():
-                voice.say(f"{out} is finished already; its result is returned as it is")
-                return Result.read(out)
-        feed = stack.enter_context(track.Feed(run.track, out, ready.config, voice))
-        result = _train(ready, out, stack.enter_context(listening()), voice, feed)
-        feed.finish(result.metrics)
-        return result
+    if (out / folder.CONFIG).exists():
+        stack.enter_context(lock.held(out))
+    stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+    return prepare(run, device, voice)
+
+
+def begin(ready: Ready, voice: Voice, stack: ExitStack) -> Begun | Result:
+    """Makes the run's folder, or goes on in it; its result if it is finished already."""
+    out = Path(ready.run.out)
+    if not (out / folder.CONFIG).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(lock.held(out))
+        if quantising.start_of(ready.run):
+            save_quantised(ready.model, quantising.own_base(ready.run), ready.run.model)
+        folder.put(out / folder.CONFIG, ready.config)
+    else:
+        _check_same(out, ready, voice)
+        if (out / folder.RESULTS).exists():
+            voice.say(f"{out} is finished already; its result is returned as it is")
+            return Result.read(out)
+    return Begun(ready, out, voice, stack.enter_context(track.Feed(ready.run.track, out, ready.config, voice)))
 
 
 def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
@@ -74,17 +95,24 @@ def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
         folder.put(out / folder.CONFIG, {**ready.config, "allowed": allowed})
 
 
-def _train(ready: Ready, out: Path, wish: Wish, voice: Voice, feed: track.Feed) -> Result:
-    run, windows = ready.run, {part: t.windows for part, t in ready.texts.items()}
+def loop_of(begun: Begun) -> Loop:
+    """The training, at its beginning or at the newest checkpoint."""
+    ready, run = begun.ready, begun.ready.run
+    windows = {part: t.windows for part, t in ready.texts.items()}
     torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, "dropout"))))
     order, pace = lay_out(run, windows["train"])
     measured = {part: sample(w, run.eval_windows) for part, w in windows.items() if part != "train"}
-    loop = Loop(learner(ready, order, voice), order, measured, pace, folder=out, voice=voice, feed=feed)
+    loop = Loop(learner(ready, order, begun.voice), order, measured, pace, folder=begun.out, voice=begun.voice, feed=begun.feed)
     loop.begin(run.resume)
-    position = loop.run(wish)
+    return loop
+
+
+def end(begun: Begun, loop: Loop, position: Position, wish: Wish) -> Result:
+    """The best step's adapter measured, saved, and told of."""
+    ready, out, voice, run = begun.ready, begun.out, begun.voice, begun.ready.run
     try:
         loop.take_best()
-        after = {**position.best, **loop.measure([name for name in measured if name == "test"])}
+        after = {**position.best, **loop.measure([name for name in loop.texts if name == "test"])}
     except Stop:
         raise loop.interrupted() from None
     compiling.restore(ready.model)
@@ -95,7 +123,9 @@ def _train(ready: Ready, out: Path, wish: Wish, voice: Voice, feed: track.Feed) 
         card.write(out)
     except OSError as e:
         voice.say(f"the run is finished and saved, but the adapter's {card.CARD} is not written: {e}")
-    return Result.read(out)
+    result = Result.read(out)
+    begun.feed.finish(result.metrics)
+    return result
 
 
 def lay_out(run: Run, windows: Sequence[Window]) -> tuple[Order, Pace]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,6 +42,22 @@ def loss(
         return cross_entropy(features, targets, head.logits, head.parameters(), smoothing=smoothing, kernel=kernel), len(targets)
     logits = precise(model(**inputs).logits[learned])
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing), len(targets)
+
+
+def losses(model: nn.Module, batch: Batch, rows: Sequence[int]) -> list[Tensor]:
+    """As `loss`, the sums of the first rows[0] rows, of the next rows[1], and so on, from one pass through the body."""
+    labels = batch["labels"]
+    learned = labels != IGNORED
+    inputs = {**{k: v for k, v in batch.items() if k != "labels"}, "use_cache": False}
+    head = head_of(model, inputs, learned)
+    read = head.features(inputs) if head else model(**inputs).logits
+    found = []
+    for x, y, some in zip(*(t.split(list(rows)) for t in (read, labels, learned)), strict=True):
+        if head:
+            found.append(cross_entropy(x[some], y[some], head.logits, head.parameters()))
+        else:
+            found.append(F.cross_entropy(precise(x[some]), y[some], reduction="sum"))
+    return found
 
 
 @torch.no_grad()

@@ -90,9 +90,11 @@ class Loop:
         started = time.monotonic() - self.position.seconds
         try:
             with self.voice.bar(self.pace.steps, self.position.step):
-                while self._before_step():
+                while self.goes_on():
                     wish.check()
-                    self._step(started)
+                    micro, rate = self.due()
+                    before = time.monotonic()
+                    self.take(self.learner.step(micro, rate), before, started)
         except Stop:
             raise self.interrupted() from None
         finally:
@@ -101,25 +103,28 @@ class Loop:
 
     def interrupted(self) -> Interrupted:
         """Saves what is not saved yet; the error to raise after a signal."""
-        self._save()
+        self.save()
         number, p = self.wish.number or 0, self.position
         where = f"stopped by signal {number} after step {p.step} of {self.pace.steps}"
         return Interrupted(f"{where}; all is saved in {self.folder}: go on with resume=True (--resume)", number)
 
-    def _before_step(self) -> bool:
+    def goes_on(self) -> bool:
+        """Evaluates and saves what is due before the next step; whether there is one."""
         p, improved = self.position, False
         if self.pace.evaluates(p.step) and p.evaluated != p.step:
             improved = self._evaluate()
         if self.pace.saves(p.step) or improved:
-            self._save()
+            self.save()
         return p.step < self.pace.steps
 
-    def _step(self, started: float) -> None:
-        p = self.position
+    def due(self) -> tuple[list[list[Window]], float]:
+        """The micro-batches of the next step, and its rate."""
+        return self.order.step(self.position.step), self.pace.rate(self.position.step)
+
+    def take(self, outcome: Outcome, before: float, started: float) -> None:
+        """Counts and writes down a step that was made. before, started: clock seconds of the step's and the training's beginning."""
+        p, now = self.position, time.monotonic()
         rate = self.pace.rate(p.step)
-        before = time.monotonic()
-        outcome = self.learner.step(self.order.step(p.step), rate)
-        now = time.monotonic()
         p.step, p.tokens, p.seconds = p.step + 1, p.tokens + outcome.tokens, now - started
         p.positions += outcome.positions
         p.skipped_in_a_row = p.skipped_in_a_row + 1 if outcome.skipped else 0
@@ -137,7 +142,7 @@ class Loop:
     def _give_up(self, outcome: Outcome) -> None:
         p = self.position
         p.skipped_in_a_row = 0  # whoever goes on, with other settings, has as many attempts again
-        self._save()
+        self.save()
         raise Diverged(
             f"{PATIENCE} steps in a row were skipped, the last one, step {p.step}, because the {outcome.skipped}; the state of the last"
             f" good step is saved in {self.folder}. Try a lower lr (its peak was {self.pace.lr:g}), a longer warmup, or precision='fp32'"
@@ -166,7 +171,8 @@ class Loop:
                 )
         return figures
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """A checkpoint of where the training stands, unless there is one."""
         p = self.position
         if self.saved == p.step:
             return

@@ -56,12 +56,20 @@ class Learner(NamedTuple):
 
         If the loss or the gradient is not finite, no parameter and no moment changes. Raises DataError without a label.
         """
+        labels = self.begin(micro)
+        return self.finish(micro, self._backward(micro, labels), rate)
+
+    def begin(self, micro: Sequence[Sequence[Window]]) -> int:
+        """Gets ready to learn from the micro-batches: the number of their labels. Raises DataError if there is none."""
         labels = sum(n_labels(windows) for windows in micro)
         if not labels:
             raise DataError("no token of this batch is learned (every label is masked); give rows with a completion, or train_on='all'")
         self.model.train()
         self.optimiser.zero_grad(set_to_none=True)
-        loss = self._backward(micro, labels)
+        return labels
+
+    def finish(self, micro: Sequence[Sequence[Window]], loss: float, rate: float) -> Outcome:
+        """The update with the gradient that is there, unless it or the loss is not finite."""
         norm = self._clip()
         skipped = next((f"{what} is {v}" for what, v in (("loss", loss), ("gradient", norm)) if not math.isfinite(v)), None)
         if skipped is None:
@@ -69,7 +77,8 @@ class Learner(NamedTuple):
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         positions = sum(len(windows) * width(windows, self._widths()) for windows in micro)
-        return Outcome(loss, norm, labels, sum(n_tokens(windows) for windows in micro), positions, skipped)
+        labels, tokens = (sum(map(count, micro)) for count in (n_labels, n_tokens))
+        return Outcome(loss, norm, labels, tokens, positions, skipped)
 
     def _clip(self) -> float:
         parameters, most = [p.parameter for p in self.parts], self.clip or math.inf
