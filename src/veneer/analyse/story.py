@@ -184,7 +184,11 @@ def _layers(run: Told, drawn: Drawn) -> str:
 def _data(run: Told) -> str:
     head = ["text", "rows", "windows", "tokens", "learned tokens", "learned"]
     rows = [
-        [part, *(f"{f[k]:,}" for k in ("rows", "windows", "tokens", "learned_tokens")), f"{f['learned_tokens'] / f['tokens']:.1%}"]
+        [
+            f"{part} (its beginning)" if "stream" in f else part,
+            *(f"{f[k]:,}" for k in ("rows", "windows", "tokens", "learned_tokens")),
+            f"{f['learned_tokens'] / f['tokens']:.1%}",
+        ]
         for part, f in sorted(run.config["data"].items(), key=lambda item: PARTS.index(item[0]) if item[0] in PARTS else len(PARTS))
     ]
     preview = [page.card(page.tokens(pieces)) for pieces in run.results.get("preview") or ()]

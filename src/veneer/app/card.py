@@ -103,6 +103,8 @@ def _data(run: Told) -> str:
         for part in story.PARTS
         if part in facts
     ]
+    if settings.get("stream"):
+        rows[0] = (f"{rows[0][0]} (the beginning of a stream)", *rows[0][1:])
     what = "Of prompts and conversations only completions and the turns of " + ", ".join(settings["train_roles"]) + " are learned."
     mask = "Every token is learned." if settings["train_on"] == "all" else what
     return f"{_table(('text', 'from', 'rows', 'windows', 'tokens', 'learned tokens'), rows)}\n\n{mask}"

@@ -14,7 +14,7 @@ from torch import nn
 
 from veneer import tasks
 from veneer.adapt import store
-from veneer.app import card, machine, pretrained, quantising, report
+from veneer.app import card, machine, pretrained, quantising, report, streamed
 from veneer.app.learner import OBJECTIVE, in_precision, learner
 from veneer.app.ready import FULL, NAME, Ready, prepare
 from veneer.compress.packed_store import save_quantised
@@ -100,9 +100,10 @@ def loop_of(begun: Begun) -> Loop:
     ready, run = begun.ready, begun.ready.run
     windows = {part: t.windows for part, t in ready.texts.items()}
     torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, "dropout"))))
-    order, pace = lay_out(run, windows["train"])
+    laid, pace = lay_out(run, windows["train"])
+    order = streamed.order(run, pretrained.tokenizer(run.model), begun.voice) if run.stream else laid
     measured = {part: sample(w, run.eval_windows) for part, w in windows.items() if part != "train"}
-    loop = Loop(learner(ready, order, begun.voice), order, measured, pace, folder=begun.out, voice=begun.voice, feed=begun.feed)
+    loop = Loop(learner(ready, laid, begun.voice), order, measured, pace, folder=begun.out, voice=begun.voice, feed=begun.feed)
     loop.begin(run.resume)
     return loop
 

@@ -13,7 +13,7 @@ from torch import nn
 import veneer
 from veneer import embedded, methods, optim
 from veneer.adapt import attach, fingerprint
-from veneer.app import calibration, machine, pretrained, quantising, texts
+from veneer.app import calibration, machine, pretrained, quantising, streamed, texts
 from veneer.app.texts import Text
 from veneer.data.pack import collate
 from veneer.errors import ConfigError
@@ -51,9 +51,7 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     only_shapes: what is trained need not start where a training would start.
     """
     run = decided(texts.named(run), device)
-    rows = texts.gather(run, voice)
-    tokenizer = pretrained.tokenizer(run.model)
-    ready = texts.prepare_all(rows, run, tokenizer, voice)
+    tokenizer, ready = read(run, voice)
     dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
     model, stats = quantising.base(run, dtype, device, voice, only_shapes=only_shapes)
     door.check_length(model, run.length)
@@ -71,8 +69,7 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     announcement = optimiser.announcement(_trained(run, parts))
     if announcement:
         voice.say(announcement)
-    facts = {part: (t.facts["rows"], t.facts["tokens"], len(t.windows)) for part, t in ready.items()}
-    voice.say("; ".join(f"{part}: {rows} rows, {tokens:,} tokens, {windows} windows" for part, (rows, tokens, windows) in facts.items()))
+    voice.say("; ".join(texts.counted(part, t.facts) for part, t in ready.items()))
     config = {
         "veneer": veneer.__version__,
         "versions": machine.versions(),
@@ -82,6 +79,14 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
         "notes": list(voice.said),
     }
     return Ready(run, model, parts, optimiser, pad, ready, config)
+
+
+def read(run: Run, voice: Voice) -> tuple[Any, dict[str, Text]]:
+    """The tokenizer, and the texts by part; of a training text that is streamed, the beginning. Raises DataError, ConfigError."""
+    rows = (streamed if run.stream else texts).gather(run, voice)
+    tokenizer = pretrained.tokenizer(run.model)
+    found = texts.prepare_all(rows, run, tokenizer, voice)
+    return tokenizer, streamed.begin(found, run, tokenizer, voice) if run.stream else found
 
 
 def decided(run: Run, device: torch.device) -> Run:

@@ -13,8 +13,8 @@ from veneer.adapt import store
 from veneer.adapt.files import read_json
 from veneer.analyse import demo_report
 from veneer.analyse import report as told
-from veneer.app import examine, machine, pretrained, quantising, texts
-from veneer.app.ready import FULL, NAME, Ready
+from veneer.app import examine, machine, pretrained, quantising
+from veneer.app.ready import FULL, NAME, Ready, read
 from veneer.errors import ConfigError
 from veneer.tasks import Objective
 from veneer.train import folder
@@ -74,8 +74,7 @@ def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]
     """What is measured of a finished run, from its files. Raises what reading texts, model and adapter raise."""
     config = read_json(out / folder.CONFIG)
     run = Run.from_dict(config["run"])
-    tokenizer = pretrained.tokenizer(run.model)
-    ready = texts.prepare_all(texts.gather(run, voice), run, tokenizer, voice)
+    tokenizer, ready = read(run, voice)
     for line in folder.differences(config["data"], {part: t.facts for part, t in ready.items()}):
         voice.say(f"text differs from what the run was trained on: {line}")
     dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32

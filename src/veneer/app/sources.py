@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from veneer import embedded
-from veneer.data import hub, tables
+from veneer.data import hub, reading, tables
 from veneer.data.text import REFUSED, Row, read
 from veneer.data.weights import weigh
 from veneer.embedded import texts
@@ -54,16 +54,40 @@ def _parted(name: str) -> tuple[str, str | None]:
 
 
 def _read(name: str, split: str) -> list[Row]:
-    path, (head, _, tail) = Path(name), name.rpartition(":")
-    if is_builtin(name):
+    kind = _kind(name)
+    if kind == "builtin":
         return _builtin(name, split)
-    if path.is_dir() and hub.is_folder(path):
-        return hub.from_folder(path, "", split)
-    if head and hub.is_folder(Path(head)):
-        return hub.from_folder(Path(head), tail, split)
-    if hub.NAME.fullmatch(name) and not path.parent.is_dir() and path.suffix.lower() not in FILES:
-        return hub.from_hub(name, split)
-    return read([path])
+    if kind == "folder":
+        return hub.from_folder(*_folder(name), split)
+    return hub.from_hub(name, split) if kind == "hub" else read([Path(name)])
+
+
+def stream(name: str, split: str) -> Iterator[Row]:
+    """The rows of a source one after the other, read as they are taken. Raises DataError for what cannot be read so."""
+    kind = _kind(name)
+    if kind == "builtin":
+        return iter(_builtin(name, split))
+    if kind == "file":
+        return reading.file(Path(name))
+    return reading.rows(hub.entries(*(hub.folder(*_folder(name), split) if kind == "folder" else hub.on_hub(name, split, streaming=True))))
+
+
+def _kind(name: str) -> str:
+    """Where a source is read from: builtin, folder (of a dataset), hub, or file."""
+    path, head = Path(name), name.rpartition(":")[0]
+    if is_builtin(name):
+        return "builtin"
+    if (path.is_dir() and hub.is_folder(path)) or (head and hub.is_folder(Path(head))):
+        return "folder"
+    return "hub" if hub.NAME.fullmatch(name) and not path.parent.is_dir() and path.suffix.lower() not in FILES else "file"
+
+
+def _folder(name: str) -> tuple[Path, str]:
+    """A dataset's folder, and the split that the name adds to it."""
+    if Path(name).is_dir():
+        return Path(name), ""
+    head, _, tail = name.rpartition(":")
+    return Path(head), tail
 
 
 def is_builtin(name: str) -> bool:

@@ -37,22 +37,8 @@ def named(run: Run) -> Run:
 
 def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
     """Rows by part. Raises one DataError for all that cannot be read."""
-    wanted = {"train": run.data, "valid": run.valid, "test": run.test, "known": () if run.known == ("none",) else run.known}
-    found: dict[str, list[Row]] = {}
-    problems: list[str] = []
-    for part, names in wanted.items():
-        try:
-            if part != "train" and any(sources.weight(name) != 1 for name in names):
-                raise DataError(f"{part}: {' '.join(names)}: a text that is measured has no weight; leave @ and what follows out")
-            found[part] = sources.rows(names, "test" if part == "known" else part, run.seed)
-        except DataError as e:
-            problems.append(str(e))
-    if problems:
-        raise DataError("\n".join(dict.fromkeys(problems)))  # the parts of one built-in text fail alike
-    _check_roles(found["train"], run.train_roles)
-    idle = text.unused(row for rows in found.values() for row in rows)
-    if idle:
-        voice.say(f"columns that are not used: {first_few(idle)}")
+    found = read(run, ("train", "valid", "test", "known"))
+    check_roles(found["train"], run.train_roles)
     if not found["valid"]:
         n = len(found["train"])
         found["train"], found["valid"] = split.split_off(found["train"], run.seed)
@@ -62,12 +48,39 @@ def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
     if any(sources.weight(name) != 1 for name in run.data):
         each = sum(row.times for row in found["train"])
         voice.say(f"by the weights of {' '.join(run.data)}, an epoch has {each} rows, of {len(found['train'])} different places")
-    if not found["known"]:
-        voice.say("forgetting is not measured: no known text (known=) is given")
+    say_what_is_left_out(found, voice)
     return {part: rows for part, rows in found.items() if rows}
 
 
-def _check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
+def read(run: Run, parts: Sequence[str]) -> dict[str, list[Row]]:
+    """Rows of the parts of a run. Raises one DataError for all that cannot be read."""
+    wanted = {"train": run.data, "valid": run.valid, "test": run.test, "known": () if run.known == ("none",) else run.known}
+    found: dict[str, list[Row]] = {}
+    problems: list[str] = []
+    for part in parts:
+        names = wanted[part]
+        try:
+            if part != "train" and any(sources.weight(name) != 1 for name in names):
+                raise DataError(f"{part}: {' '.join(names)}: a text that is measured has no weight; leave @ and what follows out")
+            found[part] = sources.rows(names, "test" if part == "known" else part, run.seed)
+        except DataError as e:
+            problems.append(str(e))
+    if problems:
+        raise DataError("\n".join(dict.fromkeys(problems)))  # the parts of one built-in text fail alike
+    return found
+
+
+def say_what_is_left_out(found: Mapping[str, Sequence[Row]], voice: Voice) -> None:
+    """Columns that nothing uses, and that nothing tells of forgetting."""
+    idle = text.unused(row for rows in found.values() for row in rows)
+    if idle:
+        voice.say(f"columns that are not used: {first_few(idle)}")
+    if not found["known"]:
+        voice.say("forgetting is not measured: no known text (known=) is given")
+
+
+def check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
+    """Raises DataError for roles to train that no turn has."""
     there = {m["role"] for row in rows if row.kind == "messages" for m in row.columns["messages"]}
     missing = [r for r in wanted if r not in there]
     if missing and (there or tuple(wanted) != ASSISTANT):
@@ -133,3 +146,9 @@ def _facts(rows: Sequence[Row], windows: Sequence[Window], every: Sequence[Segme
     talks = sum(row.kind == "messages" for row in rows)
     own = {"conversations": talks} if talks else {}
     return {"rows": len(rows), **own, "windows": len(windows), **counts, "sha256": digest.hexdigest()}
+
+
+def counted(part: str, facts: Mapping[str, Any]) -> str:
+    """What was read of a part of a run, in words."""
+    named = f"the beginning of {part}" if "stream" in facts else part
+    return f"{named}: {facts['rows']} rows, {facts['tokens']:,} tokens, {facts['windows']} windows"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from veneer.data.tables import bare
+from veneer.data.tables import Entry, bare
 from veneer.data.text import Row, checked
 from veneer.errors import DataError, suggest
 
@@ -24,6 +24,12 @@ def is_folder(path: Path) -> bool:
 
 def from_folder(path: Path, split: str, part: str) -> list[Row]:
     """The rows of a split, which is the one that belongs to the part of the run if it is "". Raises DataError."""
+    name, found = folder(path, split, part)
+    return checked(name, entries(name, found))
+
+
+def folder(path: Path, split: str, part: str) -> tuple[str, Any]:
+    """The name and the dataset of that split, whose rows stay on the disk. Raises DataError."""
     import datasets
 
     try:
@@ -32,14 +38,20 @@ def from_folder(path: Path, split: str, part: str) -> list[Row]:
         raise DataError(f"{path} is no dataset that can be read ({_reason(e)})") from None
     if isinstance(found, datasets.DatasetDict):
         name = _split(str(path), found, split, part)
-        return _rows(f"{path}:{name}", found[name])
+        return f"{path}:{name}", found[name]
     if split:
         raise DataError(f"{path} is one dataset without splits; leave :{split} out")
-    return _rows(str(path), found)
+    return str(path), found
 
 
 def from_hub(name: str, part: str) -> list[Row]:
-    """The rows of a dataset on the Hugging Face hub, or of it in the hub's cache. Raises DataError.
+    """The rows of a dataset on the Hugging Face hub, or of it in the hub's cache. Raises DataError."""
+    own, found = on_hub(name, part)
+    return checked(own, entries(own, found))
+
+
+def on_hub(name: str, part: str, **options: bool) -> tuple[str, Any]:
+    """The name with its split, and the dataset. options: of datasets.load_dataset, such as streaming=True. Raises DataError.
 
     Of NAME:X, X is a split if a part of a run usually has that name, such as train or test, and a configuration otherwise.
     """
@@ -52,14 +64,14 @@ def from_hub(name: str, part: str) -> list[Row]:
     usual = {s for names in SPLITS.values() for s in names}
     config, split = (one, two) if two else (None, one) if one and one.partition("[")[0] in usual else (one, None)
     try:
-        found = datasets.load_dataset(given["id"], config, split=split)
+        found = datasets.load_dataset(given["id"], config, split=split, **options)
     except (OSError, ValueError, RuntimeError) as e:
         what = f"{name}: no such dataset could be had from the Hugging Face hub or its cache"
         raise DataError(f"{what} ({_reason(e)}); if it is a file or folder, there is none of that name") from None
     if split:
-        return _rows(name, found)
+        return name, found
     own = _split(name, found, "", part)
-    return _rows(f"{name}:{own}", found[own])
+    return f"{name}:{own}", found[own]
 
 
 def _split(name: str, found: Mapping[str, Any], split: str, part: str) -> str:
@@ -71,10 +83,13 @@ def _split(name: str, found: Mapping[str, Any], split: str, part: str) -> str:
     return own
 
 
-def _rows(name: str, dataset: Any) -> list[Row]:
-    if not len(dataset):
+def entries(name: str, dataset: Any) -> Iterator[Entry]:
+    """The rows of a dataset, whether it is held or streamed. Raises DataError for one without rows."""
+    n = 0
+    for n, row in enumerate(dataset.with_format(None), 1):
+        yield f"{name} row {n}", partial(bare, row)
+    if not n:
         raise DataError(f"{name} has no rows")
-    return checked(name, ((f"{name} row {n}", partial(bare, row)) for n, row in enumerate(dataset.with_format(None), 1)))
 
 
 def _reason(e: Exception) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from veneer.data.pack import Window, n_tokens
 from veneer.ops.draws import keyed
@@ -32,6 +34,21 @@ def by_length(order: Sequence[int], lengths: Sequence[int], batch: int, draw: to
     return found
 
 
+class Steps(Protocol):
+    """What a training asks for its windows."""
+
+    batch: int
+
+    def step(self, step: int) -> list[list[Window]]:
+        """The micro-batches of a step, counted from 0."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs of it."""
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Goes on where `state` was taken, of the tensors of a checkpoint."""
+
+
 class Order:
     """`total` windows in steps of `accumulate` micro-batches of `batch`; only the last step may be smaller.
 
@@ -51,6 +68,13 @@ class Order:
         first = step * self.per_step
         last = min(first + self.per_step, self.total)
         return [[self._window(i) for i in range(at, min(at + self.batch, last))] for at in range(first, last, self.batch)]
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: a step depends on its number alone."""
+        return {}
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Nothing has to be put back."""
 
     def _window(self, i: int) -> Window:
         epoch, index = divmod(i, len(self.windows))

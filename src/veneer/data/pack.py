@@ -37,22 +37,35 @@ def segments(tokens: Tokens, length: int) -> list[Segment]:
     return [s for s in cut if bool((s.labels != IGNORED).any())]
 
 
-def pack(found: Sequence[Segment], length: int) -> list[Window]:
+def pack(found: Iterable[Segment], length: int) -> list[Window]:
     """Segments in windows of at most `length` tokens, each in the first of the last 64 windows with room for it."""
-    windows: list[list[Segment]] = []
-    room: list[int] = []
-    first = 0  # windows before this one are closed
-    for segment in found:
+    packer = Packer(length)
+    closed = [window for segment in found if (window := packer.add(segment)) is not None]
+    return [*closed, *map(tuple, packer.open)]
+
+
+class Packer:
+    """What `pack` does, a segment at a time. open: the windows that something may still be added to, the oldest first."""
+
+    def __init__(self, length: int, still_open: Iterable[Window] = ()) -> None:
+        self.length = length
+        self.open = [list(window) for window in still_open]
+        self._room = [length - n_tokens([window]) for window in still_open]
+
+    def add(self, segment: Segment) -> Window | None:
+        """Puts the segment into a window, and gives back the one that this closes, if it does."""
         n = len(segment.inputs)
-        place = next((i for i in range(first, len(windows)) if room[i] >= n), None)
-        if place is None:
-            windows.append([])
-            room.append(length)
-            place = len(windows) - 1
-            first = max(first, len(windows) - OPEN)
-        windows[place].append(segment)
-        room[place] -= n
-    return [tuple(w) for w in windows]
+        place = next((i for i, room in enumerate(self._room) if room >= n), None)
+        if place is not None:
+            self.open[place].append(segment)
+            self._room[place] -= n
+            return None
+        self.open.append([segment])
+        self._room.append(self.length - n)
+        if len(self.open) <= OPEN:
+            return None
+        self._room.pop(0)
+        return tuple(self.open.pop(0))
 
 
 def width(windows: Sequence[Window], widths: Sequence[int] = ()) -> int:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ ARROW = (".parquet", ".arrow", ".feather")
 
 def written(path: Path, text: str) -> Iterator[Entry]:
     """The rows of a table that is text. Raises DataError for one without rows, or that is none."""
-    return _listed(path, text) if path.suffix.lower() == ".json" else _separated(path, text, "\t" if path.suffix.lower() == ".tsv" else ",")
+    return _listed(path, text) if path.suffix.lower() == ".json" else separated(path, io.StringIO(text, newline=""))
 
 
 def _listed(path: Path, text: str) -> Iterator[Entry]:
@@ -41,20 +41,26 @@ def _object(row: Any) -> dict[str, Any]:
     return row
 
 
-def _separated(path: Path, text: str, by: str) -> Iterator[Entry]:
+def separated(path: Path, lines: Iterable[str]) -> Iterator[Entry]:
+    """The rows of a .csv or .tsv from its lines, which are read as the rows are. Raises DataError for one that is none."""
     before = csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's 131072 characters
+    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    empty = True
     try:
-        names, *rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=by, strict=True))
+        names = next(reader)
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DataError(f"{path}: several columns are called {first_few(map(repr, twice))}; the first line must name them apart")
+        for n, row in enumerate(reader, 1):
+            if row:
+                empty = False
+                yield f"{path} row {n}", partial(_fields, names, row)
     except csv.Error as e:
         raise DataError(f"{path}: {e}; quotes within a quoted field are doubled") from None
     finally:
         csv.field_size_limit(before)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}: several columns are called {first_few(map(repr, twice))}; the first line must name them apart")
-    if not any(rows):
+    if empty:
         raise DataError(f"{path} has a line of column names and no rows")
-    return ((f"{path} row {n}", partial(_fields, names, row)) for n, row in enumerate(rows, 1) if row)
 
 
 def _fields(names: list[str], row: list[str]) -> dict[str, Any]:
@@ -64,31 +70,42 @@ def _fields(names: list[str], row: list[str]) -> dict[str, Any]:
 
 
 def arrow(path: Path) -> Iterator[Entry]:
-    """The rows of a parquet, arrow or feather file. Raises DataError for a file without rows, or that is none."""
+    """The rows of a parquet, arrow or feather file, read in pieces. Raises DataError for a file without rows, or that is none."""
     import pyarrow
 
+    n = 0
     try:
-        table = _table(path)
+        for batch in _batches(path):
+            for row in batch.to_pylist():
+                n += 1
+                yield f"{path} row {n}", partial(bare, row)
     except (pyarrow.ArrowInvalid, OSError) as e:
         raise DataError(f"{path} is no {path.suffix[1:].lower()} file that can be read ({str(e).splitlines()[0]})") from None
-    if not table.num_rows:
+    if not n:
         raise DataError(f"{path} has no rows")
-    rows = (row for batch in table.to_batches(1000) for row in batch.to_pylist())
-    return ((f"{path} row {n}", partial(bare, row)) for n, row in enumerate(rows, 1))
 
 
-def _table(path: Path) -> Any:
+def _batches(path: Path) -> Iterator[Any]:
     import pyarrow
     from pyarrow import feather, ipc, parquet
 
     if path.suffix.lower() == ".parquet":
-        return parquet.read_table(path)
-    if path.suffix.lower() == ".feather":
-        return feather.read_table(path)
-    with pyarrow.OSFile(str(path)) as file:
-        if file.read(6) == b"ARROW1":
-            return ipc.open_file(str(path)).read_all()
-    return ipc.open_stream(str(path)).read_all()
+        with parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(1000)
+        return
+    with pyarrow.memory_map(str(path)) as file:
+        mark = file.read(6)
+        file.seek(0)
+        if mark[:4] == b"FEA1":  # feather's first version, which cannot be read in pieces
+            yield from feather.read_table(path).to_batches(1000)
+            return
+        reader = ipc.open_file(file) if mark == b"ARROW1" else ipc.open_stream(file)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if mark == b"ARROW1" else reader
+        yield from (part for batch in batches for part in _cut(batch))
+
+
+def _cut(batch: Any) -> Iterator[Any]:
+    return (batch.slice(at, 1000) for at in range(0, batch.num_rows, 1000))
 
 
 def bare(row: dict[str, Any]) -> dict[str, Any]:

@@ -46,15 +46,8 @@ def read_file(path: Path) -> list[Row]:
 
     Raises DataError for a file that is missing, empty, not UTF-8, of a format that is not read, or has rows that do not fit.
     """
+    check_file(path)
     suffix = path.suffix.lower()
-    if path.is_dir():
-        inside = first_few(sorted(p.name for p in path.iterdir() if p.is_file()), 3)
-        raise DataError(f"{path} is a folder; name the files in it that are to be read ({inside or 'it has none'})")
-    if not path.is_file():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{path} does not exist{suggest(path.name, beside, listed=False)}")
-    if suffix in REFUSED:
-        raise DataError(f"{path}: {path.suffix} is not read; write it as .csv, .parquet, or .jsonl with one JSON object a line")
     if suffix in tables.ARROW:
         return checked(str(path), tables.arrow(path))
     text = decode(path)
@@ -63,6 +56,18 @@ def read_file(path: Path) -> list[Row]:
     if suffix in tables.WRITTEN:
         return checked(str(path), tables.written(path, text))
     return _lines(path, text) if suffix == ".jsonl" else [Row("text", {"text": text}, str(path))]
+
+
+def check_file(path: Path) -> None:
+    """Raises DataError for what is not there, or of a format that is not read."""
+    if path.is_dir():
+        inside = first_few(sorted(p.name for p in path.iterdir() if p.is_file()), 3)
+        raise DataError(f"{path} is a folder; name the files in it that are to be read ({inside or 'it has none'})")
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{path} does not exist{suggest(path.name, beside, listed=False)}")
+    if path.suffix.lower() in REFUSED:
+        raise DataError(f"{path}: {path.suffix} is not read; write it as .csv, .parquet, or .jsonl with one JSON object a line")
 
 
 def decode(path: Path) -> str:
@@ -79,7 +84,7 @@ def decode(path: Path) -> str:
 
 def _lines(path: Path, text: str) -> list[Row]:
     numbered = enumerate(text.split("\n"), 1)  # not splitlines(): JSON strings may hold other line breaks
-    return checked(str(path), ((f"{path} line {n}", partial(_object, line)) for n, line in numbered if line.strip()))
+    return checked(str(path), ((f"{path} line {n}", partial(json_object, line)) for n, line in numbered if line.strip()))
 
 
 def checked(name: str, found: Iterable[tuple[str, Callable[[], dict[str, Any]]]]) -> list[Row]:
@@ -103,7 +108,8 @@ def checked(name: str, found: Iterable[tuple[str, Callable[[], dict[str, Any]]]]
     return rows
 
 
-def _object(line: str) -> dict[str, Any]:
+def json_object(line: str) -> dict[str, Any]:
+    """The object that a line of JSON holds. Raises DataError for anything else."""
     try:
         found = json.loads(line)
     except json.JSONDecodeError as e:

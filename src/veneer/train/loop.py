@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from veneer.data.order import Order
+from veneer.data.order import Steps
 from veneer.data.pack import Window
 from veneer.train import checkpoint, schedule, state
 from veneer.train.compiling import eagerly
@@ -53,7 +53,7 @@ class Loop:
     def __init__(
         self,
         learner: Learner,
-        order: Order,
+        order: Steps,
         texts: Mapping[str, Sequence[Window]],
         pace: Pace,
         *,
@@ -78,6 +78,7 @@ class Loop:
                 self.voice.say(sentence)
             if found:
                 state.restore(self.learner, found)
+                self.order.restore(found.tensors)
                 self.position, n_bytes = Position.from_meta(found.meta)
                 self.saved = found.step if self.position.evaluated == found.step or not self.pace.evaluates(found.step) else None
             self.voice.say(f"goes on from step {self.position.step}" if found else "found no checkpoint to go on from; begins at step 0")
@@ -177,7 +178,8 @@ class Loop:
         if self.saved == p.step:
             return
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(self.checkpoints, p.step, state.tensors(self.learner), p.as_meta(self.metrics.sync()))
+        tensors = {**state.tensors(self.learner), **self.order.state()}
+        checkpoint.save(self.checkpoints, p.step, tensors, p.as_meta(self.metrics.sync()))
         checkpoint.prune(self.checkpoints, self.pace.keep, {p.best_step or 0})
         self.saved = p.step
 

@@ -59,6 +59,8 @@ class Run:
     accumulate: int = setting(1, "forward passes a step", unit="passes")
     length: int = setting(256, "longest window", unit="tokens")
     packing: bool = setting(True, "several short texts in a window; they do not see each other")
+    stream: bool = setting(False, "read data a row at a time while it is learned, and never hold it as a whole; needs steps")
+    buffer: int = setting(1024, "of a stream: what is held, and the next window drawn from", unit="windows")
     train_on: Literal["completion", "all"] = setting("completion", "what is learned: completions and assistant turns, or all text")
     train_roles: tuple[str, ...] = setting(("assistant",), "whose turns of a conversation are learned")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "the rate after warm-up")
@@ -139,7 +141,7 @@ class Range(NamedTuple):
 RANGES = [
     Range("above 0", ("lr", "embedding_lr", "epochs"), 0, open=True),
     Range("0 or more", ("weight_decay", "clip", "eval_windows", "seed"), 0),
-    Range("1 or more", ("steps", "batch", "accumulate", "length", "eval_every", "save_every", "calibration"), 1),
+    Range("1 or more", ("steps", "batch", "accumulate", "length", "buffer", "eval_every", "save_every", "calibration"), 1),
     Range("2 or more, so that one is left if the newest is damaged", ("keep",), 2),
     Range("in [0, 1)", ("warmup",), 0, 1),
 ]
@@ -157,6 +159,10 @@ def _problems(run: Run) -> Iterator[str]:
         yield "data names no text; give files (.txt, .jsonl), builtin:prose or builtin:c"
     if run.steps is not None and run.epochs is not None:
         yield f"steps {run.steps} and epochs {run.epochs:g} both set the length; give one of them"
+    if run.stream and run.steps is None:
+        yield "stream: how long an epoch is would only be known at its end; give steps"
+    if run.buffer != type(run).buffer and not run.stream:
+        yield f"buffer {run.buffer} is of a stream; use stream=True, or leave it out"
     if "none" in run.known and len(run.known) > 1:
         yield f"known is 'none' and {', '.join(k for k in run.known if k != 'none')} at once; give one of them"
     if run.train_on == "all" and run.train_roles != ("assistant",):
