@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import veneer
 from veneer.adapt.attach import changes
 from veneer.adapt.bank import Bank
-from veneer.errors import ConfigError, NotMergeable, ShapeError, SiteError
+from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, SiteError
 
 MIXTURE = {
     "pissa": ("lora", {"rank": 2, "init": "pissa"}),
@@ -108,6 +108,28 @@ def test_one_id_for_all_rows_or_one_for_each_token():
     by_row = layer(x.transpose(0, 1)).transpose(0, 1)
     bank.router.ids = torch.tensor([[1, 0, 2], [1, 0, 2]])
     torch.testing.assert_close(layer(x), by_row, rtol=1e-12, atol=1e-12)
+
+
+def test_every_row_generates_what_it_generates_alone():
+    model, ids, rows = mixed(names=("pissa", "dora", "ia3")), tokens(4), ["ia3", None, "pissa", "dora"]
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = []
+    for name, row in zip(rows, ids, strict=True):
+        with veneer.using(model, *([name] if name else [])):
+            expected.append(model.generate(row[None], **settings))
+    veneer.bank(model, ["pissa", "dora", "ia3"]).use(rows)
+    assert torch.equal(model.generate(ids, **settings), torch.cat(expected))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_it_serves_a_quantised_base(trainable):
+    model, ids = veneer.quantise(llama()), tokens(2)
+    for name in ("one", "two"):
+        veneer.attach(model, "lora", rank=2, name=name)
+        randomise(model, name, seed=len(name))
+    expected = one_by_one(model, ["two", "one"], ids)
+    veneer.bank(model, ["one", "two"], trainable=trainable).use(["two", "one"])
+    torch.testing.assert_close(model(input_ids=ids).logits.detach(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_copies_pickles_and_moves_have_ids_of_their_own_that_all_layers_share():
@@ -344,7 +366,7 @@ def test_what_a_bank_has_no_room_for_is_refused():
     assert "layers that the bank does not serve: model.layers.0.self_attn.k_proj" in refusal(lambda: bank.write("pissa"), SiteError)
 
 
-def test_other_mistakes_are_said():
+def test_other_mistakes_are_said(tmp_path):
     model = mixed(names=("pissa", "ia3"))
     assert "this model has no bank; make one with veneer.bank" in refusal(lambda: veneer.bank(model))
     assert "would be empty" in refusal(lambda: veneer.bank(model, {}))
@@ -363,6 +385,9 @@ def test_other_mistakes_are_said():
         assert "gains of inputs at 'model.layers.0.mlp.down_proj'" in refusal(lambda: model(input_ids=tokens(2)))
     veneer.detach(model, "drops", "pissa", "ia3")
     assert "a bank holds many adapters" in refusal(lambda: veneer.merge(model, "bank"), NotMergeable)
+    text = refusal(lambda: veneer.save(model, tmp_path / "bank", "bank"), FormatError)
+    assert "it is a bank of several adapters; save each of them under its own name" in text
+    assert not (tmp_path / "bank").exists()
 
 
 def test_a_bank_is_found_on_the_model_it_was_made_for():

@@ -95,6 +95,13 @@ def test_one_base_is_held_and_one_run_that_is_not_finite_skips_alone(tmp_path, m
     assert json.loads((tmp_path / "a" / "config.json").read_text())["run"]["compile"] == "off"
 
 
+def test_a_quantised_base_is_shared_too(tmp_path):
+    runs = [replace(run(tmp_path, n, steps=2, seed=i), quantise="nf4", precision="bf16") for i, n in enumerate("ab")]
+    results = veneer.fit_many(runs, progress=False)
+    alone = veneer.fit(replace(runs[1], out=str(tmp_path / "alone")), progress=False)
+    assert results[1].learned.after == pytest.approx(alone.learned.after, rel=1e-2)
+
+
 def refusal(runs):
     with pytest.raises(ConfigError) as e:
         veneer.fit_many(runs, progress=False)

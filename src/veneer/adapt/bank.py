@@ -84,8 +84,9 @@ class Bank:
     def write(self, name: str, adapter: str | Path | None = None) -> int:
         """Copies an adapter into a free slot, and returns the slot's number; nothing is compiled again.
 
-        adapter: an attached adapter or a folder, `name` itself unless given. Raises ConfigError, ShapeError or SiteError,
-        before anything is changed, for what does not fit.
+        adapter: an attached adapter or a folder, `name` itself unless given. A folder's is on the model for a moment, and is
+        checked on it: write between batches. Raises ConfigError, ShapeError or SiteError, before anything is changed, for
+        what does not fit.
         """
         layers = self._slots()
         if name in self.names:

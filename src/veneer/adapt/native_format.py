@@ -11,6 +11,7 @@ from veneer import methods
 from veneer.adapt.checks import Problem
 from veneer.adapt.manifest import method_of, site_options
 from veneer.adapt.peft_format import Changes
+from veneer.adapt.rows import Rows
 from veneer.errors import VeneerError, first_few
 from veneer.sites import site_of_kind
 
@@ -19,6 +20,8 @@ TENSORS = "delta.safetensors"
 
 def homeless(changes: Changes) -> list[Problem]:
     """Changes of methods that are not files of `veneer.methods`, and could not be built again when read."""
+    if any(isinstance(delta, Rows) for _, delta in changes):
+        return [Problem("fit", "it is a bank of several adapters; save each of them under its own name")]
     odd = sorted({method_of(delta) for _, delta in changes} - set(methods.available()))
     text = f"{first_few(odd)}: PEFT cannot express it, and Veneer could not load it: it is no method of its own; put it into veneer.methods"
     return [Problem("fit", text)] if odd else []

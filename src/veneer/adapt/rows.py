@@ -43,14 +43,14 @@ class Router(nn.Module):
         self.finite = not self.broken
 
     def of(self, x: Tensor, site: Site) -> Tensor:
-        """The ids, flat. Raises ShapeError unless their shape is the beginning of x's."""
+        """The ids, flat, where x is. Raises ShapeError unless their shape is the beginning of x's."""
         ids = self.ids
         if ids.shape != x.shape[: ids.ndim] or ids.ndim >= x.ndim:
             raise ShapeError(
                 f"the bank has ids of shape {tuple(ids.shape)} and {site.name!r} was called with {tuple(x.shape)}; name an adapter for"
                 f" every row of this batch with use([..]), or one for all of them with use(name)"
             )
-        return ids.reshape(-1)
+        return ids.reshape(-1).to(x.device)
 
     def layout(self) -> batched.Layout | None:
         """The rows by adapter, made once for all layers; None where that would stop a graph or wait for a GPU."""
@@ -207,15 +207,19 @@ class Live(Rows):
     def stacks(self, dtype: torch.dtype) -> Stacks:
         forms = self._forms()
         rank = max(f.A.shape[0] for f in forms if f is not None)
-        like = self.site.weight().new_zeros((), dtype=dtype)
+        like = self._zeros(dtype)
         A = [like.new_zeros(0, self.site.in_) if f is None else f.A.to(dtype) for f in forms]
         B = [like.new_zeros(0, self.site.out) if f is None else _folded(f).mT.to(dtype) for f in forms]
         excess = _gains([None if f is None or f.g is None else f.g - 1 for f in forms], like.new_zeros(self.site.out))
         return Stacks(_padded(A, rank), _padded(B, rank), excess)
 
     def input_gains(self, dtype: torch.dtype) -> Tensor | None:
-        ones = self.site.weight().new_ones(self.site.in_, dtype=dtype)
-        return _gains([None if f is None else f.c for f in self._forms()], ones)
+        return _gains([None if f is None else f.c for f in self._forms()], self._zeros(dtype).new_ones(self.site.in_))
+
+    def _zeros(self, dtype: torch.dtype) -> Tensor:
+        """An empty tensor where the changes are; asking the layer for its weight may unpack it."""
+        like = next(p for d in self.changes if d is not None for p in d.parameters())
+        return like.new_zeros(0, dtype=dtype)
 
     def gains_input(self, site: Site) -> bool:
         return any(d is not None and d.gains_input(site) for d in self.changes)

@@ -8,7 +8,8 @@ bucket   rows are sorted into buckets by adapter, as many as the fullest needs, 
          the resident adapters have nearly as many rows each
 masked   one product with all factors stacked, of which each row keeps its own adapter's part, and one back: for few numbers
          of rank in all; a number of another adapter that is not finite would spoil every row, so it wants finite factors
-grouped  rows sorted by adapter in one grouped product (F.grouped_mm), or a product for each adapter that has rows
+grouped  rows sorted by adapter in one grouped product (F.grouped_mm), or a product for each adapter that has rows; slowest on
+         a CPU, and meant for GPUs, on which none of this was measured
 """
 
 from __future__ import annotations

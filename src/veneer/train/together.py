@@ -40,10 +40,13 @@ class Due(NamedTuple):
 
 def share_base(models: Sequence[nn.Module]) -> None:
     """Has models of equal weights hold those of the first one; their own are given back to the system."""
-    first = attach.base_parameters(models[0])
+    first = models[0]
     for model in models[1:]:
         for name, p in attach.base_parameters(model).items():
-            p.data = first[name].data
+            p.data = first.get_parameter(name).data
+        for name in [n for n, _ in model.named_buffers() if ".deltas." not in f".{n}"]:
+            path, _, own = name.rpartition(".")
+            model.get_submodule(path)._buffers[own] = first.get_buffer(name)
 
 
 def check(models: Mapping[str, nn.Module], adapter: str) -> None:
