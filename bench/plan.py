@@ -1,6 +1,7 @@
-"""What `veneer plan` foretells against what `veneer fit` takes: memory, and seconds a step, for three methods on the built-in model.
+"""What `veneer plan` foretells against what `veneer fit` takes: memory, and seconds a step, for three methods on the built-in model,
+and for LoRA on its four bits.
 
-python bench/plan.py [--rounds 3]
+python bench/plan.py [--rounds 3] [--methods lora qlora]
 
 Both run in processes of their own at the same time and take their steps in turns, one waiting while the other computes, so
 that what else the machine does falls on both. Memory is the peak of the process in steps 3 to 6 over what it held when the
@@ -21,12 +22,13 @@ from typing import Any
 
 import _measure as m
 
-METHODS = ("lora", "dora", "full")
+METHODS = ("lora", "dora", "full", "qlora")
 
 SETTINGS = """
 from veneer.train.run import Run
 def settings(method, out):
-    return Run(data=("builtin:prose",), method=method, steps=8, eval_every=100, device="cpu", out=out)
+    packed = "nf4" if method == "qlora" else None
+    return Run(data=("builtin:prose",), method=method.removeprefix("q"), quantise=packed, steps=8, eval_every=100, device="cpu", out=out)
 """
 TURN = """
 def turn():
@@ -114,14 +116,15 @@ def measure(method: str, rounds: int) -> dict[str, tuple[float, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    given = parser.parse_args()
     figures: dict[str, float] = {}
-    for method in METHODS:
-        for name, (foretold, real) in measure(method, rounds).items():
+    for method in given.methods:
+        for name, (foretold, real) in measure(method, given.rounds).items():
             figures[f"{method}_{name}"] = real
             figures[f"{method}_{name}_error"] = abs(foretold - real) / real
     for name, what in {"memory": "bytes", "time": "processor", "wall": "wall"}.items():
-        figures[f"{name}_error"] = max(figures[f"{method}_{what}_error"] for method in METHODS)
+        figures[f"{name}_error"] = max(figures[f"{method}_{what}_error"] for method in given.methods)
     m.report("plan", figures)
 
 

@@ -63,6 +63,7 @@ AXOLOTL_SETTINGS = {
     "out": "./outputs/lora-out",
     "method": "lora",
     "to": "all-linear",
+    "quantise": "nf4",
     "options": {"rank": 32, "alpha": 16, "dropout": 0.05, "stabilised": True},
     "batch": 2,
     "accumulate": 4,
@@ -84,9 +85,7 @@ AXOLOTL_SETTINGS = {
 }
 AXOLOTL_LEFT = {
     "datasets[0].type": "what a row means is told from its columns here",
-    "adapter": "bases are not quantised here; plain LoRA is trained",
     "optimizer": "AdamW keeps its state in 32 bits here",
-    "load_in_4bit": "bases are not quantised here",
     "gradient_checkpointing": "activations are kept here",
     "lora_modules_to_save": "modules are not trained whole beside adapters here",
     "saves_per_epoch": "checkpoints come every so many steps here; set save_every",
@@ -401,3 +400,21 @@ def test_the_new_file_can_be_run_from(folder):
     models.llama().config.to_json_file(folder / "config.json")
     done = convert_config(str(folder / "theirs.json"), out=str(folder / "ours.yaml"), tool="mlx", model=str(folder))
     assert done.problems == [] and Run.from_yaml(folder / "ours.yaml").options["alpha"] == 160.0
+
+
+@pytest.mark.parametrize(
+    ("tool", "text", "given", "quantise", "left"),
+    [
+        ("axolotl", AXOLOTL, {"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "int8", None),
+        ("axolotl", AXOLOTL, {"adapter": None}, None, "load_in_4bit: full fine-tuning needs the base as it is"),
+        ("llamafactory", LLAMAFACTORY, {"quantization_bit": 4}, "nf4", None),
+        ("llamafactory", LLAMAFACTORY, {"quantization_bit": 8}, "int8", None),
+        ("llamafactory", LLAMAFACTORY, {"quantization_bit": 2}, None, "quantization_bit: bases are kept in 4 or 8 bits here"),
+        ("llamafactory", LLAMAFACTORY, {"finetuning_type": "full", "quantization_bit": 4}, None, "quantization_bit: full"),
+    ],
+)
+def test_quantised_bases_are_carried_and_else_said(tool, text, given, quantise, left, tmp_path):
+    found = translate({**yaml.safe_load(text), **given}, tool, folder=tmp_path)
+    told = [f"{u.key}: {u.why}" for u in found.uncarried if "load_in" in u.key or "quantization" in u.key]
+    assert found.settings.get("quantise") == quantise
+    assert (told == []) if left is None else (len(told) == 1 and told[0].startswith(left))

@@ -23,8 +23,6 @@ DEFAULTS: dict[str, Any] = {
 }
 # What is done, or not needed, here anyway, and the values that say so.
 HARMLESS: dict[str, tuple[Any, ...]] = {
-    "load_in_8bit": (False,),
-    "load_in_4bit": (False,),
     "strict": (False,),
     "group_by_length": (False,),
     "tf32": (False,),
@@ -36,8 +34,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "val_set_size": (0,),
 }
 ELSEWHERE = {
-    "load_in_8bit": "bases are not quantised here",
-    "load_in_4bit": "bases are not quantised here",
     "lora_modules_to_save": "modules are not trained whole beside adapters here",
     "lora_model_dir": "a training starts with a fresh adapter here",
     "peft_layers_to_transform": "choose layers by an expression in to=",
@@ -109,11 +105,14 @@ def _method(given: Given, out: Translation) -> None:
     adapter = given.take("adapter")
     if adapter is None:
         out.settings["method"] = "full"
+        for key in ("load_in_8bit", "load_in_4bit"):
+            given.leave(key, "full fine-tuning needs the base as it is", (False,))
         return
     if adapter not in ("lora", "qlora"):
         raise ConfigError(f"axolotl's adapter {adapter!r} is not translated; lora, qlora and none are")
-    if adapter == "qlora":
-        out.uncarried.append(Uncarried("adapter", adapter, "bases are not quantised here; plain LoRA is trained"))
+    eight, four = given.take("load_in_8bit"), given.take("load_in_4bit")
+    if eight or four or adapter == "qlora":
+        out.settings["quantise"] = "nf4" if four or adapter == "qlora" else "int8"
     out.settings["method"] = "dora" if given.take("peft_use_dora") else "lora"
     options = {"rank": given.take("lora_r"), "alpha": given.take("lora_alpha"), "dropout": given.take("lora_dropout")}
     out.settings["options"] = without_nothing({**options, "stabilised": given.take("peft_use_rslora") or None})

@@ -49,7 +49,6 @@ ELSEWHERE = {
     "val_size": "a tenth of the data is set aside here unless valid= is given",
     "mask_history": "every assistant turn is learned here",
     "max_samples": "all rows are read",
-    "quantization_bit": "bases are not quantised here",
     "adapter_name_or_path": "a training starts with a fresh adapter here",
     "deepspeed": "training is on one device here",
     "logging_steps": "every step is logged here",
@@ -71,8 +70,10 @@ def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
     _data(given, out, folder)
     if kind == "full":
         out.settings["method"] = "full"
+        given.leave("quantization_bit", "full fine-tuning needs the base as it is")
     else:
         _method(given, out)
+        _quantised(given, out)
     out.settings |= {
         "lr": float(given.take("learning_rate")),
         "batch": given.take("per_device_train_batch_size"),
@@ -112,6 +113,14 @@ def _method(given: Given, out: Translation) -> None:
     target = given.take("lora_target")
     names = tuple(t.strip() for t in target.split(",")) if isinstance(target, str) else tuple(target)
     out.settings["to"] = "all-linear" if names == ("all",) else names
+
+
+def _quantised(given: Given, out: Translation) -> None:
+    bits = {4: "nf4", 8: "int8"}
+    if given.values.get("quantization_bit") in bits:
+        out.settings["quantise"] = bits[given.take("quantization_bit")]
+    else:
+        given.leave("quantization_bit", "bases are kept in 4 or 8 bits here")
 
 
 def _data(given: Given, out: Translation, folder: Path) -> None:

@@ -28,7 +28,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "optimizer.fused": (True, False),
     "log_every_n_steps": (1,),
     "log_peak_memory_stats": (True, False),
-    "model.quantize_base": (False,),
     "profiler.enabled": (False,),
     "optimizer_in_bwd": (False,),
 }
@@ -39,7 +38,6 @@ ELSEWHERE = {
     "tokenizer.merges_file": "the base model's own tokenizer is used",
     "tokenizer.prompt_template": "the tokenizer's own chat template is used",
     "enable_activation_checkpointing": "activations are kept here",
-    "model.quantize_base": "bases are not quantised here",
 }
 # Settings about files, logs and profiles that change nothing in what is learned.
 SILENT = re.compile(
@@ -86,8 +84,8 @@ def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _method(given: Given, out: Translation, builder: str) -> None:
-    if ".qlora_" in builder:
-        given.leave("model._component_", "bases are not quantised here; plain LoRA is trained")
+    if given.take("model.quantize_base") or ".qlora_" in builder:
+        out.settings["quantise"] = "nf4"
     out.settings["method"] = "dora" if given.take("model.use_dora") else "lora"
     options = {"rank": given.take("model.lora_rank"), "alpha": given.take("model.lora_alpha"), "dropout": given.take("model.lora_dropout")}
     out.settings["options"] = without_nothing(options)
