@@ -5,8 +5,8 @@
 A Llama of width 128 (4 layers, vocabulary 1024, 0.9 M parameters) on the standard library's own source; 200 steps of 8 windows of
 64 tokens; bits per byte of held-out modules. Rank 32 (a quarter of the width) and a period of 50 steps for all; ReLoRA and
 "lora" (the same without restarts) begin with 50 steps at full rank. Rates a factor of two apart at seed 0, of the matrices (at
-full rank, where ReLoRA begins, that of "full") or of A; embeddings and norms have one rate for all. The chosen rate once more
-with another seed. Resumable; ends with one JSON line, which --write puts into bench/results/scratch.json.
+full rank, where ReLoRA begins, that of "full") or of A; embeddings and norms have one rate for all. The chosen rate twice more
+with other seeds. Resumable; ends with one JSON line, which --write puts into bench/results/scratch.json.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from veneer.app import machine
 from veneer.embedded import build, pretrain, texts, via
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
-STEPS, BATCH, LENGTH, VOCABULARY, FULL_STEPS, PERIOD, SEEDS = 200, 8, 64, 1024, 50, 50, (0, 1)
+STEPS, BATCH, LENGTH, VOCABULARY, FULL_STEPS, PERIOD, SEEDS = 200, 8, 64, 1024, 50, 50, (0, 1, 2)
 NEVER = 1 << 30
-ADAM_LR, MATRIX_LR = 8e-3, 2e-3  # of embeddings and norms; of the matrices where ReLoRA begins
+ADAM_LR = 8e-3  # of embeddings and norms
 # What differs from the script's defaults, which rate is tried, and rates.
 CONTENDERS: dict[str, tuple[dict[str, Any], str, list[float]]] = {
-    "full": ({"via": "full"}, "matrix_lr", [1e-3, 2e-3, 4e-3]),
-    "galore": ({"via": "galore"}, "matrix_lr", [4e-3, 8e-3, 1.6e-2]),
-    "relora": ({"via": "relora"}, "factor_lr", [4e-3, 8e-3, 1.6e-2]),
-    "relora_ratio_4": ({"via": "relora", "ratio": 4.0}, "factor_lr", [2e-3, 4e-3, 8e-3]),
-    "relora_ratio_16": ({"via": "relora", "ratio": 16.0}, "factor_lr", [1e-3, 2e-3, 4e-3]),
-    "lora": ({"via": "relora", "period": NEVER}, "factor_lr", [4e-3, 8e-3, 1.6e-2]),
+    "full": ({"via": "full"}, "matrix_lr", [2.5e-4, 5e-4, 1e-3, 2e-3]),
+    "galore": ({"via": "galore"}, "matrix_lr", [2e-3, 4e-3, 8e-3, 1.6e-2]),
+    "relora": ({"via": "relora"}, "factor_lr", [1e-3, 2e-3, 4e-3, 8e-3]),
+    "relora_ratio_4": ({"via": "relora", "ratio": 4.0}, "factor_lr", [5e-4, 1e-3, 2e-3]),
+    "relora_ratio_16": ({"via": "relora", "ratio": 16.0}, "factor_lr", [1.25e-4, 2.5e-4, 5e-4, 1e-3]),
+    "lora": ({"via": "relora", "period": NEVER}, "factor_lr", [1e-3, 2e-3, 4e-3, 8e-3]),
 }
 
 
@@ -62,7 +62,7 @@ def train(data: Data, changed: dict[str, Any], seed: int) -> dict[str, float]:
     """Bits per byte after one training, and the bytes of the optimiser's state at its end."""
     own = ["--out", "-", "--batch", str(BATCH), "--length", str(LENGTH), "--rank", "32", "--period", str(PERIOD), "--rewarm", "5"]
     args = pretrain.arguments().parse_args([*own, "--full-steps", str(FULL_STEPS), "--adam-lr", str(ADAM_LR), "--seed", str(seed)])
-    vars(args).update({"matrix_lr": MATRIX_LR, **changed})
+    vars(args).update(changed)
     model: nn.Module = build.build_model(data.tokenizer, seed)
     way = via.WAYS[args.via](model, args)
     draws = pretrain.Draws(data.learned, data.learned[:0], args)
@@ -89,13 +89,15 @@ def main() -> None:
     torch.set_num_threads(1)
     build.SIZES.update(SIZES)
     data = read()
-    figures, rows = {}, []
+    figures: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
 
     def measured(label: str, rate: float, seed: int) -> dict[str, float]:
         file = args.out / f"{label}-{rate:g}-{seed}.json"
         if not file.exists():
             changed, rated, _ = CONTENDERS[label]
-            file.write_text(json.dumps(train(data, {**changed, rated: rate}, seed)))
+            begun = {"matrix_lr": figures["full_rate"]} if "full_rate" in figures else {}
+            file.write_text(json.dumps(train(data, {**begun, **changed, rated: rate}, seed)))
             print(label, rate, seed, file.read_text(), flush=True)
         found: dict[str, float] = json.loads(file.read_text())
         rows.append({"way": label, "rate": rate, "seed": seed, **found})
