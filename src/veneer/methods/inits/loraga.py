@@ -1,5 +1,5 @@
-"""A0 = c V[:, :r]', B0 = c U[:, r:2r] from the gradient G = U S V' of the loss in W, so that the first step is the best one
-of rank 2r.  Wang, Yu & Li 2024, https://arxiv.org/abs/2407.05000
+"""LoRA-GA: A0 = c V[:, :r]', B0 = c U[:, r:2r] from the gradient G = U S V' of the loss, for the best first step of rank
+2r.  Wang, Yu & Li 2024, https://arxiv.org/abs/2407.05000
 
 With W' = W + s (B A - B0 A0) the first step of gradient descent at rate eta is W' - W = -eta s^2 (G A0' A0 + B0 B0' G), to
 first order -eta s^2 c^2 times the best rank-2r approximation of G. No singular value enters: the start is the same for any
