@@ -100,7 +100,8 @@ def main() -> None:
             file.write_text(json.dumps(train(data, {**begun, **changed, rated: rate}, seed)))
             print(label, rate, seed, file.read_text(), flush=True)
         found: dict[str, float] = json.loads(file.read_text())
-        rows.append({"way": label, "rate": rate, "seed": seed, **found})
+        row = {"way": label, "rate": rate, "seed": seed, **found}
+        rows.extend([] if row in rows else [row])
         return found
 
     for label, (_, _, rates) in CONTENDERS.items():
