@@ -178,12 +178,29 @@ def test_what_is_learned_is_what_a_run_in_memory_learns(place):
     assert next(source)[0].row == 0  # and begins again
 
 
+def test_reading_goes_on_from_any_place(place, tmp_path):
+    """Rows of one piece and of several, and a row that is left out: from every place on, what follows is what followed there."""
+    data = jsonl(tmp_path / "rows.jsonl", *({"text": tiny.text(i, 5 + 50 * (i % 3))} for i in range(6)))
+    run = Run.from_dict(settings(place, data=str(data)))
+    left_out = streamed._keys([read_file(data)[3]])
+
+    def read(where: Place, n: int) -> list[tuple[Place, list[int]]]:
+        found = streamed._reading(run, tiny.tokenizer(), left_out, where, Voice(False))
+        return [(after, s.inputs.tolist()) for after, s in itertools.islice(found, n)]
+
+    whole = read(Place(), 40)
+    assert {after.row for after, _ in whole} == {0, 1, 2, 4, 5} and max(after.segments for after, _ in whole) > 3
+    for i, (after, _) in enumerate(whole[:20]):
+        assert read(after, 15) == whole[i + 1 : i + 16]
+
+
 def test_rows_set_aside_for_validation_are_not_learned(place, tmp_path):
     data = jsonl(tmp_path / "rows.jsonl", *ROWS, *ROWS[:4])  # the first ones come again at the end
     given = settings(place, data=str(data), valid=[], steps=2, out=str(tmp_path / "run"))
     result = fit(Run.from_dict(given), progress=False)
     aside = json.loads((tmp_path / "run" / "config.json").read_text())["data"]["valid"]["rows"]
-    assert 1 <= aside <= 4
+    measured = texts.prepare(read_file(data)[:aside], Run.from_dict(given), tiny.tokenizer(), Voice(False)).windows
+    assert 4 <= aside <= 20 and len(measured) >= 4
     assert result.metrics["notes"][-4].startswith(
         f"no valid text is given: the first {aside} rows of the stream are set aside to choose the best step by, and rows equal to them"
         f" are not learned; give valid= if the data is sorted"

@@ -75,12 +75,13 @@ def _set_aside(run: Run, tokenizer: Any) -> list[Row]:
 
 
 def _first(rows: Iterator[Row], n: int, run: Run, tokenizer: Any) -> list[Row]:
-    """The first rows that make at least n segments together."""
-    found, made = [], 0
+    """The first rows, as many as fill n windows."""
+    found, filled = [], 0.0
     for row in rows:
+        own = _segments(row, run, tokenizer)
         found.append(row)
-        made += len(_segments(row, run, tokenizer))
-        if made >= n:
+        filled += sum(len(s.inputs) for s in own) / run.length if run.packing else len(own)
+        if filled >= n:
             break
     return found
 
