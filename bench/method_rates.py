@@ -30,6 +30,7 @@ TRIED: dict[str, tuple[dict[str, Any], str | None, float]] = {
     "loraxs": ({}, None, 1e-3),
     "vera": ({}, None, 5e-3),
     "ia3": ({}, None, 8e-3),
+    "flora": ({}, None, 2e-3),
     "bitfit": ({}, "all-linear", 4e-3),
     "bottleneck": ({"rank": 16}, None, 5e-4),
     "prefix": ({"length": 16}, None, 2e-2),

@@ -13,6 +13,7 @@ import veneer
 from veneer.adapt.attach import changes
 from veneer.errors import ShapeError
 from veneer.methods.flora import FEW_ROWS, FLoRA
+from veneer.optim.groups import adamw, of_adapter, set_rates
 
 
 def made(rank, *, bias=True):
@@ -75,3 +76,10 @@ def test_it_is_saved_and_loaded(rank, tmp_path):
 def test_a_rank_of_none_is_refused():
     with pytest.raises(ShapeError, match="rank 0 < 1 at '0'; use 1 or more"):
         veneer.attach(nn.Sequential(nn.Linear(3, 2)), "flora", rank=0)
+
+
+def test_weight_decay_does_not_shrink_the_weights_themselves():
+    model = veneer.attach(nn.Sequential(nn.Linear(3, 2)), "flora", rank=2)
+    adam = adamw(of_adapter(model, "default"), {})
+    set_rates(adam, rate=0.1, decay=0.5)
+    assert [group["weight_decay"] for group in adam.param_groups] == [0.0]

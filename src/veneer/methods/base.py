@@ -71,7 +71,7 @@ class Delta(nn.Module, ABC):
     The options of a method are the keyword parameters of its __init__(self, site, *, ..): command line and files are
     made from that signature. A method that can start from calibration takes `stats` by place: (self, site, stats, *, ..).
     `roles` names the parameters that optimisers treat apart: the factor on the input side
-    is "A", on the output side "B", a row magnitude "magnitude".
+    is "A", on the output side "B", a row magnitude "magnitude", what multiplies weights "gain".
     """
 
     roles: ClassVar[dict[str, str]] = {}

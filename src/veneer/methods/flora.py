@@ -31,6 +31,8 @@ FEW_ROWS = 128  # r products with W cost less than making W' - W up to 100 to 25
 class FLoRA(Delta):
     """A (r, in), B (out, r)."""
 
+    roles = {"A": "gain", "B": "gain"}
+
     def __init__(self, site: Site, *, rank: int = 1, seed: int = 0) -> None:
         """
         rank: r; above 1 with a cost of r products with W

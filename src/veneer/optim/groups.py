@@ -3,7 +3,7 @@
 Weight decay means the same for every method: what a parameter group does to the weights shrinks by (1 - rate * decay) a
 step. A and B each take the square root of that, so that B A decays by it as a whole, whatever ratio LoRA+ has between
 their rates; AdamW's own rule would decay the product by (1 - rate * decay)(1 - ratio * rate * decay). Vectors (norms,
-biases, magnitudes) do not decay.
+biases, magnitudes) do not decay, and neither do gains, which stand for no change at one.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def by_rate(parts: Iterable[Part], scales: Mapping[str, float], embedding: float
     for part in parts:
         scale = embedding if part.embedding else scales.get(part.role, 1.0)
         base = embedding if part.embedding else 1.0
-        share = 0.5 if part.role in FACTORS else float(part.parameter.ndim > 1)
+        share = 0.5 if part.role in FACTORS else float(part.parameter.ndim > 1 and part.role != "gain")
         groups.setdefault((scale, base, share), []).append(part.parameter)
     return [{"params": ps, "scale": s, "base": b, "share": h} for (s, b, h), ps in groups.items()]
 
