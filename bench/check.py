@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ALLOWED = 0.15
 LESS_IS_BETTER = ("_over_bound", "peak_vs_", "pissa_excess_ratio", "final_loss_difference", "_over_base")
-LESS_IS_BETTER += ("_vs_default_adamw", "_mib", "_error", "_bits", "_over_whole", "_sketch_size", "_bpb")
+LESS_IS_BETTER += ("_vs_default_adamw", "_mib", "_error", "_bits", "_over_whole", "_sketch_size", "_bpb", "_overhead", "_memory_vs_")
 
 
 def worse(name: str, now: float, then: float) -> float:
