@@ -147,6 +147,20 @@ def test_nothing_of_the_unpacked_matrix_is_kept_for_the_backward(name):
 
 
 @BOTH
+def test_the_compiler_keeps_nothing_of_it_either_and_computes_the_same(name):
+    torch._dynamo.reset()
+    model, x, kept = layer(name, 48, 64, torch.float32), normal(3, 64).requires_grad_(True), []
+    y = model(x)
+    (expected,) = torch.autograd.grad(y.square().sum(), x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        z = compiled(x)
+    (dx,) = torch.autograd.grad(z.square().sum(), x)
+    assert torch.equal(z, y) and torch.equal(dx, expected)
+    assert kept and not any(t.is_floating_point() and t.numel() >= 48 * 64 for t in kept)
+
+
+@BOTH
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_works_on_a_quantised_layer(name, method):
     row, model, x = METHODS[method], layer(name), normal(2, 3, 8, dtype=torch.float64)

@@ -97,6 +97,7 @@ def test_a_run_that_starts_around_quantisation_keeps_its_base(folder, start):
     site, delta = changes(opened.model, start)[0]
     assert len(formats(opened.model)) == 14 and not torch.equal(site.weight(), plain.get_submodule(site.name).weight)
     assert delta.A0 is None
+    assert main(["report", str(out), "--measure"]) == 0
     found = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert 'veneer.load_quantised(model, "../base")' in (out / "adapter" / "README.md").read_text()
     assert found["base_model_name_or_path"] == str(out / "base") and found["r"] == 4

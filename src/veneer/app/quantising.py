@@ -11,6 +11,7 @@ from torch import nn
 
 from veneer import methods
 from veneer.app import pretrained
+from veneer.compress.packed_store import description
 from veneer.compress.quantise import quantise, quantise_around
 from veneer.methods import Stats, inits
 from veneer.methods.base import option
@@ -53,8 +54,15 @@ def base(
         times = 1 if only_shapes else 5
         stats = quantise_around(model, run.quantise, start=start, rank=rank, iterations=times, seed=run.seed, **layers)
         model.__dict__["name_or_path"] = str(own_base(run))  # what the adapter's files say that it belongs to
-    voice.say(f"the base in {run.quantise}: {before / 1e6:.1f} MB are {_size(model) / 1e6:.1f} MB")
+    voice.say(f"the base in {run.quantise}: {_size(model) / 1e6:.1f} MB instead of {before / 1e6:.1f} MB")
     return model.to(device), stats
+
+
+def base_again(run: Run, out: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The base that the run in folder `out` had: its own where it kept one. Raises what reading it raises."""
+    if description(out / BASE) is not None:
+        return pretrained.causal_lm(str(out / BASE), dtype, device)
+    return pretrained.causal_lm(run.model, dtype, device, run.quantise)
 
 
 def _size(model: nn.Module) -> int:

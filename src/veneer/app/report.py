@@ -78,6 +78,6 @@ def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]
     for line in folder.differences(config["data"], {part: t.facts for part, t in ready.items()}):
         voice.say(f"text differs from what the run was trained on: {line}")
     dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
-    model, _ = quantising.base(run, dtype, machine.device("auto"), voice)
+    model = quantising.base_again(run, out, dtype, machine.device("auto"))
     store.load(model, out / folder.ADAPTER, NAME)
     return examine.examine(model, NAME, tokenizer, ready, tasks.get("causal_lm"), run=run, voice=voice, prompts=prompts)

@@ -169,6 +169,9 @@ def rounded(W: Tensor, format: Format) -> Tensor:
 
 def product(x: Tensor, parts: Parts, format: Format, shape: tuple[int, int]) -> Tensor:
     """x W' for a packed W (out, in): x (.., in) -> (.., out) in x's dtype; the packed W is all that is kept, and takes no gradient."""
+    if torch.compiler.is_compiling():
+        made: Tensor = _times(x, list(parts), format.name, *shape)
+        return made
     if is_traced():
         return format.times(x, parts, shape)
     y: Tensor = _Product.apply(x, format, shape, *parts)
@@ -188,3 +191,35 @@ class _Product(Function):
         parts = ctx.saved_tensors  # asked for once: under gradient checkpointing there is no second time
         dx = ctx.format.times_transposed(dy, parts, ctx.shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, *(None for _ in parts)
+
+
+# For the compiler both products are operations that it does not look into: it would keep the unpacked matrix for the backward.
+PACKED = "Tensor[] parts, str format, SymInt out, SymInt in_"
+
+
+def _forward(x: Tensor, parts: list[Tensor], format: str, out: int, in_: int) -> Tensor:
+    return get(format).times(x, tuple(parts), (out, in_))
+
+
+def _backward(dy: Tensor, parts: list[Tensor], format: str, out: int, in_: int) -> Tensor:
+    return get(format).times_transposed(dy, tuple(parts), (out, in_))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, parts, *ctx.how = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+    parts = list(ctx.saved_tensors)
+    dx = _times_transposed(dy, parts, *ctx.how) if ctx.needs_input_grad[0] else None
+    return dx, [None for _ in parts], None, None, None
+
+
+_times = torch.library.custom_op("veneer::times_packed", _forward, mutates_args=(), schema=f"(Tensor x, {PACKED}) -> Tensor")
+_times_transposed = torch.library.custom_op(
+    "veneer::times_packed_transposed", _backward, mutates_args=(), schema=f"(Tensor dy, {PACKED}) -> Tensor"
+)
+_times.register_fake(lambda x, parts, format, out, in_: x.new_empty(*x.shape[:-1], out))
+_times_transposed.register_fake(lambda dy, parts, format, out, in_: dy.new_empty(*dy.shape[:-1], in_))
+_times.register_autograd(_gradient, setup_context=_keep)
