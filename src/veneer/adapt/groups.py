@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from veneer.methods.base import Delta
 from veneer.ops.lowrank import expand, project
+from veneer.sites.quantised_linear import QuantisedLinear
 
 if TYPE_CHECKING:
     from veneer.adapt.attach import Deltas
@@ -157,8 +158,8 @@ def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
 
 
 def is_private(module: nn.Module, hook: Any) -> bool:
-    """Whether nobody has seen the layer's fresh output before `hook`: a plain Linear, and no hook that runs earlier."""
-    plain = type(module) is nn.Linear and "forward" not in module.__dict__
+    """Whether nobody has seen the layer's fresh output before `hook`: a plain or quantised Linear, and no hook that runs earlier."""
+    plain = type(module) in (nn.Linear, QuantisedLinear) and "forward" not in module.__dict__
     return plain and next(iter(module._forward_hooks.values())) is hook and not nn.modules.module._global_forward_hooks
 
 
