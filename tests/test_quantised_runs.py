@@ -88,6 +88,17 @@ def models_inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.arange(16)[None]}
 
 
+def test_what_other_programs_get_of_an_adapter_on_four_bits_is_made_on_four_bits(folder, capsys):
+    out = trained(folder, "dora", method="dora", steps=4)
+    assert main(["convert", str(out), "--to", "vllm", "--model", str(folder / "base"), "--rank", "8", "--out", str(folder / "vllm")]) == 0
+    assert main(["export", str(folder / "base"), "--adapter", str(out), "--out", str(folder / "exported")]) == 0
+    exported = pretrained.causal_lm(str(folder / "exported"), torch.float32, torch.device("cpu"))
+    opened, _ = adapted.open_all([str(out)])
+    a, b = (m(**models_inputs()).logits for m in (exported, opened.model))
+    assert (a - b).norm() < 0.05 * b.norm()
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("start", ["qpissa", "loftq"])
 def test_a_run_that_starts_around_quantisation_keeps_its_base(folder, start):
     out = trained(folder, start, options={"rank": 4, "init": start}, steps=4)

@@ -147,7 +147,8 @@ def _moves_base(found: Found) -> bool:
 @torch.no_grad()
 def _on_base(found: Found, model: str, cut: tuple[int | None, float | None]) -> tuple[Pairs, list[str]]:
     """The change on the base's own weights as plain LoRA, of the rank that is asked for, with what the cut lost."""
-    base = pretrained.causal_lm(model, torch.float32, torch.device("cpu"))
+    packed = adapted.format_of([adapted.Wanted("converted", found.folder, 1.0)], model)
+    base = pretrained.causal_lm(model, torch.float32, torch.device("cpu"), packed)
     store.load(base, found.folder, "converted")
     notes, name = [], "converted"
     if cut != (None, None):

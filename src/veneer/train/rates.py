@@ -20,7 +20,7 @@ BUILTIN = {
 # LoRA-Pro's is that of its authors' scripts. Where nothing is known, nothing is guessed.
 OTHERS = {("full", "adamw"): 2e-5, ("adapter", "adamw"): 2e-4, ("adapter", "loraplus"): 5e-5, ("adapter", "lorapro"): 2e-5}
 # Starts that want the rate of full fine-tuning: their factors begin large, and move the weights as far in a step.
-AS_FULL = ("loraga",)
+AS_FULL = ("loraga", "qpissa")
 
 
 # Methods whose numbers mean something else than LoRA's, under AdamW: on the built-in model by a coarse sweep,
