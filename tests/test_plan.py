@@ -216,7 +216,8 @@ def test_length_counts_steps_tokens_and_evaluations(planned):
 
 def test_the_setting_that_halves_is_tried(planned):
     tried = {t.setting: t for t in planned.halving}
-    assert {"batch", "precision", "length", "rank"} == set(tried)
+    assert {"gradient_checkpointing", "batch", "precision", "length", "rank"} == set(tried)
+    assert tried["gradient_checkpointing"].share < 0.97 and not planned.run.gradient_checkpointing
     assert [t.halves for t in planned.halving] == sorted((t.halves for t in planned.halving), reverse=True)
     assert all(0 < t.share < 1 for t in planned.halving)
     assert tried["length"].change == "length 16" and tried["rank"].change == "rank 2" and tried["rank"].share > 0.9
@@ -225,7 +226,7 @@ def test_the_setting_that_halves_is_tried(planned):
 
 def test_a_start_that_looks_at_the_loss_is_planned_by_its_shapes(folder, monkeypatch):
     monkeypatch.setattr(calibration, "look", lambda *given: pytest.fail("a pass over the text was made"))
-    for other in ("_batch", "_precision", "_length"):
+    for other in ("_recompute", "_batch", "_precision", "_length"):
         monkeypatch.setattr(halve, other, lambda *given: iter(()))
     found = plan(run(folder, options={"rank": 2, "init": "loraga"}), probe=False, progress=False)
     assert {layer.rank for layer in found.layers} == {4} and [t.change for t in found.halving] == ["rank 1"]

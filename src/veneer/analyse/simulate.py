@@ -124,20 +124,26 @@ def _run(model: nn.Module, tensors: dict[str, Tensor], shape: Shape, device: tor
     named = {f"model.{n}": t for n, t in tensors.items()}
     with counting(model, shape.passes) as flops, live, saved.watching():
         for _ in range(min(shape.passes, 2)):  # from the second pass on the gradients of the first are there
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                total = torch.func.functional_call(_Loss(model), named, (shape, device))
-            total.backward()
+            torch.func.functional_call(_Pass(model), named, (shape, device, autocast))
     return _Found(live.made.peak, saved.kept.peak, flops.found())
 
 
-class _Loss(nn.Module):
-    """The objective on a batch of a shape, where no token is looked at."""
+class _Pass(nn.Module):
+    """The objective on a batch of a shape, where no token is looked at, and its gradient.
+
+    Both are one call, so that blocks that are computed again backward find the same tensors as forward.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, shape: Shape, device: torch.device) -> Tensor:
+    def forward(self, shape: Shape, device: torch.device, autocast: bool) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            total = self._loss(shape, device)
+        total.backward()
+
+    def _loss(self, shape: Shape, device: torch.device) -> Tensor:
         ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64, device=device)
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if shape.packed:

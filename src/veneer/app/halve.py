@@ -17,6 +17,7 @@ from veneer.analyse.simulate import Memory, Shape
 from veneer.app import calibration, quantising
 from veneer.app.ready import FULL, NAME, Ready
 from veneer.optim.groups import of_adapter
+from veneer.train import compiling
 from veneer.train.run import Run
 
 TRIAL = "trial"  # the name of an adapter that exists for a moment
@@ -39,7 +40,7 @@ class Trial(NamedTuple):
 def halving(ready: Ready, shape: Shape, now: Memory) -> list[Trial]:
     """One trial for every setting that can be made smaller: those that halve the memory by the mildest change first."""
     found = []
-    for setting in (_batch, _precision, _length, _rank):
+    for setting in (_recompute, _batch, _precision, _length, _rank):
         last = None
         for times, (trial, memory) in enumerate(setting(ready, shape, now), 1):
             last = times, trial._replace(share=memory.peak / now.peak)
@@ -51,6 +52,13 @@ def halving(ready: Ready, shape: Shape, now: Memory) -> list[Trial]:
 
 
 Trials = Iterator[tuple[Trial, Memory]]
+
+
+def _recompute(ready: Ready, shape: Shape, now: Memory) -> Trials:
+    if ready.run.gradient_checkpointing or not ready.model.supports_gradient_checkpointing:
+        return
+    with compiling.recomputing(ready.model):
+        yield Trial("gradient_checkpointing", "gradient_checkpointing, which takes a third more time", 1.0), _memory(ready, shape)
 
 
 def _batch(ready: Ready, shape: Shape, now: Memory) -> Trials:

@@ -27,7 +27,6 @@ def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
     run, device = ready.run, next(ready.model.parameters()).device
     optimiser = ready.optimiser.build(ready.trained)
     plain = Learner(ready.model, ready.parts, optimiser, tasks.get(OBJECTIVE), ready.pad, run.clip, run.weight_decay)
-    compiling.recompute(ready.model, run.gradient_checkpointing)
     if not _compiles(ready, order, device):
         objective = compiling.prepare(ready.model, plain.batch(order.step(0)[0], device))
         return plain._replace(objective=in_precision(run, objective, device))

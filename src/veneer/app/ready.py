@@ -20,7 +20,7 @@ from veneer.errors import ConfigError
 from veneer.methods.full import Full
 from veneer.ops.linalg import multiplies_bf16
 from veneer.optim import groups
-from veneer.train import door, rates
+from veneer.train import compiling, door, rates
 from veneer.train.progress import Voice
 from veneer.train.run import Run
 
@@ -62,6 +62,7 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
         blank = only_shapes or calibration.goes_on(run)
         stats = calibration.unseen(model, run) if blank else calibration.look(model, run, ready["train"].windows, pad, voice)
     parts = adapt(model, run, stats)
+    compiling.recompute(model, run.gradient_checkpointing)
     _try_out(model, run, ready)
     optimiser = optim.make(run.optimiser, **run.optimiser_options)
     optimiser.build(_trained(run, parts))  # before anything is written: it may find no pair of factors

@@ -157,6 +157,16 @@ def recompute(model: Any, wanted: bool) -> None:
         raise ConfigError(f"a {type(model).__name__} cannot compute its blocks again; use gradient_checkpointing=False") from None
 
 
+@contextmanager
+def recomputing(model: Any) -> Iterator[None]:
+    """Within the block the model computes its blocks again in the backward. Raises ConfigError."""
+    recompute(model, True)
+    try:
+        yield
+    finally:
+        (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+
+
 @functools.cache
 def compiled_kernel() -> Kernel:
     """The loss of one chunk, compiled once for any number of positions."""
