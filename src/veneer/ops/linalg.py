@@ -61,7 +61,7 @@ def _orthonormal(Y: Tensor) -> Tensor:
     return Q
 
 
-def leading_svd(W: Tensor, rank: int, draw: torch.Generator, iterations: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def leading_svd(W: Tensor, rank: int, draw: torch.Generator, iterations: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, r), S (r,), Vh (r, in): the leading singular triplets of W in float32 (float64 for a float64 W).
 
     Randomised, with as many extra directions as the rank asks for (a sketch of 2 x rank + 8 columns), which on slowly
