@@ -12,7 +12,7 @@ import torch
 from test_plan import SHAPE, real_step
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.analyse import simulate
 from veneer.app import adapted, halve, pretrained
 from veneer.app.fit import fit
@@ -125,7 +125,7 @@ def test_a_step_by_shapes_takes_what_a_real_one_does(name):
 
 
 def test_a_plan_has_both_columns_and_counts_the_base_as_it_was(folder, monkeypatch):
-    for other in ("_batch", "_precision", "_length"):
+    for other in ("_recompute", "_batch", "_precision", "_length"):
         monkeypatch.setattr(halve, other, lambda *given: iter(()))
     run = tiny.settings(folder, out=str(folder / "none"))
     packed = {**run, "quantise": "nf4", "options": {**run["options"], "init": "loftq"}}
