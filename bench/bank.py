@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.ops import batched
 
 BF16 = torch.bfloat16

@@ -68,7 +68,7 @@ def peer(seed: int) -> tuple[list[float], float]:
     """The same of PEFT, whose adapter starts from the same numbers, with the same optimiser and clipping."""
     from peft import LoraConfig, get_peft_model
 
-    from veneer.adapt.attach import changes
+    from veneer.adapt.attached import changes
     from veneer.tasks import causal_lm
 
     torch.manual_seed(0)

@@ -101,7 +101,7 @@ def output(model: nn.Module, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def randomise(model: nn.Module, name: str = "default", seed: int = 1, size: float = 0.1) -> None:
     """Gives every trainable parameter of an attached adapter a random step, so that it changes something."""
-    from veneer.adapt.attach import changes
+    from veneer.adapt.attached import changes
 
     draw = torch.Generator().manual_seed(seed)
     for _, delta in changes(model, name):

@@ -11,7 +11,7 @@ from test_attach import IDS, llama, shake
 
 import veneer
 from veneer.adapt.algebra import combine, extract, to_lora
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError
 from veneer.ops.draws import keyed
 from veneer.ops.truncate import choose_rank, truncate, truncate_product

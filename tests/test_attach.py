@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import veneer
-from veneer.adapt.attach import changes, layers
+from veneer.adapt.attached import changes, layers
 from veneer.errors import ConfigError, ShapeError, SiteError
 from veneer.sites import find
 from veneer.sites.find import output_head

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.adapt.bank import Bank
 from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, SiteError
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import veneer
-from veneer.adapt.attach import base_parameters, changes
+from veneer.adapt.attached import base_parameters, changes
 from veneer.adapt.merge import merge
 from veneer.app.fit import fit
 from veneer.errors import ConfigError, NotMergeable, SiteError

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.adapt import algebra
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.analyse.memory import Live
 from veneer.app.convert import convert
 from veneer.app.fit import fit

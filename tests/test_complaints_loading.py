@@ -13,7 +13,7 @@ from torch import nn
 
 import veneer
 from veneer.adapt import algebra
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.app.fit import fit
 from veneer.app.verify import examine
 from veneer.errors import ConfigError, FormatError, SiteError

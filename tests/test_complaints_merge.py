@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.adapt.merge import foresee, merge
 from veneer.analyse.memory import Live
 from veneer.app.export import export

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import veneer
 from veneer import optim
 from veneer.adapt import algebra
-from veneer.adapt.attach import adapters, changes
+from veneer.adapt.attached import adapters, changes
 from veneer.app.fit import fit
 from veneer.cli.frame import main
 from veneer.convert import read, write

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel, GPT2Config, LlamaConfig, RobertaConfig
 
 import veneer
-from veneer.adapt.attach import base_parameters, changes
+from veneer.adapt.attached import base_parameters, changes
 from veneer.methods import get
 
 ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}

@@ -19,7 +19,7 @@ from torch import nn
 
 import veneer
 from veneer import errors, optim
-from veneer.adapt import attach
+from veneer.adapt import attached
 from veneer.app import pretrained, ready, texts
 from veneer.app.fit import fit
 from veneer.data import pack
@@ -386,9 +386,9 @@ def test_layers_that_share_a_weight_share_its_change():
             p.add_(0.01)
     trained = {k: v.clone() for k, v in model.state_dict().items()}
     full.as_change(model, original, "full")
-    changes = {site.name: delta for site, delta in attach.changes(model, "full")}
+    changes = {site.name: delta for site, delta in attached.changes(model, "full")}
     assert changes["model.embed_tokens"].D is changes["lm_head"].D
-    assert all(torch.equal(p, original[n]) for n, p in attach.base_parameters(model).items())
+    assert all(torch.equal(p, original[n]) for n, p in attached.base_parameters(model).items())
     D = changes["model.embed_tokens"].D.view_as(trained["lm_head.weight"])
     torch.testing.assert_close(original["lm_head.weight"] + D, trained["lm_head.weight"], rtol=0, atol=1e-7)
 

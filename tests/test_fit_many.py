@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import metrics, settings
 
 import veneer
-from veneer.adapt.attach import base_parameters
+from veneer.adapt.attached import base_parameters
 from veneer.errors import ConfigError
 from veneer.train import together
 from veneer.train.errors import Interrupted

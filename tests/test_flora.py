@@ -10,7 +10,7 @@ from models import llama, output, randomise
 from torch import nn
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.errors import ShapeError
 from veneer.methods.flora import FEW_ROWS, FLoRA
 from veneer.optim.groups import adamw, of_adapter, set_rates

@@ -11,7 +11,7 @@ from peer import agrees_with_peft
 from torch import nn
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops import fourier
 

@@ -14,7 +14,7 @@ from torch import nn
 import veneer
 from veneer.adapt import attach as hooks
 from veneer.adapt.algebra import to_lora
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.adapt.discover import discover, groups
 from veneer.adapt.merge import merge
 from veneer.methods import Delta

@@ -12,7 +12,7 @@ from torch import nn
 
 import veneer
 from veneer.adapt import groups as runtime
-from veneer.adapt.attach import changes, layers
+from veneer.adapt.attached import changes, layers
 from veneer.adapt.discover import discover, groups, ungroup
 
 IDS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from peer import agrees_with_peft
 from torch import nn
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.adapt.merge import merge
 from veneer.errors import NotMergeable, SiteError
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import veneer
 from veneer.adapt import peft_format
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.errors import ConfigError, FormatError
 
 EXACT = dict(rtol=0, atol=1e-5)

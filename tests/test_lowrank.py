@@ -10,7 +10,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import veneer
-from veneer.adapt.attach import changes, layers
+from veneer.adapt.attached import changes, layers
 from veneer.ops.lowrank import expand, project
 
 TOLERANCE = 1e-5

@@ -9,7 +9,7 @@ import torch
 from test_attach import IDS, llama, shake
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.adapt.merge import foresee, merge
 from veneer.errors import ConfigError, NotMergeable
 

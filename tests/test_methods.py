@@ -14,7 +14,7 @@ from table import METHODS, SITES, Method
 from torch import nn
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.adapt.merge import merge
 
 CELLS = list(itertools.product(METHODS, SITES))

@@ -14,7 +14,7 @@ from torch import nn
 
 import veneer
 from veneer.adapt.algebra import to_lora
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.errors import ConfigError, ShapeError
 
 TO = ["q_proj", "k_proj", "down_proj"]  # widths 32 -> 32, 32 -> 16 and 48 -> 32

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import veneer
 from veneer import optim
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.data import pack
 from veneer.data.tokens import Tokens
 from veneer.errors import ConfigError, NotFinite

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from veneer.adapt.attach import attach, base_parameters, using
+from veneer.adapt.attach import attach, using
+from veneer.adapt.attached import base_parameters
 from veneer.analyse import resident, simulate
 from veneer.analyse.memory import Live, Saved, n_bytes
 from veneer.analyse.simulate import Memory, Shape

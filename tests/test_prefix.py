@@ -10,7 +10,7 @@ from models import bert, conv_net, gpt2, llama, output, randomise
 from torch import nn
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.adapt.merge import merge
 from veneer.errors import ConfigError, NotMergeable, SiteError
 from veneer.methods.prefix import attention

@@ -22,7 +22,8 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 import veneer
-from veneer.adapt.attach import changes, check_called, n_base_parameters
+from veneer.adapt.attach import check_called
+from veneer.adapt.attached import changes, n_base_parameters
 from veneer.adapt.probe import default_inputs
 from veneer.compress.quantise import as_plain
 from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, SiteError

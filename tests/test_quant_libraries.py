@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 
 
 def four_bits(layer: nn.Linear) -> nn.Module:

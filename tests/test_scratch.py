@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import veneer
 from veneer import optim
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.embedded import pretrain
 from veneer.errors import ConfigError
 from veneer.optim import Trained, groups

@@ -7,7 +7,7 @@ import pytest
 from test_attach import llama, shake
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.analyse.spectra import spectra
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.app import calibration
 from veneer.app.fit import fit
 from veneer.errors import ConfigError, DataError, ShapeError, SiteError

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import veneer
 from veneer import methods
-from veneer.adapt import attach, files, fingerprint, peft_format, store
-from veneer.adapt.attach import changes, hang
+from veneer.adapt import attach, attached, files, fingerprint, peft_format, store
+from veneer.adapt.attach import hang
+from veneer.adapt.attached import changes
 from veneer.errors import ConfigError, FormatError, NotMergeable
 from veneer.sites import LeafSite
 
@@ -666,7 +667,7 @@ def test_every_word_to_allow_is_used_somewhere() -> None:
 def test_a_manifest_with_damaged_entries_is_refused(key, value, tmp_path):
     model = veneer.attach(models.llama(), "lora", rank=2)
     with torch.no_grad():
-        for _, delta in attach.changes(model, "default"):
+        for _, delta in attached.changes(model, "default"):
             delta.B.add_(0.1)
     veneer.save(model, tmp_path / "a")
     file = tmp_path / "a" / "veneer.json"

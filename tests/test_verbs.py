@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import veneer
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.app import pretrained
 from veneer.app.adapted import parse
 from veneer.cli.frame import main

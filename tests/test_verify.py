@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from veneer import methods
 from veneer.adapt import algebra, store
-from veneer.adapt.attach import adapters, attach, changes, detach, hang
+from veneer.adapt.attach import attach, detach, hang
+from veneer.adapt.attached import adapters, changes
 from veneer.app.convert import convert, text
 from veneer.app.verify import Report, examine, exit_code, verify
 from veneer.app.verify import text as shown

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from veneer.adapt.algebra import combine, extract, to_lora
-    from veneer.adapt.attach import activate, active, adapters, attach, detach, train_only, using
+    from veneer.adapt.attach import activate, attach, detach, train_only, using
+    from veneer.adapt.attached import active, adapters
     from veneer.adapt.bank import bank
     from veneer.adapt.calibrate import calibrate
     from veneer.adapt.merge import merge
@@ -47,7 +48,8 @@ __all__ = [
 # Where every name lives. They are imported when they are first used, so that `veneer --help` need not load PyTorch.
 _HOMES = {
     "veneer.adapt.algebra": ("combine", "extract", "to_lora"),
-    "veneer.adapt.attach": ("activate", "active", "adapters", "attach", "detach", "train_only", "using"),
+    "veneer.adapt.attach": ("activate", "attach", "detach", "train_only", "using"),
+    "veneer.adapt.attached": ("active", "adapters"),
     "veneer.adapt.bank": ("bank",),
     "veneer.adapt.calibrate": ("calibrate",),
     "veneer.adapt.merge": ("merge",),

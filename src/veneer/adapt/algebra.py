@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import base_parameters, changes, check_name, hang
+from veneer.adapt.attach import check_name, hang
+from veneer.adapt.attached import base_parameters, changes
 from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, first_few, suggest
 from veneer.methods import Delta, get
 from veneer.methods.lora import LoRA

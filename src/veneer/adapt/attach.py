@@ -12,53 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from veneer import methods
-from veneer.adapt.groups import Group, act, forget, input_gain, is_private
+from veneer.adapt.attached import Deltas, adapters, base_parameters, changes, deltas_of, layers
+from veneer.adapt.groups import act, forget, input_gain, is_private
 from veneer.adapt.per_site import build_all, check_patterns, options_at
-from veneer.errors import ConfigError, SiteError, first_few, suggest
+from veneer.errors import ConfigError, SiteError, first_few
 from veneer.methods import Delta, Stats
 from veneer.sites import Site
 from veneer.sites.find import Target
-from veneer.sites.quantised import packed_kind
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 BASE = "base"
 TRAINED_BEFORE = "_trained_before_adapters"  # names of the base's parameters that took gradients when the first was attached
-
-
-class Deltas(nn.Module):
-    """The child `deltas` of an adapted layer: its changes by adapter name, and the strengths of those that act."""
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.site = site
-        self.active: dict[str, float] = {}
-        self.called = False
-        self.group: Group | None = None  # of layers that read the same input, see discover.py
-        self.place = 0  # in the group
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Deltas:
-        """model.half() and .to(torch.bfloat16) move the changes and leave them in float32, which small steps need."""
-
-        def kept(t: Tensor) -> Tensor:
-            moved: Tensor = fn(t)
-            if t.is_meta or not t.is_floating_point():
-                return moved
-            return t.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
-
-        super()._apply(kept, recurse)
-        return self
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._modules
-
-    def __getitem__(self, name: str) -> Delta:
-        delta = self._modules[name]
-        assert isinstance(delta, Delta)
-        return delta
-
-    def names(self) -> list[str]:
-        """The adapters that change this layer, in the order of their attaching."""
-        return list(self._modules)
 
 
 RESERVED = {BASE, "site", "active", "called", "group", "place", *dir(Deltas), *vars(nn.Module())}  # attributes beside the adapters
@@ -193,48 +157,6 @@ def hang(model: nn.Module, name: str, changes: list[tuple[Site, Delta]]) -> None
 @torch.no_grad()
 def _gains_input(site: Site, delta: Delta) -> bool:
     return delta.gains_input(site)
-
-
-def deltas_of(module: nn.Module) -> Deltas | None:
-    """The changes of one layer, or None if it has none."""
-    child = module._modules.get("deltas")
-    return child if isinstance(child, Deltas) else None
-
-
-def layers(model: nn.Module) -> list[Deltas]:
-    """The changes of every adapted layer, in the model's order."""
-    return [m for m in model.modules() if isinstance(m, Deltas)]
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's own parameters by name, without those of adapters."""
-    return {n: p for n, p in model.named_parameters() if ".deltas." not in f".{n}"}
-
-
-def n_base_parameters(model: nn.Module) -> int:
-    """Numbers in the base; those of a packed weight count as they would unpacked."""
-    packed: list[Any] = [m for m in model.modules() if packed_kind(m)]
-    parts = {id(p) for m in packed for n, p in m.named_parameters(recurse=False) if n != "bias"}
-    whole = sum(p.numel() for p in base_parameters(model).values() if id(p) not in parts)
-    return whole + sum(int(m.out_features * m.in_features) for m in packed)
-
-
-def adapters(model: nn.Module) -> list[str]:
-    """Names of the attached adapters, in the order of their attaching."""
-    return list(dict.fromkeys(name for d in layers(model) for name in d.names()))
-
-
-def active(model: nn.Module) -> dict[str, float]:
-    """The acting adapters and their strengths."""
-    return {name: strength for d in layers(model) for name, strength in d.active.items()}
-
-
-def changes(model: nn.Module, name: str) -> list[tuple[Site, Delta]]:
-    """One adapter's changes by site. Raises ConfigError for an unknown name."""
-    known = adapters(model)
-    if name not in known:
-        raise ConfigError(f"no adapter called {name!r} is attached{suggest(name, known)}")
-    return [(d.site, d[name]) for d in layers(model) if name in d]
 
 
 def strengths(names: tuple[str | Mapping[str, float], ...]) -> dict[str, float]:

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt import attach
-from veneer.adapt.forms import Forms, attached, read
+from veneer.adapt import attach, attached
+from veneer.adapt.forms import Forms, read, to_train
 from veneer.adapt.peft_format import Changes
 from veneer.adapt.rows import FREE, Live, Router, Rows, Slots
 from veneer.errors import ConfigError, ShapeError, SiteError, first_few, suggest
@@ -36,7 +36,7 @@ class Bank:
     def __init__(self, model: nn.Module) -> None:
         """The bank that the model, or a copy of it, has. Raises ConfigError if it has none."""
         self.model = model
-        self.layers = {d.site.name: delta for d in attach.layers(model) for n in d.names() if isinstance(delta := d[n], Rows)}
+        self.layers = {d.site.name: delta for d in attached.layers(model) for n in d.names() if isinstance(delta := d[n], Rows)}
         if not self.layers:
             raise ConfigError("this model has no bank; make one with veneer.bank(model, {name: adapter, ..})")
         self.router: Router = next(iter(self.layers.values())).router
@@ -144,7 +144,7 @@ def bank(
         return Bank(model)
     attach.refuse_compiled(model)
     attach.check_name(model, name)
-    if any(isinstance(d[n], Rows) for d in attach.layers(model) for n in d.names()):
+    if any(isinstance(d[n], Rows) for d in attached.layers(model) for n in d.names()):
         raise ConfigError("this model has a bank already; write into it, or detach it first")
     chosen: dict[str, str | Path] = dict(adapters) if isinstance(adapters, Mapping) else {n: n for n in adapters}
     if attach.BASE in chosen or FREE in chosen:
@@ -198,7 +198,7 @@ def _fill(layers: Mapping[str, Slots], router: Router, slot: int, forms: Forms) 
 
 
 def _live(model: nn.Module, chosen: Mapping[str, str | Path]) -> list[tuple[Site, Delta]]:
-    found = attached(model, chosen)
+    found = to_train(model, chosen)
     if not found:
         raise ConfigError("this bank would be empty; name the attached adapters that are to be trained")
     return living(found, {site.name: site for changes in found.values() for site, _ in changes})

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import check_called, check_name, detach, hang, layers, refuse_compiled
+from veneer.adapt.attach import check_called, check_name, detach, hang, refuse_compiled
+from veneer.adapt.attached import layers
 from veneer.adapt.probe import evaluating
 from veneer.errors import ConfigError, DataError, SiteError, first_few
 from veneer.methods.base import Delta, Factors, Stats, master_dtype

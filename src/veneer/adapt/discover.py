@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.adapt.attach import Deltas, deltas_of, layers
+from veneer.adapt.attached import Deltas, deltas_of, layers
 from veneer.adapt.groups import Group, forget
 from veneer.methods.base import ROWWISE
 

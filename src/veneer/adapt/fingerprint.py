@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import base_parameters
+from veneer.adapt.attached import base_parameters
 from veneer.errors import first_few
 from veneer.sites.quantised import formats, plain
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from veneer.adapt import attach, store
+from veneer.adapt import attach, attached, store
 from veneer.adapt.manifest import method_of
 from veneer.adapt.peft_format import Changes
 from veneer.errors import ConfigError, first_few, suggest
@@ -21,10 +21,10 @@ from veneer.sites import Site
 Forms: TypeAlias = "dict[str, tuple[Site, Factors]]"  # one adapter's, by layer
 
 
-def attached(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, Changes]:
+def to_train(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, Changes]:
     """The changes of attached adapters that are to be trained side by side. Raises ConfigError for all that cannot be."""
-    _refuse(f"{n!r} is not attached{_nearest(model, str(a))}" for n, a in adapters.items() if a not in attach.adapters(model))
-    found = {name: attach.changes(model, str(a)) for name, a in adapters.items()}
+    _refuse(f"{n!r} is not attached{_nearest(model, str(a))}" for n, a in adapters.items() if a not in attached.adapters(model))
+    found = {name: attached.changes(model, str(a)) for name, a in adapters.items()}
     check_trainable(found)
     return found
 
@@ -42,7 +42,7 @@ def read(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, Form
     """The normal forms of adapters, each by the name of an attached one or by a folder, which is loaded, and checked as
     load() does, and taken off again. Raises ConfigError for all that are not there or have none, and load()'s FormatError.
     """
-    there = attach.adapters(model)
+    there = attached.adapters(model)
     _refuse(
         f"{name!r}: {str(a)!r} is neither an attached adapter nor a folder{_nearest(model, str(a))}"
         for name, a in adapters.items()
@@ -51,7 +51,7 @@ def read(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, Form
     found: dict[str, Forms] = {}
     problems: list[str] = []
     for name, adapter in adapters.items():
-        changes = attach.changes(model, str(adapter)) if adapter in there else _loaded(model, adapter)
+        changes = attached.changes(model, str(adapter)) if adapter in there else _loaded(model, adapter)
         problems += _shapeless(name, changes)
         found[name] = {site.name: (site, form) for site, delta in changes if (form := _form(site, delta)) is not None}
     _refuse(problems)
@@ -62,7 +62,7 @@ def _loaded(model: nn.Module, folder: str | Path) -> Changes:
     name = f"bank-{uuid.uuid4().hex[:8]}"
     store.load(model, folder, name)
     try:
-        return attach.changes(model, name)
+        return attached.changes(model, name)
     finally:
         attach.detach(model, name)
 
@@ -93,7 +93,7 @@ def _shapeless(name: str, changes: Changes) -> list[str]:
 
 
 def _nearest(model: nn.Module, name: str) -> str:
-    return suggest(name, attach.adapters(model))
+    return suggest(name, attached.adapters(model))
 
 
 def _refuse(problems: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from veneer.ops.lowrank import expand, project
 from veneer.sites.quantised_linear import QuantisedLinear
 
 if TYPE_CHECKING:
-    from veneer.adapt.attach import Deltas
+    from veneer.adapt.attached import Deltas
 
 
 class Acting(NamedTuple):

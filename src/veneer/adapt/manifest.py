@@ -9,7 +9,8 @@ from typing import Any
 
 from veneer.adapt.files import read_json
 from veneer.adapt.norms import Size
-from veneer.adapt.peft_format import Changes, Config
+from veneer.adapt.peft_format import Changes
+from veneer.adapt.peft_targets import Config
 from veneer.errors import FormatError
 from veneer.methods import Delta
 from veneer.methods.full import Full

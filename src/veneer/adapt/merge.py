@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt import probe as golden
-from veneer.adapt.attach import active, adapters, changes, detach, layers, strengths, using
+from veneer.adapt.attach import detach, strengths, using
+from veneer.adapt.attached import active, adapters, changes, layers
 from veneer.errors import ConfigError, NotMergeable, first_few
 from veneer.methods import Delta
 from veneer.ops.linalg import precise

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from veneer import methods
+from veneer.adapt.peft_targets import PATTERNS, Config, at, ends, targeted, wrapped
 from veneer.methods import Delta, PeftForm
 from veneer.methods.full import Full
 from veneer.sites import LeafSite, Site
@@ -19,7 +20,6 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TOP = "base_model."  # of tensors that all layers share
 PREFIX = f"{TOP}model."
 
-Config = dict[str, Any]
 Changes = list[tuple[Site, Delta]]
 
 # What PEFT has always written; the rest is written only where it says something, so that older readers do not warn.
@@ -75,8 +75,6 @@ GENERAL = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform"),
     *("modules_to_save", "peft_type", "peft_version", "revision", "target_modules", "task_type"),
 }
-# Settings that may be another one by layer, and where those stand.
-PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "n_frequency": "n_frequency_pattern"}
 
 # PEFT trains these layers whole with every adapter of such a task, and fails on a file that lacks them.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -211,11 +209,7 @@ def _endings(sites: Iterable[str], names: list[str]) -> list[str]:
     """The shortest endings of names that mean these layers and no others; whole names where there are none."""
     sites = list(sites)
     short = sorted({n.rsplit(".", 1)[-1] for n in sites})
-    return short if {n for n in names if _ends(n, short)} == set(sites) else sorted(sites)
-
-
-def _ends(name: str, entries: Iterable[str]) -> bool:
-    return any(name == e or name.endswith(f".{e}") for e in entries)
+    return short if {n for n in names if ends(n, short)} == set(sites) else sorted(sites)
 
 
 def outermost(names: Iterable[str]) -> list[str]:
@@ -233,45 +227,3 @@ def _saved(model: nn.Module, saved: list[str], whole: Changes) -> dict[str, Tens
         changed = (site.weight() + delta.delta(site)).detach().flatten().split([p.numel() for p in parts.values()])
         own.update({f"{site.name}.{n}": t.view_as(p) for (n, p), t in zip(parts.items(), changed, strict=True)})
     return {f"{PREFIX}{k}": t for k, t in own.items()}
-
-
-def at(config: Mapping[str, Any], name: str) -> Config:
-    """The settings of one layer: rank and alpha by PEFT's rule, the first pattern that ends the layer's name."""
-    found = dict(config)
-    for key, pattern in PATTERNS.items():
-        hit = next((v for k, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", name)), None)
-        if hit is not None:
-            found[key] = hit
-    return {k: v for k, v in found.items() if k not in PATTERNS.values()}
-
-
-def wrapped(config: Config, names: Iterable[str]) -> set[str]:
-    """The modules that PEFT keeps whole: their names end with an entry of modules_to_save, wherever it begins."""
-    entries = tuple(config.get("modules_to_save") or ())
-    return {n for n in names if entries and n.endswith(entries)}
-
-
-def targeted(config: Config, name: str) -> bool:
-    """Whether PEFT adapts the layer called `name`."""
-    exclude, targets = config.get("exclude_modules"), config["target_modules"]
-    if re.fullmatch(exclude, name) if isinstance(exclude, str) else _ends(name, exclude or ()):
-        return False
-    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.get("modules_to_save") or ()):
-        return False
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return name in targets or (_ends(name, targets) and _in_layers(config, name))
-
-
-def _in_layers(config: Config, name: str) -> bool:
-    """Whether the number of the layer's block is among layers_to_transform."""
-    wanted = config.get("layers_to_transform")
-    if wanted is None or wanted == []:
-        return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        lead = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
-        found = re.match(rf"{lead}{pattern}\.(\d+)\.", name)
-        if found:
-            return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
-    return False

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from veneer import methods
 from veneer.adapt import peft_starts
 from veneer.adapt.checks import Problem
-from veneer.adapt.peft_format import PREFIX, TOP, Changes, Config, at, method_of, outermost, table, targeted, wrapped
+from veneer.adapt.peft_format import PREFIX, TOP, Changes, method_of, outermost, table
+from veneer.adapt.peft_targets import Config, at, targeted, wrapped
 from veneer.errors import FormatError, SiteError, first_few
 from veneer.methods import Delta
 from veneer.sites import LeafSite, Site, find

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import base_parameters, using
+from veneer.adapt.attach import using
+from veneer.adapt.attached import base_parameters
 from veneer.adapt.checks import Problem
 from veneer.errors import ConfigError
 

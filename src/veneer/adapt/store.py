@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt import attach, files, fingerprint, manifest, narrow, native_format, peft_format, peft_read
+from veneer.adapt import attach, attached, files, fingerprint, manifest, narrow, native_format, peft_format, peft_read, peft_targets
 from veneer.adapt import probe as golden
 from veneer.adapt.checks import Problem, check_allowed, clash, dead, hollow, not_finite, refuse, resized
 from veneer.adapt.norms import size
-from veneer.adapt.peft_format import Changes, Config
+from veneer.adapt.peft_format import Changes
+from veneer.adapt.peft_targets import Config
 from veneer.errors import ConfigError, FormatError, first_few
 
 
@@ -41,7 +42,7 @@ def save(
     folder, allowed = Path(folder), check_allowed(allow)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; an adapter is saved in a folder")
-    changes = attach.changes(model, name)
+    changes = attached.changes(model, name)
     refuse(f"adapter {name!r} was not saved", hollow(changes))
     written = peft_format.write(model, changes)
     on_disk = changes if dtype is None else narrow.as_saved(changes, dtype, written is not None)
@@ -50,7 +51,7 @@ def save(
     problems = dead(on_disk, sizes) + not_finite(state) + ([] if written else native_format.homeless(changes))
     used = refuse(f"adapter {name!r} was not saved", problems, allowed)
     kept = golden.take(model, name, probe, dtype)
-    settings = {n: peft_format.at(written.config, n) for n in sizes} if written else None
+    settings = {n: peft_targets.at(written.config, n) for n in sizes} if written else None
     content = {
         **manifest.describe(changes, sizes, written.own if written else {}, settings),
         "base": fingerprint.measure(model),

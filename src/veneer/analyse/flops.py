@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from veneer.adapt.attach import base_parameters
+from veneer.adapt.attached import base_parameters
 from veneer.sites.find import kind_of
 
 ROWWISE = ("linear", "transposed")

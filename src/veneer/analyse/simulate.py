@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from veneer.adapt.attach import base_parameters
+from veneer.adapt.attached import base_parameters
 from veneer.adapt.head import cut
 from veneer.analyse.flops import Flops, counting
 from veneer.analyse.memory import Live, Saved, n_bytes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.errors import NotMergeable
 from veneer.methods import Delta
 from veneer.ops.linalg import effective_rank, precise, product_spectrum

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapt import algebra, attach, store
+from veneer.adapt import algebra, attached, store
 from veneer.adapt.files import replacing, write_json
 from veneer.app import adapted, pretrained
 from veneer.convert import dialects, pairs
@@ -158,7 +158,7 @@ def _on_base(found: Found, model: str, cut: tuple[int | None, float | None]) -> 
         notes.append(f"cut to ranks of at most {max(c.rank for c in cuts)}; {worst.site} kept least, {kept:.1%} of its energy")
         name = "plain"
     sites = {}
-    for site, delta in attach.changes(base, name):
+    for site, delta in attached.changes(base, name):
         f = delta.factors(site)
         if f is None or not f.is_product:
             raise FormatError(f"{site.name} holds no plain pair of factors; cut it to one with --rank or --energy")

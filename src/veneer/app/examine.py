@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapt.attach import changes, n_base_parameters, using
+from veneer.adapt.attach import using
+from veneer.adapt.attached import changes, n_base_parameters
 from veneer.analyse.spectra import spectra
 from veneer.app.dial import STRENGTHS, Point, dial, recommend
 from veneer.app.generate import continuation

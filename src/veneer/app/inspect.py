@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapt.attach import changes, n_base_parameters
+from veneer.adapt.attached import changes, n_base_parameters
 from veneer.adapt.manifest import method_of
 from veneer.adapt.merge import foresee
 from veneer.analyse.spectra import Spectrum, spectra

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapt.attach import layers
+from veneer.adapt.attached import layers
 from veneer.adapt.files import making, write_json
 from veneer.adapt.merge import Verdict, refusal
 from veneer.adapt.merge import merge as merge_into

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.adapt.attach import changes, n_base_parameters, using
+from veneer.adapt.attach import using
+from veneer.adapt.attached import changes, n_base_parameters
 from veneer.analyse import resident, simulate
 from veneer.analyse.simulate import Memory, Shape
 from veneer.app import fit as training

@@ -12,7 +12,7 @@ from torch import nn
 
 import veneer
 from veneer import embedded, methods, optim
-from veneer.adapt import attach, fingerprint
+from veneer.adapt import attach, attached, fingerprint
 from veneer.app import calibration, machine, pretrained, quantising, streamed, texts
 from veneer.app.texts import Text
 from veneer.data.pack import collate
@@ -143,10 +143,10 @@ def _try_out(model: nn.Module, run: Run, ready: Mapping[str, Text]) -> None:
 
 
 def _described(model: nn.Module, run: Run, parts: list[groups.Part]) -> str:
-    n, total = sum(p.parameter.numel() for p in parts), attach.n_base_parameters(model)
+    n, total = sum(p.parameter.numel() for p in parts), attached.n_base_parameters(model)
     if run.method == FULL:
         return f"full fine-tuning: all {n:,} parameters are trained, at lr {run.lr:g}"
-    found = attach.changes(model, NAME)
+    found = attached.changes(model, NAME)
     scales = sorted({round(s, 6) for site, delta in found if (s := _scale(delta.to_peft(site))) is not None})
     scale = f"; scale {' to '.join(f'{s:g}' for s in (scales[:1] + scales[-1:] if len(scales) > 1 else scales))}" if scales else ""
     return f"{run.method} on {len(found)} layers: {n:,} trained parameters, {n / total:.2%} of the model's {total:,}{scale}; lr {run.lr:g}"

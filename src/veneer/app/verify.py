@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.adapt import attach, manifest, peft_format, peft_read, probe, store
+from veneer.adapt import attach, attached, manifest, peft_format, peft_read, probe, store
 from veneer.adapt.checks import ALLOW
 from veneer.adapt.files import read_json
 from veneer.adapt.norms import size
@@ -97,7 +97,7 @@ def examine(model: nn.Module, folder: str | Path, *, inputs: Mapping[str, Any] |
             checks.append(Check(word, wrong[word] is None, wrong[word] or good))
     store.load(model, folder, NAME, allow=tuple(ALLOW))
     try:
-        sizes = {site.name: size(site, delta) for site, delta in attach.changes(model, NAME)}
+        sizes = {site.name: size(site, delta) for site, delta in attached.changes(model, NAME)}
         checks.append(_effect(model, inputs))
     finally:
         attach.detach(model, NAME)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from veneer.cli import flags
+from veneer.cli.calls import Call, Json, of_run, settings_of, show, shown, summary, told
 from veneer.cli.commands import Debug
 
 if TYPE_CHECKING:
-    from veneer.train.result import Change, Result
+    pass
 
-Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")]
 Config = Annotated[
     Path | None,
     typer.Option("--config", exists=True, dir_okay=False, metavar="<file.yaml>", help="Settings from a file; given flags replace them."),
@@ -26,28 +24,27 @@ Files = Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Te
 Rows = Annotated[int, typer.Option("--rows", metavar="<integer>", help="Rows to show.")]
 # The settings of a Run that decide what is read and learned.
 READING = "data model valid test known batch accumulate length packing train_on train_roles seed allow".split()
-Call = Callable[..., int | None]
 
 
 def combine() -> Call:
     from veneer.app.algebra import combine as run
     from veneer.app.algebra import text
 
-    return _told(run, text)
+    return told(run, text)
 
 
 def convert() -> Call:
     from veneer.app.convert import convert as run
     from veneer.app.convert import text
 
-    return _shown(run, text)
+    return shown(run, text)
 
 
 def convert_config() -> Call:
     from veneer.app.convert_run import convert_config as run
     from veneer.app.convert_run import text
 
-    return _shown(run, text)
+    return shown(run, text)
 
 
 def data() -> Call:
@@ -68,7 +65,7 @@ def data() -> Call:
         debug: Debug = False,
         **given: Any,
     ) -> int:
-        chosen = _settings(config, every, {**given, "data": [*(given["data"] or []), *(files or [])]})
+        chosen = settings_of(config, every, {**given, "data": [*(given["data"] or []), *(files or [])]})
         if action == "show":
             found = rows_of(Run.from_dict(chosen), rows)
             show(found, lambda: mask.text(found, mask.has_colour()), as_json)
@@ -108,31 +105,31 @@ def doctor() -> Call:
 def eval() -> Call:
     from veneer.app.eval import evaluate, text
 
-    return _shown(evaluate, text, without=["progress"])
+    return shown(evaluate, text, without=["progress"])
 
 
 def export() -> Call:
     from veneer.app.export import export as run
     from veneer.app.export import text
 
-    return _shown(run, text)
+    return shown(run, text)
 
 
 def extract() -> Call:
     from veneer.app.algebra import extract as run
     from veneer.app.algebra import text
 
-    return _told(run, text)
+    return told(run, text)
 
 
 def fit() -> Call:
     from veneer.app.fit import fit as start
     from veneer.train.run import Run
 
-    every = _of_run()
+    every = of_run()
 
     def call(*, config: Config = None, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
-        result = start(Run.from_dict(_settings(config, every, given)))
+        result = start(Run.from_dict(settings_of(config, every, given)))
         show({"folder": str(result.folder), **result.metrics}, lambda: summary(result), as_json)
 
     return flags.declare(call, every)
@@ -181,10 +178,10 @@ def plan() -> Call:
     from veneer.app.plan_text import text
     from veneer.train.run import Run
 
-    every = _of_run()
+    every = of_run()
 
     def call(*, config: Config = None, probe: Probe = True, as_json: Json = False, debug: Debug = False, **given: Any) -> int:
-        found = run(Run.from_dict(_settings(config, every, given)), probe=probe)
+        found = run(Run.from_dict(settings_of(config, every, given)), probe=probe)
         show(found.as_dict(), lambda: text(found), as_json)
         return 0 if found.problem is None else 3
 
@@ -207,7 +204,7 @@ def verify() -> Call:
     from veneer.app.verify import exit_code, text
     from veneer.app.verify import verify as run
 
-    return _shown(run, text, exit_code)
+    return shown(run, text, exit_code)
 
 
 def methods() -> Call:
@@ -218,68 +215,3 @@ def methods() -> Call:
         show(found, lambda: listing.text(found), as_json)
 
     return call
-
-
-def _told(run: Callable[..., dict[str, Any]], text: Callable[[dict[str, Any]], str]) -> Call:
-    """A verb whose outcome is the dictionary that its function returns."""
-    every = flags.of_function(run)
-
-    def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
-        found = run(**flags.values(every, given))
-        show(found, lambda: text(found), as_json)
-
-    return flags.declare(call, every)
-
-
-def _shown(
-    run: Callable[..., Any], text: Callable[[Any], str], exit_code: Callable[[Any], int] = lambda found: 0, without: Collection[str] = ()
-) -> Call:
-    """A verb whose outcome is an object with as_dict()."""
-    every = flags.of_function(run, without=without)
-
-    def call(*, as_json: Json = False, debug: Debug = False, **given: Any) -> int:
-        found = run(**flags.values(every, given))
-        show(found.as_dict(), lambda: text(found), as_json)
-        return exit_code(found)
-
-    return flags.declare(call, every)
-
-
-def _of_run() -> list[flags.Flag]:
-    """The flags of a Run: its settings, and every option of every method and optimiser."""
-    from veneer.train.run import Run
-
-    own = flags.of_settings(Run)
-    return [*own, *flags.of_methods({f.name for f in own}), *flags.of_optimisers()]
-
-
-def _settings(config: Path | None, every: list[flags.Flag], given: dict[str, Any]) -> dict[str, Any]:
-    """A Run's settings from a file and the flags that replace them."""
-    from veneer.train import settings
-    from veneer.train.run import Run
-
-    file = {} if config is None else settings.read_yaml(config.read_text(encoding="utf-8"), str(config))
-    chosen = flags.over(file, flags.values(every, given))
-    flags.check_optimiser(every, given, str(chosen.get("optimiser", Run.optimiser)))
-    return chosen
-
-
-def summary(result: Result) -> str:
-    """What a training led to, for people."""
-    lines = [_measured(f"learned ({result.metrics['learned']['text']})", result.learned)]
-    if result.forgotten:
-        lines.append(_measured("forgotten (known)", result.forgotten))
-    page = result.folder / "report.html"
-    if page.is_file():
-        lines.append(f"told in {page}")
-    return "\n".join([*lines, f"saved in {result.adapter}", f"next: veneer generate PROMPT --adapter {result.folder}"])
-
-
-def _measured(what: str, change: Change) -> str:
-    share = (change.after - change.before) / change.before
-    return f"{what:<18} {change.before:.3f} -> {change.after:.3f} bits per byte ({share:+.1%})"
-
-
-def show(outcome: Any, text: Callable[[], str], as_json: bool) -> None:
-    """A verb's outcome on stdout, for programs or for people."""
-    print(json.dumps(outcome, indent=2) if as_json else text())

@@ -22,7 +22,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import activate, active, adapters, changes, detach, hang, layers, refuse_compiled, train_only
+from veneer.adapt.attach import activate, detach, hang, refuse_compiled, train_only
+from veneer.adapt.attached import active, adapters, changes, layers
 from veneer.adapt.per_site import check_patterns, options_at
 from veneer.errors import ConfigError, SiteError, first_few, suggest
 from veneer.methods import Stats

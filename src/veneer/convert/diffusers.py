@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.adapt import files
-from veneer.adapt.peft_format import KEYS, PREFIX, at
+from veneer.adapt.peft_format import KEYS, PREFIX
+from veneer.adapt.peft_targets import at
 from veneer.convert import opened, peft
 from veneer.convert.base import Base
 from veneer.convert.detect import Found

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from veneer.adapt import files, manifest
-from veneer.adapt.peft_format import CONFIG, KEYS, LONG_KNOWN, PREFIX, TENSORS, at, targeted
+from veneer.adapt.peft_format import CONFIG, KEYS, LONG_KNOWN, PREFIX, TENSORS
 from veneer.adapt.peft_read import settings_problems
 from veneer.adapt.peft_starts import PLAIN
+from veneer.adapt.peft_targets import at, targeted
 from veneer.convert import opened
 from veneer.convert.base import Base
 from veneer.convert.detect import Found

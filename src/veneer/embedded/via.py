@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapt.attach import attach, changes
+from veneer.adapt.attach import attach
+from veneer.adapt.attached import changes
 from veneer.adapt.merge import merge
 from veneer.optim import Trained, make
 from veneer.optim.groups import adamw, by_rate, of_base

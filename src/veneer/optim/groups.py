@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.errors import ConfigError
 from veneer.methods import Delta
 from veneer.sites.embedding import EmbeddingSite

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.adapt.attach import check_called, layers
+from veneer.adapt.attach import check_called
+from veneer.adapt.attached import layers
 from veneer.adapt.head import Head, cut, difference
 from veneer.ops.chunked import CHUNK, Kernel, cross_entropy
 from veneer.ops.linalg import precise

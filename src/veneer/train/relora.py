@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import changes
+from veneer.adapt.attached import changes
 from veneer.errors import ConfigError, first_few
 from veneer.methods import build
 from veneer.methods.lora import LoRA

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapt.attach import layers
+from veneer.adapt.attached import layers
 from veneer.errors import FormatError, first_few
 from veneer.train.checkpoint import Checkpoint
 from veneer.train.step import Learner

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from veneer.adapt import attach
+from veneer.adapt import attach, attached
 from veneer.adapt.bank import Bank, living
 from veneer.adapt.forms import check_trainable
 from veneer.data.pack import Window
@@ -42,7 +42,7 @@ def share_base(models: Sequence[nn.Module]) -> None:
     """Has models of equal weights hold those of the first one; their own are given back to the system."""
     first = models[0]
     for model in models[1:]:
-        for name, p in attach.base_parameters(model).items():
+        for name, p in attached.base_parameters(model).items():
             p.data = first.get_parameter(name).data
         for name in [n for n, _ in model.named_buffers() if ".deltas." not in f".{n}"]:
             path, _, own = name.rpartition(".")
@@ -51,18 +51,18 @@ def share_base(models: Sequence[nn.Module]) -> None:
 
 def check(models: Mapping[str, nn.Module], adapter: str) -> None:
     """Raises ConfigError, with all of them, where `adapter` of these models, by names for messages, cannot be trained together."""
-    check_trainable({name: attach.changes(model, adapter) for name, model in models.items()})
+    check_trainable({name: attached.changes(model, adapter) for name, model in models.items()})
     for name, model in models.items():
-        heads = sorted({site.name for site, _ in attach.changes(model, adapter)} & output_head(model))
+        heads = sorted({site.name for site, _ in attached.changes(model, adapter)} & output_head(model))
         if heads:
             raise ConfigError(f"{name!r} changes {first_few(heads)}, which sees the rows of all runs as one; leave it out with exclude=")
 
 
 def carry(models: Sequence[nn.Module], adapter: str) -> Bank:
     """The bank of a copy of the first model that holds the very same base; its adapter i + 1 is `adapter` of models[i]."""
-    found = {str(i): attach.changes(model, adapter) for i, model in enumerate(models)}
+    found = {str(i): attached.changes(model, adapter) for i, model in enumerate(models)}
     first = models[0]
-    carrier = copy.deepcopy(first, {id(t): t for t in [*attach.base_parameters(first).values(), *first.buffers()]})
+    carrier = copy.deepcopy(first, {id(t): t for t in [*attached.base_parameters(first).values(), *first.buffers()]})
     kinds = {site.name: site.kind for changes in found.values() for site, _ in changes}
     sites = {name: site_of_kind(kind, name, carrier.get_submodule(name)) for name, kind in kinds.items()}
     attach.hang(carrier, "bank", living(found, sites))

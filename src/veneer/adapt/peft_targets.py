@@ -1,0 +1,59 @@
+"""Which layers PEFT's settings mean, and what they say of each of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Config = dict[str, Any]
+
+# Settings that may be another one by layer, and where those stand.
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "n_frequency": "n_frequency_pattern"}
+
+
+def at(config: Mapping[str, Any], name: str) -> Config:
+    """The settings of one layer: rank and alpha by PEFT's rule, the first pattern that ends the layer's name."""
+    found = dict(config)
+    for key, pattern in PATTERNS.items():
+        hit = next((v for k, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", name)), None)
+        if hit is not None:
+            found[key] = hit
+    return {k: v for k, v in found.items() if k not in PATTERNS.values()}
+
+
+def wrapped(config: Config, names: Iterable[str]) -> set[str]:
+    """The modules that PEFT keeps whole: their names end with an entry of modules_to_save, wherever it begins."""
+    entries = tuple(config.get("modules_to_save") or ())
+    return {n for n in names if entries and n.endswith(entries)}
+
+
+def targeted(config: Config, name: str) -> bool:
+    """Whether PEFT adapts the layer called `name`."""
+    exclude, targets = config.get("exclude_modules"), config["target_modules"]
+    if re.fullmatch(exclude, name) if isinstance(exclude, str) else ends(name, exclude or ()):
+        return False
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.get("modules_to_save") or ()):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return name in targets or (ends(name, targets) and _in_layers(config, name))
+
+
+def _in_layers(config: Config, name: str) -> bool:
+    """Whether the number of the layer's block is among layers_to_transform."""
+    wanted = config.get("layers_to_transform")
+    if wanted is None or wanted == []:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        lead = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
+        found = re.match(rf"{lead}{pattern}\.(\d+)\.", name)
+        if found:
+            return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def ends(name: str, entries: Iterable[str]) -> bool:
+    """Whether the name is one of the entries, or ends with one as whole words between dots."""
+    return any(name == e or name.endswith(f".{e}") for e in entries)
