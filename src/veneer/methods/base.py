@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from abc import ABC
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -14,9 +12,11 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, suggest
 from veneer.ops.sketch import Svd
+from veneer.registry import Registry
 from veneer.sites import Site, find
 from veneer.sites.find import Target
 
+METHODS = Registry("veneer.methods", "method", apart=("base", "inits"))
 ROWWISE = ("linear", "transposed")  # kinds of site that map vectors one by one, the last dimension of x
 
 
@@ -169,18 +169,12 @@ class Delta(nn.Module, ABC):
 
 def available() -> list[str]:
     """Names of all methods: the files of this folder."""
-    import veneer.methods as folder
-
-    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name != "base" and not m.ispkg)
+    return METHODS.names()
 
 
 def get(name: str) -> type[Delta]:
     """The method called `name`. Raises ConfigError with the nearest name for an unknown one."""
-    if name not in available():
-        raise ConfigError(f"unknown method {name!r}{suggest(name, available())}")
-    module = importlib.import_module(f"veneer.methods.{name}")
-    own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Delta) and c.__module__ == module.__name__]
-    return own[0]
+    return METHODS.own_class(name, Delta)
 
 
 def options_of(method: type[Delta]) -> dict[str, inspect.Parameter]:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from typing import Any
 
 from veneer.errors import ConfigError, suggest
 from veneer.optim.base import Optimiser, Trained
+from veneer.registry import Registry
 
 __all__ = ["Optimiser", "Trained", "available", "get", "make", "options_of"]
 
-MACHINERY = ("base", "groups", "moments", "paired", "pairs")  # files that are no optimiser
+OPTIMISERS = Registry(__name__, "optimiser", apart=("base", "groups", "moments", "paired", "pairs"), dashes=True)
 
 
 def available() -> list[str]:
     """Names of all optimisers."""
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if m.name not in MACHINERY)
+    return OPTIMISERS.names()
 
 
 def get(name: str) -> type[Optimiser]:
     """The optimiser called `name`. Raises ConfigError with the nearest name for an unknown one."""
-    if name not in available():
-        raise ConfigError(f"unknown optimiser {name!r}{suggest(name, available())}")
-    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Optimiser) and c.__module__ == module.__name__]
-    return own[0]
+    return OPTIMISERS.own_class(name, Optimiser)  # type: ignore[type-abstract]
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:

@@ -7,9 +7,7 @@ if it makes up for what quantisation took (it then acts from the first step on, 
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import NamedTuple
@@ -20,7 +18,9 @@ from torch import Tensor
 from veneer.errors import ConfigError, suggest
 from veneer.methods.base import Stats
 from veneer.ops.sketch import Svd
+from veneer.registry import Registry
 
+STARTS = Registry(__name__, "init")
 Options = Mapping[str, float | str]
 
 
@@ -69,14 +69,12 @@ Init = Callable[..., tuple[Tensor, Tensor]]  # (Start, *, options) -> A (r, in),
 
 def available() -> list[str]:
     """Names of all starts."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return STARTS.names()
 
 
 def get(name: str) -> ModuleType:
     """The module of a start. Raises ConfigError for an unknown one."""
-    if name not in available():
-        raise ConfigError(f"unknown init {name!r}{suggest(name, available())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return STARTS.module(name)
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from veneer.errors import ConfigError, suggest
+from veneer.errors import ConfigError
+from veneer.registry import Registry
 
-NO_TRACKERS = ("base", "feed")  # files of this folder that are something else
+TRACKERS = Registry("veneer.train.track", "tracker", apart=("base", "feed"))
 
 
 class Tracker(ABC):
@@ -38,18 +37,12 @@ class Tracker(ABC):
 
 def available() -> list[str]:
     """Names of all trackers."""
-    import veneer.train.track as folder
-
-    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name not in NO_TRACKERS)
+    return TRACKERS.names()
 
 
 def get(name: str) -> type[Tracker]:
     """The tracker called `name`. Raises ConfigError with the nearest name for an unknown one."""
-    if name not in available():
-        raise ConfigError(f"unknown tracker {name!r}{suggest(name, available())}")
-    module = importlib.import_module(f"veneer.train.track.{name}")
-    kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, Tracker) and k.__module__ == module.__name__]
-    return kinds[0]
+    return TRACKERS.own_class(name, Tracker)  # type: ignore[type-abstract]
 
 
 def check_installed(names: Iterable[str]) -> None:
