@@ -334,6 +334,23 @@ def test_other_settings_texts_or_weights_are_refused_with_a_list(given, place, t
     assert config["run"]["lr"] == 0.5 and "config: lr: 0.01 -> 0.5" in config["allowed"]
 
 
+def test_settings_that_came_after_the_run_began_are_at_their_defaults(given):
+    halfway(given)
+    path = Path(given["out"]) / "config.json"
+    begun = json.loads(path.read_text())
+    for gone in ("clip", "train_on", "rank_pattern", "optimiser_options"):
+        del begun["run"][gone]
+    path.write_text(json.dumps(begun))
+    with pytest.raises(ConfigError) as e:
+        fit(resumed(given, clip=0.5, train_on="all"), progress=False)
+    assert str(e.value).splitlines()[1:-1] == ["  config: clip: 1.0 -> 0.5", "  config: train_on: completion -> all"]
+    rank = given["options"]["rank"]
+    with pytest.raises(ConfigError, match=rf"\n  config: options: rank: {rank} -> {rank + 1}\n"):
+        fit(resumed(given, options={**given["options"], "rank": rank + 1}), progress=False)
+    result = fit(resumed(given, options={**given["options"], "init": "kaiming"}), progress=False)  # lora's default, now said
+    assert not any("differs" in note for note in result.metrics["notes"])
+
+
 def test_metrics_that_were_lost_are_missed(given):
     halfway(given)
     metrics = Path(given["out"]) / "metrics.jsonl"

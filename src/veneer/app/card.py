@@ -15,7 +15,8 @@ from veneer.analyse.story import Told
 from veneer.analyse.words import amount, percent, plain, seconds
 from veneer.app import load_it
 from veneer.train import described
-from veneer.train.folder import ADAPTER, CONFIG, RESULTS
+from veneer.train.folder import ADAPTER, RESULTS
+from veneer.train.folder import record as record_of
 
 CARD = "README.md"
 # Settings that shape a training, in the order of the card; data, method and places are told elsewhere.
@@ -28,7 +29,7 @@ SHAPING = (
 def write(run: Path) -> Path:
     """Writes the card into the adapter's folder of a finished run. Raises FormatError for files that are damaged."""
     folder = run / ADAPTER
-    content = text(Told(read_json(run / RESULTS), read_json(run / CONFIG), (), run), read_json(folder / manifest.NAME), _peft(folder))
+    content = text(Told(read_json(run / RESULTS), record_of(run), (), run), read_json(folder / manifest.NAME), _peft(folder))
     with replacing(folder / CARD) as (temporary,):
         temporary.write_text(content, encoding="utf-8")
     return folder / CARD
