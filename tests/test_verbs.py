@@ -11,6 +11,7 @@ import veneer
 from veneer.adapt.attached import changes
 from veneer.app import pretrained
 from veneer.app.adapted import parse
+from veneer.app.generate import continuation
 from veneer.cli.frame import main
 from veneer.errors import ConfigError
 
@@ -44,6 +45,20 @@ def test_one_adapter_at_several_strengths_side_by_side(run, capsys):
     assert main([*words, "--temperature", "0", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert list(told) == ["base", "fit", "fit at 0.5", "fit at 0"] and told["fit at 0"] == told["base"]
+
+
+def test_a_fully_fine_tuned_model_beside_a_low_rank_adapter(run, capsys):
+    words = ["fit", "--data", "builtin:prose", "--known", "none", "--steps", "2", "--batch", "2", "--length", "64", "--no-report"]
+    assert main([*words, "--eval-windows", "2", "--method", "full", "--lr", "0.003", "--out", str(run / "whole")]) == 0
+    words = ["generate", "def area(", "--adapter", str(run / "whole"), "--adapter", str(run / "fit"), "--adapter", f"{run / 'whole'}@0"]
+    capsys.readouterr()
+    assert main([*words, "--tokens", "8", "--temperature", "0", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == ["base", "whole", "fit", "whole at 0"] and told["whole at 0"] == told["base"] != told["whole"]
+    model = pretrained.causal_lm("builtin", torch.float32, torch.device("cpu"))
+    veneer.load(model, run / "fit" / "adapter")
+    tokenizer = pretrained.tokenizer("builtin")
+    assert told["fit"] == continuation(model, tokenizer, "def area(", temperature=0, max_new_tokens=8)
 
 
 def test_inspect_tells_layers_and_what_a_merge_would_cost(run, capsys):

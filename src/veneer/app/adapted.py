@@ -147,6 +147,13 @@ def alone(model: nn.Module, w: Wanted | None, allow: Sequence[str] = ()) -> Iter
             detach(model, w.name)
 
 
+def check(model: nn.Module, wanted: Sequence[Wanted], allow: Sequence[str] = ()) -> None:
+    """Raises what loading raises for the first adapter that cannot be loaded, before any is used."""
+    for w in {w.folder: w for w in wanted}.values():
+        with alone(model, w, allow):
+            pass
+
+
 def open_all(
     specs: Sequence[str],
     *,

@@ -116,9 +116,7 @@ def evaluate(
     opened = adapted.open_base(base, wanted, DTYPES[dtype], str(machine.device(device)))
     length = length or min(LENGTH, door.context(opened.model) or LENGTH)
     door.check_length(opened.model, length)
-    for w in wanted:  # what cannot be loaded is refused before the first is measured
-        with adapted.alone(opened.model, w, allow):
-            pass
+    adapted.check(opened.model, wanted, allow)
     reading = Run(data=("-",), length=length, packing=False, train_on=train_on, allow=("truncate",) if truncate else ())
     read = [_Text.of(name, some, reading, opened, kept) for name, some in rows.items()]
     options = benchmarks.Options(shots, chat, examples or None, batch)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from veneer.adapt.attach import using
 from veneer.app import adapted
 from veneer.data.chat import plain, text_of
 from veneer.errors import ConfigError
@@ -46,13 +45,14 @@ def generate(
         raise ConfigError("tokens must be 1 or more, temperature 0 or more, top_p above 0 and at most 1")
     if not adapter and model is None:
         model = "builtin"
-    opened, wanted = adapted.open_all(adapter, model=model, device=device, allow=allow)
+    wanted = adapted.there(adapter)
+    opened = adapted.open_base(model or adapted.base_of(wanted), wanted, torch.float32, device)
+    adapted.check(opened.model, wanted, allow)
     options = {"max_new_tokens": tokens, "temperature": temperature, "top_p": top_p}
     found: dict[str, str] = {}
-    shown: list[tuple[str, Mapping[str, float]]] = [("base", {})] if base or not wanted else []
-    shown += [(adapted.title(w), {w.name: w.strength}) for w in wanted]
-    for title, strengths in shown:
-        with using(opened.model, strengths):
+    shown: dict[str, adapted.Wanted | None] = {"base": None} if base or not wanted else {}
+    for title, acting in {**shown, **{adapted.title(w): w for w in wanted}}.items():
+        with adapted.alone(opened.model, acting, allow):
             found[title] = continuation(opened.model, opened.tokenizer, _prompt(prompt, opened.tokenizer, chat), seed=seed, **options)
     return found
 
