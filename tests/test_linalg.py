@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from veneer.errors import ShapeError
 from veneer.ops.draws import keyed
-from veneer.ops.linalg import effective_rank, leading_svd, product_norm, product_spectrum, row_norms, row_norms_of_sum
+from veneer.ops.linalg import (
+    effective_rank,
+    leading_svd,
+    leading_svds,
+    norm_without,
+    product_norm,
+    product_spectrum,
+    row_norms,
+    row_norms_of_sum,
+)
 
 
 def spectrum_matrix(out, in_, values, seed=0):
@@ -36,6 +45,28 @@ def test_the_same_draw_gives_the_same_factors():
     W = torch.randn(200, 150, generator=keyed(0, "W"))
     one, two, other = (leading_svd(W, 4, keyed(0, n)) for n in ("a", "a", "b"))
     assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True)) and not torch.equal(one[0], other[0])
+
+
+@pytest.mark.parametrize(("out", "in_"), [(96, 80), (80, 96), (20, 12)])  # the last one is decomposed exactly
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 1e-4)])
+def test_a_stack_has_the_factors_of_one_at_a_time(out, in_, dtype, tolerance):
+    Ws = [spectrum_matrix(out, in_, np.arange(1, 100) ** -0.5, seed).to(dtype) for seed in range(3)]
+    names = ["a", "b", "c"]
+    for W, n, (U, S, Vh) in zip(Ws, names, leading_svds(Ws, 4, [keyed(0, n) for n in names]), strict=True):
+        u, s, v = leading_svd(W, 4, keyed(0, n))
+        assert (U.shape, S.shape, Vh.shape, U.dtype) == (u.shape, s.shape, v.shape, u.dtype)
+        assert float(((U * S) @ Vh - (u * s) @ v).norm() / s.norm()) <= tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+@pytest.mark.parametrize("r", [1, 5, 12])
+def test_what_is_left_without_a_product_is_told_without_the_difference(r, dtype, tolerance):
+    W = torch.randn(30, 20, dtype=torch.float64).to(dtype)
+    B, A = torch.randn(30, r, dtype=torch.float64), torch.randn(r, 20, dtype=torch.float64) / r
+    B, A = (t.to(torch.promote_types(dtype, torch.float32)) for t in (B, A))
+    expected = np.linalg.norm(W.double().numpy() - (B.double() @ A.double()).numpy()) / np.linalg.norm(W.double().numpy())
+    assert norm_without(W, B, A) == pytest.approx(expected, rel=tolerance)
+    assert norm_without(torch.zeros(30, 20), B.float(), A.float()) == 0
 
 
 def test_a_rank_out_of_range_is_refused():

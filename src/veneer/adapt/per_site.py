@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer import methods
+from veneer.adapt.ahead import Ahead
 from veneer.errors import ConfigError, ShapeError, first_few
 from veneer.methods import Delta, Stats
 from veneer.sites import Site
@@ -17,10 +18,10 @@ def build_all(
 ) -> list[tuple[Site, Delta]]:
     """Every change, or one error that names every layer it does not fit. stats: what calibration saw, by layer."""
     _check_stats(kind, sites, stats)
-    built, problems = [], []
-    for site, own in zip(sites, options, strict=True):
+    built, problems, ahead = [], [], Ahead(kind, sites, options)
+    for i, (site, own) in enumerate(zip(sites, options, strict=True)):
         try:
-            built.append((site, methods.build(kind, site, own, None if stats is None else stats[site.name])))
+            built.append((site, methods.build(kind, site, own, ahead.of(i, None if stats is None else stats[site.name]))))
         except ShapeError as e:
             problems.append(str(e))
     if problems:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from veneer.analyse import page, plots
-from veneer.analyse.words import amount, moved, percent, plain, seconds
+from veneer.analyse.words import amount, moved, percent, plain, seconds, started
 
 
 class Told(NamedTuple):
@@ -171,8 +171,10 @@ def _layers(run: Told, drawn: Drawn) -> str:
         [s["site"], str(s["rank"]), f"{s['effective_rank']:.1f}", str(s["energy_rank"]), f"{s['norm']:.3g}", f"{s['relative']:.2%}"]
         for s in layers
     ]
+    start = run.results.get("start")
     return page.section(
         "What changed inside",
+        page.paragraph(f"Before the first step {started(start)}.", "sub") if start else "",
         page.pair(
             _shown(drawn, "singular-values", "Singular values of the change", values),
             _shown(drawn, "effective-ranks", "Effective rank of the change, layer by layer", ranks),

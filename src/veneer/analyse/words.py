@@ -32,6 +32,13 @@ def seconds(n: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def started(start: Mapping[str, Any]) -> str:
+    """What a start that is taken out of the weights leaves there, as results.json has it."""
+    middle, least, most = (f"{100 * start['left'][k]:.3g}" for k in ("median", "least", "most"))
+    over = f"{least} to {most} % over {len(start['layers'])} layers"
+    return f"init {start['init']} leaves {middle} % of the norm of a weight in the median, {over}"
+
+
 def plain(value: Any) -> str:
     """A setting as one would write it; a dash for nothing."""
     if value is None or value == [] or value == {} or value == "":

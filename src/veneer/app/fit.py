@@ -168,6 +168,7 @@ def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float]
         "trainable_parameters": sum(p.parameter.numel() for p in ready.parts),
         "adapter_bytes": sum(p.stat().st_size for p in (out / folder.ADAPTER).glob("*.safetensors")),
         "tokens": position.tokens,
+        **{k: ready.config[k] for k in ("start",) if k in ready.config},
         "padding_share": 1 - position.tokens / max(1, position.positions),
         "seconds": position.seconds,
         "peak_memory_bytes": machine.peak_memory(next(model.parameters()).device),

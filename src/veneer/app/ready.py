@@ -13,7 +13,8 @@ from torch import nn
 import veneer
 from veneer import embedded, methods, optim
 from veneer.adapt import attach, attached, fingerprint
-from veneer.app import calibration, machine, pretrained, quantising, streamed, texts
+from veneer.analyse.words import started
+from veneer.app import calibration, machine, pretrained, quantising, start, streamed, texts
 from veneer.app.texts import Text
 from veneer.data.pack import collate
 from veneer.errors import ConfigError
@@ -62,6 +63,7 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
         blank = only_shapes or calibration.goes_on(run)
         stats = calibration.unseen(model, run) if blank else calibration.look(model, run, ready["train"].windows, pad, voice)
     parts = adapt(model, run, stats)
+    begun = {} if only_shapes else _begun(model, run, stats, voice)
     compiling.recompute(model, run.gradient_checkpointing)
     _try_out(model, run, ready)
     optimiser = optim.make(run.optimiser, **run.optimiser_options)
@@ -77,6 +79,7 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
         "run": asdict(run),
         "data": {part: t.facts for part, t in ready.items()},
         "base": base,
+        **begun,
         "notes": list(voice.said),
     }
     return Ready(run, model, parts, optimiser, pad, ready, config)
@@ -118,6 +121,17 @@ def adapt(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None 
     if run.embedding_lr is not None and not any(p.embedding for p in parts):
         raise ConfigError("embedding_lr is given, but no embedding is changed; leave it out, or adapt embeddings with to=")
     return parts
+
+
+def _begun(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None, voice: Voice) -> dict[str, Any]:
+    """What a start that is taken out of the weights leaves there, for config.json."""
+    init = start.of_weights(run)
+    layers = start.left(model, NAME, stats) if init else {}
+    if init is None or not layers:
+        return {}
+    found = start.described(init, layers)
+    voice.say(started(found))
+    return {"start": found}
 
 
 def _keep_frozen(model: nn.Module, trained: set[int]) -> None:

@@ -65,9 +65,13 @@ def settings_of(config: Path | None, every: list[flags.Flag], given: dict[str, A
 
 def summary(result: Result) -> str:
     """What a training led to, for people."""
+    from veneer.analyse.words import started
+
     lines = [_measured(f"learned ({result.metrics['learned']['text']})", result.learned)]
     if result.forgotten:
         lines.append(_measured("forgotten (known)", result.forgotten))
+    if "start" in result.metrics:
+        lines.append(started(result.metrics["start"]))
     page = result.folder / "report.html"
     if page.is_file():
         lines.append(f"told in {page}")

@@ -85,8 +85,8 @@ def quantise_around(
         W = _as_loaded(site)
         if site.name in ranks:
             draw = keyed(seed, f"{site.name} {start}")
-            parts, low, _ = split(W, chosen, ranks[site.name], iterations=iterations, draw=draw, whole_first=STARTS[start])
-            found[site.name] = Stats(residual=low)
+            parts, low, left = split(W, chosen, ranks[site.name], iterations=iterations, draw=draw, whole_first=STARTS[start])
+            found[site.name] = Stats(residual=low, left=left)
         else:
             parts = chosen.pack(W)
         places.put(site.module, layer_of(site, parts, chosen))

@@ -44,14 +44,16 @@ class Factors(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What is known of a layer before an adapter starts there, both of the size of W (out, in).
+    """What is known of a layer before an adapter starts there, of the size of W (out, in).
 
     gradient: the leading part of the loss's gradient in W, which calibration saw; residual: the leading part of what
-    quantisation took from W.
+    quantisation took from W, and left: the share of W's norm that is in neither; leading: the leading part of W itself.
     """
 
     gradient: Svd | None = None
     residual: Svd | None = None
+    left: float | None = None
+    leading: Svd | None = None
 
 
 class PeftForm(NamedTuple):
@@ -141,6 +143,10 @@ class Delta(nn.Module, ABC):
         """The layer's output y with this change, which acts alone and in full. writable: y may be written into."""
         change: Tensor = self(x, y, site)
         return y + change
+
+    def taken(self) -> Factors | None:
+        """B A of the start that is subtracted, so that the layer starts as it was; None where nothing has to be."""
+        return None
 
     def gains_input(self, site: Site) -> bool:
         """Whether this change may want the layer's input multiplied."""

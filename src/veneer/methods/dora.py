@@ -63,6 +63,9 @@ class DoRA(Delta):
         safe = torch.where(norm > 0, norm, 1)  # a row of zeros (a padding token) stays one
         return Factors(low.A, low.B, torch.where(norm > 0, self.m / safe, 1))
 
+    def taken(self) -> Factors | None:
+        return self.lora.taken()
+
     def to_peft(self, site: Site) -> PeftForm | None:
         form = self.lora.to_peft(site)
         if form is None:

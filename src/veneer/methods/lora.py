@@ -94,6 +94,9 @@ class LoRA(Delta):
         A, B = self.pair()
         return Factors(A, self.scaling * B)
 
+    def taken(self) -> Factors | None:
+        return None if self.A0 is None or self.B0 is None else Factors(self.A0, self.scaling * self.B0)
+
     def pair(self) -> tuple[Tensor, Tensor]:
         """A (k, in), B (out, k) with B A the unscaled change; k = r, or 2r where a start is subtracted.
 

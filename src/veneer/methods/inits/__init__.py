@@ -1,8 +1,9 @@
 """Starts of a low-rank pair: one file, one function `start`; the file's name is the start's name.
 
 The options of a start are the keyword parameters of its `start(s, *, ..)`, given together as `init_options`. Beside it
-stand `alpha(rank, stabilised)`, alpha where none is given, and `NEEDS`: "gradient" if it looks at calibration's, "residual"
-if it makes up for what quantisation took (it then acts from the first step on, and is not subtracted), or "".
+stand `alpha(rank, stabilised)`, alpha where none is given, and `NEEDS`: "weight" if s B A is a part of W, "leading" if it is
+the leading one, "gradient" if it looks at calibration's, "residual" if it makes up for what quantisation took (it then acts
+from the first step on, and is not subtracted), or "".
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, suggest
 from veneer.methods.base import Stats
+from veneer.ops.linalg import leading_svd
 from veneer.ops.sketch import Svd
 from veneer.registry import Registry
 
 STARTS = Registry(__name__, "init")
 Options = Mapping[str, float | str]
+OF_WEIGHT = ("weight", "leading", "residual")  # what a start NEEDS that takes B A out of the weight
 
 
 class Start(NamedTuple):
@@ -49,6 +52,12 @@ class Start(NamedTuple):
         if len(found.S) < wanted:
             raise ConfigError(f"calibrated for rank {len(found.S) // 2}, but the rank here is {self.rank}; calibrate with rank={self.rank}")
         return Svd(*(t.to(self.W) for t in (found.U[:, :rank], found.S[:rank], found.Vh[:rank])))
+
+    def leading(self) -> Svd:
+        """The leading triplets of W, as many as the rank."""
+        if self.stats is not None and self.stats.leading is not None:
+            return self.stats.leading
+        return Svd(*leading_svd(self.W, self.rank, self.draw))
 
     def residual(self) -> tuple[Tensor, Tensor]:
         """A (r, in), B (out, r) with s B A the part of W that quantisation took apart for them. Raises ConfigError where it did not."""

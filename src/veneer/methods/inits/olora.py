@@ -6,7 +6,7 @@ from torch import Tensor
 from veneer.methods.inits import Start
 from veneer.ops.linalg import check_rank, precise
 
-NEEDS = ""
+NEEDS = "weight"
 
 
 def alpha(rank: int, stabilised: bool) -> float:

@@ -3,9 +3,8 @@
 from torch import Tensor
 
 from veneer.methods.inits import Start
-from veneer.ops.linalg import leading_svd
 
-NEEDS = ""
+NEEDS = "leading"
 
 
 def alpha(rank: int, stabilised: bool) -> float:
@@ -14,6 +13,6 @@ def alpha(rank: int, stabilised: bool) -> float:
 
 def start(s: Start) -> tuple[Tensor, Tensor]:
     """A = (S/s)^1/2 V' (r, in), B = U (S/s)^1/2 (out, r), by a seeded, oversampled randomised SVD."""
-    U, S, Vh = leading_svd(s.W, s.rank, s.draw)
+    U, S, Vh = s.leading()
     root = (S / s.scaling).sqrt()
     return root[:, None] * Vh, U * root
