@@ -165,7 +165,7 @@ def _settings(model: nn.Module, forms: dict[str, PeftForm], saved: list[str], se
     shared = [{k: v for k, v in own.items() if k not in patterns} for own in per_site.values()]
     if any(own != shared[0] for own in shared):
         return None
-    config = {**settings.always, **shared[0], "modules_to_save": saved or None, **_origin(model, saved)}
+    config = {**settings.always, **shared[0], "modules_to_save": saved or None, **origin(model, saved)}
     for key, pattern in patterns.items():
         config[key], config[pattern] = _pattern({n: _whole(own[key]) for n, own in per_site.items()})
     names = [n for n, m in model.named_modules() if ".deltas" not in f".{n}"]
@@ -178,7 +178,7 @@ def _settings(model: nn.Module, forms: dict[str, PeftForm], saved: list[str], se
     return None
 
 
-def _origin(model: nn.Module, saved: list[str]) -> Config:
+def origin(model: nn.Module, saved: list[str]) -> Config:
     """Where the base came from, and the task by which PEFT chooses its wrapper; without the task's head in it, none."""
     kind, known = type(model), getattr(getattr(model, "config", None), "model_type", None)
     task = next((t for end, t in TASKS.items() if known and kind.__name__.endswith(end)), None)

@@ -13,13 +13,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt import attach, attached, files, fingerprint, manifest, narrow, native_format, peft_format, peft_read, peft_targets
+from veneer.adapt import (
+    attach,
+    attached,
+    files,
+    fingerprint,
+    manifest,
+    narrow,
+    native_format,
+    peft_format,
+    peft_prefix,
+    peft_read,
+    peft_targets,
+)
 from veneer.adapt import probe as golden
 from veneer.adapt.checks import Problem, check_allowed, clash, dead, hollow, not_finite, refuse, resized
 from veneer.adapt.norms import size
 from veneer.adapt.peft_format import Changes
 from veneer.adapt.peft_targets import Config
 from veneer.errors import ConfigError, FormatError, first_few
+from veneer.methods.prefix import Prefix
 
 
 def save(
@@ -44,7 +57,7 @@ def save(
         raise ConfigError(f"{folder} is a file; an adapter is saved in a folder")
     changes = attached.changes(model, name)
     refuse(f"adapter {name!r} was not saved", hollow(changes))
-    written = peft_format.write(model, changes)
+    written = (peft_prefix if peft_prefix.is_prefix(changes) else peft_format).write(model, changes)
     on_disk = changes if dtype is None else narrow.as_saved(changes, dtype, written is not None)
     sizes = {site.name: size(site, delta) for site, delta in on_disk}
     state = {f"{site.name}.{k}": t for site, delta in on_disk for k, t in delta.state_dict().items()}
@@ -89,7 +102,7 @@ def load(
 ) -> nn.Module:
     """The same model with the adapter in `folder` attached as `name`, acting at strength 1.
 
-    Reads what `save` wrote, and PEFT's LoRA folders. trainable: whether it, and it alone, takes gradients. initial:
+    Reads what `save` wrote, and PEFT's folders. trainable: whether it, and it alone, takes gradients. initial:
     PEFT's folder of the adapter before training, for its starts that the base does not determine (pissa_niter, corda,
     lora_ga). allow: words for what to let through, see ALLOW. Raises FormatError that lists everything at once: another
     base, missing, unused or misshapen tensors, a changed file, a change that is zero or not finite, a failed probe, no
@@ -172,7 +185,10 @@ def _read(model: nn.Module, found: Opened, initial: dict[str, Tensor] | None) ->
         assert record is not None
         return native_format.read(model, record, found.tensors)
     own = {n: entry["own"] for n, entry in record["sites"].items()} if record else {}
-    changes, problems = peft_read.read(model, peft_read.Source(found.config, found.tensors, own, initial))
+    if peft_format.method_of(found.config) is Prefix:
+        changes, problems = peft_prefix.read(model, found.config, found.tensors)
+    else:
+        changes, problems = peft_read.read(model, peft_read.Source(found.config, found.tensors, own, initial))
     if record is None or problems:
         return changes, problems
     odd = {site.name for site, _ in changes} ^ set(record["sites"])

@@ -5,6 +5,9 @@ a cache and with padding on the left. With rotary positions the trained keys are
 at which they were trained, turned as they are. The paper trains them through a network that is thrown away; here they
 are trained themselves, as one does for large models.
 
+PEFT moves the text p positions on, behind the keys. With rotary positions that is the same as turned keys, and files go both ways;
+with learned positions, and where layers see a part of the text only, it is another text, and such files are refused.
+
 Parameters: 2 p d a layer (d: kv_heads * head_dim).
 State: keys and values.
 Cost: p more positions in every attention; it cannot be merged. At strengths other than 1 and beside other prefixes each costs an
@@ -35,6 +38,12 @@ NAME, OWN = "veneer_prefix", "sdpa"  # our attention in transformers' registry, 
 
 class Prefix(Delta):
     """K and V (kv_heads, p, head_dim) start as small noise."""
+
+    peft_settings = {
+        **dict.fromkeys(["encoder_hidden_size", "init_weights", "num_attention_heads", "num_layers", "num_virtual_tokens", "token_dim"]),
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+    }
 
     def __init__(self, site: Site, *, length: int = 16, start: float = 0.1, seed: int = 0) -> None:
         """
@@ -76,6 +85,10 @@ class Prefix(Delta):
     def close(cls, model: Any) -> None:
         """The model's own attention again."""
         model.set_attn_implementation(OWN)
+
+    @classmethod
+    def reads_peft(cls, config: dict[str, Any]) -> bool:
+        return config.get("peft_type") == "PREFIX_TUNING"
 
     def delta(self, site: Site) -> Tensor:
         raise NotMergeable(f"the prefix of {site.name!r} is no change of a weight, but keys and values; keep it as an adapter")

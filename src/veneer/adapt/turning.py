@@ -1,0 +1,80 @@
+"""How positions turn the keys of a model's attentions: what takes a trained key from one place of a text to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt import probe
+from veneer.adapt.attach import using
+
+FAR = 37  # positions between the two places that are compared
+CHANGING = ("dynamic", "longrope")  # kinds of rotary positions whose frequencies depend on the length of the text
+
+
+class Turn(NamedTuple):
+    """A layer's: radians a position of each pair of numbers, none where it ignores positions; and whether pairs are neighbours.
+
+    Pairs are the first two numbers, the next two and so on if neighbours; else number i and number i + n of n pairs.
+    """
+
+    radians: Tensor
+    neighbours: bool = False
+
+
+def turned(keys: Tensor, turn: Turn, distance: int) -> Tensor:
+    """Keys (.., head_dim) as they are `distance` positions further on; numbers behind the last pair stay as they are."""
+    n, angle = turn.radians.numel(), distance * turn.radians.double()
+    part, rest = keys[..., : 2 * n], keys[..., 2 * n :]
+    a, b = (part[..., ::2], part[..., 1::2]) if turn.neighbours else part.chunk(2, -1)
+    cos, sin = angle.cos().to(keys), angle.sin().to(keys)
+    moved = (a * cos - b * sin, b * cos + a * sin)
+    return torch.cat([torch.stack(moved, -1).flatten(-2) if turn.neighbours else torch.cat(moved, -1), rest], -1)
+
+
+@torch.no_grad()
+def turns(model: nn.Module) -> list[Turn] | str:
+    """How every layer of a language model turns its keys, or why none are known.
+
+    Measured: the same tokens are read from two positions, and each layer's keys must be one another's, turned.
+    """
+    changing = [kind for kind in _rotary_kinds(getattr(model, "config", None)) if kind in CHANGING]
+    if changing:
+        return f"the frequencies of its positions change with the length of the text ({changing[0]})"
+    radians = list({tuple(t.flatten().tolist()): t for n, t in model.named_buffers() if n.endswith("inv_freq")}.values())
+    if not radians:
+        return "its positions are not rotary"
+    try:
+        here, there = (_keys(model, start) for start in (0, FAR))
+    except Exception as e:  # a model may need other inputs, or keep no keys, and then says so in its own way
+        return f"its keys could not be read ({type(e).__name__})"
+    known = [Turn(radians[0][:0]), *(Turn(t.flatten(), neighbours) for t in radians for neighbours in (False, True))]
+    found = [next((turn for turn in known if _fits(turn, a, b)), None) for a, b in zip(here, there, strict=True)]
+    odd = [str(i) for i, turn in enumerate(found) if turn is None]
+    return f"its keys depend on positions in another way (layer {odd[0]})" if odd else [turn for turn in found if turn]
+
+
+def _rotary_kinds(config: Any) -> Iterator[str]:
+    """The entries `rope_type` of a configuration, which may have one a kind of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    for part in (found, *(v for v in found.values() if isinstance(v, Mapping))):
+        if "rope_type" in part:
+            yield part["rope_type"]
+
+
+def _keys(model: nn.Module, start: int) -> list[Tensor]:
+    """Every layer's keys (1, heads, t, head_dim) of a fixed text that begins at position `start`, with no adapter."""
+    given = probe.default_inputs(model) or {}
+    places = start + torch.arange(given["input_ids"].shape[1], device=given["input_ids"].device)
+    with probe.evaluating(model), using(model):
+        return [layer.keys for layer in model(**given, position_ids=places[None], use_cache=True).past_key_values.layers]
+
+
+def _fits(turn: Turn, here: Tensor, there: Tensor) -> bool:
+    if 2 * turn.radians.numel() > here.shape[-1]:
+        return False
+    tolerance = 4 * probe.TOLERANCE.get(str(here.dtype).removeprefix("torch."), probe.TOLERANCE["bfloat16"])
+    return bool((turned(here, turn, FAR) - there).norm() <= tolerance * there.norm())
