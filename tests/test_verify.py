@@ -17,7 +17,7 @@ from veneer.app.convert import convert, text
 from veneer.app.verify import Report, examine, exit_code, verify
 from veneer.app.verify import text as shown
 from veneer.convert import read
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError, FormatError, NotMergeable
 from veneer.sites import LeafSite
 
 CLOSE = dict(rtol=0, atol=2e-5)  # logits of size 4 through two layers in float32
@@ -284,5 +284,8 @@ def test_our_own_layout_has_no_pairs(tmp_path, base):
     models.randomise(model)
     store.save(model, tmp_path / "a")
     assert (tmp_path / "a" / "delta.safetensors").is_file()
-    with pytest.raises(FormatError, match="is no low-rank change; cut it to one:\n  veneer convert"):
+    why = "is full in Veneer's own layout: the file has no factors of LoRA, but its base's layers make some of it:\n  veneer convert"
+    with pytest.raises(FormatError, match=why):
         convert(str(tmp_path / "a"), out=str(tmp_path / "x"), to="vllm")
+    with pytest.raises(NotMergeable, match=r"otherwise than by a matrix, .* or merge it and extract a low-rank one from the merged model"):
+        convert(str(tmp_path / "a"), out=str(tmp_path / "x"), to="vllm", model=str(base))

@@ -75,14 +75,21 @@ Own = list[tuple[str, Delta, float]]
 def _by_site(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, Own]:
     found: dict[Site, Own] = {}
     for name, weight in weights.items():
-        for site, delta in changes(model, name):
-            if not site.is_matrix:
-                raise NotMergeable(
-                    f"{name!r} changes {site.name!r} otherwise than by a matrix, which cannot be cut to a rank; combine low-rank adapters,"
-                    f" or merge it first"
-                )
+        for site, delta in of_matrices(model, name):
             found.setdefault(site, []).append((name, delta, float(weight)))
     return found
+
+
+def of_matrices(model: nn.Module, name: str) -> list[tuple[Site, Delta]]:
+    """The adapter's changes. Raises NotMergeable if one is of something else than a matrix."""
+    own = changes(model, name)
+    for site, _ in own:
+        if not site.is_matrix:
+            raise NotMergeable(
+                f"{name!r} changes {site.name!r} otherwise than by a matrix, which cannot be cut to a rank; combine low-rank adapters,"
+                f" or merge it and extract a low-rank one from the merged model"
+            )
+    return own
 
 
 def _join(site: Site, own: Own, cut: tuple[int | None, float | None], way: tuple[str, float, int]) -> Truncated:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapt import algebra, attached, store
+from veneer.adapt import algebra, manifest, store
 from veneer.adapt.files import replacing, write_json
+from veneer.adapt.peft_format import method_of
 from veneer.app import adapted, pretrained
 from veneer.convert import dialects, pairs
 from veneer.convert.base import Base, of_model
@@ -115,12 +116,14 @@ def _pairs(
 ) -> tuple[Pairs, list[str]]:
     """The adapter as pairs that `to` can hold: as they are, cut, or made on the base itself where they are none otherwise."""
     command = f"veneer convert {found.folder} --to {to} --out OUT --model BASE"
-    if found.dialect == NATIVE:
-        if model is None or cut == (None, None):
-            raise FormatError(f"{found.file} is no low-rank change; cut it to one:\n  {command} --rank 64")
-        return _on_base(found, model, cut)
+    other = _otherwise(found)
+    if other and model is None:
+        raise FormatError(f"{found.file} is {other}: the file has no factors of LoRA, but its base's layers make some of it:\n  {command}")
+    if other and model is not None:
+        ready, notes = _on_base(found, model, cut, command)
+        return ready, [f"{other} is written as plain LoRA", *notes]
     if found.dialect == "peft" and model is not None and _moves_base(found):
-        ready, notes = _on_base(found, model, cut)
+        ready, notes = _on_base(found, model, cut, command)
         return ready, [
             *notes,
             f"the start {found.config['init_lora_weights']!r} is written out, so that the ranks are twice the trained ones",
@@ -136,8 +139,17 @@ def _pairs(
             raise FormatError(
                 f"{found.file} is DoRA, which {to} does not have; convert it to peft first, and that to {to}:\n  {command} --rank 64"
             )
-        return _on_base(found, model, cut)
+        return _on_base(found, model, cut, command)
     return pairs.cut(ready, *cut) if cut != (None, None) else (ready, [])
+
+
+def _otherwise(found: Found) -> str | None:
+    """What the adapter is, where only its base's layers make factors of it: kept in our own layout, or another kind of PEFT's."""
+    if found.dialect == NATIVE:
+        record = manifest.read(found.folder)
+        return f"{record['method'] if record else 'a change'} in Veneer's own layout"
+    other = found.dialect == "peft" and found.config.get("peft_type", "LORA") != "LORA" and method_of(found.config) is not None
+    return f"PEFT's {found.config['peft_type']}" if other else None
 
 
 def _moves_base(found: Found) -> bool:
@@ -145,12 +157,15 @@ def _moves_base(found: Found) -> bool:
 
 
 @torch.no_grad()
-def _on_base(found: Found, model: str, cut: tuple[int | None, float | None]) -> tuple[Pairs, list[str]]:
-    """The change on the base's own weights as plain LoRA, of the rank that is asked for, with what the cut lost."""
-    packed = adapted.format_of([adapted.Wanted("converted", found.folder, 1.0)], model)
+def _on_base(found: Found, model: str, cut: tuple[int | None, float | None], command: str) -> tuple[Pairs, list[str]]:
+    """The change on the base's own weights as plain LoRA, of the rank that is asked for, with what the cut lost.
+
+    Without one it must be a product of two factors, and they are taken as they are.
+    """
+    packed = adapted.format_of([adapted.Wanted("adapter", found.folder, 1.0)], model)
     base = pretrained.causal_lm(model, torch.float32, torch.device("cpu"), packed)
-    store.load(base, found.folder, "converted")
-    notes, name = [], "converted"
+    store.load(base, found.folder, "adapter")
+    notes, name = [], "adapter"
     if cut != (None, None):
         cuts = algebra.to_lora(base, name, "plain", rank=cut[0], energy=cut[1])
         worst = max(cuts, key=lambda c: c.error)
@@ -158,10 +173,13 @@ def _on_base(found: Found, model: str, cut: tuple[int | None, float | None]) -> 
         notes.append(f"cut to ranks of at most {max(c.rank for c in cuts)}; {worst.site} kept least, {kept:.1%} of its energy")
         name = "plain"
     sites = {}
-    for site, delta in attached.changes(base, name):
+    for site, delta in algebra.of_matrices(base, name):
         f = delta.factors(site)
         if f is None or not f.is_product:
-            raise FormatError(f"{site.name} holds no plain pair of factors; cut it to one with --rank or --energy")
+            raise FormatError(
+                f"{found.file} changes {site.name!r} by no product of two factors; cut it to the nearest one of a rank:\n"
+                f"  {command} --rank 64"
+            )
         kind: Kind = "linear" if site.kind == "transposed" else site.kind  # type: ignore[assignment]
         sites[site.name] = Pair(site.pack(f.A).detach(), f.B.detach(), 1.0, kind=kind)
     return Pairs(sites, origin=found.config.get("base_model_name_or_path"), task=found.config.get("task_type")), notes

@@ -17,7 +17,7 @@ NATIVE = "veneer"  # our own layout, for changes that no other dialect can expre
 
 # The dialect is that of the first expression that the whole name of any tensor matches.
 SIGNS = [
-    ("peft", r"base_model\.model\..*lora_.*"),
+    ("peft", r"base_model\.model\..*"),
     ("kohya", r"(lora_(unet|te\d?|transformer)|lycoris)_[^.]+\..+"),
     ("torchtune", r".*\.(lora_[ab]\.weight|magnitude)"),
     ("mlx", r".*\.lora_[ab]"),

@@ -58,6 +58,8 @@ def _check(found: Found, config: Mapping[str, Any]) -> None:
     """Raises FormatError for settings that make the adapter more than pairs on the untouched base."""
     wrong = settings_problems(found.config, has_initial=False)
     start = config["init_lora_weights"]
+    if not wrong and config["peft_type"] != "LORA":
+        wrong = [f"peft_type {config['peft_type']!r}: the file has no factors of LoRA, which the base's layers make of it: give model="]
     if not wrong and (start.lower() if isinstance(start, str) else start) not in PLAIN:
         wrong = [f"init_lora_weights {start!r} moved the base, which must be loaded to say what the adapter changes: give it with model="]
     if wrong:
