@@ -83,6 +83,37 @@ def test_imports_point_downwards(file):
     assert upward(file, parsed(file)) == []
 
 
+def needed(file: str) -> set[str]:
+    """The package's own files that importing this one imports before it is done, those of the folders on the way aside."""
+    parts = [name.split(".")[1:] for _, name in imports(parsed(file), inside=False) if name.split(".")[0] == "veneer"]
+    tries = {"/".join(p[:n]) + end for p in parts for n in range(1, len(p) + 1) for end in (".py", "/__init__.py")}
+    return {t for t in tries if t in FILES and t != file and not file.startswith(t.removesuffix("__init__.py"))}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Every file that needs itself, by the shortest way back to it."""
+    found = []
+    for start in graph:
+        ways = [[start, other] for other in graph[start]]
+        seen = set(graph[start])
+        for way in ways:
+            if way[-1] == start:
+                found.append(way)
+                break
+            ways += [[*way, other] for other in sorted(graph.get(way[-1], set()) - seen)]
+            seen |= graph.get(way[-1], set())
+    return found
+
+
+def test_no_file_needs_itself():
+    assert circles({file: needed(file) for file in FILES}) == []
+
+
+def test_the_search_for_circles_sees_one():
+    found = circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()})
+    assert found == [["a", "b", "c", "a"], ["b", "c", "a", "b"], ["c", "a", "b", "c"]]
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_optional_packages_are_imported_inside_functions(file):
     allowed = NEEDED | {"veneer", "__future__"} | set(sys.stdlib_module_names) | AT_THE_TOP.get(top(file), set())

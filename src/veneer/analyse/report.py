@@ -11,7 +11,8 @@ from veneer.adapt.files import read_json, replacing
 from veneer.analyse import figures, layer_plots, plots, story
 from veneer.analyse.story import Told
 from veneer.errors import FormatError
-from veneer.train.folder import METRICS, RESULTS, record
+from veneer.train.drift import record
+from veneer.train.folder import METRICS, RESULTS
 
 REPORT = "report.html"
 WITHOUT = "the report has no pictures, which need the package matplotlib: pip install 'veneer[plots]', then veneer report {folder}"

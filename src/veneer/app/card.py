@@ -15,8 +15,8 @@ from veneer.analyse.story import Told
 from veneer.analyse.words import amount, percent, plain, seconds
 from veneer.app import load_it
 from veneer.train import described
+from veneer.train.drift import record as record_of
 from veneer.train.folder import ADAPTER, RESULTS
-from veneer.train.folder import record as record_of
 
 CARD = "README.md"
 # Settings that shape a training, in the order of the card; data, method and places are told elsewhere.

@@ -22,7 +22,7 @@ from veneer.data.order import Order
 from veneer.data.pack import Window
 from veneer.errors import FormatError
 from veneer.ops.draws import keyed
-from veneer.train import compiling, folder, full, lock, track
+from veneer.train import compiling, drift, folder, full, lock, track
 from veneer.train.errors import NotSaved
 from veneer.train.evaluate import sample
 from veneer.train.loop import Loop, Pace
@@ -87,7 +87,7 @@ def begin(ready: Ready, voice: Voice, stack: ExitStack) -> Begun | Result:
 
 
 def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
-    allowed = folder.check_drift(out, ready.config, ready.run.allow)
+    allowed = drift.check_drift(out, ready.config, ready.run.allow)
     for sentence in allowed:
         voice.say(f"differs from how the run began, as allowed: {sentence}")
     if allowed:

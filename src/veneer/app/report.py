@@ -17,7 +17,7 @@ from veneer.app import examine, machine, pretrained, quantising
 from veneer.app.ready import FULL, NAME, Ready, read
 from veneer.errors import ConfigError
 from veneer.tasks import Objective
-from veneer.train import folder
+from veneer.train import drift, folder
 from veneer.train.progress import Voice
 from veneer.train.run import Run
 from veneer.train.signals import Stop, Wish
@@ -75,7 +75,7 @@ def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]
     config = read_json(out / folder.CONFIG)
     run = Run.from_dict(config["run"])
     tokenizer, ready = read(run, voice)
-    for line in folder.differences(config["data"], {part: t.facts for part, t in ready.items()}):
+    for line in drift.differences(config["data"], {part: t.facts for part, t in ready.items()}):
         voice.say(f"text differs from what the run was trained on: {line}")
     dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
     model = quantising.base_again(run, out, dtype, machine.device("auto"))
