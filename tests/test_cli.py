@@ -67,7 +67,7 @@ def test_every_setting_and_every_option_has_a_flag_with_help():
     made = {f.name: f for f in [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers()]}
     wanted = {f.name for f in dataclasses.fields(Run)} - {"options", "optimiser_options"}
     wanted |= {f"{name}_{o}".replace("-", "_") for name in optim.available() for o in optim.options_of(name)}
-    wanted |= {option for m in methods.available() for option in methods.options_of(methods.get(m))}
+    wanted |= {option for m in methods.available() for option in methods.options_of(methods.get(m))} | {"prefix_length"}
     assert set(made) == wanted
     assert [f.name for f in made.values() if not f.help.split(" (default")[0]] == []
     assert all(flags.parsed(f.hint) for f in made.values())
@@ -282,10 +282,35 @@ def test_help_has_examples(monkeypatch, verb):
     assert f"veneer {verb}" in shown.output.split("Examples:")[1]
 
 
+def test_an_option_says_of_each_method_what_it_is_there():
+    made = {f.name: f for f in flags.of_methods()}
+    rank = made["rank"].help.split("\n\n")
+    assert "dora, lora: r, at most min(out, in) (default: 8)" in rank and "loraxs: r, at most min(out, in) (default: 32)" in rank
+    assert made["stabilised"].owners == ("dora", "lora")
+    assert made["init_options"].help == "the start's own options by name, such as gamma=64"
+    for flag in made.values():
+        for owner in flag.owners:
+            default = flags.shown_default(methods.options_of(methods.get(owner))[flag.key].default)
+            own = [p for p in flag.help.split("\n\n") if owner in p.partition(": ")[0].split(", ")]
+            assert default in (own[0] if own else flag.help)
+
+
+def test_an_option_that_is_called_like_a_setting_bears_its_methods_name(started, capsys):
+    assert main("fit --data a.txt --method prefix --length 64 --prefix-length 4 --seed 5".split()) == 0
+    assert started == [Run(data=("a.txt",), method="prefix", length=64, seed=5, options={"length": 4})]
+    assert main(["methods"]) == 0
+    assert "  --prefix-length: p, the positions" in capsys.readouterr().out
+
+
+def test_an_optimisers_option_is_told_without_the_next_one():
+    made = {f.name: f for f in flags.of_optimisers()}
+    assert made["galore_rank"].help == "of the subspace, or the whole space of a smaller weight (default: 128)"
+
+
 def test_help_keeps_square_brackets(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     share = flags.Flag("share", float, "in [bold] and [0, 1)", owners=("lora",), into=flags.METHOD)
-    monkeypatch.setattr(flags, "of_methods", lambda taken=(): [share])
+    monkeypatch.setattr(flags, "of_methods", lambda: [share])
     assert "in [bold] and [0, 1)" in CliRunner().invoke(app, ["fit", "--help"]).output
 
 

@@ -41,4 +41,4 @@ def _flag(p: Any) -> tuple[str, str, str]:
 
 
 def _help(p: Any) -> str:
-    return escaped(Text.from_markup(p.help or "").plain)
+    return "<br>".join(map(escaped, Text.from_markup(p.help or "").plain.split("\n\n")))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pages.markdown import escaped, prose, table
 from veneer import methods, optim
-from veneer.cli.flags import shown_default
+from veneer.cli.flags import flag_of_method, shown_default
 from veneer.methods import Delta, inits
 from veneer.train.described import Described, helps_of, of_module, option_helps
 
@@ -66,7 +66,7 @@ def _method(name: str, kind: type[Delta]) -> Entry:
     )
     roles = ", ".join(f"`{p}`" for p in kind.roles) or "none that optimisers treat apart"
     facts = (f'Use it: `veneer fit --method {name}`, `veneer.attach(model, "{name}")`. Saved in {file}. Roles: {roles}.',)
-    return Entry(name, of_module(kind), methods.options_of(kind), option_helps(kind), facts, _dashed)
+    return Entry(name, of_module(kind), methods.options_of(kind), option_helps(kind), facts, lambda option: _flag(name, option))
 
 
 def _starts() -> list[Entry]:
@@ -91,5 +91,5 @@ def _optimiser(name: str, kind: Any) -> Entry:
     return Entry(name, of_module(kind), known, helps_of(kind.__init__, known), facts, lambda option: f"--{name}-{option.replace('_', '-')}")
 
 
-def _dashed(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
+def _flag(method: str, option: str) -> str:
+    return f"--{flag_of_method(method, option).replace('_', '-')}"

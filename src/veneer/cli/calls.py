@@ -48,8 +48,7 @@ def of_run() -> list[flags.Flag]:
     """The flags of a Run: its settings, and every option of every method and optimiser."""
     from veneer.train.run import Run
 
-    own = flags.of_settings(Run)
-    return [*own, *flags.of_methods({f.name for f in own}), *flags.of_optimisers()]
+    return [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers()]
 
 
 def settings_of(config: Path | None, every: list[flags.Flag], given: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from veneer import methods, optim
 from veneer.errors import ConfigError
 from veneer.train import settings
 from veneer.train.described import helps_of, option_helps
+from veneer.train.run import Run
 
 T = TypeVar("T")
 METHOD, OPTIMISER = "options", "optimiser_options"  # settings that hold options, each of which has a flag of its own
+OF_THE_RUN = ("seed",)  # options that the setting of this name gives to every method
 KINDS = {METHOD: "method", OPTIMISER: "optimiser"}  # whose options these are
 PLAIN_NAMES = re.compile(r"[\w.,]+")
 
@@ -60,37 +62,48 @@ def of_function(function: Callable[..., Any], without: Collection[str] = ()) -> 
     return made
 
 
-def of_methods(taken: Collection[str] = ()) -> list[Flag]:
-    """A flag for every option of any method; one for all methods that share it. `taken` are names that mean a setting."""
+def of_methods() -> list[Flag]:
+    """A flag for every option of any method; one for all methods that share it."""
     found: dict[str, Flag] = {}
+    helps: dict[str, dict[str, str]] = {}
     for method in methods.available():
         kind = methods.get(method)
-        helps = option_helps(kind)
-        for name, p in methods.options_of(kind).items():
-            if name in taken:
+        texts = option_helps(kind)
+        for key, p in methods.options_of(kind).items():
+            if key in OF_THE_RUN:
                 continue
-            text = f"{helps.get(name, '')}{shown_default(p.default)}"
-            before = found.setdefault(name, Flag(name, p.annotation, text, into=METHOD, key=name))
+            name = flag_of_method(method, key)
+            before = found.setdefault(name, Flag(name, p.annotation, "", into=METHOD, key=key))
             if before.hint != p.annotation:
-                raise TypeError(f"option {name!r} of method {method!r} is a {p.annotation}, of {before.owners} a {before.hint}")
+                raise TypeError(f"option {key!r} of method {method!r} is a {p.annotation}, of {before.owners} a {before.hint}")
             found[name] = before._replace(owners=(*before.owners, method))
-    return list(found.values())
+            helps.setdefault(name, {})[method] = f"{texts.get(key, '')}{shown_default(p.default)}"
+    return [flag._replace(help=_by_owner(helps[name])) for name, flag in found.items()]
+
+
+def flag_of_method(method: str, option: str) -> str:
+    """The flag's name: the option's own, unless a setting of the run has that name."""
+    return f"{method}_{option}" if option in settings.table(Run) and option not in OF_THE_RUN else option
+
+
+def _by_owner(helps: Mapping[str, str]) -> str:
+    """What is said of a flag: one text where all owners say the same, else a paragraph for each with its owners."""
+    alike: dict[str, list[str]] = {}
+    for owner, text in helps.items():
+        alike.setdefault(text, []).append(owner)
+    return "\n\n".join(alike if len(alike) == 1 else (f"{', '.join(owners)}: {text}" for text, owners in alike.items()))
 
 
 def of_optimisers() -> list[Flag]:
     """A flag for every option of every optimiser, with the optimiser's name before it: --loraplus-ratio."""
-    return [
-        Flag(
-            f"{name}_{option}".replace("-", "_"),
-            p.annotation,
-            f"{helps_of(optim.get(name).__init__, [option]).get(option, '')}{shown_default(p.default)}",
-            owners=(name,),
-            into=OPTIMISER,
-            key=option,
-        )
-        for name in optim.available()
-        for option, p in optim.options_of(name).items()
-    ]
+    made = []
+    for name in optim.available():
+        known = optim.options_of(name)
+        helps = helps_of(optim.get(name).__init__, known)
+        for option, p in known.items():
+            text = f"{helps.get(option, '')}{shown_default(p.default)}"
+            made.append(Flag(f"{name}_{option}".replace("-", "_"), p.annotation, text, owners=(name,), into=OPTIMISER, key=option))
+    return made
 
 
 def shown_default(value: Any) -> str:

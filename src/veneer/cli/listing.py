@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer import methods, optim
-from veneer.cli.flags import shown_default
+from veneer.cli.flags import flag_of_method, shown_default
 from veneer.methods import Delta, inits
 from veneer.train.described import Described, helps_of, of_module, option_helps
 from veneer.train.settings import describe
@@ -27,7 +27,8 @@ def text(found: dict[str, Any]) -> str:
     lines = []
     for m in found["methods"]:
         lines += ["", f"{m['name']}: {m['summary']}", *([f"  {m['paper']}"] if m["paper"] else [])]
-        lines += [f"  --{o['name'].replace('_', '-')}: {o['help']}{shown_default(o['default'])}" for o in m["options"]]
+        flags = [(flag_of_method(m["name"], o["name"]).replace("_", "-"), o) for o in m["options"]]
+        lines += [f"  --{flag}: {o['help']}{shown_default(o['default'])}" for flag, o in flags]
     lines += ["", "how the factors of a low-rank method start (--init):"]
     for i in found["inits"]:
         lines += [f"  {i['name']}: {i['summary']}{' ' + i['paper'] if i['paper'] else ''}"]
