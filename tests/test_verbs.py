@@ -78,6 +78,7 @@ def test_a_merged_model_does_what_the_adapter_did(run, capsys):
     merged = pretrained.causal_lm(str(out), torch.float32, torch.device("cpu"))
     torch.testing.assert_close(merged(IDS).logits, adapted(run / "fit" / "adapter", 0.5), rtol=1e-4, atol=1e-4)
     assert json.loads((out / "merge.json").read_text())["merged"] == [f"{run / 'fit'}@0.5"]
+    assert len({f.stat().st_mode for f in out.iterdir()}) == 1  # the weights can be read by whom the rest can
     assert main(["merge", str(run / "fit"), "--out", str(out)]) == 2
     assert "exists; choose another folder" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
         for folder in {p.parent for p in paths}:
             folder.mkdir(parents=True, exist_ok=True)
         yield temporary
+        as_usual(temporary)
         for t in temporary:
             sync(t)
         for t, p in zip(temporary, paths, strict=True):
@@ -54,12 +55,22 @@ def making(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        as_usual(p for p in temporary.rglob("*") if p.is_file())
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         temporary.rename(folder)
         sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def as_usual(paths: Iterable[Path]) -> None:
+    """The files get the permissions of any that this user makes there; safetensors makes its own for the user alone."""
+    for path in paths:
+        probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        probe.touch()
+        path.chmod(probe.stat().st_mode)
+        probe.unlink()
 
 
 def sync(path: Path) -> None:
@@ -102,10 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """The tensors as safetensors, contiguous, each with its own storage."""
-    path.touch()
-    mode = path.stat().st_mode  # as this user makes files; safetensors makes them for the user alone
     save_file({n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
-    path.chmod(mode)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

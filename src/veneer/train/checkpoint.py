@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from veneer.adapt.files import sha256, sync
+from veneer.adapt.files import as_usual, sha256, sync
 from veneer.train.errors import NotSaved
 
 STATE, META, MANIFEST = "state.safetensors", "meta.json", "MANIFEST.json"
@@ -58,6 +58,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, An
 def _write_manifest(folder: Path) -> None:
     files = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in (STATE, META)}
     (folder / MANIFEST).write_text(json.dumps(files, indent=1, sort_keys=True), encoding="utf-8")
+    as_usual(folder / name for name in (STATE, META, MANIFEST))
     for name in (STATE, META, MANIFEST):
         sync(folder / name)
     sync(folder)
