@@ -36,19 +36,32 @@ def test_keys_and_values_stand_in_front_and_the_model_is_otherwise_itself(build)
     assert model.config._attn_implementation == "sdpa" and torch.equal(output(model), expected)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_an_attention_with_a_prefix_is_a_softmax_over_all(causal):
-    model = with_prefix(llama)
+@pytest.mark.parametrize("moving", [True, False])
+@pytest.mark.parametrize("kind", ["causal", "free", "masked"])
+def test_an_attention_with_a_prefix_is_a_softmax_over_all(kind, moving):
+    """Whether the text takes gradients too, as behind the first layer, or the prefix alone, which has a backward of its own."""
+    model = with_prefix(lambda: llama().double())
     site, delta = changes(model, "default")[0]
-    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
-    y, _ = attention(site.module, q, k, v, None, scaling=0.3, is_causal=causal)
+    q, k, v = (torch.randn(2, heads, 5, 8, dtype=torch.float64, requires_grad=moving) for heads in (4, 2, 2))
+    sees = torch.ones(2, 5, 5, dtype=torch.bool)
+    if kind == "causal":
+        sees = sees.tril()
+    elif kind == "masked":  # one text is padded on the left
+        sees[1, :, :2] = False
+    y, _ = attention(site.module, q, k, v, sees[:, None] if kind == "masked" else None, scaling=0.3, is_causal=kind == "causal")
+    rows = []
     for b in range(2):
-        for head in range(4):
-            K, V = torch.cat([delta.K[head // 2], k[b, head // 2]]), torch.cat([delta.V[head // 2], v[b, head // 2]])
-            for t in range(5):
-                n = 3 + t + 1 if causal else 8
-                expected = torch.softmax(0.3 * K[:n] @ q[b, head, t], 0) @ V[:n]
-                torch.testing.assert_close(y[b, t, head], expected, rtol=1e-4, atol=1e-5)
+        for t in range(5):
+            seen = torch.cat([torch.ones(3, dtype=torch.bool), sees[b, t]])
+            for head in range(4):
+                K, V = torch.cat([delta.K[head // 2], k[b, head // 2]])[seen], torch.cat([delta.V[head // 2], v[b, head // 2]])[seen]
+                rows.append(torch.softmax(0.3 * K @ q[b, head, t], 0) @ V)
+    expected = torch.stack(rows).view(2, 5, 4, 8)
+    torch.testing.assert_close(y, expected)
+    trained = [delta.K, delta.V, *([q, k, v] if moving else [])]
+    found, wanted = (torch.autograd.grad(out.sin().sum(), trained) for out in (y, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NotMergeable, SiteError
 from veneer.methods.base import Delta, master_dtype
+from veneer.ops import prefixed
 from veneer.ops.draws import keyed
 from veneer.ops.linalg import check_at_most
 from veneer.sites import AttentionSite, Site
@@ -96,20 +97,6 @@ class Prefix(Delta):
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         raise SiteError(f"the attention {site.name!r} was called outside of its model")
 
-    def extend(self, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values (b, kv_heads, t, head_dim) with ours in front, and a mask (.., t, p + t) that lets all see ours.
-
-        causal: whether no mask means that each of t positions sees itself and those before.
-        """
-        p = self.K.shape[1]
-        if mask is None and causal:
-            t = key.shape[2]
-            mask = torch.ones(t, t, dtype=torch.bool, device=key.device).tril()[None, None]
-        if mask is not None:
-            mask = nn.functional.pad(mask, (p, 0), value=True if mask.dtype == torch.bool else 0.0)
-        K, V = (t.to(key.dtype).expand(key.shape[0], -1, -1, -1) for t in (self.K, self.V))
-        return torch.cat([K, key], 2), torch.cat([V, value], 2), mask
-
 
 def _check_attention(model: Any) -> None:
     """Raises ConfigError unless the model's attention is PyTorch's, or already ours."""
@@ -122,22 +109,36 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
     """transformers' interface: query (b, heads, t, d), key and value (b, kv_heads, ..) -> (b, t, heads, d)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def attend(key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        y: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-        return y
-
     deltas = module._modules.get("deltas")
     acting = [] if deltas is None else [(deltas[name], strength) for name, strength in deltas.active.items()]
-    if not acting:
-        return attend(key, value, attention_mask), None
-    if not torch.compiler.is_compiling():
+    if acting and not torch.compiler.is_compiling():
         deltas.called = True
-    causal = options.get("is_causal")
-    causal = bool(module.is_causal if causal is None else causal) and attention_mask is None and query.shape[2] > 1
-    if causal:  # a static cache that is longer than what is in it, as PyTorch's attention does it
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    seen = [(attend(*delta.extend(key, value, attention_mask, causal)), strength) for delta, strength in acting]
+    seen = [(_attend(delta, module, query, key, value, attention_mask, options), strength) for delta, strength in acting]
     if [strength for _, strength in seen] == [1.0]:
         return seen[0][0], None
-    base = attend(key, value, attention_mask)
-    return base + sum(strength * (y - base) for y, strength in seen), None
+    base: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    return base + sum(strength * (y - base) for y, strength in seen) if seen else base, None
+
+
+def _attend(
+    delta: Prefix, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """The attention with one prefix in front: (b, t, heads, d)."""
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    t, p, causal = query.shape[2], delta.K.shape[1], options.get("is_causal")
+    if mask is not None:
+        mask = nn.functional.pad(mask, (p, 0), value=True if mask.dtype == torch.bool else 0.0)
+    elif (module.is_causal if causal is None else causal) and t > 1:
+        key, value = key[:, :, :t], value[:, :, :t]  # of a static cache that is longer than what is in it, as PyTorch's attention does
+        mask = torch.ones(t, p + t, dtype=torch.bool, device=key.device).tril_(p)[None, None]
+    K, V = delta.K.to(key.dtype), delta.V.to(key.dtype)
+    plain = (mask is None or mask.dtype == torch.bool) and not options.get("dropout")
+    known = {n for n, v in options.items() if v is not None} <= {"scaling", "dropout", "is_causal", "position_ids", "use_cache"}
+    if plain and known and prefixed.suits(query, key, value, K):
+        times, scale = query.shape[1] // key.shape[1], options.get("scaling") or query.shape[-1] ** -0.5
+        text = (repeat_kv(t, times) for t in (key, value))
+        own = (t.repeat_interleave(times, 0) for t in (K, V))
+        return prefixed.attend(query, *text, *own, scale=scale, mask=mask).transpose(1, 2).contiguous()
+    y: Tensor = sdpa_attention_forward(module, query, prefixed.behind(key, K), prefixed.behind(value, V), mask, **options)[0]
+    return y

@@ -1,0 +1,55 @@
+"""Attention of a text that takes no gradient to trained keys and values in front of it, on a CPU.
+
+So it is in a model's first layer. PyTorch's backward makes the gradients of all keys, of which those of the prefix are a few thin
+products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from veneer.ops.lowrank import refuse_second_order
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, K: Tensor, V: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(scale q [K k]') [V v]: q, k, v (b, heads, t, d) and K, V (heads, p, d) -> (b, heads, t, d).
+
+    mask: (b or 1, heads or 1, t, p + t), True where a position may look, and so at all of K.
+    """
+    out: Tensor = _Prefixed.apply(q, k, v, K, V, scale, mask)
+    return out
+
+
+def suits(q: Tensor, k: Tensor, v: Tensor, K: Tensor) -> bool:
+    """Whether `attend` is made for these: on a CPU, and only the prefix takes a gradient."""
+    moving = q.requires_grad or k.requires_grad or v.requires_grad
+    return torch.is_grad_enabled() and K.requires_grad and not moving and q.device.type == "cpu"
+
+
+def behind(keys: Tensor, own: Tensor) -> Tensor:
+    """A text's keys or values (b, heads, t, d) with a prefix's (heads, p, d) in front."""
+    return torch.cat([own.expand(keys.shape[0], -1, -1, -1), keys], 2)
+
+
+class _Prefixed(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, K: Tensor, V: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, total = attend(q, behind(k, K), behind(v, V), 0.0, False, attn_mask=bias, scale=scale)
+        ctx.save_for_backward(q, K, V, out, total)
+        ctx.scale = scale
+        return out  # type: ignore[no-any-return, unused-ignore]
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
+        q, K, V, out, total = ctx.saved_tensors
+        P = (ctx.scale * (q @ K.mT).to(total.dtype) - total[..., None]).exp()  # (b, heads, t, p)
+        inner = torch.linalg.vecdot(do.to(total.dtype), out.to(total.dtype))[..., None]
+        dS = (P * ((do @ V.mT).to(total.dtype) - inner) * ctx.scale).to(q.dtype)
+        return None, None, None, (dS.mT @ q).sum(0), (P.to(q.dtype).mT @ do).sum(0), None, None
