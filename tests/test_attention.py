@@ -88,6 +88,20 @@ def test_a_compiled_training_step_is_the_plain_one(make, monkeypatch):
     assert model.config._attn_implementation == "sdpa" and all(m._compiled_call_impl is None for m in model.modules())
 
 
+@pytest.mark.parametrize("to", [r".*layers\.1\..*", r".*layers\.0\..*o_proj|.*layers\.1\..*"])
+def test_blocks_that_are_adapted_in_other_layers_have_graphs_of_their_own(to):
+    torch._dynamo.reset()
+    model = veneer.attach(llama(attn_implementation="sdpa"), "lora", to=to, rank=2).train()
+    randomise(model)
+    given = batch()
+    loss, gradients = step(model, causal_lm.loss, given)
+    ours, own = step(model, prepare(model, given, compiled=True), given)
+    restore(model)
+    assert relative(ours, loss) <= 1e-5 and own.keys() == gradients.keys()
+    for k, g in gradients.items():
+        assert relative(own[k], g) <= 1e-5, k
+
+
 def test_other_cases_are_pytorchs_own(monkeypatch):
     monkeypatch.setattr(attention, "FASTER", (torch.float32,))
     calls = []

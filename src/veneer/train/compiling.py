@@ -75,11 +75,16 @@ def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False) -> Object
 
 
 def _lean(objective: Objective) -> Objective:
-    """The objective, whose blocks are compiled to keep little: see KEPT."""
+    """The objective, whose blocks are compiled to keep little (see KEPT), and with a look at their hooks.
+
+    Without that look the graph of a block whose layers are not adapted would serve for blocks whose layers are.
+    """
+    import torch._dynamo.config as tracing
     import torch._functorch.config as config
 
     def act(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        with config.patch(activation_memory_budget=KEPT):  # type: ignore[attr-defined, unused-ignore]
+        little = config.patch(activation_memory_budget=KEPT)  # type: ignore[attr-defined, unused-ignore]
+        with little, tracing.patch(skip_nnmodule_hook_guards=False):  # type: ignore[attr-defined, unused-ignore]
             return objective(model, batch)
 
     return act
