@@ -93,7 +93,7 @@ def test_every_command_of_the_quickstart_prints_what_it_shows(tmp_path, monkeypa
     for name, content in re.findall(r"in `(\S+)`:\n\n```json\n(.*?)```", QUICKSTART, re.DOTALL):
         (tmp_path / name).write_text(content, encoding="utf-8")
     every = commands(QUICKSTART)
-    assert [line.split()[1] for line, _ in every] == "data plan fit generate inspect verify merge convert".split()
+    assert [line.split()[1] for line, _ in every] == "data plan fit generate eval inspect verify merge export convert".split()
     for line, shown in every:
         program, *words = shlex.split(line)
         assert program == "veneer" and shown

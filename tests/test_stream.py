@@ -231,8 +231,13 @@ def test_a_bad_row_ends_the_training_when_it_comes_and_a_mended_one_goes_on(plac
     given = settings(place, data=str(data), save_every=1, steps=14, out=str(tmp_path / "run"))
     with pytest.raises(DataError) as e:
         fit(Run.from_dict(given), progress=False)
-    assert str(e.value).startswith(f"{data} line 56: no column 'text'")
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    why, then = str(e.value).splitlines()
+    assert why.startswith(f"{data} line 56: no column 'text'")
+    assert then == (
+        f"this ended the training after step {int(kept[-1].name[5:])} of 14; put it right, and go on from {kept[-1].name} with resume=True"
+        " (--resume), allowing 'data'"
+    )
     data.write_text("\n".join([*good, '{"text": "x"}']), encoding="utf-8")
     result = fit(Run.from_dict({**given, "resume": True, "allow": ["data"]}), progress=False)
     assert len(kept) > 1 and result.metrics["steps"] == 14

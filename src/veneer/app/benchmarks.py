@@ -75,7 +75,7 @@ def ask(model: nn.Module, tokenizer: Any, known: Known, options: Options) -> lis
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet(), _own_draws():
+    with _quiet(), _own_draws(), _without_git():
         tasks = _loaded(known)
         asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch)
         try:
@@ -143,6 +143,19 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """Within the block lm-eval does not ask git which commit of the current folder this is: git would complain of other folders."""
+    from lm_eval import evaluator
+
+    asking = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asking
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from veneer.data.order import Steps
 from veneer.data.pack import Window
+from veneer.errors import DataError
 from veneer.train import checkpoint, schedule, state
 from veneer.train.compiling import eagerly
 from veneer.train.errors import Diverged, Interrupted
@@ -119,8 +120,14 @@ class Loop:
         return p.step < self.pace.steps
 
     def due(self) -> tuple[list[list[Window]], float]:
-        """The micro-batches of the next step, and its rate."""
-        return self.order.step(self.position.step), self.pace.rate(self.position.step)
+        """The micro-batches of the next step, and its rate. Raises DataError for a row of a stream that does not fit."""
+        p = self.position
+        try:
+            return self.order.step(p.step), self.pace.rate(p.step)
+        except DataError as e:
+            kept = [path.name for path in checkpoint.found(self.checkpoints)]
+            then = f"go on from {kept[-1]} with resume=True (--resume), allowing 'data'" if kept else "begin anew"
+            raise DataError(f"{e}\nthis ended the training after step {p.step} of {self.pace.steps}; put it right, and {then}") from e
 
     def take(self, outcome: Outcome, before: float, started: float) -> None:
         """Counts and writes down a step that was made. before, started: clock seconds of the step's and the training's beginning."""
