@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from veneer.app.convert_run import convert_config, text
-from veneer.convert.runs import tool_of, translate
+from veneer.convert.runs import carried_out, tool_of, translate
 from veneer.errors import ConfigError
+from veneer.train import track
 from veneer.train.run import Run
 from veneer.train.settings import read_yaml
 
@@ -82,14 +83,15 @@ AXOLOTL_SETTINGS = {
     "precision": "bf16",
     "eval_every": 50,
     "keep": 2,
+    "gradient_checkpointing": True,
+    "track": ("wandb",),
 }
 AXOLOTL_LEFT = {
     "datasets[0].type": "what a row means is told from its columns here",
     "optimizer": "AdamW keeps its state in 32 bits here",
-    "gradient_checkpointing": "activations are kept here",
     "lora_modules_to_save": "modules are not trained whole beside adapters here",
     "saves_per_epoch": "checkpoints come every so many steps here; set save_every",
-    "wandb_project": "not known here",
+    "wandb_project": "a run is called like its folder",
     "lora_fan_in_fan_outt": "not known here; did you mean 'lora_fan_in_fan_out'?",
 }
 
@@ -219,7 +221,6 @@ TORCHTUNE_LEFT = {
     "dataset._component_": "what a row means is told from its columns; name files in data=",
     "tokenizer._component_": "the base model's own tokenizer is used",
     "tokenizer.path": "the base model's own tokenizer is used",
-    "compile": "not done here",
 }
 
 MLX = """
@@ -276,11 +277,11 @@ MLX_SETTINGS = {
     "warmup": 0.1,
     "eval_every": 100,
     "save_every": 50,
+    "track": ("wandb",),
 }
 MLX_LEFT = {
     "num_layers": "which layers are the last ones depends on the model; choose them by an expression in to=",
     "lr_schedule.warmup_init": "warm-up starts at 0 here",
-    "report_to": "not known here",
 }
 
 FILES = {
@@ -400,6 +401,33 @@ def test_the_new_file_can_be_run_from(folder):
     models.llama().config.to_json_file(folder / "config.json")
     done = convert_config(str(folder / "theirs.json"), out=str(folder / "ours.yaml"), tool="mlx", model=str(folder))
     assert done.problems == [] and Run.from_yaml(folder / "ours.yaml").options["alpha"] == 160.0
+
+
+@pytest.mark.parametrize(
+    ("tool", "text", "given", "carried", "said"),
+    [
+        ("axolotl", AXOLOTL, {"gradient_checkpointing": "offload"}, {"gradient_checkpointing": True}, "gradient_checkpointing 'offload'"),
+        ("axolotl", AXOLOTL, {"torch_compile": False}, {"compile": "off"}, None),
+        ("axolotl", AXOLOTL, {"torch_compile": "max"}, {}, "compile is auto, on or off here"),
+        ("axolotl", AXOLOTL, {"datasets": None, "pretraining_dataset": [{"path": "web.jsonl"}]}, {"stream": True, "steps": 500}, None),
+        ("axolotl", AXOLOTL, {"streaming": True, "max_steps": None}, {"epochs": 4.0}, "streaming needs a number of steps"),
+        ("axolotl", AXOLOTL, {"use_tensorboard": True}, {"track": ("tensorboard", "wandb")}, "tensorboard, wandb without a network here"),
+        ("llamafactory", LLAMAFACTORY, {"report_to": ["swanlab", "mlflow"]}, {"track": ("mlflow",)}, "not shown there from here; mlflow,"),
+        ("llamafactory", LLAMAFACTORY, {"streaming": True, "max_steps": 9, "buffer_size": 99}, {"stream": True}, "set buffer"),
+        ("torchtune", TORCHTUNE, {"compile": False, "enable_activation_checkpointing": True}, {"compile": "off"}, None),
+        ("mlx", MLX, {"grad_checkpoint": True, "report_to": None}, {"gradient_checkpointing": True}, None),
+    ],
+)
+def test_how_a_training_is_carried_out(tool, text, given, carried, said, tmp_path):
+    found = translate({**yaml.safe_load(text), **given}, tool, folder=tmp_path)
+    assert carried.items() <= found.settings.items() and ("stream" in found.settings) == ("stream" in carried)
+    assert said is None or any(said in line for line in [*found.notes, *(u.why for u in found.uncarried)])
+    assert not any(u.key in given and u.why.startswith("not known") for u in found.uncarried)
+    Run.from_dict({"data": "x", **found.settings})
+
+
+def test_the_trackers_that_are_carried_are_those_there_are():
+    assert carried_out.TRACKERS == tuple(track.available())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from veneer.convert.runs import trainer
+from veneer.convert.runs import carried_out, trainer
 from veneer.convert.runs.given import NOTHING, Given, Translation, Uncarried, without_nothing
 from veneer.errors import ConfigError
 
@@ -26,7 +26,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "strict": (False,),
     "group_by_length": (False,),
     "tf32": (False,),
-    "gradient_checkpointing": (False,),
     "lora_fan_in_fan_out": (False,),
     "eval_sample_packing": (False,),
     "flash_attention": (False,),
@@ -37,8 +36,9 @@ ELSEWHERE = {
     "lora_modules_to_save": "modules are not trained whole beside adapters here",
     "lora_model_dir": "a training starts with a fresh adapter here",
     "peft_layers_to_transform": "choose layers by an expression in to=",
-    "gradient_checkpointing": "activations are kept here",
     "val_set_size": "a tenth of the data is set aside here unless valid= is given",
+    "wandb_project": "a run is called like its folder",
+    "wandb_name": "a run is called like its folder",
     "special_tokens": "the tokenizer is used as it is",
     "tokens": "the tokenizer is used as it is",
     "chat_template": "the tokenizer's own template is used",
@@ -77,6 +77,7 @@ def translate(values: Mapping[str, Any]) -> Translation:
     trainer.schedule(given, out, "lr_scheduler")
     trainer.rhythm(given, out)
     trainer.precision(given, out)
+    _carried_out(given, out)
     if given.take("auto_resume_from_checkpoints"):
         out.settings["resume"] = True
     out.settings |= without_nothing({"embedding_lr": given.take("embedding_lr")})
@@ -84,6 +85,14 @@ def translate(values: Mapping[str, Any]) -> Translation:
         given.leave(key, why, HARMLESS.get(key, ()))
     out.uncarried += given.uncarried()
     return out
+
+
+def _carried_out(given: Given, out: Translation) -> None:
+    carried_out.recomputed(given, out, "gradient_checkpointing")
+    carried_out.compiled(given, out, "torch_compile")
+    carried_out.streamed(given, out, given.has("pretraining_dataset") or given.take("streaming") is True)
+    switched_on = [n for n in carried_out.TRACKERS if given.take(f"use_{n}") is True or (n == "wandb" and given.has("wandb_project"))]
+    carried_out.track(out, switched_on)
 
 
 def _number(value: Any) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapt.files import read_json
-from veneer.convert.runs import trainer
+from veneer.convert.runs import carried_out, trainer
 from veneer.convert.runs.given import Given, Translation, Uncarried, without_nothing
 from veneer.errors import ConfigError
 
@@ -40,7 +40,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "logging_steps": (),
     "val_size": (0, 0.0),
     "pissa_convert": (True, False),
-    "report_to": ("none",),
     "packing": (True, False),
 }
 ELSEWHERE = {
@@ -52,6 +51,7 @@ ELSEWHERE = {
     "adapter_name_or_path": "a training starts with a fresh adapter here",
     "deepspeed": "training is on one device here",
     "logging_steps": "every step is logged here",
+    "buffer_size": "a stream holds windows here, not rows; set buffer",
 }
 
 
@@ -87,6 +87,11 @@ def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
     trainer.schedule(given, out, "lr_scheduler_type")
     trainer.rhythm(given, out)
     trainer.precision(given, out)
+    carried_out.recomputed(given, out, "gradient_checkpointing")
+    given.leave("disable_gradient_checkpointing", "nothing is computed again here unless gradient_checkpointing is set", (True, False))
+    carried_out.compiled(given, out, "torch_compile")
+    carried_out.streamed(given, out, given.take("streaming") is True)
+    carried_out.tracked(given, out, "report_to")
     for key, why in {**dict.fromkeys(HARMLESS, "not done here"), **ELSEWHERE}.items():
         given.leave(key, why, HARMLESS.get(key, ()))
     out.uncarried += given.uncarried()

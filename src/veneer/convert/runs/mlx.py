@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from veneer.convert.runs import carried_out
 from veneer.convert.runs.given import Given, Translation, without_nothing
 from veneer.errors import ConfigError
 
@@ -34,14 +35,12 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "test_batches": (500, -1),
     "val_batches": (25,),
     "steps_per_report": (10,),
-    "grad_checkpoint": (False,),
     "trust_remote_code": (False,),
     "clear_cache_threshold": (0,),
     "config": (),
 }
 ELSEWHERE = {
     "num_layers": "which layers are the last ones depends on the model; choose them by an expression in to=",
-    "grad_checkpoint": "activations are kept here",
     "resume_adapter_file": "a training starts with a fresh adapter here",
     "config": "the file itself",
     "val_batches": "set eval_windows",
@@ -78,6 +77,8 @@ def translate(values: Mapping[str, Any], folder: Path = Path(), layers: int | No
     _data(given, out, folder)
     _targets(given, out, kind, layers)
     _optimiser(given, out, steps)
+    carried_out.recomputed(given, out, "grad_checkpoint")
+    carried_out.tracked(given, out, "report_to")
     for key, why in {**dict.fromkeys(HARMLESS, "not done here"), **ELSEWHERE}.items():
         given.leave(key, why, HARMLESS.get(key, ()) + ((-1,) if key == "num_layers" else ()))
     out.uncarried += given.uncarried()
@@ -116,7 +117,7 @@ def _targets(given: Given, out: Translation, kind: str, layers: int | None) -> N
 def _optimiser(given: Given, out: Translation, steps: int) -> None:
     name = str(given.take("optimizer")).lower()
     if name not in ("adam", "adamw"):
-        given.leave("optimizer", "AdamW is the optimiser here")
+        given.leave("optimizer", "AdamW is used in its place; `veneer methods` lists the others here")
     decay = given.take(f"optimizer_config.{name}.weight_decay") if name == "adamw" else 0.0
     out.settings["weight_decay"] = 0.01 if decay is None else float(decay)  # mlx's AdamW decays unless told not to
     betas = given.take(f"optimizer_config.{name}.betas")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from veneer.convert.runs import carried_out
 from veneer.convert.runs.given import Given, Translation, without_nothing
 from veneer.convert.torchtune import HEAD, MODULES
 from veneer.errors import ConfigError, suggest
@@ -21,9 +22,7 @@ DEFAULTS: dict[str, Any] = {
 }
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "shuffle": (True,),
-    "compile": (False,),
     "save_adapter_weights_only": (True, False),
-    "enable_activation_checkpointing": (False,),
     "enable_activation_offloading": (False,),
     "optimizer.fused": (True, False),
     "log_every_n_steps": (1,),
@@ -37,7 +36,6 @@ ELSEWHERE = {
     "tokenizer.path": "the base model's own tokenizer is used",
     "tokenizer.merges_file": "the base model's own tokenizer is used",
     "tokenizer.prompt_template": "the tokenizer's own chat template is used",
-    "enable_activation_checkpointing": "activations are kept here",
 }
 # Settings about files, logs and profiles that change nothing in what is learned.
 SILENT = re.compile(
@@ -60,6 +58,8 @@ def translate(values: Mapping[str, Any]) -> Translation:
     else:
         out.settings["method"] = "full"
     _training(given, out)
+    carried_out.recomputed(given, out, "enable_activation_checkpointing")
+    carried_out.compiled(given, out, "compile")
     for key in [k for k in given.values if SILENT.fullmatch(k)]:
         given.take(key)
     if re.search(r"CrossEntropy|CEWith", str(given.take("loss._component_") or "CrossEntropy")) is None:
@@ -107,7 +107,7 @@ def _attention() -> list[str]:
 
 def _training(given: Given, out: Translation) -> None:
     if "adamw" not in str(given.take("optimizer._component_") or "AdamW").lower():
-        given.leave("optimizer._component_", "AdamW is the optimiser here")
+        given.leave("optimizer._component_", "AdamW is used in its place; `veneer methods` lists the others here")
     elif "8bit" in str(given.take("optimizer._component_")):
         given.leave("optimizer._component_", "AdamW keeps its state in 32 bits here")
     if given.take("optimizer.weight_decay"):

@@ -20,7 +20,7 @@ def optimiser(given: Given, out: Translation, key: str) -> None:
     """AdamW of any make, with LoRA+ where a ratio is given."""
     name, ratio = str(given.take(key)), given.take("loraplus_lr_ratio")
     if not name.startswith(("adamw", "paged_adamw", "OptimizerNames.ADAMW")):
-        given.leave(key, "AdamW is the optimiser here")
+        given.leave(key, "AdamW is used in its place; `veneer methods` lists the others here")
     elif "8bit" in name:
         given.leave(key, "AdamW keeps its state in 32 bits here")
     embedding = given.take("loraplus_lr_embedding")
