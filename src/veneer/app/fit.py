@@ -15,14 +15,14 @@ from torch import nn
 from veneer import tasks
 from veneer.adapt import store
 from veneer.app import card, machine, pretrained, quantising, report, streamed
-from veneer.app.learner import OBJECTIVE, in_precision, learner
+from veneer.app.learner import OBJECTIVE, in_precision, keeping, learner
 from veneer.app.ready import FULL, NAME, Ready, prepare
 from veneer.compress.packed_store import save_quantised
 from veneer.data.order import Order
 from veneer.data.pack import Window
 from veneer.errors import FormatError
 from veneer.ops.draws import keyed
-from veneer.train import compiling, drift, folder, full, lock, track
+from veneer.train import compiling, drift, folder, full, kept, lock, track
 from veneer.train.errors import NotSaved
 from veneer.train.evaluate import sample
 from veneer.train.loop import Loop, Pace
@@ -103,7 +103,8 @@ def loop_of(begun: Begun) -> Loop:
     laid, pace = lay_out(run, windows["train"])
     order = streamed.order(run, pretrained.tokenizer(run.model), begun.voice) if run.stream else laid
     measured = {part: sample(w, run.eval_windows) for part, w in windows.items() if part != "train"}
-    loop = Loop(learner(ready, laid, begun.voice), order, measured, pace, folder=begun.out, voice=begun.voice, feed=begun.feed)
+    own = keeping(ready, learner(ready, laid, begun.voice), laid, begun.voice)
+    loop = Loop(own, order, measured, pace, folder=begun.out, voice=begun.voice, feed=begun.feed)
     loop.begin(run.resume)
     return loop
 
@@ -117,6 +118,7 @@ def end(begun: Begun, loop: Loop, position: Position, wish: Wish) -> Result:
     except Stop:
         raise loop.interrupted() from None
     compiling.restore(ready.model)
+    kept.forget(out)
     _finish(ready, out, position, after, voice)
     if run.report:
         report.at_the_end(ready, out, in_precision(run, tasks.get(OBJECTIVE), next(ready.model.parameters()).device), wish, voice)

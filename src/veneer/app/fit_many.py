@@ -56,6 +56,8 @@ def _check(runs: Sequence[Run]) -> None:
     problems += [f"two runs have the folder {out}; give each its own out" for out in sorted({o for o in outs if outs.count(o) > 1})]
     if any(run.method == FULL for run in runs):
         problems.append("method 'full' trains the base itself, which the runs share; train it alone")
+    if any(run.cache_frozen for run in runs):
+        problems.append("cache_frozen cannot be: the runs have different windows in one pass; train them alone, or leave it out")
     if any(run.compile == "on" for run in runs):
         problems.append("compile='on' cannot be: runs that are trained together are not compiled")
     if problems:

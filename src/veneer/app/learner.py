@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from veneer.data.order import Order
 from veneer.errors import ConfigError
 from veneer.tasks import Objective
 from veneer.train import compiling
+from veneer.train.kept import Kept
 from veneer.train.progress import Voice
 from veneer.train.run import Run
 from veneer.train.step import Learner, under_autocast
@@ -31,6 +33,18 @@ def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
         objective = compiling.prepare(ready.model, plain.batch(order.step(0)[0], device))
         return plain._replace(objective=in_precision(run, objective, device))
     return _compiled(ready, plain, order, voice)
+
+
+def keeping(ready: Ready, learner: Learner, order: Order, voice: Voice) -> Learner:
+    """The same, that computes the frozen blocks once for each window, where the run asks for that. Raises ConfigError."""
+    if ready.frozen is None:
+        return learner
+    run, train = ready.run, ready.texts["train"]
+    if order.total <= len(train.windows):
+        voice.say("no window is read twice in this run, so that cache_frozen gains nothing; leave it out, or train for more epochs")
+    depends = {name: getattr(run, name) for name in ("length", "packing", "quantise", "device")}
+    key = {**depends, **{name: ready.config[name] for name in ("base", "versions")}, "data": train.facts}
+    return learner._replace(kept=Kept(ready.model, ready.frozen, train.windows, Path(run.out), key, pad=ready.pad))
 
 
 def in_precision(run: Run, objective: Objective, device: torch.device) -> Objective:

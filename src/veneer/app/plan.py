@@ -71,6 +71,7 @@ class Plan:
     length: Length
     measured: Measured | None
     halving: list[Trial]
+    cache_frozen: int | None  # bytes on disk
     available: int | None
     problem: str | None
 
@@ -110,6 +111,7 @@ class Plan:
             "probe": self.measured._asdict() if self.measured else None,
             "seconds": self.seconds,
             "halving": [t._asdict() for t in self.halving],
+            "cache_frozen_bytes": self.cache_frozen,
             "fits": self.problem is None,
             "problem": self.problem,
         }
@@ -148,6 +150,7 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
         length=_length(ready, order, pace),
         measured=measured,
         halving=trials,
+        cache_frozen=ready.frozen.bytes(ready.texts["train"].facts["tokens"]) if ready.frozen else None,
         available=room,
         problem=problem,
     )

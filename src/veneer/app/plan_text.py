@@ -75,6 +75,8 @@ def _of_time(p: Plan) -> list[str]:
     parts = ", ".join(f"{what} {n / 1e9:,.2f}" for part, what in PRODUCTS.items() if (n := getattr(p.flops, part)))
     lines = [f"10^9 operations a step: {p.flops.total / 1e9:,.2f} ({parts}); full fine-tuning {p.full_flops.total / 1e9:,.2f}"]
     lines.append(f"{p.length.steps:,} steps, {p.length.tokens:,} tokens, {p.length.evaluations:,} evaluations")
+    if p.cache_frozen is not None:
+        lines.append(f"cache_frozen: {size(p.cache_frozen)} on disk; steps are counted and measured here with all blocks computed")
     if p.measured is None or p.seconds is None:
         return [*lines, "seconds: not measured (no probe)"]
     speed = p.length.tokens / p.length.steps / p.measured.seconds

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import veneer
 from veneer import embedded, methods, optim
 from veneer.adapt import attach, attached, fingerprint
-from veneer.analyse.words import started
+from veneer.analyse.words import amount, started
 from veneer.app import calibration, machine, pretrained, quantising, start, streamed, texts
 from veneer.app.texts import Text
 from veneer.data.pack import collate
@@ -21,7 +22,8 @@ from veneer.errors import ConfigError
 from veneer.methods.full import Full
 from veneer.ops.linalg import multiplies_bf16
 from veneer.optim import groups
-from veneer.train import compiling, door, rates
+from veneer.train import compiling, door, frozen, kept, rates
+from veneer.train.frozen import Prefix
 from veneer.train.progress import Voice
 from veneer.train.run import Run
 
@@ -30,7 +32,8 @@ FULL = "full"  # the method that trains the base itself
 
 
 class Ready(NamedTuple):
-    """run: with every setting decided; parts: what is trained; optimiser: by what; config: the content of config.json."""
+    """run: with every setting decided; parts: what is trained; optimiser: by what; config: the content of config.json; frozen: the
+    blocks that are computed once for each window, None where the run does not ask for that."""
 
     run: Run
     model: nn.Module
@@ -39,6 +42,7 @@ class Ready(NamedTuple):
     pad: int
     texts: dict[str, Text]
     config: dict[str, Any]
+    frozen: Prefix | None = None
 
     @property
     def trained(self) -> optim.Trained:
@@ -65,7 +69,8 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     parts = adapt(model, run, stats)
     begun = {} if only_shapes else _begun(model, run, stats, voice)
     compiling.recompute(model, run.gradient_checkpointing)
-    _try_out(model, run, ready)
+    ids = _try_out(model, run, ready)
+    prefix = _frozen(model, ids, run, ready["train"], voice) if run.cache_frozen else None
     optimiser = optim.make(run.optimiser, **run.optimiser_options)
     optimiser.build(_trained(run, parts))  # before anything is written: it may find no pair of factors
     voice.say(_described(model, run, parts))
@@ -82,7 +87,7 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
         **begun,
         "notes": list(voice.said),
     }
-    return Ready(run, model, parts, optimiser, pad, ready, config)
+    return Ready(run, model, parts, optimiser, pad, ready, config, prefix)
 
 
 def read(run: Run, voice: Voice) -> tuple[Any, dict[str, Text]]:
@@ -145,7 +150,8 @@ def _trained(run: Run, parts: list[groups.Part]) -> optim.Trained:
     return optim.Trained(parts, run.betas, embedding)
 
 
-def _try_out(model: nn.Module, run: Run, ready: Mapping[str, Text]) -> None:
+def _try_out(model: nn.Module, run: Run, ready: Mapping[str, Text]) -> Tensor:
+    """Raises the errors of what the model cannot do. Returns what it was tried on: the first text's token ids (1, t)."""
     windows = [w for t in ready.values() for w in t.windows]
     ids = collate([w[:1] for w in windows[:1]], 0)["input_ids"].to(next(model.parameters()).device)
     if run.method == FULL:
@@ -154,6 +160,16 @@ def _try_out(model: nn.Module, run: Run, ready: Mapping[str, Text]) -> None:
         door.check_called(model, ids)
     if any(len(w) > 1 for w in windows):
         door.check_packing(model)
+    return ids
+
+
+def _frozen(model: nn.Module, ids: Tensor, run: Run, train: Text, voice: Voice) -> Prefix:
+    """The blocks below the first adapted one. Raises ConfigError where what leaves them cannot be kept."""
+    found = frozen.look(model, ids)
+    needed = found.bytes(train.facts["tokens"])
+    kept.check_room(Path(run.out), needed)
+    voice.say(f"what leaves the {found.first} blocks below the first adapted one is kept until the end, in {amount(needed)} on disk")
+    return found
 
 
 def _described(model: nn.Module, run: Run, parts: list[groups.Part]) -> str:

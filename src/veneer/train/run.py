@@ -77,6 +77,9 @@ class Run:
     gradient_checkpointing: bool = setting(
         False, "keep only what enters each block and compute the rest again backward: less memory, a third more time"
     )
+    cache_frozen: bool = setting(
+        False, "keep on disk, in out, what leaves the blocks below the first adapted one, and compute it once for each window of data"
+    )
     device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, ..; auto: cuda where there is one")
     seed: int = setting(0, "decides starts, order, dropout and what is split off")
     eval_every: int | None = setting(None, "distance of evaluations; a fifth of the run unless given", unit="steps")
@@ -161,6 +164,8 @@ def _problems(run: Run) -> Iterator[str]:
         yield f"steps {run.steps} and epochs {run.epochs:g} both set the length; give one of them"
     if run.stream and run.steps is None:
         yield "stream: how long an epoch is would only be known at its end; give steps"
+    if run.stream and run.cache_frozen:
+        yield "cache_frozen keeps something for every window of data, and a stream's are not known before; leave one of them out"
     if run.buffer != type(run).buffer and not run.stream:
         yield f"buffer {run.buffer} is of a stream; use stream=True, or leave it out"
     if "none" in run.known and len(run.known) > 1:
@@ -210,6 +215,8 @@ def _of_method(run: Run) -> Iterator[str]:
             yield f"{pattern} is given, but method {run.method!r} has no {option}"
     if run.method == "full" and run.quantise is not None:
         yield f"quantise {run.quantise!r} keeps the base as codes, which method 'full' cannot train; leave it out, or train an adapter"
+    if run.method == "full" and run.cache_frozen:
+        yield "cache_frozen keeps what leaves the blocks below the first adapted one, and method 'full' adapts none; leave it out"
     if run.method == "full" and run.untie:
         yield "untie is for adapters, which change one of two tied layers; method 'full' trains the weight that they share; leave it out"
 

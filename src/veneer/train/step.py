@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from veneer.optim.groups import Part, set_rates
 from veneer.optim.paired import Paired
 from veneer.tasks import Batch, Objective
 from veneer.train.compiling import Shapes, eagerly
+from veneer.train.kept import Kept
 
 
 class Outcome(NamedTuple):
@@ -40,7 +42,8 @@ def under_autocast(objective: Objective, device: torch.device) -> Objective:
 
 
 class Learner(NamedTuple):
-    """A model, what is trained of it, and by what. shapes: of the batches that run compiled, None where nothing does."""
+    """A model, what is trained of it, and by what. shapes: of the batches that run compiled, None where nothing does; kept: what
+    leaves the frozen blocks, where they are not computed again."""
 
     model: nn.Module
     parts: list[Part]
@@ -50,6 +53,7 @@ class Learner(NamedTuple):
     clip: float  # largest norm of the gradient; 0: not clipped
     decay: float
     shapes: Shapes | None = None
+    kept: Kept | None = None
 
     def step(self, micro: Sequence[Sequence[Window]], rate: float) -> Outcome:
         """Learns from the micro-batches as from one batch: the loss is a mean over all their labels together.
@@ -90,7 +94,8 @@ class Learner(NamedTuple):
         device = self.parts[0].parameter.device
         total = torch.zeros((), dtype=torch.float64)
         for windows in micro:
-            with eagerly(self.shapes is not None and len(windows) != self.shapes.rows):
+            short = self.shapes is not None and len(windows) != self.shapes.rows
+            with eagerly(short), self.kept.passing(windows, width(windows, self._widths())) if self.kept else nullcontext():
                 loss, _ = self.objective(self.model, self.batch(windows, device))
                 (loss / labels).backward()
             total += loss.detach().cpu()
