@@ -1,7 +1,7 @@
 # Everything here needs a python3 of 3.10 or newer and nothing else; the first command makes .venv, later ones reuse it.
 #   PYTHON  the interpreter to make .venv with, e.g. make test PYTHON=python3.12
 #   TORCH   what to install as PyTorch instead of the tested version (see tools/install.py), e.g. TORCH=torch==2.13.0+cu130
-#   ARGS    passed on to pytest, e.g. make test ARGS="-k merge"
+#   ARGS    passed on to pytest, e.g. make test ARGS="-k merge", or to tools/mutants
 PYTHON ?= python3
 TORCH ?=
 ARGS ?=
@@ -13,7 +13,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH
 
-.PHONY: help demo test lint docs bench bench-check clean
+.PHONY: help demo test lint docs bench bench-check mutants clean
 
 help:
 	@echo "make demo    adapt the built-in model in three ways and see what was learned and forgotten"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation into site/ and check its links"
 	@echo "make bench   run every script in bench/; make bench-check compares with the figures in bench/results"
+	@echo "make mutants plant 60 faults one at a time and see whether the tests notice; ARGS=\"--seed 1\" for others, ARGS=--help for more"
 	@echo "make clean   remove .venv and what tests and builds left behind (not runs/)"
 
 $(STAMP): pyproject.toml constraints.txt tools/install.py
@@ -47,6 +48,9 @@ bench: $(STAMP)
 
 bench-check: $(STAMP)
 	$(BIN)/python bench/check.py
+
+mutants: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=tools $(BIN)/python -m mutants $(ARGS)
 
 clean:
 	rm -rf .venv build dist site docs/generated src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

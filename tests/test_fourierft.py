@@ -67,6 +67,18 @@ def test_the_size_of_a_change_does_not_depend_on_the_width():
         assert 0.008 < rms < 0.012  # frequencies 0 and half count twice
 
 
+@pytest.mark.parametrize(
+    ("frequencies", "rows", "columns"),
+    [(1, 1, 1), (4, 2, 2), (5, 2, 2), (6, 3, 2), (9, 3, 3), (12, 4, 3), (17, 5, 3), (40, 7, 3)],  # of the 5 columns 3 say all
+)
+def test_a_grid_is_near_a_square_and_has_no_frequency_twice(frequencies, rows, columns):
+    model = veneer.attach(nn.Sequential(nn.Linear(5, 7)), "fourierft", frequencies=min(frequencies, 35), grid=True)
+    _, d = changes(model, "default")[0]
+    assert d.c.shape == (rows, columns)
+    assert len(set(d.rows.tolist())) == rows and set(d.rows.tolist()) <= set(range(7))
+    assert len(set(d.columns.tolist())) == columns and set(d.columns.tolist()) <= {0, 1, 2}
+
+
 def test_nothing_of_the_size_of_the_weight_is_kept():
     x = torch.randn(8, 512)
     for grid in (False, True):

@@ -85,8 +85,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for method in ("loldu", "loraxs"):
         with pytest.raises(ShapeError, match=r"rank 17 > min\(out, in\) = 16 at '.*k_proj'"):
             veneer.attach(llama(), method, rank=17, to=["k_proj"])
-        with pytest.raises(ConfigError, match="alpha must be a number above 0, not -1"):
-            veneer.attach(llama(), method, rank=4, alpha=-1)
+        for alpha in (-1, 0, float("inf"), float("nan")):
+            with pytest.raises(ConfigError, match=f"alpha must be a number above 0, not {alpha}"):
+                veneer.attach(llama(), method, rank=4, alpha=alpha)
     for method in ("vera", "loraxs"):
         with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), not 2"):
             veneer.attach(llama(), method, rank=4, dropout=2)

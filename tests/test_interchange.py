@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import veneer
+from veneer import methods
 from veneer.adapt import peft_format
 from veneer.adapt.attached import changes
 from veneer.errors import ConfigError, FormatError
@@ -283,6 +284,23 @@ def test_the_settings_known_here_are_those_of_peft() -> None:
     assert odd == {"inference_mode", "peft_version"}
 
 
+@pytest.mark.parametrize(
+    ("method", "theirs"),
+    [
+        ("miss", peft.MissConfig),
+        ("bat", peft.MissConfig),
+        ("ia3", peft.IA3Config),
+        ("fourierft", peft.FourierFTConfig),
+        ("vera", peft.VeraConfig),
+        ("prefix", peft.PrefixTuningConfig),
+    ],
+)
+def test_the_settings_of_other_methods_have_pefts_defaults(method: str, theirs: Any) -> None:
+    own, defaults = methods.get(method).peft_settings, theirs().to_dict()
+    filled = {"num_transformer_submodules": 1} if method == "prefix" else {}  # which PEFT puts there for a decoder
+    assert {**{k: defaults[k] for k in own}, **filled} == own
+
+
 def test_a_layer_whose_name_ends_another(tmp_path: Path) -> None:
     """`fc` and `block.fc`: PEFT matches by endings, so neither a list of names nor a bare pattern would do."""
 
@@ -348,6 +366,23 @@ def test_a_random_start_needs_its_initial_or_converted_folder(tmp_path: Path) ->
     assert "init_lora_weights 'pissa_niter_4': its randomised SVD is not seeded, so that the base it was trained on cannot" in str(e.value)
     assert "Pass initial= with the folder saved before training" in str(e.value)
     assert "path_initial_model_for_weight_conversion" in str(e.value)
+
+
+def test_a_start_may_have_zeros_in_it(tmp_path: Path) -> None:
+    initial_and_trained(tmp_path, "pissa_niter_4")
+    for name in ("initial", "trained"):
+        path = tmp_path / name / peft_format.TENSORS
+        tensors = load_file(path)
+        tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"][:, 5] = 0
+        save_file(tensors, path)
+    ours = veneer.load(models.llama(), tmp_path / "trained", initial=tmp_path / "initial")
+    A, B, A0, B0 = (
+        load_file(tmp_path / name / peft_format.TENSORS)[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight"].double()
+        for name in ("trained", "initial")
+        for x in "AB"
+    )
+    site, delta = next((s, d) for s, d in changes(ours, "default") if s.name == "model.layers.0.self_attn.q_proj")
+    torch.testing.assert_close(delta.delta(site).double(), 5 / 3 * (B @ A - B0 @ A0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,20 @@ def test_without_a_gradient_the_product_decays_as_a_whole_matrix_would(ratio):
     torch.testing.assert_close((B @ A).detach(), (1 - RATE * DECAY) * before, rtol=1e-12, atol=0)
 
 
+def test_what_changes_an_embedding_decays_by_the_rate_that_it_has():
+    A, B, table = (nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in ((2, 5), (4, 2), (5, 4)))
+    product, before = (B @ A).detach(), table.detach().clone()
+    found = [groups.Part("A", A, "A", True), groups.Part("B", B, "B", True), groups.Part("table", table, "matrix", True)]
+    optimiser = loraplus(found, embedding=0.1)
+    for p in (A, B, table):
+        p.grad = torch.zeros_like(p)
+    groups.set_rates(optimiser, RATE, DECAY)
+    optimiser.step()
+    kept = 1 - 0.1 * RATE * DECAY
+    torch.testing.assert_close((B @ A).detach(), kept * product, rtol=1e-12, atol=0)
+    torch.testing.assert_close(table.detach(), kept * before, rtol=1e-12, atol=0)
+
+
 def test_a_rate_of_zero_changes_nothing():
     p = nn.Parameter(torch.ones(2, 2))
     optimiser = groups.adamw([groups.Part("p", p, "matrix")], {})

@@ -440,6 +440,8 @@ def test_a_calibration_that_cannot_tell_anything_says_so():
     wild = refused(SiteError, lambda: calibrate(some(model), loss=lambda m, b: math.inf * squares(m, b), to=["q_proj"]))
     assert wild.startswith("the gradient is not finite at 2 layers: model.layers.0.self_attn.q_proj, ")
     idle = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    wrapper = torch.compile(nn.Sequential(nn.Linear(4, 4)))
+    assert refused(ConfigError, lambda: veneer.calibrate(wrapper, [torch.ones(2, 4)], rank=1)).startswith("this is torch.compile's wrapper")
     assert "1 adapted layers were never called" in refused(
         SiteError, lambda: veneer.calibrate(idle, [torch.ones(2, 4)], rank=1, loss=lambda m, x: m[0](x).sum())
     )

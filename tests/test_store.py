@@ -559,6 +559,26 @@ def test_the_probe_holds_in_other_dtypes(build: Any, dtype: torch.dtype, tmp_pat
     veneer.load(build().to(dtype), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float64, 1e-6), (torch.float32, 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]
+)
+@pytest.mark.parametrize("which", ["off", "on"])
+def test_the_probe_allows_rounding_and_no_more(dtype: torch.dtype, allowed: float, which: str, tmp_path: Path) -> None:
+    """allowed: of the largest output that is kept; another kernel's rounding stays well below, a wrong adapter well above."""
+    ours = adapted(build=lambda: models.llama().to(dtype))
+    veneer.save(ours, tmp_path)
+    probe = manifest(tmp_path)["probe"]
+    largest = max(abs(v) for v in probe["off"] + probe["on"])
+    least = min(range(len(probe[which])), key=lambda i: abs(probe[which][i]))
+    for share, fine in ((0.8, True), (1.2, False)):
+        values = [v + share * allowed * largest * (i == least) for i, v in enumerate(probe[which])]
+        edit(tmp_path / MANIFEST, probe={**probe, which: values})
+        if fine:
+            veneer.load(models.llama().to(dtype), tmp_path)
+        else:
+            assert f"- probe: with the adapter {which}, outputs are " in refusal(tmp_path, models.llama().to(dtype))
+
+
 def test_the_probe_is_taken_with_the_adapter_alone_and_in_evaluation_mode(tmp_path: Path) -> None:
     model = adapted(dropout=0.5)
     veneer.attach(model, name="other", to=["v_proj"], rank=2)

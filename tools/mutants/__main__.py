@@ -1,0 +1,130 @@
+"""Plants small faults, one at a time, and runs the tests that should notice: python -m mutants (make mutants).
+
+Ends with a line of JSON. planted: faults that were tried; killed_share: how many of them a test noticed by failing, by
+taking longer than the limit, or by ending the process. A test counts only if it passes without the fault, which is tried
+at the end. Faults that no test can notice are listed in tools/mutants/aside.json with their reasons, and are not planted.
+Exit code 3 if less than 0.95 were noticed, 1 if a test fails without a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from mutants import aside, faults, noticing, pool
+from mutants.faults import SOURCE, Fault
+from mutants.pool import Outcome
+
+WANTED = 0.95
+
+
+def options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--count", type=int, default=60, help="how many faults to plant (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the faults (default: 0)")
+    parser.add_argument("--only", action="append", default=[], metavar="PATH[:LINE]", help="a file, a folder or a line; repeatable")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time (default: one for each processor)")
+    parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="what one test may take (default: 60)")
+    parser.add_argument("--list", action="store_true", help="show the faults, and plant none")
+    found = parser.parse_args(arguments)
+    if min(found.count, found.jobs, found.limit) <= 0:
+        parser.error("--count, --jobs and --limit must be above 0")
+    return found
+
+
+def drawn(found: list[Fault], given: argparse.Namespace, reasons: aside.Reasons) -> tuple[list[Fault], list[Fault]]:
+    """The faults to plant, and those set aside that were drawn among them."""
+    paths = [(noticing.files([path]), line) for path, _, line in (o.partition(":") for o in given.only)]
+    wanted = [f for f in found if not paths or any(f.file in files and line in ("", str(f.line)) for files, line in paths)]
+    plant: list[Fault] = []
+    left: list[Fault] = []
+    for fault in faults.sample(wanted, {f.file: noticing.area(f.file) for f in wanted}, given.seed):
+        if len(plant) == given.count:
+            break
+        (left if fault.key in reasons else plant).append(fault)
+    return plant, left
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = options(arguments)
+    reasons = aside.load()
+    found = [fault for file in noticing.files() for fault in faults.of(file, (SOURCE / file).read_text(encoding="utf-8"))]
+    if idle := aside.idle(reasons, found):
+        print("these entries of tools/mutants/aside.json are no faults of the sources any more:", *idle, sep="\n", file=sys.stderr)
+        return 2
+    plant, left = drawn(found, given, reasons)
+    if not plant and not left:
+        print(f"there is no fault to plant in {', '.join(given.only)}", file=sys.stderr)
+        return 2
+    if given.list:
+        print(*plant, sep="\n")
+        return 0
+    return tried(plant, left, given, reasons)
+
+
+def tried(plant: list[Fault], left: list[Fault], given: argparse.Namespace, reasons: aside.Reasons) -> int:
+    """Plants the faults, says what became of them, and returns the exit code."""
+    start, ended, interrupted = time.monotonic(), list[Outcome](), False
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trials end too
+    for name in pool.LARGE:
+        importlib.import_module(name)
+    broken: list[str] = []
+    try:
+        for outcome in pool.outcomes(plant, jobs=given.jobs, limit=given.limit):
+            ended.append(outcome)
+            show(ended, len(plant))
+        broken = pool.fail_anyway([o.test for o in ended if o.test], given.limit)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\ninterrupted; this is what came of it so far", file=sys.stderr)
+    for fault in left:
+        print(f"set aside, {': '.join(reasons[fault.key])}\n{fault}")
+    for outcome in ended:
+        if outcome.how == "survived":
+            print(f"SURVIVED {outcome.fault}")
+    if broken:
+        print("these tests fail without a fault, so that nothing follows from them:", *broken, sep="\n")
+    share = report(ended, left, given, reasons, time.monotonic() - start)
+    if interrupted or broken:
+        return 130 if interrupted else 1
+    return 3 if share < WANTED else 0
+
+
+def show(ended: list[Outcome], of: int) -> None:
+    """How far it has come: one line that is written over, or a line for each fault where there is no terminal."""
+    last, survived = ended[-1], sum(o.how == "survived" for o in ended)
+    if sys.stderr.isatty():
+        bar, end = "#" * (30 * len(ended) // of), "\n" if len(ended) == of else ""
+        print(f"\r[{bar:<30}] {len(ended)} of {of}, {survived} survived ", end=end, file=sys.stderr, flush=True)
+    else:
+        fault = last.fault
+        by = f": {last.test}" if last.test else ""
+        what = f"{last.how} in {last.seconds:.0f} s: {fault.file}:{fault.line} {fault.operator} in {fault.where}{by}"
+        print(f"{len(ended)} of {of} {what}", file=sys.stderr, flush=True)
+
+
+def report(ended: list[Outcome], left: list[Fault], given: argparse.Namespace, reasons: aside.Reasons, seconds: float) -> float:
+    """Prints the line of JSON; the share of faults that were noticed."""
+    how, kinds = Counter(o.how for o in ended), Counter(reasons[f.key][0] for f in left)
+    planted, noticed = len(ended), len(ended) - how["survived"]
+    share = noticed / planted if planted else 1.0
+    figures = {"killed": noticed, "killed_by_timeout": how["hung"], "killed_by_crash": how["crashed"], "survived": how["survived"]}
+    figures |= {**{kind: kinds[kind] for kind in aside.KINDS}, "seconds": round(seconds)}
+    line = {"bench": "mutants", "seed": given.seed, "planted": planted, "killed_share": round(share, 4), "figures": figures}
+    print(json.dumps(line), flush=True)
+    return share
+
+
+if __name__ == "__main__":
+    sys.exit(main())

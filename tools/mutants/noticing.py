@@ -1,0 +1,75 @@
+"""Which tests should notice a fault: those that the first matching row names, after those of the file's own name."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from mutants.faults import ROOT, SOURCE, Fault
+
+TESTS = ROOT / "tests"
+AREAS = ("methods", "optim", "adapt")
+# The first row that a file of src/veneer matches says which tests/test_NAME.py should notice, those that take longest last;
+# those of the file's own name come first, and a method has them without a row. Processes that tests start run without the fault.
+ROWS = {
+    "methods/inits/*": "starts* methods complaints_settings interchange quant",
+    "methods/*": "ia3* prefix* flora* gains* frozen* miss* optim fourierft* baselines* methods counts complaints* interchange starts*",
+    "optim/*": "optim lowrank* optimisers* lorapro* scratch* complaints_settings",
+    "adapt/bank.py": "gains* flora* bank* complaints*",
+    "adapt/rows.py": "gains* flora* bank* complaints*",
+    "adapt/groups.py": "gains* attach* groups*",
+    "adapt/discover.py": "gains* attach* groups* complaints*",
+    "adapt/calibrate.py": "starts* complaints*",
+    "adapt/peft_*": "interchange miss* fourierft* frozen* prefix* store complaints* verify starts*",
+    "adapt/attach*": "merge* gains* attach* algebra* prefix* baselines* store complaints* quant groups* methods",
+    "adapt/merge.py": "merge* gains* algebra* prefix* baselines* complaints* quant methods",
+    "adapt/*": "merge* algebra* attach* store complaints* verify interchange prefix* chunked* frozen* starts* quant",
+}
+SHARED = ("__init__", "base", "lora")  # files in methods that others build on
+COSTLY = "compil"  # in the name of a test that compiles: slow, and seldom the only one that sees a fault
+
+
+def area(file: str) -> str:
+    """The area of a file under src/veneer."""
+    return Path(file).parts[0]
+
+
+def files(only: Iterable[str] = ()) -> list[str]:
+    """The files that faults are planted in, as under src/veneer; only: those that begin with one of these paths."""
+    found = sorted(p.relative_to(SOURCE).as_posix() for a in AREAS for p in (SOURCE / a).rglob("*.py"))
+    wanted = [name.removeprefix("src/veneer/").rstrip("/") for name in only]
+    return [f for f in found if not wanted or any(f == w or f.startswith(f"{w}/") for w in wanted)]
+
+
+def tests(file: str) -> list[str]:
+    """The test files for a file under src/veneer, its own ones first."""
+    path = Path(file)
+    stem = path.parent.name if path.stem == "__init__" else path.stem
+    own = [f"{stem}*"] if area(file) == "methods" else []
+    row = next(names.split() for pattern, names in ROWS.items() if fnmatch(file, pattern))
+    found = dict.fromkeys(p.relative_to(ROOT).as_posix() for name in [*own, *row] for p in sorted(TESTS.glob(f"test_{name}.py")))
+    return sorted(found, key=lambda test: not fnmatch(test, f"tests/test_{stem}*"))
+
+
+def concerns(file: str, test: str) -> bool:
+    """Whether a test can have to do with a file: one about a method has its name, in its own name or in its file."""
+    stem = Path(file).stem
+    return area(file) != "methods" or stem in SHARED or stem in test or _names(test.partition("::")[0], stem)
+
+
+@functools.cache
+def _names(test_file: str, stem: str) -> bool:
+    return re.search(rf"\b{stem}\b", (ROOT / test_file).read_text(encoding="utf-8")) is not None
+
+
+def place(fault: Fault, test: str) -> tuple[bool, int]:
+    """Sorts tests for a fault: what compiles comes last, the others by how many words of the fault's file and function they share."""
+    shared = _words(Path(fault.file).stem, fault.where) & _words(test.partition("::")[2])
+    return COSTLY in test, -len(shared)
+
+
+def _words(*names: str) -> set[str]:
+    return {w.lower() for name in names for w in re.findall(r"[A-Z]*[a-z]+|[A-Z]+", name) if len(w) > 2}
