@@ -20,7 +20,7 @@ from veneer.cli.commands import VERBS, command
 from veneer.cli.frame import main
 from veneer.methods import inits
 from veneer.sites import Site
-from veneer.train import settings
+from veneer.train import described, settings
 from veneer.train.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +123,18 @@ def test_the_page_of_methods_has_every_file_and_option(written):
     for option in methods.options_of(methods.get("lora")):
         assert f"`--{option.replace('_', '-')}`" in text
     assert "Begin here." in text and "(https://arxiv.org/abs/2402.09353)" in text
+
+
+def test_the_entries_have_the_same_headings():
+    label = re.compile(r"^([A-Z][a-z]+): ", re.MULTILINE)
+    for names, get, wanted in (
+        (methods.available(), methods.get, ["Parameters", "State", "Cost", "Use", "Against"]),
+        (optim.available(), optim.get, ["State", "Cost", "Use", "Against"]),
+    ):
+        for name in names:
+            assert label.findall(described.of_module(get(name)).rest) == wanted, name
+    for name in inits.available():
+        assert label.findall(described.of_module(inits.get(name).start).rest) in ([], ["State", "Cost", "Use", "Against"]), name
 
 
 def test_a_new_method_is_there_as_soon_as_its_file_is(tools, tmp_path, monkeypatch):

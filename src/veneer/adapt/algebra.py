@@ -152,7 +152,7 @@ def extract(
     others = [n for n, p in before.items() if n not in taken and not torch.equal(precise(p), precise(after[n]))]
     if others and rest == "refuse":
         raise FormatError(
-            f"{len(others)} parameters outside the layers of to= differ too: {first_few(others)}; pass rest='keep' or rest='drop'"
+            f"{len(others)} parameters outside the layers of to= differ too: {first_few(others)}; take rest='keep' or 'drop' (--rest)"
         )
     if not cuts and not others:
         raise FormatError("the two models have the same weights; there is nothing to extract")

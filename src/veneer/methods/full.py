@@ -1,4 +1,11 @@
-"""Full fine-tuning kept as a change: W' = W + D for every parameter, norms and biases included."""
+"""Full fine-tuning kept as a change: W' = W + D for every parameter, norms and biases included.
+
+Parameters: all of the model's, or those of the modules that `to` names and of all inside them.
+State: W' - W in float32, as large as what is trained.
+Cost: the gradient and the optimiser's state of every parameter; used as an adapter, W + D is made in every pass. Merged: none.
+Use: where there is much to learn and the memory for it; as what the others are compared with.
+Against: with AdamW four times the memory of the weights, and a file of the model's size for every task.
+"""
 
 from __future__ import annotations
 

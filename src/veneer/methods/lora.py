@@ -1,4 +1,14 @@
-"""LoRA: W' = W + s (B A - B0 A0), s = alpha / r.  Hu et al. 2021, https://arxiv.org/abs/2106.09685"""
+"""LoRA: W' = W + s (B A - B0 A0), s = alpha / r.  Hu et al. 2021, https://arxiv.org/abs/2106.09685
+
+B0 A0 is where B A starts, zero for most starts.
+
+Parameters: r (in + out) a layer.
+State: A and B, and A0 and B0 where the start is not zero.
+Cost: two products of rank r a token, of 2 r with such a start; keeps the layer's input for the backward, which A's gradient
+needs, and r numbers a token. Merged: none.
+Use: before anything else. What other methods gain over it is small next to what a rate that was looked for gains.
+Against: a change of rank r at most, which is little where there is much to learn.
+"""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@ the gradient every `period` steps by one warm-started subspace iteration, P <- o
 authors' code takes a whole SVD; and the moments follow P: with C = P_new' P_old, M <- C M, and V <- (C o C) V, what the
 squares are if their numbers are independent. (The authors' code leaves both in the old basis.)
 
-State: P and two moments, r (m + 2 n) numbers for a weight, where AdamW keeps 2 m n. Cost a step: 4 m n r for the projections.
-When: to train all weights, from nothing or from a base, where AdamW's moments do not fit; the whole gradient must.
-Known against it: behind full-rank Adam at equal tokens in the paper's own tables; every period is a small shock; the
+State: P and two moments, r (m + 2 n) numbers for a weight, where AdamW keeps 2 m n.
+Cost: 4 m n r operations a weight and step for the projections, and as many every `period` steps for the subspace.
+Use: to train all weights, from nothing or from a base, where AdamW's moments do not fit; the whole gradient must.
+Against: behind full-rank Adam at equal tokens in the paper's own tables; every period is a small shock; the
 scale and the rate are one number in two places.
 """
 

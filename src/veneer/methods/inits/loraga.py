@@ -6,11 +6,11 @@ first order -eta s^2 c^2 times the best rank-2r approximation of G. No singular 
 multiple of the loss. c = out^(1/4) / sqrt(gamma) keeps the size of the outputs when the width changes, with the scaling of
 rsLoRA, alpha / sqrt(r): alpha is 16 with stabilised=True, and 16 sqrt(r), which is the same map, without.
 
-Parameters, state, cost: as LoRA with the fixed start kept beside it, (in + out) r numbers that do not train and a product of
-rank 2r; and a calibration before the training, which is a forward and a backward pass over `calibration` windows.
-When to use it: for short trainings, where the first steps decide; at the learning rate of full fine-tuning, not of LoRA (the
+State: the fixed start beside A and B, (in + out) r numbers that do not train.
+Cost: a product of rank 2r; and a calibration before the training, a forward and a backward pass over `calibration` windows.
+Use: for short trainings, where the first steps decide; at the learning rate of full fine-tuning, not of LoRA (the
 authors, LoRA-GA issue 12; above it training oscillates).
-Known against it: the gain over LoRA shrinks when both have their own best rate (arXiv 2602.04998, within 1 to 2 %); users
+Against: the gain over LoRA shrinks when both have their own best rate (arXiv 2602.04998, within 1 to 2 %); users
 did not reach the paper's GSM8K figure (LoRA-GA issue 13). PEFT 0.21.2's start of this name is another one: it multiplies B by
 the singular values of G and scales only B, so that B shrinks with the loss and the first step is not the best of its rank.
 """

@@ -3,11 +3,12 @@ Datta 2024, https://datta0.github.io/posts/rethink-lora-init/
 
 Both factors learn from the first step on, and the layer starts as it was because odd and even rows of Q are orthogonal. As
 in PEFT the numbers in G and H have one size whatever the layer's width, so that wide layers start with long factors: `size`
-is to be lowered with the width, and the learning rate compared with LoRA's own best one. There is no paper on it, and no
-result beyond the author's own.
+is to be lowered with the width, and the learning rate compared with LoRA's own best one.
 
-Parameters and state: as LoRA. What rounding leaves of B A at the start is subtracted, as every start is, so that the layer
-starts as the base bit for bit; that costs a product of rank 2r.
+State: the fixed start beside A and B: what rounding leaves of B A is subtracted, so that the layer starts as the base bit for bit.
+Cost: a product of rank 2r.
+Use: to try whether two factors that learn from the first step on help.
+Against: there is no paper on it, and no result beyond the author's own.
 """
 
 import torch
