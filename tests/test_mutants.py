@@ -139,7 +139,8 @@ def test_of_a_method_only_tests_that_name_it_run_and_of_what_all_share_every_one
 
 def test_the_nearest_tests_run_first():
     fault = found("class RowNorms:\n    def factors(self):\n        return 1")[0]
-    near, far, slow = (f"tests/test_{name}" for name in ("a.py::test_factors_of_row_norms[some]", "some.py::test_x", "a.py::test_it_compiles"))
+    names = ("a.py::test_factors_of_row_norms[some]", "some.py::test_x", "a.py::test_it_compiles")
+    near, far, slow = (f"tests/test_{name}" for name in names)
     assert sorted([slow, far, near], key=lambda test: noticing.place(fault, test)) == [near, far, slow]
 
 
