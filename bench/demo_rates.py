@@ -10,13 +10,12 @@ Ends with one JSON line; --write puts it into bench/results/demo_rates.json, fro
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import statistics
+from functools import partial
 from pathlib import Path
 
-from veneer.app import machine
+from _sweep import Row, arguments, conclude, kept
+
 from veneer.app.demo import CONTENDERS, settings
 from veneer.app.fit import fit
 from veneer.embedded.texts import DOMAINS, has
@@ -29,18 +28,15 @@ GRID = {
 STEPS, SEEDS, TIE = 100, (0, 1, 2), 0.01
 
 
-def measure(out: Path, target: str, label: str, rate: float, seed: int) -> dict[str, float]:
+def measure(out: Path, target: str, label: str, rate: float, seed: int) -> Row:
     """Bits per byte after one training: on validation text, and on known text."""
-    file = out / f"{target}-{label}-{rate:g}-{seed}.json"
-    if not file.exists():
-        work = out / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        run = settings(work, target, label, CONTENDERS[label], steps=STEPS, seed=seed, lr=rate)
-        after = fit(run, progress=False).metrics["after"]
-        file.write_text(json.dumps({"valid": after["valid"], "known": after["known"]}))
-        shutil.rmtree(work)
-    found: dict[str, float] = json.loads(file.read_text())
-    return found
+    return kept(out / f"{target}-{label}-{rate:g}-{seed}.json", partial(_train, target, label, rate, seed))
+
+
+def _train(target: str, label: str, rate: float, seed: int, work: Path) -> Row:
+    run = settings(work, target, label, CONTENDERS[label], steps=STEPS, seed=seed, lr=rate)
+    after = fit(run, progress=False).metrics["after"]
+    return {"valid": after["valid"], "known": after["known"]}
 
 
 def choose(tried: dict[float, dict[str, float]]) -> float:
@@ -50,11 +46,7 @@ def choose(tried: dict[float, dict[str, float]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo_rates"))
-    parser.add_argument("--write", action="store_true", help="keep the outcome in bench/results")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = arguments(__doc__, "demo_rates")
     rows, figures = [], {}
     for target in (d for d in DOMAINS if has(d)):
         for label, rates in GRID.items():
@@ -66,10 +58,7 @@ def main() -> None:
             for key in ("valid", "known"):
                 figures[f"{target}_{label}_{key}_bpb"] = statistics.mean(s[key] for s in seeds)
                 figures[f"{target}_{label}_{key}_sd"] = statistics.stdev(s[key] for s in seeds)
-    line = {"bench": "demo_rates", "device": "cpu", "versions": machine.versions(), "figures": figures, "rows": rows}
-    if args.write:
-        (Path(__file__).parent / "results" / "demo_rates.json").write_text(json.dumps(line, indent=1) + "\n")
-    print(json.dumps(line))
+    conclude("demo_rates", figures, rows, write=args.write)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ Ends with one JSON line; --write puts it into bench/results/method_rates.json, f
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from veneer.app import machine
+from _sweep import Row, arguments, conclude, kept
+
 from veneer.app.fit import fit
 from veneer.train.run import Run
 
@@ -37,43 +36,27 @@ TRIED: dict[str, tuple[dict[str, Any], str | None, float]] = {
 }
 
 
-def measure(out: Path, method: str, rate: float) -> dict[str, float]:
+def measure(method: str, rate: float, work: Path) -> Row:
     """Bits per byte of validation text before and after one training."""
-    file = out / f"{method}-{rate:g}.json"
-    if not file.exists():
-        options, to, _ = TRIED[method]
-        work = out / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        settings = {"data": ["builtin:prose"], "known": ["none"], "steps": STEPS, "length": LENGTH, "eval_windows": WINDOWS}
-        settings |= {"eval_every": STEPS, "report": False, "out": str(work)}
-        found = fit(Run.from_dict({**settings, "method": method, "options": options, "to": to, "lr": rate}), progress=False)
-        after, before = found.metrics["after"], found.metrics["before"]
-        numbers = {"before": before["valid"], "after": after["valid"], "trained": found.metrics["trainable_parameters"]}
-        file.write_text(json.dumps(numbers))
-        shutil.rmtree(work)
-    known: dict[str, float] = json.loads(file.read_text())
-    return known
+    options, to, _ = TRIED[method]
+    settings = {"data": ["builtin:prose"], "known": ["none"], "steps": STEPS, "length": LENGTH, "eval_windows": WINDOWS}
+    settings |= {"eval_every": STEPS, "report": False, "out": str(work)}
+    found = fit(Run.from_dict({**settings, "method": method, "options": options, "to": to, "lr": rate}), progress=False)
+    after, before = found.metrics["after"], found.metrics["before"]
+    return {"before": before["valid"], "after": after["valid"], "trained": found.metrics["trainable_parameters"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", default=[*TRIED])
-    parser.add_argument("--out", type=Path, default=Path("runs/method_rates"))
-    parser.add_argument("--write", action="store_true", help="keep the outcome in bench/results")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = arguments(__doc__, "method_rates", methods=[*TRIED])
     rows, figures = [], {}
     for method in args.methods:
         rates = [TRIED[method][2] * 4**i for i in range(4)]
-        tried = {rate: measure(args.out, method, rate) for rate in rates}
+        tried = {rate: kept(args.out / f"{method}-{rate:g}.json", partial(measure, method, rate)) for rate in rates}
         rows += [{"method": method, "rate": rate, **values} for rate, values in tried.items()]
         best = min(tried, key=lambda rate: tried[rate]["after"])
         figures[f"{method}_rate"], figures[f"{method}_bpb"] = best, tried[best]["after"]
         print(method, {f"{rate:g}": round(v["after"], 4) for rate, v in tried.items()}, flush=True)
-    line = {"bench": "method_rates", "device": "cpu", "versions": machine.versions(), "figures": figures, "rows": rows}
-    if args.write:
-        (Path(__file__).parent / "results" / "method_rates.json").write_text(json.dumps(line, indent=1) + "\n")
-    print(json.dumps(line))
+    conclude("method_rates", figures, rows, write=args.write)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ JSON line, which --write puts into bench/results/optimiser_rates.json, from whic
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from veneer.app import machine
+from _sweep import Row, arguments, conclude, kept
+
 from veneer.app.demo import Contender, settings
 from veneer.app.fit import fit
 
@@ -31,39 +30,25 @@ GRID: dict[str, tuple[dict[str, Any], list[float]]] = {
 TARGET, STEPS = "prose", 60
 
 
-def measure(out: Path, label: str, options: dict[str, Any], rate: float) -> dict[str, float]:
+def measure(label: str, rate: float, work: Path) -> Row:
     """Bits per byte on validation text before and after one training, and on known text after it."""
-    file = out / f"{label}-{rate:g}.json"
-    if not file.exists():
-        work = out / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        given = {"options": {"rank": 8}, "optimiser": label.split("-")[0] if options else label, "optimiser_options": options}
-        run = settings(work, TARGET, label, Contender("lora", {}, given), steps=STEPS, seed=0, lr=rate)
-        found = fit(run, progress=False)
-        before, after = found.metrics["before"], found.metrics["after"]
-        file.write_text(json.dumps({"before": before["valid"], "valid": after["valid"], "known": after["known"]}))
-        shutil.rmtree(work)
-    row: dict[str, float] = json.loads(file.read_text())
-    return row
+    options = GRID[label][0]
+    given = {"options": {"rank": 8}, "optimiser": label.split("-")[0] if options else label, "optimiser_options": options}
+    found = fit(settings(work, TARGET, label, Contender("lora", {}, given), steps=STEPS, seed=0, lr=rate), progress=False)
+    before, after = found.metrics["before"], found.metrics["after"]
+    return {"before": before["valid"], "valid": after["valid"], "known": after["known"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/optimiser_rates"))
-    parser.add_argument("--write", action="store_true", help="keep the outcome in bench/results")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = arguments(__doc__, "optimiser_rates")
     rows, figures = [], {}
-    for label, (options, rates) in GRID.items():
-        tried = {rate: measure(args.out, label, options, rate) for rate in rates}
+    for label, (_, rates) in GRID.items():
+        tried = {rate: kept(args.out / f"{label}-{rate:g}.json", partial(measure, label, rate)) for rate in rates}
         rows += [{"optimiser": label, "rate": rate, **values} for rate, values in tried.items()]
         best = min(tried, key=lambda rate: tried[rate]["valid"])
         figures[f"{label}_rate"], figures[f"{label}_valid_bpb"] = best, tried[best]["valid"]
         print(label, {f"{rate:g}": round(v["valid"], 4) for rate, v in tried.items()}, flush=True)
-    line = {"bench": "optimiser_rates", "device": "cpu", "versions": machine.versions(), "figures": figures, "rows": rows}
-    if args.write:
-        (Path(__file__).parent / "results" / "optimiser_rates.json").write_text(json.dumps(line, indent=1) + "\n")
-    print(json.dumps(line))
+    conclude("optimiser_rates", figures, rows, write=args.write)
 
 
 if __name__ == "__main__":

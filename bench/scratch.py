@@ -11,19 +11,17 @@ with other seeds. Resumable; ends with one JSON line, which --write puts into be
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from _sweep import arguments, conclude
 from torch import Tensor, nn
 
-from veneer.app import machine
 from veneer.embedded import build, pretrain, texts, via
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -81,11 +79,7 @@ def train(data: Data, changed: dict[str, Any], seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/scratch"))
-    parser.add_argument("--write", action="store_true", help="keep the outcome in bench/results")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = arguments(__doc__, "scratch")
     torch.set_num_threads(1)
     build.SIZES.update(SIZES)
     data = read()
@@ -112,10 +106,7 @@ def main() -> None:
         figures[f"{label}_bpb"] = statistics.mean(s["bpb"] for s in seeds)
         figures[f"{label}_bpb_sd"] = statistics.stdev(s["bpb"] for s in seeds)
         figures[f"{label}_state_mib"] = seeds[0]["state_bytes"] / 2**20
-    line = {"bench": "scratch", "device": "cpu", "versions": machine.versions(), "figures": figures, "rows": rows}
-    if args.write:
-        (Path(__file__).parent / "results" / "scratch.json").write_text(json.dumps(line, indent=1) + "\n")
-    print(json.dumps(line))
+    conclude("scratch", figures, rows, write=args.write)
 
 
 if __name__ == "__main__":

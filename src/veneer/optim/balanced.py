@@ -19,16 +19,13 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError
-from veneer.optim.base import Optimiser, Trained
 from veneer.optim.moments import directions
-from veneer.optim.paired import Paired
+from veneer.optim.paired import Rule
 from veneer.optim.pairs import Bucket
 
 
-class Balanced(Optimiser):
+class Balanced(Rule):
     """Both factors have the same budget in weight space."""
-
-    needs = frozenset({"A", "B"})
 
     def __init__(self, *, floor: float = 0.1) -> None:
         """
@@ -38,20 +35,9 @@ class Balanced(Optimiser):
             raise ConfigError(f"floor {floor:g} must be in (0, 1]")
         self.floor = floor
 
-    def build(self, trained: Trained) -> torch.optim.Optimizer:
-        return BalancedAdamW(trained, self.floor)
-
-
-class BalancedAdamW(Paired):
-    """The torch optimiser."""
-
-    def __init__(self, trained: Trained, floor: float) -> None:
-        super().__init__(trained)
-        self.floor = floor
-
-    def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+    def steps(self, bucket: Bucket, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
         AA, BB = bucket.products()
-        uA, uB = directions(bucket.states_a, bucket.gA, self.betas), directions(bucket.states_b, bucket.gB, self.betas)
+        uA, uB = directions(bucket.states_a, bucket.gA, betas), directions(bucket.states_b, bucket.gB, betas)
         a, b = product_norm(BB, uA @ uA.mT), product_norm(uB.mT @ uB, AA)
         t = math.sqrt(bucket.B.shape[-2] * bucket.A.shape[-1]) / (2 * bucket.s)
         return t * over(uA, a + self.floor * b), t * over(uB, b + self.floor * a)

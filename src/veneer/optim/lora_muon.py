@@ -16,20 +16,17 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from veneer.ops.grams import gram
-from veneer.optim.base import Optimiser, Trained, check_damping
-from veneer.optim.moments import count, mean
-from veneer.optim.paired import Paired
+from veneer.optim.base import Trained, check_damping
+from veneer.optim.moments import State, count, mean
+from veneer.optim.paired import Rule
 from veneer.optim.pairs import Bucket, stacked
 
 
-class LoRAMuon(Optimiser):
+class LoRAMuon(Rule):
     """Orthogonal steps with the same spectral budget for A and B."""
-
-    needs = frozenset({"A", "B"})
 
     def __init__(self, *, damping: float = 0.05) -> None:
         """
@@ -37,29 +34,18 @@ class LoRAMuon(Optimiser):
         """
         self.damping = check_damping(damping)
 
-    def build(self, trained: Trained) -> torch.optim.Optimizer:
-        return Muon(trained, self.damping)
-
     def state_bytes(self, trained: Trained) -> int:
         return super().state_bytes(trained) - sum(p.parameter.numel() * p.parameter.element_size() for p in trained.parts if p.role in "AB")
 
-
-class Muon(Paired):
-    """The torch optimiser."""
-
-    def __init__(self, trained: Trained, damping: float) -> None:
-        super().__init__(trained)
-        self.damping = damping
-
-    def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+    def steps(self, bucket: Bucket, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
         a, b = bucket.grams()
         shift = self.damping * (a.mean + b.mean)
         RA, RB = a.power(-0.5, shift), b.power(-0.5, shift)
-        hA, hB = RB @ self._mean(bucket.states_a, bucket.gA), self._mean(bucket.states_b, bucket.gB) @ RA
+        hA, hB = RB @ running(bucket.states_a, bucket.gA, betas[0]), running(bucket.states_b, bucket.gB, betas[0]) @ RA
         t = math.sqrt(max(bucket.B.shape[-2], bucket.A.shape[-1])) / (2 * bucket.s)
         return t * (RB @ gram(hA @ hA.mT).power(-0.5)) @ hA, t * hB @ (gram(hB.mT @ hB).power(-0.5) @ RA)
 
-    def _mean(self, states: list[dict[str, Tensor]], gradients: Tensor) -> Tensor:
-        """The running means, corrected for their start at 0, stacked."""
-        beta = self.betas[0]
-        return stacked([mean(s, "exp_avg", g, beta) / (1 - beta ** count(s)) for s, g in zip(states, gradients, strict=True)])
+
+def running(states: list[State], gradients: Tensor, beta: float) -> Tensor:
+    """The running means, corrected for their start at 0, stacked."""
+    return stacked([mean(s, "exp_avg", g, beta) / (1 - beta ** count(s)) for s, g in zip(states, gradients, strict=True)])

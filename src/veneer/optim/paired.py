@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.ops.linalg import precise
 from veneer.optim import pairs
-from veneer.optim.base import Trained
+from veneer.optim.base import Optimiser, Trained
 from veneer.optim.groups import by_rate
 from veneer.optim.moments import direction
 from veneer.optim.pairs import Bucket
@@ -84,6 +84,30 @@ class Paired(torch.optim.Optimizer, ABC):
             yield from zip((B for _, B, *_ in present), dB, strict=True)
         elif not group["where"]:
             yield from ((p, direction(self.state[p], p.grad, self.betas)) for p in group["params"] if p.grad is not None)
+
+
+class Rule(Optimiser, ABC):
+    """An optimiser that is one rule for A and B, and the options that the rule has."""
+
+    needs = frozenset({"A", "B"})
+
+    @abstractmethod
+    def steps(self, bucket: Bucket, betas: tuple[float, float]) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+        """As Paired.steps."""
+
+    def build(self, trained: Trained) -> torch.optim.Optimizer:
+        return Ruled(trained, self)
+
+
+class Ruled(Paired):
+    """The torch optimiser of a rule."""
+
+    def __init__(self, trained: Trained, rule: Rule) -> None:
+        super().__init__(trained)
+        self.rule = rule
+
+    def steps(self, bucket: Bucket) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+        return self.rule.steps(bucket, self.betas)
 
 
 def _present(group: dict[str, Any]) -> list[Present]:

@@ -12,19 +12,16 @@ what A and B can both change is counted twice.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from veneer.optim.base import Optimiser, Trained, check_damping
+from veneer.optim.base import check_damping
 from veneer.optim.moments import directions
-from veneer.optim.paired import Paired
+from veneer.optim.paired import Rule
 from veneer.optim.pairs import Bucket
 
 
-class Scaled(Optimiser):
+class Scaled(Rule):
     """AdamW's rule on gradients that the Gram matrix of the other factor has scaled."""
-
-    needs = frozenset({"A", "B"})
 
     def __init__(self, *, damping: float = 0.05) -> None:
         """
@@ -32,19 +29,8 @@ class Scaled(Optimiser):
         """
         self.damping = check_damping(damping)
 
-    def build(self, trained: Trained) -> torch.optim.Optimizer:
-        return ScaledAdamW(trained, self.damping)
-
-
-class ScaledAdamW(Paired):
-    """The torch optimiser."""
-
-    def __init__(self, trained: Trained, damping: float) -> None:
-        super().__init__(trained)
-        self.damping = damping
-
-    def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+    def steps(self, bucket: Bucket, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
         a, b = bucket.grams()
         shift = self.damping * (a.mean + b.mean)
         gA, gB = b.power(-1, shift) @ bucket.gA, bucket.gB @ a.power(-1, shift)
-        return directions(bucket.states_a, gA, self.betas), directions(bucket.states_b, gB, self.betas)
+        return directions(bucket.states_a, gA, betas), directions(bucket.states_b, gB, betas)

@@ -38,6 +38,11 @@ class Start(NamedTuple):
     lookup: bool = False
     stats: Stats | None = None
 
+    def of_tokens(self) -> tuple[Tensor, Tensor]:
+        """A = 0 (r, in), B (out, r) drawn: where x holds token ids, so that every token can learn."""
+        out, in_ = self.W.shape
+        return self.W.new_zeros(self.rank, in_), torch.randn(out, self.rank, generator=self.draw).to(self.W)
+
     def gradient(self, rank: int) -> Svd:
         """The leading `rank` triplets (or all there are) of the loss's gradient in W. Raises ConfigError where they are not known."""
         if self.stats is None or self.stats.gradient is None:

@@ -15,9 +15,9 @@ def alpha(rank: int, stabilised: bool) -> float:
 
 
 def start(s: Start) -> tuple[Tensor, Tensor]:
-    """A (r, in), B (out, r) with B A = 0. For token ids A is zero and B is drawn, so that every token can learn."""
+    """A (r, in), B (out, r) with B A = 0. For token ids A is zero and B is drawn."""
     out, in_ = s.W.shape
     if s.lookup:
-        return s.W.new_zeros(s.rank, in_), torch.randn(out, s.rank, generator=s.draw).to(s.W)
+        return s.of_tokens()
     A = (2 * torch.rand(s.rank, in_, generator=s.draw) - 1) / math.sqrt(in_)
     return A.to(s.W), s.W.new_zeros(out, s.rank)
