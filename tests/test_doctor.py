@@ -27,7 +27,8 @@ def test_it_looks_at_everything_and_this_machine_is_well(capsys):
     assert {"veneer", "python", "torch", "safetensors", "transformers", "matplotlib", "cpu", "C++ compiler", "built-in model"} <= names
     assert {"built-in prose", "built-in C headers", "built-in known text"} <= names
     checks = {c["name"]: c for c in found["checks"]}
-    assert "GB of memory available" in checks["cpu"]["found"] and "threads" in checks["cpu"]["found"]
+    assert "GB of memory available" in checks["cpu"]["found"] and "thread" in checks["cpu"]["found"]
+    assert {p.name for f in module.FEATURES for p in f.packages} | {"bitsandbytes", "torchao"} <= names
 
 
 def test_the_packages_are_those_that_are_declared():
@@ -57,8 +58,15 @@ def test_what_is_missing_old_or_broken_is_said_with_the_command(monkeypatch):
     old = Check("safetensors", False, "0.4.1 is older than 0.4.3 (adapting models)", "pip install 'safetensors>=0.4.3'", core=True)
     assert found["safetensors"] == old
     assert found["transformers"] == Check("transformers", False, "missing (language models and texts)", "pip install 'veneer[text]'")
-    said = "3.9 cannot be imported: ImportError: no libfreetype (plots)"
+    said = "3.9 cannot be imported: ImportError: no libfreetype (pictures of reports)"
     assert found["matplotlib"] == Check("matplotlib", False, said, "pip install 'veneer[plots]'")
+
+
+def test_a_library_of_quantised_layers_is_no_need(monkeypatch):
+    monkeypatch.setattr(module, "_version", lambda name: None)
+    found = named(module._layers())
+    cure = "pip install torchao, for a base in its format; --quantise needs none"
+    assert found["torchao"] == Check("torchao", False, "missing (its quantised layers)", cure, core=False)
 
 
 def test_only_what_the_core_needs_makes_it_fail(monkeypatch, capsys):

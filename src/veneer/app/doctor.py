@@ -55,14 +55,16 @@ FEATURES = (
     _feature("adapting models", "", {"torch": "2.6", "safetensors": "0.4.3"}),
     _feature("language models and texts", "text", {"transformers": "5.0", "tokenizers": "0.22"}),
     _feature("command line", "cli", {"typer": "0.28", "rich": "13.7", "pyyaml": "6.0"}),
-    _feature("plots", "plots", {"matplotlib": "3.8"}),
-    _feature("tables and datasets", "data", {"datasets": "3.0", "pyarrow": "15.0"}),
-    _feature("benchmarks", "eval", {"lm_eval": "0.4.11"}),
+    _feature("pictures of reports", "plots", {"matplotlib": "3.8"}),
+    _feature("parquet, arrow and datasets", "data", {"datasets": "3.0", "pyarrow": "15.0"}),
+    _feature("eval --tasks", "eval", {"lm_eval": "0.4.11"}),
     _feature("--track tensorboard", "tensorboard", {"tensorboard": "2.16"}),
     _feature("--track wandb", "wandb", {"wandb": "0.20"}),
     _feature("--track mlflow", "mlflow", {"mlflow-skinny": "3.10", "sqlalchemy": "2.0", "alembic": "1.13"}),
     _feature("--track trackio", "trackio", {"trackio": "0.43"}),
 )
+# Packages whose layers are adapted where a model brings them; no extra of Veneer does.
+LAYERS_OF = {"bitsandbytes": "its quantised layers", "torchao": "its quantised layers"}
 
 
 class Check(NamedTuple):
@@ -92,7 +94,7 @@ class Examination(NamedTuple):
 
 def doctor() -> Examination:
     """A look at the versions, the optional packages, the devices, the built-in texts and the built-in model."""
-    looks: tuple[Callable[[], Iterator[Check]], ...] = (_python, _packages, _devices, _compiler, _texts, _model)
+    looks: tuple[Callable[[], Iterator[Check]], ...] = (_python, _packages, _layers, _devices, _compiler, _texts, _model)
     return Examination([check for look in looks for check in look()])
 
 
@@ -109,6 +111,13 @@ def _packages() -> Iterator[Check]:
             pip = f"pip install 'veneer[{feature.extra}]'" if feature.extra else f"pip install '{package.name}>={package.least}'"
             found = f"{problem or _version(package.name)} ({feature.what})"
             yield Check(package.name, not problem, found, pip if problem else "", core=not feature.extra)
+
+
+def _layers() -> Iterator[Check]:
+    for name, what in LAYERS_OF.items():
+        problem = _problem(Package(name, name, "0"))
+        cure = f"pip install {name}, for a base in its format; --quantise needs none" if problem else ""
+        yield Check(name, not problem, f"{problem or _version(name)} ({what})", cure)
 
 
 def _problem(package: Package) -> str:
@@ -142,7 +151,8 @@ def _devices() -> Iterator[Check]:
     for place in places:
         room = resident.available(place)
         memory = "memory not known" if room is None else f"{size(room)} of memory available"
-        name = f"{torch.get_num_threads()} threads" if place.type == "cpu" else torch.cuda.get_device_name(place)
+        n = torch.get_num_threads()
+        name = f"{n} thread{'s' * (n > 1)}" if place.type == "cpu" else torch.cuda.get_device_name(place)
         bf16 = "bf16 products in hardware" if multiplies_bf16(place) else "no bf16 products in hardware: precision auto is fp32"
         yield Check(str(place), True, f"{name}, {memory}, {bf16}", core=place.type == "cpu")
 
