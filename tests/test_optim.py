@@ -103,6 +103,12 @@ def test_options_are_the_optimisers_own():
     assert str(e.value) == told
 
 
+def test_options_have_types_and_not_the_names_of_types():
+    """Flags and checks of files are made from them."""
+    assert {n: (p.annotation, p.default) for n, p in optim.options_of("loraplus").items()} == {"ratio": (float, 16.0)}
+    assert {n: p.annotation for n, p in optim.options_of("galore").items()} == {"rank": int, "period": int, "scale": float, "adam": bool}
+
+
 def test_the_built_in_models_rates_are_those_that_were_measured():
     rows = json.loads((BENCH / "optimiser_rates.json").read_text())["rows"]
     swept = {row["optimiser"]: [r for r in rows if r["optimiser"] == row["optimiser"]] for row in rows}

@@ -382,6 +382,9 @@ def test_statistics_that_do_not_fit_are_refused():
         "the statistics are of a layer (32, 32), this one is (48, 32); calibrate on this model"
     )
 
+    text = refused(ConfigError, lambda: attach(init="loftq", rank=2))  # which knows the gradient, and not what quantisation took
+    assert text.startswith("this init makes up for what quantisation takes from W; quantise for it first:")
+
     class Plain(veneer.methods.Delta):
         pass
 

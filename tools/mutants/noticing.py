@@ -26,7 +26,10 @@ ROWS = {
     "adapt/peft_*": "interchange miss* fourierft* frozen* prefix* store complaints* verify starts*",
     "adapt/attach*": "merge* gains* attach* algebra* prefix* baselines* store complaints* quant groups* methods",
     "adapt/merge.py": "merge* gains* algebra* prefix* baselines* complaints* quant methods",
-    "adapt/*": "merge* algebra* attach* store complaints* verify interchange prefix* chunked* frozen* starts* quant",
+    "adapt/forms.py": "bank*",
+    "adapt/head.py": "chunked* store interchange",
+    "adapt/fingerprint.py": "store quant interchange verify complaints*",
+    "adapt/*": "merge* algebra* attach* store prefix* frozen* complaints* interchange verify",
 }
 SHARED = ("__init__", "base", "lora")  # files in methods that others build on
 COSTLY = "compil"  # in the name of a test that compiles: slow, and seldom the only one that sees a fault

@@ -21,7 +21,7 @@ LARGE = ("torch", "torch._dynamo", "transformers.models.llama.modeling_llama", "
 
 
 class Outcome(NamedTuple):
-    """how: failed, hung (a test took longer than the limit), crashed or survived. test: the one that noticed."""
+    """how: failed, hung (a test took longer than the limit), crashed or survived. test: the one that noticed, or its file."""
 
     fault: Fault
     how: str
@@ -104,16 +104,16 @@ def outcomes(faults: Sequence[Fault], *, jobs: int, limit: float) -> Iterator[Ou
 
 
 def _outcome(fault: Fault, trial: Trial) -> Outcome | None:
-    ended = trial.listen()
-    now = time.monotonic()
-    seconds = now - trial.began
+    """What became of the fault, or None while its tests go on."""
+    ended, now = trial.listen(), time.monotonic()
+    seconds, at = now - trial.began, trial.test or noticing.tests(fault.file)[0]
     if trial.failed:
         return Outcome(fault, "failed", seconds, trial.failed[0])
     if trial.code == 0:
         return Outcome(fault, "survived", seconds)
     if ended or trial.code is not None:
-        return Outcome(fault, "crashed", seconds, trial.test)
-    return Outcome(fault, "hung", seconds, trial.test) if now > trial.until else None
+        return Outcome(fault, "crashed", seconds, at)
+    return Outcome(fault, "hung", seconds, at) if now > trial.until else None
 
 
 def fail_anyway(tests: Sequence[str], limit: float) -> list[str]:

@@ -47,7 +47,7 @@ class Watcher:
         if fault is not None:
             items[:] = [item for item in items if noticing.concerns(fault.file, item.nodeid)]  # type: ignore[attr-defined]
             items.sort(key=lambda item: noticing.place(fault, item.nodeid))  # type: ignore[attr-defined]
-        elif self.wanted:
+        else:
             items[:] = [item for item in items if item.nodeid in self.wanted]  # type: ignore[attr-defined]
 
     def pytest_collectreport(self, report: object) -> None:
