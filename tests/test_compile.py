@@ -16,8 +16,9 @@ from torch import nn
 import veneer
 from veneer.data.pack import Segment, collate
 from veneer.errors import ConfigError
+from veneer.ops.attention import attend
 from veneer.tasks import causal_lm
-from veneer.train import compiling
+from veneer.train import compiling, lean
 from veneer.train.run import Run
 
 
@@ -42,6 +43,35 @@ def test_a_batch_is_as_wide_as_the_least_width_that_holds_it(longest, width):
     batch = collate([one, short], 0, (4, 8))
     assert batch["input_ids"].shape == (2, width)
     assert batch["labels"][1].tolist() == [0, 1] + [-100] * (width - 2)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "kept"),
+    [(64, torch.bfloat16, lean.FEWER), (64, torch.float32, lean.MOST), (lean.NARROW + 16, torch.bfloat16, lean.MOST)],
+)
+def test_products_are_computed_again_where_they_are_short(width, dtype, kept):
+    assert lean.share(llama(hidden_size=width).to(dtype)) == kept
+    assert lean.share(nn.Linear(width, 2).to(dtype)) == lean.MOST  # nothing is known of it
+
+
+def test_a_graph_that_holds_a_derivative_of_our_own_is_found_again():
+    """And is not taken for one that has another derivative: PyTorch leaves such graphs out of its cache unless told."""
+    draw = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 1, 2, 6, 8, generator=draw).requires_grad_()
+    found = []
+    for scale in (0.3, 0.3, 0.4):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+        def objective(model, batch, scale=scale):
+            return torch.compile(lambda t: attend(*t, scale=scale))(qkv).sum(), 1
+
+        loss, _ = lean.lean(objective, lean.MOST)(nn.Identity(), {})
+        (gradient,) = torch.autograd.grad(loss, qkv)
+        plain = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True, scale=scale)
+        torch.testing.assert_close(gradient, torch.autograd.grad(plain.sum(), qkv)[0])
+        found.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+    assert found[1] == 1
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:

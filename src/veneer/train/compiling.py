@@ -23,15 +23,12 @@ from veneer.errors import ConfigError
 from veneer.ops.chunked import Kernel, whole
 from veneer.tasks import Batch, Objective, causal_lm
 from veneer.train import attention
+from veneer.train.lean import lean, share
 
 # A run is long enough for `auto` where its products take ten minutes or so: 4 per parameter and token, at what a core or a
 # GPU does in a second. Compilation takes about one, and makes steps a quarter to a third shorter.
 LONG = {"cpu": 600 * 1e11, "cuda": 600 * 1e14}
 COMPILERS = ("g++", "clang++", "c++", "cl")
-# Share of a block's activations that is kept for the backward; the compiler computes the rest again, what costs least first.
-# In a Llama's block four fifths spare norms and activation functions alone; 0.7 computes attention again too, and from 0.6 on
-# products with frozen weights, a sixth of them at 0.4.
-KEPT = 0.8
 
 
 def is_long(model: nn.Module, tokens: float, device: torch.device) -> bool:
@@ -71,23 +68,7 @@ def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False) -> Object
     body = model if head is None else head.body
     for block in blocks(body) or [body]:
         block.compile(dynamic=False)  # a graph for each shape, whatever came before: a resumed training computes the same
-    return _lean(functools.partial(causal_lm.loss, kernel=compiled_kernel()))
-
-
-def _lean(objective: Objective) -> Objective:
-    """The objective, whose blocks are compiled to keep little (see KEPT), and with a look at their hooks.
-
-    Without that look the graph of a block whose layers are not adapted would serve for blocks whose layers are.
-    """
-    import torch._dynamo.config as tracing
-    import torch._functorch.config as config
-
-    def act(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        little = config.patch(activation_memory_budget=KEPT)  # type: ignore[attr-defined, unused-ignore]
-        with little, tracing.patch(skip_nnmodule_hook_guards=False):  # type: ignore[attr-defined, unused-ignore]
-            return objective(model, batch)
-
-    return act
+    return lean(functools.partial(causal_lm.loss, kernel=compiled_kernel()), share(model))
 
 
 def warm_up(model: nn.Module, objective: Objective, batch: Batch) -> float:
