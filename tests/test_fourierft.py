@@ -54,7 +54,40 @@ def test_every_parity_of_sizes_and_every_frequency_by_both_ways(out, in_, small,
     torch.testing.assert_close(delta.delta(site), D)
     torch.testing.assert_close(model(x), model[0](x) * 0 + x @ (site.weight() + D).mT + model[0].bias)
     inputs = (x, delta.c.detach().requires_grad_())
-    assert torch.autograd.gradcheck(lambda z, c: fourier.product(z, c, delta.rows, delta.columns, out), inputs)
+    y = torch.randn(2, 3, out, dtype=torch.float64, requires_grad=True)
+    for writable in (False, True):
+        sums = lambda y, z, c, w=writable: fourier.added(y * 1, z, c, delta.rows, delta.columns, writable=w)  # noqa: E731
+        assert torch.autograd.gradcheck(sums, (y, *inputs))
+
+
+@pytest.mark.parametrize("trained", [(), ("base",)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_gradients_beside_a_frozen_and_a_trained_layer(trained, grad):
+    """Beside a frozen W one product makes the gradient of x for both; a trained one keeps its own backward."""
+    model = veneer.attach(nn.Sequential(nn.Linear(8, 6).double()), "fourierft", frequencies=20, scaling=30.0)
+    randomise(model, size=1.0)
+    veneer.train_only(model, "default", *trained)
+    layer, (site, delta) = model[0], changes(model, "default")[0]
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=grad)
+    wanted = [*([x] if grad else []), delta.c, *(layer.parameters(recurse=False) if trained else [])]
+    y = model(x)
+    expected = nn.functional.linear(x, layer.weight + delta.delta(site), layer.bias)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(*(torch.autograd.grad(out.sin().sum(), wanted) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_working_memory_serves_inference_and_training_in_turns():
+    """Its tensors are used again, in whatever mode they were made."""
+    model = veneer.attach(nn.Sequential(nn.Linear(8, 6)), "fourierft", frequencies=20, scaling=30.0)
+    randomise(model, size=1.0)
+    x = torch.randn(40, 8)
+    with torch.inference_mode():
+        y = model(x)
+    first = model(x)
+    first.square().sum().backward()
+    torch.testing.assert_close(first, y.clone())
+    torch.testing.assert_close(model(x), first)
 
 
 def test_the_size_of_a_change_does_not_depend_on_the_width():

@@ -102,7 +102,13 @@ class FourierFT(Delta):
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         if self.grid or site.kind not in ROWWISE:
             return super().forward(x, y, site)
-        return fourier.product(x.to(y.dtype), self._coefficients(), self.rows, self.columns, site.out)
+        return fourier.added(torch.zeros_like(y), x.to(y.dtype), self._coefficients(), self.rows, self.columns, writable=True)
+
+    def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
+        if self.grid or site.kind not in ROWWISE:
+            return super().onto(x, y, site, writable=writable)
+        W = _frozen(site, x, y) if writable else None
+        return fourier.added(y, x.to(y.dtype), self._coefficients(), self.rows, self.columns, writable=writable, frozen=W)
 
     def normal_form(self, site: Site) -> Factors | None:
         return self.factors(site) if site.kind in ROWWISE else None
@@ -143,6 +149,13 @@ class FourierFT(Delta):
                 for name, found in zip(("rows", "columns"), tensors["fourierft_indices"], strict=True):
                     delta.get_buffer(name).copy_(found)
         return delta
+
+
+def _frozen(site: Site, x: Tensor, y: Tensor) -> Tensor | None:
+    """W where y, which nobody has changed, is x W' and perhaps a bias, of which only x takes a gradient; else None."""
+    layer = site.module
+    trained = any(p.requires_grad for p in layer.parameters(recurse=False))
+    return layer.weight if type(layer) is nn.Linear and not trained and x.dtype == layer.weight.dtype == y.dtype else None
 
 
 @functools.lru_cache(maxsize=32)

@@ -2,7 +2,8 @@
 
 The matrix is D[p, q] = sum_l c_l cos(2 pi (p j_l / out + q k_l / in)). With few rows of x on a large matrix x is transformed
 and D never made; with many on a small one D is made in each pass, and again in the backward. Either way only x is kept.
-Spectra of real numbers are kept by their first half, as pairs (re, im) that lie apart: (half, 2, n), so that picking
+In the second case (cosines.py has the transform) a frozen layer's own product backward is made together with D's. In the first,
+spectra of real numbers are kept by their first half, as pairs (re, im) that lie apart: (half, 2, n), so that picking
 and adding up frequencies move whole rows.
 """
 
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from veneer.ops import cosines
 from veneer.ops.linalg import precise
-from veneer.ops.lowrank import is_traced, refuse_second_order
+from veneer.ops.lowrank import in_place, is_traced, refuse_second_order
+from veneer.ops.scratch import scratch
 
 
 class Places(NamedTuple):
@@ -37,19 +40,26 @@ def places(j: Tensor, k: Tensor, out: int, in_: int) -> Places:
     return Places(torch.where(j > out // 2, out - j, j), torch.where(k > in_ // 2, in_ - k, k), signs)
 
 
-def product(x: Tensor, c: Tensor, j: Tensor, k: Tensor, out: int) -> Tensor:
-    """x D': x (.., in), c (n,) for frequencies j, k (n,) -> (.., out) in x's dtype; transforms in float32 at least."""
-    in_, rows = x.shape[-1], x.numel() // max(1, x.shape[-1])
-    if _small(out, in_, rows, x.dtype):
+def added(
+    y: Tensor, x: Tensor, c: Tensor, j: Tensor, k: Tensor, *, writable: bool = False, frozen: Tensor | None = None
+) -> Tensor:
+    """y + x D': y (.., out) and x (.., in) of one dtype, c (n,) for frequencies j, k (n,); transforms in float32 at least.
+
+    writable: y belongs to the caller, and nobody else reads it before this changes it. frozen: W (out, in) where y is
+    x W' and what takes no gradient; where D is made, one product backward then does for W + D.
+    """
+    out, in_, rows = y.shape[-1], x.shape[-1], x.numel() // max(1, x.shape[-1])
+    if in_ % 2 == 0 and _small(out, in_, rows, x.dtype):
         if is_traced():
-            return x @ dense(c, j, k, out, in_, x.dtype).mT
-        made: Tensor = _Made.apply(x, c, j, k, out)
+            return y + x @ dense(c, j, k, out, in_, x.dtype).mT
+        own = y if frozen is None else y.detach()
+        made: Tensor = _Made.apply(own, x, c, j, k, frozen, writable and in_place(own))
         return made
     at = places(j, k, out, in_)
     if is_traced():
-        return _product(_rows(x), c, at, out).to(x.dtype).view(*x.shape[:-1], out)
-    y: Tensor = _Transformed.apply(x, c, *at, out)
-    return y
+        return y + _product(_rows(x), c, at, out).to(x.dtype).view(y.shape)
+    change: Tensor = _Transformed.apply(x, c, *at, out)
+    return y + change
 
 
 def dense(c: Tensor, j: Tensor, k: Tensor, out: int, in_: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -65,12 +75,6 @@ def _small(out: int, in_: int, rows: int, dtype: torch.dtype) -> bool:
     against the numbers of all rows."""
     cheap = 4000 if dtype in (torch.bfloat16, torch.float16) else 600
     return out * in_ * (0.5 + rows / cheap) < 1.1 * rows * (out + in_)
-
-
-def _folded(j: Tensor, k: Tensor, out: int, in_: int) -> tuple[Tensor, Tensor]:
-    """Frequencies with columns in the lower half: (j, k) and (-j, -k) are one cosine."""
-    high = k > in_ // 2
-    return torch.where(high, (out - j) % out, j), torch.where(high, in_ - k, k)
 
 
 def _weights(place: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -132,19 +136,27 @@ class _Transformed(Function):
 
 class _Made(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c: Tensor, j: Tensor, k: Tensor, out: int) -> Tensor:
-        ctx.save_for_backward(x, c, j, k)
-        ctx.out = out
-        return x @ dense(c, j, k, out, x.shape[-1], x.dtype).mT
+    def forward(ctx: Any, y: Tensor, x: Tensor, c: Tensor, j: Tensor, k: Tensor, W: Tensor | None, in_place: bool) -> Tensor:
+        size = (y.shape[-1], x.shape[-1])
+        where = cosines.spots(j, k, size, c.dtype)
+        ctx.save_for_backward(x, c, W, *where)
+        D = cosines.matrix(c, where, size, x.dtype)
+        if in_place:
+            y.view(-1, size[0]).addmm_(x.reshape(-1, size[1]), D.mT)
+            ctx.mark_dirty(y)
+            return y
+        return torch.addmm(y.reshape(-1, size[0]), x.reshape(-1, size[1]), D.mT).view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
-        x, c, j, k = ctx.saved_tensors
-        out, in_ = ctx.out, x.shape[-1]
-        dx = dy @ dense(c, j, k, out, in_, dy.dtype) if ctx.needs_input_grad[0] else None
-        dc = None
+        x, c, W, *spots = ctx.saved_tensors
+        where, size = cosines.Spots(*spots), (dy.shape[-1], x.shape[-1])
+        dx = dc = None
         if ctx.needs_input_grad[1]:
-            D = dy.reshape(-1, out).mT @ x.reshape(-1, in_)  # (out, in): the gradient of the matrix
-            dc = torch.fft.rfft2(precise(D)).real[_folded(j, k, out, in_)].to(c.dtype)
-        return dx, dc, None, None, None
+            D = cosines.matrix(c, where, size, dy.dtype)
+            dx = dy @ (D if W is None else D.add_(W))
+        if ctx.needs_input_grad[2]:
+            G = scratch("matrix", size, x.dtype, x.device)  # the gradient of the matrix
+            dc = cosines.gradient(torch.mm(dy.reshape(-1, size[0]).mT, x.reshape(-1, size[1]), out=G), where).to(c.dtype)
+        return (dy if ctx.needs_input_grad[0] else None), dx, dc, None, None, None, None

@@ -28,13 +28,17 @@ def expand(y: Tensor, h: Tensor, B: Tensor, *, writable: bool = False) -> Tensor
     """y + h B': y (..., out), h (..., r), B (out, r).
 
     writable: y belongs to the caller, and nobody else reads it before this changes it; the sum is then made in place
-    where autograd allows that (not in a view, whose base would have to know).
+    where autograd allows that.
     """
     if is_traced():
         return y + h @ B.to(h.dtype).mT
-    in_place = writable and y.is_contiguous() and not (torch.is_grad_enabled() and y._is_view())
-    total: Tensor = _Expand.apply(y, h, B, in_place)
+    total: Tensor = _Expand.apply(y, h, B, writable and in_place(y))
     return total
+
+
+def in_place(y: Tensor) -> bool:
+    """Whether a sum can be made in y: autograd does not allow it in a view, whose base would have to know."""
+    return y.is_contiguous() and not (torch.is_grad_enabled() and y._is_view())
 
 
 def is_traced() -> bool:
