@@ -12,7 +12,7 @@ from torch import nn
 import veneer
 from veneer.adapt.attached import changes
 from veneer.adapt.merge import merge
-from veneer.errors import ConfigError, NotMergeable, SiteError
+from veneer.errors import ConfigError, FormatError, NotMergeable, SiteError
 from veneer.methods.prefix import attention
 
 
@@ -100,6 +100,15 @@ def test_it_trains_dials_stacks_and_is_saved(tmp_path):
     assert torch.isfinite(output(model)).all()
     veneer.detach(model, "default")
     assert model.config._attn_implementation == "veneer_prefix"
+
+
+def test_a_model_with_another_attention_is_refused_on_loading_too_and_left_as_it_was(tmp_path):
+    veneer.save(with_prefix(llama), tmp_path)
+    model = llama(attn_implementation="eager")
+    y = output(model)
+    with pytest.raises(FormatError, match="prefix needs attn_implementation='sdpa', and the model has 'eager'"):
+        veneer.load(model, tmp_path)
+    assert not veneer.adapters(model) and model.config._attn_implementation == "eager" and torch.equal(output(model), y)
 
 
 def test_what_it_is_not():

@@ -73,11 +73,10 @@ class Prefix(Delta):
 
     @classmethod
     def open(cls, model: Any) -> None:
-        """The model's attentions go through `attention` from now on."""
+        """The model's attentions, whose kind `find` has checked, go through `attention` from now on."""
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        _check_attention(model)
         ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[OWN])
         model.set_attn_implementation(NAME)
