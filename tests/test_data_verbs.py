@@ -48,6 +48,8 @@ def test_show_gives_every_token_and_what_is_learned(by, tmp_path):
     assert "".join(t["text"] for t in row["tokens"]) == "<|end|>Q: the cat? ä😀\n<|end|>"
     assert "".join(t["text"] for t in row["tokens"] if t["learned"]) == " ä😀\n<|end|>"
     assert (row["length"], row["learned"]) == (len(row["tokens"]), sum(t["learned"] for t in row["tokens"]))
+    assert found["notes"] == ["forgetting is not measured: no known text (known=) is given"]
+    assert "rows are set aside" in data_show.show(run(data))["notes"][0]
     with pytest.raises(ConfigError, match="rows 0 must be 1 or more"):
         data_show.show(run(data), 0)
 
@@ -66,15 +68,18 @@ def test_pieces_are_the_text(text):
     assert len(found) == len(ids) and "".join(found) == text
 
 
-FOUND = {"of": 1, "length": 4, "rows": [{"where": "w", "length": 4, "learned": 2, "too_long": True, "tokens": [
+FOUND = {"of": 1, "length": 4, "notes": ["a row is left out"], "rows": [{"where": "w", "length": 4, "learned": 2, "too_long": True,
+    "tokens": [
     {"text": "a", "learned": False}, {"text": "\n", "learned": True}, {"text": "[b]", "learned": True}, {"text": "c", "learned": False},
 ]}]}  # fmt: skip
 
 
 def test_the_mask_is_colour_or_marks():
     plain = mask.text(FOUND, False)
-    assert plain == "the first 1 of 1 rows; what is learned is between ⟦ and ⟧\n\nw: 4 tokens, 2 learned, longer than length=4\na⟦\n[b]⟧c"
-    line = mask.text(FOUND, True).partition("length=4\n")[2]
+    head, row, note = plain.split("\n\n")
+    assert head == "the first 1 of 1 rows; what is learned is between ⟦ and ⟧" and note == "a row is left out"
+    assert row == "w: 4 tokens, 2 learned, longer than length=4\na⟦\n[b]⟧c"
+    line = mask.text(FOUND, True).partition("length=4\n")[2].partition("\n\n")[0]
     assert re.sub(r"\x1b\[[\d;]*m", "", line) == "a↵\n[b]c"
     assert re.findall(r"\x1b\[([\d;]*)m(\[b\]|c)", line) == [("30;42", "[b]"), ("2", "c")]
 

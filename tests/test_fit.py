@@ -34,6 +34,8 @@ from veneer.train.result import Result
 from veneer.train.run import Run
 from veneer.train.step import Learner
 
+HERE = str(Path(__file__).parent)
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
@@ -210,7 +212,8 @@ def door_says(given: dict[str, Any], kind: type[errors.VeneerError], **changed: 
         ({"device": "gpu"}, ConfigError, "device 'gpu' cannot be used here: "),
         ({"data": "builtin:prosa"}, DataError, "builtin:prosa: unknown built-in text 'prosa'; did you mean 'prose'?"),
         ({"known": "builtin:known:train"}, DataError, "builtin:known:train: the text 'known' has no part 'train'; it has valid, test"),
-        ({"model": "/nowhere/at/all"}, ConfigError, "model: there is no folder /nowhere/at/all ("),
+        ({"model": "/nowhere/at/all"}, ConfigError, "model: there is no folder /nowhere/at/all"),
+        ({"model": HERE}, ConfigError, f"model: the folder {HERE} holds no model: it has no config.json"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(given, changed, kind, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -95,6 +96,17 @@ def test_a_merge_that_loses_the_adapter_saves_nothing_and_says_no(run, capsys):
 def test_missing_and_ambiguous_adapters_are_usage_errors(run, capsys):
     assert main(["inspect", str(run / "gone")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+    (run / "empty").mkdir()
+    shutil.copytree(run / "fit", run / "begun", ignore=shutil.ignore_patterns("adapter", "results.json"))
+    assert main(["generate", "x", *(w for n in ("gone", "empty", "begun") for w in ("--adapter", str(run / n)))]) == 2
+    assert capsys.readouterr().err == (
+        f"error: adapter {run / 'gone'}: there is no such folder\n"
+        f"adapter {run / 'empty'}: it holds no adapter (adapter_config.json, veneer.json)\n"
+        f"adapter {run / 'begun'}: the run there has not finished, and has no adapter yet; go on with it by veneer fit --resume\n"
+    )
+    for verb in ("inspect", "verify"):
+        assert main([verb, str(run)]) == 2
+        assert f"adapter {run}: it holds no adapter; name one of {run / 'fit'}, {run / 'tiny'}" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"several adapters are called fit; name them apart: first=a/fit"):
         parse(["a/fit", "b/fit"])
     with pytest.raises(ConfigError, match=r"write FOLDER, NAME=FOLDER or FOLDER@STRENGTH"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from veneer.adapt.files import read_json
 from veneer.app import pretrained
 from veneer.compress import packed_store
 from veneer.errors import ConfigError, first_few
-from veneer.train.folder import ADAPTER, BASE, CONFIG
+from veneer.train.folder import ADAPTER, BASE, CONFIG, METRICS
 
 SPEC = re.compile(r"(?:(?P<name>[^=@/]+)=)?(?P<folder>[^@]+?)(?:@(?P<strength>[-+.\de]+))?")
 
@@ -123,12 +123,34 @@ def _base(folder: Path) -> str | None:
 
 
 def there(specs: Sequence[str]) -> list[Wanted]:
-    """The adapters that the words name, whose folders are there. Raises ConfigError."""
+    """The adapters that the words name, whose folders hold one. Raises ConfigError for all that are not there."""
     wanted = parse(specs)
-    for w in wanted:
-        if not w.folder.is_dir():
-            raise ConfigError(f"adapter {w.folder}: there is no such folder")
+    check_there(w.folder for w in wanted)
     return wanted
+
+
+def check_there(folders: Iterable[Path]) -> None:
+    """Raises ConfigError for all folders in which no adapter is."""
+    missing = {folder: problem for folder in folders if (problem := _missing(folder))}
+    if missing:
+        raise ConfigError("\n".join(f"adapter {folder}: {problem}" for folder, problem in missing.items()))
+
+
+def _missing(folder: Path) -> str | None:
+    """Why there is no adapter in the folder, and where there is one."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if _holds_one(folder):
+        return None
+    if (folder / CONFIG).is_file() and (folder / METRICS).is_file():
+        return "the run there has not finished, and has no adapter yet; go on with it by veneer fit --resume"
+    inside = sorted(str(p) for p in folder.iterdir() if p.is_dir() and _holds_one(p))
+    return f"it holds no adapter{f'; name one of {first_few(inside)}' if inside else f' ({peft_format.CONFIG}, {manifest.NAME})'}"
+
+
+def _holds_one(folder: Path) -> bool:
+    own = adapter_folder(folder)
+    return any((own / name).is_file() for name in (peft_format.CONFIG, peft_format.TENSORS, manifest.NAME))
 
 
 @contextmanager

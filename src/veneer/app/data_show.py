@@ -17,16 +17,19 @@ MOST = 3  # bytes of a character that do not end it
 
 
 def show(run: Run, rows: int = 3) -> dict[str, Any]:
-    """The first rows to learn from: {"rows": [{where, kind, length, learned, too_long, tokens: [{id, text, learned}]}]}.
+    """The first rows to learn from: {"rows": [{where, kind, length, learned, too_long, tokens: [{id, text, learned}]}], "notes": [..]}.
 
-    The first token is never learned: nothing comes before it. Raises the errors of texts that cannot be read.
+    notes: what was set aside or left out of the texts before. The first token is never learned: nothing comes before it. Raises the
+    errors of texts that cannot be read.
     """
     if rows < 1:
         raise ConfigError(f"rows {rows} must be 1 or more")
     run = texts.named(run)
-    found = texts.gather(run, Voice(False))["train"]
+    voice = Voice(False)
+    found = texts.gather(run, voice)["train"]
     tokenizer = pretrained.tokenizer(run.model)
-    return {"model": run.model, "length": run.length, "of": len(found), "rows": [_row(r, run, tokenizer) for r in found[:rows]]}
+    shown = [_row(r, run, tokenizer) for r in found[:rows]]
+    return {"model": run.model, "length": run.length, "of": len(found), "rows": shown, "notes": voice.said}
 
 
 def _row(row: Any, run: Run, tokenizer: Any) -> dict[str, Any]:

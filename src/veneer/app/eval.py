@@ -129,7 +129,7 @@ def evaluate(
             figures[title] = benchmarks.ask(opened.model, opened.tokenizer, known, options) if known else []
     lines = [t.line({title: found[i] for title, found in nats.items()}, seed) for i, t in enumerate(read)]
     lines += _benchmark_lines(figures, seed, kept)
-    if adapter:
+    if any(a.low is not None for line in lines for a in line.adapters.values()):
         kept.say("intervals hold 95 % of other texts like these; they do not cover trainings from other seeds")
     return Evaluation(base, lines, kept.said)
 

@@ -77,14 +77,16 @@ def _said_well(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as e:
-        path = Path(name)
-        if path.is_dir():
+        path, why = Path(name), f" ({type(e).__name__}: {str(e).splitlines()[0]})"
+        if path.is_dir() and not (path / "config.json").is_file():
+            where, why = f"the folder {path} holds no model: it has no config.json", ""
+        elif path.is_dir():
             where = f"the folder {path} holds no {what} that can be read"
         elif path.is_absolute() or name.startswith("."):
-            where = f"there is no folder {path}"
+            where, why = f"there is no folder {path}", ""
         else:
             where = f"{name!r} is no folder here, and no {what} of that name could be had from the Hugging Face hub"
-        raise ConfigError(f"model: {where} ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+        raise ConfigError(f"model: {where}{why}") from e
 
 
 @contextmanager

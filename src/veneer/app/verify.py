@@ -70,6 +70,7 @@ def verify(adapter: str, *, model: str | None = None, dtype: str = "float32", de
     folder = Path(adapter)
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}{suggest(dtype, DTYPES)}")
+    adapted.check_there([folder])
     wanted = [adapted.Wanted(NAME, folder, 1.0)]
     base = model or adapted.base_of(wanted)
     found = pretrained.causal_lm(base, DTYPES[dtype], torch.device(device), adapted.format_of(wanted, base))

@@ -27,7 +27,7 @@ def text(found: Mapping[str, Any], colour: bool) -> str:
         warning = f", longer than length={found['length']}" if row["too_long"] else ""
         lines.append(f"\n{row['where']}: {row['length']} tokens, {row['learned']} learned{warning}")
         lines.append(_coloured(row["tokens"]) if colour else _marked(row["tokens"]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", *found["notes"]] if found["notes"] else [])])
 
 
 def _coloured(tokens: list[dict[str, Any]]) -> str:
