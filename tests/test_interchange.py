@@ -519,6 +519,14 @@ def test_an_embedding_of_another_base(tmp_path: Path) -> None:
         veneer.load(models.llama(seed=5), tmp_path)
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_copy_of_the_base_in_another_dtype_is_the_base(theirs: torch.dtype, ours: torch.dtype, tmp_path: Path) -> None:
+    written(in_peft(lambda: models.llama().to(theirs), target_modules=["embed_tokens"], task_type="CAUSAL_LM"), tmp_path)
+    assert any(k.endswith("embed_tokens.base_layer.weight") for k in load_file(tmp_path / peft_format.TENSORS))
+    loaded = veneer.load(models.llama().to(ours), tmp_path)
+    assert [s.name for s, _ in changes(loaded, "default")] == ["model.embed_tokens"]
+
+
 def test_a_changed_buffer_of_a_whole_module(tmp_path: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
