@@ -24,6 +24,7 @@ MIXTURE = {
     "ia3": ("ia3", {}),
     "flora": ("flora", {"to": ["q_proj", "o_proj"]}),
     "grid": ("fourierft", {"frequencies": 3, "grid": True, "rms": 0.3}),
+    "products": ("flora", {"rank": 3, "to": ["q_proj", "v_proj", "down_proj"]}),
 }
 
 
@@ -50,7 +51,7 @@ def one_by_one(model, names, ids):
     return torch.cat(rows).detach()
 
 
-ROWS = ["dora", None, "ia3", "pissa", "flora", "grid", "loldu", "miss", "dora"]
+ROWS = ["dora", None, "ia3", "pissa", "flora", "grid", "products", "loldu", "miss", "dora"]
 
 
 def test_a_mixture_of_methods_and_ranks_is_each_of_them_on_its_rows():
@@ -250,7 +251,7 @@ def separate(names, rows):
     return found
 
 
-@pytest.mark.parametrize("names", [("pissa", "dora", "miss", "loldu"), ("ia3", "flora", "pissa")])
+@pytest.mark.parametrize("names", [("pissa", "dora", "miss", "loldu"), ("ia3", "flora", "pissa"), ("products", "ia3", "grid")])
 def test_several_learn_in_one_pass_as_if_each_were_alone(names):
     rows = {name: tokens(2, seed) for seed, name in enumerate(names)}
     expected = separate(names, rows)
@@ -303,13 +304,13 @@ def refusal(call, error=ConfigError):
 def test_methods_without_a_normal_form_are_refused_by_name_all_at_once():
     model = mixed(names=("pissa",))
     veneer.attach(model, "bat", rank=2, name="tiles", to=["q_proj"])
-    veneer.attach(model, "flora", rank=2, name="products", to=["q_proj", "k_proj"])
+    veneer.attach(model, "fourierft", frequencies=9, name="waves", to=["q_proj", "k_proj"])
     veneer.attach(model, "lora", rank=2, name="words", to=["embed_tokens", "v_proj"])
     before = veneer.active(model)
-    text = refusal(lambda: veneer.bank(model, ["tiles", "pissa", "products", "words"]))
+    text = refusal(lambda: veneer.bank(model, ["tiles", "pissa", "waves", "words"]))
     q0, q1 = (f"model.layers.{i}.self_attn.q_proj" for i in range(2))
     assert text.splitlines()[0] == (f"'tiles': bat has no normal form at {q0}, {q1}; use it alone, or make it a LoRA with veneer.to_lora")
-    assert text.splitlines()[1].startswith("'products': flora has no normal form at model.layers.0.self_attn.")
+    assert text.splitlines()[1].startswith("'waves': fourierft has no normal form at model.layers.0.self_attn.")
     assert text.splitlines()[2] == (
         "'words' changes model.embed_tokens of kind 'embedding', and a bank serves linear layers; leave these out"
     )
@@ -351,13 +352,15 @@ def test_ids_of_another_batch_are_refused():
 
 
 def test_what_a_bank_has_no_room_for_is_refused():
-    model = mixed(names=("pissa", "loldu", "ia3"))
+    model = mixed(names=("pissa", "loldu", "ia3", "products"))
     veneer.attach(model, "lora", name="wide", rank=6, to=["down_proj"])
     bank = veneer.bank(model, {"a": "pissa"}, slots=2)
     q = "model.layers.0.mlp.down_proj"
     assert f"{q} (rank 6 > 4)" in refusal(lambda: bank.write("wide"), ShapeError)
     text = refusal(lambda: bank.write("ia3"), ShapeError)
-    assert f"{q} (gains of inputs)" in text and "k_proj (gains of outputs)" in text and text.endswith("make it with rank= or gains=")
+    assert f"{q} (gains of inputs)" in text and "k_proj (gains of outputs)" in text
+    assert text.endswith("make it with rank=, gains= or products=")
+    assert "(3 products with W > 0, gains of outputs)" in refusal(lambda: bank.write("products"), ShapeError)
     assert refusal(lambda: bank.write("a", "loldu")).startswith("the bank has an adapter 'a' already; evict it first")
     bank.write("loldu")
     assert refusal(lambda: bank.write("b", "pissa")) == "all 2 slots of the bank are taken; evict one of a, loldu, or make it with slots="
@@ -373,7 +376,7 @@ def test_other_mistakes_are_said(tmp_path):
     assert "would be empty" in refusal(lambda: veneer.bank(model, {}, trainable=True))
     assert "slots=1 for 2 adapters" in refusal(lambda: veneer.bank(model, ["pissa", "ia3"], slots=1))
     assert "'base' and '' are no names" in refusal(lambda: veneer.bank(model, {"base": "pissa"}))
-    assert "leave slots, rank, gains and to out" in refusal(lambda: veneer.bank(model, ["pissa"], trainable=True, slots=3))
+    assert "leave slots, rank, gains, products and to out" in refusal(lambda: veneer.bank(model, ["pissa"], trainable=True, slots=3))
     veneer.attach(model, "lora", rank=2, dropout=0.1, name="drops")
     assert "'drops' drops inputs (dropout=0.1), which a bank does not; attach it without" in refusal(
         lambda: veneer.bank(model, ["drops"], trainable=True)

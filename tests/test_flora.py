@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import llama, output, randomise
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import veneer
 from veneer.adapt.attached import changes
@@ -71,6 +72,55 @@ def test_it_is_saved_and_loaded(rank, tmp_path):
     y = output(model)
     veneer.save(model, tmp_path / "flora")
     assert torch.equal(output(veneer.load(llama(), tmp_path / "flora")), y)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(7, 5), nn.Linear(7, 5, bias=False), Conv1D(5, 7)])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_every_row_has_its_own_of_any_rank(layer, trainable):
+    model = nn.Sequential(copy.deepcopy(layer).double())
+    for rank in (1, 2, 3):
+        veneer.attach(model, "flora", rank=rank, name=f"of-{rank}")
+        randomise(model, f"of-{rank}", seed=rank, size=0.4)
+    x = torch.randn(6, 4, 7, dtype=torch.float64)
+    veneer.train_only(model, "of-1", "of-2", "of-3")
+    rows = ["of-3", "of-1", None, "of-2", "of-3", "of-2"]
+    expected = []
+    for name, own in zip(rows, x, strict=True):
+        W = (layer.weight.mT if isinstance(layer, Conv1D) else layer.weight).detach().double()
+        if name:
+            _, delta = changes(model, name)[0]
+            W = W * (delta.B @ delta.A)
+        expected.append(nn.functional.linear(own, W, None if layer.bias is None else layer.bias.double()))
+    expected = torch.stack(expected)
+    veneer.bank(model, ["of-1", "of-2", "of-3"], trainable=trainable).use(rows)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)  # in another way, which writes in place
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected, rtol=1e-12, atol=1e-12)
+    if trainable:
+        own = [p for n in ("of-1", "of-2", "of-3") for _, d in changes(model, n) for p in d.parameters()]
+        for a, b in zip(*(torch.autograd.grad(y.sin().sum(), own) for y in (model(x), expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_spoiled_one_spoils_its_own_rows_alone_and_its_slot_can_be_used_again():
+    model = nn.Sequential(nn.Linear(7, 5).double())
+    for name, rank in (("good", 2), ("bad", 3), ("low", 1)):
+        veneer.attach(model, "flora", rank=rank, name=name)
+        randomise(model, name, size=0.4)
+    x = torch.randn(3, 4, 7, dtype=torch.float64)
+    bank = veneer.bank(model, ["good", "low"], slots=3, products=3).use(["good", None, "low"])
+    expected = model(x)
+    with torch.no_grad():
+        changes(model, "bad")[0][1].A.fill_(float("nan"))
+    bank.write("bad")
+    assert torch.equal(model(x), expected)
+    bank.use(["good", "bad", "low"])
+    y = model(x)
+    assert torch.equal(y[[0, 2]], expected[[0, 2]]) and y[1].isnan().all()
+    bank.use([None, None, None]).evict("bad")
+    bank.use(["good", None, "low"])
+    assert torch.equal(model(x), expected)
 
 
 def test_a_rank_of_none_is_refused():

@@ -8,7 +8,8 @@ zeros to the largest rank; adapter 0 is the base. Which row has which is data: `
 Cost: bench/bank.py. Nothing is copied or compiled again when ids change, or when an adapter is written into a free slot.
 Use: serving many adapters of one base, and training several on one base in one pass (trainable=True).
 Against: above a few hundred numbers of rank in all, decoding is bound by reading the factors of every row's adapter, as large
-as a small model. Changes without a normal form (Bat, bottlenecks, prefixes, scattered FourierFT, FLoRA above rank 1) cannot take part.
+as a small model. FLoRA above rank 1 has no normal form: it costs a product with W a rank of the rows that have it. Bat, bottlenecks,
+prefixes and scattered FourierFT cannot take part.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from veneer.adapt import attach, attached
 from veneer.adapt.forms import Forms, read, to_train
 from veneer.adapt.peft_format import Changes
-from veneer.adapt.rows import FREE, Live, Router, Rows, Slots
+from veneer.adapt.rows import FREE, Form, Router, Rows
+from veneer.adapt.slots import Live, Slots
 from veneer.errors import ConfigError, ShapeError, SiteError, first_few, suggest
-from veneer.methods import Delta, Factors
+from veneer.methods import Delta
 from veneer.sites import Site, find
 from veneer.sites.find import Target
 
@@ -128,6 +130,7 @@ def bank(
     slots: int | None = None,
     rank: int = 0,
     gains: bool = False,
+    products: int = 0,
     to: Target = (),
     trainable: bool = False,
     name: str = "bank",
@@ -135,9 +138,10 @@ def bank(
     """Makes the adapters into one bank, which acts alone from now on: every row of a batch has its own.
 
     adapters: {name in the bank: attached adapter or folder}, or names of attached ones; None: the bank that the model has.
-    slots, rank, gains, to: room for adapters to come: for how many in all, of which rank, whether with gains, and on which
-    layers beside those of `adapters`. trainable: the attached adapters are not copied; each learns, and nothing else does,
-    from its own rows, as if they were trained apart. name: of the bank among the model's adapters.
+    slots, rank, gains, products, to: room for adapters to come: for how many in all, of which rank, whether with gains, with how
+    many products with W (the rank of FLoRA, above 1), and on which layers beside those of `adapters`. trainable: the
+    attached adapters are not copied; each learns, and nothing else does, from its own rows, as if they were trained apart.
+    name: of the bank among the model's adapters.
     Raises ConfigError, with all of them, for adapters that are not there or have no normal form; nothing is then changed.
     """
     if adapters is None:
@@ -149,9 +153,9 @@ def bank(
     chosen: dict[str, str | Path] = dict(adapters) if isinstance(adapters, Mapping) else {n: n for n in adapters}
     if attach.BASE in chosen or FREE in chosen:
         raise ConfigError("'base' and '' are no names for adapters in a bank: a row without one has the base")
-    if trainable and (slots is not None or rank or gains or to):
-        raise ConfigError("a bank that trains holds the attached adapters as they are; leave slots, rank, gains and to out")
-    members = _live(model, chosen) if trainable else _stacked(model, chosen, slots, _Room(rank, gains, to))
+    if trainable and (slots is not None or rank or gains or products or to):
+        raise ConfigError("a bank that trains holds the attached adapters as they are; leave slots, rank, gains, products and to out")
+    members = _live(model, chosen) if trainable else _stacked(model, chosen, slots, _Room(rank, gains or products > 0, products, to))
     attach.hang(model, name, members)
     attach.activate(model, name)
     if trainable:
@@ -165,6 +169,7 @@ class _Room(NamedTuple):
 
     rank: int
     gains: bool
+    products: int
     to: Target
 
 
@@ -185,10 +190,12 @@ def _stacked(model: nn.Module, chosen: Mapping[str, str | Path], slots: int | No
     return [(sites[name], layer) for name, layer in layers.items()]
 
 
-def _slots_for(site: Site, router: Router, forms: Sequence[Factors], room: _Room) -> Slots:
-    rank = max([room.rank, *(f.A.shape[0] for f in forms)])
-    gains = room.gains or any(f.g is not None for f in forms), room.gains or any(f.c is not None for f in forms)
-    return Slots(site, router, rank=rank, gains=gains)
+def _slots_for(site: Site, router: Router, forms: Sequence[Form], room: _Room) -> Slots:
+    normal = [f.factors for f in forms]
+    rank = max([room.rank, *(f.A.shape[0] for f in normal)])
+    products = max([room.products, *(len(f.products.a) for f in forms if f.products)])
+    gains = room.gains or any(f.g is not None for f in normal), room.gains or any(f.c is not None for f in normal)
+    return Slots(site, router, rank=rank, gains=gains, products=products)
 
 
 def _fill(layers: Mapping[str, Slots], router: Router, slot: int, forms: Forms) -> None:
@@ -218,4 +225,4 @@ def _check_fit(layers: Mapping[str, Slots], name: str, forms: Forms) -> None:
         raise SiteError(f"{name!r} changes layers that the bank does not serve: {first_few(strange)}; make the bank with to=")
     narrow = [f"{n} ({', '.join(wrong)})" for n, (_, form) in forms.items() if (wrong := layers[n].misfits(form))]
     if narrow:
-        raise ShapeError(f"the bank has no room for what {name!r} has at {first_few(narrow)}; make it with rank= or gains=")
+        raise ShapeError(f"the bank has no room for what {name!r} has at {first_few(narrow)}; make it with rank=, gains= or products=")

@@ -13,12 +13,13 @@ from torch import nn
 from veneer.adapt import attach, attached, store
 from veneer.adapt.manifest import method_of
 from veneer.adapt.peft_format import Changes
+from veneer.adapt.rows import Form, form_of
 from veneer.errors import ConfigError, first_few, suggest
-from veneer.methods import Delta, Factors
+from veneer.methods import Delta
 from veneer.methods.base import ROWWISE
 from veneer.sites import Site
 
-Forms: TypeAlias = "dict[str, tuple[Site, Factors]]"  # one adapter's, by layer
+Forms: TypeAlias = "dict[str, tuple[Site, Form]]"  # one adapter's, by layer
 
 
 def to_train(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, Changes]:
@@ -67,11 +68,11 @@ def _loaded(model: nn.Module, folder: str | Path) -> Changes:
         attach.detach(model, name)
 
 
-def _form(site: Site, delta: Delta) -> Factors | None:
-    """The normal form as it is outside of training."""
+def _form(site: Site, delta: Delta) -> Form | None:
+    """The form as it is outside of training."""
     training = delta.training
     try:
-        return delta.eval().normal_form(site)
+        return form_of(site, delta.eval())
     finally:
         delta.train(training)
 

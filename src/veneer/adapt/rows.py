@@ -1,17 +1,16 @@
-"""One layer's changes by many adapters at once, each row of the batch with its own: copied into slots, or as they learn."""
+"""One layer's changes by many adapters at once, each row of the batch with its own."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NotMergeable, ShapeError
-from veneer.methods.base import Delta, Factors
+from veneer.methods.base import Delta, Factors, Products
 from veneer.ops import batched
 from veneer.sites import Site
 
@@ -62,12 +61,31 @@ class Router(nn.Module):
         return self.held[1]
 
 
+class Form(NamedTuple):
+    """What a row can be given of a change: its normal form, or gains of outputs and products with W."""
+
+    factors: Factors
+    products: Products | None = None
+
+
+def form_of(site: Site, delta: Delta) -> Form | None:
+    """The change as a bank serves it, or None where it cannot."""
+    normal = delta.normal_form(site)
+    if normal is not None:
+        return Form(normal)
+    own = delta.products(site)
+    return None if own is None else Form(Factors(own.a[:0], own.b[:0].mT, g=own.g), own)
+
+
 class Stacks(NamedTuple):
-    """A (n, r, in); B (n, r, out) with scaling and output gains folded in; excess (n, out): g - 1, or None."""
+    """A (n, r, in); B (n, r, out) with scaling and output gains folded in; excess (n, out): g - 1, or None; a (n, s, in) and
+    b (n, s, out) of products with W, or None."""
 
     A: Tensor
     B: Tensor
     excess: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
 
 
 class Rows(Delta, ABC):
@@ -82,6 +100,10 @@ class Rows(Delta, ABC):
     @abstractmethod
     def input_gains(self, dtype: torch.dtype) -> Tensor | None:
         """c (n, in), or None where no adapter has one."""
+
+    @abstractmethod
+    def multiplying(self) -> list[int]:
+        """The adapters that have products with W."""
 
     def is_finite(self) -> bool:
         """Whether all numbers in the stacks are known to be finite."""
@@ -100,6 +122,8 @@ class Rows(Delta, ABC):
         total = y.reshape(len(ids), -1, site.out)
         if stacks.excess is not None:
             total, mine = torch.addcmul(total, *self._gained(total, ids, stacks.excess, site)), True
+        if stacks.a is not None and stacks.b is not None:  # there are gains then
+            total = self._multiplied(x, total, ids, stacks.a, stacks.b, site)
         if not stacks.A.shape[1]:
             return total.view_as(y)
         return self._added(x, total if mine else total.clone(), ids, stacks).view_as(y)
@@ -116,11 +140,26 @@ class Rows(Delta, ABC):
         if stacks.excess is not None:
             gain, own = self._gained(y.reshape(total.shape), ids, stacks.excess, site)
             total = gain * own
+        if stacks.a is not None and stacks.b is not None:
+            total = self._multiplied(x, total, ids, stacks.a, stacks.b, site)
         return (self._added(x, total, ids, stacks) if stacks.A.shape[1] else total).view_as(y)
 
     def _gained(self, y: Tensor, ids: Tensor, excess: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         shift = site.shift()
         return excess.index_select(0, ids)[:, None], y if shift is None else y - shift
+
+    def _multiplied(self, x: Tensor, total: Tensor, ids: Tensor, a: Tensor, b: Tensor, site: Site) -> Tensor:
+        """total (b, t, out) and sum_k b_k * W (a_k * x) for the rows that have such an adapter: all, where asking would wait."""
+        each, rows = x.to(total.dtype).reshape(len(ids), -1, x.shape[-1]), None
+        if not torch.compiler.is_compiling() and not ids.is_cuda:
+            rows = torch.isin(ids, torch.tensor(self.multiplying())).nonzero()[:, 0]
+            if not len(rows):
+                return total
+            each, ids = each.index_select(0, rows), ids.index_select(0, rows)
+        scaled = each[:, None] * a.index_select(0, ids)[:, :, None]  # (b, s, t, in)
+        made = site.apply(scaled, site.weight().to(total.dtype))  # (b, s, t, out)
+        change = (made * b.index_select(0, ids)[:, :, None]).sum(1)
+        return total + change if rows is None else total.index_add(0, rows, change)
 
     def _added(self, x: Tensor, total: Tensor, ids: Tensor, stacks: Stacks) -> Tensor:
         each = x.to(total.dtype).reshape(len(ids), -1, x.shape[-1])
@@ -130,111 +169,3 @@ class Rows(Delta, ABC):
 
     def delta(self, site: Site) -> Tensor:
         raise NotMergeable(f"a bank holds many adapters, of which {site.name!r} can take one at most; merge or save that one itself")
-
-
-class Slots(Rows):
-    """Copies in the layer's dtype, with room for adapters to come."""
-
-    A: Tensor
-    B: Tensor
-    excess: Tensor | None
-    c: Tensor | None
-
-    def __init__(self, site: Site, router: Router, *, rank: int, gains: tuple[bool, bool]) -> None:
-        """rank: the most that a slot takes; gains: whether it takes gains of outputs, and of inputs."""
-        super().__init__()
-        self.router, n, W = router, len(router.names), site.weight().detach()
-        self.options: dict[str, Any] = {}
-        self.register_buffer("A", W.new_zeros(n, rank, site.in_))
-        self.register_buffer("B", W.new_zeros(n, rank, site.out))
-        self.register_buffer("excess", W.new_zeros(n, site.out) if gains[0] else None)
-        self.register_buffer("c", W.new_ones(n, site.in_) if gains[1] else None)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
-        super()._apply(lambda t: fn(t).to(t.dtype), recurse)  # moved, and never made wider: it is computed with as it is
-        return self
-
-    def stacks(self, dtype: torch.dtype) -> Stacks:
-        return Stacks(self.A.to(dtype), self.B.to(dtype), None if self.excess is None else self.excess.to(dtype))
-
-    def input_gains(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.c is None else self.c.to(dtype)
-
-    def gains_input(self, site: Site) -> bool:
-        return self.c is not None
-
-    def is_finite(self) -> bool:
-        return self.router.finite
-
-    def misfits(self, form: Factors) -> list[str]:
-        """What of a change this slot has no room for, in words."""
-        r = form.A.shape[0]
-        return [
-            *([f"rank {r} > {self.A.shape[1]}"] if r > self.A.shape[1] else []),
-            *(["gains of outputs"] if form.g is not None and self.excess is None else []),
-            *(["gains of inputs"] if form.c is not None and self.c is None else []),
-        ]
-
-    @torch.no_grad()
-    def write(self, slot: int, form: Factors | None) -> bool:
-        """Puts a change, or nothing, into a slot, in place; whether all its numbers are finite in the layer's dtype."""
-        parts = [self.A[slot].zero_(), self.B[slot].zero_()]
-        parts += [] if self.excess is None else [self.excess[slot].zero_()]
-        parts += [] if self.c is None else [self.c[slot].fill_(1)]
-        if form is None:
-            return True
-        r = form.A.shape[0]
-        parts[0][:r].copy_(form.A)
-        parts[1][:r].copy_(_folded(form).mT)
-        if form.g is not None and self.excess is not None:
-            self.excess[slot].copy_(form.g - 1)
-        if form.c is not None and self.c is not None:
-            self.c[slot].copy_(form.c)
-        return all(bool(p.isfinite().all()) for p in parts)
-
-
-class Live(Rows):
-    """The adapters themselves: their factors are stacked in every call, so that each learns from its own rows."""
-
-    def __init__(self, site: Site, router: Router, changes: Sequence[Delta | None]) -> None:
-        super().__init__()
-        self.router, self.site, self.changes = router, site, list(changes)  # in a list: they belong to their own adapters
-        self.options: dict[str, Any] = {}
-
-    def _forms(self) -> list[Factors | None]:
-        return [None if d is None else d.normal_form(self.site) for d in self.changes]
-
-    def stacks(self, dtype: torch.dtype) -> Stacks:
-        forms = self._forms()
-        rank = max(f.A.shape[0] for f in forms if f is not None)
-        like = self._zeros(dtype)
-        A = [like.new_zeros(0, self.site.in_) if f is None else f.A.to(dtype) for f in forms]
-        B = [like.new_zeros(0, self.site.out) if f is None else _folded(f).mT.to(dtype) for f in forms]
-        excess = _gains([None if f is None or f.g is None else f.g - 1 for f in forms], like.new_zeros(self.site.out))
-        return Stacks(_padded(A, rank), _padded(B, rank), excess)
-
-    def input_gains(self, dtype: torch.dtype) -> Tensor | None:
-        return _gains([None if f is None else f.c for f in self._forms()], self._zeros(dtype).new_ones(self.site.in_))
-
-    def _zeros(self, dtype: torch.dtype) -> Tensor:
-        """An empty tensor where the changes are; asking the layer for its weight may unpack it."""
-        like = next(p for d in self.changes if d is not None for p in d.parameters())
-        return like.new_zeros(0, dtype=dtype)
-
-    def gains_input(self, site: Site) -> bool:
-        return any(d is not None and d.gains_input(site) for d in self.changes)
-
-
-def _folded(form: Factors) -> Tensor:
-    """B (out, r) with the gain of outputs in it."""
-    return form.B if form.g is None else form.g[:, None] * form.B
-
-
-def _padded(factors: Iterable[Tensor], rank: int) -> Tensor:
-    return torch.stack([F.pad(f, (0, 0, 0, rank - f.shape[0])) for f in factors])
-
-
-def _gains(given: Sequence[Tensor | None], default: Tensor) -> Tensor | None:
-    if all(g is None for g in given):
-        return None
-    return torch.stack([default if g is None else g.to(default.dtype) for g in given])

@@ -43,6 +43,17 @@ class Factors(NamedTuple):
         return self.g is None and self.c is None
 
 
+class Products(NamedTuple):
+    """y = g * W x + sum_k b_k * W (a_k * x) + bias: what a bank can serve by products with W of each row's own inputs.
+
+    g: (out,); a: (s, in); b: (s, out).
+    """
+
+    g: Tensor
+    a: Tensor
+    b: Tensor
+
+
 class Stats(NamedTuple):
     """What is known of a layer before an adapter starts there, of the size of W (out, in).
 
@@ -118,6 +129,10 @@ class Delta(nn.Module, ABC):
         if type(self).forward is not Delta.forward or (self.training and self.dropout) or site.kind not in ROWWISE:
             return None
         return self.factors(site)
+
+    def products(self, site: Site) -> Products | None:
+        """The change as products with W, differentiable, where it has no normal form and this one; else None."""
+        return None
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """What to add to the layer's own output y, given its input x; several changes of one site sum."""

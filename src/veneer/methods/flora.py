@@ -2,7 +2,7 @@
 
 y = sum_k b_k * W (a_k * x) + bias with the columns b_k of B and the rows a_k of A: one product with W for every rank, in which
 every example may have an A and a B of its own. At rank 1 that is a gain of inputs and one of outputs around a single product,
-which the bank (veneer.bank) serves for each row of a batch.
+which the bank (veneer.bank) serves for each row of a batch; above, by the products of the rows that have such an adapter.
 
 Parameters: r (out + in) a layer.
 State: A and B. The first row of A and column of B start at one, further columns of B at zero and rows of A at random signs:
@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from veneer.methods.base import ROWWISE, Delta, Factors, master_dtype
+from veneer.methods.base import ROWWISE, Delta, Factors, Products, master_dtype
 from veneer.ops.draws import keyed
 from veneer.ops.linalg import check_at_most
 from veneer.sites import Site
@@ -54,20 +54,21 @@ class FLoRA(Delta):
     def normal_form(self, site: Site) -> Factors | None:
         return self.factors(site) if site.kind in ROWWISE else None
 
+    def products(self, site: Site) -> Products | None:
+        """The layer's own output stands for the ones in a_1: exact where little has changed."""
+        if self.A.shape[0] == 1 or site.kind not in ROWWISE:
+            return None
+        return Products(self.B[:, 0], torch.cat([self.A[:1] - 1, self.A[1:]]), self.B.mT)
+
     def delta(self, site: Site) -> Tensor:
         return site.weight().to(self.A.dtype) * (self.B @ self.A - 1)
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        rows = x.numel() // x.shape[-1] if site.kind in ROWWISE and x.numel() else FEW_ROWS + 1
-        if rows > FEW_ROWS or self.A.shape[0] == 1:
+        own = self.products(site)
+        if own is None or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
             return super().forward(x, y, site)
-        shift = site.shift()
-        own = y if shift is None else y - shift
-        return (self.B[:, 0] - 1).to(y.dtype) * own + self._products(x.to(y.dtype), site)
-
-    def _products(self, x: Tensor, site: Site) -> Tensor:
-        """sum_k b_k * W (a_k * x), where the layer's own output stands for the ones in a_1: exact where little has changed."""
-        A = torch.cat([self.A[:1] - 1, self.A[1:]]).to(x.dtype)
-        scaled = x * A.view(-1, *(1,) * (x.ndim - 1), A.shape[1])  # (r, .., in)
+        shift, x, ones = site.shift(), x.to(y.dtype), (1,) * (x.ndim - 1)
+        scaled = x * own.a.to(x.dtype).view(-1, *ones, x.shape[-1])  # (r, .., in)
         made = site.apply(scaled, site.weight().to(x.dtype))  # (r, .., out)
-        return (made * self.B.mT.to(x.dtype).view(-1, *(1,) * (x.ndim - 1), self.B.shape[0])).sum(0)
+        change = (made * own.b.to(x.dtype).view(-1, *ones, y.shape[-1])).sum(0)
+        return (own.g - 1).to(y.dtype) * (y if shift is None else y - shift) + change
