@@ -31,7 +31,7 @@ RESERVED = {BASE, "site", "active", "called", "group", "place", *dir(Deltas), *v
 def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
     """The forward hook of an adapted layer; a plain function, so that it survives deepcopy and pickle."""
     deltas: Deltas = module.deltas
-    if not torch.compiler.is_compiling():
+    if not deltas.called and not torch.compiler.is_compiling():  # once: a module's attributes are slow to set
         deltas.called = True
     if not deltas.active:
         return y

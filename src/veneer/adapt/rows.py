@@ -53,9 +53,10 @@ class Router(nn.Module):
 
     def layout(self) -> batched.Layout | None:
         """The rows by adapter, made once for all layers; None where that would stop a graph or wait for a GPU."""
-        if torch.compiler.is_compiling() or self.ids.is_cuda:
+        ids = self.ids
+        if torch.compiler.is_compiling() or ids.is_cuda:
             return None
-        flat = self.ids.reshape(-1)
+        flat = ids.reshape(-1)
         if self.held is None or not torch.equal(self.held[0], flat):
             self.held = flat.clone(), batched.lay_out(flat, len(self.names))
         return self.held[1]
