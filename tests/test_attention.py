@@ -81,7 +81,7 @@ def test_a_compiled_training_step_is_the_plain_one(make, kept, monkeypatch):
     monkeypatch.setattr(attention, "FASTER", (torch.float32, torch.bfloat16))
     monkeypatch.setattr(compiling, "share", lambda model: kept)
     objective = prepare(model, given, compiled=True)
-    assert model.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == attention.SHORT
     ours, own = step(model, objective, given)
     assert relative(ours, loss) <= 1e-5 and own.keys() == gradients.keys()
     for k, g in gradients.items():
@@ -109,7 +109,7 @@ def test_other_cases_are_pytorchs_own(monkeypatch):
     calls = []
     monkeypatch.setattr(attention, "attend", lambda *a, **k: calls.append(a) or attend(*a, **k))
     model = llama(attn_implementation="sdpa", max_position_embeddings=512).train()
-    assert attention.use_short(model)
+    assert attention.use_faster(model, batch()["input_ids"], compiled=True)
     model(**batch()).logits.sum().backward()
     assert len(calls) == 2
     calls.clear()
@@ -119,4 +119,5 @@ def test_other_cases_are_pytorchs_own(monkeypatch):
     model(**batch(LONGEST + 1))
     assert not calls
     attention.use_own(model)
-    assert not attention.use_short(llama(attn_implementation="eager")) and not attention.use_short(torch.nn.Linear(2, 2))
+    for other in (llama(attn_implementation="eager"), torch.nn.Linear(2, 2)):
+        assert not attention.use_faster(other, batch()["input_ids"], compiled=True)

@@ -61,9 +61,9 @@ def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False) -> Object
     restore(model)
     with discover(model), torch.no_grad():
         causal_lm.loss(model, batch)
+    attention.use_faster(model, batch["input_ids"], compiled=compiled)
     if not compiled:
         return causal_lm.loss
-    attention.use_short(model)
     head = cut(model)
     body = model if head is None else head.body
     for block in blocks(body) or [body]:
