@@ -167,6 +167,7 @@ def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
         "wanted = [own['sha256', 'statement'], own['sha256', 'condition'], own['refuse_pickle', 'condition']]\n"
         "for o in pool.outcomes(wanted, jobs=1, limit=float(sys.argv[2])):\n"
         "    print(o.fault.where, o.fault.operator, o.how, o.test.rpartition('::')[2])\n"
+        "print([o.how for o in pool.outcomes(wanted[1:2], jobs=1, limit=60.0, patience=0.1)])\n"
         "print(pool.fail_anyway([sys.argv[1] + '::test_sha256'], 60.0))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools"), "TMPDIR": str(tmp_path)}
@@ -175,6 +176,7 @@ def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
         "sha256 statement failed test_sha256",
         "sha256 condition hung test_sha256_of_nothing",
         "refuse_pickle condition survived ",
+        "['survived']",
         "[]",
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["test_files.py"]
@@ -185,7 +187,7 @@ def test_the_command_says_what_is_wrong_and_lists_without_planting(capsys):
     assert "there is no fault to plant in src/veneer/adapt/nowhere.py" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["--count", "0"])
-    assert "--count, --jobs and --limit must be above 0" in capsys.readouterr().err
+    assert "--count, --jobs, --limit and --patience must be above 0" in capsys.readouterr().err
     assert command.main(["--only", "src/veneer/methods/miss.py", "--count", "2", "--list"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("src/veneer/methods/miss.py:") == 2 and shown.count("\n  + ") == 2

@@ -36,10 +36,11 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="PATH[:LINE]", help="a file, a folder or a line; repeatable")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time (default: one for each processor)")
     parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="what one test may take (default: 60)")
+    parser.add_argument("--patience", type=float, default=600.0, metavar="SECONDS", help="what one fault may live (default: 600)")
     parser.add_argument("--list", action="store_true", help="show the faults, and plant none")
     found = parser.parse_args(arguments)
-    if min(found.count, found.jobs, found.limit) <= 0:
-        parser.error("--count, --jobs and --limit must be above 0")
+    if min(found.count, found.jobs, found.limit, found.patience) <= 0:
+        parser.error("--count, --jobs, --limit and --patience must be above 0")
     return found
 
 
@@ -81,7 +82,7 @@ def tried(plant: list[Fault], left: list[Fault], given: argparse.Namespace, reas
         importlib.import_module(name)
     broken: list[str] = []
     try:
-        for outcome in pool.outcomes(plant, jobs=given.jobs, limit=given.limit):
+        for outcome in pool.outcomes(plant, jobs=given.jobs, limit=given.limit, patience=given.patience):
             ended.append(outcome)
             show(ended, len(plant))
         broken = pool.fail_anyway([o.test for o in ended if o.test], given.limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -83,8 +84,11 @@ class Trial:
         self.folder.cleanup()
 
 
-def outcomes(faults: Sequence[Fault], *, jobs: int, limit: float) -> Iterator[Outcome]:
-    """What became of each fault, as they end; limit: seconds that one test may take."""
+def outcomes(faults: Sequence[Fault], *, jobs: int, limit: float, patience: float = math.inf) -> Iterator[Outcome]:
+    """What became of each fault, as they end.
+
+    limit: seconds that one test may take; patience: seconds after which a fault that no test has noticed has survived.
+    """
     left, running = list(reversed(faults)), dict[int, tuple[Fault, Trial]]()
     try:
         while left or running:
@@ -94,7 +98,7 @@ def outcomes(faults: Sequence[Fault], *, jobs: int, limit: float) -> Iterator[Ou
                 running[id(trial)] = fault, trial
             wait([t.results for _, t in running.values()], timeout=1.0)
             for fault, trial in list(running.values()):
-                outcome = _outcome(fault, trial)
+                outcome = _outcome(fault, trial, patience)
                 if outcome is not None:
                     running.pop(id(trial))[1].end()
                     yield outcome
@@ -103,7 +107,7 @@ def outcomes(faults: Sequence[Fault], *, jobs: int, limit: float) -> Iterator[Ou
             trial.end()
 
 
-def _outcome(fault: Fault, trial: Trial) -> Outcome | None:
+def _outcome(fault: Fault, trial: Trial, patience: float) -> Outcome | None:
     """What became of the fault, or None while its tests go on."""
     ended, now = trial.listen(), time.monotonic()
     seconds, at = now - trial.began, trial.test or noticing.tests(fault.file)[0]
@@ -113,7 +117,9 @@ def _outcome(fault: Fault, trial: Trial) -> Outcome | None:
         return Outcome(fault, "survived", seconds)
     if ended or trial.code is not None:
         return Outcome(fault, "crashed", seconds, at)
-    return Outcome(fault, "hung", seconds, at) if now > trial.until else None
+    if now > trial.until:
+        return Outcome(fault, "hung", seconds, at)
+    return Outcome(fault, "survived", seconds) if seconds > patience else None
 
 
 def fail_anyway(tests: Sequence[str], limit: float) -> list[str]:
