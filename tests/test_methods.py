@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 
@@ -14,6 +15,7 @@ from table import METHODS, SITES, Method
 from torch import nn
 
 import veneer
+import veneer.methods
 from veneer.adapt.attached import changes
 from veneer.adapt.merge import merge
 
@@ -265,6 +267,18 @@ def test_dropout_thins_the_change_alone_and_only_in_training(method, site):
     assert ((draws.mean(0) - still).abs() <= 6 * spread + 1e-9).all()  # unbiased: six standard errors
     with veneer.using(model):
         assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize("name", veneer.methods.available())
+def test_every_method_is_asked_for_its_layers_in_the_same_way(name):
+    find = inspect.signature(veneer.methods.get(name).find)
+    assert [(p.name, p.default) for p in find.parameters.values()] == [
+        ("model", inspect.Parameter.empty),
+        ("to", inspect.Parameter.empty),
+        ("exclude", ()),
+        ("untie", False),
+        ("options", None),
+    ]
 
 
 def test_dropout_outside_its_range_is_refused():
