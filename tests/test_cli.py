@@ -332,6 +332,15 @@ def test_methods_lists_all_with_their_papers(capsys):
     assert loraplus["paper"] == "https://arxiv.org/abs/2402.12354" and [o["name"] for o in loraplus["options"]] == ["ratio"]
     assert main(["methods"]) == 0
     assert "--rank: r, at most min(out, in) (default: 8)" in capsys.readouterr().out
+    assert main(["methods", "loraga", "galore"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("how the factors of a low-rank method start (--init):\n  loraga: ")
+    assert "  galore: " in shown and "lora: " not in shown
+    assert main(["methods", "lroa", "galore", "pisa"]) == 2
+    assert capsys.readouterr().err == (
+        "error: no method, start or optimiser is called 'lroa'; did you mean 'lora'?\n"
+        "no method, start or optimiser is called 'pisa'; did you mean 'pissa'?\n"
+    )
 
 
 def test_as_a_program():

@@ -10,6 +10,7 @@ import pytest
 from veneer.app import demo as module
 from veneer.app.demo import CONTENDERS, demo, text
 from veneer.app.dial import Point, recommend
+from veneer.cli.frame import main
 from veneer.embedded.texts import DOMAINS, has
 
 TARGETS = [d for d in DOMAINS if has(d)]
@@ -51,6 +52,12 @@ def test_the_demo_writes_what_it_says_and_a_second_run_repeats_nothing(tmp_path,
     again = demo(str(out), steps=2, progress=False)
     assert {f: f.read_bytes() for f in out.glob("*/metrics.jsonl")} == logs and len(logs) == 3
     assert [r["target_bpb_after"] for r in again["methods"]] == [r["target_bpb_after"] for r in results["methods"]]
+    (out / "thesis.txt").write_text("mine")
+    capsys.readouterr()
+    assert main(["demo", "--out", str(out), "--steps", "0", "--fresh"]) == 2  # before anything is removed
+    assert capsys.readouterr().err == "error: steps 0 must be 1 or more\n" and (out / "results.json").is_file()
+    module._clear(out)
+    assert [p.name for p in out.iterdir() if p.suffix != ".png"] == ["thesis.txt"]
 
 
 def test_the_rates_are_those_of_the_committed_sweep():

@@ -14,6 +14,7 @@ from veneer.adapt import store
 from veneer.adapt.attach import detach, using
 from veneer.analyse import demo_report
 from veneer.analyse.plots import TITLES, learning_vs_forgetting
+from veneer.analyse.report import REPORT
 from veneer.app import machine, pretrained, sources, texts
 from veneer.app.dial import STRENGTHS, Point, dial, recommend
 from veneer.app.fit import fit
@@ -58,22 +59,22 @@ def demo(out: str = "runs/demo", *, steps: int = 100, seed: int = 0, fresh: bool
     fresh: remove what an earlier demo left in `out` and begin anew
     """
     folder, voice = Path(out), Voice(progress)
-    if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
     targets = [d for d in DOMAINS if has(d)]
+    runs = {(t, label): settings(folder, t, label, c, steps=steps, seed=seed) for t in targets for label, c in CONTENDERS.items()}
+    if fresh:
+        _clear(folder)
     for missing in sorted(set(DOMAINS) - set(targets)):
         voice.say(f"this interpreter carries no text for {TITLES[missing]!r}; the demo goes on without it")
     judge = Judge(seed)
     rows: list[dict[str, Any]] = []
-    for target in targets:
-        for label, contender in CONTENDERS.items():
-            voice.say(f"{TITLES[label]} on {TITLES[target]} ({len(rows) + 1} of {len(targets) * len(CONTENDERS)})")
-            try:
-                result = fit(settings(folder, target, label, contender, steps=steps, seed=seed), progress=progress)
-            except ConfigError as e:
-                raise ConfigError(f"{e}\nor remove what an earlier demo left there: fresh=True (--fresh)") from e
-            voice.say("measuring what was learned and forgotten, at several strengths")
-            rows.append(judge.row(target, label, result))
+    for (target, label), run in runs.items():
+        voice.say(f"{TITLES[label]} on {TITLES[target]} ({len(rows) + 1} of {len(runs)})")
+        try:
+            result = fit(run, progress=progress)
+        except ConfigError as e:
+            raise ConfigError(f"{e}\nor remove what an earlier demo left there: fresh=True (--fresh)") from e
+        voice.say("measuring what was learned and forgotten, at several strengths")
+        rows.append(judge.row(target, label, result))
     results = {
         "methods": rows,
         "noise_bpb": NOISE,
@@ -87,6 +88,15 @@ def demo(out: str = "runs/demo", *, steps: int = 100, seed: int = 0, fresh: bool
     learning_vs_forgetting(rows, folder / PICTURE, NOISE)
     demo_report.write(folder)
     return results
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a demo makes, and nothing else that may lie there."""
+    for target in DOMAINS:
+        for label in CONTENDERS:
+            shutil.rmtree(folder / f"{target}-{label}", ignore_errors=True)
+    for name in (RESULTS, PICTURE, REPORT):
+        (folder / name).unlink(missing_ok=True)
 
 
 def settings(folder: Path, target: str, label: str, contender: Contender, *, steps: int, seed: int, lr: float | None = None) -> Run:

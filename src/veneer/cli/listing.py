@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from veneer import methods, optim
 from veneer.cli.flags import flag_of_method, shown_default
+from veneer.errors import ConfigError, suggest
 from veneer.methods import Delta, inits
 from veneer.train.described import Described, helps_of, of_module, option_helps
 from veneer.train.settings import describe
@@ -22,6 +23,16 @@ def every() -> dict[str, Any]:
     }
 
 
+def of(names: Sequence[str]) -> dict[str, Any]:
+    """The same of these alone. Raises ConfigError for all names that nothing has."""
+    found = every()
+    known = {entry["name"] for entries in found.values() for entry in entries}
+    unknown = [f"no method, start or optimiser is called {name!r}{suggest(name, known)}" for name in names if name not in known]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    return {kind: [entry for entry in entries if entry["name"] in names] for kind, entries in found.items()}
+
+
 def text(found: dict[str, Any]) -> str:
     """The same for people."""
     lines = []
@@ -29,11 +40,11 @@ def text(found: dict[str, Any]) -> str:
         lines += ["", f"{m['name']}: {m['summary']}", *([f"  {m['paper']}"] if m["paper"] else [])]
         flags = [(flag_of_method(m["name"], o["name"]).replace("_", "-"), o) for o in m["options"]]
         lines += [f"  --{flag}: {o['help']}{shown_default(o['default'])}" for flag, o in flags]
-    lines += ["", "how the factors of a low-rank method start (--init):"]
+    lines += ["", "how the factors of a low-rank method start (--init):"] if found["inits"] else []
     for i in found["inits"]:
         lines += [f"  {i['name']}: {i['summary']}{' ' + i['paper'] if i['paper'] else ''}"]
         lines += [f"    --init-options {o['name']}=..: {o['help']}{shown_default(o['default'])}" for o in i["options"]]
-    lines += ["", "what makes steps of gradients (--optimiser):"]
+    lines += ["", "what makes steps of gradients (--optimiser):"] if found["optimisers"] else []
     for o in found["optimisers"]:
         lines += [f"  {o['name']}: {o['summary']}{' ' + o['paper'] if o['paper'] else ''}"]
         lines += [f"    --{o['name']}-{p['name'].replace('_', '-')}: {p['help']}{shown_default(p['default'])}" for p in o["options"]]

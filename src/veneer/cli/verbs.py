@@ -20,7 +20,8 @@ Config = Annotated[
 ]
 Probe = Annotated[bool, typer.Option(help="Take five steps in memory, for seconds and bytes as they are.")]
 Action = Annotated[Literal["show", "check"], typer.Argument(help="show: rows as tokens, with what is learned; check: count and compare.")]
-Files = Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts, as by --data.", show_default=False)]
+Files = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts, as by --data.", show_default=False)]
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Which of them; all unless given.", show_default=False)]
 Rows = Annotated[int, typer.Option("--rows", metavar="<integer>", help="Rows to show.")]
 # The settings of a Run that decide what is read and learned.
 READING = "data model valid test known batch accumulate length packing train_on train_roles seed allow".split()
@@ -210,8 +211,8 @@ def verify() -> Call:
 def methods() -> Call:
     from veneer.cli import listing
 
-    def call(as_json: Json = False, debug: Debug = False) -> None:
-        found = listing.every()
+    def call(names: Names = None, *, as_json: Json = False, debug: Debug = False) -> None:
+        found = listing.every() if not names else listing.of(names)
         show(found, lambda: listing.text(found), as_json)
 
     return call

@@ -79,7 +79,9 @@ def detect(path: Path) -> Found:
     if not known and unread:
         raise unread[0]
     if not known:
-        there = first_few(f.name for f in files) or "any file"
+        if not files:
+            raise FormatError(f"{path} holds no adapter: no file of tensors lies there")
+        there = first_few(f.name for f in files)
         raise FormatError(f"{path} holds no adapter of a dialect known here: no tensor in {there} is called like one's")
     file = _choose(folder, known)
     dialect = known[file]
