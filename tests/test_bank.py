@@ -269,6 +269,23 @@ def test_several_learn_in_one_pass_as_if_each_were_alone(names):
     assert all(p.grad is None for n, p in model.named_parameters() if "deltas" not in n)
 
 
+@pytest.mark.parametrize("rows", [["pissa", "dora", "dora", "products"], ["dora", "pissa", "products", "dora"]])
+def test_an_adapter_that_is_not_finite_spoils_no_other_ones_learning(rows):
+    names, found = ("pissa", "dora", "products"), []
+    for spoiled in (False, True):
+        model = mixed(names=names)
+        if spoiled:
+            with torch.no_grad():
+                next(d for s, d in changes(model, "pissa") if s.name == "model.layers.0.mlp.down_proj").A.fill_(float("nan"))
+        veneer.bank(model, names, trainable=True).use(rows)
+        losses = model(input_ids=tokens(4)).logits.square().sum((1, 2))
+        losses.sum().backward()
+        found.append([p.grad for n in names[1:] for _, d in changes(model, n) for p in d.parameters()])
+    assert losses.isnan().tolist() == [row == "pissa" for row in rows]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_an_adapter_that_no_row_has_gets_a_gradient_of_zero():
     model = mixed(names=("pissa", "dora"))
     veneer.bank(model, ["pissa", "dora"], trainable=True).use(["pissa", "pissa"])

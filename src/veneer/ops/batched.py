@@ -5,7 +5,8 @@ factors are zero. Four ways to the same sum:
 
 gather   each row's factors are copied side by side; two batched products
 bucket   rows are sorted into buckets by adapter, as many as the fullest needs, and no factor is copied: for batches in which
-         the resident adapters have nearly as many rows each
+         the resident adapters have nearly as many rows each; the gradient at an empty place is 0 times a factor, and goes to
+         some row, so that learning wants finite factors
 masked   one product with all factors stacked, of which each row keeps its own adapter's part, and one back: for few numbers
          of rank in all; a number of another adapter that is not finite would spoil every row, so it wants finite factors
 grouped  rows sorted by adapter in one grouped product (F.grouped_mm), or a product for each adapter that has rows; slowest on
@@ -62,7 +63,8 @@ def choose(x: Tensor, A: Tensor, *, finite: bool, layout: Layout | None) -> str:
         return "masked"
     if x.is_cuda and _groupable(x, A):
         return "grouped"
-    if layout is not None and t <= SHORT and (n - 1) * layout.size <= 2 * b:
+    harmless = finite or not torch.is_grad_enabled()
+    if harmless and layout is not None and t <= SHORT and (n - 1) * layout.size <= 2 * b:
         return "bucket"
     return "gather"
 
