@@ -14,6 +14,7 @@ from tiny import metrics, settings
 
 import veneer
 from veneer.adapt.attached import base_parameters
+from veneer.cli.frame import main
 from veneer.errors import ConfigError
 from veneer.train import together
 from veneer.train.errors import Interrupted
@@ -100,6 +101,39 @@ def test_a_quantised_base_is_shared_too(tmp_path):
     results = veneer.fit_many(runs, progress=False)
     alone = veneer.fit(replace(runs[1], out=str(tmp_path / "alone")), progress=False)
     assert results[1].learned.after == pytest.approx(alone.learned.after, rel=1e-2)
+
+
+def file(folder, name, **changed):
+    """A run's settings as YAML, which JSON is."""
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(settings(folder, options={"rank": 3}, out=str(folder / name), **changed)))
+    return str(path)
+
+
+def test_files_of_settings_are_trained_by_the_command_line(tmp_path, capsys):
+    files = [file(tmp_path, "a"), file(tmp_path, "b", seed=1, method="dora")]
+    assert main(["fit-many", *files, "--steps", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [t["folder"] for t in told] == [str(tmp_path / n) for n in "ab"]
+    assert [(t["method"], t["steps"]) for t in told] == [("lora", 2), ("dora", 2)]
+    assert main(["fit-many", *files, "--steps", "2"]) == 2
+    assert "resume" in capsys.readouterr().err
+    assert main(["fit-many", *files, "--steps", "2", "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert f"== {tmp_path / 'a'}\nlearned" in out and f"== {tmp_path / 'b'}\nlearned" in out
+
+
+def test_files_that_do_not_go_together_are_refused_by_the_command_line(tmp_path, capsys):
+    a = file(tmp_path, "a")
+    assert main(["fit-many", a, a]) == 2
+    assert f"two runs have the folder {tmp_path / 'a'}; give each its own out" in capsys.readouterr().err
+    assert main(["fit-many", a, "--compile", "on"]) == 2
+    assert "compile='on' cannot be: runs that are trained together are not compiled" in capsys.readouterr().err
+    assert main(["fit-many", a, "--out", "x"]) == 2
+    assert "No such option: --out" in capsys.readouterr().err
+    assert main(["fit-many", str(tmp_path / "gone.yaml")]) == 2
+    assert main(["fit-many"]) == 2
+    assert not (tmp_path / "a").exists()
 
 
 def refusal(runs):

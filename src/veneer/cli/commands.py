@@ -74,6 +74,10 @@ VERBS = {
             "veneer fit --config run.yaml --steps 500",
         ),
     ),
+    "fit-many": Verb(
+        "Train the runs of several files side by side on one base, in one pass a step; each becomes what it would be alone.",
+        ("veneer fit-many french.yaml formal.yaml", "veneer fit-many runs/*.yaml --model ./llama --steps 500"),
+    ),
     "generate": Verb(
         "Continue a prompt by the base model and by adapters, side by side.",
         (

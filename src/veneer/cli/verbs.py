@@ -18,6 +18,10 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", exists=True, dir_okay=False, metavar="<file.yaml>", help="Settings from a file; given flags replace them."),
 ]
+Configs = Annotated[
+    list[Path],
+    typer.Argument(exists=True, dir_okay=False, metavar="FILE.yaml...", help="One file of settings for each run.", show_default=False),
+]
 Probe = Annotated[bool, typer.Option(help="Take five steps in memory, for seconds and bytes as they are.")]
 Action = Annotated[Literal["show", "check"], typer.Argument(help="show: rows as tokens, with what is learned; check: count and compare.")]
 Files = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts, as by --data.", show_default=False)]
@@ -132,6 +136,20 @@ def fit() -> Call:
     def call(*, config: Config = None, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
         result = start(Run.from_dict(settings_of(config, every, given)))
         show({"folder": str(result.folder), **result.metrics}, lambda: summary(result), as_json)
+
+    return flags.declare(call, every)
+
+
+def fit_many() -> Call:
+    from veneer.app.fit_many import fit_many as start
+    from veneer.train.run import Run
+
+    every = [f for f in of_run() if f.name != "out"]  # no two runs have one folder: each file names its own
+
+    def call(files: Configs, *, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
+        results = start([Run.from_dict(settings_of(file, every, given)) for file in files])
+        found = [{"folder": str(result.folder), **result.metrics} for result in results]
+        show(found, lambda: "\n\n".join(f"== {result.folder}\n{summary(result)}" for result in results), as_json)
 
     return flags.declare(call, every)
 
