@@ -59,7 +59,11 @@ def test_frozen_factors_are_saved_keep_little_and_convert(method, tmp_path):
     model = veneer.attach(gpt2(), method, rank=6, seed=3)
     randomise(model)
     veneer.save(model, tmp_path)
-    torch.testing.assert_close(output(veneer.load(gpt2(), tmp_path)), output(model), rtol=1e-5, atol=1e-5)
+    again = veneer.load(gpt2(), tmp_path)
+    torch.testing.assert_close(output(again), output(model), rtol=1e-5, atol=1e-5)
+    for (_, a), (_, b) in zip(changes(again, "default"), changes(model, "default"), strict=True):
+        torch.testing.assert_close(a.state_dict(), b.state_dict())  # the same numbers go on training, not multiples of them
+        assert a.options == b.options
     y = output(model)
     assert max(c.rank for c in to_lora(model, "default", "low")) == 6
     with veneer.using(model, "low"):
@@ -69,6 +73,14 @@ def test_frozen_factors_are_saved_keep_little_and_convert(method, tmp_path):
 def test_vera_has_the_outputs_gradients_and_files_of_peft(tmp_path):
     config = peft.VeraConfig(target_modules=TO, task_type="CAUSAL_LM", r=24, projection_prng_key=3)
     agrees_with_peft(tmp_path, "vera", {"rank": 24}, TO, config, same_numbers=False)
+
+
+def test_a_file_of_vera_says_what_its_pair_was_drawn_from(tmp_path):
+    model = veneer.attach(llama(), "vera", rank=5, seed=3, start=0.2)
+    randomise(model)
+    veneer.save(model, tmp_path)
+    config = peft.VeraConfig.from_pretrained(tmp_path)
+    assert (config.r, config.projection_prng_key, config.d_initial, config.save_projection) == (5, 3, 0.2, True)
 
 
 def test_vera_draws_one_pair_for_all_layers():
