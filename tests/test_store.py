@@ -546,6 +546,35 @@ def test_large_weights_are_sampled_evenly() -> None:
         assert fingerprint.differences(changed, record)
 
 
+# The disk
+
+
+def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        done.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def named(old: Path, new: Path) -> None:
+        done.append(new.name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", named)
+    with files.replacing(tmp_path / "a", tmp_path / "b") as temporary:
+        for t in temporary:
+            t.write_text("some")
+        assert done == []
+    a, b, folder = (p.stat().st_ino for p in (tmp_path / "a", tmp_path / "b", tmp_path))
+    assert done == [a, b, "a", "b", folder]
+    done.clear()
+    with files.making(tmp_path / "new") as place:
+        (place / "c").write_text("some")
+    assert done == [p.stat().st_ino for p in (tmp_path / "new" / "c", tmp_path / "new", tmp_path)]
+
+
 # The probe
 
 
