@@ -58,7 +58,7 @@ def _check(runs: Sequence[Run]) -> None:
         problems.append("method 'full' trains the base itself, which the runs share; train it alone")
     if any(run.cache_frozen for run in runs):
         problems.append("cache_frozen cannot be: the runs have different windows in one pass; train them alone, or leave it out")
-    if any(run.compile == "on" for run in runs):
-        problems.append("compile='on' cannot be: runs that are trained together are not compiled")
+    if asked := sorted({run.compile for run in runs} & {"on", "graphs"}):
+        problems.append(f"compile={asked[0]!r} cannot be: runs that are trained together are not compiled")
     if problems:
         raise ConfigError("\n".join(problems))

@@ -55,11 +55,11 @@ def in_precision(run: Run, objective: Objective, device: torch.device) -> Object
 def _compiles(ready: Ready, order: Order, device: torch.device) -> bool:
     """Raises ConfigError where compilation is asked for and cannot be done."""
     run = ready.run
-    lacking = compiling.missing(device)
-    if run.compile == "on" and lacking:
-        raise ConfigError(f"compile='on' needs {lacking}, which is not found here; install it, or use compile='off'")
+    lacking, asked = compiling.missing(device), run.compile in ("on", "graphs")
+    if asked and lacking:
+        raise ConfigError(f"compile={run.compile!r} needs {lacking}, which is not found here; install it, or use compile='off'")
     long = compiling.is_long(ready.model, order.total * run.length, device)
-    return run.compile == "on" or (run.compile == "auto" and long and not lacking)
+    return asked or (run.compile == "auto" and long and not lacking)
 
 
 def _compiled(ready: Ready, plain: Learner, order: Order, voice: Voice) -> Learner:
@@ -67,12 +67,13 @@ def _compiled(ready: Ready, plain: Learner, order: Order, voice: Voice) -> Learn
     run, device = ready.run, next(ready.model.parameters()).device
     learner = plain._replace(shapes=compiling.Shapes(run.batch, compiling.widths(run.length, run.packing)))
     batch = learner.batch(order.step(0)[0], device)
-    objective = in_precision(run, compiling.prepare(ready.model, batch, compiled=True), device)
+    objective = compiling.prepare(ready.model, batch, compiled=True, with_graphs=run.compile == "graphs")
+    objective = in_precision(run, objective, device)
     voice.show(0, "the model", "compiling")
     try:
         seconds = compiling.warm_up(ready.model, objective, batch)
     except ConfigError as e:
-        if run.compile == "on":
+        if run.compile != "auto":
             raise
         voice.say(f"{e}; goes on without")
         return plain._replace(objective=in_precision(run, compiling.prepare(ready.model, batch), device))

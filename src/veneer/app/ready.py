@@ -22,7 +22,7 @@ from veneer.errors import ConfigError
 from veneer.methods.full import Full
 from veneer.ops.linalg import multiplies_bf16
 from veneer.optim import groups
-from veneer.train import compiling, door, frozen, kept, rates
+from veneer.train import compiling, door, frozen, graphs, kept, rates
 from veneer.train.frozen import Prefix
 from veneer.train.progress import Voice
 from veneer.train.run import Run
@@ -106,6 +106,8 @@ def decided(run: Run, device: torch.device) -> Run:
     if fastest * run.weight_decay >= 1:
         problem = f"weight_decay {run.weight_decay:g} at rate {fastest:g} leaves nothing of a weight in one step"
         raise ConfigError(f"{problem}; use less than {1 / fastest:g}")
+    if run.compile == "graphs" and (against := graphs.reason_against(device)):
+        raise ConfigError(against)
     epochs = None if run.steps else run.epochs or 1.0
     precision = run.precision if run.precision != "auto" else "bf16" if multiplies_bf16(device) else "fp32"
     options = {**{name: p.default for name, p in optim.options_of(run.optimiser).items()}, **run.optimiser_options}

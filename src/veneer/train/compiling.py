@@ -22,7 +22,7 @@ from veneer.adapt.head import cut
 from veneer.errors import ConfigError
 from veneer.ops.chunked import Kernel, whole
 from veneer.tasks import Batch, Objective, causal_lm
-from veneer.train import attention
+from veneer.train import attention, graphs
 from veneer.train.lean import lean, share
 
 # A run is long enough for `auto` where its products take ten minutes or so: 4 per parameter and token, at what a core or a
@@ -51,12 +51,12 @@ class Shapes(NamedTuple):
     widths: tuple[int, ...]
 
 
-def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False) -> Objective:
+def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False, with_graphs: bool = False) -> Objective:
     """The objective to train this model with, as fast as it goes; the model is changed in nothing but its speed.
 
     batch: any one of the training's, for a dry run that finds the layers with a common input. compiled: the model's
-    repeated blocks are compiled when first called, which takes a minute or less, once for each shape of a batch.
-    `restore` undoes all.
+    repeated blocks are compiled when first called, which takes a minute or less, once for each shape of a batch; with_graphs:
+    as CUDA graphs. `restore` undoes all.
     """
     restore(model)
     with discover(model), torch.no_grad():
@@ -66,9 +66,11 @@ def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False) -> Object
         return causal_lm.loss
     head = cut(model)
     body = model if head is None else head.body
+    options: dict[str, Any] = {"options": graphs.OPTIONS} if with_graphs else {}
     for block in blocks(body) or [body]:
-        block.compile(dynamic=False)  # a graph for each shape, whatever came before: a resumed training computes the same
-    return lean(functools.partial(causal_lm.loss, kernel=compiled_kernel()), share(model))
+        block.compile(dynamic=False, **options)  # a graph for each shape, whatever came before: a resumed training computes the same
+    objective = lean(functools.partial(causal_lm.loss, kernel=compiled_kernel()), share(model))
+    return graphs.on_graphs(objective) if with_graphs else objective
 
 
 def warm_up(model: nn.Module, objective: Objective, batch: Batch) -> float:

@@ -71,8 +71,10 @@ class Run:
     quantise: Literal["nf4", "int8"] | None = setting(
         None, "keep the frozen base's linear layers in 4 or 8 bits a number (QLoRA): nf4 or int8; as they are unless given"
     )
-    compile: Literal["auto", "on", "off"] = setting(
-        "auto", "torch.compile of the model's blocks and of the loss: faster steps for a minute at the start. auto: in long runs"
+    compile: Literal["auto", "on", "off", "graphs"] = setting(
+        "auto",
+        "torch.compile of the model's blocks and of the loss: faster steps for a minute at the start. auto: in long runs;"
+        " graphs: on, with CUDA graphs (not yet tried on a GPU)",
     )
     gradient_checkpointing: bool = setting(
         False, "keep only what enters each block and compute the rest again backward: less memory, a third more time"
