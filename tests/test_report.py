@@ -17,7 +17,7 @@ import tiny
 
 from veneer.analyse import demo_report, layer_plots, page, story, words
 from veneer.analyse import report as told
-from veneer.app import examine
+from veneer.app import adapted, examine
 from veneer.app.fit import fit
 from veneer.app.report import report
 from veneer.cli.frame import main
@@ -240,6 +240,24 @@ def test_what_is_no_finished_run_is_refused(tmp_path, run):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nbroken')
     with pytest.raises(FormatError, match=r"metrics.jsonl cannot be read as one JSON object a line: .*; restore it from a copy"):
         report(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "lacks"), [("config.json", "run, data, base"), ("results.json", "before, after, learned, forgotten")]
+)
+def test_a_run_with_another_file_in_its_place_is_told_so(tmp_path, run, capsys, file, lacks):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / file).write_text('{"hidden_size": 3}')
+    given = json.loads((run / "config.json").read_text(encoding="utf-8"))["run"]
+    said = f"{copy / file} lacks {lacks}: it is another file than it should be; restore it from a copy"
+    with pytest.raises(FormatError) as e:
+        fit(Run.from_dict({**given, "out": str(copy), "resume": True}), progress=False)
+    assert str(e.value) == said
+    with pytest.raises(FormatError) as e:
+        report(str(copy))
+    assert str(e.value) == said
+    assert adapted.base_of(adapted.there([str(copy)])) == given["model"]  # which the adapter says too
 
 
 def demo_results() -> dict[str, Any]:

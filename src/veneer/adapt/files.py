@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False), encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file. Raises FormatError for anything else."""
+def read_json(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """The object in the file. Raises FormatError for anything else, and for one without the entries that are needed."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -108,6 +108,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} is not JSON: {e}; restore it from a copy") from None
     if not isinstance(content, dict):
         raise FormatError(f"{path} holds a {type(content).__name__}, not an object with settings")
+    missing = [name for name in needed if name not in content]
+    if missing:
+        raise FormatError(f"{path} lacks {', '.join(missing)}: it is another file than it should be; restore it from a copy")
     return content
 
 

@@ -13,6 +13,7 @@ from veneer.analyse.story import Told
 from veneer.errors import FormatError
 from veneer.train.drift import record
 from veneer.train.folder import METRICS, RESULTS
+from veneer.train.result import NEEDED
 
 REPORT = "report.html"
 WITHOUT = "the report has no pictures, which need the package matplotlib: pip install 'veneer[plots]', then veneer report {folder}"
@@ -21,7 +22,7 @@ Pictures = dict[str, Callable[[], Any]]
 
 def write(folder: Path) -> list[str]:
     """Writes report.html and its PNGs into a finished run's folder; what is missing from it, as sentences. Raises FormatError."""
-    run = Told(read_json(folder / RESULTS), record(folder), _lines(folder / METRICS), folder)
+    run = Told(read_json(folder / RESULTS, NEEDED), record(folder), _lines(folder / METRICS), folder)
     drawn, missing = draw(folder, _pictures(run))
     put(folder, story.page_of(run, drawn, missing))
     return missing

@@ -116,10 +116,10 @@ def _base(folder: Path) -> str | None:
     for run in (folder, folder.parent):
         if packed_store.description(run / BASE) is not None:
             return str(run / BASE)
-        if (run / CONFIG).is_file() and adapter_folder(run).is_dir():
-            return str(read_json(run / CONFIG)["run"]["model"])
-    config = adapter_folder(folder) / peft_format.CONFIG
-    return read_json(config).get("base_model_name_or_path") if config.is_file() else None
+        if (run / CONFIG).is_file() and adapter_folder(run).is_dir() and "run" in (config := read_json(run / CONFIG)):
+            return str(config["run"]["model"])
+    settings = adapter_folder(folder) / peft_format.CONFIG
+    return read_json(settings).get("base_model_name_or_path") if settings.is_file() else None
 
 
 def there(specs: Sequence[str]) -> list[Wanted]:

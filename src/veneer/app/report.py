@@ -72,7 +72,7 @@ def _keep(out: Path, results: dict[str, Any]) -> None:
 
 def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]:
     """What is measured of a finished run, from its files. Raises what reading texts, model and adapter raise."""
-    config = read_json(out / folder.CONFIG)
+    config = drift.record(out)
     run = Run.from_dict(config["run"])
     tokenizer, ready = read(run, voice)
     for line in drift.differences(config["data"], {part: t.facts for part, t in ready.items()}):

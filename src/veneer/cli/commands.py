@@ -105,7 +105,7 @@ VERBS = {
         "Write the page that tells a finished run, report.html, from the files in its folder.",
         ("veneer report runs/notes", 'veneer report runs/notes --measure --prompt "def area("'),
     ),
-    "methods": Verb("List methods, starts and optimisers, with options and papers.", ("veneer methods", "veneer methods lora pissa --json")),
+    "methods": Verb("List methods, starts and optimisers, with options and papers.", ("veneer methods", "veneer methods lora --json")),
     "verify": Verb(
         "Prove that an adapter is complete, loads on its base and has effect; exit code 3 when not.",
         ("veneer verify runs/notes", "veneer verify adapter --model ./llama --dtype bfloat16"),

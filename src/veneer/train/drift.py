@@ -20,7 +20,7 @@ FREE = ("out", "resume", "allow", "keep", "save_every", "report", "track")
 
 def record(folder: Path) -> dict[str, Any]:
     """The run's config.json; settings that came to Veneer after it was written are at their defaults."""
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, ("run", "data", "base"))
     defaults = {name: s.default for name, s in settings.table(Run).items() if s.default is not settings.REQUIRED}
     return {**config, "run": {**defaults, **config["run"]}}
 

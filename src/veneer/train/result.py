@@ -10,6 +10,8 @@ from veneer.adapt.files import read_json
 from veneer.train import folder as run_folder
 from veneer.train.state import Position
 
+NEEDED = ("before", "after", "learned", "forgotten")  # of results.json, by whoever reads it
+
 
 class Change(NamedTuple):
     """Bits per byte of a text before and after the training; less is better."""
@@ -35,7 +37,7 @@ class Result:
     @classmethod
     def read(cls, folder: Path) -> Result:
         """The result of a finished run from its folder. Raises FormatError."""
-        metrics = read_json(folder / run_folder.RESULTS)
+        metrics = read_json(folder / run_folder.RESULTS, NEEDED)
         forgotten = metrics["forgotten"]
         learned = Change(metrics["learned"]["before"], metrics["learned"]["after"])
         return cls(folder, metrics, learned, Change(forgotten["before"], forgotten["after"]) if forgotten else None)
