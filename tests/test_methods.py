@@ -250,6 +250,22 @@ def test_one_compiled_graph(method):
         assert not torch.allclose(compiled(x), y)
 
 
+def test_a_row_of_zeros_learns_under_dora_as_under_lora():
+    """Its norm is zero, which nothing is divided by, not even for a gradient that is then left out."""
+    gradients = []
+    for name in ("lora", "dora"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 4, dtype=torch.float64))
+        with torch.no_grad():
+            model[0].weight[2] = 0
+        veneer.attach(model, name, rank=2)
+        model(torch.randn(3, 6, dtype=torch.float64)).square().sum().backward()
+        gradients.append({n.rsplit(".", 1)[-1]: p.grad for n, p in model.named_parameters() if "deltas" in n})
+    plain, dora = gradients
+    assert bool(plain["B"][2].any()) and all(bool(g.isfinite().all()) for g in dora.values())
+    torch.testing.assert_close(dora["B"][2], plain["B"][2])
+
+
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("site", ["linear", "conv2d", "conv2d grouped"])
 def test_dropout_thins_the_change_alone_and_only_in_training(method, site):

@@ -21,6 +21,7 @@ from veneer.methods import Delta
 from veneer.methods.lora import LoRA
 from veneer.ops.grams import gram
 from veneer.optim import groups, pairs
+from veneer.optim.balanced import over, product_norm
 from veneer.tasks import causal_lm
 from veneer.train import checkpoint, state
 from veneer.train.step import Learner
@@ -297,6 +298,14 @@ def test_balanced_steps_move_the_product_as_far_as_the_rate_says():
     t = 1e-3 * math.sqrt(M * N) / (2 * S)
     torch.testing.assert_close(A - a, t * uA / (reach + 0.1 * other), rtol=1e-5, atol=0)
     torch.testing.assert_close(B - b, t * uB / (other + 0.1 * reach), rtol=1e-5, atol=0)
+
+
+def test_a_balanced_step_that_would_move_nothing_is_none():
+    """Where A and B are both zero no step of either moves B A, and the rule gives no length."""
+    A, B = torch.zeros(R, N, dtype=torch.float64), torch.zeros(M, R, dtype=torch.float64)
+    u, length = torch.ones(2, R, N), torch.tensor([[[0.0]], [[4.0]]])
+    assert torch.equal(over(u, length), torch.stack([torch.zeros(R, N), torch.full((R, N), 0.25)]))
+    assert float(product_norm(B.T @ B, A @ A.T)) == 0
 
 
 def test_scaled_adamw_is_adamw_on_scaled_gradients():
