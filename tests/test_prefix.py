@@ -64,6 +64,15 @@ def test_an_attention_with_a_prefix_is_a_softmax_over_all(kind, moving):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("moving", [True, False])
+def test_where_no_scale_is_given_it_is_that_of_the_heads_size(moving):
+    model = with_prefix(lambda: llama().double())
+    site, _ = changes(model, "default")[0]
+    q, k, v = (torch.randn(2, heads, 5, 8, dtype=torch.float64, requires_grad=moving) for heads in (4, 2, 2))
+    plain, given = (attention(site.module, q, k, v, None, is_causal=True, **more)[0] for more in ({}, {"scaling": 8**-0.5}))
+    torch.testing.assert_close(plain, given)
+
+
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_generation_with_and_without_a_cache_and_padded_on_the_left(build):
     model = with_prefix(build)
