@@ -63,7 +63,8 @@ def _features(model: Any, ids: Tensor) -> Tensor:
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).norm() <= 32 * torch.finfo(expected.dtype).eps * expected.norm())
+    """Whether the two differ by what rounding adds up to over a model's layers; texts that see each other differ by far more."""
+    return bool((found - expected).float().norm() <= max(1e-4, 8 * torch.finfo(expected.dtype).eps) * expected.float().norm())
 
 
 def use_own(model: Any) -> None:
