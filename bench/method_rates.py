@@ -25,7 +25,7 @@ TRIED: dict[str, tuple[dict[str, Any], str | None, float]] = {
     "miss": ({"rank": 16}, None, 5e-4),
     "bat": ({"rank": 16}, None, 5e-4),
     "fourierft": ({}, None, 5e-2),
-    "loldu": ({"basis": "svd"}, None, 8e-3),
+    "loldu": ({}, None, 5e-4),
     "loraxs": ({}, None, 1e-3),
     "vera": ({}, None, 5e-3),
     "ia3": ({}, None, 8e-3),

@@ -58,7 +58,7 @@ def _methods() -> list[Entry]:
 
 
 def _method(name: str, kind: type[Delta]) -> Entry:
-    plain = kind.to_peft is not Delta.to_peft
+    plain = kind.to_peft is not Delta.to_peft or any("reads_peft" in vars(c) for c in kind.__mro__ if c is not Delta)
     file = (
         "PEFT's files, wherever PEFT can express the layer"
         if plain

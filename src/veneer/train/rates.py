@@ -25,7 +25,7 @@ AS_FULL = ("loraga", "qpissa")
 
 # Methods whose numbers mean something else than LoRA's, under AdamW: on the built-in model by a coarse sweep,
 # bench/method_rates.py, and on others from their papers ((IA)3's from FLoRA's comparison), where those could be had.
-OWN_BUILTIN = {"miss": 2e-3, "bat": 2e-3, "fourierft": 0.8, "loldu": 0.128, "loraxs": 4e-3, "vera": 8e-2}
+OWN_BUILTIN = {"miss": 2e-3, "bat": 2e-3, "fourierft": 0.8, "loldu": 2e-3, "loraxs": 4e-3, "vera": 8e-2}
 OWN_BUILTIN |= {"ia3": 0.128, "flora": 3.2e-2, "bitfit": 6.4e-2, "bottleneck": 8e-3, "prefix": 0.32}
 OWN_OTHERS = {"miss": 2e-5, "bat": 2e-5, "fourierft": 5e-2, "ia3": 5e-3, "flora": 8e-3}
 OWN_OTHERS |= {"bitfit": 1.6e-3, "bottleneck": 1e-4, "prefix": 1e-4}
