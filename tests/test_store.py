@@ -551,10 +551,12 @@ def test_large_weights_are_sampled_evenly() -> None:
 
 def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Any] = []
+    handles: set[int] = set()
     fsync, replace = os.fsync, os.replace
 
     def flushed(handle: int) -> None:
         done.append(os.fstat(handle).st_ino)
+        handles.add(handle)
         fsync(handle)
 
     def named(old: Path, new: Path) -> None:
@@ -573,6 +575,7 @@ def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, 
     with files.making(tmp_path / "new") as place:
         (place / "c").write_text("some")
     assert done == [p.stat().st_ino for p in (tmp_path / "new" / "c", tmp_path / "new", tmp_path)]
+    assert len(handles) == 1  # each was closed before the next was opened, and so has its number
 
 
 # The probe

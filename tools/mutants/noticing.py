@@ -19,6 +19,7 @@ ROWS = {
     "methods/*": "ia3* prefix* flora* gains* frozen* miss* optim fourierft* baselines* methods counts complaints* interchange starts*",
     "optim/*": "optim lowrank* optimisers* lorapro* scratch* complaints_settings",
     "adapt/bank.py": "gains* flora* bank* complaints*",
+    "adapt/slots.py": "gains* flora* bank* complaints*",
     "adapt/rows.py": "gains* flora* bank* complaints*",
     "adapt/groups.py": "gains* attach* groups*",
     "adapt/discover.py": "gains* attach* groups* complaints*",
