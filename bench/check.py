@@ -6,6 +6,8 @@ python bench/check.py [bench ..]: runs these benches, or all of speed and memory
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +18,19 @@ ALLOWED = 0.15
 SWEEPS = {"demo_rates", "method_rates", "optimiser_rates", "scratch", "width", "loraga"}  # of learning; hours, and not of speed
 LESS_IS_BETTER = ("_over_bound", "peak_vs_", "pissa_excess_ratio", "final_loss_difference", "_over_base")
 LESS_IS_BETTER += ("_vs_default_adamw", "_mib", "_error", "_bits", "_over_whole", "_sketch_size", "_bpb", "_overhead", "_memory_vs_")
+LESS_IS_BETTER += ("_kept_vs_", "_time_vs_lora", "_over_merged_")
+# Not better in either direction, or seconds and bytes of one machine.
+BESIDE = re.compile(r"veneer_minus_peft|peft_sd|.*_(crossover|predicted)_.*|.*_(bytes|wall|processor)|.*wall_error")
 
 
 def worse(name: str, now: float, then: float) -> float:
-    """By what share the figure is worse than it was."""
+    """By what share the figure is worse than it was; infinitely where it is none any more."""
     less = any(part in name for part in LESS_IS_BETTER)
-    return (now / then if less else then / now) - 1 if now > 0 and then > 0 else 0.0
+    if BESIDE.fullmatch(name) or then <= 0:
+        return 0.0
+    if now > 0:
+        return (now / then if less else then / now) - 1
+    return 0.0 if less and now <= 0 else math.inf
 
 
 def run(bench: str) -> dict[str, float]:
