@@ -46,6 +46,17 @@ def test_a_change_below_bfloat16_is_refused_before_anything_is_written():
     assert forced.lost and forced.error > 0.9
 
 
+def test_a_change_that_the_outputs_do_not_show_is_refused_and_said_to_be_that():
+    model = adapted(torch.float32, 0.0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        NotMergeable, match=r"outputs on the probe are the base's with default too, .*; train it first, give another probe="
+    ):
+        merge(model, probe={"input_ids": IDS})
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and veneer.adapters(model) == ["default"]
+    assert not merge(model, probe={}).lost  # nothing was compared
+
+
 def test_the_error_is_what_rounding_took():
     """Recomputed here from the definition: ||round(W + D) - W - D|| / ||D||."""
     model = adapted(torch.bfloat16, 3e-3)

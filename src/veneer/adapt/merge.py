@@ -92,7 +92,7 @@ def merge(
         if verdict.lost and not force:
             for site, W in before:
                 site.set_weight(W)
-            raise NotMergeable(refusal(verdict, packed=_is_packed(model)))
+            raise NotMergeable(refusal(verdict, packed=_is_packed(model)) if effect else _idle(wanted))
     else:
         _write(model, wanted)
     detach(model)
@@ -109,6 +109,13 @@ def refusal(verdict: Verdict, *, packed: bool = False) -> str:
         f"the adapter would be lost in the merge: {verdict}\n"
         f"keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
         f"{'; the base is quantised, and bfloat16 finer than its format: merge into that (veneer.dequantise)' if packed else ''}"
+    )
+
+
+def _idle(wanted: Mapping[str, float]) -> str:
+    return (
+        f"outputs on the probe are the base's with {first_few(list(wanted))} too, so that nothing says what a merge would keep;"
+        f" train it first, give another probe=, or pass force=True"
     )
 
 
