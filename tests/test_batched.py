@@ -58,6 +58,17 @@ def test_a_bad_adapter_spoils_its_own_rows_alone(way, bad):
     torch.testing.assert_close(found[~own], expected[~own])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_finite_adapter_whose_product_overflows_spoils_its_own_rows_alone(way):
+    x, y, A, B, ids = (t if t.dtype == torch.long else t.float() for t in drawn(4, 2, 4, 3, 8, 5))
+    x, ids = torch.ones_like(x), torch.tensor([2, 1, 0, 3])
+    A[2] = 1e38  # its sum of eight is above float32's largest number
+    expected = one_by_one(x, y, A, B, ids)
+    found = batched.add(x, y, A, B, ids, way=way)
+    assert found.isfinite().flatten(1).all(1).tolist() == [False, True, True, True]
+    torch.testing.assert_close(found[1:], expected[1:])
+
+
 @pytest.mark.parametrize("way", ["gather", "bucket", "grouped"])
 def test_gradients(way):
     x, y, A, B, ids = drawn(4, 2, 3, 2, 3, 4)

@@ -30,14 +30,14 @@ class Layout(NamedTuple):
     """What can be known of ids (b,) once for all layers.
 
     Buckets: of the rows that have an adapter, `rows`, the k-th lies at place[k] of n - 1 buckets of `size`; filled: the row that
-    lies at each place, any row where none does. masks: the mask (b, (n - 1) r) by r and dtype, as they are asked for.
+    lies at each place, any row where none does. others: by r, where in (b, (n - 1) r) a number is not its row's own, as they are asked for.
     """
 
     rows: Tensor
     place: Tensor
     filled: Tensor
     size: int
-    masks: dict[tuple[int, torch.dtype], Tensor]
+    others: dict[int, Tensor]
 
 
 def add(x: Tensor, y: Tensor, A: Tensor, B: Tensor, ids: Tensor, *, way: str = "gather", layout: Layout | None = None) -> Tensor:
@@ -48,7 +48,7 @@ def add(x: Tensor, y: Tensor, A: Tensor, B: Tensor, ids: Tensor, *, way: str = "
     if way == "bucket":
         return _bucket(x, y, A, B, layout or lay_out(ids, A.shape[0]))
     if way == "masked":
-        return _masked(x, y, A, B, _mask(ids, A, layout))
+        return _masked(x, y, A, B, _others(ids, A, layout))
     return (_grouped if way == "grouped" else _gather)(x, y, A, B, ids)
 
 
@@ -99,22 +99,21 @@ def _bucket(x: Tensor, y: Tensor, A: Tensor, B: Tensor, layout: Layout) -> Tenso
     return y.index_add_(0, layout.rows, change.index_select(0, layout.place))
 
 
-def _masked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:
+def _masked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, others: Tensor) -> Tensor:
     b, t, _ = x.shape
-    h = F.linear(x, A[1:].flatten(0, 1)).mul_(mask[:, None])  # (b, t, (n - 1) r)
+    h = F.linear(x, A[1:].flatten(0, 1)).masked_fill_(others[:, None], 0)  # (b, t, (n - 1) r); a product may overflow, inf * 0 is nan
     return y.view(b * t, -1).addmm_(h.view(b * t, -1), B[1:].flatten(0, 1)).view_as(y)
 
 
-def _mask(ids: Tensor, A: Tensor, layout: Layout | None) -> Tensor:
-    """(b, (n - 1) r): one at each row's own adapter."""
+def _others(ids: Tensor, A: Tensor, layout: Layout | None) -> Tensor:
+    """(b, (n - 1) r): False at each row's own adapter, True at all others."""
     n, r, _ = A.shape
-    if layout is not None and (r, A.dtype) in layout.masks:
-        return layout.masks[r, A.dtype]
-    own = ids[:, None] == torch.arange(1, n, device=ids.device)
-    mask = own.to(A.dtype).repeat_interleave(r, 1)
+    if layout is not None and r in layout.others:
+        return layout.others[r]
+    others = (ids[:, None] != torch.arange(1, n, device=ids.device)).repeat_interleave(r, 1)
     if layout is not None:
-        layout.masks[r, A.dtype] = mask
-    return mask
+        layout.others[r] = others
+    return others
 
 
 def _grouped(x: Tensor, y: Tensor, A: Tensor, B: Tensor, ids: Tensor) -> Tensor:
