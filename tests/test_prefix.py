@@ -64,6 +64,27 @@ def test_an_attention_with_a_prefix_is_a_softmax_over_all(kind, moving):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("strengths", [{"default": 0.5}, {"default": 0.5, "second": -2.0}, {"default": 1.0, "second": 1.0}])
+def test_strengths_scale_what_each_prefix_changes_and_the_changes_add_up(strengths):
+    model = veneer.attach(with_prefix(lambda: llama().double()), "prefix", length=2, name="second")
+    randomise(model, "second", size=0.5)
+    q, k, v = (torch.randn(1, heads, 5, 8, dtype=torch.float64) for heads in (4, 2, 2))
+
+    def in_front(K, V):
+        """The attention of 4 heads over 2 pairs of keys and values, all of which every token sees."""
+        K, V = (torch.cat([t, own[0]], 1).repeat_interleave(2, 0) for t, own in ((K, k), (V, v)))  # (4, p + 5, 8)
+        return (torch.softmax(0.3 * q[0] @ K.mT, -1) @ V).transpose(0, 1)[None]
+
+    nothing = torch.zeros(2, 0, 8)
+    base = expected = in_front(nothing, nothing)
+    for name, strength in strengths.items():
+        site, delta = changes(model, name)[0]
+        expected = expected + strength * (in_front(delta.K, delta.V) - base)
+    with veneer.using(model, strengths):
+        y, _ = attention(site.module, q, k, v, None, scaling=0.3, is_causal=False)
+    torch.testing.assert_close(y, expected)
+
+
 @pytest.mark.parametrize("moving", [True, False])
 def test_where_no_scale_is_given_it_is_that_of_the_heads_size(moving):
     model = with_prefix(lambda: llama().double())
