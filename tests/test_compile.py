@@ -153,7 +153,10 @@ def test_without_a_compiler_on_is_refused_and_auto_goes_on(place, tmp_path, monk
     with pytest.raises(ConfigError, match=r"compile='on' needs a C\+\+ compiler \(g\+\+\), which is not found here; install it, or use"):
         fitted(place, tmp_path / "on", compile="on")
     monkeypatch.setattr(compiling, "is_long", lambda *given: True)
-    assert not any("compiled" in n for n in fitted(place, tmp_path / "auto")["notes"])
+    notes = fitted(place, tmp_path / "auto")["notes"]
+    assert not any("compiled" in n for n in notes)
+    assert "steps of this run could be shorter: torch.compile needs a C++ compiler (g++), which is not found here" in notes
+    assert not any("torch.compile" in n for n in fitted(place, tmp_path / "off", compile="off")["notes"])
 
 
 def test_what_cannot_be_compiled_is_said_and_auto_goes_on_without(place, tmp_path, monkeypatch):

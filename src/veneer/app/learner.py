@@ -29,7 +29,7 @@ def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
     run, device = ready.run, next(ready.model.parameters()).device
     optimiser = ready.optimiser.build(ready.trained)
     plain = Learner(ready.model, ready.parts, optimiser, tasks.get(OBJECTIVE), ready.pad, run.clip, run.weight_decay)
-    if not _compiles(ready, order, device):
+    if not _compiles(ready, order, device, voice):
         objective = compiling.prepare(ready.model, plain.batch(order.step(0)[0], device))
         return plain._replace(objective=in_precision(run, objective, device))
     return _compiled(ready, plain, order, voice)
@@ -52,13 +52,15 @@ def in_precision(run: Run, objective: Objective, device: torch.device) -> Object
     return under_autocast(objective, device) if run.method == FULL and run.precision == "bf16" else objective
 
 
-def _compiles(ready: Ready, order: Order, device: torch.device) -> bool:
-    """Raises ConfigError where compilation is asked for and cannot be done."""
+def _compiles(ready: Ready, order: Order, device: torch.device, voice: Voice) -> bool:
+    """Raises ConfigError where compilation is asked for and cannot be done, and says so where it would only have paid."""
     run = ready.run
     lacking, asked = compiling.missing(device), run.compile in ("on", "graphs")
     if asked and lacking:
         raise ConfigError(f"compile={run.compile!r} needs {lacking}, which is not found here; install it, or use compile='off'")
     long = compiling.is_long(ready.model, order.total * run.length, device)
+    if run.compile == "auto" and long and lacking:
+        voice.say(f"steps of this run could be shorter: torch.compile needs {lacking}, which is not found here")
     return asked or (run.compile == "auto" and long and not lacking)
 
 
