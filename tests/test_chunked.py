@@ -30,16 +30,32 @@ def relative(a, b):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernels_gradient_is_that_of_cross_entropy(kernel, smoothing, dtype, monkeypatch):
     monkeypatch.setattr(chunked, "BLOCK", 3 * 11)  # several blocks, the last one shorter
+    monkeypatch.setattr(chunked, "ROWS", 3 * 11)
     logits = (5 * torch.randn(8, 11)).to(dtype).requires_grad_()
     labels = torch.randint(0, 11, (8,))
     wide = torch.promote_types(dtype, torch.float32)
     expected = F.cross_entropy(logits.to(wide), labels, reduction="sum", label_smoothing=smoothing)
     expected.backward()
-    loss, gradient, factor = kernel(logits.detach(), labels, smoothing)
+    loss, gradient, factor = kernel(logits.detach().clone(), labels, smoothing)
     assert loss.dtype == wide and gradient.dtype == dtype
     gradient = gradient if factor is None else factor * gradient
     assert relative(loss, expected) < 10 * torch.finfo(wide).eps
     assert relative(gradient, logits.grad) < 5 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("head", [nn.Identity(), nn.Sequential(nn.Linear(9, 9), nn.Tanh()), nn.Linear(9, 9)])
+def test_logits_that_somebody_reads_again_are_not_written_over(head):
+    """Those that are the features themselves, and those that tanh keeps for its backward."""
+    features, labels = torch.randn(7, 9, requires_grad=True), torch.arange(7)
+    before = features.detach().clone()
+    loss = cross_entropy(features, labels, head, list(head.parameters()), chunk=3, kernel=whole)
+    with torch.no_grad():
+        assert relative(cross_entropy(features, labels, head, chunk=3, kernel=whole), loss) < TOLERANCE
+    assert torch.equal(features, before)
+    leaves = [features, *head.parameters()]
+    expected = torch.autograd.grad(F.cross_entropy(head(features), labels, reduction="sum"), leaves)
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert relative(ours, theirs) < TOLERANCE
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

@@ -12,12 +12,13 @@ from torch.autograd import Function
 from veneer.ops.lowrank import refuse_second_order
 
 Head = Callable[[Tensor], Tensor]  # features (n, width) -> logits (n, vocabulary)
-# logits (n, vocabulary), labels (n,), smoothing -> sum of the losses, and its gradient in two parts: a matrix, and a number
-# for each of its rows (n, 1), or None for 1
+# logits (n, vocabulary), labels (n,), smoothing -> sum of the losses, and its gradient in two parts: a matrix, which may be
+# that of the logits, written over, and a number for each of its rows (n, 1), or None for 1
 Kernel = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor | None]]
 
 CHUNK = 256  # positions: the fastest of 128 to 1024 on a CPU, and at 32,000 tokens 16 MB of bf16 logits
 BLOCK = 2**19  # numbers that are computed in float32 at a time: 2 MB, which a core's cache holds
+ROWS = 2**20  # numbers that are written over at a time, being read twice
 
 
 def cross_entropy(
@@ -57,19 +58,22 @@ def whole(
     """
     if smoothing or logits.dtype == torch.float16:
         return finish(logits, labels, smoothing, *compiled(softmax)(logits, smoothing))
-    top, total, gradient = compiled(exponentials)(logits)
     rows = torch.arange(len(labels), device=labels.device)
-    right = logits[rows, labels].to(total.dtype) - top[:, 0].to(total.dtype)
-    gradient[rows, labels] = (right.exp() - total[:, 0]).to(gradient.dtype)
-    return total.log().sum() - right.sum(), gradient, 1 / total
+    right = logits[rows, labels]
+    pieces = [compiled(exponentials_)(piece) for piece in logits.split(max(1, ROWS // logits.shape[-1]))]
+    top, total = (torch.cat(each) for each in zip(*pieces, strict=True))
+    right = right.to(total.dtype) - top[:, 0].to(total.dtype)
+    logits[rows, labels] = (right.exp() - total[:, 0]).to(logits.dtype)
+    return total.log().sum() - right.sum(), logits, 1 / total
 
 
-def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest of each row (n, 1), the sum (n, 1) of what all exceed it by in exponentials, exact, and these themselves."""
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - the largest of their row), written over the logits; the largest (n, 1), and their exact sum (n, 1)."""
     top = logits.amax(-1, keepdim=True)
     wide = _wide(logits.dtype)
     exact = (logits.to(wide) - top.to(wide)).exp()
-    return top, exact.sum(-1, keepdim=True), exact.to(logits.dtype)
+    logits.copy_(exact)
+    return top, exact.sum(-1, keepdim=True)
 
 
 def softmax(logits: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,8 +132,13 @@ class _Run(NamedTuple):
     def forward(self, features: Tensor) -> Tensor:
         total = features.new_zeros((), dtype=_wide(features.dtype))
         for part, labels in self.parts(features):
-            total += self.kernel(self.head(part), labels, self.smoothing)[0]
+            total += self.loss(self.head(part), part, labels)[0]
         return total
+
+    def loss(self, logits: Tensor, read: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The kernel's, which may write over logits that nobody reads again: new ones, and no result that is kept for the backward."""
+        seen = logits.untyped_storage().data_ptr() == read.untyped_storage().data_ptr() or hasattr(logits.grad_fn, "_saved_result")
+        return self.kernel(logits.detach().clone() if seen else logits.detach(), labels, self.smoothing)
 
 
 class _Chunked(Function):
@@ -143,7 +152,7 @@ class _Chunked(Function):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_(own is not None)
                 logits = run.head(leaf)
-            loss, gradient, factor = run.kernel(logits.detach(), labels, run.smoothing)
+            loss, gradient, factor = run.loss(logits, part, labels)
             total += loss
             if factor is not None and wanted:
                 gradient, factor = gradient.mul_(factor), None

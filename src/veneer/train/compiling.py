@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -159,11 +159,15 @@ def recomputing(model: Any) -> Iterator[None]:
 @functools.cache
 def compiled_kernel() -> Kernel:
     """The loss of one chunk, compiled once for any number of positions."""
-    compiled = functools.cache(torch.compile)
+    return functools.partial(whole, compiled=functools.cache(_for_any_number))
 
-    def kernel(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        if len(labels) > 1:  # a size of 1 is always compiled for itself
+
+def _for_any_number(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    compiled = torch.compile(function)
+
+    def act(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        if len(logits) > 1:  # a size of 1 is always compiled for itself
             torch._dynamo.maybe_mark_dynamic(logits, 0)
-        return whole(logits, labels, smoothing, compiled)
+        return compiled(logits, *rest)
 
-    return kernel
+    return act
