@@ -46,10 +46,10 @@ def figures() -> dict[str, float]:
 
 
 def test_every_bench_has_a_record():
-    assert {p.stem for p in RECORDED} == SCRIPTS
+    assert {p.stem for p in RECORDED} >= SCRIPTS
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in RECORDED if p.stem in SCRIPTS], ids=lambda p: p.stem)
 def test_a_record_is_the_line_of_its_bench(path: Path):
     line = json.loads(path.read_text(encoding="utf-8"))
     assert line["bench"] == path.stem and line["device"] and line["versions"]["torch"]

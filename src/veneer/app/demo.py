@@ -28,7 +28,7 @@ from veneer.train.progress import Voice
 from veneer.train.result import Result
 from veneer.train.run import Run
 
-NOISE = 0.03  # bits per byte: twice the largest standard deviation over seeds in bench/results/demo_rates.json
+NOISE = 0.03  # bits per byte: above twice the largest standard deviation over seeds in bench/results/demo_rates.json
 WINDOWS, LENGTH, BATCH = 24, 256, 4
 DIALLED = {"valid": [s for s in STRENGTHS if s >= 0.5], "test": [s for s in STRENGTHS if s]}
 PICTURE = "learning-vs-forgetting.png"
