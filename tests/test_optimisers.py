@@ -290,6 +290,25 @@ def test_undamped_muon_moves_the_product_equally_far_by_both_factors():
         torch.testing.assert_close(values[:R], torch.full((R,), t / 2, dtype=torch.float64), rtol=1e-8, atol=0)
 
 
+def test_damped_muon_adds_a_share_of_both_grams_to_each():
+    A, B, G = numbers((R, N), (M, R), (M, N))
+    a, b = alone("lora-muon", A, B, [lambda W: G], 1e-3, damped=True)
+    d = 0.05 * (A.square().sum() + B.square().sum()) / R
+
+    def root(rows: Tensor) -> Tensor:
+        """(rows rows' + d)^-1/2."""
+        U, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
+        return U @ torch.diag((sizes**2 + d) ** -0.5) @ U.T
+
+    def msign(H: Tensor) -> Tensor:
+        U, _, Vh = torch.linalg.svd(H, full_matrices=False)
+        return U @ Vh
+
+    RA, RB, t = root(A), root(B.T), 1e-3 * math.sqrt(max(M, N)) / (2 * S)
+    torch.testing.assert_close(A - a, t * RB @ msign(RB @ B.T @ G), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(B - b, t * msign(G @ A.T @ RA) @ RA, rtol=1e-8, atol=1e-12)
+
+
 def test_balanced_steps_move_the_product_as_far_as_the_rate_says():
     A, B, G = numbers((R, N), (M, R), (M, N))
     a, b = alone("balanced", A, B, [lambda W: G], 1e-3, damped=False)
