@@ -101,9 +101,11 @@ def test_the_base_stays_bit_for_bit_under_slot_0():
 
 def test_one_id_for_all_rows_or_one_for_each_token():
     model, ids = mixed(names=("pissa", "dora")), tokens(2)
-    expected = one_by_one(model, ["dora", "dora"], ids)
-    bank = veneer.bank(model, ["pissa", "dora"]).use("dora")
-    torch.testing.assert_close(model(input_ids=ids).logits.detach(), expected, rtol=1e-9, atol=1e-9)
+    expected = {name: one_by_one(model, [name, name], ids) for name in ("dora", None)}
+    bank = veneer.bank(model, ["pissa", "dora"])
+    for all_rows, name in (("dora", "dora"), (None, None), (2, "dora"), (0, None)):
+        bank.use(all_rows)
+        torch.testing.assert_close(model(input_ids=ids).logits.detach(), expected[name], rtol=1e-9, atol=1e-9)
     layer, x = model.model.layers[0].self_attn.q_proj, torch.randn(2, 3, 32, dtype=torch.float64)
     bank.use(["pissa", None, "dora"])
     by_row = layer(x.transpose(0, 1)).transpose(0, 1)
