@@ -11,8 +11,13 @@ import torch
 from torch import nn
 
 import veneer
+from veneer.adapt.attached import changes
 
 IDS = torch.randint(0, models.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(5))
+TOLERANCE = 5e-5  # float32 through two layers and back
+# Our parameter -> PEFT's of the same layer; a vector is a column or a row there.
+NAMES = {"c": "fourierft_spectrum", "l": "ia3_l", "D": "miss_block", "B": "miss_block", "b": "vera_lambda_b", "d": "vera_lambda_d"}
+TURNED = ("D",)  # (out, r) here, (r, out) there
 
 
 def agrees_with_peft(
@@ -55,21 +60,33 @@ def _shake(model: nn.Module, trained: list[nn.Parameter]) -> None:
 
 
 def _same(ours: nn.Module, theirs: nn.Module, gradients: bool = True) -> None:
-    outputs, slopes = [], []
+    outputs = []
     for model in (ours, theirs):
         model.zero_grad()
         y = model(input_ids=IDS)
         (y.logits.square().mean()).backward()
         outputs.append(y.logits.detach())
-        slopes.append(_gradients(model))
     with veneer.using(ours):
-        moved = float((ours(input_ids=IDS).logits - outputs[0]).detach().norm() / outputs[0].norm())
+        moved = _apart(ours(input_ids=IDS).logits.detach(), outputs[0])
     assert moved > 1e-3, "the adapter changes nothing"
-    for a, b in (outputs, slopes) if gradients else (outputs,):
-        error = float((a - b).norm() / b.norm())
-        assert error <= 5e-5, (tuple(a.shape), error)  # float32 through two layers and back
+    assert _apart(*outputs) <= TOLERANCE, "outputs"
+    if gradients:
+        _same_gradients(ours, theirs)
 
 
-def _gradients(model: nn.Module) -> torch.Tensor:
-    """The gradients of all trained numbers, sorted: both programs lay the same numbers out in their own ways."""
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).sort().values
+def _same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+    """That every parameter of every layer has its gradient there, number by number, and that there are no others."""
+    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    for site, delta in changes(ours, "default"):
+        for name, p in delta.named_parameters():
+            own, expected = p.grad, wanted.pop(f"base_model.model.{site.name}.{NAMES[name]}.default")
+            assert own is not None, f"no gradient for {name} of {site.name}"
+            expected = expected.mT if name in TURNED else expected
+            error = _apart(own, expected.reshape(own.shape))
+            assert error <= TOLERANCE, (site.name, name, error)
+    assert not wanted, f"only PEFT trains {list(wanted)}"
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The norm of the difference over that of b."""
+    return float((a - b).norm() / b.norm())
