@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import veneer
 from veneer import errors, optim
 from veneer.adapt import attached
 from veneer.app import pretrained, ready, texts
-from veneer.app.fit import fit
+from veneer.app.fit import begin, fit, look, loop_of
 from veneer.data import pack
 from veneer.data.tokens import Tokens
 from veneer.errors import ConfigError, DataError, ShapeError, SiteError
@@ -394,6 +395,26 @@ def test_layers_that_share_a_weight_share_its_change():
     assert all(torch.equal(p, original[n]) for n, p in attached.base_parameters(model).items())
     D = changes["model.embed_tokens"].D.view_as(trained["lm_head.weight"])
     torch.testing.assert_close(original["lm_head.weight"] + D, trained["lm_head.weight"], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changed", "n_groups"),
+    [
+        ({}, 1),  # A and B of all layers
+        ({"method": "dora"}, 2),  # and magnitudes, which do not decay
+        ({"optimiser": "loraplus"}, 2),  # A, and B with its own rate
+        ({"method": "full", "options": {}}, 2),  # matrices, and norms
+    ],
+)
+def test_on_a_cpu_adamw_is_fused_and_has_few_groups(given, changed, n_groups):
+    run = Run.from_dict({**given, **changed})
+    with ExitStack() as stack:
+        begun = begin(look(run, Voice(False), stack), Voice(False), stack)
+        optimiser = loop_of(begun).learner.optimiser
+        trained = {p for p in begun.ready.model.parameters() if p.requires_grad}
+    assert isinstance(optimiser, torch.optim.AdamW) and all(p.device.type == "cpu" for p in trained)
+    assert len(optimiser.param_groups) == n_groups and all(g["fused"] is True for g in optimiser.param_groups)
+    assert {p for g in optimiser.param_groups for p in g["params"]} == trained
 
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(1, 4), (2, 2), (3, 2)])
