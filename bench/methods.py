@@ -5,7 +5,7 @@
 A Llama of four layers (hidden 512, vocabulary 2048, bfloat16), two windows of 256 tokens, all linear layers unless the method
 chooses otherwise, the same loss and optimiser on both sides, PEFT at its default. Kept bytes are what a forward pass keeps for its
 backward, less what the model without adapters keeps. Merged models are timed against the base, and a bottleneck adapter against
-a merged LoRA at batch 1.
+a merged LoRA at batch 1. A contest takes as many steps of each in turns as fit into its seconds, 9 at least and 51 at most.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import veneer
 from veneer.adapt.discover import discover
 
 ROWS, LENGTH, VOCABULARY = 2, 256, 2048
+SECONDS, ALONE, FEWEST, MOST = 16.0, 6.0, 9, 51  # of the processor for a contest with PEFT, without; steps of each side
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -54,6 +55,9 @@ CONTESTS = {
     "loraxs": Contest("loraxs", {}),
     "bitfit": Contest("bitfit", {"to": "all-linear"}),
     "bottleneck": Contest("bottleneck", {}),
+    "flora": Contest("flora", {}),
+    "flora_rank4": Contest("flora", {"rank": 4}),
+    "full": Contest("full", {}),
 }
 
 
@@ -116,6 +120,13 @@ def frozen_but_passing() -> Any:
     return model
 
 
+def in_turns(steps: dict[str, m.Step]) -> dict[str, float]:
+    """Median processor seconds of each: five steps leave ratios uncertain by a tenth, so that short ones are taken more often."""
+    round_ = sum(m.interleaved(steps, repeats=1).values())
+    seconds = SECONDS if "peft" in steps else ALONE
+    return m.interleaved(steps, repeats=int(min(MOST, max(FEWEST, seconds / round_))), warm=0)
+
+
 def of_methods(names: list[str]) -> dict[str, float]:
     """Every method's step against LoRA's and against PEFT's."""
     figures: dict[str, float] = {}
@@ -133,7 +144,7 @@ def of_methods(names: list[str]) -> dict[str, float]:
             their_kept = kept(theirs) - nothing
             if their_kept > 0.05 * lora_kept:  # less is within what the two models differ by elsewhere
                 figures[f"{name}_kept_vs_peft"] = own_kept / their_kept
-        seconds = m.interleaved(steps)
+        seconds = in_turns(steps)
         figures[f"{name}_time_vs_lora"] = seconds["veneer"] / seconds["lora"]
         if contest.peer:
             figures[f"{name}_vs_peft"] = seconds["peft"] / seconds["veneer"]
@@ -161,7 +172,7 @@ def of_latency() -> dict[str, float]:
         model = veneer.attach(base(), CONTESTS[name].method, **CONTESTS[name].options)
         with torch.no_grad():
             for p in (p for p in model.parameters() if p.requires_grad):
-                p.add_(0.5 * torch.randn_like(p))
+                p.add_(0.02 * torch.randn_like(p))
         veneer.merge(model, probe={}, force=True)
         merged[name] = passing(model, 128)
     seconds = m.interleaved({**merged, "bottleneck": passing(ours(CONTESTS["bottleneck"]), 128)}, repeats=15)
