@@ -69,6 +69,17 @@ def test_the_error_is_what_rounding_took():
     assert verdict.error == pytest.approx(float((lost.detach() / all_.detach()).sqrt()), rel=1e-3) and 0.01 < verdict.error < 0.5
 
 
+def test_a_full_change_of_a_tied_weight_is_merged_once():
+    model = veneer.attach(llama(tie=True), "full", to=["embed_tokens", "lm_head"])
+    W, D = model.lm_head.weight.detach().clone(), 0.1 * torch.randn_like(model.lm_head.weight)
+    with torch.no_grad():
+        for _, delta in changes(model, "default"):
+            delta.D.copy_(D.view_as(delta.D))
+    merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(model.lm_head.weight.detach(), W + D)
+
+
 def test_merging_at_a_strength_and_several_at_once():
     model = adapted(torch.float32, 1e-2)
     veneer.attach(model, "dora", rank=2, to=["v_proj"], name="second")
