@@ -1,7 +1,9 @@
 """Useful tokens a second in supervised fine-tuning: lognormal lengths (median 110, sigma 0.8), half of the tokens prompt.
 
-Veneer packs texts into windows and learns from labels only; PEFT pads batches of 8, at random or of like length, and at
-its best (adapters in the model's dtype, fused AdamW, compiled, lengths padded to multiples of 64) too.
+Veneer packs texts into windows of 256 tokens, in which longer texts are cut and their parts no longer see each other, and once more
+into windows of 1024, in which all are whole (`_w1024`), and learns from labels only; PEFT pads batches of 8, at random or of like length, and at
+its best (adapters in the model's dtype, fused AdamW, compiled, lengths padded to multiples of 64) too. The unmeasured rounds are
+whole epochs, so that every length is compiled before.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import _measure as m
 import torch
 from torch import Tensor
 
-SIZE, VOCABULARY, TEXTS, ROWS, WINDOW, LONGEST, BUCKET = "h512", 32000, 64, 8, 256, 1024, 64
+SIZE, VOCABULARY, TEXTS, ROWS, LONGEST, BUCKET = "h512", 32000, 64, 8, 1024, 64
+SHORT, WHOLE = 256, 1024  # windows
+TOKENS = ROWS // 2 * SHORT  # of a batch of windows
 
 
 def texts(seed: int = 0) -> list[Tensor]:
@@ -41,8 +45,8 @@ def batches(found: list[Tensor], *, grouped: bool, multiple: int = 1) -> list[di
     return [padded(ordered[i : i + ROWS], multiple) for i in range(0, len(ordered), ROWS)]
 
 
-def windows(found: list[Tensor]) -> list[dict[str, Tensor]]:
-    """Veneer's batches: texts packed into windows by its own code, a long one cut, ROWS / 2 windows a batch."""
+def windows(found: list[Tensor], length: int) -> list[dict[str, Tensor]]:
+    """Veneer's batches of TOKENS: texts packed into windows of `length` by its own code, a longer one cut."""
     from veneer.data import pack
 
     pieces = []
@@ -50,10 +54,10 @@ def windows(found: list[Tensor]) -> list[dict[str, Tensor]]:
         labels = text[1:].clone()
         labels[: len(text) // 2 - 1] = pack.IGNORED
         whole = pack.Segment(text[:-1], labels, torch.zeros_like(labels))
-        cut = [pack.Segment(*(t[i : i + WINDOW] for t in whole)) for i in range(0, len(labels), WINDOW)]
+        cut = [pack.Segment(*(t[i : i + length] for t in whole)) for i in range(0, len(labels), length)]
         pieces += [s for s in cut if bool((s.labels != pack.IGNORED).any())]
-    packed = pack.pack(pieces, WINDOW)
-    return [pack.collate(packed[i : i + ROWS // 2], 0) for i in range(0, len(packed), ROWS // 2)]
+    packed, rows = pack.pack(pieces, length), TOKENS // length
+    return [pack.collate(packed[i : i + rows], 0) for i in range(0, len(packed), rows)]
 
 
 def peer(found: list[Tensor], *, grouped: bool, best: bool) -> m.Step:
@@ -68,11 +72,11 @@ def peer(found: list[Tensor], *, grouped: bool, best: bool) -> m.Step:
     return act
 
 
-def ours(found: list[Tensor]) -> m.Step:
-    """An epoch of Veneer."""
+def ours(found: list[Tensor], length: int) -> m.Step:
+    """An epoch of Veneer in windows of `length`."""
     from veneer.train.compiling import prepare
 
-    model, every = m.veneer_model(m.llama(SIZE, VOCABULARY, torch.bfloat16)), windows(found)
+    model, every = m.veneer_model(m.llama(SIZE, VOCABULARY, torch.bfloat16)), windows(found, length)
     objective: Any = prepare(model, every[0], compiled=True)
     adam = m.optimiser(model, fused=True)
 
@@ -85,13 +89,16 @@ def ours(found: list[Tensor]) -> m.Step:
 
 def main() -> None:
     found = texts()
-    steps = {"veneer": ours(found), "padded": peer(found, grouped=False, best=False), "grouped": peer(found, grouped=True, best=False)}
+    steps = {"veneer": ours(found, SHORT), "whole": ours(found, WHOLE)}
+    steps |= {"padded": peer(found, grouped=False, best=False), "grouped": peer(found, grouped=True, best=False)}
     steps["compiled"] = peer(found, grouped=True, best=True)
     seconds = m.interleaved(steps)
     useful = sum(map(len, found))
     print({k: f"{useful / v:.0f} tokens/s" for k, v in seconds.items()}, file=sys.stderr)
+    print(f"{sum(len(t) > SHORT + 1 for t in found)} of {len(found)} texts are longer than {SHORT} tokens and cut", file=sys.stderr)
     names = {"vs_padded_peft": "padded", "vs_length_grouped_peft": "grouped", "vs_length_grouped_compiled": "compiled"}
-    m.report("sft", {figure: seconds[k] / seconds["veneer"] for figure, k in names.items()})
+    figures = {figure: seconds[k] / seconds["veneer"] for figure, k in names.items()}
+    m.report("sft", figures | {f"{figure}_w{WHOLE}": seconds[k] / seconds["whole"] for figure, k in names.items()})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ WORSE = {  # recorded, measured now, and by what share that is worse
     "prefill_d512_overhead": (0.2, -0.01, 0.0),
     "peft_sd": (0.1, 0.3, 0.0),
     "lora_wall": (1.0, 3.0, 0.0),
-    "lora_bytes_error": (0.1, 0.2, 1.0),
+    "lora_bytes_error": (0.02, 0.1, 0.08),
+    "qlora_part_error_max": (0.0, 0.2, 0.2),
+    "time_error": (0.02, float("nan"), float("inf")),
+    "nf4_weight_error": (0.1, 0.2, 1.0),
 }
 
 
