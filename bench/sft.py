@@ -1,9 +1,9 @@
 """Useful tokens a second in supervised fine-tuning: lognormal lengths (median 110, sigma 0.8), half of the tokens prompt.
 
-Veneer packs texts into windows of 256 tokens, in which longer texts are cut and their parts no longer see each other, and once more
-into windows of 1024, in which all are whole (`_w1024`), and learns from labels only; PEFT pads batches of 8, at random or of like length, and at
-its best (adapters in the model's dtype, fused AdamW, compiled, lengths padded to multiples of 64) too. The unmeasured rounds are
-whole epochs, so that every length is compiled before.
+Veneer packs texts into windows of 256 tokens, in which longer texts are cut and their parts no longer see each other, and once
+more into windows of 1024, in which all are whole (`_w1024`), and learns from labels only. PEFT pads batches of 8, at random or of
+like length, and at its best (adapters in the model's dtype, fused AdamW, compiled, lengths padded to multiples of 64) too. The
+unmeasured rounds are whole epochs, so that every length of either side is compiled before.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def batches(found: list[Tensor], *, grouped: bool, multiple: int = 1) -> list[di
 def windows(found: list[Tensor], length: int) -> list[dict[str, Tensor]]:
     """Veneer's batches of TOKENS: texts packed into windows of `length` by its own code, a longer one cut."""
     from veneer.data import pack
+    from veneer.train import compiling
 
-    pieces = []
+    widths, pieces = compiling.widths(length, True), []
     for text in found:
         labels = text[1:].clone()
         labels[: len(text) // 2 - 1] = pack.IGNORED
@@ -57,7 +58,7 @@ def windows(found: list[Tensor], length: int) -> list[dict[str, Tensor]]:
         cut = [pack.Segment(*(t[i : i + length] for t in whole)) for i in range(0, len(labels), length)]
         pieces += [s for s in cut if bool((s.labels != pack.IGNORED).any())]
     packed, rows = pack.pack(pieces, length), TOKENS // length
-    return [pack.collate(packed[i : i + rows], 0) for i in range(0, len(packed), rows)]
+    return [pack.collate(packed[i : i + rows], 0, widths) for i in range(0, len(packed), rows)]
 
 
 def peer(found: list[Tensor], *, grouped: bool, best: bool) -> m.Step:
@@ -88,6 +89,7 @@ def ours(found: list[Tensor], length: int) -> m.Step:
 
 
 def main() -> None:
+    torch._dynamo.config.recompile_limit = 64  # for all three compiled variants, which share the model's code
     found = texts()
     steps = {"veneer": ours(found, SHORT), "whole": ours(found, WHOLE)}
     steps |= {"padded": peer(found, grouped=False, best=False), "grouped": peer(found, grouped=True, best=False)}
