@@ -10,9 +10,9 @@ from models import llama, randomise
 import veneer
 from veneer.ops.attention import LONGEST, attend
 from veneer.tasks import causal_lm
-from veneer.train import attention, compiling
+from veneer.train import attention, lean
 from veneer.train.compiling import prepare, restore
-from veneer.train.lean import FEWER, MOST
+from veneer.train.lean import KEPT
 
 
 def tensors(t, dtype, seed=0):
@@ -72,14 +72,14 @@ def step(model, objective, given):
     return loss.detach(), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("make", "kept"), [(batch, MOST), (packed, FEWER)])
+@pytest.mark.parametrize(("make", "kept"), [(batch, KEPT), (packed, 0.4)])
 def test_a_compiled_training_step_is_the_plain_one(make, kept, monkeypatch):
     model = veneer.attach(llama(attn_implementation="sdpa"), "lora", rank=2).train()
     randomise(model)
     given = make()
     loss, gradients = step(model, causal_lm.loss, given)
     monkeypatch.setattr(attention, "FASTER", (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(compiling, "share", lambda model: kept)
+    monkeypatch.setattr(lean, "KEPT", kept)
     objective = prepare(model, given, compiled=True)
     assert model.config._attn_implementation == attention.SHORT
     ours, own = step(model, objective, given)

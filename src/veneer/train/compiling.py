@@ -23,7 +23,7 @@ from veneer.errors import ConfigError
 from veneer.ops.chunked import Kernel, whole
 from veneer.tasks import Batch, Objective, causal_lm
 from veneer.train import attention, graphs
-from veneer.train.lean import lean, share
+from veneer.train.lean import lean
 
 # A run is long enough for `auto` where its products take ten minutes or so: 4 per parameter and token, at what a core or a
 # GPU does in a second. Compilation takes about one, and makes steps a quarter to a third shorter.
@@ -69,7 +69,7 @@ def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False, with_grap
     options: dict[str, Any] = {"options": graphs.OPTIONS} if with_graphs else {}
     for block in blocks(body) or [body]:
         block.compile(dynamic=False, **options)  # a graph for each shape, whatever came before: a resumed training computes the same
-    objective = lean(functools.partial(causal_lm.loss, kernel=compiled_kernel()), share(model))
+    objective = lean(functools.partial(causal_lm.loss, kernel=compiled_kernel()))
     return graphs.on_graphs(objective) if with_graphs else objective
 
 
