@@ -54,7 +54,7 @@ def test_a_graph_that_holds_a_derivative_of_our_own_is_found_again():
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
 
-        def objective(model, batch, scale=scale):
+        def objective(model, batch, smoothing, scale=scale):
             return torch.compile(lambda t: attend(*t, scale=scale))(qkv).sum(), 1
 
         loss, _ = lean.lean(objective)(nn.Identity(), {})

@@ -117,6 +117,7 @@ gradient_accumulation_steps: 8
 learning_rate: 1.0e-4
 lr_scheduler_type: cosine
 warmup_ratio: 0.1
+label_smoothing_factor: 0.1
 fp16: true
 resume_from_checkpoint: null
 """
@@ -136,6 +137,7 @@ LLAMAFACTORY_SETTINGS = {
     "seed": 42,
     "weight_decay": 0.0,
     "clip": 1.0,
+    "label_smoothing": 0.1,
     "schedule": "cosine",
     "epochs": 3.0,
     "warmup": 0.1,

@@ -119,6 +119,8 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         ({"known": ["none", "a.txt"]}, "known is 'none' and a.txt at once; give one of them"),
         ({"keep": 1}, "keep 1 must be 2 or more, so that one is left if the newest is damaged"),
         ({"warmup": 1}, "warmup 1 must be in [0, 1)"),
+        ({"label_smoothing": 1}, "label_smoothing 1 must be in [0, 1)"),
+        ({"label_smoothing": -0.1}, "label_smoothing -0.1 must be in [0, 1)"),
         ({"betas": [0.9, 1]}, "betas (0.9, 1.0) must both be in [0, 1)"),
         ({"allow": ["confg"]}, "allow: unknown check 'confg'; did you mean 'config'?"),
     ],

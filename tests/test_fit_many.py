@@ -31,7 +31,7 @@ def different(folder):
     return [
         run(folder, "plain", steps=5),
         replace(run(folder, "dora", steps=7, batch=3, length=24, seed=3), method="dora", lr=3e-3, optimiser="loraplus"),
-        replace(run(folder, "gains", steps=6, accumulate=1), method="ia3", options={}, lr=2e-2),
+        replace(run(folder, "gains", steps=6, accumulate=1, label_smoothing=0.4), method="ia3", options={}, lr=2e-2),
     ]
 
 

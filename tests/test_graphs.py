@@ -48,9 +48,9 @@ def test_gradients_are_added_into_tensors_that_were_there_before():
     model, given, places = adapted(), batches(), []
     expected = accumulated(model, causal_lm.loss, given)
 
-    def objective(model, batch):
+    def objective(model, batch, smoothing):
         places.append({n: p.grad.data_ptr() for n, p in model.named_parameters() if p.requires_grad})
-        return causal_lm.loss(model, batch)
+        return causal_lm.loss(model, batch, smoothing=smoothing)
 
     found = accumulated(model, on_graphs(objective), given)
     assert places[0] == places[1] == {n: p.grad.data_ptr() for n, p in model.named_parameters() if p.requires_grad}

@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from oracles import prefix
 
 HEADS = 4

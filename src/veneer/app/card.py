@@ -22,7 +22,7 @@ CARD = "README.md"
 # Settings that shape a training, in the order of the card; data, method and places are told elsewhere.
 SHAPING = (
     *("steps", "epochs", "batch", "accumulate", "length", "packing", "lr", "embedding_lr", "schedule", "warmup", "optimiser"),
-    *("optimiser_options", "weight_decay", "betas", "clip", "precision", "seed"),
+    *("optimiser_options", "weight_decay", "betas", "clip", "label_smoothing", "precision", "seed"),
 )
 
 

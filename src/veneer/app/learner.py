@@ -28,7 +28,8 @@ def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
     """
     run, device = ready.run, next(ready.model.parameters()).device
     optimiser = ready.optimiser.build(ready.trained)
-    plain = Learner(ready.model, ready.parts, optimiser, tasks.get(OBJECTIVE), ready.pad, run.clip, run.weight_decay)
+    objective, smoothing = tasks.get(OBJECTIVE), run.label_smoothing
+    plain = Learner(ready.model, ready.parts, optimiser, objective, ready.pad, run.clip, run.weight_decay, smoothing)
     if not _compiles(ready, order, device, voice):
         objective = compiling.prepare(ready.model, plain.batch(order.step(0)[0], device))
         return plain._replace(objective=in_precision(run, objective, device))
@@ -73,7 +74,7 @@ def _compiled(ready: Ready, plain: Learner, order: Order, voice: Voice) -> Learn
     objective = in_precision(run, objective, device)
     voice.show(0, "the model", "compiling")
     try:
-        seconds = compiling.warm_up(ready.model, objective, batch)
+        seconds = compiling.warm_up(ready.model, objective, batch, smoothing=run.label_smoothing)
     except ConfigError as e:
         if run.compile != "auto":
             raise

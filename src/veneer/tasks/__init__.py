@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -10,7 +11,13 @@ from veneer.registry import Registry
 
 OBJECTIVES = Registry(__name__, "objective")
 Batch = Mapping[str, Tensor]
-Objective = Callable[[nn.Module, Batch], tuple[Tensor, int]]  # -> sum of the losses in nats, number of labels
+
+
+class Objective(Protocol):
+    """What a training lowers and an evaluation measures."""
+
+    def __call__(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
+        """Sum of the losses in nats, and the number of labels. smoothing: share of each label that is spread over all."""
 
 
 def available() -> list[str]:

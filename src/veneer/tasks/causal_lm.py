@@ -45,19 +45,19 @@ def loss(
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing), len(targets)
 
 
-def losses(model: nn.Module, batch: Batch, rows: Sequence[int]) -> list[Tensor]:
-    """As `loss`, the sums of the first rows[0] rows, of the next rows[1], and so on, from one pass through the body."""
+def losses(model: nn.Module, batch: Batch, rows: Sequence[int], smoothing: Sequence[float]) -> list[Tensor]:
+    """As `loss`, the sums of the first rows[0] rows with smoothing[0], of the next rows[1], .., from one pass through the body."""
     labels = batch["labels"]
     learned = labels != IGNORED
     inputs = {**{k: v for k, v in batch.items() if k != "labels"}, "use_cache": False}
     head = head_of(model, inputs, learned)
     read = head.features(inputs) if head else model(**inputs).logits
     found = []
-    for x, y, some in zip(*(t.split(list(rows)) for t in (read, labels, learned)), strict=True):
+    for x, y, some, spread in zip(*(t.split(list(rows)) for t in (read, labels, learned)), smoothing, strict=True):
         if head:
-            found.append(cross_entropy(x[some], y[some], head.logits, head.parameters()))
+            found.append(cross_entropy(x[some], y[some], head.logits, head.parameters(), smoothing=spread))
         else:
-            found.append(F.cross_entropy(precise(x[some]), y[some], reduction="sum"))
+            found.append(F.cross_entropy(precise(x[some]), y[some], reduction="sum", label_smoothing=spread))
     return found
 
 

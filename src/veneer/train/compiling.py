@@ -73,13 +73,13 @@ def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False, with_grap
     return graphs.on_graphs(objective) if with_graphs else objective
 
 
-def warm_up(model: nn.Module, objective: Objective, batch: Batch) -> float:
+def warm_up(model: nn.Module, objective: Objective, batch: Batch, *, smoothing: float = 0.0) -> float:
     """Seconds of a first step that changes nothing, in which all is compiled. Raises ConfigError where that fails."""
     started, training, device = time.monotonic(), model.training, next(model.parameters()).device
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            objective(model, batch)[0].backward()  # type: ignore[no-untyped-call, unused-ignore]
+            objective(model, batch, smoothing=smoothing)[0].backward()  # type: ignore[no-untyped-call, unused-ignore]
     except RuntimeError as e:
         restore(model)
         lines = str(e).strip().splitlines() or [type(e).__name__]

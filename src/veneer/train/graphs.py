@@ -25,12 +25,12 @@ def on_graphs(objective: Objective) -> Objective:
     it where a step has several batches: they are added into tensors that are there before the graph, and not handed out by it.
     """
 
-    def act(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    def act(model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
         if torch.is_grad_enabled():
             torch.compiler.cudagraph_mark_step_begin()
             for p in model.parameters():
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)
-        return objective(model, batch)
+        return objective(model, batch, smoothing=smoothing)
 
     return act

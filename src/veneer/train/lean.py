@@ -23,7 +23,7 @@ def lean(objective: Objective) -> Objective:
     cached between runs though they hold derivatives of our own, which their keys hold too.
     """
 
-    def act(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    def act(model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
         import torch._dynamo.config as tracing
         import torch._functorch.config as derivatives
 
@@ -32,7 +32,7 @@ def lean(objective: Objective) -> Objective:
             settings.enter_context(_set(derivatives, activation_memory_budget=KEPT))
             if hasattr(derivatives, CACHED):  # not in every version
                 settings.enter_context(_set(derivatives, **{CACHED: True}))
-            return objective(model, batch)
+            return objective(model, batch, smoothing=smoothing)
 
     return act
 

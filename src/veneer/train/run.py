@@ -63,6 +63,9 @@ class Run:
     buffer: int = setting(1024, "of a stream: what is held, and the next window drawn from", unit="windows")
     train_on: Literal["completion", "all"] = setting("completion", "what is learned: completions and assistant turns, or all text")
     train_roles: tuple[str, ...] = setting(("assistant",), "whose turns of a conversation are learned")
+    label_smoothing: float = setting(
+        0.0, "spread evenly over the vocabulary in what is learned; evaluations are without it", unit="share of each label"
+    )
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "the rate after warm-up")
     warmup: float = setting(0.05, "straight rise of the rate", unit="share of the steps")
     precision: Literal["auto", "bf16", "fp32"] = setting(
@@ -148,7 +151,7 @@ RANGES = [
     Range("0 or more", ("weight_decay", "clip", "eval_windows", "seed"), 0),
     Range("1 or more", ("steps", "batch", "accumulate", "length", "buffer", "eval_every", "save_every", "calibration"), 1),
     Range("2 or more, so that one is left if the newest is damaged", ("keep",), 2),
-    Range("in [0, 1)", ("warmup",), 0, 1),
+    Range("in [0, 1)", ("warmup", "label_smoothing"), 0, 1),
 ]
 
 

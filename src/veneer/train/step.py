@@ -20,8 +20,8 @@ from veneer.train.kept import Kept
 
 
 class Outcome(NamedTuple):
-    """loss: nats per learned token; norm: of the gradient before clipping; positions: tokens and padding; skipped: why
-    nothing was changed, or None."""
+    """loss: nats per learned token, smoothed as it was learned; norm: of the gradient before clipping; positions: tokens and
+    padding; skipped: why nothing was changed, or None."""
 
     loss: float
     norm: float
@@ -34,9 +34,9 @@ class Outcome(NamedTuple):
 def under_autocast(objective: Objective, device: torch.device) -> Objective:
     """The objective with matrix products in bfloat16 on weights that stay in float32."""
 
-    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    def loss(model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
         with torch.autocast(device.type, torch.bfloat16):
-            return objective(model, batch)
+            return objective(model, batch, smoothing=smoothing)
 
     return loss
 
@@ -52,6 +52,7 @@ class Learner(NamedTuple):
     pad: int
     clip: float  # largest norm of the gradient; 0: not clipped
     decay: float
+    smoothing: float = 0.0  # of the labels that its steps learn
     shapes: Shapes | None = None
     kept: Kept | None = None
 
@@ -96,7 +97,7 @@ class Learner(NamedTuple):
         for windows in micro:
             short = self.shapes is not None and len(windows) != self.shapes.rows
             with eagerly(short), self.kept.passing(windows, width(windows, self._widths())) if self.kept else nullcontext():
-                loss, _ = self.objective(self.model, self.batch(windows, device))
+                loss, _ = self.objective(self.model, self.batch(windows, device), smoothing=self.smoothing)
                 (loss / labels).backward()
             total += loss.detach().cpu()
         return float(total / labels)

@@ -108,7 +108,7 @@ def step(bank: Bank, work: Sequence[Due]) -> list[Outcome]:
         rows = [len(work[i].micro[k]) for i in turn]
         bank.use([work[i].number for i, n in zip(turn, rows, strict=True) for _ in range(n)])
         batch = first.batch([w for i in turn for w in work[i].micro[k]], device)
-        sums = causal_lm.losses(bank.model, batch, rows)
+        sums = causal_lm.losses(bank.model, batch, rows, [work[i].learner.smoothing for i in turn])
         means = [total / labels[i] for i, total in zip(turn, sums, strict=True)]
         sum(means[1:], means[0]).backward()
         for i, mean in zip(turn, means, strict=True):

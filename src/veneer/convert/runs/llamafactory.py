@@ -87,6 +87,8 @@ def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
     trainer.schedule(given, out, "lr_scheduler_type")
     trainer.rhythm(given, out)
     trainer.precision(given, out)
+    smoothing = given.take("label_smoothing_factor")
+    out.settings |= {"label_smoothing": float(smoothing)} if smoothing else {}
     carried_out.recomputed(given, out, "gradient_checkpointing")
     given.leave("disable_gradient_checkpointing", "nothing is computed again here unless gradient_checkpointing is set", (True, False))
     carried_out.compiled(given, out, "torch_compile")
