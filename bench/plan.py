@@ -7,6 +7,9 @@ Both run in processes of their own at the same time and take their steps in turn
 that what else the machine does falls on both. Memory is the peak of the process in steps 3 to 6 over what it held when the
 model was loaded. Seconds are the processor's, of the probe as `plan` tells them and of the run's steps but the first, as
 other programs slow wall time down by any factor; `wall_error` has that too.
+
+`qlora_part_.._error` are of bytes by part, as `plan` tells them without a probe: the tensors of another run of that kind, of
+which weights are what is packed with its scales and all that is not, and activations what autograd holds for the backward.
 """
 
 from __future__ import annotations
@@ -18,17 +21,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import _measure as m
+from _parts import parts, settings
 
 METHODS = ("lora", "dora", "full", "qlora")
 
-SETTINGS = """
-from veneer.train.run import Run
-def settings(method, out):
-    packed = "nf4" if method == "qlora" else None
-    return Run(data=("builtin:prose",), method=method.removeprefix("q"), quantise=packed, steps=8, eval_every=100, device="cpu", out=out)
+SETTINGS = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from _parts import settings
 """
 TURN = """
 def turn():
@@ -36,7 +40,7 @@ def turn():
     sys.stdin.readline()
 """
 FORETOLD = """
-import json, sys
+import json
 from veneer.app import measure
 from veneer.app.plan import plan
 timed = measure._timed
@@ -48,7 +52,7 @@ found = plan(settings(sys.argv[1], sys.argv[2]), progress=False)
 print(json.dumps({"bytes": found.growth, "wall": found.measured.seconds, "processor": found.measured.processor_seconds}))
 """
 REAL = """
-import json, statistics, sys, time
+import json, statistics, time
 import torch
 from veneer.analyse import resident
 from veneer.app import fit as app
@@ -113,8 +117,18 @@ def measure(method: str, rounds: int) -> dict[str, tuple[float, float]]:
     return {name: (statistics.median(p[name] for p, _ in pairs), statistics.median(r[name] for _, r in pairs)) for name in first}
 
 
+def of_parts(method: str) -> dict[str, float]:
+    """Bytes of each part, and by what share the forecast of each is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = parts(settings(method, f"{folder}/run"))
+    print(method, {part: f"{foretold:,} for {real:,}" for part, (foretold, real) in pairs.items()}, file=sys.stderr, flush=True)
+    errors = {part: abs(foretold - real) / real for part, (foretold, real) in pairs.items()}
+    figures: dict[str, float] = {f"{method}_part_{part}_bytes": real for part, (_, real) in pairs.items()}
+    return {**figures, **{f"{method}_part_{part}_error": e for part, e in errors.items()}, f"{method}_part_error_max": max(errors.values())}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     given = parser.parse_args()
@@ -125,6 +139,8 @@ def main() -> None:
             figures[f"{method}_{name}_error"] = abs(foretold - real) / real
     for name, what in {"memory": "bytes", "time": "processor", "wall": "wall"}.items():
         figures[f"{name}_error"] = max(figures[f"{method}_{what}_error"] for method in given.methods)
+    if "qlora" in given.methods:
+        figures |= of_parts("qlora")
     m.report("plan", figures)
 
 
