@@ -137,7 +137,7 @@ class _Run(NamedTuple):
 
     def loss(self, logits: Tensor, read: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The kernel's, which may write over logits that nobody reads again: new ones, and no result that is kept for the backward."""
-        seen = logits.untyped_storage().data_ptr() == read.untyped_storage().data_ptr() or hasattr(logits.grad_fn, "_saved_result")
+        seen = logits.untyped_storage()._cdata == read.untyped_storage()._cdata or hasattr(logits.grad_fn, "_saved_result")
         return self.kernel(logits.detach().clone() if seen else logits.detach(), labels, self.smoothing)
 
 
