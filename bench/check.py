@@ -54,7 +54,7 @@ def run(bench: str) -> dict[str, float]:
 
 
 def main() -> int:
-    recorded_ones = sorted(p.stem for p in RESULTS.glob("*.json"))
+    recorded_ones = sorted(p.stem for p in RESULTS.glob("*.json") if (HERE / p.name).with_suffix(".py").exists())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benches", nargs="*", metavar="bench", help=f"of {', '.join(recorded_ones)}")
     benches, failed = parser.parse_args().benches, 0
