@@ -374,8 +374,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
 
     real, passes = causal_lm.loss, iter(range(1, 1 << 30))
 
-    def loss(model: Any, batch: Any) -> Any:
-        value, n = real(model, batch)
+    def loss(model: Any, batch: Any, **options: Any) -> Any:
+        value, n = real(model, batch, **options)
         return (value * float("nan"), n) if model.training and next(passes) in bad else (value, n)
 
     monkeypatch.setattr(causal_lm, "loss", loss)
