@@ -63,9 +63,7 @@ class Run:
     buffer: int = setting(1024, "of a stream: what is held, and the next window drawn from", unit="windows")
     train_on: Literal["completion", "all"] = setting("completion", "what is learned: completions and assistant turns, or all text")
     train_roles: tuple[str, ...] = setting(("assistant",), "whose turns of a conversation are learned")
-    label_smoothing: float = setting(
-        0.0, "spread evenly over the vocabulary in what is learned; evaluations are without it", unit="share of each label"
-    )
+    label_smoothing: float = setting(0.0, "spread over the vocabulary while learning, not in evaluations", unit="share of each label")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "the rate after warm-up")
     warmup: float = setting(0.05, "straight rise of the rate", unit="share of the steps")
     precision: Literal["auto", "bf16", "fp32"] = setting(
