@@ -10,10 +10,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from veneer.app.fit import fit
-from veneer.app.plan import plan
+from veneer.runs.fit import fit
+from veneer.train.loop.step import Learner
 from veneer.train.run import Run
-from veneer.train.step import Learner
+from veneer.verbs.plan.plan import plan
 
 PARTS = ("weights", "adapter", "gradients", "optimiser", "activations")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.app import machine
+from veneer.models import machine
 
 Row = dict[str, float]
 

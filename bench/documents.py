@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from veneer.data.pack import Segment, Window, collate, pack
-from veneer.train import attention
-from veneer.train.compiling import prepare
+from veneer.train.speed import fast_attention
+from veneer.train.speed.compiling import prepare
 
 TOKENS, VOCABULARY = 2048, 8000
 WAYS = [(512, torch.float32, False), (1024, torch.float32, False)]
@@ -34,7 +34,7 @@ def make(length: int, dtype: torch.dtype, compiled: bool, batch: dict[str, Tenso
     model = m.veneer_model(m.llama("h512", VOCABULARY, dtype))
     objective, adam = prepare(model, batch, compiled=compiled), m.optimiser(model, fused=True)
     if not boundaries:
-        attention.use_own(model)
+        fast_attention.use_own(model)
     return lambda: m.our_step(model, objective, adam, batch).item()
 
 

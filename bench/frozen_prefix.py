@@ -16,9 +16,9 @@ from torch import Tensor
 
 import veneer
 from veneer.data.pack import Segment, Window
-from veneer.train import frozen
-from veneer.train.compiling import prepare
-from veneer.train.kept import Kept
+from veneer.train.speed import frozen_blocks
+from veneer.train.speed.compiling import prepare
+from veneer.train.speed.frozen_cache import Kept
 
 ROWS, LENGTH = 4, 256
 VOCABULARIES = {"8k": 8000, "32k": 32000}
@@ -28,7 +28,7 @@ UPPER = r".*layers\.[67]\..*"
 def make(vocabulary: int, to: str, batch: dict[str, Tensor], windows: list[Window], out: Path | None) -> m.Step:
     """One step with these layers adapted; out: where to keep what leaves the frozen blocks, None: they are computed."""
     model = veneer.attach(m.llama("h512", vocabulary, torch.bfloat16), "lora", to=to, rank=m.RANK, alpha=m.ALPHA)
-    kept = Kept(model, frozen.look(model, batch["input_ids"][:1]), windows, out, {}) if out else None
+    kept = Kept(model, frozen_blocks.look(model, batch["input_ids"][:1]), windows, out, {}) if out else None
     objective, adam = prepare(model, batch, compiled=True), m.optimiser(model, fused=True)
 
     def whole() -> float:

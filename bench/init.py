@@ -11,7 +11,7 @@ import _measure as m
 import torch
 from torch import Tensor
 
-from veneer.ops.linalg import leading_svd
+from veneer.ops.matrix.linalg import leading_svd
 
 D, NITER = 2048, 16
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from veneer import optim
-from veneer.optim import groups
+from veneer.optim.base import groups
+from veneer.optim.base.pairs import Bucket
 from veneer.optim.lorapro.forms import Plain
-from veneer.optim.pairs import Bucket
 
 FORMS = ("full", "factored", "sgd")
 

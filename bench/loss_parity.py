@@ -16,15 +16,15 @@ from typing import Any
 import _measure as m
 import torch
 
-from veneer.app import pretrained
-from veneer.app.learner import learner
-from veneer.app.ready import prepare
 from veneer.data.order import Order
 from veneer.data.pack import collate
-from veneer.optim.groups import set_rates
-from veneer.train import schedule
-from veneer.train.evaluate import bits_per_byte
-from veneer.train.progress import Voice
+from veneer.models import pretrained
+from veneer.optim.base.groups import set_rates
+from veneer.runs.learner import learner
+from veneer.runs.prepare import prepare
+from veneer.train.loop import schedule
+from veneer.train.loop.evaluate import bits_per_byte
+from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
 STEPS, ROWS, LENGTH, RATE, WARMUP, HELD_OUT, ORDERS = 300, 4, 256, 2e-3, 15, 32, (0, 1, 2)

@@ -15,7 +15,7 @@ from typing import Any
 
 from _sweep import Row, arguments, conclude, kept
 
-from veneer.app.fit import fit
+from veneer.runs.fit import fit
 from veneer.train.run import Run
 
 STEPS, LENGTH, WINDOWS = 30, 128, 12

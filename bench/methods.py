@@ -21,7 +21,7 @@ import _measure as m
 import torch
 
 import veneer
-from veneer.adapt.discover import discover
+from veneer.adapt.shared_inputs import discover
 
 ROWS, LENGTH, VOCABULARY = 2, 256, 2048
 SECONDS, ALONE, FEWEST, MOST = 16.0, 6.0, 9, 51  # of the processor for a contest with PEFT, without; steps of each side

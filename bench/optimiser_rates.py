@@ -15,8 +15,8 @@ from typing import Any
 
 from _sweep import Row, arguments, conclude, kept
 
-from veneer.app.demo import Contender, settings
-from veneer.app.fit import fit
+from veneer.runs.fit import fit
+from veneer.verbs.demo import Contender, settings
 
 GRID: dict[str, tuple[dict[str, Any], list[float]]] = {
     "adamw": ({}, [1.5e-3, 5e-3, 1.5e-2]),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import veneer
 from veneer.compress.quantise import quantise
 from veneer.ops import quant
-from veneer.ops.residual import split
+from veneer.ops.matrix.residual import split
 from veneer.tasks import causal_lm
 
 D, TOKENS, ROWS, LENGTH, VOCABULARY = 1024, (1, 256, 1024), 4, 128, 4096

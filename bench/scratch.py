@@ -22,7 +22,7 @@ import torch
 from _sweep import arguments, conclude
 from torch import Tensor, nn
 
-from veneer.embedded import build, pretrain, texts, via
+from veneer.embedded import build, pretrain, pretrain_ways, texts
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
 STEPS, BATCH, LENGTH, VOCABULARY, FULL_STEPS, PERIOD, SEEDS = 200, 8, 64, 1024, 50, 50, (0, 1, 2)
@@ -62,7 +62,7 @@ def train(data: Data, changed: dict[str, Any], seed: int) -> dict[str, float]:
     args = pretrain.arguments().parse_args([*own, "--full-steps", str(FULL_STEPS), "--adam-lr", str(ADAM_LR), "--seed", str(seed)])
     vars(args).update(changed)
     model: nn.Module = build.build_model(data.tokenizer, seed)
-    way = via.WAYS[args.via](model, args)
+    way = pretrain_ways.WAYS[args.via](model, args)
     draws = pretrain.Draws(data.learned, data.learned[:0], args)
     for step in range(STEPS):
         share = way.before(step) * pretrain.rate(step / STEPS, args.decay)

@@ -48,7 +48,7 @@ def batches(found: list[Tensor], *, grouped: bool, multiple: int = 1) -> list[di
 def windows(found: list[Tensor], length: int) -> list[dict[str, Tensor]]:
     """Veneer's batches of TOKENS: texts packed into windows of `length` by its own code, a longer one cut."""
     from veneer.data import pack
-    from veneer.train import compiling
+    from veneer.train.speed import compiling
 
     widths, pieces = compiling.widths(length, True), []
     for text in found:
@@ -75,7 +75,7 @@ def peer(found: list[Tensor], *, grouped: bool, best: bool) -> m.Step:
 
 def ours(found: list[Tensor], length: int) -> m.Step:
     """An epoch of Veneer in windows of `length`."""
-    from veneer.train.compiling import prepare
+    from veneer.train.speed.compiling import prepare
 
     model, every = m.veneer_model(m.llama(SIZE, VOCABULARY, torch.bfloat16)), windows(found, length)
     objective: Any = prepare(model, every[0], compiled=True)

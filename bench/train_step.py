@@ -43,7 +43,7 @@ def products(model: Any, rows: int) -> Callable[[], None]:
 
 def ours(model: Any, batch: dict[str, torch.Tensor], compiled: bool = True) -> m.Step:
     """A step of Veneer as `veneer fit --compile on` takes it."""
-    from veneer.train.compiling import prepare, warm_up
+    from veneer.train.speed.compiling import prepare, warm_up
 
     model, batch = m.veneer_model(model), m.shifted(batch)
     objective, adam = prepare(model, batch, compiled=compiled), m.optimiser(model, fused=True)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import veneer
 from veneer import optim
-from veneer.optim import groups
-from veneer.train import schedule
+from veneer.optim.base import groups
+from veneer.train.loop import schedule
 
 WIDTHS = (128, 256, 512, 1024, 2048, 4096)
 STEPS, WARMUP, SEEDS, S = 200, 20, 2, 2.0

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from veneer.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from veneer.adapt.algebra import combine, extract, to_lora
     from veneer.adapt.attach import activate, attach, detach, train_only, using
     from veneer.adapt.attached import active, adapters
-    from veneer.adapt.bank import bank
+    from veneer.adapt.banks.bank import bank
     from veneer.adapt.calibrate import calibrate
+    from veneer.adapt.combine import combine, extract, to_lora
     from veneer.adapt.merge import merge
-    from veneer.adapt.store import load, save
-    from veneer.app.fit import fit
-    from veneer.app.fit_many import fit_many
-    from veneer.compress.packed_store import load_quantised, save_quantised
+    from veneer.adapt.store.store import load, save
     from veneer.compress.quantise import dequantise, quantise, quantise_around
+    from veneer.compress.store import load_quantised, save_quantised
+    from veneer.runs.fit import fit
+    from veneer.runs.fit_many import fit_many
     from veneer.train.run import Run
 
-__version__ = "0.1.0"
 __all__ = [
     "Run",
     "activate",
@@ -47,16 +48,16 @@ __all__ = [
 
 # Where every name lives. They are imported when they are first used, so that `veneer --help` need not load PyTorch.
 _HOMES = {
-    "veneer.adapt.algebra": ("combine", "extract", "to_lora"),
+    "veneer.adapt.combine": ("combine", "extract", "to_lora"),
     "veneer.adapt.attach": ("activate", "attach", "detach", "train_only", "using"),
     "veneer.adapt.attached": ("active", "adapters"),
-    "veneer.adapt.bank": ("bank",),
+    "veneer.adapt.banks.bank": ("bank",),
     "veneer.adapt.calibrate": ("calibrate",),
     "veneer.adapt.merge": ("merge",),
-    "veneer.adapt.store": ("load", "save"),
-    "veneer.app.fit": ("fit",),
-    "veneer.app.fit_many": ("fit_many",),
-    "veneer.compress.packed_store": ("load_quantised", "save_quantised"),
+    "veneer.adapt.store.store": ("load", "save"),
+    "veneer.runs.fit": ("fit",),
+    "veneer.runs.fit_many": ("fit_many",),
+    "veneer.compress.store": ("load_quantised", "save_quantised"),
     "veneer.compress.quantise": ("dequantise", "quantise", "quantise_around"),
     "veneer.train.run": ("Run",),
 }

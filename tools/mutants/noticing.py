@@ -12,25 +12,25 @@ from mutants.faults import ROOT, SOURCE, Fault
 
 TESTS = ROOT / "tests"
 AREAS = ("methods", "optim", "adapt")
-# The first row that a file of src/veneer matches says which tests/test_NAME.py should notice, those that take longest last;
+# The first row that a file of src/veneer matches says which test_NAME.py should notice, those that take longest last;
 # those of the file's own name come first, and a method has them without a row. Processes that tests start run without the fault.
 ROWS = {
     "methods/inits/*": "starts* methods complaints_settings interchange quant",
     "methods/*": "ia3* prefix* flora* gains* frozen* miss* optim fourierft* baselines* methods counts complaints* interchange starts*",
     "optim/*": "optim lowrank* optimisers* lorapro* scratch* complaints_settings",
-    "adapt/bank.py": "gains* flora* bank* complaints*",
-    "adapt/slots.py": "gains* flora* bank* complaints*",
-    "adapt/rows.py": "gains* flora* bank* complaints*",
-    "adapt/groups.py": "gains* attach* groups*",
-    "adapt/discover.py": "gains* attach* groups* complaints*",
+    "adapt/banks/bank.py": "gains* flora* bank* complaints*",
+    "adapt/banks/members.py": "gains* flora* bank* complaints*",
+    "adapt/banks/rows.py": "gains* flora* bank* complaints*",
+    "adapt/forward.py": "gains* attach* shared_inputs*",
+    "adapt/shared_inputs.py": "gains* attach* shared_inputs* complaints*",
     "adapt/calibrate.py": "starts* complaints*",
-    "adapt/peft_*": "interchange miss* fourierft* frozen* prefix* store complaints* verify starts*",
-    "adapt/attach*": "merge* gains* attach* algebra* prefix* baselines* store complaints* quant groups* methods",
-    "adapt/merge.py": "merge* gains* algebra* prefix* baselines* complaints* quant methods",
-    "adapt/forms.py": "bank*",
-    "adapt/head.py": "chunked* store interchange",
-    "adapt/fingerprint.py": "store quant interchange verify complaints*",
-    "adapt/*": "merge* algebra* attach* store prefix* frozen* complaints* interchange verify",
+    "adapt/peft/*": "interchange miss* fourierft* frozen* prefix* store complaints* verify starts*",
+    "adapt/attach*": "merge* gains* attach* combine* prefix* baselines* store complaints* quant shared_inputs* methods",
+    "adapt/merge.py": "merge* gains* combine* prefix* baselines* complaints* quant methods",
+    "adapt/banks/entries.py": "bank*",
+    "tasks/head.py": "chunked* store interchange",
+    "adapt/store/fingerprint.py": "store quant interchange verify complaints*",
+    "adapt/*": "merge* combine* attach* store prefix* frozen* complaints* interchange verify",
 }
 SHARED = ("__init__", "base", "lora")  # files in methods that others build on
 COSTLY = "compil"  # in the name of a test that compiles: slow, and seldom the only one that sees a fault
@@ -54,8 +54,8 @@ def tests(file: str) -> list[str]:
     stem = path.parent.name if path.stem == "__init__" else path.stem
     own = [f"{stem}*"] if area(file) == "methods" else []
     row = next(names.split() for pattern, names in ROWS.items() if fnmatch(file, pattern))
-    found = dict.fromkeys(p.relative_to(ROOT).as_posix() for name in [*own, *row] for p in sorted(TESTS.glob(f"test_{name}.py")))
-    return sorted(found, key=lambda test: not fnmatch(test, f"tests/test_{stem}*"))
+    found = dict.fromkeys(p.relative_to(ROOT).as_posix() for name in [*own, *row] for p in sorted(TESTS.rglob(f"test_{name}.py")))
+    return sorted(found, key=lambda test: not fnmatch(Path(test).name, f"test_{stem}*"))
 
 
 def concerns(file: str, test: str) -> bool:

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import veneer
 from pages.markdown import escaped, prose, table
-from veneer import errors, methods, sites
+from veneer import errors, methods, settings, sites
 from veneer.cli.commands import VERBS
 from veneer.methods import inits
-from veneer.train import settings
-from veneer.train.described import of_doc
-from veneer.train.result import Result
+from veneer.methods.base.described import of_doc
+from veneer.train.folder.result import Result
 from veneer.train.run import Run
 
 HEAD = """# Python
@@ -24,12 +23,13 @@ HEAD = """# Python
 `import veneer` needs PyTorch and safetensors; names are imported when they are first used. Everything that goes wrong for a reason that
 a user can act on is a `veneer.errors.VeneerError`."""
 
-# Verbs whose function is not veneer.app.VERB.VERB, and classes that a new method is written with.
+# Verbs whose function is not veneer.verbs.VERB.VERB, and classes that a new method is written with.
 HOMES = {
-    "combine": "veneer.app.algebra.combine",
-    "extract": "veneer.app.algebra.extract",
-    "convert-config": "veneer.app.convert_run.convert_config",
-    "eval": "veneer.app.eval.evaluate",
+    "combine": "veneer.verbs.combine.combine",
+    "extract": "veneer.verbs.combine.extract",
+    "convert-config": "veneer.verbs.convert_config.convert_config",
+    "eval": "veneer.verbs.eval.evaluate.evaluate",
+    "plan": "veneer.verbs.plan.plan.plan",
 }
 PARTS = {"veneer.methods": (methods.Delta, methods.Factors), "veneer.sites": (sites.Site,), "veneer.methods.inits": (inits.Start,)}
 
@@ -49,7 +49,7 @@ def page() -> str:
 
 def _verbs() -> Iterator[Callable[..., Any]]:
     for verb in sorted(VERBS):
-        module, _, name = HOMES.get(verb, f"veneer.app.{verb}.{verb}").rpartition(".")
+        module, _, name = HOMES.get(verb, f"veneer.verbs.{verb}.{verb}").rpartition(".")
         if verb not in veneer.__all__ and find_spec(module) and name in vars(import_module(module)):
             yield getattr(import_module(module), name)
 

@@ -11,7 +11,7 @@ from pages.markdown import escaped, prose, table
 from veneer import methods, optim
 from veneer.cli.flags import flag_of_method, shown_default
 from veneer.methods import Delta, inits
-from veneer.train.described import Described, helps_of, of_module, option_helps
+from veneer.methods.base.described import Described, helps_of, of_module, option_helps
 
 HEAD = """# Methods, starts and optimisers
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer import methods
-from veneer.adapt.attached import Deltas, adapters, base_parameters, changes, deltas_of, layers
-from veneer.adapt.groups import act, forget, input_gain, is_private
-from veneer.adapt.per_site import build_all, check_patterns, options_at
+from veneer.adapt.attached import adapters, base_parameters, changes, deltas_of, layers
+from veneer.adapt.forward import Deltas, act, forget, input_gain, is_private
+from veneer.adapt.per_layer import build_all, check_patterns, options_at
 from veneer.errors import ConfigError, SiteError, first_few
 from veneer.methods import Delta, Stats
 from veneer.sites import Site

@@ -4,50 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from veneer.adapt.groups import Group
+from veneer.adapt.forward import Deltas
 from veneer.errors import ConfigError, suggest
 from veneer.methods import Delta
 from veneer.sites import Site
 from veneer.sites.quantised import packed_kind
-
-
-class Deltas(nn.Module):
-    """The child `deltas` of an adapted layer: its changes by adapter name, and the strengths of those that act."""
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.site = site
-        self.active: dict[str, float] = {}
-        self.called = False
-        self.group: Group | None = None  # of layers that read the same input, see discover.py
-        self.place = 0  # in the group
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Deltas:
-        """model.half() and .to(torch.bfloat16) move the changes and leave them in float32, which small steps need."""
-
-        def kept(t: Tensor) -> Tensor:
-            moved: Tensor = fn(t)
-            if t.is_meta or not t.is_floating_point():
-                return moved
-            return t.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
-
-        super()._apply(kept, recurse)
-        return self
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._modules
-
-    def __getitem__(self, name: str) -> Delta:
-        delta = self._modules[name]
-        assert isinstance(delta, Delta)
-        return delta
-
-    def names(self) -> list[str]:
-        """The adapters that change this layer, in the order of their attaching."""
-        return list(self._modules)
 
 
 def deltas_of(module: nn.Module) -> Deltas | None:
@@ -90,3 +53,6 @@ def changes(model: nn.Module, name: str) -> list[tuple[Site, Delta]]:
     if name not in known:
         raise ConfigError(f"no adapter called {name!r} is attached{suggest(name, known)}")
     return [(d.site, d[name]) for d in layers(model) if name in d]
+
+
+Changes = list[tuple[Site, Delta]]

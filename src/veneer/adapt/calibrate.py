@@ -1,7 +1,7 @@
 """What a start may ask about the loss before the training: one pass over a few batches, with nothing of a weight's size kept.
 
 Every layer gets a change that is zero, Y Omega' + Psi' Z with fixed random Omega, Psi and Y = Z = 0. The gradient of the loss
-in Y is then G Omega, and in Z it is Psi G, where G (out, in) is the gradient in the layer's weight: the sketch that ops/sketch.py
+in Y is then G Omega, and in Z it is Psi G, where G (out, in) is the gradient in the layer's weight: the sketch that ops/matrix/sketch.py
 rebuilds G's leading part from. G itself is never made, on no kind of layer that a change can hang on.
 """
 
@@ -18,9 +18,9 @@ from veneer.adapt.attach import check_called, check_name, detach, hang, refuse_c
 from veneer.adapt.attached import layers
 from veneer.adapt.probe import evaluating
 from veneer.errors import ConfigError, DataError, SiteError, first_few
-from veneer.methods.base import Delta, Factors, Stats, master_dtype
-from veneer.ops import sketch
+from veneer.methods.base.delta import Delta, Factors, Stats, master_dtype
 from veneer.ops.draws import keyed
+from veneer.ops.matrix import sketch
 from veneer.sites import Site, find
 from veneer.sites.find import Target
 

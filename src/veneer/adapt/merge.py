@@ -15,7 +15,7 @@ from veneer.adapt.attach import detach, strengths, using
 from veneer.adapt.attached import active, adapters, changes, layers
 from veneer.errors import ConfigError, NotMergeable, first_few
 from veneer.methods import Delta
-from veneer.ops.linalg import precise
+from veneer.ops.matrix.linalg import precise
 from veneer.sites import Site
 from veneer.sites.find import tied
 

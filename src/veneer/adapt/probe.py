@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.adapt.attach import using
 from veneer.adapt.attached import base_parameters
-from veneer.adapt.checks import Problem
+from veneer.adapt.problems import Problem
 from veneer.errors import ConfigError
 
 Record = dict[str, Any]

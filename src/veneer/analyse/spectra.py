@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.adapt.attached import changes
 from veneer.errors import NotMergeable
 from veneer.methods import Delta
-from veneer.ops.linalg import effective_rank, precise, product_spectrum
+from veneer.ops.matrix.linalg import effective_rank, precise, product_spectrum
 from veneer.sites import LeafSite, Site
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from veneer.cli import flags
-from veneer.cli.commands import Debug
+from veneer.cli.words import Debug
 
 if TYPE_CHECKING:
-    from veneer.train.result import Change, Result
+    from veneer.train.folder.result import Change, Result
 
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")]
 Call = Callable[..., int | None]
@@ -53,7 +53,7 @@ def of_run() -> list[flags.Flag]:
 
 def settings_of(config: Path | None, every: list[flags.Flag], given: dict[str, Any]) -> dict[str, Any]:
     """A Run's settings from a file and the flags that replace them."""
-    from veneer.train import settings
+    from veneer import settings
     from veneer.train.run import Run
 
     file = {} if config is None else settings.read_yaml(config.read_text(encoding="utf-8"), str(config))
@@ -64,7 +64,7 @@ def settings_of(config: Path | None, every: list[flags.Flag], given: dict[str, A
 
 def summary(result: Result) -> str:
     """What a training led to, for people."""
-    from veneer.analyse.words import started
+    from veneer.analyse.numbers import started
 
     lines = [_measured(f"learned ({result.metrics['learned']['text']})", result.learned)]
     if result.forgotten:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperGroup
 
+from veneer.cli.words import WORDS, Debug
+
 
 class Verb(NamedTuple):
     """What --help says of a verb; what it does stands in verbs.py under its name."""
@@ -113,11 +115,8 @@ VERBS = {
 }
 
 
-def _dashed(word: str) -> str:
-    return word.replace("_", "-")  # --weight_decay as in Python, or --weight-decay
 
 
-WORDS = {"token_normalize_func": _dashed, "help_option_names": ["-h", "--help"]}
 
 
 class Verbs(TyperGroup):
@@ -138,21 +137,16 @@ def command(name: str) -> Any:
     return typer.main.get_command(alone)
 
 
-def remember_debug(ctx: typer.Context, value: bool) -> None:
-    """Tells the frame that errors are to be shown with where they come from."""
-    if value and ctx.obj is not None:
-        ctx.obj.debug = True
 
 
 def _print_version(value: bool) -> None:
     if value:
-        from veneer import __version__
+        from veneer.version import __version__
 
         print(f"veneer {__version__}")
         raise typer.Exit
 
 
-Debug = Annotated[bool, typer.Option("--debug", callback=remember_debug, help="Show where an error comes from (also: VENEER_DEBUG=1).")]
 Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
 
 app = typer.Typer(cls=Verbs, add_completion=False, pretty_exceptions_enable=False, context_settings=WORDS)

@@ -13,10 +13,9 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import typer
 from rich.markup import escape
 
-from veneer import methods, optim
+from veneer import methods, optim, settings
 from veneer.errors import ConfigError
-from veneer.train import settings
-from veneer.train.described import helps_of, option_helps
+from veneer.methods.base.described import helps_of, option_helps
 from veneer.train.run import Run
 
 T = TypeVar("T")

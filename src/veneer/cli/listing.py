@@ -10,8 +10,8 @@ from veneer import methods, optim
 from veneer.cli.flags import flag_of_method, shown_default
 from veneer.errors import ConfigError, suggest
 from veneer.methods import Delta, inits
-from veneer.train.described import Described, helps_of, of_module, option_helps
-from veneer.train.settings import describe
+from veneer.methods.base.described import Described, helps_of, of_module, option_helps
+from veneer.settings import describe
 
 
 def every() -> dict[str, Any]:

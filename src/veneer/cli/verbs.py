@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from veneer.cli import flags
 from veneer.cli.calls import Call, Json, of_run, settings_of, show, shown, summary, told
-from veneer.cli.commands import Debug
-
-if TYPE_CHECKING:
-    pass
+from veneer.cli.words import Debug
 
 Config = Annotated[
     Path | None,
@@ -32,31 +29,31 @@ READING = "data model valid test known batch accumulate length packing train_on 
 
 
 def combine() -> Call:
-    from veneer.app.algebra import combine as run
-    from veneer.app.algebra import text
+    from veneer.verbs.combine import combine as run
+    from veneer.verbs.combine import text
 
     return told(run, text)
 
 
 def convert() -> Call:
-    from veneer.app.convert import convert as run
-    from veneer.app.convert import text
+    from veneer.verbs.convert import convert as run
+    from veneer.verbs.convert import text
 
     return shown(run, text)
 
 
 def convert_config() -> Call:
-    from veneer.app.convert_run import convert_config as run
-    from veneer.app.convert_run import text
+    from veneer.verbs.convert_config import convert_config as run
+    from veneer.verbs.convert_config import text
 
     return shown(run, text)
 
 
 def data() -> Call:
-    from veneer.app.data_check import check, text
-    from veneer.app.data_show import show as rows_of
-    from veneer.cli import mask
+    from veneer.cli import coloured_tokens
     from veneer.train.run import Run
+    from veneer.verbs.data.check import check, text
+    from veneer.verbs.data.show import show as rows_of
 
     every = [f for f in flags.of_settings(Run) if f.name in READING]
 
@@ -73,7 +70,7 @@ def data() -> Call:
         chosen = settings_of(config, every, {**given, "data": [*(given["data"] or []), *(files or [])]})
         if action == "show":
             found = rows_of(Run.from_dict(chosen), rows)
-            show(found, lambda: mask.text(found, mask.has_colour()), as_json)
+            show(found, lambda: coloured_tokens.text(found, coloured_tokens.has_colour()), as_json)
             return 0
         checked = check(Run.from_dict(chosen))
         show(checked.as_dict(), lambda: text(checked), as_json)
@@ -83,8 +80,8 @@ def data() -> Call:
 
 
 def demo() -> Call:
-    from veneer.app.demo import demo as run
-    from veneer.app.demo import text
+    from veneer.verbs.demo import demo as run
+    from veneer.verbs.demo import text
 
     every = flags.of_function(run, without=["progress"])
 
@@ -96,8 +93,8 @@ def demo() -> Call:
 
 
 def doctor() -> Call:
-    from veneer.app.doctor import doctor as run
-    from veneer.app.doctor import text
+    from veneer.verbs.doctor import doctor as run
+    from veneer.verbs.doctor import text
 
     def call(as_json: Json = False, debug: Debug = False) -> int:
         found = run()
@@ -108,27 +105,27 @@ def doctor() -> Call:
 
 
 def eval() -> Call:
-    from veneer.app.eval import evaluate, text
+    from veneer.verbs.eval.evaluate import evaluate, text
 
     return shown(evaluate, text, without=["progress"])
 
 
 def export() -> Call:
-    from veneer.app.export import export as run
-    from veneer.app.export import text
+    from veneer.verbs.export import export as run
+    from veneer.verbs.export import text
 
     return shown(run, text)
 
 
 def extract() -> Call:
-    from veneer.app.algebra import extract as run
-    from veneer.app.algebra import text
+    from veneer.verbs.combine import extract as run
+    from veneer.verbs.combine import text
 
     return told(run, text)
 
 
 def fit() -> Call:
-    from veneer.app.fit import fit as start
+    from veneer.runs.fit import fit as start
     from veneer.train.run import Run
 
     every = of_run()
@@ -141,7 +138,7 @@ def fit() -> Call:
 
 
 def fit_many() -> Call:
-    from veneer.app.fit_many import fit_many as start
+    from veneer.runs.fit_many import fit_many as start
     from veneer.train.run import Run
 
     every = [f for f in of_run() if f.name != "out"]  # no two runs have one folder: each file names its own
@@ -155,7 +152,7 @@ def fit_many() -> Call:
 
 
 def generate() -> Call:
-    from veneer.app.generate import generate as run
+    from veneer.verbs.generate import generate as run
 
     every = flags.of_function(run)
 
@@ -167,8 +164,8 @@ def generate() -> Call:
 
 
 def inspect() -> Call:
-    from veneer.app.inspect import inspect as run
-    from veneer.app.inspect import text
+    from veneer.verbs.inspect import inspect as run
+    from veneer.verbs.inspect import text
 
     every = flags.of_function(run)
 
@@ -180,7 +177,7 @@ def inspect() -> Call:
 
 
 def merge() -> Call:
-    from veneer.app.merge import merge as run
+    from veneer.verbs.merge import merge as run
 
     every = flags.of_function(run)
 
@@ -193,9 +190,9 @@ def merge() -> Call:
 
 
 def plan() -> Call:
-    from veneer.app.plan import plan as run
-    from veneer.app.plan_text import text
     from veneer.train.run import Run
+    from veneer.verbs.plan.plan import plan as run
+    from veneer.verbs.plan.text import text
 
     every = of_run()
 
@@ -208,7 +205,7 @@ def plan() -> Call:
 
 
 def report() -> Call:
-    from veneer.app.report import report as run
+    from veneer.runs.report import report as run
 
     every = flags.of_function(run, without=["progress"])
 
@@ -220,8 +217,8 @@ def report() -> Call:
 
 
 def verify() -> Call:
-    from veneer.app.verify import exit_code, text
-    from veneer.app.verify import verify as run
+    from veneer.verbs.verify import exit_code, text
+    from veneer.verbs.verify import verify as run
 
     return shown(run, text, exit_code)
 

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 
 from veneer.adapt.attach import activate, detach, hang, refuse_compiled, train_only
 from veneer.adapt.attached import active, adapters, changes, layers
-from veneer.adapt.per_site import check_patterns, options_at
+from veneer.adapt.per_layer import check_patterns, options_at
+from veneer.compress.places import Places
 from veneer.errors import ConfigError, SiteError, first_few, suggest
 from veneer.methods import Stats
 from veneer.methods.lora import LoRA
 from veneer.ops import quant
 from veneer.ops.draws import keyed
-from veneer.ops.linalg import check_rank
-from veneer.ops.residual import split
+from veneer.ops.matrix.linalg import check_rank
+from veneer.ops.matrix.residual import split
 from veneer.sites import Site, find, site_for
 from veneer.sites.find import Target
 from veneer.sites.quantised import packed_kind
@@ -153,19 +154,6 @@ def one_by_one(sites: list[Site]) -> Iterator[Site]:
         yield sites.pop()
 
 
-class Places:
-    """Where in a model every module is held, which may be in several places."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._found: dict[int, list[tuple[nn.Module, str]]] = {}
-        for parent in model.modules():
-            for key, child in parent._modules.items():
-                self._found.setdefault(id(child), []).append((parent, key))
-
-    def put(self, old: nn.Module, new: nn.Module) -> None:
-        """The new module in all places of the old one."""
-        for parent, key in self._found[id(old)]:
-            parent._modules[key] = new
 
 
 def plain_sites(model: nn.Module, exclude: Target = ()) -> list[Site]:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from veneer.adapt import manifest, native_format
-from veneer.adapt.files import read_json
-from veneer.adapt.peft_format import CONFIG
-from veneer.convert import opened
+from veneer.adapt.peft.settings import CONFIG
+from veneer.adapt.store import manifest, native
+from veneer.convert import tensor_files
 from veneer.errors import FormatError, first_few
+from veneer.files import read_json
 
 NATIVE = "veneer"  # our own layout, for changes that no other dialect can express
 
@@ -71,10 +71,10 @@ def detect(path: Path) -> Found:
         raise FormatError(
             f"{folder / CONFIG} is of the adapters library, which has names of its own; merge it there, keep the merged model"
         )
-    own = folder / native_format.TENSORS
+    own = folder / native.TENSORS
     if path in (folder, own) and own.is_file() and (manifest.read(folder) or {}).get("layout") == manifest.NATIVE:
         return Found(NATIVE, own, folder, {})
-    files = [f for f in ([path] if path.is_file() else sorted(folder.iterdir())) if opened.kind_of(f)]
+    files = [f for f in ([path] if path.is_file() else sorted(folder.iterdir())) if tensor_files.kind_of(f)]
     known, unread = _dialects(files)
     if not known and unread:
         raise unread[0]
@@ -97,7 +97,7 @@ def _dialects(files: Iterable[Path]) -> tuple[dict[Path, str], list[FormatError]
     known, unread = {}, []
     for file in files:
         try:
-            found = of_names(opened.keys(file))
+            found = of_names(tensor_files.keys(file))
         except FormatError as e:
             unread.append(e)
             continue
@@ -112,7 +112,7 @@ def _choose(folder: Path, known: Mapping[Path, str]) -> Path:
     own = [f for f in files if known[f] == "torchtune"]
     if len(own) == 1 and set(known.values()) <= {"torchtune", "peft"}:
         return own[0]
-    safe = [f for f in files if opened.kind_of(f) == opened.SAFETENSORS]
+    safe = [f for f in files if tensor_files.kind_of(f) == tensor_files.SAFETENSORS]
     if len(files) > 1 and len(safe) == 1 and len(set(known.values())) == 1:
         return safe[0]
     if len(files) > 1:

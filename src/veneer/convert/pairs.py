@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError, FormatError, first_few, suggest
-from veneer.ops.linalg import precise
-from veneer.ops.truncate import truncate_product
+from veneer.ops.matrix.linalg import precise
+from veneer.ops.matrix.truncate import truncate_product
 
 Kind = Literal["linear", "conv", "embedding"]
 

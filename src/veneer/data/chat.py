@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from veneer.data.text import Row
+from veneer.data.row_files import Row
 from veneer.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]

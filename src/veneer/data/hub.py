@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from veneer.data.row_files import Row, checked
 from veneer.data.tables import Entry, bare
-from veneer.data.text import Row, checked
 from veneer.errors import DataError, suggest
 
 NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<one>[^:\[]+(?:\[[^\]]*\])?))?(?::(?P<two>[^:\[]+(?:\[[^\]]*\])?))?")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 
-from veneer.data.text import Row
+from veneer.data.row_files import Row
 from veneer.errors import DataError
 
 SHARE = 0.1

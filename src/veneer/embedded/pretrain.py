@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.embedded import texts, via
+from veneer.embedded import pretrain_ways, texts
 from veneer.embedded.build import build_model, export, load_checkpoint, save_checkpoint, train_tokenizer
 
 
@@ -41,7 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
     p.add_argument("--threads", type=int, default=0, help="0: as many as the machine has")
-    via.add_arguments(p)
+    pretrain_ways.add_arguments(p)
     p.add_argument("--compile", action="store_true", help="compile the model (needs a C++ compiler)")
     return p
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     streams = [token_stream(tokenizer, plain), token_stream(tokenizer, [d for d in library if texts.is_test(d.title)])]
     held, n_bytes = token_stream(tokenizer, known), texts.describe(known)["bytes"]
     model = build_model(tokenizer, args.seed)
-    way = via.WAYS[args.via](model, args)
+    way = pretrain_ways.WAYS[args.via](model, args)
     optimisers = way.optimisers
     meta = load_checkpoint(args.out, model, optimisers)
     print(

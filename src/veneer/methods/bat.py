@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ShapeError
-from veneer.methods.base import ROWWISE, Delta, PeftForm, build, master_dtype
-from veneer.methods.lora import check_peft_tensors
-from veneer.ops.linalg import check_rank
-from veneer.ops.tiles import affine, product
+from veneer.methods.base.delta import ROWWISE, Delta, master_dtype
+from veneer.methods.base.options import build
+from veneer.methods.base.peft import PeftForm, check_peft_tensors
+from veneer.ops.matrix.linalg import check_rank
+from veneer.ops.matrix.tiles import affine, product
 from veneer.sites import Site
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import SiteError
-from veneer.methods.base import Delta, master_dtype
+from veneer.methods.base.delta import Delta, master_dtype
 from veneer.sites import BiasSite, Site, find
 from veneer.sites.find import Target, kind_of, named
 

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NotMergeable, SiteError, suggest
-from veneer.methods.base import ROWWISE, Delta, master_dtype, option
+from veneer.methods.base.delta import ROWWISE, Delta, master_dtype
+from veneer.methods.base.options import option
 from veneer.ops.draws import keyed
-from veneer.ops.linalg import check_at_most
+from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import BlockSite, Site, find
 from veneer.sites.find import Target, named
-from veneer.sites.names import called
+from veneer.sites.roles import called
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 # Where the adapters of a placement go, and the size of what they add (the parallel paper's 4).

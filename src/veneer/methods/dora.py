@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.methods.base import Delta, Factors, PeftForm, Stats, master_dtype
-from veneer.methods.lora import LoRA, check_peft_tensors, peft_shapes
-from veneer.ops.linalg import row_norms, row_norms_of_sum
+from veneer.methods.base.delta import Delta, Factors, Stats, master_dtype
+from veneer.methods.base.peft import PeftForm, check_peft_tensors, peft_shapes
+from veneer.methods.lora import LoRA
+from veneer.ops.matrix.linalg import row_norms, row_norms_of_sum
 from veneer.sites import Site
 
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from veneer.methods.base import ROWWISE, Delta, Factors, Products, master_dtype
+from veneer.methods.base.delta import ROWWISE, Delta, Factors, Products, master_dtype
 from veneer.ops.draws import keyed
-from veneer.ops.linalg import check_at_most
+from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import Site
 
 FEW_ROWS = 128  # r products with W cost less than making W' - W up to 100 to 250 rows (r of 2 and 4, layers of 512 and 2048)

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, ShapeError
-from veneer.methods.base import ROWWISE, Delta, Factors, PeftForm, build, master_dtype
-from veneer.methods.lora import check_peft_tensors
+from veneer.methods.base.delta import ROWWISE, Delta, Factors, master_dtype
+from veneer.methods.base.options import build
+from veneer.methods.base.peft import PeftForm, check_peft_tensors
 from veneer.ops import fourier
 from veneer.ops.draws import keyed
 from veneer.sites import Site

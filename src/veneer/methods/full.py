@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import SiteError
-from veneer.methods.base import Delta, master_dtype
+from veneer.methods.base.delta import Delta, master_dtype
 from veneer.sites import LeafSite, Site, find
 from veneer.sites.find import Target, named
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import NotMergeable
-from veneer.methods.base import ROWWISE, Delta, Factors, PeftForm, build, master_dtype
-from veneer.methods.lora import check_peft_tensors
+from veneer.methods.base.delta import ROWWISE, Delta, Factors, master_dtype
+from veneer.methods.base.options import build
+from veneer.methods.base.peft import PeftForm, check_peft_tensors
 from veneer.sites import Site, find
 from veneer.sites.find import Target
-from veneer.sites.names import FEEDFORWARD_END, called
+from veneer.sites.roles import FEEDFORWARD_END, called
 
 
 class IA3(Delta):

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, suggest
-from veneer.methods.base import Delta, Factors, master_dtype
+from veneer.methods.base.delta import Delta, Factors, master_dtype
 from veneer.ops.draws import keyed
-from veneer.ops.linalg import check_rank, leading_svd, precise
+from veneer.ops.matrix.linalg import check_rank, leading_svd, precise
 from veneer.sites import Site
 
 BASES = ("lu", "svd")

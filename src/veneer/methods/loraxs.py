@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError
-from veneer.methods.base import Delta, Factors, master_dtype
+from veneer.methods.base.delta import Delta, Factors, master_dtype
 from veneer.ops.draws import keyed
-from veneer.ops.linalg import check_rank, leading_svd
+from veneer.ops.matrix.linalg import check_rank, leading_svd
 from veneer.sites import Site
 
 

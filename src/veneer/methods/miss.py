@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, ShapeError
-from veneer.methods.base import Delta, Factors, PeftForm, build, master_dtype
-from veneer.methods.lora import check_peft_tensors
-from veneer.ops.linalg import check_at_most
+from veneer.methods.base.delta import Delta, Factors, master_dtype
+from veneer.methods.base.options import build
+from veneer.methods.base.peft import PeftForm, check_peft_tensors
+from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import Site
 
 

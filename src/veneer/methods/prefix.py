@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NotMergeable, SiteError
-from veneer.methods.base import Delta, master_dtype
-from veneer.ops import prefixed
+from veneer.methods.base.delta import Delta, master_dtype
+from veneer.ops.attention import prefixed
 from veneer.ops.draws import keyed
-from veneer.ops.linalg import check_at_most
+from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import AttentionSite, Site
 from veneer.sites.attention import is_self_attention
 from veneer.sites.find import Target, named

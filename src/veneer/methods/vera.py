@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, FormatError
-from veneer.methods.base import ROWWISE, Delta, Factors, PeftForm, build, master_dtype
-from veneer.methods.lora import check_peft_tensors
+from veneer.methods.base.delta import ROWWISE, Delta, Factors, master_dtype
+from veneer.methods.base.options import build
+from veneer.methods.base.peft import PeftForm, check_peft_tensors
 from veneer.ops.draws import keyed
-from veneer.ops.linalg import check_at_most
+from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import Site
 
 

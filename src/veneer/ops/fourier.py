@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from veneer.ops import cosines
-from veneer.ops.linalg import precise
 from veneer.ops.lowrank import in_place, is_traced, refuse_second_order
+from veneer.ops.matrix import cosines
+from veneer.ops.matrix.linalg import precise
 from veneer.ops.scratch import scratch
 
 

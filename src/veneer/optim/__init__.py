@@ -6,12 +6,12 @@ import inspect
 from typing import Any
 
 from veneer.errors import ConfigError, suggest
-from veneer.optim.base import Optimiser, Trained
+from veneer.optim.base.optimiser import Optimiser, Trained
 from veneer.registry import Registry
 
 __all__ = ["Optimiser", "Trained", "available", "get", "make", "options_of"]
 
-OPTIMISERS = Registry(__name__, "optimiser", apart=("base", "groups", "moments", "paired", "pairs"), dashes=True)
+OPTIMISERS = Registry(__name__, "optimiser", apart=("base",), dashes=True)
 
 
 def available() -> list[str]:

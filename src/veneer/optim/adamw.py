@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from veneer.optim import groups
-from veneer.optim.base import Optimiser, Trained
+from veneer.optim.base import groups
+from veneer.optim.base.optimiser import Optimiser, Trained
 
 
 class AdamW(Optimiser):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError
-from veneer.optim.moments import directions
-from veneer.optim.paired import Rule
-from veneer.optim.pairs import Bucket
+from veneer.optim.base.moments import directions
+from veneer.optim.base.paired import Rule
+from veneer.optim.base.pairs import Bucket
 
 
 class Balanced(Rule):

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, first_few
 from veneer.ops.draws import keyed
-from veneer.ops.linalg import leading_svd, precise
-from veneer.optim.base import Optimiser, Trained
-from veneer.optim.groups import FACTORS, Part, by_rate
-from veneer.optim.moments import State, count, direction
+from veneer.ops.matrix.linalg import leading_svd, precise
+from veneer.optim.base.groups import FACTORS, Part, by_rate
+from veneer.optim.base.moments import State, count, direction
+from veneer.optim.base.optimiser import Optimiser, Trained
 
 
 class GaLore(Optimiser):

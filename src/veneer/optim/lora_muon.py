@@ -18,11 +18,11 @@ import math
 
 from torch import Tensor
 
-from veneer.ops.grams import gram
-from veneer.optim.base import Trained, check_damping
-from veneer.optim.moments import State, count, mean
-from veneer.optim.paired import Rule
-from veneer.optim.pairs import Bucket, stacked
+from veneer.ops.matrix.grams import gram
+from veneer.optim.base.moments import State, count, mean
+from veneer.optim.base.optimiser import Trained, check_damping
+from veneer.optim.base.paired import Rule
+from veneer.optim.base.pairs import Bucket, stacked
 
 
 class LoRAMuon(Rule):

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 
 from veneer.errors import ConfigError
-from veneer.optim import groups
-from veneer.optim.base import Optimiser, Trained
+from veneer.optim.base import groups
+from veneer.optim.base.optimiser import Optimiser, Trained
 
 
 class LoRAPlus(Optimiser):

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from veneer.optim.base import check_damping
-from veneer.optim.moments import directions
-from veneer.optim.paired import Rule
-from veneer.optim.pairs import Bucket
+from veneer.optim.base.moments import directions
+from veneer.optim.base.optimiser import check_damping
+from veneer.optim.base.paired import Rule
+from veneer.optim.base.pairs import Bucket
 
 
 class Scaled(Rule):

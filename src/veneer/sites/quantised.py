@@ -2,7 +2,7 @@
 
 W is what the layer computes with: the unpacked weight. Writing to it packs again, which rounds to the format; `stored` tells
 beforehand what would be left. bitsandbytes and torchao are asked for by the names of their types and imported when used; they
-are not part of the tests' environment; tests/test_quant_libraries.py passed with bitsandbytes 0.50.2 and torchao 0.18.0 on a CPU.
+are not part of the tests' environment; tests/compress/test_quant_libraries.py passed with bitsandbytes 0.50.2 and torchao 0.18.0 on a CPU.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from veneer.adapt.attach import check_called
 from veneer.adapt.attached import layers
-from veneer.adapt.head import Head, cut, difference
 from veneer.ops.chunked import CHUNK, Kernel, cross_entropy
-from veneer.ops.linalg import precise
+from veneer.ops.matrix.linalg import precise
 from veneer.tasks import Batch
+from veneer.tasks.head import Head, cut, difference
 
 IGNORED = -100
 PROBED = 64  # positions at which a head is compared with its model

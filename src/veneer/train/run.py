@@ -8,11 +8,10 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from veneer import methods, optim
+from veneer import methods, optim, settings
 from veneer.errors import ConfigError, suggest
 from veneer.methods import inits
-from veneer.train import settings
-from veneer.train.settings import REQUIRED, about, setting
+from veneer.settings import REQUIRED, about, setting
 from veneer.train.track import available as trackers
 
 # Checks that allow= may turn off, each by name; what was allowed is recorded with the run.

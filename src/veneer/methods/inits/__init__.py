@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError, suggest
-from veneer.methods.base import Stats
-from veneer.ops.linalg import leading_svd
-from veneer.ops.sketch import Svd
+from veneer.methods.base.delta import Stats
+from veneer.ops.matrix.linalg import leading_svd
+from veneer.ops.matrix.sketch import Svd
 from veneer.registry import Registry
 
 STARTS = Registry(__name__, "init")

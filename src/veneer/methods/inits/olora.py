@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from veneer.methods.inits import Start
-from veneer.ops.linalg import check_rank, precise
+from veneer.ops.matrix.linalg import check_rank, precise
 
 NEEDS = "weight"
 

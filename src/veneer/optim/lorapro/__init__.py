@@ -28,11 +28,11 @@ from typing import Literal, get_args
 import torch
 
 from veneer.errors import ConfigError, suggest
-from veneer.ops.tangent import Choice
-from veneer.optim.base import Optimiser, Trained, check_damping
+from veneer.ops.matrix.tangent import Choice
+from veneer.optim.base.optimiser import Optimiser, Trained, check_damping
+from veneer.optim.base.pairs import Pair, of
 from veneer.optim.lorapro.factored import Factored
 from veneer.optim.lorapro.forms import Full, Plain
-from veneer.optim.pairs import Pair, of
 
 FORMS: dict[str, type[Full | Factored | Plain]] = {"full": Full, "factored": Factored, "sgd": Plain}
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.ops.tangent import Point, adjust
+from veneer.ops.matrix.tangent import Point, adjust
+from veneer.optim.base.moments import EPS, count, mean
+from veneer.optim.base.pairs import Bucket, stacked
 from veneer.optim.lorapro.forms import Projected
-from veneer.optim.moments import EPS, count, mean
-from veneer.optim.pairs import Bucket, stacked
 
 LEAST = 1e-6  # of the mean second moment: below, the direction would be rounding errors of the factors
 

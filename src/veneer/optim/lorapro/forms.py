@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from veneer.ops.tangent import Choice, Inverses, Point, adjust, inverses, mix, squared_norm
-from veneer.optim.base import Trained
-from veneer.optim.moments import direction
-from veneer.optim.paired import Paired
-from veneer.optim.pairs import Bucket, inner
+from veneer.ops.matrix.tangent import Choice, Inverses, Point, adjust, inverses, mix, squared_norm
+from veneer.optim.base.moments import direction
+from veneer.optim.base.optimiser import Trained
+from veneer.optim.base.paired import Paired
+from veneer.optim.base.pairs import Bucket, inner
 
 
 class Projected(Paired):

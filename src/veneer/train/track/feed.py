@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from veneer.adapt.files import read_json
 from veneer.errors import FormatError
-from veneer.train import folder
-from veneer.train.progress import Voice
+from veneer.files import read_json
+from veneer.train.folder import layout
+from veneer.train.loop.progress import Voice
 from veneer.train.track.base import Tracker, get, numbers
 
 KEPT = "track.json"  # what each library calls the run, so that a resumed run goes on under the same name
@@ -34,7 +34,7 @@ class Feed:
 
         self._each(begin)
         try:
-            folder.put(self.folder / KEPT, known)
+            layout.put(self.folder / KEPT, known)
         except OSError as e:
             self.voice.say(f"{self.folder / KEPT} could not be written: {e}; a resumed run would begin anew in its trackers")
 

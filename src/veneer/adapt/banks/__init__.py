@@ -1,0 +1,1 @@
+"""Serves a different adapter to every row of a batch."""

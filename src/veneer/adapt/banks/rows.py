@@ -1,0 +1,172 @@
+"""One layer's changes by many adapters at once, each row of the batch with its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError, NotMergeable, ShapeError
+from veneer.methods.base.delta import Delta, Factors, Products
+from veneer.ops import batched
+from veneer.sites import Site
+
+FREE = ""  # the name of a slot that holds nothing
+
+
+class Router(nn.Module):
+    """Which adapter every row has: `ids` (b,), (b, t), or () for all rows alike, numbers into `names`; 0 is the base.
+
+    One object, which all layers of a bank hold: its ids are data, written in place, and move and are copied with the model.
+    """
+
+    ids: Tensor
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        super().__init__()
+        self.names = list(names)
+        self.broken: set[int] = set()  # slots that hold a number that is not finite
+        self.finite = True
+        self.held: tuple[Tensor, batched.Layout] | None = None
+        self.register_buffer("ids", torch.zeros((), dtype=torch.long, device=device), persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "held": None}
+
+    def mark(self, slot: int, finite: bool) -> None:
+        """Notes whether a slot that was just written is finite throughout."""
+        self.broken = self.broken - {slot} if finite else self.broken | {slot}
+        self.finite = not self.broken
+
+    def of(self, x: Tensor, site: Site) -> Tensor:
+        """The ids, flat, where x is. Raises ShapeError unless their shape is the beginning of x's."""
+        ids = self.ids
+        if ids.shape != x.shape[: ids.ndim] or ids.ndim >= x.ndim:
+            raise ShapeError(
+                f"the bank has ids of shape {tuple(ids.shape)} and {site.name!r} was called with {tuple(x.shape)}; name an adapter for"
+                f" every row of this batch with use([..]), or one for all of them with use(name)"
+            )
+        return ids.reshape(-1).to(x.device)
+
+    def layout(self) -> batched.Layout | None:
+        """The rows by adapter, made once for all layers; None where that would stop a graph or wait for a GPU."""
+        ids = self.ids
+        if torch.compiler.is_compiling() or ids.is_cuda:
+            return None
+        flat = ids.reshape(-1)
+        if self.held is None or not torch.equal(self.held[0], flat):
+            self.held = flat.clone(), batched.lay_out(flat, len(self.names))
+        return self.held[1]
+
+
+class Form(NamedTuple):
+    """What a row can be given of a change: its normal form, or gains of outputs and products with W."""
+
+    factors: Factors
+    products: Products | None = None
+
+
+def form_of(site: Site, delta: Delta) -> Form | None:
+    """The change as a bank serves it, or None where it cannot."""
+    normal = delta.normal_form(site)
+    if normal is not None:
+        return Form(normal)
+    own = delta.products(site)
+    return None if own is None else Form(Factors(own.a[:0], own.b[:0].mT, g=own.g), own)
+
+
+class Stacks(NamedTuple):
+    """A (n, r, in); B (n, r, out) with scaling and output gains folded in; excess (n, out): g - 1, or None; a (n, s, in) and
+    b (n, s, out) of products with W, or None."""
+
+    A: Tensor
+    B: Tensor
+    excess: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+
+class Rows(Delta, ABC):
+    """What adds each row's own change to a layer's output, and scales each row's input by its own gain."""
+
+    router: Router
+
+    @abstractmethod
+    def stacks(self, dtype: torch.dtype) -> Stacks:
+        """The normal forms of all adapters side by side, the base first."""
+
+    @abstractmethod
+    def input_gains(self, dtype: torch.dtype) -> Tensor | None:
+        """c (n, in), or None where no adapter has one."""
+
+    @abstractmethod
+    def multiplying(self) -> list[int]:
+        """The adapters that have products with W."""
+
+    def is_finite(self) -> bool:
+        """Whether all numbers in the stacks are known to be finite."""
+        return False
+
+    def input_gain(self, x: Tensor, site: Site) -> Tensor | None:
+        c = self.input_gains(x.dtype)
+        if c is None:
+            return None
+        ids = self.router.of(x, site)
+        return c.index_select(0, ids).view(*self.router.ids.shape, *(1,) * (x.ndim - self.router.ids.ndim - 1), site.in_)
+
+    def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
+        ids, stacks = self.router.of(x, site), self.stacks(y.dtype)
+        mine = writable and y.is_contiguous() and not torch.is_grad_enabled()
+        total = y.reshape(len(ids), -1, site.out)
+        if stacks.excess is not None:
+            total, mine = torch.addcmul(total, *self._gained(total, ids, stacks.excess, site)), True
+        if stacks.a is not None and stacks.b is not None:  # there are gains then
+            total = self._multiplied(x, total, ids, stacks.a, stacks.b, site)
+        if not stacks.A.shape[1]:
+            return total.view_as(y)
+        return self._added(x, total if mine else total.clone(), ids, stacks).view_as(y)
+
+    def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """What to add to y, where other changes act too, or this one not in full. Raises ConfigError for input gains."""
+        if self.input_gains(y.dtype) is not None:
+            raise ConfigError(
+                f"the bank's adapters have gains of inputs at {site.name!r}, which it can only give alone and in full; use it without"
+                f" other adapters, at strength 1"
+            )
+        ids, stacks = self.router.of(x, site), self.stacks(y.dtype)
+        total = torch.zeros_like(y).view(len(ids), -1, site.out)
+        if stacks.excess is not None:
+            gain, own = self._gained(y.reshape(total.shape), ids, stacks.excess, site)
+            total = gain * own
+        if stacks.a is not None and stacks.b is not None:
+            total = self._multiplied(x, total, ids, stacks.a, stacks.b, site)
+        return (self._added(x, total, ids, stacks) if stacks.A.shape[1] else total).view_as(y)
+
+    def _gained(self, y: Tensor, ids: Tensor, excess: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+        shift = site.shift()
+        return excess.index_select(0, ids)[:, None], y if shift is None else y - shift
+
+    def _multiplied(self, x: Tensor, total: Tensor, ids: Tensor, a: Tensor, b: Tensor, site: Site) -> Tensor:
+        """total (b, t, out) and sum_k b_k * W (a_k * x) for the rows that have such an adapter: all, where asking would wait."""
+        each, rows = x.to(total.dtype).reshape(len(ids), -1, x.shape[-1]), None
+        if not torch.compiler.is_compiling() and not ids.is_cuda:
+            rows = torch.isin(ids, torch.tensor(self.multiplying())).nonzero()[:, 0]
+            if not len(rows):
+                return total
+            each, ids = each.index_select(0, rows), ids.index_select(0, rows)
+        scaled = each[:, None] * a.index_select(0, ids)[:, :, None]  # (b, s, t, in)
+        made = site.apply(scaled, site.weight().to(total.dtype))  # (b, s, t, out)
+        change = (made * b.index_select(0, ids)[:, :, None]).sum(1)
+        return total + change if rows is None else total.index_add(0, rows, change)
+
+    def _added(self, x: Tensor, total: Tensor, ids: Tensor, stacks: Stacks) -> Tensor:
+        each = x.to(total.dtype).reshape(len(ids), -1, x.shape[-1])
+        layout = self.router.layout()
+        way = batched.choose(each, stacks.A, finite=self.is_finite(), layout=layout)
+        return batched.add(each, total, stacks.A, stacks.B, ids, way=way, layout=layout)
+
+    def delta(self, site: Site) -> Tensor:
+        raise NotMergeable(f"a bank holds many adapters, of which {site.name!r} can take one at most; merge or save that one itself")

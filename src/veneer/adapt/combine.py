@@ -1,0 +1,183 @@
+"""Adapters as things one can add: weighted sums, TIES, DARE, any method to plain LoRA, extraction from checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt.attach import check_name, hang
+from veneer.adapt.attached import base_parameters, changes
+from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, first_few, suggest
+from veneer.methods import Delta, get
+from veneer.methods.lora import LoRA
+from veneer.ops.draws import keyed
+from veneer.ops.matrix.linalg import precise
+from veneer.ops.matrix.truncate import Truncated, truncate, truncate_product
+from veneer.ops.voting import dare, ties
+from veneer.sites import LeafSite, Site, find
+from veneer.sites.find import Target
+
+HOW = ("sum", "ties", "dare")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What became of one layer: the rank it got, and what the cut lost relative to the norm of the exact change."""
+
+    site: str
+    rank: int
+    error: float
+
+
+@torch.no_grad()
+def combine(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    name: str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    how: str = "sum",
+    density: float = 0.5,
+    seed: int = 0,
+) -> list[Cut]:
+    """A new plain LoRA adapter: the attached adapters' changes, weighted and joined, cut to the best low rank.
+
+    weights: adapter name -> weight. rank, energy (share of the squared norm): where to cut; without either the sum of
+    low-rank changes is kept whole. how: "sum" (exact: factors are laid side by side and cut by QR and a small SVD),
+    "ties" or "dare" (density: the share of numbers kept; on the dense changes, as in their papers). A change without
+    low rank (DoRA) enters by the SVD of the dense sum and needs a rank or an energy. The new adapter is attached and
+    acts, like the others; the base is not touched. Raises ConfigError and NotMergeable before anything is attached.
+    """
+    if how not in HOW:
+        raise ConfigError(f"unknown way to combine {how!r}{suggest(how, HOW)}")
+    if not weights:
+        raise ConfigError("nothing to combine: give at least one adapter and its weight")
+    if not 0 < density <= 1:
+        raise ConfigError(f"density {density} is not a share; use a number above 0 and at most 1")
+    check_name(model, name)
+    cuts = [(site, _join(site, own, (rank, energy), (how, density, seed))) for site, own in _by_site(model, weights).items()]
+    hang(model, name, [(site, as_lora(site, cut.A, cut.B)) for site, cut in cuts])
+    return [Cut(site.name, cut.A.shape[0], cut.error) for site, cut in cuts]
+
+
+def as_lora(site: Site, A: Tensor, B: Tensor) -> LoRA:
+    """A LoRA at scaling 1 with these factors."""
+    return LoRA.holding(site, A, B, alpha=A.shape[0])
+
+
+Own = list[tuple[str, Delta, float]]
+
+
+def _by_site(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, Own]:
+    found: dict[Site, Own] = {}
+    for name, weight in weights.items():
+        for site, delta in of_matrices(model, name):
+            found.setdefault(site, []).append((name, delta, float(weight)))
+    return found
+
+
+def of_matrices(model: nn.Module, name: str) -> list[tuple[Site, Delta]]:
+    """The adapter's changes. Raises NotMergeable if one is of something else than a matrix."""
+    own = changes(model, name)
+    for site, _ in own:
+        if not site.is_matrix:
+            raise NotMergeable(
+                f"{name!r} changes {site.name!r} otherwise than by a matrix, which cannot be cut to a rank; combine low-rank adapters,"
+                f" or merge it and extract a low-rank one from the merged model"
+            )
+    return own
+
+
+def _join(site: Site, own: Own, cut: tuple[int | None, float | None], way: tuple[str, float, int]) -> Truncated:
+    how, density, seed = way
+    factors = [delta.factors(site) for _, delta, _ in own]
+    if how == "sum" and all(f is not None and f.is_product for f in factors):
+        A = torch.cat([precise(f.A) for f in factors if f])
+        B = torch.cat([w * precise(f.B) for f, (_, _, w) in zip(factors, own, strict=True) if f], 1)
+        return truncate_product(B, A, *cut)
+    if cut == (None, None):
+        why = "its change has no low rank" if how == "sum" else f"{how} leaves no low rank"
+        first = next(n for (n, _, _), f in zip(own, factors, strict=True) if how != "sum" or f is None or not f.is_product)
+        raise NotMergeable(f"{first!r} at {site.name!r}: {why}; give rank= or energy=")
+    dense = [precise(delta.delta(site)) for _, delta, _ in own]
+    weights = [w for _, _, w in own]
+    if how == "ties":
+        return truncate(ties(dense, weights, density), *cut)
+    if how == "dare":
+        dense = [dare(D, density, keyed(seed, f"{n}\0{site.name}")) for D, (n, _, _) in zip(dense, own, strict=True)]
+    return truncate(torch.stack([w * D for w, D in zip(weights, dense, strict=True)]).sum(0), *cut)
+
+
+def to_lora(model: nn.Module, name: str, new: str, *, rank: int | None = None, energy: float | None = None) -> list[Cut]:
+    """Adapter `name`, of any method, as the plain LoRA adapter `new` of a chosen rank or energy; see combine."""
+    return combine(model, {name: 1.0}, new, rank=rank, energy=energy)
+
+
+@torch.no_grad()
+def extract(
+    model: nn.Module,
+    tuned: nn.Module,
+    name: str,
+    *,
+    to: Target = "all-linear",
+    rank: int | None = None,
+    energy: float | None = None,
+    rest: str = "refuse",
+) -> list[Cut]:
+    """A LoRA adapter `name` on `model` holding what `tuned`, a trained copy of it, changed in the layers of `to`.
+
+    rest: what else may differ (embeddings, norms, biases, the head): "refuse" raises FormatError naming it, "keep"
+    keeps it whole beside the low-rank part, "drop" leaves it out. Raises ShapeError where the two models differ in
+    kind, ConfigError without a rank or an energy, all before anything is attached.
+    """
+    if rest not in ("refuse", "keep", "drop"):
+        raise ConfigError(f"unknown rest {rest!r}{suggest(rest, ('refuse', 'keep', 'drop'))}")
+    if rank is None and energy is None:
+        raise ConfigError("how far to cut? give rank= or energy= (0.9 keeps nine tenths of the squared norm)")
+    check_name(model, name)
+    before, after = base_parameters(model), base_parameters(tuned)
+    _same_kind(before, after)
+    there = dict(tuned.named_modules())
+    cuts, taken = [], set()
+    for site in find(model, to):
+        twin = type(site)(site.name, there[site.name])
+        D = precise(twin.weight()) - precise(site.weight())
+        taken.add(f"{site.name}.weight")
+        if D.any():
+            cuts.append((site, truncate(D, rank, energy)))
+    others = [n for n, p in before.items() if n not in taken and not torch.equal(precise(p), precise(after[n]))]
+    if others and rest == "refuse":
+        raise FormatError(
+            f"{len(others)} parameters outside the layers of to= differ too: {first_few(others)}; take rest='keep' or 'drop' (--rest)"
+        )
+    if not cuts and not others:
+        raise FormatError("the two models have the same weights; there is nothing to extract")
+    kept = _in_full(model, tuned, others, {s.name for s, _ in cuts}) if rest == "keep" else []
+    hang(model, name, [*((s, as_lora(s, c.A, c.B)) for s, c in cuts), *kept])
+    return [Cut(s.name, c.A.shape[0], c.error) for s, c in cuts]
+
+
+def _same_kind(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    wrong = [f"{n}: missing in one of them" for n in before.keys() ^ after.keys()]
+    wrong += [f"{n}: {tuple(p.shape)} and {tuple(after[n].shape)}" for n, p in before.items() if n in after and p.shape != after[n].shape]
+    if wrong:
+        raise ShapeError("the two models are not of one kind: " + first_few(sorted(wrong)))
+
+
+def _in_full(model: nn.Module, tuned: nn.Module, others: list[str], low_rank: set[str]) -> list[tuple[Site, Delta]]:
+    """The modules that hold the other parameters, with their changes in full."""
+    there = dict(tuned.named_modules())
+    kept: list[tuple[Site, Delta]] = []
+    for n in dict.fromkeys(p.rpartition(".")[0] for p in others):
+        if n in low_rank:
+            raise NotMergeable(f"{n!r} changed in its weight and in another parameter; a layer takes one kind of change in an adapter")
+        site, twin = LeafSite(n, dict(model.named_modules())[n]), LeafSite(n, there[n])
+        delta = get("full")(site)
+        delta.options = {}
+        next(delta.parameters()).copy_(precise(twin.weight()) - precise(site.weight()))
+        kept.append((site, delta))
+    return kept

@@ -1,0 +1,204 @@
+"""How acting changes reach a layer's output, and the sharing of x A' between layers that read the same x."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.methods.base.delta import Delta
+from veneer.ops.lowrank import expand, project
+from veneer.sites import Site
+from veneer.sites.quantised_linear import QuantisedLinear
+
+
+class Acting(NamedTuple):
+    """What acts on one layer now:  y + excess * (y - bias) + B A x, and the changes that have no such form.
+
+    A (r, in), B (out, r): those of all adapters stacked, with gains and strengths in B; excess (out,): g - 1, or None.
+    x is what the layer is given: c * x where a change with an input gain acts alone.
+    """
+
+    A: Tensor | None
+    B: Tensor | None
+    excess: Tensor | None
+    others: tuple[tuple[Delta, float], ...]
+
+
+class Part(NamedTuple):
+    """What one layer takes out of its group's shared product: h = x A' (..., r)."""
+
+    acting: Acting
+    h: Tensor
+
+
+class Held(NamedTuple):
+    """A shared product on its way from the first layer of a group to the others, and what it was made of."""
+
+    x: Tensor
+    switches: tuple[Any, ...]
+    sources: tuple[nn.Parameter | Tensor, ...]
+    versions: tuple[int, ...]
+    parts: dict[int, Part]
+
+
+class Group:
+    """Layers that read the same x one after the other: the first one called computes x A' for all.
+
+    A layer takes its part only where its input is that very tensor, and nothing that the product was made of changed
+    in between; else it computes its own. Copies of a group are empty, so that a copied layer goes its own way.
+    """
+
+    def __init__(self, *members: Deltas) -> None:
+        self.members = members
+        self.held: Held | None = None
+
+    def __reduce__(self) -> tuple[type[Group], tuple[()]]:
+        return Group, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return Group()
+
+    def clear(self, *event: Any) -> None:
+        """Forgets what is held; a forward hook on the module that owns the members."""
+        self.held = None
+
+    def part(self, deltas: Deltas, x: Tensor, dtype: torch.dtype) -> Part | None:
+        """This layer's part for the input x in dtype, or None where it has to compute its own."""
+        index = deltas.place
+        if not self.members or (not torch.compiler.is_compiling() and x.is_inference()):  # inference tensors have no versions
+            return None
+        if index == 0:
+            self.held = self._shared(x, dtype)
+        if self.held is None or index not in self.held.parts or not self._fits(self.held, x, dtype):
+            return None
+        found = self.held.parts[index]
+        rest = {i: p for i, p in self.held.parts.items() if i > index}
+        self.held = self.held._replace(parts=rest) if rest else None
+        return found
+
+    def _shared(self, x: Tensor, dtype: torch.dtype) -> Held | None:
+        every = [acting(m) for m in self.members]
+        As = [a.A for a in every if a.A is not None]
+        if every[0].A is None or len(As) == 1:
+            return None
+        hs = iter(project(x.to(dtype), As))
+        parts = {i: Part(a, next(hs)) for i, a in enumerate(every) if a.A is not None}
+        sources = () if torch.compiler.is_compiling() else (x, *(p for m in self.members for p in m.parameters()))
+        return Held(x, self._switches(dtype), sources, tuple(t._version for t in sources), parts)
+
+    def _switches(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        return dtype, torch.is_grad_enabled(), *(tuple(m.active.items()) for m in self.members)
+
+    def _fits(self, held: Held, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a part may be taken; under compilation there are no versions, as parameters do not change in a graph."""
+        same = held.x is x and held.switches == self._switches(dtype)
+        return same and held.versions == tuple(t._version for t in held.sources)
+
+
+def acting(deltas: Deltas) -> Acting:
+    """The acting changes of one layer, those in normal form summed into one."""
+    As, Bs, gains, others = [], [], [], []
+    for name, strength in deltas.active.items():
+        form = deltas[name].normal_form(deltas.site)
+        if form is None or (form.c is not None and not _is_whole(deltas)):
+            others.append((deltas[name], strength))
+            continue
+        if form.A.shape[0]:
+            As.append(form.A)
+            Bs.append(_times(form.B if form.g is None else form.g[:, None] * form.B, strength))
+        if form.g is not None:
+            gains.append(_times(form.g - 1, strength))
+    return Acting(_joined(As, 0), _joined(Bs, 1), sum(gains[1:], gains[0]) if gains else None, tuple(others))
+
+
+def input_gain(deltas: Deltas, x: Tensor) -> Tensor | None:
+    """What the layer's input x is multiplied by: the gain c of the change that acts alone and in full, if it has one."""
+    if not _is_whole(deltas):
+        return None
+    (name,) = deltas.active
+    return deltas[name].input_gain(x, deltas.site)
+
+
+def _is_whole(deltas: Deltas) -> bool:
+    """Whether one change acts, at strength 1: only then is W' x that change's own formula."""
+    return list(deltas.active.values()) == [1.0]
+
+
+def _joined(factors: list[Tensor], dim: int) -> Tensor | None:
+    if len(factors) < 2:
+        return factors[0] if factors else None
+    return torch.cat(factors, dim)
+
+
+def _times(change: Tensor, strength: float) -> Tensor:
+    return change if strength == 1 else strength * change
+
+
+def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
+    """The layer's output y with all acting changes, given its input x. writable: nobody else reads y."""
+    part = deltas.group.part(deltas, x, y.dtype) if deltas.group is not None else None
+    now = part.acting if part is not None else acting(deltas)
+    if now.others and _is_whole(deltas):
+        return now.others[0][0].onto(x, y, deltas.site, writable=writable)
+    changes = [_times(delta(x, y, deltas.site), strength) for delta, strength in now.others]
+    out = y
+    if now.excess is not None:
+        shift = deltas.site.shift()
+        out = torch.addcmul(y, now.excess.to(y.dtype), y if shift is None else y - shift)
+    if now.A is not None and now.B is not None:
+        h = part.h if part is not None else project(x.to(y.dtype), [now.A])[0]
+        out = expand(out, h, now.B, writable=out is not y or (writable and not changes))
+    for change in changes:
+        out = out + change
+    return out
+
+
+def is_private(module: nn.Module, hook: Any) -> bool:
+    """Whether nobody has seen the layer's fresh output before `hook`: a plain or quantised Linear, and no hook that runs earlier."""
+    plain = type(module) in (nn.Linear, QuantisedLinear) and "forward" not in module.__dict__
+    return plain and next(iter(module._forward_hooks.values())) is hook and not nn.modules.module._global_forward_hooks
+
+
+def forget(model: nn.Module) -> None:
+    """Takes the groups' hooks off the modules that own their members."""
+    for module in model.modules():
+        for key in [k for k, h in module._forward_hooks.items() if isinstance(getattr(h, "__self__", None), Group)]:
+            del module._forward_hooks[key]
+
+
+class Deltas(nn.Module):
+    """The child `deltas` of an adapted layer: its changes by adapter name, and the strengths of those that act."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.active: dict[str, float] = {}
+        self.called = False
+        self.group: Group | None = None  # of layers that read the same input, see discover.py
+        self.place = 0  # in the group
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Deltas:
+        """model.half() and .to(torch.bfloat16) move the changes and leave them in float32, which small steps need."""
+
+        def kept(t: Tensor) -> Tensor:
+            moved: Tensor = fn(t)
+            if t.is_meta or not t.is_floating_point():
+                return moved
+            return t.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+
+        super()._apply(kept, recurse)
+        return self
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __getitem__(self, name: str) -> Delta:
+        delta = self._modules[name]
+        assert isinstance(delta, Delta)
+        return delta
+
+    def names(self) -> list[str]:
+        """The adapters that change this layer, in the order of their attaching."""
+        return list(self._modules)

@@ -1,0 +1,1 @@
+"""Reads and writes PEFT's adapter files."""

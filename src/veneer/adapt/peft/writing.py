@@ -1,0 +1,134 @@
+"""PEFT's adapter folder, https://huggingface.co/docs/peft: its settings and names, and our changes written in them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt.attached import Changes
+from veneer.adapt.peft.settings import HEADS, PREFIX, TASKS, TOP, Table, table
+from veneer.adapt.peft.targets import PATTERNS, Config, at, ends, targeted, wrapped
+from veneer.methods import PeftForm
+from veneer.methods.full import Full
+from veneer.sites import LeafSite
+
+
+class Written(NamedTuple):
+    """An adapter in PEFT's format: its settings, the tensors of its changes, those of modules kept whole, and `own`,
+    by site, what PEFT has no words for."""
+
+    config: Config
+    tensors: dict[str, Tensor]
+    whole: dict[str, Tensor]
+    own: dict[str, Config]
+
+
+def write(model: nn.Module, changes: Changes) -> Written | None:
+    """The adapter as PEFT expresses it exactly on the untouched base, or None where PEFT cannot.
+
+    Changes of whole modules (method full) become modules_to_save, if there are others beside them.
+    """
+    whole: Changes = [(s, d) for s, d in changes if isinstance(d, Full)]
+    forms = {s.name: d.to_peft(s) for s, d in changes if not isinstance(d, Full)}
+    known = {n: f for n, f in forms.items() if f is not None}
+    if not known or len(known) < len(forms) or len({f.config["peft_type"] for f in known.values()}) > 1:
+        return None
+    settings = table(next(type(d) for _, d in changes if not isinstance(d, Full)))
+    saved = outermost(s.name for s, _ in whole)
+    config, shared = _settings(model, known, saved, settings), _shared([f.shared for f in known.values()])
+    if config is None or shared is None:
+        return None
+    if "fan_in_fan_out" in settings.always:
+        config["fan_in_fan_out"] = any(s.kind == "transposed" for s, _ in changes)
+    tensors = {f"{PREFIX}{n}.{end}": t for n, f in known.items() for end, t in f.tensors.items()}
+    own = {n: {k: v for k, v in f.config.items() if k not in settings.every} for n, f in known.items()}
+    return Written(config, {**tensors, **{f"{TOP}{n}": t for n, t in shared.items()}}, _saved(model, saved, whole), own)
+
+
+def _shared(found: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Every shared tensor with as many rows and columns as any layer uses, or None where the layers' parts are no parts of one."""
+    whole: dict[str, Tensor] = {}
+    for name in found[0]:
+        parts = [own[name] for own in found]
+        rows, columns = max(p.shape[0] for p in parts), max(p.shape[1] for p in parts)
+        largest = next((p for p in parts if p.shape == (rows, columns)), None)
+        if largest is None or not all(torch.equal(largest[: p.shape[0], : p.shape[1]], p) for p in parts):
+            return None
+        whole[name] = largest
+    return whole
+
+
+def _settings(model: nn.Module, forms: dict[str, PeftForm], saved: list[str], settings: Table) -> Config | None:
+    """adapter_config.json, or None where PEFT would apply it to other layers, or with other ranks, than ours."""
+    patterns = {key: pattern for key, pattern in PATTERNS.items() if pattern in settings.every}
+    per_site = {n: {k: v for k, v in f.config.items() if k in settings.every} for n, f in forms.items()}
+    shared = [{k: v for k, v in own.items() if k not in patterns} for own in per_site.values()]
+    if any(own != shared[0] for own in shared):
+        return None
+    config = {**settings.always, **shared[0], "modules_to_save": saved or None, **origin(model, saved)}
+    for key, pattern in patterns.items():
+        config[key], config[pattern] = _pattern({n: _whole(own[key]) for n, own in per_site.items()})
+    names = [n for n, m in model.named_modules() if ".deltas" not in f".{n}"]
+    for targets in (_endings(forms, names), "|".join(re.escape(n) for n in forms)):
+        config["target_modules"] = targets
+        exact = [n for n in names if targeted(config, n)] == [n for n in names if n in forms]
+        same = all(at(config, n)[key] == own[key] for n, own in per_site.items() for key in patterns)
+        if exact and same and wrapped(config, names) == set(saved):
+            return {k: v for k, v in config.items() if k in settings.always or v != settings.others.get(k)}
+    return None
+
+
+def origin(model: nn.Module, saved: list[str]) -> Config:
+    """Where the base came from, and the task by which PEFT chooses its wrapper; without the task's head in it, none."""
+    kind, known = type(model), getattr(getattr(model, "config", None), "model_type", None)
+    task = next((t for end, t in TASKS.items() if known and kind.__name__.endswith(end)), None)
+    heads = [n for n, _ in model.named_modules() if n.endswith(HEADS.get(task or "", ()))]
+    if not set(heads) <= set(saved):
+        task = None
+    return {
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "task_type": task,
+        "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+    }
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The most common value, and the others by the end of an expression that only their layers match."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    others = {n: v for n, v in values.items() if v != common}
+    if all(at({"r": common, "rank_pattern": others}, n)["r"] == v for n, v in values.items()):
+        return common, others
+    return common, {f"^{re.escape(n)}": v for n, v in others.items()}
+
+
+def _endings(sites: Iterable[str], names: list[str]) -> list[str]:
+    """The shortest endings of names that mean these layers and no others; whole names where there are none."""
+    sites = list(sites)
+    short = sorted({n.rsplit(".", 1)[-1] for n in sites})
+    return short if {n for n in names if ends(n, short)} == set(sites) else sorted(sites)
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """Sorted, and without the names of modules inside others of them."""
+    every = sorted(set(names))
+    return [n for n in every if not any(n.startswith(f"{o}.") for o in every)]
+
+
+def _saved(model: nn.Module, saved: list[str], whole: Changes) -> dict[str, Tensor]:
+    """All that the modules hold, buffers too, with their changes applied."""
+    own = {f"{n}.{k}": t for n in saved for k, t in model.get_submodule(n).state_dict().items() if ".deltas." not in f".{k}"}
+    for site, delta in whole:
+        assert isinstance(site, LeafSite)
+        parts = {n: site.module.get_parameter(n) for n in site.parameters}
+        changed = (site.weight() + delta.delta(site)).detach().flatten().split([p.numel() for p in parts.values()])
+        own.update({f"{site.name}.{n}": t.view_as(p) for (n, p), t in zip(parts.items(), changed, strict=True)})
+    return {f"{PREFIX}{k}": t for k, t in own.items()}

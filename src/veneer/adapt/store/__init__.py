@@ -1,0 +1,1 @@
+"""Saves adapters and loads them back: tensors, manifest, fingerprint of the base."""

@@ -1,0 +1,71 @@
+"""Our own tensors file, for changes that PEFT cannot express: every delta's state under `<layer>.<parameter>`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer import methods
+from veneer.adapt.attached import Changes
+from veneer.adapt.banks.rows import Rows
+from veneer.adapt.problems import Problem
+from veneer.adapt.store.manifest import method_of, site_options
+from veneer.errors import VeneerError, first_few
+from veneer.sites import site_of_kind
+
+TENSORS = "delta.safetensors"
+
+
+def homeless(changes: Changes) -> list[Problem]:
+    """Changes of methods that are not files of `veneer.methods`, and could not be built again when read."""
+    if any(isinstance(delta, Rows) for _, delta in changes):
+        return [Problem("fit", "it is a bank of several adapters; save each of them under its own name")]
+    odd = sorted({method_of(delta) for _, delta in changes} - set(methods.available()))
+    text = f"{first_few(odd)}: PEFT cannot express it, and Veneer could not load it: it is no method of its own; put it into veneer.methods"
+    return [Problem("fit", text)] if odd else []
+
+
+def read(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Changes, list[Problem]]:
+    """The changes that veneer.json describes, not attached, and all that is wrong with them."""
+    layers = dict(model.named_modules())
+    changes: Changes = []
+    problems: list[Problem] = []
+    used: set[str] = set()
+    for name, entry in manifest["sites"].items():
+        lead = f"{name}."
+        own = {k.removeprefix(lead): t for k, t in tensors.items() if k.startswith(lead)}
+        if name not in layers:
+            problems.append(Problem("fit", f"the model has no layer {name!r}"))
+            used |= {f"{lead}{k}" for k in own}
+            continue
+        try:
+            site = site_of_kind(entry["kind"], name, layers[name])
+            kind = methods.get(entry["method"])
+            start = methods.unseen(site) if methods.takes_stats(kind) else None  # the true one is among the tensors
+            delta = methods.build(kind, site, site_options(manifest, name), start)
+        except VeneerError as e:
+            problems.append(Problem("fit", str(e)))
+            used |= {f"{lead}{k}" for k in own}
+            continue
+        wanted = delta.state_dict()
+        used |= {f"{lead}{k}" for k in wanted}
+        wrong = _misfits(name, wanted, own)
+        problems += [Problem("fit", text) for text in wrong]
+        if not wrong:
+            delta.load_state_dict({k: own[k] for k in wanted})
+            changes.append((site, delta))
+    unused = [f"{k} {tuple(t.shape)}" for k, t in tensors.items() if k not in used]
+    if unused:
+        problems.append(Problem("unused", f"{len(unused)} tensors belong to no layer: {first_few(unused)}"))
+    return changes, problems
+
+
+def _misfits(name: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    missing = [f"missing: {name}.{k} {tuple(t.shape)}" for k, t in wanted.items() if k not in found]
+    return missing + [
+        f"wrong shape: {name}.{k} is {tuple(found[k].shape)}, the model asks for {tuple(t.shape)}"
+        for k, t in wanted.items()
+        if k in found and found[k].shape != t.shape
+    ]

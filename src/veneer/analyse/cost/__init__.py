@@ -1,0 +1,1 @@
+"""Predicts and measures FLOPs and memory."""

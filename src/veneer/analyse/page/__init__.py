@@ -1,0 +1,1 @@
+"""Draws the report page of a run: numbers in, HTML out."""

@@ -1,0 +1,103 @@
+"""The page of a demo: methods beside each other on every text, from its results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from veneer.analyse.numbers import amount, moved, percent, seconds
+from veneer.analyse.page import elements, plots, run_report
+from veneer.files import read_json
+from veneer.train.folder.layout import RESULTS
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def write(folder: Path) -> list[str]:
+    """Writes report.html into a demo's folder; what is missing from it, as sentences. Raises FormatError."""
+    results = read_json(folder / RESULTS)
+    by_target = _by_target(results["methods"])
+    noise = results["noise_bpb"]
+    wanted: run_report.Pictures = {f"dial-{t}": partial(plots.one_target, rows, noise) for t, rows in by_target.items()}
+    drawn, missing = run_report.draw(folder, wanted)
+    title = "Learning and forgetting, method by method"
+    ways = len({r["method"] for r in results["methods"]})
+    says = (
+        f"The built-in model, adapted for {results['steps']} steps in {ways} ways. All figures are bits per byte on text that nothing was"
+        f" trained on or chosen by; less is better. Differences below {noise:g} are noise at one seed."
+    )
+    parts = [
+        elements.title(title, f"veneer demo · seed {results['seed']} · {folder}"),
+        elements.paragraph(says, "lead"),
+        *(elements.paragraph(sentence, "missing") for sentence in missing),
+        *(_target(target, rows, drawn.get(f"dial-{target}"), noise) for target, rows in by_target.items()),
+        elements.section("Texts", elements.card(elements.table(*_texts(results["texts"]), numbers=2))),
+        elements.section("Versions", elements.card(elements.facts(results["versions"]))),
+    ]
+    run_report.put(folder, elements.whole(title, parts))
+    return missing
+
+
+def _by_target(rows: Rows) -> dict[str, Rows]:
+    return {t: [r for r in rows if r["target"] == t] for t in dict.fromkeys(r["target"] for r in rows)}
+
+
+def _target(target: str, rows: Rows, svg: str | None, noise: float) -> str:
+    """One text: the picture, the table, and samples."""
+    name = plots.TITLES.get(target, target)
+    caption = "Each line dials one adapter from off (star) past full strength (large dot). Down is learned, right is forgotten."
+    picture = elements.picture(svg, f"What methods learned of {name} and forgot, at several strengths", caption) if svg else ""
+    tables = [elements.table([make(r) for r in rows], head, numbers=1) for make, head in ((_moves, MOVES), (_use, USE))]
+    table = elements.card(tables[0], elements.paragraph(_ties(rows, noise), "small"), tables[1])
+    first = rows[0]
+    beside = elements.continued(first["prompt"], [("base", first["samples"]["before"]), *((_title(r), r["samples"]["after"]) for r in rows)])
+    return elements.section(f"Learning {name}", elements.pair(picture, table), elements.paragraph("One prompt, continued:", "sub"), beside)
+
+
+MOVES = ["method", "learned", "", "forgotten", ""]
+USE = ["method", "strength to use", "there: new, known", "trained", "adapter", "time"]
+
+
+def _moves(r: Mapping[str, Any]) -> list[str]:
+    changes = [{"before": r[f"{k}_bpb_before"], "after": r[f"{k}_bpb_after"]} for k in ("target", "known")]
+    return [_title(r), *(word for change in changes for word in (moved(change), percent(change)))]
+
+
+def _use(r: Mapping[str, Any]) -> list[str]:
+    at = next(p for p in r["dial"] if p["strength"] == r["recommended_strength"])
+    dialled = [f"{at['strength']:g}", f"{at['target_bpb']:.3f}, {at['known_bpb']:.3f}"]
+    return [_title(r), *dialled, amount(r["trainable_parameters"], ""), amount(r["adapter_bytes"]), seconds(r["seconds"])]
+
+
+def _ties(rows: Rows, noise: float) -> str:
+    """Which methods cannot be told apart."""
+    close = [
+        f"{_title(a)} and {_title(b)} in what they {word}"
+        for i, a in enumerate(rows)
+        for b in rows[i + 1 :]
+        for word, key in (("learned", "target_bpb_after"), ("forgot", "known_bpb_after"))
+        if abs(a[key] - b[key]) < noise
+    ]
+    return f"Not to be told apart at one seed: {'; '.join(close)}." if close else "All differences are larger than the noise of one seed."
+
+
+def _title(r: Mapping[str, Any]) -> str:
+    return plots.TITLES.get(r["method"], str(r["method"]))
+
+
+def _texts(texts: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """(rows, head): every text and part of it, with what describes it."""
+    found = [(name, part, facts) for name, parts in texts.items() for part, facts in _parts(parts)]
+    keys = list(dict.fromkeys(k for _, _, facts in found for k in facts if k != "sha256"))
+    rows = [[name, part, *(_fact(facts.get(k)) for k in keys)] for name, part, facts in found]
+    return rows, ["text", "part", *keys]
+
+
+def _parts(parts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return list(parts.items()) if all(isinstance(v, Mapping) for v in parts.values()) else [("test", parts)]
+
+
+def _fact(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)

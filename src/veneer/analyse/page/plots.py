@@ -1,0 +1,141 @@
+"""Pictures, made from numbers that stand in results.json and metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.analyse.page import figures
+from veneer.analyse.page.figures import PALETTE
+
+TITLES = {"full": "full fine-tuning", "lora": "LoRA", "loraplus": "LoRA+", "dora": "DoRA", "prose": "English prose", "c": "C headers"}
+COLOURS = {name: PALETTE[name] for name in ("full", "lora", "loraplus")}
+MARKED = 160  # points of a curve of training losses: more are taken together
+
+
+def learning_vs_forgetting(rows: Sequence[Mapping[str, Any]], file: Path, noise: float) -> Path:
+    """One panel a target: bits per byte on the target against bits per byte on known text, as strength is dialled.
+
+    rows: as in the demo's results.json, with `dial`, a list of {strength, target_bpb, known_bpb} measured on test text.
+    noise: differences below it are drawn as a grey cross around the base. Returns the PNG's path.
+    """
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    with figures.style():
+        figure = figures.blank((5.4 * len(targets), 4.6))
+        for panel, target in zip(figure.subplots(1, len(targets), squeeze=False)[0], targets, strict=True):
+            dialled(panel, [row for row in rows if row["target"] == target], noise)
+            panel.set_title(f"learning {TITLES.get(target, target)}")
+        figure.suptitle("Each line dials one adapter from off (star) to full strength (large dot) and beyond", fontsize=10)
+        figures.keep(figure, file)
+    return file
+
+
+def one_target(rows: Sequence[Mapping[str, Any]], noise: float) -> Any:
+    """The same for the rows of one target alone."""
+    figure = figures.blank((4.6, 3.8))
+    dialled(figure.subplots(), rows, noise)
+    return figure
+
+
+def dialled(panel: Any, rows: Sequence[Mapping[str, Any]], noise: float) -> None:
+    """Every row's dial as a line, known text across and new text up."""
+    for row in rows:
+        dial = sorted(row["dial"], key=lambda point: point["strength"])
+        x, y = [p["known_bpb"] for p in dial], [p["target_bpb"] for p in dial]
+        colour = COLOURS.get(row["method"], PALETTE["muted"])
+        panel.plot(x, y, "-", color=colour, linewidth=1.5, label=f"{TITLES.get(row['method'], row['method'])}")
+        panel.scatter(x, y, s=[70 if p["strength"] == 1 else 14 for p in dial], color=colour, zorder=3)
+        for point in dial:
+            if point["strength"] in (0.5, 1):
+                at = (point["known_bpb"], point["target_bpb"])
+                panel.annotate(f"{point['strength']:g}", at, textcoords="offset points", xytext=(6, 4), fontsize=8, color=colour)
+    base = (rows[0]["known_bpb_before"], rows[0]["target_bpb_before"])
+    panel.errorbar(*base, xerr=noise, yerr=noise, color=PALETTE["quiet"], linewidth=1)
+    panel.scatter(*base, marker="*", s=160, color=PALETTE["ink"], zorder=4, label="base model")
+    panel.set_xlabel("known text, bits per byte  (further right: more forgotten)")
+    panel.set_ylabel("new text, bits per byte  (lower: more learned)")
+    panel.legend()
+
+
+def training_loss(lines: Sequence[Mapping[str, Any]]) -> Any:
+    """The loss of every step, in nats a token, and its running mean; lines: of metrics.jsonl."""
+    steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    x, y = [s for s, _ in steps], [v for _, v in steps]
+    every = max(1, len(x) // MARKED)
+    figure = figures.blank()
+    panel = figure.subplots()
+    bins = [_mean(y[i : i + every]) for i in range(0, len(y), every)]
+    panel.plot(x[::every], bins, color=PALETTE["quiet"], linewidth=0.9, label="each step" if every == 1 else f"each {every} steps")
+    half = max(2, len(y) // 20)
+    smooth = [_mean(y[max(0, i - half) : i + half + 1]) for i in range(0, len(y), every)]
+    panel.plot(x[::every], smooth, color=PALETTE["ink"], label=f"mean of {2 * half + 1} steps")
+    panel.set_xlabel("step")
+    panel.set_title("training loss, nats per token")
+    panel.legend()
+    return figure
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def evaluations(lines: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Any:
+    """Bits per byte of valid, test and known text over the steps; a dotted line at the step that was kept."""
+    measured = [line for line in lines if "valid_bpb" in line]
+    figure = figures.blank()
+    panel = figure.subplots()
+    for word, colour in (("valid", "learned"), ("known", "forgotten")):
+        points = [(line["step"], line[f"{word}_bpb"]) for line in measured if f"{word}_bpb" in line]
+        panel.plot(*zip(*points, strict=True), "o-", color=PALETTE[colour], markersize=4, label=f"{word} text") if points else None
+    best = results.get("best_step")
+    if "test" in results.get("after", {}) and best is not None:
+        ends = [results[k]["test"] for k in ("before", "after")]
+        panel.plot([0, best], ends, "s", **_hollow("learned"), label="test text, before and after")
+    if best is not None:
+        panel.axvline(best, color=PALETTE["muted"], linestyle=":", linewidth=1)
+    panel.set_xlabel("step" if best is None else f"step  (dotted: {best}, the one that is kept)")
+    panel.set_title("bits per byte; less is better")
+    panel.margins(y=0.12)
+    panel.legend()
+    return figure
+
+
+def _hollow(colour: str) -> dict[str, Any]:
+    return {"markerfacecolor": PALETTE["paper"], "markeredgecolor": PALETTE[colour], "markersize": 7, "linestyle": "none"}
+
+
+def training_path(lines: Sequence[Mapping[str, Any]]) -> Any:
+    """Where the training went: known text across, valid text up, a dot at every evaluation."""
+    measured = [line for line in lines if "valid_bpb" in line and "known_bpb" in line]
+    x, y = [line["known_bpb"] for line in measured], [line["valid_bpb"] for line in measured]
+    figure = figures.blank()
+    panel = figure.subplots()
+    panel.plot(x, y, "o-", color=PALETTE["learned"], markersize=4)
+    panel.scatter(x[:1], y[:1], marker="*", s=160, color=PALETTE["ink"], zorder=4)
+    for i in sorted({0, len(x) // 2, len(x) - 1}):
+        word = "base" if i == 0 else f"step {measured[i]['step']}"
+        panel.annotate(word, (x[i], y[i]), textcoords="offset points", xytext=(8, 5), fontsize=9, color=PALETTE["muted"])
+    panel.set_xlabel("known text, bits per byte  (right: forgotten)")
+    panel.set_ylabel("valid text, bits per byte")
+    panel.set_title("lower is learned, further right is forgotten")
+    panel.margins(x=0.18, y=0.14)
+    return figure
+
+
+def dial(points: Sequence[Mapping[str, Any]], chosen: float) -> Any:
+    """The change of bits per byte against the base, in percent, as the adapter's strength is dialled."""
+    base = next(p for p in points if p["strength"] == 0)
+    figure = figures.blank()
+    panel = figure.subplots()
+    panel.axhline(0, color=PALETTE["muted"], linewidth=1)
+    for key, word, colour in (("target_bpb", "new text", "learned"), ("known_bpb", "known text", "forgotten")):
+        if base.get(key):
+            y = [100 * (p[key] / base[key] - 1) for p in points]
+            panel.plot([p["strength"] for p in points], y, "o-", color=PALETTE[colour], markersize=4, label=word)
+    panel.axvline(chosen, color=PALETTE["muted"], linestyle=":", linewidth=1)
+    panel.set_xticks([p["strength"] for p in points])
+    panel.set_xlabel(f"strength of the adapter  (dotted: {chosen:g}, the one to use)")
+    panel.set_title("bits per byte against the base, %; less is better")
+    panel.legend()
+    return figure

@@ -1,1 +1,0 @@
-"""What the commands do: wires data, adapters, training and evaluation together."""

@@ -1,0 +1,132 @@
+"""kohya's sd-scripts and LyCORIS: one file, names with underscores for dots, lora_down (A), lora_up (B), alpha, dora_scale.
+
+https://github.com/KohakuBlueleaf/LyCORIS. Only plain LoRA, its Tucker form and DoRA by output rows are pairs of factors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from veneer import files
+from veneer.convert import tensor_files
+from veneer.convert.base import Base
+from veneer.convert.detect import Found
+from veneer.convert.leftovers import Leftovers
+from veneer.convert.pairs import Pair, Pairs, only
+from veneer.convert.tensor_roles import Roles, by_module
+from veneer.errors import ConfigError, FormatError, first_few, suggest
+
+FILE = "lora.safetensors"
+ENDINGS = {
+    ".lora_down.weight": "A",
+    ".lora_up.weight": "B",
+    ".lora_mid.weight": "mid",
+    ".alpha": "alpha",
+    ".dora_scale": "m",
+    ".scalar": "scalar",
+}
+PARTS = {
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+    "lora_te3": "text_encoder_3",
+    "lora_transformer": "transformer",
+    "lycoris": "",
+}
+
+
+def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
+    """The pairs in a file. `base.names` resolve the flattened names: of the model, or of a pipeline's models by part."""
+    modules = by_module(tensor_files.tensors(found.file), ENDINGS, rest)
+    names = _resolve(modules, base.names)
+    parts = tuple(sorted({p for flat in modules if (p := _split(flat)[0])}))
+    return Pairs({names[flat]: _pair(names[flat], roles) for flat, roles in modules.items()}, parts)
+
+
+def _split(flat: str) -> tuple[str, str]:
+    """("unet", "down_blocks_0_..") of "lora_unet_down_blocks_0_.."."""
+    prefix = next((p for p in sorted(PARTS, key=len, reverse=True) if flat.startswith(f"{p}_")), None)
+    if prefix is None:
+        raise FormatError(f"{flat!r} begins with none of {', '.join(PARTS)}")
+    return PARTS[prefix], flat.removeprefix(f"{prefix}_")
+
+
+def _resolve(modules: Iterable[str], names: tuple[str, ...]) -> dict[str, str]:
+    """The real name of every flattened one. Raises ConfigError with those that no name, or more than one, flattens to."""
+    flattened: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        flattened[name.replace(".", "_")].append(name)
+    found: dict[str, str] = {}
+    lost: list[str] = []
+    several: list[str] = []
+    for flat in modules:
+        part, inner = _split(flat)
+        fits = flattened[f"{part}_{inner}"] if part and f"{part}_{inner}" in flattened else flattened[inner]
+        if len(fits) == 1:
+            found[flat] = fits[0] if not part or fits[0].startswith(f"{part}.") else f"{part}.{fits[0]}"
+        else:
+            (several if fits else lost).append(f"{flat} ({' or '.join(fits)})" if fits else flat)
+    if several:
+        raise ConfigError(f"underscores stand for dots, and more than one module could be meant: {first_few(several)}")
+    if lost:
+        hint = "the model that was given has none such" if names else "give the base model with model=, or its modules' names with names="
+        raise ConfigError(f"underscores stand for dots, and {len(lost)} modules cannot be told from their names: {first_few(lost)}; {hint}")
+    return found
+
+
+def _pair(name: str, roles: Roles) -> Pair:
+    A, B = roles["A"], roles["B"].flatten(1)
+    if "mid" in roles:  # down (r, in, 1, 1), then mid (r, r, kh, kw)
+        A = torch.einsum("rs...,si->ri...", roles["mid"], A.flatten(1))
+    alpha = float(roles["alpha"]) if "alpha" in roles else float(A.shape[0])  # without one the scaling is 1
+    if "scalar" in roles:
+        alpha *= float(roles["scalar"])
+    return Pair(A, B, alpha / A.shape[0], _magnitude(name, roles.get("m"), B), "conv" if A.ndim > 2 else "linear")
+
+
+def _magnitude(name: str, m: Tensor | None, B: Tensor) -> Tensor | None:
+    """m (out,). LyCORIS once scaled input columns (wd_on_output=False), which is another method."""
+    if m is None:
+        return None
+    if m.shape[0] != B.shape[0] or m.numel() != B.shape[0]:
+        shape = tuple(m.shape)
+        raise FormatError(f"{name}: dora_scale {shape} scales input columns (wd_on_output=False), which is not DoRA; merge it with LyCORIS")
+    return m.flatten()
+
+
+def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
+    """Writes lora.safetensors into `folder`; nothing is rounded but alpha, to float32.
+
+    Raises FormatError for embeddings, which the dialect has none of, and for names that flatten to the same.
+    """
+    only(pairs, ("linear", "conv"), "kohya's format", magnitude=True)
+    tensors: dict[str, Tensor] = {}
+    for name, p in pairs.sites.items():
+        flat, ones = _flat(name, pairs.parts), (1,) * (p.A.ndim - 2)
+        if f"{flat}.alpha" in tensors:
+            raise FormatError(f"{name} and another layer are both called {flat} in kohya's format")
+        own = {"lora_down.weight": p.A, "lora_up.weight": p.B.reshape(*p.B.shape, *ones), "alpha": torch.tensor(p.scaling * p.rank)}
+        if p.magnitude is not None:
+            own["dora_scale"] = p.magnitude.reshape(-1, 1, *ones)
+        tensors |= {f"{flat}.{k}": t for k, t in own.items()}
+    with files.replacing(folder / FILE) as (path,):
+        files.write_tensors(path, tensors)
+    return [] if pairs.parts else ["layers are called lycoris_..; for a part of a pipeline give part="]
+
+
+def _flat(name: str, parts: tuple[str, ...]) -> str:
+    """ "lora_unet_.." for a layer of a pipeline's part, "lycoris_.." for one of a single model. Two text encoders are te1 and te2."""
+    part = next((p for p in parts if name.startswith(f"{p}.")), "")
+    prefix = next((k for k, v in PARTS.items() if v == part), None)
+    if prefix is None:
+        raise ConfigError(f"kohya's format has no part {part!r}{suggest(part, filter(None, PARTS.values()))}")
+    if prefix == "lora_te" and any(re.fullmatch(r"text_encoder_\d", p) for p in parts):
+        prefix = "lora_te1"
+    return f"{prefix}_{name.removeprefix(f'{part}.') if part else name}".replace(".", "_")

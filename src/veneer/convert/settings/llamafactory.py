@@ -1,0 +1,146 @@
+"""LLaMA-Factory's YAML or JSON: https://github.com/hiyouga/LLaMA-Factory/tree/main/examples"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from veneer.convert.settings import execution, trainer
+from veneer.convert.settings.given import Given, Translation, Uncarried, without_nothing
+from veneer.errors import ConfigError
+from veneer.files import read_json
+
+SIGNS = ("stage", "finetuning_type", "cutoff_len", "lora_target", "template", "dataset_dir")
+DEFAULTS: dict[str, Any] = {
+    "stage": "sft",
+    "finetuning_type": "lora",
+    "lora_rank": 8,
+    "lora_target": "all",
+    "dataset_dir": "data",
+    "cutoff_len": 2048,
+    "learning_rate": 5e-5,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "linear",
+    "optim": "adamw_torch",
+    "weight_decay": 0.0,
+    "seed": 42,
+    "loraplus_lr_embedding": 1e-6,
+    "pissa_iter": 16,
+}
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "do_train": (True,),
+    "do_eval": (True, False),
+    "trust_remote_code": (False,),
+    "overwrite_cache": (True, False),
+    "overwrite_output_dir": (False,),
+    "plot_loss": (True, False),
+    "logging_steps": (),
+    "val_size": (0, 0.0),
+    "pissa_convert": (True, False),
+    "packing": (True, False),
+}
+ELSEWHERE = {
+    "template": "the tokenizer's own chat template is used",
+    "additional_target": "modules are not trained whole beside adapters here",
+    "val_size": "a tenth of the data is set aside here unless valid= is given",
+    "mask_history": "every assistant turn is learned here",
+    "max_samples": "all rows are read",
+    "adapter_name_or_path": "a training starts with a fresh adapter here",
+    "deepspeed": "training is on one device here",
+    "logging_steps": "every step is logged here",
+    "buffer_size": "a stream holds windows here, not rows; set buffer",
+}
+
+
+def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
+    """Our settings for a LLaMA-Factory file, whose data names are looked up in dataset_info.json under `folder`.
+
+    Raises ConfigError for a training that is not supervised, and for methods that are not here.
+    """
+    given, out = Given(values, DEFAULTS), Translation("llamafactory")
+    stage, kind = given.take("stage"), given.take("finetuning_type")
+    if stage not in ("sft", "pt"):
+        raise ConfigError(f"LLaMA-Factory's stage {stage!r} is not translated; sft and pt are")
+    if kind not in ("lora", "full"):
+        raise ConfigError(f"LLaMA-Factory's finetuning_type {kind!r} is not translated; lora and full are")
+    out.settings |= without_nothing({"model": given.take("model_name_or_path"), "out": given.take("output_dir")})
+    _data(given, out, folder)
+    if kind == "full":
+        out.settings["method"] = "full"
+        given.leave("quantization_bit", "full fine-tuning needs the base as it is")
+    else:
+        _method(given, out)
+        _quantised(given, out)
+    out.settings |= {
+        "lr": float(given.take("learning_rate")),
+        "batch": given.take("per_device_train_batch_size"),
+        "accumulate": given.take("gradient_accumulation_steps"),
+        "length": given.take("cutoff_len"),
+        "packing": _packing(given, out, stage),
+        "train_on": "all" if stage == "pt" or given.take("train_on_prompt") else "completion",
+        "seed": given.take("seed"),
+    }
+    trainer.optimiser(given, out, "optim")
+    trainer.schedule(given, out, "lr_scheduler_type")
+    trainer.rhythm(given, out)
+    trainer.precision(given, out)
+    smoothing = given.take("label_smoothing_factor")
+    out.settings |= {"label_smoothing": float(smoothing)} if smoothing else {}
+    execution.recomputed(given, out, "gradient_checkpointing")
+    given.leave("disable_gradient_checkpointing", "nothing is computed again here unless gradient_checkpointing is set", (True, False))
+    execution.compiled(given, out, "torch_compile")
+    execution.streamed(given, out, given.take("streaming") is True)
+    execution.tracked(given, out, "report_to")
+    for key, why in {**dict.fromkeys(HARMLESS, "not done here"), **ELSEWHERE}.items():
+        given.leave(key, why, HARMLESS.get(key, ()))
+    out.uncarried += given.uncarried()
+    return out
+
+
+def _packing(given: Given, out: Translation, stage: str) -> bool:
+    neat, packing = given.take("neat_packing"), given.take("packing")
+    if packing and not neat:
+        out.notes.append("packing: texts in one window do not see each other here, as with neat_packing there")
+    return bool(neat or (stage == "pt" if packing is None else packing))
+
+
+def _method(given: Given, out: Translation) -> None:
+    out.settings["method"] = "dora" if given.take("use_dora") else "lora"
+    rank, alpha = given.take("lora_rank"), given.take("lora_alpha")
+    options = {"rank": rank, "alpha": 2 * rank if alpha is None else alpha, "dropout": given.take("lora_dropout")}
+    out.settings["options"] = without_nothing({**options, "stabilised": given.take("use_rslora") or None})
+    if given.take("pissa_init"):
+        out.settings["options"]["init"] = "pissa"
+        given.leave("pissa_iter", "PiSSA's randomised SVD has its own number of iterations here", harmless=(-1,))
+    else:
+        given.take("pissa_iter")
+    target = given.take("lora_target")
+    names = tuple(t.strip() for t in target.split(",")) if isinstance(target, str) else tuple(target)
+    out.settings["to"] = "all-linear" if names == ("all",) else names
+
+
+def _quantised(given: Given, out: Translation) -> None:
+    bits = {4: "nf4", 8: "int8"}
+    if given.values.get("quantization_bit") in bits:
+        out.settings["quantise"] = bits[given.take("quantization_bit")]
+    else:
+        given.leave("quantization_bit", "bases are kept in 4 or 8 bits here")
+
+
+def _data(given: Given, out: Translation, folder: Path) -> None:
+    """Files behind the names, where dataset_info.json says them; else the names as they are, said so."""
+    where = folder / str(given.take("dataset_dir"))
+    known = read_json(where / "dataset_info.json") if (where / "dataset_info.json").is_file() else {}
+    for theirs, ours in (("dataset", "data"), ("eval_dataset", "valid")):
+        names = given.take(theirs) or ()
+        for name in [n.strip() for n in names.split(",")] if isinstance(names, str) else names:
+            entry = known.get(name, {})
+            if "file_name" in entry:
+                out.settings[ours] = (*out.settings.get(ours, ()), str(where / entry["file_name"]))
+            elif "hf_hub_url" in entry:
+                out.settings[ours] = (*out.settings.get(ours, ()), str(entry["hf_hub_url"]))
+            else:
+                out.uncarried.append(Uncarried(theirs, name, f"{where / 'dataset_info.json'} does not say which file this is"))

@@ -1,0 +1,61 @@
+"""Files into rows one at a time: nothing of a row is kept once it has been handed on, and a bad row is refused when it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from veneer.data import tables
+from veneer.data.columns import example, form_of
+from veneer.data.row_files import Row, check_file, json_object, read_file
+from veneer.data.tables import Entry
+from veneer.errors import DataError
+
+
+def file(path: Path) -> Iterator[Row]:
+    """The rows of a file in their order, as `read_file` has them; a plain text is one row, which is read when its turn comes.
+
+    Raises DataError at once for a file that is missing or cannot be read so, and later for the first row that does not fit.
+    """
+    check_file(path)
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        raise DataError(f"{path}: a JSON list cannot be read a row at a time; write it as .jsonl, with one object a line")
+    if suffix in tables.ARROW:
+        return rows(tables.arrow(path))
+    if suffix in tables.WRITTEN:
+        return rows(tables.separated(path, _lines(path, "")))
+    return rows(_objects(path)) if suffix == ".jsonl" else (row for _ in (0,) for row in read_file(path))
+
+
+def rows(entries: Iterator[Entry]) -> Iterator[Row]:
+    """The rows of one source. The first row's columns decide what all of them must have."""
+    form = None
+    for where, read_columns in entries:
+        try:
+            columns = read_columns()
+            form = form or form_of(columns)
+            row = Row(*example(form, columns), where)
+        except DataError as e:
+            raise DataError(f"{where}: {e}") from None
+        yield row
+
+
+def _objects(path: Path) -> Iterator[Entry]:
+    for n, line in enumerate(_lines(path, "\n"), 1):  # JSON strings may hold other line breaks
+        if line.strip():
+            yield f"{path} line {n}", partial(json_object, line)
+
+
+def _lines(path: Path, newline: str) -> Iterator[str]:
+    n = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as lines:
+            for n, line in enumerate(lines, 1):  # noqa: B007  (told where it fails)
+                yield line
+    except UnicodeDecodeError as e:
+        where = f"byte 0x{e.object[e.start]:02x} after line {n}"
+        raise DataError(f"{path} is not UTF-8 ({where}); convert it first, for instance with iconv") from None
+    if not n:
+        raise DataError(f"{path} is empty")

@@ -1,0 +1,1 @@
+"""Loads base models and adapters, and describes the machine they run on."""

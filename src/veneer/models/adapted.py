@@ -1,0 +1,200 @@
+"""A base model with adapters from folders, as the commands name them: FOLDER, NAME=FOLDER, FOLDER@STRENGTH."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from veneer.adapt.attach import NAME, detach, using
+from veneer.adapt.peft.settings import CONFIG as PEFT_CONFIG
+from veneer.adapt.peft.settings import TENSORS as PEFT_TENSORS
+from veneer.adapt.store import manifest, store
+from veneer.compress import store as packed_store
+from veneer.errors import ConfigError, first_few
+from veneer.files import read_json
+from veneer.models import pretrained
+from veneer.train.folder.layout import ADAPTER, BASE, CONFIG, METRICS
+
+SPEC = re.compile(r"(?:(?P<name>[^=@/]+)=)?(?P<folder>[^@]+?)(?:@(?P<strength>[-+.\de]+))?")
+
+
+PLAIN = re.compile(r"(?P<folder>.+)(?P<name>)(?P<strength>)")  # a folder whose path has the marks of SPEC in it
+
+
+class Wanted(NamedTuple):
+    """One adapter of a command: the name it gets, its folder (a run's folder stands for the adapter in it), its strength."""
+
+    name: str
+    folder: Path
+    strength: float
+
+
+class Opened(NamedTuple):
+    """The base model in eval mode with all adapters attached, its tokenizer and its name."""
+
+    model: nn.Module
+    tokenizer: Any
+    base: str
+
+
+def parse(specs: Sequence[str]) -> list[Wanted]:
+    """The adapters that the words name. Raises ConfigError for all words that cannot be read, and for equal names."""
+    found, problems = [], []
+    for spec in specs:
+        hit = PLAIN.fullmatch(spec) if Path(spec).is_dir() else SPEC.fullmatch(spec)
+        try:
+            strength = float(hit["strength"] or 1) if hit else 0.0
+        except ValueError:
+            hit = None
+        if not hit:
+            problems.append(f"adapter {spec!r}: write FOLDER, NAME=FOLDER or FOLDER@STRENGTH, such as runs/fit@0.75")
+            continue
+        folder = Path(hit["folder"])
+        name = hit["name"] or re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name)
+        if not NAME.fullmatch(name):
+            problems.append(f"adapter {spec!r}: {name!r} is no name; put one of letters, digits, '-' and '_' before it: NAME={spec}")
+        found.append(Wanted(name, folder, strength))
+    twice = sorted({w.name for w in found if any(o.name == w.name and o.folder != w.folder for o in found)})
+    if twice:
+        problems.append(f"several adapters are called {first_few(twice)}; name them apart: first={found[0].folder}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
+
+
+def summed(wanted: Sequence[Wanted]) -> dict[str, float]:
+    """The strength of every adapter, where all act together; one that is named twice acts with both strengths."""
+    found: dict[str, float] = {}
+    for w in wanted:
+        found[w.name] = found.get(w.name, 0.0) + w.strength
+    return found
+
+
+def title(w: Wanted) -> str:
+    """What an adapter is called where several are shown side by side."""
+    return w.name if w.strength == 1 else f"{w.name} at {w.strength:g}"
+
+
+def adapter_folder(folder: Path) -> Path:
+    """The folder of the adapter itself: a run keeps it in its folder `adapter`."""
+    return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+
+
+def base_of(wanted: Sequence[Wanted]) -> str:
+    """The base model that the adapters' runs or files name. Raises ConfigError if they name none, or different ones."""
+    bases = {w.folder: _base(w.folder) for w in wanted}
+    silent = [str(f) for f, base in bases.items() if not base]
+    if silent:
+        raise ConfigError(f"{first_few(silent)} does not say which model it was made for; give --model")
+    names = sorted({str(b) for b in bases.values()})
+    if len(names) > 1:
+        raise ConfigError(f"the adapters were made for different models: {first_few(names)}; give --model")
+    return names[0]
+
+
+def format_of(wanted: Sequence[Wanted], base: str) -> str | None:
+    """The format that the adapters' base was quantised to, None for a plain one or where `base` holds the quantised layers itself.
+
+    Raises ConfigError if the adapters were made for bases of different formats.
+    """
+    if packed_store.description(base) is not None:
+        return None
+    records = {w.folder: manifest.read(adapter_folder(w.folder)) for w in wanted}
+    found = {f: tuple(r["base"].get("quantised", ())) if r else () for f, r in records.items()}
+    if len(set(found.values())) > 1:
+        told = first_few(f"{folder} in {' and '.join(formats) or 'its own dtype'}" for folder, formats in found.items())
+        raise ConfigError(f"the adapters were made for a base in different formats: {told}; use them one at a time")
+    formats = next(iter(found.values()), ())
+    return formats[0] if len(formats) == 1 else None
+
+
+def _base(folder: Path) -> str | None:
+    for run in (folder, folder.parent):
+        if packed_store.description(run / BASE) is not None:
+            return str(run / BASE)
+        if (run / CONFIG).is_file() and adapter_folder(run).is_dir() and "run" in (config := read_json(run / CONFIG)):
+            return str(config["run"]["model"])
+    settings = adapter_folder(folder) / PEFT_CONFIG
+    return read_json(settings).get("base_model_name_or_path") if settings.is_file() else None
+
+
+def there(specs: Sequence[str]) -> list[Wanted]:
+    """The adapters that the words name, whose folders hold one. Raises ConfigError for all that are not there."""
+    wanted = parse(specs)
+    check_there(w.folder for w in wanted)
+    return wanted
+
+
+def check_there(folders: Iterable[Path]) -> None:
+    """Raises ConfigError for all folders in which no adapter is."""
+    missing = {folder: problem for folder in folders if (problem := _missing(folder))}
+    if missing:
+        raise ConfigError("\n".join(f"adapter {folder}: {problem}" for folder, problem in missing.items()))
+
+
+def _missing(folder: Path) -> str | None:
+    """Why there is no adapter in the folder, and where there is one."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if _holds_one(folder):
+        return None
+    if (folder / CONFIG).is_file() and (folder / METRICS).is_file():
+        return "the run there has not finished, and has no adapter yet; go on with it by veneer fit --resume"
+    inside = sorted(str(p) for p in folder.iterdir() if p.is_dir() and _holds_one(p))
+    return f"it holds no adapter{f'; name one of {first_few(inside)}' if inside else f' ({PEFT_CONFIG}, {manifest.NAME})'}"
+
+
+def _holds_one(folder: Path) -> bool:
+    own = adapter_folder(folder)
+    return any((own / name).is_file() for name in (PEFT_CONFIG, PEFT_TENSORS, manifest.NAME))
+
+
+@contextmanager
+def alone(model: nn.Module, w: Wanted | None, allow: Sequence[str] = ()) -> Iterator[None]:
+    """Within the block the adapter is on the model and acts alone, or none does. Raises what loading raises.
+
+    Adapters that cannot be on one model together, such as a change of whole modules beside low-rank ones, follow each other so.
+    """
+    if w is not None:
+        store.load(model, adapter_folder(w.folder), w.name, allow=allow)
+    try:
+        with using(model, {} if w is None else {w.name: w.strength}):
+            yield
+    finally:
+        if w is not None:
+            detach(model, w.name)
+
+
+def check(model: nn.Module, wanted: Sequence[Wanted], allow: Sequence[str] = ()) -> None:
+    """Raises what loading raises for the first adapter that cannot be loaded, before any is used."""
+    for w in {w.folder: w for w in wanted}.values():
+        with alone(model, w, allow):
+            pass
+
+
+def open_all(
+    specs: Sequence[str],
+    *,
+    model: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    allow: Sequence[str] = (),
+) -> tuple[Opened, list[Wanted]]:
+    """The base with every adapter attached, and what they are. Raises what reading and loading raise."""
+    wanted = there(specs)
+    opened = open_base(model or base_of(wanted), wanted, dtype, device)
+    for w in {w.name: w for w in wanted}.values():  # one adapter may be wanted at several strengths
+        store.load(opened.model, adapter_folder(w.folder), w.name, allow=allow)
+    return opened, wanted
+
+
+def open_base(base: str, wanted: Sequence[Wanted], dtype: torch.dtype, device: str) -> Opened:
+    """The base alone, quantised as it was for these adapters."""
+    tokenizer = pretrained.tokenizer(base)
+    return Opened(pretrained.causal_lm(base, dtype, torch.device(device), format_of(wanted, base)), tokenizer, base)

@@ -1,0 +1,116 @@
+"""Base models and their tokenizers, from a folder, the hub, or the installation itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer import embedded
+from veneer.compress import store
+from veneer.compress.quantise import quantise
+from veneer.errors import ConfigError, first_few
+
+
+def source(name: str) -> str:
+    """What transformers calls the model: the built-in model's folder for "builtin", else the name itself.
+
+    A folder of quantised layers stands for the model that they belong into.
+    """
+    name = origin(name)
+    return str(embedded.folder()) if name == embedded.PREFIX else name
+
+
+def origin(name: str) -> str:
+    """The model that a folder of quantised layers belongs into, or the name itself for any other."""
+    packed = store.description(name)
+    return name if packed is None else str(packed["model"])
+
+
+def tokenizer(name: str) -> Any:
+    """The model's tokenizer. Raises ConfigError if there is none."""
+    from transformers import AutoTokenizer
+
+    with _said_well(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source(name))
+
+
+def config(name: str) -> Any:
+    """The model's configuration. Raises ConfigError if there is none."""
+    from transformers import AutoConfig
+
+    with _said_well(name, "configuration"):
+        return AutoConfig.from_pretrained(source(name))
+
+
+def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: str | None = None) -> nn.Module:
+    """The language model in eval mode, with the quantised layers of the folder if it is one of them.
+
+    quantised: the format that its linear layers are kept in. Raises ConfigError if there is none, or if weights are missing
+    from it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _said_well(name, "causal language model"), no_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(source(name), dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        kind = type(model).__name__
+        raise ConfigError(f"model {name!r} lacks {len(missing)} weights of a {kind}, which would be random: {first_few(missing)}")
+    if origin(name) == embedded.PREFIX:
+        model.name_or_path = name  # what adapters record; the folder is this machine's own
+    if store.description(name) is not None:
+        store.load_quantised(model, name)
+        model.name_or_path = name
+    if quantised is not None:
+        quantise(model, quantised)
+    found: nn.Module = model.to(device).eval()
+    return found
+
+
+@contextmanager
+def _said_well(name: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as e:
+        path, why = Path(name), f" ({type(e).__name__}: {str(e).splitlines()[0]})"
+        if path.is_dir() and not (path / "config.json").is_file():
+            where, why = f"the folder {path} holds no model: it has no config.json", ""
+        elif path.is_dir():
+            where = f"the folder {path} holds no {what} that can be read"
+        elif path.is_absolute() or name.startswith("."):
+            where, why = f"there is no folder {path}", ""
+        else:
+            where = f"{name!r} is no folder here, and no {what} of that name could be had from the Hugging Face hub"
+        raise ConfigError(f"model: {where}{why}") from e
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Within the block transformers shows no progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def skeleton(model: str) -> nn.Module:
+    """The language model on the meta device: all names and shapes, and no weights. Raises ConfigError if there is none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source(model))
+        with torch.device("meta"):
+            found: nn.Module = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"model: no language model is described at {model!r} ({str(e).splitlines()[0]})") from None
+    return found

@@ -1,0 +1,1 @@
+"""Attention kernels with a backward of their own."""

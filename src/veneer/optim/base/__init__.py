@@ -1,0 +1,1 @@
+"""Defines the parts that every optimiser shares: groups, moments, pairs of factors."""

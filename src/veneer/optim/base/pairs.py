@@ -1,0 +1,142 @@
+"""The pairs A (r, in), B (out, r) among what is trained, found by their roles and put together by shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError, NotFinite, first_few
+from veneer.ops.matrix.grams import Gram, gram
+from veneer.ops.matrix.linalg import precise
+from veneer.optim.base.groups import FACTORS, Part
+
+
+class Pair(NamedTuple):
+    """The factors of a change s B A, s its module's own scaling; where: the name of what has them."""
+
+    where: str
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+    embedding: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(out, in, r)."""
+        return self.B.shape[0], self.A.shape[1], self.A.shape[0]
+
+
+def of(parts: Iterable[Part]) -> tuple[list[Pair], list[Part]]:
+    """The pairs, and what is in none. Raises ConfigError for a layer whose factors are not one A and one B, or where there is no pair."""
+    owned: dict[int, list[Part]] = defaultdict(list)
+    others = []
+    for part in parts:
+        if part.role in FACTORS and part.owner is not None:
+            owned[id(part.owner)].append(part)
+        else:
+            others.append(part)
+    odd = [found[0].name for found in owned.values() if not _is_pair(found)]
+    if odd:
+        raise ConfigError(f"this optimiser works on pairs A (r, in), B (out, r), and at {first_few(odd)} is none; use optimiser 'adamw'")
+    if not owned:
+        raise ConfigError("this optimiser works on pairs A (r, in), B (out, r), and none is trained; use optimiser 'adamw'")
+    return [_pair(found) for found in owned.values()], others
+
+
+def _is_pair(found: list[Part]) -> bool:
+    by_role = {p.role: p.parameter for p in found}
+    if len(found) != 2 or set(by_role) != set(FACTORS):
+        return False
+    A, B = by_role["A"], by_role["B"]
+    return A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
+
+
+def _pair(found: list[Part]) -> Pair:
+    by_role, first = {p.role: p.parameter for p in found}, found[0]
+    assert first.owner is not None
+    return Pair(first.name.rpartition(".")[0], by_role["A"], by_role["B"], first.owner.scaling, first.embedding)
+
+
+def by_shape(pairs: Iterable[Pair], *, mixed: bool = False) -> list[list[Pair]]:
+    """The pairs in buckets of one shape, dtype and rate, in the order of their first ones; mixed: on a CPU, of one rank."""
+    buckets: dict[Any, list[Pair]] = defaultdict(list)
+    for p in pairs:
+        shape = p.shape[2] if mixed and p.A.device.type == "cpu" else p.shape
+        buckets[(shape, p.A.dtype, p.A.device, p.embedding)].append(p)
+    return list(buckets.values())
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The pairs of a shape, or of a rank, that have a gradient: every A (r, n) and B (m, r), float32 at least, and their gradients.
+
+    A, B, gA, gB: stacks, of a shape alone. s: (L, 1, 1). states_a, states_b: what the optimiser remembers of each factor.
+    kept: the share of it that decay leaves.
+    """
+
+    every_A: list[Tensor]
+    every_B: list[Tensor]
+    every_gA: list[Tensor]
+    every_gB: list[Tensor]
+    s: Tensor
+    where: tuple[str, ...]
+    states_a: list[dict[str, Tensor]]
+    states_b: list[dict[str, Tensor]]
+    rate: float
+    kept: float
+
+    @cached_property
+    def A(self) -> Tensor:
+        """(L, r, n)."""
+        return torch.stack(self.every_A)
+
+    @cached_property
+    def B(self) -> Tensor:
+        """(L, m, r)."""
+        return torch.stack(self.every_B)
+
+    @cached_property
+    def gA(self) -> Tensor:
+        """(L, r, n)."""
+        return torch.stack(self.every_gA)
+
+    @cached_property
+    def gB(self) -> Tensor:
+        """(L, m, r)."""
+        return torch.stack(self.every_gB)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether products with whole factors are taken layer by layer: on a CPU, where stacking costs more than it saves."""
+        return self.s.device.type == "cpu"
+
+    def grams(self) -> tuple[Gram, Gram]:
+        """The spectra of A A' and B'B in one decomposition. Raises NotFinite."""
+        w, Q = gram(self.products())
+        return Gram(w[0], Q[0]), Gram(w[1], Q[1])
+
+    def products(self) -> Tensor:
+        """A A' and B'B (2, L, r, r). Raises NotFinite, naming the layers, where one is not finite."""
+        rows = [*self.every_A, *(B.t() for B in self.every_B)]
+        S = inner(rows, rows).unflatten(0, (2, -1)) if self.one_by_one else torch.stack([self.A @ self.A.mT, self.B.mT @ self.B])
+        fine = S.isfinite().flatten(2).all(-1).all(0)
+        if not fine.all():
+            wrong = [name for name, ok in zip(self.where, fine.tolist(), strict=True) if not ok]
+            raise NotFinite(f"A A' or B'B is not finite at {first_few(wrong)}; go on from a checkpoint with a lower lr")
+        return S
+
+
+def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """X Y' (L, r, r) of each X, Y (r, k), one by one."""
+    return torch.stack([torch.mm(X, Y.t()) for X, Y in zip(left, right, strict=True)])
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """(L, ..) in float32 at least."""
+    return precise(torch.stack([t.detach() for t in tensors]))

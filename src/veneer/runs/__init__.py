@@ -1,0 +1,1 @@
+"""Runs a training from its settings to its report."""

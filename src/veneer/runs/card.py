@@ -1,0 +1,163 @@
+"""README.md beside an adapter: its run told as a model card, from the files of the run and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer import methods
+from veneer.adapt.peft import settings
+from veneer.adapt.store import manifest
+from veneer.analyse.numbers import amount, percent, plain, seconds
+from veneer.analyse.page import run_page
+from veneer.analyse.page.run_page import Told
+from veneer.files import read_json, replacing
+from veneer.methods.base import described
+from veneer.runs import usage
+from veneer.train.folder.drift import record as record_of
+from veneer.train.folder.layout import ADAPTER, RESULTS
+
+CARD = "README.md"
+# Settings that shape a training, in the order of the card; data, method and places are told elsewhere.
+SHAPING = (
+    *("steps", "epochs", "batch", "accumulate", "length", "packing", "lr", "embedding_lr", "schedule", "warmup", "optimiser"),
+    *("optimiser_options", "weight_decay", "betas", "clip", "label_smoothing", "precision", "seed"),
+)
+
+
+def write(run: Path) -> Path:
+    """Writes the card into the adapter's folder of a finished run. Raises FormatError for files that are damaged."""
+    folder = run / ADAPTER
+    content = text(Told(read_json(run / RESULTS), record_of(run), (), run), read_json(folder / manifest.NAME), _peft(folder))
+    with replacing(folder / CARD) as (temporary,):
+        temporary.write_text(content, encoding="utf-8")
+    return folder / CARD
+
+
+def _peft(folder: Path) -> dict[str, Any] | None:
+    path = folder / settings.CONFIG
+    return read_json(path) if path.exists() else None
+
+
+def text(run: Told, record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> str:
+    """The whole card. record: veneer.json; peft: adapter_config.json, or None where PEFT cannot express the adapter."""
+    settings = run.config["run"]
+    about = described.of_module(methods.get(record["method"]))
+    parts = [
+        _header(settings, record, peft),
+        f"# {about.summary.partition(':')[0]} on {Path(settings['model']).name}",
+        run_page.lead(run),
+        *_section("Base", _base(run)),
+        *_section("Method", _method(about, record, run)),
+        *_section("Data", _data(run)),
+        *_section("Learned and forgotten", _figures(run)),
+        *_section("Training", _table(("setting", "value"), _settings(settings))),
+        *_section("Cost", _cost(run)),
+        *_section("Load it", *usage.ways(settings["model"], record, peft)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(title: str, *parts: str) -> list[str]:
+    return [f"## {title}", *parts]
+
+
+def _header(settings: Mapping[str, Any], record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> str:
+    """The Hub's YAML. A base that is a folder of somebody's machine has no name there, and no licence is made up."""
+    tags = dict.fromkeys([record["method"], *([peft["peft_type"].lower()] if peft else []), "veneer"])
+    model = settings["model"]
+    lines = [] if Path(model).exists() or "/" not in model else [f"base_model: {json.dumps(model)}"]
+    lines += [f"library_name: {'peft' if peft else 'veneer'}", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags)]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _base(run: Told) -> str:
+    base = run.config["base"]
+    return (
+        f"`{base['model']}`, a {base['class']}; fingerprint of its weights `{base['sha256']}`. Veneer refuses to load this on another base."
+    )
+
+
+def _method(about: described.Described, record: Mapping[str, Any], run: Told) -> str:
+    kind = methods.get(record["method"])
+    helps, options = described.option_helps(kind), record["options"]
+    paper = f" ([paper]({about.paper}))" if about.paper else ""
+    sites = record["sites"].values()
+    ranks = sorted({s["rank"] for s in sites if "rank" in s})
+    scales = sorted({s["scaling"] for s in sites if "scaling" in s})
+    shown = (f", of rank {_span(ranks)}" if ranks else "") + (f", scaled by {_span(scales)}" if scales else "")
+    trained = f"{len(sites)} layers are changed{shown}: {run.results['trainable_parameters']:,} trained parameters."
+    rows = [(f"`{name}`", plain(value), helps.get(name, "")) for name, value in options.items()]
+    return "\n\n".join([f"{about.summary}{paper}.", trained, *([_table(("option", "value", "meaning"), rows)] if rows else [])])
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _data(run: Told) -> str:
+    settings, facts = run.config["run"], run.config["data"]
+    rows = [
+        (part, ", ".join(_named(s) for s in settings.get(part if part != "train" else "data", ())) or "split off from train")
+        + tuple(f"{facts[part][k]:,}" for k in ("rows", "windows", "tokens", "learned_tokens"))
+        for part in run_page.PARTS
+        if part in facts
+    ]
+    if settings.get("stream"):
+        rows[0] = (f"{rows[0][0]} (the beginning of a stream)", *rows[0][1:])
+    what = "Of prompts and conversations only completions and the turns of " + ", ".join(settings["train_roles"]) + " are learned."
+    mask = "Every token is learned." if settings["train_on"] == "all" else what
+    return f"{_table(('text', 'from', 'rows', 'windows', 'tokens', 'learned tokens'), rows)}\n\n{mask}"
+
+
+def _named(source: str) -> str:
+    return Path(source).name if Path(source).exists() or source.startswith(("/", ".")) else source
+
+
+def _figures(run: Told) -> str:
+    before, after = run.results["before"], run.results["after"]
+    rows = [
+        ("known text" if name == "known" else f"new text ({name})", *_moved(before[name], after[name]))
+        for name in run_page.PARTS
+        if name in after
+    ]
+    says = ["Bits per byte; lower is better. One run with one seed: small differences may be noise."]
+    if "test" not in after:
+        says.append(run_page.NO_TEST)
+    if dial := run.results.get("dial"):
+        says.append(_dialled(dial))
+    return f"{_table(('text', 'before', 'after', 'change'), rows)}\n\n{' '.join(says)}"
+
+
+def _dialled(dial: Mapping[str, Any]) -> str:
+    at = next(p for p in dial["points"] if p["strength"] == dial["recommended"])
+    known = f", {at['known_bpb']:.3f} on known text" if at.get("known_bpb") is not None else ""
+    chosen = f"Used at strength {dial['recommended']:g}, chosen on {dial['chosen_on']}"
+    return f"{chosen}: {at['target_bpb']:.3f} on {dial['text']}{known}."
+
+
+def _moved(before: float, after: float) -> tuple[str, str, str]:
+    return f"{before:.3f}", f"{after:.3f}", percent({"before": before, "after": after})
+
+
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(f"`{name}`", plain(settings[name])) for name in SHAPING if settings.get(name) not in (None, {}, ())]
+
+
+def _cost(run: Told) -> str:
+    r = run.results
+    memory = f", {amount(r['peak_memory_bytes'])} of memory at most" if r["peak_memory_bytes"] else ""
+    versions = ", ".join(f"{name} {v}" for name, v in {"veneer": run.config["veneer"], **r["versions"]}.items())
+    kept = "" if r["best_step"] in (None, r["steps"]) else f"; the weights are those of step {r['best_step']}"
+    return (
+        f"{r['steps']:,} steps and {r['tokens']:,} tokens in {seconds(r['seconds'])} on {r['hardware']}{memory}{kept}."
+        f" The adapter takes {amount(r['adapter_bytes'])}. {versions}."
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown, with bars inside cells written so that they do not end them."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells])

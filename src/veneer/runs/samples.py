@@ -1,0 +1,32 @@
+"""Continues prompts with a model, for samples in reports and for `veneer generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.errors import ConfigError
+
+
+@torch.no_grad()
+def continuation(model: nn.Module, tokenizer: Any, prompt: str, *, seed: int = 0, temperature: float = 0.7, **options: Any) -> str:
+    """What the model writes after the prompt. Raises ConfigError if both together are longer than its context."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.tensor([[tokenizer.eos_token_id]])
+    ids = ids.to(next(model.parameters()).device)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and ids.shape[1] + options["max_new_tokens"] > longest:
+        raise ConfigError(
+            f"the prompt has {ids.shape[1]} tokens; with {options['max_new_tokens']} more it exceeds the model's context of {longest};"
+            " shorten one"
+        )
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    if not temperature:
+        options.pop("top_p", None)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        written = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **drawing, **options
+        )
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))

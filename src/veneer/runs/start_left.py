@@ -1,0 +1,51 @@
+"""How much of the weights a start takes: what is left of each when the part that A and B begin with is taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer import methods
+from veneer.adapt.attached import changes
+from veneer.methods import Stats, inits
+from veneer.methods.base.options import option
+from veneer.ops.matrix.linalg import norm_without
+from veneer.train.run import Run
+
+
+def of_weights(run: Run) -> str | None:
+    """The run's start, if it takes A and B out of the weights."""
+    kind = methods.get(run.method)
+    if "init" not in methods.options_of(kind):
+        return None
+    init = str(option(kind, "init", run.options))
+    return init if inits.get(init).NEEDS in inits.OF_WEIGHT else None
+
+
+@torch.no_grad()
+def left(model: nn.Module, name: str, stats: Mapping[str, Stats] | None) -> dict[str, float]:
+    """||W - s B A|| / ||W|| by layer, of the starts of adapter `name`.
+
+    stats: for starts that make up for quantisation, where W is the weight as it was loaded and what is left is
+    ||W - Q - s B A|| / ||W||.
+    """
+    found = {}
+    for site, delta in changes(model, name):
+        known = stats[site.name].left if stats else None
+        start = delta.taken()
+        if known is None and start is not None:
+            known = norm_without(site.weight().detach(), start.B, start.A)
+        if known is not None:
+            found[site.name] = known
+    return found
+
+
+def described(init: str, layers: Mapping[str, float]) -> dict[str, Any]:
+    """For config.json and results.json: the start, and what it leaves of the weights."""
+    middle = {"median": median(layers.values()), "least": min(layers.values()), "most": max(layers.values())}
+    return {"init": init, "left": middle, "layers": dict(layers)}
+

@@ -1,0 +1,1 @@
+"""Turns the texts of a run into windows of tokens."""

@@ -1,0 +1,110 @@
+"""The texts that a run names, as rows: files, datasets, or texts that every Python interpreter carries; each with a weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from veneer import embedded
+from veneer.data import hub, row_files_streamed, tables
+from veneer.data.repeats import weigh
+from veneer.data.row_files import REFUSED, Row, read
+from veneer.embedded import texts
+from veneer.errors import DataError, suggest
+
+NAMES = (*texts.DOMAINS, "known")
+WEIGHTED = re.compile(r"(?P<name>.+)@(?P<weight>\d+(\.\d+)?)")
+FILES = (".txt", ".md", ".jsonl", *tables.WRITTEN, *tables.ARROW, *REFUSED)  # endings that no dataset's name is taken to have
+
+
+def rows(names: Iterable[str], split: str, seed: int = 0) -> list[Row]:
+    """The rows of all sources. `split` is the part of a built-in text or a dataset to take where its name does not say one.
+
+    seed: decides which rows a source with a broken weight has once more. Raises one DataError for all that cannot be read.
+    """
+    found: list[Row] = []
+    problems: list[str] = []
+    for name in names:
+        try:
+            found += weigh(_read(plain(name), split), weight(name), seed)
+        except DataError as e:
+            problems.append(str(e))
+    if problems:
+        raise DataError("\n".join(problems))
+    return found
+
+
+def weight(name: str) -> float:
+    """3 for a.jsonl@3, and 1 for a source without a weight. Raises DataError for 0."""
+    _, times = _parted(name)
+    if times is not None and not float(times):
+        raise DataError(f"{name}: a weight of 0 leaves nothing of the source; leave it out")
+    return 1.0 if times is None else float(times)
+
+
+def plain(name: str) -> str:
+    """The source without its weight."""
+    return _parted(name)[0]
+
+
+def _parted(name: str) -> tuple[str, str | None]:
+    given = WEIGHTED.fullmatch(name)
+    return (name, None) if given is None or Path(name).exists() else (given["name"], given["weight"])
+
+
+def _read(name: str, split: str) -> list[Row]:
+    kind = _kind(name)
+    if kind == "builtin":
+        return _builtin(name, split)
+    if kind == "folder":
+        return hub.from_folder(*_folder(name), split)
+    return hub.from_hub(name, split) if kind == "hub" else read([Path(name)])
+
+
+def stream(name: str, split: str) -> Iterator[Row]:
+    """The rows of a source one after the other, read as they are taken. Raises DataError for what cannot be read so."""
+    kind = _kind(name)
+    if kind == "builtin":
+        return iter(_builtin(name, split))
+    if kind == "file":
+        return row_files_streamed.file(Path(name))
+    return row_files_streamed.rows(hub.entries(*(hub.folder(*_folder(name), split) if kind == "folder" else hub.on_hub(name, split, streaming=True))))
+
+
+def _kind(name: str) -> str:
+    """Where a source is read from: builtin, folder (of a dataset), hub, or file."""
+    path, head = Path(name), name.rpartition(":")[0]
+    if is_builtin(name):
+        return "builtin"
+    if (path.is_dir() and hub.is_folder(path)) or (head and hub.is_folder(Path(head))):
+        return "folder"
+    return "hub" if hub.NAME.fullmatch(name) and not path.parent.is_dir() and path.suffix.lower() not in FILES else "file"
+
+
+def _folder(name: str) -> tuple[Path, str]:
+    """A dataset's folder, and the split that the name adds to it."""
+    if Path(name).is_dir():
+        return Path(name), ""
+    head, _, tail = name.rpartition(":")
+    return Path(head), tail
+
+
+def is_builtin(name: str) -> bool:
+    """Whether a source is one of the interpreter's own texts: builtin:prose, builtin:c:valid, .."""
+    return name.startswith(f"{embedded.PREFIX}:")
+
+
+def _builtin(name: str, split: str) -> list[Row]:
+    domain, _, own = name.removeprefix(f"{embedded.PREFIX}:").partition(":")
+    part = own or split
+    if domain not in NAMES:
+        raise DataError(f"{name}: unknown built-in text {domain!r}{suggest(domain, NAMES)}")
+    parts = ("valid", "test") if domain == "known" else texts.SPLITS
+    if part not in parts:
+        raise DataError(f"{name}: the text {domain!r} has no part {part!r}; it has {', '.join(parts)}")
+    try:
+        documents = texts.known(part) if domain == "known" else texts.domain(domain, part)
+    except texts.TextMissing as e:
+        raise DataError(f"{name}: {e}") from None
+    return [Row("text", {"text": d.text}, f"{name} {d.title}") for d in documents]

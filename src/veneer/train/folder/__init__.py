@@ -1,0 +1,1 @@
+"""Lays out a run's folder: settings, metrics, checkpoints, result."""

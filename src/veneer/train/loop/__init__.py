@@ -1,0 +1,1 @@
+"""Trains step by step: schedule, evaluation, state, signals."""

@@ -1,0 +1,116 @@
+"""Several trainings in step on one base: one pass through it for the batches of all, each adapter learning from its own rows.
+
+Every training has a model of its own, all of which hold the same base weights, and evaluates, saves and stops as if it were
+alone. Steps alone are made together, on one more such model, the carrier, whose bank has all their changes side by side: the
+gradient of an adapter depends on its own rows only, so that each learns what it would have learned alone, up to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from veneer.adapt import attach, attached
+from veneer.adapt.banks.bank import Bank, living
+from veneer.adapt.banks.entries import check_trainable
+from veneer.data.pack import Window
+from veneer.errors import ConfigError, first_few
+from veneer.sites import site_of_kind
+from veneer.sites.find import output_head
+from veneer.tasks import causal_lm
+from veneer.train.errors import Diverged
+from veneer.train.loop.loop import Loop
+from veneer.train.loop.signals import Stop, Wish
+from veneer.train.loop.state import Position
+from veneer.train.loop.step import Learner, Outcome
+
+
+class Due(NamedTuple):
+    """One training's next step: its number in the bank, its learner, its micro-batches and its rate."""
+
+    number: int
+    learner: Learner
+    micro: list[list[Window]]
+    rate: float
+
+
+def share_base(models: Sequence[nn.Module]) -> None:
+    """Has models of equal weights hold those of the first one; their own are given back to the system."""
+    first = models[0]
+    for model in models[1:]:
+        for name, p in attached.base_parameters(model).items():
+            p.data = first.get_parameter(name).data
+        for name in [n for n, _ in model.named_buffers() if ".deltas." not in f".{n}"]:
+            path, _, own = name.rpartition(".")
+            model.get_submodule(path)._buffers[own] = first.get_buffer(name)
+
+
+def check(models: Mapping[str, nn.Module], adapter: str) -> None:
+    """Raises ConfigError, with all of them, where `adapter` of these models, by names for messages, cannot be trained together."""
+    check_trainable({name: attached.changes(model, adapter) for name, model in models.items()})
+    for name, model in models.items():
+        heads = sorted({site.name for site, _ in attached.changes(model, adapter)} & output_head(model))
+        if heads:
+            raise ConfigError(f"{name!r} changes {first_few(heads)}, which sees the rows of all runs as one; leave it out with exclude=")
+
+
+def carry(models: Sequence[nn.Module], adapter: str) -> Bank:
+    """The bank of a copy of the first model that holds the very same base; its adapter i + 1 is `adapter` of models[i]."""
+    found = {str(i): attached.changes(model, adapter) for i, model in enumerate(models)}
+    first = models[0]
+    carrier = copy.deepcopy(first, {id(t): t for t in [*attached.base_parameters(first).values(), *first.buffers()]})
+    kinds = {site.name: site.kind for changes in found.values() for site, _ in changes}
+    sites = {name: site_of_kind(kind, name, carrier.get_submodule(name)) for name, kind in kinds.items()}
+    attach.hang(carrier, "bank", living(found, sites))
+    attach.detach(carrier, adapter)
+    attach.activate(carrier, "bank")
+    return Bank(carrier)
+
+
+def run_together(loops: Sequence[Loop], bank: Bank, wish: Wish) -> list[Position]:
+    """Trains all loops to their ends; loop i is adapter i + 1 of the bank.
+
+    Raises Interrupted after a signal and Diverged where one training skips too many steps, once all of them are saved.
+    """
+    started = [time.monotonic() - loop.position.seconds for loop in loops]
+    for loop in loops:
+        loop.wish = wish
+    try:
+        with loops[0].voice.bar(loops[0].pace.steps, loops[0].position.step):
+            while going := [i for i, loop in enumerate(loops) if loop.goes_on()]:
+                wish.check()
+                before = time.monotonic()
+                outcomes = step(bank, [Due(i + 1, loops[i].learner, *loops[i].due()) for i in going])
+                for i, outcome in zip(going, outcomes, strict=True):
+                    loops[i].take(outcome, before, started[i])
+    except (Stop, Diverged) as e:
+        stopped = [loop.interrupted() for loop in loops]
+        raise (e if isinstance(e, Diverged) else stopped[0]) from None
+    finally:
+        for loop in loops:
+            loop.metrics.close()
+    return [loop.position for loop in loops]
+
+
+def step(bank: Bank, work: Sequence[Due]) -> list[Outcome]:
+    """One step of each training, as Learner.step makes it, from one pass for the first micro-batches of all, the second ones, .."""
+    labels = [due.learner.begin(due.micro) for due in work]
+    totals = [0.0] * len(work)
+    first = work[0].learner
+    device = first.parts[0].parameter.device
+    bank.model.train()
+    for k in range(max(len(due.micro) for due in work)):
+        turn = [i for i, due in enumerate(work) if k < len(due.micro)]
+        rows = [len(work[i].micro[k]) for i in turn]
+        bank.use([work[i].number for i, n in zip(turn, rows, strict=True) for _ in range(n)])
+        batch = first.batch([w for i in turn for w in work[i].micro[k]], device)
+        sums = causal_lm.losses(bank.model, batch, rows, [work[i].learner.smoothing for i in turn])
+        means = [total / labels[i] for i, total in zip(turn, sums, strict=True)]
+        sum(means[1:], means[0]).backward()
+        for i, mean in zip(turn, means, strict=True):
+            totals[i] += float(mean.detach())
+    return [due.learner.finish(due.micro, total, due.rate) for due, total in zip(work, totals, strict=True)]

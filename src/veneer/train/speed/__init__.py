@@ -1,0 +1,1 @@
+"""Makes training faster: compilation, attention kernels, frozen blocks."""

@@ -1,0 +1,168 @@
+"""What makes a training fast before its first step: shared products, and torch.compile of the body and of the loss."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt.shared_inputs import discover, ungroup
+from veneer.errors import ConfigError
+from veneer.ops.chunked import Kernel, whole
+from veneer.sites.blocks import blocks
+from veneer.tasks import Batch, Objective, causal_lm
+from veneer.tasks.head import cut
+from veneer.train.speed import fast_attention, graphs
+from veneer.train.speed.compile_settings import lean
+
+# A run is long enough for `auto` where its products take ten minutes or so: 4 per parameter and token, at what a core or a
+# GPU does in a second. Compilation takes about one, and makes steps a quarter to a third shorter.
+LONG = {"cpu": 600 * 1e11, "cuda": 600 * 1e14}
+COMPILERS = ("g++", "clang++", "c++", "cl")
+
+
+def is_long(model: nn.Module, tokens: float, device: torch.device) -> bool:
+    """Whether compilation pays in a training on that many tokens."""
+    return 4 * sum(p.numel() for p in model.parameters()) * tokens >= LONG.get(device.type, float("inf"))
+
+
+def missing(device: torch.device) -> str | None:
+    """What torch.compile needs on this device and does not find, or None."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "the package triton"
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    return None if any(map(shutil.which, wanted)) else f"a C++ compiler ({', '.join(wanted)})"
+
+
+class Shapes(NamedTuple):
+    """Of the batches that run compiled, one graph each; batches of other than `rows` rows, the last one of a run, do not."""
+
+    rows: int
+    widths: tuple[int, ...]
+
+
+def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False, with_graphs: bool = False) -> Objective:
+    """The objective to train this model with, as fast as it goes; the model is changed in nothing but its speed.
+
+    batch: any one of the training's, for a dry run that finds the layers with a common input. compiled: the model's
+    repeated blocks are compiled when first called, which takes a minute or less, once for each shape of a batch; with_graphs:
+    as CUDA graphs. `restore` undoes all.
+    """
+    restore(model)
+    with discover(model), torch.no_grad():
+        causal_lm.loss(model, batch)
+    fast_attention.use_faster(model, batch["input_ids"], compiled=compiled)
+    if not compiled:
+        return causal_lm.loss
+    head = cut(model)
+    body = model if head is None else head.body
+    options: dict[str, Any] = {"options": graphs.OPTIONS} if with_graphs else {}
+    for block in blocks(body) or [body]:
+        block.compile(dynamic=False, **options)  # a graph for each shape, whatever came before: a resumed training computes the same
+    objective = lean(functools.partial(causal_lm.loss, kernel=compiled_kernel()))
+    return graphs.on_graphs(objective) if with_graphs else objective
+
+
+def warm_up(model: nn.Module, objective: Objective, batch: Batch, *, smoothing: float = 0.0) -> float:
+    """Seconds of a first step that changes nothing, in which all is compiled. Raises ConfigError where that fails."""
+    started, training, device = time.monotonic(), model.training, next(model.parameters()).device
+    model.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            objective(model, batch, smoothing=smoothing)[0].backward()  # type: ignore[no-untyped-call, unused-ignore]
+    except RuntimeError as e:
+        restore(model)
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        raise ConfigError(f"torch.compile cannot compile this model: {lines[0]}; use compile='off'") from e
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+        _give_back_memory()
+    return time.monotonic() - started
+
+
+def _give_back_memory() -> None:
+    """What compiling took and no longer needs, a hundred megabytes or more, back to the system, where its library can do that."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def eagerly(wanted: bool = True) -> Iterator[None]:
+    """Within the block nothing is compiled, nor runs compiled; `wanted` False changes nothing."""
+    if not wanted:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def widths(length: int, packing: bool) -> tuple[int, ...]:
+    """The widths of batches in a compiled training: few, as each is compiled for itself.
+
+    Packed windows are nearly full; their blocks exist with and without a mask, so that three widths are six graphs of the
+    eight that torch.compile makes of one function before it gives up.
+    """
+    eighths = (2, 4, 8) if packing else range(1, 9)
+    return tuple(sorted({-(-length * n // 8) for n in eighths}))
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes `prepare`."""
+    ungroup(model)
+    fast_attention.use_own(model)
+    for module in model.modules():
+        module._compiled_call_impl = None
+
+
+
+
+def recompute(model: Any, wanted: bool) -> None:
+    """Has the model keep only what enters its blocks, and compute the rest again in the backward. Raises ConfigError."""
+    if not wanted:
+        return
+    try:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its older name
+        enable({"use_reentrant": False})
+    except (AttributeError, ValueError):
+        raise ConfigError(f"a {type(model).__name__} cannot compute its blocks again; use gradient_checkpointing=False") from None
+
+
+@contextmanager
+def recomputing(model: Any) -> Iterator[None]:
+    """Within the block the model computes its blocks again in the backward. Raises ConfigError."""
+    recompute(model, True)
+    try:
+        yield
+    finally:
+        (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+
+
+@functools.cache
+def compiled_kernel() -> Kernel:
+    """The loss of one chunk, compiled once for any number of positions."""
+    return functools.partial(whole, compiled=functools.cache(_for_any_number))
+
+
+def _for_any_number(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    compiled = torch.compile(function)
+
+    def act(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        if len(logits) > 1:  # a size of 1 is always compiled for itself
+            torch._dynamo.maybe_mark_dynamic(logits, 0)
+        return compiled(logits, *rest)
+
+    return act

@@ -1,0 +1,92 @@
+"""`veneer combine` and `veneer extract`: adapters made from adapters, and from two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.adapt import combine as algebra
+from veneer.adapt.combine import Cut
+from veneer.adapt.store import store
+from veneer.errors import ConfigError
+from veneer.models import adapted, pretrained
+
+NEW = "made"
+
+
+def combine(
+    adapter: Sequence[str],
+    *,
+    out: str,
+    rank: int | None = None,
+    energy: float | None = None,
+    how: str = "sum",
+    density: float = 0.5,
+    seed: int = 0,
+    model: str | None = None,
+    allow: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Saves one plain LoRA adapter that does what the given ones do together, and returns what its cut lost by layer.
+
+    adapter: FOLDER, NAME=FOLDER or FOLDER@WEIGHT; may be given several times, or once to cut its rank or make it plain LoRA
+    out: folder of the new adapter; must not exist
+    rank: cut each layer to the best of this rank
+    energy: keep this share of each layer's squared norm, such as 0.9
+    how: sum (exact), ties or dare
+    density: share of the numbers that ties and dare keep
+    seed: decides what dare drops
+    model: the base; the one that the adapters were made for unless given
+    allow: what to let through when loading, see veneer.load
+    """
+    _check_new(out)
+    opened, wanted = adapted.open_all(adapter, model=model, allow=allow)
+    cuts = algebra.combine(opened.model, adapted.summed(wanted), NEW, rank=rank, energy=energy, how=how, density=density, seed=seed)
+    store.save(opened.model, out, NEW)
+    return _told(out, cuts)
+
+
+def extract(
+    tuned: str,
+    *,
+    base: str,
+    out: str,
+    rank: int | None = None,
+    energy: float | None = None,
+    to: Sequence[str] = (),
+    rest: str = "refuse",
+) -> dict[str, Any]:
+    """Saves what a fine-tuned model changed in its base as a LoRA adapter, and returns what the cut lost by layer.
+
+    tuned: the fine-tuned model: a Hugging Face folder or id
+    base: the model that it was made from
+    out: folder of the new adapter; must not exist
+    rank: cut each layer to the best of this rank
+    energy: keep this share of each layer's squared norm, such as 0.9
+    to: names and endings of names of the layers to take; every linear one but the head unless given
+    rest: what else differs (embeddings, norms, the head): refuse, keep it whole beside the low-rank part, or drop it
+    """
+    _check_new(out)
+    cpu = torch.device("cpu")
+    before, after = (pretrained.causal_lm(name, torch.float32, cpu) for name in (base, tuned))
+    cuts = algebra.extract(before, after, NEW, to=list(to) or "all-linear", rank=rank, energy=energy, rest=rest)
+    store.save(before, out, NEW)
+    return _told(out, cuts)
+
+
+def _check_new(out: str) -> None:
+    if Path(out).exists():
+        raise ConfigError(f"out {out} exists; choose another folder or remove it")
+
+
+def _told(out: str, cuts: Sequence[Cut]) -> dict[str, Any]:
+    return {"folder": out, "layers": [vars(c) for c in cuts]}
+
+
+def text(found: dict[str, Any]) -> str:
+    """The cut of every layer as a table for people."""
+    lines = [f"{'layer':<48} {'rank':>5} {'lost':>8}"]
+    lines += [f"{c['site'][-48:]:<48} {c['rank']:>5} {c['error']:>8.2%}" for c in found["layers"]]
+    return "\n".join([*lines, f"saved in {found['folder']}"])

@@ -1,0 +1,62 @@
+"""`veneer data show`: rows as the model reads them, token by token, with what is learned of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from veneer.data.chat import parts
+from veneer.data.tokens import encode
+from veneer.errors import ConfigError
+from veneer.models import pretrained
+from veneer.runs.texts import texts
+from veneer.train.loop.progress import Voice
+from veneer.train.run import Run
+
+BACK = 4  # tokens that are decoded before one, as a token's text may depend on those before it
+MOST = 3  # bytes of a character that do not end it
+
+
+def show(run: Run, rows: int = 3) -> dict[str, Any]:
+    """The first rows to learn from: {"rows": [{where, kind, length, learned, too_long, tokens: [{id, text, learned}]}], "notes": [..]}.
+
+    notes: what was set aside or left out of the texts before. The first token is never learned: nothing comes before it. Raises the
+    errors of texts that cannot be read.
+    """
+    if rows < 1:
+        raise ConfigError(f"rows {rows} must be 1 or more")
+    run = texts.named(run)
+    voice = Voice(False)
+    found = texts.gather(run, voice)["train"]
+    tokenizer = pretrained.tokenizer(run.model)
+    shown = [_row(r, run, tokenizer) for r in found[:rows]]
+    return {"model": run.model, "length": run.length, "of": len(found), "rows": shown, "notes": voice.said}
+
+
+def _row(row: Any, run: Run, tokenizer: Any) -> dict[str, Any]:
+    found = encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer)
+    ids, learned = found.ids.tolist(), [False, *found.learned.tolist()[1:]]
+    each = zip(ids, pieces(ids, tokenizer), learned, strict=True)
+    return {
+        "where": row.where,
+        "kind": row.kind,
+        "length": len(ids),
+        "learned": sum(learned),
+        "too_long": row.kind != "text" and len(ids) - 1 > run.length,
+        "tokens": [{"id": i, "text": text, "learned": is_learned} for i, text, is_learned in each],
+    }
+
+
+def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """What each token adds to the text; of a character that is made of several tokens, the last one adds it."""
+    found: list[str] = []
+    ends = [0]  # places where no character is open
+    for i in range(len(ids)):
+        begin = next((e for e in reversed(ends) if e <= ends[-1] - BACK), 0)
+        before, now = (tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False) for end in (ends[-1], i + 1))
+        if now.endswith("\ufffd") and i + 1 < len(ids) and i - ends[-1] < MOST:
+            found.append("")
+        else:
+            found.append(now[len(before) :] if now.startswith(before) else tokenizer.decode([ids[i]]))
+            ends.append(i + 1)
+    return found

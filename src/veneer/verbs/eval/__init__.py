@@ -1,0 +1,1 @@
+"""Measures base and adapters on texts and benchmarks."""

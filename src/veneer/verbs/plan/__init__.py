@@ -1,0 +1,1 @@
+"""Predicts a run's memory and time before it starts."""

@@ -1,0 +1,85 @@
+"""The seconds and bytes of three steps of a training, taken in memory after two that load and warm up all they need."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import NamedTuple
+
+from veneer.analyse.cost import process_memory
+from veneer.analyse.cost.memory import Live, Saved
+from veneer.analyse.cost.simulate import Memory
+from veneer.data.order import Order
+from veneer.runs.learner import learner as learner_of
+from veneer.runs.prepare import Ready
+from veneer.train.loop.evaluate import bits_per_byte, sample
+from veneer.train.loop.loop import Pace
+from veneer.train.loop.progress import Voice
+from veneer.train.loop.step import Learner
+from veneer.train.speed.compiling import eagerly
+
+WARM, STEPS = 2, 3  # in the first step kernels are chosen, in the second memory is still asked of the system
+
+
+class Measured(NamedTuple):
+    """Medians a step: seconds, and processor_seconds, which do not grow while other programs compute.
+
+    evaluation_seconds: of one batch; growth: bytes of the process, or of the GPU, at the peak over the loaded model, None
+    where the system does not tell; live: bytes of all tensors at once over the loaded model; activations: bytes kept.
+    """
+
+    seconds: float
+    processor_seconds: float
+    evaluation_seconds: float
+    growth: int | None
+    live: int
+    activations: int
+
+    def corrected(self, estimate: Memory) -> Memory:
+        """The estimate with what was measured in its place."""
+        return estimate._replace(activations=self.activations, peak=estimate.weights + estimate.adapter + self.live)
+
+
+def measure(ready: Ready, order: Order, pace: Pace, *, held: int | None) -> Measured:
+    """Trains for a few steps, spread over the run as their batches may differ; the model is not what it was afterwards.
+
+    held: bytes of the loaded model, as `resident.forget_peak` told them. Raises what training raises.
+    """
+    device = next(ready.model.parameters()).device
+    learner = learner_of(ready, order, Voice(False))
+    evaluation = _evaluate(learner, ready, order)
+    spread = [i * order.steps // (WARM + STEPS) for i in range(WARM + STEPS)]
+    times = [_timed(learner, order, pace, step) for step in spread]
+    walls, processors = zip(*times[WARM:], strict=True)
+    most = process_memory.peak(device)
+    growth = None if held is None or most is None else most - held
+    live, saved = _counted(learner, order)
+    return Measured(statistics.median(walls), statistics.median(processors), evaluation, growth, live, saved)
+
+
+def _timed(learner: Learner, order: Order, pace: Pace, step: int) -> tuple[float, float]:
+    """Seconds, and processor seconds, of a step."""
+    started = time.monotonic(), time.process_time()
+    learner.step(order.step(step), pace.rate(step))
+    return time.monotonic() - started[0], time.process_time() - started[1]
+
+
+def _evaluate(learner: Learner, ready: Ready, order: Order) -> float:
+    """Seconds of one batch of evaluation, which a training begins with too: the last of two of each text, once all is loaded."""
+    seconds = 0.0
+    for windows in (sample(t.windows, 2 * order.batch) for part, t in ready.texts.items() if part != "train"):
+        for batch in (windows[: order.batch], windows[-order.batch :]):
+            started = time.monotonic()
+            bits_per_byte(learner.model, batch, learner.objective, batch=order.batch)
+            seconds = time.monotonic() - started
+    return seconds
+
+
+def _counted(learner: Learner, order: Order) -> tuple[int, int]:
+    """Bytes that exist at once over model and adapter, and bytes kept for the backward of one pass."""
+    state = [t for s in learner.optimiser.state.values() for t in s.values()]
+    held = sum(t.numel() * t.element_size() for t in state)
+    live, saved = Live(), Saved([*learner.model.parameters(), *learner.model.buffers()])
+    with eagerly(), live, saved.watching():
+        learner.step(order.step(0), 0.0)
+    return live.made.peak + held, saved.kept.peak

@@ -1,0 +1,124 @@
+"""Which one setting would halve the memory of a step: each is halved until it does, by shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from veneer import methods
+from veneer.adapt import attach
+from veneer.analyse.cost import simulate
+from veneer.analyse.cost.simulate import Memory, Shape
+from veneer.optim.base.groups import of_adapter
+from veneer.runs import base_model, start_calibration
+from veneer.runs.prepare import FULL, NAME, Ready
+from veneer.train.run import Run
+from veneer.train.speed import compiling
+
+TRIAL = "trial"  # the name of an adapter that exists for a moment
+MOST = 3  # halvings of one setting
+
+
+class Trial(NamedTuple):
+    """A changed setting in words, and its peak as a share of what it was."""
+
+    setting: str
+    change: str
+    share: float
+
+    @property
+    def halves(self) -> bool:
+        """Whether half of the memory or less is left."""
+        return self.share <= 0.5
+
+
+def halving(ready: Ready, shape: Shape, now: Memory) -> list[Trial]:
+    """One trial for every setting that can be made smaller: those that halve the memory by the mildest change first."""
+    found = []
+    for setting in (_recompute, _batch, _precision, _length, _rank):
+        last = None
+        for times, (trial, memory) in enumerate(setting(ready, shape, now), 1):
+            last = times, trial._replace(share=memory.peak / now.peak)
+            if last[1].halves:
+                break
+        if last:
+            found.append(last)
+    return [t for _, t in sorted(found, key=lambda f: (not f[1].halves, f[0] if f[1].halves else f[1].share))]
+
+
+Trials = Iterator[tuple[Trial, Memory]]
+
+
+def _recompute(ready: Ready, shape: Shape, now: Memory) -> Trials:
+    if ready.run.gradient_checkpointing or not ready.model.supports_gradient_checkpointing:
+        return
+    with compiling.recomputing(ready.model):
+        yield Trial("gradient_checkpointing", "gradient_checkpointing, which takes a third more time", 1.0), _memory(ready, shape)
+
+
+def _batch(ready: Ready, shape: Shape, now: Memory) -> Trials:
+    run = ready.run
+    for i in range(1, MOST + 1):
+        rows, passes = shape.rows >> i, shape.passes << i
+        if not rows:
+            return
+        smaller = shape._replace(rows=rows, labels=max(1, shape.labels >> i), passes=passes)
+        yield Trial("batch", f"batch {rows}, accumulate {run.accumulate << i}", 1.0), _memory(ready, smaller)
+
+
+def _length(ready: Ready, shape: Shape, now: Memory) -> Trials:
+    for i in range(1, MOST + 1):
+        tokens = shape.tokens >> i
+        if tokens < 2:
+            return
+        smaller = shape._replace(tokens=tokens, labels=max(1, shape.labels >> i))
+        yield Trial("length", f"length {tokens}", 1.0), _memory(ready, smaller)
+
+
+def _precision(ready: Ready, shape: Shape, now: Memory) -> Trials:
+    if ready.run.precision == "fp32":
+        yield Trial("precision", "precision bf16", 1.0), _memory(ready, shape, narrow=True)
+
+
+def _rank(ready: Ready, shape: Shape, now: Memory) -> Trials:
+    run = ready.run
+    known = methods.options_of(methods.get(run.method))
+    if run.method == FULL or "rank" not in known:
+        return
+    rank = int(run.options.get("rank", known["rank"].default))
+    most = min(MOST, rank.bit_length() - 1)
+    hopeful = 2 * (now.adapter + now.gradients + now.optimiser) > now.peak
+    for i in range(1 if hopeful else max(1, most), most + 1):  # what cannot halve the memory is tried once, at its smallest
+        smaller = replace(
+            run, options={**run.options, "rank": rank >> i}, rank_pattern={k: max(1, r >> i) for k, r in run.rank_pattern.items()}
+        )
+        with _instead(ready.model, smaller):
+            memory = _memory(ready._replace(parts=of_adapter(ready.model, TRIAL)), shape)
+        yield Trial("rank", f"rank {rank >> i}", 1.0), memory
+
+
+def _memory(ready: Ready, shape: Shape, *, narrow: bool = False) -> Memory:
+    full, bf16 = ready.run.method == FULL, narrow or ready.run.precision == "bf16"
+    base = torch.bfloat16 if narrow and not full else None
+    states = ready.optimiser.state_bytes(ready.trained)
+    return simulate.step(ready.model, shape, full=full, base=base, autocast=full and bf16, states=states).memory
+
+
+@contextmanager
+def _instead(model: nn.Module, run: Run) -> Iterator[None]:
+    """Within the block another adapter acts, that of `run`."""
+    layers: dict[str, Any] = {name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")}
+    stats = start_calibration.unseen(model, run) if start_calibration.needed(run) else None
+    options = {k: v for k, v in run.options.items() if k != "init" or base_model.start_of(run) is None}  # as large with any start
+    attach.attach(model, run.method, name=TRIAL, stats=stats, **layers, **options)
+    try:
+        with attach.using(model, TRIAL):
+            yield
+    finally:
+        attach.detach(model, TRIAL)
+        attach.train_only(model, NAME)

@@ -1,0 +1,170 @@
+"""`veneer verify`: proves that an adapter is complete, belongs to a base, was loaded and has an effect there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from veneer.adapt import attach, attached, probe
+from veneer.adapt.peft import reading, settings
+from veneer.adapt.problems import ALLOW
+from veneer.adapt.sizes import size
+from veneer.adapt.store import manifest, store
+from veneer.errors import ConfigError, FormatError, first_few, suggest
+from veneer.files import read_json
+from veneer.models import adapted, pretrained
+from veneer.models.dtypes import DTYPES
+
+NAME = "being-verified"
+# What `store.load` refuses, by the word that would let it through, and what it shows when it does not.
+LOADING = {
+    "sha256": "the tensors are those that were saved",
+    "unused": "every tensor belongs to a layer",
+    "base": "the base is the one that it was made for",
+    "finite": "all numbers are finite",
+    "zero": "every layer changes something",
+    "norm": "every change has the size that it was saved with",
+    "probe": "the outputs are those that were kept with it",
+}
+WITH_MANIFEST = ("sha256", "base", "norm", "probe")
+
+
+class Check(NamedTuple):
+    """passed: None where it could not be checked; text says what was seen, or why not."""
+
+    name: str
+    passed: bool | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked. layers: of the base that the adapter changes; dead: those of them whose change is zero."""
+
+    adapter: str
+    checks: list[Check]
+    layers: list[str]
+    dead: list[str]
+
+    @property
+    def good(self) -> bool:
+        """Whether no check said no; the command line exits with 3 otherwise."""
+        return all(c.passed is not False for c in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        checks = [c._asdict() for c in self.checks]
+        return {"adapter": self.adapter, "good": self.good, "checks": checks, "layers": self.layers, "dead": self.dead}
+
+
+def verify(adapter: str, *, model: str | None = None, dtype: str = "float32", device: str = "cpu") -> Report:
+    """Loads the adapter on its base and reports whether it is complete, belongs there and has an effect.
+
+    adapter: folder of the adapter, or of the run that trained it
+    model: the base; the one that the adapter names unless given
+    dtype: of the base: float32, bfloat16 or float16
+    device: where to compute: cpu, cuda, ..
+    """
+    folder = Path(adapter)
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}{suggest(dtype, DTYPES)}")
+    adapted.check_there([folder])
+    wanted = [adapted.Wanted(NAME, folder, 1.0)]
+    base = model or adapted.base_of(wanted)
+    found = pretrained.causal_lm(base, DTYPES[dtype], torch.device(device), adapted.format_of(wanted, base))
+    return examine(found, adapted.adapter_folder(folder))
+
+
+def examine(model: nn.Module, folder: str | Path, *, inputs: Mapping[str, Any] | None = None) -> Report:
+    """The report on the adapter in `folder` and a base in hand, which is left as it was.
+
+    inputs: keyword arguments of one call of the model, for models that are not of language.
+    """
+    folder = Path(folder)
+    words = ("fit", *LOADING)
+    whole = _refused(model, folder, set()) is None
+    wrong = {word: None if whole else _refused(model, folder, set(ALLOW) - {word}) for word in words}
+    checks = [Check("complete", wrong["fit"] is None, wrong["fit"] or "every layer that it names is there, with all its tensors")]
+    checks += _targets(model, folder)
+    if wrong["fit"] is not None:
+        return Report(str(folder), checks, [], [])
+    silent = _no_manifest(folder)
+    for word, good in LOADING.items():
+        if wrong[word] is None and silent.get(word):
+            checks.append(Check(word, None, silent[word]))
+        else:
+            checks.append(Check(word, wrong[word] is None, wrong[word] or good))
+    store.load(model, folder, NAME, allow=tuple(ALLOW))
+    try:
+        sizes = {site.name: size(site, delta) for site, delta in attached.changes(model, NAME)}
+        checks.append(_effect(model, inputs))
+    finally:
+        attach.detach(model, NAME)
+    return Report(str(folder), checks, list(sizes), [n for n, s in sizes.items() if s.zero])
+
+
+def _refused(model: nn.Module, folder: Path, allow: set[str]) -> str | None:
+    """What loading refuses when all of `allow` is let through, on one line; None if it loads."""
+    try:
+        store.load(model, folder, NAME, allow=tuple(allow))
+    except FormatError as e:
+        lines = [line.removeprefix("- ") for line in str(e).splitlines() if not line.startswith("to go on")]
+        return "; ".join(lines[1:] or lines)
+    attach.detach(model, NAME)
+    return None
+
+
+def _targets(model: nn.Module, folder: Path) -> Iterator[Check]:
+    """Whether each entry of target_modules is a layer of the model: PEFT trains without those that are not, and says nothing."""
+    path = folder / settings.CONFIG
+    config = read_json(path) if path.is_file() else {}
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        return
+    idle = reading.idle_targets(config, [n for n, _ in model.named_modules()])
+    text = f"no layer is called {first_few(idle)}" if idle else f"each of {first_few(targets)} is a layer of the base"
+    yield Check("targets", not idle, text)
+
+
+def _no_manifest(folder: Path) -> dict[str, str]:
+    """Why something could not be checked, by word."""
+    record = manifest.read(folder)
+    if record is None:
+        return dict.fromkeys(WITH_MANIFEST, f"another program wrote the folder: it has no {manifest.NAME} to compare with")
+    return {} if record["probe"] else {"probe": f"none was kept: {record.get('no_probe') or 'no reason given'}"}
+
+
+def _effect(model: nn.Module, inputs: Mapping[str, Any] | None) -> Check:
+    """Whether the outputs on a probe differ with the adapter on and off, and how much."""
+    taken = probe.take(model, NAME, inputs)
+    if isinstance(taken, str):
+        return Check("effect", False if "finite" in taken else None, taken)
+    off, on = probe.outputs(model, NAME, taken["inputs"])
+    change, largest = float((on - off).abs().max()), float(off.abs().max())
+    if change == 0:
+        return Check("effect", False, "the outputs with it are those of the base, bit for bit")
+    flips = float((on.argmax(-1) != off.argmax(-1)).float().mean())
+    return Check(
+        "effect",
+        True,
+        f"the outputs move by up to {change:.3g}, where the largest is {largest:.3g}; {flips:.0%} of the first choices change",
+    )
+
+
+def text(report: Report) -> str:
+    """The report for people, a check a line."""
+    words = {True: "yes", False: "NO", None: "?"}
+    lines = [f"{words[c.passed]:<4} {c.name:<9} {c.text}" for c in report.checks]
+    if report.dead:
+        lines.append(f"dead layers: {first_few(report.dead, 20)}")
+    total = f"{report.adapter}: " + ("verified" if report.good else "NOT what it should be") + f", {len(report.layers)} layers"
+    return "\n".join([*lines, total])
+
+
+def exit_code(report: Report) -> int:
+    """0, or 3 where a check said no."""
+    return 0 if report.good else 3

@@ -1,0 +1,117 @@
+"""Rows as other programs write them become messages; what does not fit is named. Expected messages are written out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support import tiny
+
+from veneer.data import row_files
+from veneer.errors import DataError
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
+ADD = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]
+
+
+def said(*pairs: tuple[str, str]) -> list[dict[str, object]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+@pytest.mark.parametrize(
+    ("given", "columns"),
+    [
+        (
+            {"instruction": "Add.", "input": "2 and 3", "output": "5", "id": 1},
+            {"id": 1, "messages": said(("user", "Add.\n2 and 3"), ("assistant", "5"))},
+        ),
+        (
+            {"instruction": "And 4?", "input": None, "output": "9", "system": "Be brief.", "history": [["2 and 3?", "5"]]},
+            {"messages": said(("system", "Be brief."), ("user", "2 and 3?"), ("assistant", "5"), ("user", "And 4?"), ("assistant", "9"))},
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "2 and 3?"},
+                    {"from": "function_call", "value": '{"name": "add", "arguments": "{\\"a\\": 2, \\"b\\": 3}"}'},
+                    {"from": "observation", "value": "5"},
+                    {"from": "gpt", "value": "Five."},
+                ],
+                "system": "Be brief.",
+                "tools": json.dumps(ADD),
+            },
+            {
+                "messages": [
+                    *said(("system", "Be brief."), ("user", "2 and 3?")),
+                    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                    *said(("tool", "5"), ("assistant", "Five.")),
+                ],
+                "tools": ADD,
+            },
+        ),
+        (
+            {"conversations": said(("user", "Hi"), ("assistant", "Ho"))},
+            {"messages": said(("user", "Hi"), ("assistant", "Ho"))},
+        ),
+        (
+            {
+                "messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "x1", "function": {"name": "now"}}]}],
+                "tools": None,
+            },
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [{"id": "x1", "type": "function", "function": {"name": "now", "arguments": {}}}],
+                    }
+                ]
+            },
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            {"messages": said(("assistant", "ab"))},
+        ),
+        ({"messages": json.dumps(said(("assistant", "x")))}, {"messages": said(("assistant", "x"))}),
+    ],
+)
+def test_rows_of_other_programs_become_messages(tmp_path, given, columns):
+    (row,) = row_files.read_file(tiny.jsonl(tmp_path / "a.jsonl", given))
+    assert (row.kind, row.columns) == ("messages", columns)
+    assert row_files.unused([row]) == [c for c in given if c == "id"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"instruction": "x"}, "no column 'output'; it has 'instruction'"),
+        ({"instruction": "x", "outptu": "y"}, "no column 'output'; did you mean 'outptu'?; it has 'instruction', 'outptu'"),
+        ({"instruction": "x", "output": "", "history": [["a", "b"]]}, "'output' is empty: there would be nothing to learn"),
+        ({"instruction": "x", "output": 5}, "'output' is 5, not text"),
+        ({"instruction": "x", "output": "y", "input": 5}, "'input' is 5, not text"),
+        ({"instruction": "x", "output": "y", "system": 5}, "'system' is 5, not text"),
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, "'history' 1 is [\"a\"], not a question and an answer"),
+        ({"conversations": []}, "'conversations' is not a list with at least one message"),
+        ({"conversations": [{"from": "gpt"}]}, "message 1 has no text 'value'"),
+        (
+            {"conversations": [{"from": "humn", "value": "x"}]},
+            "message 1: 'from' is 'humn'; did you mean 'human'?",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "x"}]},
+            "no message of role 'assistant' with content: there would be nothing to learn",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "add"}]}, "message 1: a call in 'tool_calls' has no function name"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "add", "arguments": "2, 3"}]}]},
+            "message 1: the arguments of 'add' are \"2, 3\", not an object",
+        ),
+        ({"messages": said(("assistant", "x")), "tools": "add"}, "'tools' is \"add\", not a list of descriptions"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "message 1 has no text 'content'"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, given, message):
+    path = tiny.jsonl(tmp_path / "a.jsonl", given)
+    with pytest.raises(DataError) as e:
+        row_files.read_file(path)
+    assert str(e.value) == f"{path} line 1: {message}"

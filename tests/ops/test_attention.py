@@ -1,0 +1,123 @@
+"""Attention with a backward of its own: equal to PyTorch's, plain and compiled, and used only where it is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.models import llama, randomise
+
+import veneer
+from veneer.ops.attention.short import LONGEST, attend
+from veneer.tasks import causal_lm
+from veneer.train.speed import compile_settings, fast_attention
+from veneer.train.speed.compile_settings import KEPT
+from veneer.train.speed.compiling import prepare, restore
+
+
+def tensors(t, dtype, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, t, 3, 16, generator=draw, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_() for _ in range(4)]
+
+
+def documents(t):
+    place = torch.arange(t)
+    return ((place[:, None] >= place) & (place[:, None] // 7 == place // 7))[None, None]
+
+
+def relative(a, b):
+    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("t", "compiled"), [(2, False), (33, False), (33, True), (128, True), (256, True)])
+def test_output_and_gradients_are_pytorchs(t, compiled, dtype, tolerance, masked):
+    q, k, v, do = tensors(t, dtype)
+    mask = documents(t) if masked else None
+
+    def own(q, k, v):
+        return attend(q, k, v, scale=0.3, mask=mask)
+
+    torch._dynamo.reset()
+    ours = (torch.compile(own, dynamic=False) if compiled else own)(q, k, v)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=0.3)
+    assert relative(ours, theirs) <= tolerance
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), do), torch.autograd.grad(theirs, (q, k, v), do), strict=True):
+        assert relative(a, b) <= tolerance
+
+
+def test_a_row_that_sees_nothing_gives_no_gradient_and_no_nan():
+    q, k, v, do = tensors(5, torch.float32)
+    mask = documents(5)
+    mask[..., 2, :] = False
+    for g in torch.autograd.grad(attend(q, k, v, scale=1.0, mask=mask), (q, k, v), do):
+        assert g.isfinite().all()
+
+
+def batch(t=12):
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 97, (2, t), generator=draw)
+    return {"input_ids": ids, "labels": torch.randint(0, 97, (2, t), generator=draw)}
+
+
+def packed(t=12):
+    return {**batch(t), "position_ids": torch.cat([torch.arange(5), torch.arange(t - 5)]).expand(2, t)}
+
+
+def step(model, objective, given):
+    model.zero_grad()
+    loss, n = objective(model, given)
+    (loss / n).backward()
+    return loss.detach(), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("make", "kept"), [(batch, KEPT), (packed, 0.4)])
+def test_a_compiled_training_step_is_the_plain_one(make, kept, monkeypatch):
+    model = veneer.attach(llama(attn_implementation="sdpa"), "lora", rank=2).train()
+    randomise(model)
+    given = make()
+    loss, gradients = step(model, causal_lm.loss, given)
+    monkeypatch.setattr(fast_attention, "FASTER", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(compile_settings, "KEPT", kept)
+    objective = prepare(model, given, compiled=True)
+    assert model.config._attn_implementation == fast_attention.SHORT
+    ours, own = step(model, objective, given)
+    assert relative(ours, loss) <= 1e-5 and own.keys() == gradients.keys()
+    for k, g in gradients.items():
+        assert relative(own[k], g) <= 1e-5, k
+    restore(model)
+    assert model.config._attn_implementation == "sdpa" and all(m._compiled_call_impl is None for m in model.modules())
+
+
+@pytest.mark.parametrize("to", [r".*layers\.1\..*", r".*layers\.0\..*o_proj|.*layers\.1\..*"])
+def test_blocks_that_are_adapted_in_other_layers_have_graphs_of_their_own(to):
+    torch._dynamo.reset()
+    model = veneer.attach(llama(attn_implementation="sdpa"), "lora", to=to, rank=2).train()
+    randomise(model)
+    given = batch()
+    loss, gradients = step(model, causal_lm.loss, given)
+    ours, own = step(model, prepare(model, given, compiled=True), given)
+    restore(model)
+    assert relative(ours, loss) <= 1e-5 and own.keys() == gradients.keys()
+    for k, g in gradients.items():
+        assert relative(own[k], g) <= 1e-5, k
+
+
+def test_other_cases_are_pytorchs_own(monkeypatch):
+    monkeypatch.setattr(fast_attention, "FASTER", (torch.float32,))
+    calls = []
+    monkeypatch.setattr(fast_attention, "attend", lambda *a, **k: calls.append(a) or attend(*a, **k))
+    model = llama(attn_implementation="sdpa", max_position_embeddings=512).train()
+    assert fast_attention.use_faster(model, batch()["input_ids"], compiled=True)
+    model(**batch()).logits.sum().backward()
+    assert len(calls) == 2
+    calls.clear()
+    with torch.no_grad():
+        model(**batch())
+    model.generate(batch()["input_ids"], max_new_tokens=2, pad_token_id=0)
+    model(**batch(LONGEST + 1))
+    assert not calls
+    fast_attention.use_own(model)
+    for other in (llama(attn_implementation="eager"), torch.nn.Linear(2, 2)):
+        assert not fast_attention.use_faster(other, batch()["input_ids"], compiled=True)

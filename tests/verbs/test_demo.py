@@ -1,0 +1,84 @@
+"""The demo: its numbers, what it promises about learning, a second run, and the strength it recommends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from veneer.cli.frame import main
+from veneer.embedded.texts import DOMAINS, has
+from veneer.runs.dial import Point, recommend
+from veneer.verbs import demo as module
+from veneer.verbs.demo import CONTENDERS, demo, text
+
+TARGETS = [d for d in DOMAINS if has(d)]
+LEAST = {"prose": 0.10, "c": 0.15}  # what LoRA must learn, as a share of the base's bits per byte
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_lora_learns_what_the_demo_promises(target, tmp_path):
+    """The demo's own setting, its whole length, judged on test text that nothing was chosen by."""
+    from veneer.runs.fit import fit
+
+    run = module.settings(tmp_path, target, "lora", CONTENDERS["lora"], steps=100, seed=0)
+    row = module.Judge(seed=0).row(target, "lora", fit(run, progress=False))
+    assert row["target_bpb_after"] <= (1 - LEAST[target]) * row["target_bpb_before"]
+    assert row["known_bpb_after"] > row["known_bpb_before"]  # it does forget, and says so
+    assert row["samples"]["before"] != row["samples"]["after"]
+    assert 0.5 <= row["recommended_strength"] <= 1.25
+
+
+def test_the_demo_writes_what_it_says_and_a_second_run_repeats_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "WINDOWS", 2)
+    monkeypatch.setattr(module, "DIALLED", {"valid": [0.5, 1.0], "test": [0.5, 1.0]})
+    monkeypatch.setattr(module, "has", lambda name: name == "prose")
+    out = tmp_path / "demo"
+    results = demo(str(out), steps=2, progress=False)
+    stored = json.loads((out / "results.json").read_text())
+    assert stored == json.loads(json.dumps(results))
+    assert [(r["target"], r["method"]) for r in stored["methods"]] == [("prose", m) for m in ("full", "lora", "loraplus")]
+    for r in stored["methods"]:
+        for key in ("target_bpb_before", "target_bpb_after", "known_bpb_before", "known_bpb_after", "seconds"):
+            assert isinstance(r[key], float) and r[key] > 0
+        assert r["trainable_parameters"] == (4_262_144 if r["method"] == "full" else 157_696)
+        assert r["adapter_bytes"] > 4 * r["trainable_parameters"]
+    assert (out / "learning-vs-forgetting.png").read_bytes().startswith(b"\x89PNG")
+    shown = text(results)
+    for words in ("full fine-tuning", "LoRA+", "are noise at one seed", "Next: veneer generate --adapter"):
+        assert words in shown
+    logs = {f: f.read_bytes() for f in out.glob("*/metrics.jsonl")}
+    again = demo(str(out), steps=2, progress=False)
+    assert {f: f.read_bytes() for f in out.glob("*/metrics.jsonl")} == logs and len(logs) == 3
+    assert [r["target_bpb_after"] for r in again["methods"]] == [r["target_bpb_after"] for r in results["methods"]]
+    (out / "thesis.txt").write_text("mine")
+    capsys.readouterr()
+    assert main(["demo", "--out", str(out), "--steps", "0", "--fresh"]) == 2  # before anything is removed
+    assert capsys.readouterr().err == "error: steps 0 must be 1 or more\n" and (out / "results.json").is_file()
+    module._clear(out)
+    assert [p.name for p in out.iterdir() if p.suffix != ".png"] == ["thesis.txt"]
+
+
+def test_the_rates_are_those_of_the_committed_sweep():
+    sweep = json.loads((Path(__file__).parents[2] / "bench/results/demo_rates.json").read_text())["figures"]
+    for label, contender in CONTENDERS.items():
+        for target, rate in contender.rates.items():
+            assert rate == sweep[f"{target}_{label}_rate"]
+
+
+def test_without_c_headers_the_demo_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "WINDOWS", 2)
+    monkeypatch.setattr(module, "DIALLED", {"valid": [1.0], "test": [1.0]})
+    monkeypatch.setattr(module, "has", lambda name: name == "prose")
+    monkeypatch.setattr(module, "CONTENDERS", {"lora": CONTENDERS["lora"]})
+    results = demo(str(tmp_path / "demo"), steps=1)
+    assert [r["target"] for r in results["methods"]] == ["prose"]
+    assert "this interpreter carries no text for 'C headers'; the demo goes on without it" in capsys.readouterr().err
+
+
+def test_the_recommended_strength_keeps_most_of_the_learning_and_forgets_least():
+    points = [Point(0, 2.0, 1.0), Point(0.5, 1.6, 1.1), Point(0.75, 1.52, 1.2), Point(1, 1.5, 1.4), Point(1.25, 1.55, 1.8)]
+    assert recommend(points) == 0.75  # 96 % of the learning at half the forgetting
+    assert recommend([Point(0, 2.0, 1.0), Point(1, 1.0, 1.5), Point(1.25, 0.5, 2.0)]) == 1.25
+    assert recommend([Point(0, 2.0, 1.0), Point(1, 2.1, 1.5)]) == 1.0
