@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 RANK, ALPHA = 16, 32
 SIZES = {"h512": dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8)}
-SIZES |= {"h1024": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16)}
+SIZES |= {
+    "h1024": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16)
+}
 
 Step = Callable[[], Any]
 
@@ -29,7 +31,11 @@ def llama(size: str, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     sizes = SIZES[size]
     config = LlamaConfig(
-        **sizes, num_key_value_heads=sizes["num_attention_heads"], vocab_size=vocabulary, max_position_embeddings=2048, use_cache=False
+        **sizes,
+        num_key_value_heads=sizes["num_attention_heads"],
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        use_cache=False,
     )
     return LlamaForCausalLM(config).to(dtype).train()
 
@@ -38,7 +44,14 @@ def peft_model(model: Any, *, best: bool) -> Any:
     """PEFT's LoRA on all linear layers: at its default, or with adapters in the model's dtype and compiled."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=not best)
     return torch.compile(adapted) if best else adapted
 
@@ -52,7 +65,9 @@ def veneer_model(model: Any) -> Any:
 
 def optimiser(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
     """AdamW over what trains: PyTorch's default, or fused."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, **(dict(fused=True) if fused else {}))
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, **(dict(fused=True) if fused else {})
+    )
 
 
 def peer_step(model: Any, adam: torch.optim.Optimizer, batch: dict[str, Tensor]) -> Any:
@@ -103,7 +118,10 @@ def versions() -> dict[str, str]:
     """Versions of what is compared."""
     import importlib.metadata as metadata
 
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in ("torch", "transformers", "peft")}}
+    return {
+        "python": platform.python_version(),
+        **{n: metadata.version(n) for n in ("torch", "transformers", "peft")},
+    }
 
 
 def device() -> str:

@@ -22,7 +22,9 @@ def settings(method: str, out: str) -> Run:
     """The run that is foretold and taken: of the built-in model, and on its four bits for qlora."""
     packed: Any = "nf4" if method == "qlora" else None
     name = method.removeprefix("q")
-    return Run(data=("builtin:prose",), method=name, quantise=packed, steps=8, eval_every=100, device="cpu", out=out)
+    return Run(
+        data=("builtin:prose",), method=name, quantise=packed, steps=8, eval_every=100, device="cpu", out=out
+    )
 
 
 def parts(run: Run) -> dict[str, tuple[int, int]]:

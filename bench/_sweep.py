@@ -37,7 +37,9 @@ def kept(file: Path, measure: Callable[[Path], Row]) -> Row:
     return found
 
 
-def conclude(bench: str, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]], *, write: bool) -> None:
+def conclude(
+    bench: str, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]], *, write: bool
+) -> None:
     """Prints the JSON line, and keeps it in bench/results where that is wanted."""
     line = {"bench": bench, "device": "cpu", "versions": machine.versions(), "figures": figures, "rows": rows}
     if write:

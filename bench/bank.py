@@ -38,7 +38,9 @@ def layer(d: int, dtype: torch.dtype = BF16) -> nn.Sequential:
     return nn.Sequential(nn.Linear(d, d, bias=False)).to(dtype)
 
 
-def ours(d: int, n: int, rank: int, rows: list[int], *, method: str = "lora", dtype: torch.dtype = BF16) -> nn.Module:
+def ours(
+    d: int, n: int, rank: int, rows: list[int], *, method: str = "lora", dtype: torch.dtype = BF16
+) -> nn.Module:
     """The layer with a bank of n adapters, row i with adapter rows[i]."""
     model = layer(d, dtype)
     for i in range(n):
@@ -61,7 +63,9 @@ def peft_layer(d: int, n: int, rank: int, *, wide: bool) -> Any:
     return model.base_model.model[0]
 
 
-def served(d: int, shape: tuple[int, int], n: int, rank: int, *, peft: bool = False, dtype: torch.dtype = BF16) -> dict[str, float]:
+def served(
+    d: int, shape: tuple[int, int], n: int, rank: int, *, peft: bool = False, dtype: torch.dtype = BF16
+) -> dict[str, float]:
     """Seconds of the base, of the bank, and of PEFT, on x (b, t, d) whose rows have n adapters in mixed order."""
     b, t = shape
     rows = [int(i) for i in torch.randperm(b, generator=torch.Generator().manual_seed(0)) % n]
@@ -70,7 +74,10 @@ def served(d: int, shape: tuple[int, int], n: int, rank: int, *, peft: bool = Fa
     if peft:
         names = [f"a{i}" for i in rows]
         narrow, default = peft_layer(d, n, rank, wide=False), peft_layer(d, n, rank, wide=True)
-        steps |= {"peft": lambda: narrow(x, adapter_names=names), "peft_default": lambda: default(x, adapter_names=names)}
+        steps |= {
+            "peft": lambda: narrow(x, adapter_names=names),
+            "peft_default": lambda: default(x, adapter_names=names),
+        }
     with torch.no_grad():
         seconds = m.interleaved(steps, repeats=41)
     shown = {k: f"{1e3 * v:.2f} ms" for k, v in seconds.items()}
@@ -101,7 +108,11 @@ def prefill() -> dict[str, float]:
     figures = {}
     for d in (512, 2048):
         figures |= compared(f"prefill_d{d}", served(d, (8, 128), 8, 16, peft=True))
-        x, base, one = torch.randn(8, 128, d, dtype=BF16), layer(d), veneer.attach(layer(d), "lora", to=["0"], rank=16)
+        x, base, one = (
+            torch.randn(8, 128, d, dtype=BF16),
+            layer(d),
+            veneer.attach(layer(d), "lora", to=["0"], rank=16),
+        )
         with torch.no_grad():
             s = m.interleaved({"base": lambda: base(x), "one": lambda: one(x)}, repeats=41)  # noqa: B023
         figures[f"prefill_d{d}_one_lora_overhead"] = over(s, "one")
@@ -118,7 +129,11 @@ def products(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def crossover(d: int, b: int, t: int) -> dict[str, float]:
     """Where FLoRA stops to be faster than batched LoRA on x (b, t, d), measured and by the paper's inequality."""
-    x, W, ids = torch.randn(b, t, d, dtype=BF16), torch.randn(d, d, dtype=BF16) / d**0.5, torch.randperm(b) + 1
+    x, W, ids = (
+        torch.randn(b, t, d, dtype=BF16),
+        torch.randn(d, d, dtype=BF16) / d**0.5,
+        torch.randperm(b) + 1,
+    )
     where, gained, end = f"d{d}_{b}x{t}", {}, 0.0
     for r in (1, 2, 4, 8):
         A, B = torch.randn(b + 1, r, d, dtype=BF16), torch.randn(b + 1, r, d, dtype=BF16)
@@ -133,7 +148,11 @@ def crossover(d: int, b: int, t: int) -> dict[str, float]:
         c1, c2 = (s["lora"] - s["dense"]) / (2 * d * b * t * r), s["dense"] / (b * t * d * d)
         end = _end(1 - 2 * c1 / (d * c2))  # the last rank's, whose c1 has least of a constant in it
         shown = {k: f"{1e3 * v:.2f} ms" for k, v in s.items()}
-        print(f"FLoRA {where}, r {r}: {shown}; c1/c2 {c1 / c2:.0f}; paper: wins to r {end:g}", file=sys.stderr, flush=True)
+        print(
+            f"FLoRA {where}, r {r}: {shown}; c1/c2 {c1 / c2:.0f}; paper: wins to r {end:g}",
+            file=sys.stderr,
+            flush=True,
+        )
     wins = len(list(takewhile(lambda gain: gain >= 1, gained.values())))
     figures = {f"flora_r{r}_vs_bmm_{where}": gain for r, gain in gained.items()}
     return {**figures, f"flora_crossover_{where}": [0, *gained][wins], f"flora_predicted_{where}": end}
@@ -152,8 +171,14 @@ def flora() -> dict[str, float]:
     base, x = layer(2048), torch.randn(64, 1, 2048, dtype=BF16)
     gains, pair = ours(2048, 64, 1, rows, method="flora"), ours(2048, 64, 1, rows)
     with torch.no_grad():
-        s = m.interleaved({"base": lambda: base(x), "flora": lambda: gains(x), "lora": lambda: pair(x)}, repeats=41)
-    return {**figures, "decode_64_flora_overhead": over(s, "flora"), "decode_64_flora_vs_r1": s["lora"] / s["flora"]}
+        s = m.interleaved(
+            {"base": lambda: base(x), "flora": lambda: gains(x), "lora": lambda: pair(x)}, repeats=41
+        )
+    return {
+        **figures,
+        "decode_64_flora_overhead": over(s, "flora"),
+        "decode_64_flora_vs_r1": s["lora"] / s["flora"],
+    }
 
 
 def training() -> dict[str, float]:
@@ -189,17 +214,30 @@ def training() -> dict[str, float]:
 
     s = m.interleaved({"apart": apart, "together": together}, repeats=5, warm=1)
     base = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "deltas" not in n)
-    own = sum(p.numel() * 16 for n, p in model.named_parameters() if "deltas" in n) / 8  # a weight, its gradient, two moments
+    own = (
+        sum(p.numel() * 16 for n, p in model.named_parameters() if "deltas" in n) / 8
+    )  # a weight, its gradient, two moments
     kept = {
-        how: _kept(step) for how, step in (("apart", lambda: _one(model, batch, "a0")), ("together", lambda: _one(model, batch, "bank")))
+        how: _kept(step)
+        for how, step in (
+            ("apart", lambda: _one(model, batch, "a0")),
+            ("together", lambda: _one(model, batch, "bank")),
+        )
     }
     eight = 8 * (base + own + kept["apart"])
-    shown = {**{k: f"{v:.2f} s" for k, v in s.items()}, **{f"{k} kept": f"{v / 2**20:.0f} MiB" for k, v in kept.items()}}
-    print(f"eight adapters: {shown}, base {base / 2**20:.0f} MiB, adapter {own / 2**20:.1f} MiB", file=sys.stderr)
+    shown = {
+        **{k: f"{v:.2f} s" for k, v in s.items()},
+        **{f"{k} kept": f"{v / 2**20:.0f} MiB" for k, v in kept.items()},
+    }
+    print(
+        f"eight adapters: {shown}, base {base / 2**20:.0f} MiB, adapter {own / 2**20:.1f} MiB",
+        file=sys.stderr,
+    )
     return {
         "training_8_adapters_vs_separate": s["apart"] / s["together"],
         "training_8_adapters_memory_vs_separate": (base + 8 * own + kept["together"]) / eight,
-        "training_8_adapters_memory_vs_one_after_the_other": (base + 8 * own + kept["together"]) / (base + own + kept["apart"]),
+        "training_8_adapters_memory_vs_one_after_the_other": (base + 8 * own + kept["together"])
+        / (base + own + kept["apart"]),
     }
 
 
@@ -230,14 +268,21 @@ PARTS = {"decode": decode, "prefill": prefill, "flora": flora, "training": train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", default=[*PARTS], help=f"{', '.join(PARTS)}; all unless given")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     figures = {name: float(f"{value:.4g}") for part in args.parts for name, value in PARTS[part]().items()}
     if args.write:
         before = json.loads(RESULTS.read_text())["figures"] if RESULTS.exists() else {}
-        line = {"bench": "bank", "device": m.device(), "versions": m.versions(), "figures": {**before, **figures}}
+        line = {
+            "bench": "bank",
+            "device": m.device(),
+            "versions": m.versions(),
+            "figures": {**before, **figures},
+        }
         RESULTS.write_text(json.dumps(line, indent=1) + "\n")
     m.report("bank", figures)
 

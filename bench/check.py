@@ -20,18 +20,54 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ALLOWED = 0.15
 ALLOWED_FORECAST = 0.1  # by which forecasts of `plan` were seen to differ from round to round
-SWEEPS = {"demo_rates", "method_rates", "optimiser_rates", "scratch", "width", "loraga"}  # of learning; hours, and not of speed
+SWEEPS = {
+    "demo_rates",
+    "method_rates",
+    "optimiser_rates",
+    "scratch",
+    "width",
+    "loraga",
+}  # of learning; hours, and not of speed
 LESS_IS_BETTER = ("_over_bound", "peak_vs_", "pissa_excess_ratio", "final_loss_difference", "_over_base")
-LESS_IS_BETTER += ("_vs_default_adamw", "_mib", "_error", "_bits", "_over_whole", "_sketch_size", "_bpb", "_overhead", "_memory_vs_")
+LESS_IS_BETTER += (
+    "_vs_default_adamw",
+    "_mib",
+    "_error",
+    "_bits",
+    "_over_whole",
+    "_sketch_size",
+    "_bpb",
+    "_overhead",
+    "_memory_vs_",
+)
 LESS_IS_BETTER += ("_kept_vs_", "_time_vs_lora", "_over_merged_")
 FORECAST = 0.1  # by which forecasts of `plan` were seen to differ from round to round
-SWEEPS = {"demo_rates", "method_rates", "optimiser_rates", "scratch", "width", "loraga"}  # of learning; hours, and not of speed
+SWEEPS = {
+    "demo_rates",
+    "method_rates",
+    "optimiser_rates",
+    "scratch",
+    "width",
+    "loraga",
+}  # of learning; hours, and not of speed
 LESS_IS_BETTER = ("_over_bound", "peak_vs_", "pissa_excess_ratio", "final_loss_difference", "_over_base")
-LESS_IS_BETTER += ("_vs_default_adamw", "_mib", "_error", "_bits", "_over_whole", "_sketch_size", "_bpb", "_overhead", "_memory_vs_")
+LESS_IS_BETTER += (
+    "_vs_default_adamw",
+    "_mib",
+    "_error",
+    "_bits",
+    "_over_whole",
+    "_sketch_size",
+    "_bpb",
+    "_overhead",
+    "_memory_vs_",
+)
 LESS_IS_BETTER += ("_kept_vs_", "_time_vs_lora", "_over_merged_")
 # Not better in either direction, or seconds and bytes of one machine.
 FORECAST = re.compile(r"memory_error|time_error|\w+_(bytes|processor)_error|\w+_part\w*_error\w*")
-BESIDE = re.compile(r"veneer_minus_peft|peft_sd|.*_(crossover|predicted)_.*|.*_(bytes|wall|processor)|.*wall_error")
+BESIDE = re.compile(
+    r"veneer_minus_peft|peft_sd|.*_(crossover|predicted)_.*|.*_(bytes|wall|processor)|.*wall_error"
+)
 
 
 def worse(name: str, now: float, then: float) -> float:
@@ -48,18 +84,26 @@ def worse(name: str, now: float, then: float) -> float:
 
 def run(bench: str) -> dict[str, float]:
     """The figures of a bench, run now."""
-    done = subprocess.run([sys.executable, str(HERE / f"{bench}.py")], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / f"{bench}.py")], check=True, stdout=subprocess.PIPE, text=True
+    )
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])["figures"]
     return figures
 
 
 def main() -> int:
-    recorded_ones = sorted(p.stem for p in RESULTS.glob("*.json") if (HERE / p.name).with_suffix(".py").exists())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    recorded_ones = sorted(
+        p.stem for p in RESULTS.glob("*.json") if (HERE / p.name).with_suffix(".py").exists()
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("benches", nargs="*", metavar="bench", help=f"of {', '.join(recorded_ones)}")
     benches, failed = parser.parse_args().benches, 0
     if unknown := set(benches) - set(recorded_ones):
-        parser.error(f"no figures of {', '.join(sorted(unknown))} in {RESULTS}; there are {', '.join(recorded_ones)}")
+        parser.error(
+            f"no figures of {', '.join(sorted(unknown))} in {RESULTS}; there are {', '.join(recorded_ones)}"
+        )
     for bench in benches or sorted(set(recorded_ones) - SWEEPS):
         recorded = json.loads((RESULTS / f"{bench}.json").read_text(encoding="utf-8"))["figures"]
         now = run(bench)
@@ -67,7 +111,9 @@ def main() -> int:
             if name not in now:
                 print(f"{name}: recorded as {then:g}, but not measured any more")
                 failed += 1
-            elif (by := worse(name, now[name], then)) > (ALLOWED_FORECAST if FORECAST.fullmatch(name) else ALLOWED):
+            elif (by := worse(name, now[name], then)) > (
+                ALLOWED_FORECAST if FORECAST.fullmatch(name) else ALLOWED
+            ):
                 print(f"{name}: {now[name]:g}, recorded as {then:g}: {by:.0%} worse")
                 failed += 1
             else:

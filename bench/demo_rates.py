@@ -42,7 +42,10 @@ def _train(target: str, label: str, rate: float, seed: int, work: Path) -> Row:
 def choose(tried: dict[float, dict[str, float]]) -> float:
     """The rate that forgets least among those that learn as much as the best."""
     least = min(values["valid"] for values in tried.values())
-    return min((rate for rate, v in tried.items() if v["valid"] <= least + TIE), key=lambda rate: tried[rate]["known"])
+    return min(
+        (rate for rate, v in tried.items() if v["valid"] <= least + TIE),
+        key=lambda rate: tried[rate]["known"],
+    )
 
 
 def main() -> None:
@@ -53,7 +56,9 @@ def main() -> None:
             tried = {rate: measure(args.out, target, label, rate, 0) for rate in rates}
             best = choose(tried)
             seeds = [measure(args.out, target, label, best, seed) for seed in SEEDS]
-            rows += [{"target": target, "method": label, "rate": rate, **values} for rate, values in tried.items()]
+            rows += [
+                {"target": target, "method": label, "rate": rate, **values} for rate, values in tried.items()
+            ]
             figures[f"{target}_{label}_rate"] = best
             for key in ("valid", "known"):
                 figures[f"{target}_{label}_{key}_bpb"] = statistics.mean(s[key] for s in seeds)

@@ -29,7 +29,9 @@ def windows(length: int) -> list[Window]:
     return pack((Segment(i, i, torch.ones_like(i)) for i in ids), length)[: TOKENS // length]
 
 
-def make(length: int, dtype: torch.dtype, compiled: bool, batch: dict[str, Tensor], *, boundaries: bool) -> m.Step:
+def make(
+    length: int, dtype: torch.dtype, compiled: bool, batch: dict[str, Tensor], *, boundaries: bool
+) -> m.Step:
     """One step, with boundaries or with transformers' mask."""
     model = m.veneer_model(m.llama("h512", VOCABULARY, dtype))
     objective, adam = prepare(model, batch, compiled=compiled), m.optimiser(model, fused=True)

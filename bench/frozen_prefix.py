@@ -25,9 +25,13 @@ VOCABULARIES = {"8k": 8000, "32k": 32000}
 UPPER = r".*layers\.[67]\..*"
 
 
-def make(vocabulary: int, to: str, batch: dict[str, Tensor], windows: list[Window], out: Path | None) -> m.Step:
+def make(
+    vocabulary: int, to: str, batch: dict[str, Tensor], windows: list[Window], out: Path | None
+) -> m.Step:
     """One step with these layers adapted; out: where to keep what leaves the frozen blocks, None: they are computed."""
-    model = veneer.attach(m.llama("h512", vocabulary, torch.bfloat16), "lora", to=to, rank=m.RANK, alpha=m.ALPHA)
+    model = veneer.attach(
+        m.llama("h512", vocabulary, torch.bfloat16), "lora", to=to, rank=m.RANK, alpha=m.ALPHA
+    )
     kept = Kept(model, frozen_blocks.look(model, batch["input_ids"][:1]), windows, out, {}) if out else None
     objective, adam = prepare(model, batch, compiled=True), m.optimiser(model, fused=True)
 
@@ -47,13 +51,22 @@ def main() -> None:
         torch._dynamo.reset()
         batch = m.shifted(m.random_batch(ROWS, LENGTH, vocabulary))
         ones = torch.ones(LENGTH, dtype=torch.int64)
-        windows = [(Segment(ids, labels, ones),) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+        windows = [
+            (Segment(ids, labels, ones),)
+            for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+        ]
         with tempfile.TemporaryDirectory() as folder:
             ways = {"all": ("all-linear", None), "top2": (UPPER, None), "kept": (UPPER, Path(folder))}
             steps = {way: make(vocabulary, to, batch, windows, out) for way, (to, out) in ways.items()}
             losses = {way: round(step(), 4) for way, step in steps.items()}
             seconds = m.interleaved(steps)
-        print(name, {k: f"{1000 * v:.0f} ms" for k, v in seconds.items()}, "first losses", losses, file=sys.stderr)
+        print(
+            name,
+            {k: f"{1000 * v:.0f} ms" for k, v in seconds.items()},
+            "first losses",
+            losses,
+            file=sys.stderr,
+        )
         figures |= {f"{way}_vs_all_{name}": seconds["all"] / seconds[way] for way in ("top2", "kept")}
         figures[f"kept_vs_top2_{name}"] = seconds["top2"] / seconds["kept"]
     m.report("frozen_prefix", figures)

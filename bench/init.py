@@ -50,7 +50,13 @@ def main() -> None:
 
         seconds = m.interleaved({"ours": ours, "peer": peer})
         both = excess(W, ours(), best), excess(W, peer(), best)
-        print(name, {k: f"{1000 * v:.0f} ms" for k, v in seconds.items()}, "excess", *(f"{e:.2g}" for e in both), file=sys.stderr)
+        print(
+            name,
+            {k: f"{1000 * v:.0f} ms" for k, v in seconds.items()},
+            "excess",
+            *(f"{e:.2g}" for e in both),
+            file=sys.stderr,
+        )
         times.append(seconds["peer"] / seconds["ours"])
         excesses.append(both[0] / both[1])
     m.report("init", {"pissa_time_ratio": min(times), "pissa_excess_ratio": max(excesses)})

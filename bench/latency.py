@@ -39,9 +39,13 @@ def main() -> None:
     for model in (merged, unmerged):
         learned(m.veneer_model(model))
     veneer.merge(merged)
-    seconds = m.interleaved({"base": step_of(base), "merged": step_of(merged), "unmerged": step_of(unmerged)}, repeats=15)
+    seconds = m.interleaved(
+        {"base": step_of(base), "merged": step_of(merged), "unmerged": step_of(unmerged)}, repeats=15
+    )
     print({k: f"{100 * v:.2f} ms a token" for k, v in seconds.items()}, file=sys.stderr)
-    m.report("latency", {f"{name}_over_base": seconds[name] / seconds["base"] for name in ("merged", "unmerged")})
+    m.report(
+        "latency", {f"{name}_over_base": seconds[name] / seconds["base"] for name in ("merged", "unmerged")}
+    )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,11 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(embedded.folder(), dtype=torch.float32).eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_pretrained(embedded.folder(), dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
     some, figures = batches(), {}
     began = time.process_time()
     found = {r: veneer.calibrate(model, some, rank=r, loss=loss) for r in RANKS}
@@ -74,7 +78,9 @@ def main() -> None:
     figures["time_over_whole_gradients"] = each / (time.process_time() - began)
     for r in RANKS:
         both = [cosines(G, found[r][n], r) for n, G in whole.items()]
-        for name, values in zip((f"r{r}_cosine", f"r{r}_plain_lora_cosine"), zip(*both, strict=True), strict=True):
+        for name, values in zip(
+            (f"r{r}_cosine", f"r{r}_plain_lora_cosine"), zip(*both, strict=True), strict=True
+        ):
             figures[f"{name}_mean"], figures[f"{name}_worst"] = sum(values) / len(values), min(values)
         kept = sum(min(4 * r * G.shape[0] + (8 * r + 1) * G.shape[1], G.numel()) for G in whole.values())
         figures[f"r{r}_sketch_size"] = kept / sum(G.numel() for G in whole.values())

@@ -53,7 +53,9 @@ def naive(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, s: float) -> tuple[Tenso
 
 @torch.no_grad()
 def one_by_one(optimiser: Plain) -> list[tuple[Tensor, Tensor]]:
-    return [naive(*four, float(s)) for b in optimiser.buckets() for *four, s in zip(*_each(b), b.s, strict=True)]
+    return [
+        naive(*four, float(s)) for b in optimiser.buckets() for *four, s in zip(*_each(b), b.s, strict=True)
+    ]
 
 
 def _each(b: Bucket) -> tuple[list[Tensor], ...]:
@@ -74,7 +76,9 @@ def exact_error(optimiser: Plain) -> float:
         found = [[*side] for side in optimiser.steps(b)]
         for i in range(0, len(b.where), 8):
             expected = naive(*(t[i].double() for t in _each(b)), float(b.s[i]))
-            worst = max(worst, *(float((f[i] - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)))
+            worst = max(
+                worst, *(float((f[i] - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
+            )
     return worst
 
 
@@ -92,7 +96,11 @@ def size_figures(size: str) -> dict[str, float]:
         times = m.interleaved(pure, repeats=15, warm=3)
         figures[f"correction_r{rank}_vs_default_adamw"] = times["correction"] / times["adamw"]
         if rank == 16:
-            each = m.interleaved({"ours": pure["correction"], "naive": lambda plain=plain: one_by_one(plain)}, repeats=5, warm=1)
+            each = m.interleaved(
+                {"ours": pure["correction"], "naive": lambda plain=plain: one_by_one(plain)},
+                repeats=5,
+                warm=1,
+            )
             figures["naive_over_ours"] = each["naive"] / each["ours"]
             figures["exact_error"] = exact_error(plain)
         steps: dict[str, m.Step] = {"adamw": adamw}
@@ -110,7 +118,10 @@ def size_figures(size: str) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(1)
     every = {size: size_figures(size) for size in m.SIZES}
-    worse = {name: (min if name == "naive_over_ours" else max)(f[name] for f in every.values()) for name in every["h512"]}
+    worse = {
+        name: (min if name == "naive_over_ours" else max)(f[name] for f in every.values())
+        for name in every["h512"]
+    }
     m.report("lorapro", worse)
 
 

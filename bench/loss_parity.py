@@ -44,14 +44,18 @@ def rate(step: int) -> float:
 def start() -> tuple[Any, Any]:
     """The built-in model adapted by Veneer, and the same texts for all."""
     shape = dict(batch=ROWS, length=LENGTH, steps=STEPS)
-    run = Run(data=("builtin:prose",), precision="bf16", lr=RATE, options={"rank": m.RANK}, device="cpu", **shape)
+    run = Run(
+        data=("builtin:prose",), precision="bf16", lr=RATE, options={"rank": m.RANK}, device="cpu", **shape
+    )
     ready = prepare(run, CPU, Voice(False))
     return ready, ready.texts
 
 
 def held_out(model: Any, objective: Any, found: Any) -> float:
     """Nats a byte of held-out text."""
-    return bits_per_byte(model, found["valid"].windows[:HELD_OUT], objective, batch=ROWS) * float(torch.log(torch.tensor(2.0)))
+    return bits_per_byte(model, found["valid"].windows[:HELD_OUT], objective, batch=ROWS) * float(
+        torch.log(torch.tensor(2.0))
+    )
 
 
 def ours(seed: int) -> tuple[list[float], float]:
@@ -75,13 +79,17 @@ def peer(seed: int) -> tuple[list[float], float]:
     ready, found = start()
     begun = {site.name: delta.A.detach().clone() for site, delta in changes(ready.model, "default")}
     base = pretrained.causal_lm("builtin", torch.bfloat16, CPU)
-    config = LoraConfig(r=m.RANK, lora_alpha=2 * m.RANK, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=m.RANK, lora_alpha=2 * m.RANK, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
     model: Any = get_peft_model(base, config, autocast_adapter_dtype=False)
     with torch.no_grad():
         for name, A in begun.items():
             model.get_submodule(f"base_model.model.{name}").lora_A.default.weight.copy_(A)
     trained = [p for p in model.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW([{"params": trained, "scale": 1.0, "base": 1.0, "share": 0.0}], lr=0.0, weight_decay=0.0)
+    adam = torch.optim.AdamW(
+        [{"params": trained, "scale": 1.0, "base": 1.0, "share": 0.0}], lr=0.0, weight_decay=0.0
+    )
     losses, order = [], order_of(found["train"].windows, seed)
     model.train()
     for i in range(STEPS):
@@ -106,8 +114,14 @@ def picture(curves: dict[str, list[list[float]]], file: Path) -> None:
     for (name, every), colour in zip(curves.items(), ("tab:blue", "tab:orange"), strict=True):
         for k, losses in enumerate(every):
             smooth = [statistics.mean(losses[i : i + 10]) for i in range(0, STEPS, 10)]
-            axes.plot(range(5, STEPS + 5, 10), smooth, color=colour, alpha=0.7, label=name if k == 0 else None)
-    axes.set(xlabel="step", ylabel="training loss, nats a token", title="One start, three orders of the data, bfloat16")
+            axes.plot(
+                range(5, STEPS + 5, 10), smooth, color=colour, alpha=0.7, label=name if k == 0 else None
+            )
+    axes.set(
+        xlabel="step",
+        ylabel="training loss, nats a token",
+        title="One start, three orders of the data, bfloat16",
+    )
     axes.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)
@@ -125,7 +139,11 @@ def main() -> None:
         picture({name: [losses for losses, _ in found] for name, found in results.items()}, Path(sys.argv[1]))
     gap = statistics.mean(final["Veneer"]) - statistics.mean(final["PEFT"])
     spread = statistics.stdev(final["PEFT"])
-    figures = {"final_loss_difference_over_seed_sd": abs(gap) / spread, "veneer_minus_peft": gap, "peft_sd": spread}
+    figures = {
+        "final_loss_difference_over_seed_sd": abs(gap) / spread,
+        "veneer_minus_peft": gap,
+        "peft_sd": spread,
+    }
     m.report("loss_parity", figures)
 
 

@@ -80,7 +80,9 @@ def main() -> None:
     peaks = {}
     for variant in VARIANTS:
         for _ in range(2):  # what the first one compiles the second one finds cached
-            done = subprocess.run([sys.executable, __file__, variant], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, variant], check=True, capture_output=True, text=True
+            )
         peaks[variant] = float(json.loads(done.stdout.splitlines()[-1]))
         print(f"{variant}: {peaks[variant] / 2**20:.0f} MiB", file=sys.stderr, flush=True)
     names = {"peak_vs_peft": "peft", "peak_vs_compiled": "compiled", "peak_vs_full_finetuning": "full"}

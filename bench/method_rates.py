@@ -39,11 +39,24 @@ TRIED: dict[str, tuple[dict[str, Any], str | None, float]] = {
 def measure(method: str, rate: float, work: Path) -> Row:
     """Bits per byte of validation text before and after one training."""
     options, to, _ = TRIED[method]
-    settings = {"data": ["builtin:prose"], "known": ["none"], "steps": STEPS, "length": LENGTH, "eval_windows": WINDOWS}
+    settings = {
+        "data": ["builtin:prose"],
+        "known": ["none"],
+        "steps": STEPS,
+        "length": LENGTH,
+        "eval_windows": WINDOWS,
+    }
     settings |= {"eval_every": STEPS, "report": False, "out": str(work)}
-    found = fit(Run.from_dict({**settings, "method": method, "options": options, "to": to, "lr": rate}), progress=False)
+    found = fit(
+        Run.from_dict({**settings, "method": method, "options": options, "to": to, "lr": rate}),
+        progress=False,
+    )
     after, before = found.metrics["after"], found.metrics["before"]
-    return {"before": before["valid"], "after": after["valid"], "trained": found.metrics["trainable_parameters"]}
+    return {
+        "before": before["valid"],
+        "after": after["valid"],
+        "trained": found.metrics["trainable_parameters"],
+    }
 
 
 def main() -> None:
@@ -51,7 +64,9 @@ def main() -> None:
     rows, figures = [], {}
     for method in args.methods:
         rates = [TRIED[method][2] * 4**i for i in range(4)]
-        tried = {rate: kept(args.out / f"{method}-{rate:g}.json", partial(measure, method, rate)) for rate in rates}
+        tried = {
+            rate: kept(args.out / f"{method}-{rate:g}.json", partial(measure, method, rate)) for rate in rates
+        }
         rows += [{"method": method, "rate": rate, **values} for rate, values in tried.items()]
         best = min(tried, key=lambda rate: tried[rate]["after"])
         figures[f"{method}_rate"], figures[f"{method}_bpb"] = best, tried[best]["after"]

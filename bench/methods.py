@@ -24,7 +24,12 @@ import veneer
 from veneer.adapt.shared_inputs import discover
 
 ROWS, LENGTH, VOCABULARY = 2, 256, 2048
-SECONDS, ALONE, FEWEST, MOST = 16.0, 6.0, 9, 51  # of the processor for a contest with PEFT, without; steps of each side
+SECONDS, ALONE, FEWEST, MOST = (
+    16.0,
+    6.0,
+    9,
+    51,
+)  # of the processor for a contest with PEFT, without; steps of each side
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -41,10 +46,14 @@ OURS = {"rank": m.RANK, "alpha": float(m.ALPHA)}
 CONTESTS = {
     "lora": Contest("lora", OURS, ("LoraConfig", LORA)),
     "dora": Contest("dora", OURS, ("LoraConfig", {**LORA, "use_dora": True})),
-    "dora_dropout": Contest("dora", {**OURS, "dropout": 0.05}, ("LoraConfig", {**LORA, "use_dora": True, "lora_dropout": 0.05})),
+    "dora_dropout": Contest(
+        "dora", {**OURS, "dropout": 0.05}, ("LoraConfig", {**LORA, "use_dora": True, "lora_dropout": 0.05})
+    ),
     "miss": Contest("miss", {"rank": 32}, ("MissConfig", {"r": 32})),
     "miss_same_rank": Contest("miss", {"rank": m.RANK}, ("MissConfig", {"r": m.RANK})),
-    "miss_mini": Contest("miss", {"rank": 32, "mini": 64}, ("MissConfig", {"r": 32, "mini_r": 64, "init_weights": "mini"})),
+    "miss_mini": Contest(
+        "miss", {"rank": 32, "mini": 64}, ("MissConfig", {"r": 32, "mini_r": 64, "init_weights": "mini"})
+    ),
     "bat": Contest("bat", {"rank": 32}, ("MissConfig", {"r": 32, "init_weights": "bat"})),
     "fourierft": Contest("fourierft", {}, ("FourierFTConfig", {"init_weights": True})),
     "fourierft_grid": Contest("fourierft", {"grid": True}),
@@ -179,13 +188,17 @@ def of_latency() -> dict[str, float]:
     print({k: f"{250 * v:.2f} ms a window" for k, v in seconds.items()}, file=sys.stderr)
     short = {"lora": passing(base(), 1), "bottleneck": passing(ours(CONTESTS["bottleneck"]), 1)}
     token = m.interleaved(short, repeats=15)
-    figures = {f"{name}_merged_over_base": seconds[name] / seconds["base"] for name in merged if name != "base"}
+    figures = {
+        f"{name}_merged_over_base": seconds[name] / seconds["base"] for name in merged if name != "base"
+    }
     figures["bottleneck_over_merged_lora_128_tokens"] = seconds["bottleneck"] / seconds["lora"]
     return figures | {"bottleneck_over_merged_lora_1_token": token["bottleneck"] / token["lora"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("methods", nargs="*", default=[*CONTESTS])
     parser.add_argument("--write", action="store_true", help="keep the line in bench/results")
     args = parser.parse_args()

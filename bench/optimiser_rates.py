@@ -33,8 +33,15 @@ TARGET, STEPS = "prose", 60
 def measure(label: str, rate: float, work: Path) -> Row:
     """Bits per byte on validation text before and after one training, and on known text after it."""
     options = GRID[label][0]
-    given = {"options": {"rank": 8}, "optimiser": label.split("-")[0] if options else label, "optimiser_options": options}
-    found = fit(settings(work, TARGET, label, Contender("lora", {}, given), steps=STEPS, seed=0, lr=rate), progress=False)
+    given = {
+        "options": {"rank": 8},
+        "optimiser": label.split("-")[0] if options else label,
+        "optimiser_options": options,
+    }
+    found = fit(
+        settings(work, TARGET, label, Contender("lora", {}, given), steps=STEPS, seed=0, lr=rate),
+        progress=False,
+    )
     before, after = found.metrics["before"], found.metrics["after"]
     return {"before": before["valid"], "valid": after["valid"], "known": after["known"]}
 
@@ -43,7 +50,9 @@ def main() -> None:
     args = arguments(__doc__, "optimiser_rates")
     rows, figures = [], {}
     for label, (_, rates) in GRID.items():
-        tried = {rate: kept(args.out / f"{label}-{rate:g}.json", partial(measure, label, rate)) for rate in rates}
+        tried = {
+            rate: kept(args.out / f"{label}-{rate:g}.json", partial(measure, label, rate)) for rate in rates
+        }
         rows += [{"optimiser": label, "rate": rate, **values} for rate, values in tried.items()]
         best = min(tried, key=lambda rate: tried[rate]["valid"])
         figures[f"{label}_rate"], figures[f"{label}_valid_bpb"] = best, tried[best]["valid"]

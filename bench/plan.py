@@ -84,7 +84,9 @@ class Program:
     def __init__(self, code: str, method: str, out: str) -> None:
         command = [sys.executable, "-c", SETTINGS + TURN + code, method, out]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.line = self._read()
 
     def step(self) -> None:
@@ -111,24 +113,40 @@ def measure(method: str, rounds: int) -> dict[str, tuple[float, float]]:
     pairs: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
-            pairs.append(in_turns(Program(FORETOLD, method, f"{folder}/plan"), Program(REAL, method, f"{folder}/{i}")))
+            pairs.append(
+                in_turns(Program(FORETOLD, method, f"{folder}/plan"), Program(REAL, method, f"{folder}/{i}"))
+            )
             print(method, *pairs[-1], file=sys.stderr, flush=True)
     first = pairs[0][0]
-    return {name: (statistics.median(p[name] for p, _ in pairs), statistics.median(r[name] for _, r in pairs)) for name in first}
+    return {
+        name: (statistics.median(p[name] for p, _ in pairs), statistics.median(r[name] for _, r in pairs))
+        for name in first
+    }
 
 
 def of_parts(method: str) -> dict[str, float]:
     """Bytes of each part, and by what share the forecast of each is wrong."""
     with tempfile.TemporaryDirectory() as folder:
         pairs = parts(settings(method, f"{folder}/run"))
-    print(method, {part: f"{foretold:,} for {real:,}" for part, (foretold, real) in pairs.items()}, file=sys.stderr, flush=True)
+    print(
+        method,
+        {part: f"{foretold:,} for {real:,}" for part, (foretold, real) in pairs.items()},
+        file=sys.stderr,
+        flush=True,
+    )
     errors = {part: abs(foretold - real) / real for part, (foretold, real) in pairs.items()}
     figures: dict[str, float] = {f"{method}_part_{part}_bytes": real for part, (_, real) in pairs.items()}
-    return {**figures, **{f"{method}_part_{part}_error": e for part, e in errors.items()}, f"{method}_part_error_max": max(errors.values())}
+    return {
+        **figures,
+        **{f"{method}_part_{part}_error": e for part, e in errors.items()},
+        f"{method}_part_error_max": max(errors.values()),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     given = parser.parse_args()

@@ -104,7 +104,9 @@ def steps(figures: dict[str, float]) -> None:
     seconds = m.interleaved(calls)
     for name in quant.FORMATS:
         figures[f"{name}_lora_step_over_base"] = seconds[name] / seconds["bf16"]
-        figures[f"{name}_logits_error"] = float((logits[name] - logits["bf16"]).norm() / logits["bf16"].norm())
+        figures[f"{name}_logits_error"] = float(
+            (logits[name] - logits["bf16"]).norm() / logits["bf16"].norm()
+        )
         figures[f"{name}_model_bytes_over_base"] = sizes[name] / sizes["bf16"]
 
 

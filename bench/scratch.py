@@ -24,7 +24,13 @@ from torch import Tensor, nn
 
 from veneer.embedded import build, pretrain, pretrain_ways, texts
 
-SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 STEPS, BATCH, LENGTH, VOCABULARY, FULL_STEPS, PERIOD, SEEDS = 200, 8, 64, 1024, 50, 50, (0, 1, 2)
 NEVER = 1 << 30
 ADAM_LR = 8e-3  # of embeddings and norms
@@ -53,13 +59,33 @@ def read() -> Data:
     plain = [d for d in texts.library() if not texts.is_test(d.title)][::8]
     known = texts.known("valid")[:6]
     tokenizer = build.train_tokenizer(plain, VOCABULARY)
-    return Data(tokenizer, pretrain.token_stream(tokenizer, plain), pretrain.token_stream(tokenizer, known), texts.describe(known)["bytes"])
+    return Data(
+        tokenizer,
+        pretrain.token_stream(tokenizer, plain),
+        pretrain.token_stream(tokenizer, known),
+        texts.describe(known)["bytes"],
+    )
 
 
 def train(data: Data, changed: dict[str, Any], seed: int) -> dict[str, float]:
     """Bits per byte after one training, and the bytes of the optimiser's state at its end."""
-    own = ["--out", "-", "--batch", str(BATCH), "--length", str(LENGTH), "--rank", "32", "--period", str(PERIOD), "--rewarm", "5"]
-    args = pretrain.arguments().parse_args([*own, "--full-steps", str(FULL_STEPS), "--adam-lr", str(ADAM_LR), "--seed", str(seed)])
+    own = [
+        "--out",
+        "-",
+        "--batch",
+        str(BATCH),
+        "--length",
+        str(LENGTH),
+        "--rank",
+        "32",
+        "--period",
+        str(PERIOD),
+        "--rewarm",
+        "5",
+    ]
+    args = pretrain.arguments().parse_args(
+        [*own, "--full-steps", str(FULL_STEPS), "--adam-lr", str(ADAM_LR), "--seed", str(seed)]
+    )
     vars(args).update(changed)
     model: nn.Module = build.build_model(data.tokenizer, seed)
     way = pretrain_ways.WAYS[args.via](model, args)
@@ -73,7 +99,9 @@ def train(data: Data, changed: dict[str, Any], seed: int) -> dict[str, float]:
         for optimiser in way.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-    state = sum(t.numel() * t.element_size() for o in way.optimisers for s in o.state.values() for t in s.values())
+    state = sum(
+        t.numel() * t.element_size() for o in way.optimisers for s in o.state.values() for t in s.values()
+    )
     way.finish()
     return {"bpb": pretrain.bits_per_byte(model, data.held, data.n_bytes, LENGTH, 100), "state_bytes": state}
 

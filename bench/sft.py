@@ -24,14 +24,22 @@ TOKENS = ROWS // 2 * SHORT  # of a batch of windows
 def texts(seed: int = 0) -> list[Tensor]:
     """Token ids of texts with such lengths."""
     draw = torch.Generator().manual_seed(seed)
-    lengths = torch.exp(torch.log(torch.tensor(110.0)) + 0.8 * torch.randn(TEXTS, generator=draw)).round().long().clamp(8, LONGEST)
+    lengths = (
+        torch.exp(torch.log(torch.tensor(110.0)) + 0.8 * torch.randn(TEXTS, generator=draw))
+        .round()
+        .long()
+        .clamp(8, LONGEST)
+    )
     return [torch.randint(0, VOCABULARY, (int(n),), generator=draw) for n in lengths]
 
 
 def padded(rows: Sequence[Tensor], multiple: int = 1) -> dict[str, Tensor]:
     """A batch as transformers takes it; the first half of every text is prompt."""
     longest = -(-max(len(r) for r in rows) // multiple) * multiple
-    batch = dict(input_ids=torch.zeros(len(rows), longest, dtype=torch.long), labels=torch.full((len(rows), longest), -100))
+    batch = dict(
+        input_ids=torch.zeros(len(rows), longest, dtype=torch.long),
+        labels=torch.full((len(rows), longest), -100),
+    )
     batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
     for i, r in enumerate(rows):
         batch["input_ids"][i, : len(r)], batch["attention_mask"][i, : len(r)] = r, 1
@@ -64,7 +72,10 @@ def windows(found: list[Tensor], length: int) -> list[dict[str, Tensor]]:
 def peer(found: list[Tensor], *, grouped: bool, best: bool) -> m.Step:
     """An epoch of PEFT."""
     model = m.peft_model(m.llama(SIZE, VOCABULARY, torch.bfloat16), best=best)
-    adam, every = m.optimiser(model, fused=best), batches(found, grouped=grouped, multiple=BUCKET if best else 1)
+    adam, every = (
+        m.optimiser(model, fused=best),
+        batches(found, grouped=grouped, multiple=BUCKET if best else 1),
+    )
 
     def act() -> None:
         for batch in every:
@@ -92,15 +103,27 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # for all three compiled variants, which share the model's code
     found = texts()
     steps = {"veneer": ours(found, SHORT), "whole": ours(found, WHOLE)}
-    steps |= {"padded": peer(found, grouped=False, best=False), "grouped": peer(found, grouped=True, best=False)}
+    steps |= {
+        "padded": peer(found, grouped=False, best=False),
+        "grouped": peer(found, grouped=True, best=False),
+    }
     steps["compiled"] = peer(found, grouped=True, best=True)
     seconds = m.interleaved(steps)
     useful = sum(map(len, found))
     print({k: f"{useful / v:.0f} tokens/s" for k, v in seconds.items()}, file=sys.stderr)
-    print(f"{sum(len(t) > SHORT + 1 for t in found)} of {len(found)} texts are longer than {SHORT} tokens and cut", file=sys.stderr)
-    names = {"vs_padded_peft": "padded", "vs_length_grouped_peft": "grouped", "vs_length_grouped_compiled": "compiled"}
+    print(
+        f"{sum(len(t) > SHORT + 1 for t in found)} of {len(found)} texts are longer than {SHORT} tokens and cut",
+        file=sys.stderr,
+    )
+    names = {
+        "vs_padded_peft": "padded",
+        "vs_length_grouped_peft": "grouped",
+        "vs_length_grouped_compiled": "compiled",
+    }
     figures = {figure: seconds[k] / seconds["veneer"] for figure, k in names.items()}
-    m.report("sft", figures | {f"{figure}_w{WHOLE}": seconds[k] / seconds["whole"] for figure, k in names.items()})
+    m.report(
+        "sft", figures | {f"{figure}_w{WHOLE}": seconds[k] / seconds["whole"] for figure, k in names.items()}
+    )
 
 
 if __name__ == "__main__":

@@ -71,9 +71,16 @@ def measure(name: str) -> dict[str, float]:
     if name in BOUND:
         steps["bound"] = products(m.llama(size, vocabulary, dtype), rows * length)
     seconds = m.interleaved(steps)
-    print(name, {k: f"{1000 * v:.0f} ms, {rows * length / v:.0f} tokens/s" for k, v in seconds.items()}, file=sys.stderr, flush=True)
+    print(
+        name,
+        {k: f"{1000 * v:.0f} ms, {rows * length / v:.0f} tokens/s" for k, v in seconds.items()},
+        file=sys.stderr,
+        flush=True,
+    )
     figures = {f"{name}_vs_{k}": seconds[k] / seconds["veneer"] for k in ("peft", "compiled") if k in seconds}
-    return figures | ({f"{name}_over_bound": seconds["veneer"] / seconds["bound"]} if "bound" in seconds else {})
+    return figures | (
+        {f"{name}_over_bound": seconds["veneer"] / seconds["bound"]} if "bound" in seconds else {}
+    )
 
 
 def main() -> None:

@@ -56,7 +56,9 @@ class Network:
         return (self.w @ (self.Z + S * B @ (A @ self.H)).relu() - self.y).square().mean() / 2
 
     def score(self, A: Tensor, B: Tensor) -> float:
-        return float(self.loss(A, B, torch.Generator()) / self.loss(A, torch.zeros_like(B), torch.Generator()))
+        return float(
+            self.loss(A, B, torch.Generator()) / self.loss(A, torch.zeros_like(B), torch.Generator())
+        )
 
 
 class Layer:
@@ -87,7 +89,9 @@ class Layer:
 def train(task: Network | Layer, n: int, rule: Rule, rate: float, seed: int) -> float:
     """The score after one training; infinite where it diverges."""
     host = nn.Sequential(nn.utils.skip_init(nn.Linear, n, n, bias=False))  # its weight is never used
-    parts = groups.of_adapter(veneer.attach(host, to=["0"], rank=task.rank, alpha=S * task.rank, seed=seed), "default")
+    parts = groups.of_adapter(
+        veneer.attach(host, to=["0"], rank=task.rank, alpha=S * task.rank, seed=seed), "default"
+    )
     A, B = (next(p.parameter for p in parts if p.role == role) for role in "AB")
     optimiser = optim.make(rule[0], **rule[1]).build(optim.Trained(parts, (0.9, 0.99)))
     draw = torch.Generator().manual_seed(seed)
@@ -146,7 +150,10 @@ def picture(rows: list[Row], path: Path) -> None:
     for (scores, rates), kind in zip(grid, (Network, Layer), strict=True):
         for name in RULES:
             own = [(n, e, score) for task, n, rule, e, score in rows if (task, rule) == (kind.name, name)]
-            line, label = "--" if name.startswith("ratio") else "-", "LoRA (ratio 1)" if name == "ratio 1" else name
+            line, label = (
+                "--" if name.startswith("ratio") else "-",
+                "LoRA (ratio 1)" if name == "ratio 1" else name,
+            )
             scores.plot([n for n, *_ in own], [score for *_, score in own], line, marker="o", label=label)
             rates.plot([n for n, *_ in own], [2.0**e for _, e, _ in own], line, marker="o")
         scores.set(ylabel="loss over its start", title=f"{kind.name}: at each rule's own best rate")
@@ -161,7 +168,9 @@ def picture(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     args = parser.parse_args()
@@ -169,9 +178,14 @@ def main() -> None:
     rows = list(measure(tuple(args.widths)))
     figures: dict[str, float] = {}
     for task, n, name, e, score in rows:
-        figures |= {f"{task}_n{n}_{name.replace(' ', '_')}_rate": 2.0**e, f"{task}_n{n}_{name.replace(' ', '_')}_score": score}
+        figures |= {
+            f"{task}_n{n}_{name.replace(' ', '_')}_rate": 2.0**e,
+            f"{task}_n{n}_{name.replace(' ', '_')}_score": score,
+        }
     for task, n in dict.fromkeys((task, n) for task, n, *_ in rows):
-        figures[f"{task}_n{n}_best_ratio"] = min(RATIOS, key=lambda r, t=task, n=n: figures[f"{t}_n{n}_ratio_{r}_score"])
+        figures[f"{task}_n{n}_best_ratio"] = min(
+            RATIOS, key=lambda r, t=task, n=n: figures[f"{t}_n{n}_ratio_{r}_score"]
+        )
     if args.picture:
         picture(rows, args.picture)
     m.report("width", figures)

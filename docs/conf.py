@@ -13,7 +13,9 @@ import pages  # noqa: E402
 project = "Veneer"
 author = "the authors of Veneer"
 copyright = "the authors of Veneer"
-version = release = re.search(r'__version__ = "(.+?)"', (HERE.parent / "src/veneer/version.py").read_text(encoding="utf-8"))[1]  # type: ignore[index]
+version = release = re.search(
+    r'__version__ = "(.+?)"', (HERE.parent / "src/veneer/version.py").read_text(encoding="utf-8")
+)[1]  # type: ignore[index]
 
 extensions = ["myst_parser"]
 myst_enable_extensions = ["linkify", "deflist"]

@@ -19,8 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(folder: Path) -> None:
     if sys.version_info < (3, 10):
-        sys.exit("Veneer needs Python 3.10 or newer, this is %d.%d; name another one, e.g. make PYTHON=python3.12" % sys.version_info[:2])
-    run([sys.executable, "-m", "venv", str(folder)], "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv")
+        sys.exit(
+            "Veneer needs Python 3.10 or newer, this is %d.%d; name another one, e.g. make PYTHON=python3.12"
+            % sys.version_info[:2]
+        )
+    run(
+        [sys.executable, "-m", "venv", str(folder)],
+        "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv",
+    )
     python = str(folder / "bin" / "python")
     wanted = os.environ.get("TORCH", "")
     if not any(install(python, arguments) for arguments in choices(pinned_torch(), wanted, is_cpu_only())):
@@ -28,7 +34,10 @@ def main(folder: Path) -> None:
             f"no CPU build of torch {pinned_torch()} for this Python, neither where pip is set up to look nor at {CPU_INDEX};"
             f" say yourself what to install, e.g. make TORCH=torch=={pinned_torch()}"
         )
-    run([python, "-m", "pip", "install", "-e", f"{ROOT}[{EXTRAS}]"], "installing failed; see pip's message above")
+    run(
+        [python, "-m", "pip", "install", "-e", f"{ROOT}[{EXTRAS}]"],
+        "installing failed; see pip's message above",
+    )
 
 
 def choices(version: str, wanted: str, cpu_only: bool) -> "list[list[str]]":
@@ -44,14 +53,21 @@ def is_cpu_only() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        return subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode != 0
+        return (
+            subprocess.run(
+                ["nvidia-smi", "-L"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ).returncode
+            != 0
+        )
     except OSError:
         return True
 
 
 def pinned_torch() -> str:
     """The version of PyTorch that Veneer was tested with."""
-    found = re.search(r"^torch==([\w.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(
+        r"^torch==([\w.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
     if found is None:
         sys.exit("constraints.txt names no torch==VERSION")
     return found.group(1)

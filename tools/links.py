@@ -63,7 +63,11 @@ def broken(files: Iterable[Path]) -> Iterator[str]:
                 other /= "index.html"
             if not other.exists():
                 yield f"{path}: {target}: there is no such file"
-            elif parts.fragment and other.suffix in (".html", ".md") and unquote(parts.fragment) not in anchors_of(other):
+            elif (
+                parts.fragment
+                and other.suffix in (".html", ".md")
+                and unquote(parts.fragment) not in anchors_of(other)
+            ):
                 yield f"{path}: {target}: there is no such anchor"
 
 
@@ -78,7 +82,11 @@ def main(folder: Path) -> int:
     problems, others = list(broken(files)), external(files)
     print(
         "\n".join(
-            [*problems, f"{len(files)} pages, {len(problems)} broken links; {len(others)} links to other sites, not looked at:", *others]
+            [
+                *problems,
+                f"{len(files)} pages, {len(problems)} broken links; {len(others)} links to other sites, not looked at:",
+                *others,
+            ]
         )
     )
     return 1 if problems or not files else 0

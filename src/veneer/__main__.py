@@ -13,7 +13,10 @@ def main() -> int:
         package = (e.name or "").partition(".")[0]
         if package not in ("typer", "rich"):
             raise
-        print(f"error: the command line needs the package {package!r}: pip install 'veneer[cli]'", file=sys.stderr)
+        print(
+            f"error: the command line needs the package {package!r}: pip install 'veneer[cli]'",
+            file=sys.stderr,
+        )
         return 2
     return run()
 

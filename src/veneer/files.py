@@ -95,7 +95,9 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """UTF-8, sorted, two spaces: what PEFT writes. Raises ValueError for NaN and infinity, which JSON has not."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False), encoding="utf-8")
+    path.write_text(
+        json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False), encoding="utf-8"
+    )
 
 
 def read_json(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
@@ -110,13 +112,17 @@ def read_json(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         raise FormatError(f"{path} holds a {type(content).__name__}, not an object with settings")
     missing = [name for name in needed if name not in content]
     if missing:
-        raise FormatError(f"{path} lacks {', '.join(missing)}: it is another file than it should be; restore it from a copy")
+        raise FormatError(
+            f"{path} lacks {', '.join(missing)}: it is another file than it should be; restore it from a copy"
+        )
     return content
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """The tensors as safetensors, contiguous, each with its own storage."""
-    save_file({n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+    save_file(
+        {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}, path, {"format": "pt"}
+    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

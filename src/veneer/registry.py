@@ -25,7 +25,11 @@ class Registry:
 
     def names(self) -> list[str]:
         """All choices, sorted."""
-        files = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(self.folder).__path__) if m.name not in self.apart)
+        files = sorted(
+            m.name
+            for m in pkgutil.iter_modules(importlib.import_module(self.folder).__path__)
+            if m.name not in self.apart
+        )
         return [f.replace("_", "-") for f in files] if self.dashes else files
 
     def module(self, name: str) -> ModuleType:
@@ -37,4 +41,8 @@ class Registry:
     def own_class(self, name: str, base: type[T]) -> type[T]:
         """The first subclass of `base` that the file of that name defines. Raises ConfigError for an unknown name."""
         module = self.module(name)
-        return next(c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base) and c.__module__ == module.__name__)
+        return next(
+            c
+            for c in vars(module).values()
+            if isinstance(c, type) and issubclass(c, base) and c.__module__ == module.__name__
+        )

@@ -27,7 +27,11 @@ class Setting(NamedTuple):
 
 def setting(default: Any, help: str, *, unit: str = "") -> Any:
     """A field of a dataclass with its help text and the unit of its value."""
-    return field(metadata=about(help, unit)) if default is REQUIRED else field(default=default, metadata=about(help, unit))
+    return (
+        field(metadata=about(help, unit))
+        if default is REQUIRED
+        else field(default=default, metadata=about(help, unit))
+    )
 
 
 def about(help: str, unit: str = "") -> dict[str, str]:
@@ -38,7 +42,10 @@ def about(help: str, unit: str = "") -> dict[str, str]:
 def table(kind: type) -> dict[str, Setting]:
     """The settings of a dataclass by name, in its order."""
     hints = get_type_hints(kind)
-    return {f.name: Setting(f.name, hints[f.name], _default(f), f.metadata["help"], f.metadata["unit"]) for f in fields(kind)}
+    return {
+        f.name: Setting(f.name, hints[f.name], _default(f), f.metadata["help"], f.metadata["unit"])
+        for f in fields(kind)
+    }
 
 
 def _default(f: Field[Any]) -> Any:
@@ -53,8 +60,14 @@ def from_dict(kind: type[T], values: Mapping[str, Any], inside: Mapping[str, Ite
     inside: names that belong into a setting of their own, as {"options": ["rank", ..]}, for the advice on unknown ones.
     """
     known = table(kind)
-    problems = [f"unknown setting {name!r}{_place(str(name), known, inside)}" for name in values if name not in known]
-    problems += [f"setting {s.name!r} is missing: {s.help}" for s in known.values() if s.default is REQUIRED and s.name not in values]
+    problems = [
+        f"unknown setting {name!r}{_place(str(name), known, inside)}" for name in values if name not in known
+    ]
+    problems += [
+        f"setting {s.name!r} is missing: {s.help}"
+        for s in known.values()
+        if s.default is REQUIRED and s.name not in values
+    ]
     given = {}
     for name, value in values.items():
         if name in known:
@@ -121,7 +134,10 @@ def _suit_tuple(value: Any, inner: Sequence[Any]) -> tuple[Any, ...]:
         raise ValueError(f"{value!r} is not a list")
     if not many and len(value) != len(inner):
         raise ValueError(f"{list(value)!r} has {len(value)} values, not {len(inner)}")
-    return tuple(suit(v, inner[0] if many else h) for v, h in zip(value, inner if not many else [None] * len(value), strict=True))
+    return tuple(
+        suit(v, inner[0] if many else h)
+        for v, h in zip(value, inner if not many else [None] * len(value), strict=True)
+    )
 
 
 def _suit_plain(value: Any, hint: Any) -> Any:
@@ -141,7 +157,14 @@ def _near(value: Any, names: Sequence[Any]) -> str:
     return hint if hint.startswith("; did") else ""
 
 
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing", Any: "a value"}
+NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "nothing",
+    Any: "a value",
+}
 
 
 def describe(hint: Any) -> str:
@@ -152,7 +175,11 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, inner))
     if origin is tuple:
-        return f"a list of {describe(inner[0])}" if inner[-1] is Ellipsis else f"{len(inner)} times {describe(inner[0])}"
+        return (
+            f"a list of {describe(inner[0])}"
+            if inner[-1] is Ellipsis
+            else f"{len(inner)} times {describe(inner[0])}"
+        )
     if origin is dict:
         return f"a table of {describe(inner[1])}"
     return NAMES.get(hint, str(hint))
@@ -180,5 +207,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     except yaml.YAMLError as e:
         raise ConfigError(f"{where} is not YAML: {e}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{where} holds {'nothing' if found is None else repr(found)[:40]}; write one setting a line, e.g.  lr: 1e-3")
+        raise ConfigError(
+            f"{where} holds {'nothing' if found is None else repr(found)[:40]}; write one setting a line, e.g.  lr: 1e-3"
+        )
     return found

@@ -19,10 +19,6 @@ def names(model):
     return [d.site.name for d in layers(model)]
 
 
-
-
-
-
 def test_all_linear_takes_every_linear_but_the_head():
     model = veneer.attach(llama(), "lora", rank=2)
     assert len(names(model)) == 14 and "lm_head" not in names(model)
@@ -30,7 +26,13 @@ def test_all_linear_takes_every_linear_but_the_head():
     assert names(veneer.attach(gpt2, "lora", rank=2)) == [
         f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 30,
+    }
     bert = BertForSequenceClassification(BertConfig(**sizes))
     assert "classifier" in output_head(bert)
     assert all(n.startswith("bert.") for n in names(veneer.attach(bert, "lora", rank=2)))
@@ -45,15 +47,21 @@ def test_targets_by_ending_expression_and_exclusion():
 
 
 def test_targets_that_match_nothing_are_named_with_the_nearest():
-    with pytest.raises(SiteError, match=r"no layer is called 'q_prj'; did you mean 'q_proj'\?\nno layer is called 'nope'"):
+    with pytest.raises(
+        SiteError, match=r"no layer is called 'q_prj'; did you mean 'q_proj'\?\nno layer is called 'nope'"
+    ):
         find(llama(), ["q_prj", "v_proj", "nope"])
-    with pytest.raises(SiteError, match=r"no layer matches to='q_proj'; the model has e\.g\. model\.embed_tokens"):
+    with pytest.raises(
+        SiteError, match=r"no layer matches to='q_proj'; the model has e\.g\. model\.embed_tokens"
+    ):
         find(llama(), "q_proj")
     with pytest.raises(SiteError, match="is not a regular expression"):
         find(llama(), "(")
     with pytest.raises(SiteError, match="no layer is left to adapt"):
         find(llama(), ["q_proj"], exclude=["q_proj"])
-    with pytest.raises(SiteError, match=r"'model.norm' is a LlamaRMSNorm, which holds no linear map known here"):
+    with pytest.raises(
+        SiteError, match=r"'model.norm' is a LlamaRMSNorm, which holds no linear map known here"
+    ):
         find(llama(), ["q_proj", "model.norm"])
     with pytest.raises(SiteError, match=r"name layers inside it, e.g. model.layers.0.mlp.gate_proj"):
         find(llama(), ["mlp"])
@@ -79,7 +87,8 @@ def test_nothing_changes_when_attach_refuses():
 
 def test_every_layer_too_small_for_the_rank_is_named():
     with pytest.raises(
-        ShapeError, match=r"rank 17 > min\(out, in\) = 16 at 'model\.layers\.0\.self_attn\.q_proj'; use at most 16(.|\n)*and 9 more"
+        ShapeError,
+        match=r"rank 17 > min\(out, in\) = 16 at 'model\.layers\.0\.self_attn\.q_proj'; use at most 16(.|\n)*and 9 more",
     ):
         veneer.attach(llama(), "lora", rank=17)
 
@@ -94,17 +103,31 @@ def test_options_and_methods_are_suggested():
 
 
 def test_patterns_give_layers_their_own_rank_and_alpha():
-    model = veneer.attach(llama(), "lora", rank=2, rank_pattern={"q_proj": 4, r"layers\.1\.mlp\..*": 3}, alpha_pattern={"q_proj": 5.0})
+    model = veneer.attach(
+        llama(),
+        "lora",
+        rank=2,
+        rank_pattern={"q_proj": 4, r"layers\.1\.mlp\..*": 3},
+        alpha_pattern={"q_proj": 5.0},
+    )
     by_name = {s.name: d for s, d in changes(model, "default")}
     assert by_name["model.layers.0.self_attn.q_proj"].A.shape[0] == 4
     assert by_name["model.layers.0.self_attn.q_proj"].scaling == 5 / 4
-    assert by_name["model.layers.1.mlp.up_proj"].A.shape[0] == 3 and by_name["model.layers.0.mlp.up_proj"].A.shape[0] == 2
+    assert (
+        by_name["model.layers.1.mlp.up_proj"].A.shape[0] == 3
+        and by_name["model.layers.0.mlp.up_proj"].A.shape[0] == 2
+    )
     with pytest.raises(ConfigError, match="matches no adapted layer: zz"):
         veneer.attach(model, "lora", name="b", rank=2, alpha_pattern={"zz": 1.0})
 
 
 def test_alpha_follows_the_rank_and_the_start():
-    for rank, init, scaling in ((2, "kaiming", 2.0), (4, "gaussian", 2.0), (4, "pissa", 1.0), (4, "olora", 1.0)):
+    for rank, init, scaling in (
+        (2, "kaiming", 2.0),
+        (4, "gaussian", 2.0),
+        (4, "pissa", 1.0),
+        (4, "olora", 1.0),
+    ):
         delta = changes(veneer.attach(llama(), "lora", rank=rank, init=init), "default")[0][1]
         assert delta.scaling == scaling
 
@@ -121,13 +144,19 @@ def test_a_tied_weight_is_refused_unless_asked_and_merging_changes_one():
 
     merge(model)
     torch.testing.assert_close(model(IDS).logits, y)
-    assert torch.equal(model.model.embed_tokens.weight, embedded) and model.lm_head.weight is not model.model.embed_tokens.weight
+    assert (
+        torch.equal(model.model.embed_tokens.weight, embedded)
+        and model.lm_head.weight is not model.model.embed_tokens.weight
+    )
     assert not model.config.tie_word_embeddings
 
 
 def test_layers_read_directly_are_refused():
     model = nn.TransformerEncoderLayer(8, 2, 16)
-    with pytest.raises(SiteError, match=r"'self_attn\.out_proj' cannot be adapted by a hook: torch's attention.*exclude=\['out_proj'\]"):
+    with pytest.raises(
+        SiteError,
+        match=r"'self_attn\.out_proj' cannot be adapted by a hook: torch's attention.*exclude=\['out_proj'\]",
+    ):
         veneer.attach(model, "lora", rank=2)
     veneer.attach(model, "lora", rank=2, exclude=["out_proj"])
     shake(model)
@@ -152,7 +181,9 @@ def test_a_layer_never_called_is_an_error_at_the_first_training_step():
     model = veneer.attach(Partly(), "lora", rank=2)
     with torch.no_grad():
         model(torch.randn(2, 4))  # no training step yet
-    with pytest.raises(SiteError, match=r"1 adapted layers were never called in the first training step: idle"):
+    with pytest.raises(
+        SiteError, match=r"1 adapted layers were never called in the first training step: idle"
+    ):
         model(torch.randn(2, 4))
     fine = veneer.attach(Partly(), "lora", rank=2, exclude=["idle"])
     fine(torch.randn(2, 4)).sum().backward()
@@ -179,7 +210,10 @@ def test_several_adapters_switch_sum_and_train_apart():
     veneer.attach(model, "dora", rank=3, to=["q_proj"], name="german")
     shake(model, "french")
     shake(model, "german")
-    assert veneer.adapters(model) == ["french", "german"] and veneer.active(model) == {"french": 1.0, "german": 1.0}
+    assert veneer.adapters(model) == ["french", "german"] and veneer.active(model) == {
+        "french": 1.0,
+        "german": 1.0,
+    }
     both = model(IDS).logits
     with veneer.using(model, "french"):
         french = model(IDS).logits
@@ -214,7 +248,9 @@ def test_unknown_and_used_names_are_errors():
         lambda: veneer.train_only(model, "frensh"),
         lambda: veneer.detach(model, "frensh"),
     ):
-        with pytest.raises(ConfigError, match=r"no adapter called 'frensh' is attached; did you mean 'french'\?"):
+        with pytest.raises(
+            ConfigError, match=r"no adapter called 'frensh' is attached; did you mean 'french'\?"
+        ):
             act()
     with pytest.raises(ConfigError, match="'french' is already attached"):
         veneer.attach(model, "lora", rank=2, name="french")
@@ -243,7 +279,9 @@ def test_generate_and_gradient_checkpointing(method):
     shake(model)
     model.eval()
     with_cache = model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert torch.equal(with_cache, model.generate(IDS, max_new_tokens=5, do_sample=False, use_cache=False, pad_token_id=0))
+    assert torch.equal(
+        with_cache, model.generate(IDS, max_new_tokens=5, do_sample=False, use_cache=False, pad_token_id=0)
+    )
     model.train()
     model(IDS, labels=IDS).loss.backward()
     plain = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -272,7 +310,9 @@ def test_detaching_gives_the_base_its_gradients_back():
     veneer.detach(model, "a")
     assert not any(p.requires_grad for n, p in model.named_parameters() if "deltas" not in n)
     veneer.detach(model)
-    assert {n: p.requires_grad for n, p in model.named_parameters()} == before and "_trained_before_adapters" not in vars(model)
+    assert {
+        n: p.requires_grad for n, p in model.named_parameters()
+    } == before and "_trained_before_adapters" not in vars(model)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -291,7 +331,9 @@ def test_an_exclude_that_leaves_nothing_out_is_an_error():
         veneer.attach(llama(), "lora", exclude=["v_proj", "q_porj"])
     with pytest.raises(SiteError, match=r"exclude='\[' is not a regular expression"):
         veneer.attach(llama(), "lora", exclude="[")
-    with pytest.raises(ConfigError, match=r"'\[' in rank_pattern or alpha_pattern is not a regular expression"):
+    with pytest.raises(
+        ConfigError, match=r"'\[' in rank_pattern or alpha_pattern is not a regular expression"
+    ):
         veneer.attach(llama(), "lora", rank_pattern={"[": 2})
 
 

@@ -90,7 +90,9 @@ def test_the_base_stays_bit_for_bit_under_slot_0():
     with veneer.using(model):
         base = model(input_ids=ids).logits
     bank = veneer.bank(model, ["pissa", "dora"])
-    assert bank.ids.shape == () and torch.equal(model(input_ids=ids).logits, base)  # at the start all rows have the base
+    assert bank.ids.shape == () and torch.equal(
+        model(input_ids=ids).logits, base
+    )  # at the start all rows have the base
     bank.use([None, "dora", 0])
     # Rows are compared with the rows at the same places of the same batch: elsewhere a product may round differently.
     assert torch.equal(model(input_ids=ids).logits[[0, 2]], base[[0, 2]])
@@ -171,8 +173,12 @@ def test_slots_are_written_and_emptied_while_others_serve(tmp_path):
     assert bank.write("french", tmp_path / "dora") == 2
     assert veneer.adapters(model) == ["pissa", "bank"] and veneer.active(model) == {"bank": 1.0}
     bank.use(["french", "pissa", None])
-    torch.testing.assert_close(model(input_ids=ids).logits.detach(), expected, rtol=1e-5, atol=1e-5)  # saved in float32
-    with pytest.raises(ConfigError, match=r"rows of the bank have adapter 'french' now; give them another one with use\(\)"):
+    torch.testing.assert_close(
+        model(input_ids=ids).logits.detach(), expected, rtol=1e-5, atol=1e-5
+    )  # saved in float32
+    with pytest.raises(
+        ConfigError, match=r"rows of the bank have adapter 'french' now; give them another one with use\(\)"
+    ):
         bank.evict("french")
     bank.use([None, "pissa", None]).evict("french")
     assert bank.names == {"base": 0, "pissa": 1}
@@ -212,7 +218,9 @@ def test_one_compilation_serves_all_ids_and_slots(trainable):
             bank.write("ia3")
         for order in ([0, 1, 2], [2, 1, 0], [1, 1, 0]):
             bank.use([rows[i] for i in order])
-            torch.testing.assert_close(run(input_ids=ids[order]).logits, expected[order], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                run(input_ids=ids[order]).logits, expected[order], rtol=1e-9, atol=1e-9
+            )
         if not trainable:
             bank.evict("ia3")
             bank.write("third", "dora")
@@ -250,17 +258,23 @@ def separate(names, rows):
         veneer.train_only(model, name)
         with veneer.using(model, name):
             model(input_ids=rows[name]).logits.square().sum().backward()
-        found[name] = {f"{s.name}.{n}": p.grad for s, d in changes(model, name) for n, p in d.named_parameters()}
+        found[name] = {
+            f"{s.name}.{n}": p.grad for s, d in changes(model, name) for n, p in d.named_parameters()
+        }
     return found
 
 
-@pytest.mark.parametrize("names", [("pissa", "dora", "miss", "loldu"), ("ia3", "flora", "pissa"), ("products", "ia3", "grid")])
+@pytest.mark.parametrize(
+    "names", [("pissa", "dora", "miss", "loldu"), ("ia3", "flora", "pissa"), ("products", "ia3", "grid")]
+)
 def test_several_learn_in_one_pass_as_if_each_were_alone(names):
     rows = {name: tokens(2, seed) for seed, name in enumerate(names)}
     expected = separate(names, rows)
     model = mixed(names=names)
     bank = veneer.bank(model, names, trainable=True)
-    assert {n.split("deltas.")[1].split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == set(names)
+    assert {
+        n.split("deltas.")[1].split(".")[0] for n, p in model.named_parameters() if p.requires_grad
+    } == set(names)
     order = [0, 3, 1, 2, *range(4, 2 * len(names))]  # rows of one adapter need not be neighbours
     bank.use([name for name in names for _ in range(2)][i] for i in order)
     model.train()
@@ -272,14 +286,18 @@ def test_several_learn_in_one_pass_as_if_each_were_alone(names):
     assert all(p.grad is None for n, p in model.named_parameters() if "deltas" not in n)
 
 
-@pytest.mark.parametrize("rows", [["pissa", "dora", "dora", "products"], ["dora", "pissa", "products", "dora"]])
+@pytest.mark.parametrize(
+    "rows", [["pissa", "dora", "dora", "products"], ["dora", "pissa", "products", "dora"]]
+)
 def test_an_adapter_that_is_not_finite_spoils_no_other_ones_learning(rows):
     names, found = ("pissa", "dora", "products"), []
     for spoiled in (False, True):
         model = mixed(names=names)
         if spoiled:
             with torch.no_grad():
-                next(d for s, d in changes(model, "pissa") if s.name == "model.layers.0.mlp.down_proj").A.fill_(float("nan"))
+                next(
+                    d for s, d in changes(model, "pissa") if s.name == "model.layers.0.mlp.down_proj"
+                ).A.fill_(float("nan"))
         veneer.bank(model, names, trainable=True).use(rows)
         losses = model(input_ids=tokens(4)).logits.square().sum((1, 2))
         losses.sum().backward()
@@ -293,7 +311,9 @@ def test_an_adapter_that_no_row_has_gets_a_gradient_of_zero():
     model = mixed(names=("pissa", "dora"))
     veneer.bank(model, ["pissa", "dora"], trainable=True).use(["pissa", "pissa"])
     model(input_ids=tokens(2)).logits.sum().backward()
-    assert not any(p.grad.any() for _, d in changes(model, "dora") for p in d.parameters() if p.grad is not None)
+    assert not any(
+        p.grad.any() for _, d in changes(model, "dora") for p in d.parameters() if p.grad is not None
+    )
 
 
 def test_beside_another_adapter_it_is_the_sum_of_both():
@@ -329,18 +349,28 @@ def test_methods_without_a_normal_form_are_refused_by_name_all_at_once():
     before = veneer.active(model)
     text = refusal(lambda: veneer.bank(model, ["tiles", "pissa", "waves", "words"]))
     q0, q1 = (f"model.layers.{i}.self_attn.q_proj" for i in range(2))
-    assert text.splitlines()[0] == (f"'tiles': bat has no normal form at {q0}, {q1}; use it alone, or make it a LoRA with veneer.to_lora")
-    assert text.splitlines()[1].startswith("'waves': fourierft has no normal form at model.layers.0.self_attn.")
+    assert text.splitlines()[0] == (
+        f"'tiles': bat has no normal form at {q0}, {q1}; use it alone, or make it a LoRA with veneer.to_lora"
+    )
+    assert text.splitlines()[1].startswith(
+        "'waves': fourierft has no normal form at model.layers.0.self_attn."
+    )
     assert text.splitlines()[2] == (
         "'words' changes model.embed_tokens of kind 'embedding', and a bank serves linear layers; leave these out"
     )
-    assert len(text.splitlines()) == 3 and veneer.active(model) == before and "bank" not in veneer.adapters(model)
+    assert (
+        len(text.splitlines()) == 3
+        and veneer.active(model) == before
+        and "bank" not in veneer.adapters(model)
+    )
     assert "pissa" not in text
 
 
 def test_convolutions_are_refused():
     model = veneer.attach(conv_net(), "lora", rank=2, to=["first"])
-    assert "of kind 'conv', and a bank serves linear layers" in refusal(lambda: veneer.bank(model, ["default"]))
+    assert "of kind 'conv', and a bank serves linear layers" in refusal(
+        lambda: veneer.bank(model, ["default"])
+    )
 
 
 def test_unknown_adapters_and_ids_are_refused_with_the_nearest():
@@ -381,12 +411,19 @@ def test_what_a_bank_has_no_room_for_is_refused():
     assert f"{q} (gains of inputs)" in text and "k_proj (gains of outputs)" in text
     assert text.endswith("make it with rank=, gains= or products=")
     assert "(3 products with W > 0, gains of outputs)" in refusal(lambda: bank.write("products"), ShapeError)
-    assert refusal(lambda: bank.write("a", "loldu")).startswith("the bank has an adapter 'a' already; evict it first")
+    assert refusal(lambda: bank.write("a", "loldu")).startswith(
+        "the bank has an adapter 'a' already; evict it first"
+    )
     bank.write("loldu")
-    assert refusal(lambda: bank.write("b", "pissa")) == "all 2 slots of the bank are taken; evict one of a, loldu, or make it with slots="
+    assert (
+        refusal(lambda: bank.write("b", "pissa"))
+        == "all 2 slots of the bank are taken; evict one of a, loldu, or make it with slots="
+    )
     narrow = mixed(names=("pissa", "flora"))
     bank = veneer.bank(narrow, ["flora"], slots=2)
-    assert "layers that the bank does not serve: model.layers.0.self_attn.k_proj" in refusal(lambda: bank.write("pissa"), SiteError)
+    assert "layers that the bank does not serve: model.layers.0.self_attn.k_proj" in refusal(
+        lambda: bank.write("pissa"), SiteError
+    )
 
 
 def test_other_mistakes_are_said(tmp_path):
@@ -396,7 +433,9 @@ def test_other_mistakes_are_said(tmp_path):
     assert "would be empty" in refusal(lambda: veneer.bank(model, {}, trainable=True))
     assert "slots=1 for 2 adapters" in refusal(lambda: veneer.bank(model, ["pissa", "ia3"], slots=1))
     assert "'base' and '' are no names" in refusal(lambda: veneer.bank(model, {"base": "pissa"}))
-    assert "leave slots, rank, gains, products and to out" in refusal(lambda: veneer.bank(model, ["pissa"], trainable=True, slots=3))
+    assert "leave slots, rank, gains, products and to out" in refusal(
+        lambda: veneer.bank(model, ["pissa"], trainable=True, slots=3)
+    )
     veneer.attach(model, "lora", rank=2, dropout=0.1, name="drops")
     assert "'drops' drops inputs (dropout=0.1), which a bank does not; attach it without" in refusal(
         lambda: veneer.bank(model, ["drops"], trainable=True)
@@ -405,7 +444,9 @@ def test_other_mistakes_are_said(tmp_path):
     assert "has a bank already" in refusal(lambda: veneer.bank(model, ["pissa"], name="second"))
     assert "adapters of a bank that trains stay where they are" in refusal(lambda: bank.write("drops"))
     with veneer.using(model, "bank", "drops"):
-        assert "gains of inputs at 'model.layers.0.mlp.down_proj'" in refusal(lambda: model(input_ids=tokens(2)))
+        assert "gains of inputs at 'model.layers.0.mlp.down_proj'" in refusal(
+            lambda: model(input_ids=tokens(2))
+        )
     veneer.detach(model, "drops", "pissa", "ia3")
     assert "a bank holds many adapters" in refusal(lambda: veneer.merge(model, "bank"), NotMergeable)
     text = refusal(lambda: veneer.save(model, tmp_path / "bank", "bank"), FormatError)

@@ -44,7 +44,12 @@ def best(D, rank):
 
 
 @pytest.mark.parametrize(
-    "weights", [{"plain": 0.7, "rs": 0.3}, {"plain": 1.0, "rs": -0.5, "pissa": 2.0}, {"plain": 0.5, "dora": 0.5, "pissa": 1.0}]
+    "weights",
+    [
+        {"plain": 0.7, "rs": 0.3},
+        {"plain": 1.0, "rs": -0.5, "pissa": 2.0},
+        {"plain": 0.5, "dora": 0.5, "pissa": 1.0},
+    ],
 )
 @pytest.mark.parametrize("rank", [1, 5])
 def test_a_combination_is_the_best_approximation_of_the_dense_sum(weights, rank):
@@ -77,7 +82,9 @@ def test_any_method_becomes_plain_lora_at_an_energy():
     for c in to_lora(model, "dora", "plain-dora", energy=0.9):
         S = np.linalg.svd(exact[c.site], compute_uv=False)
         share = np.cumsum(S**2) / (S**2).sum()
-        assert c.rank == int(np.argmax(share >= 0.9)) + 1 and c.error == pytest.approx((1 - share[c.rank - 1]) ** 0.5, rel=1e-6)
+        assert c.rank == int(np.argmax(share >= 0.9)) + 1 and c.error == pytest.approx(
+            (1 - share[c.rank - 1]) ** 0.5, rel=1e-6
+        )
 
 
 def test_ties_follows_the_paper_on_a_case_by_hand():
@@ -90,7 +97,9 @@ def test_ties_follows_the_paper_on_a_case_by_hand():
 def test_dare_keeps_the_mean():
     D = torch.full((400, 400), 2.0)
     kept = dare(D, 0.25, keyed(0, "x"))
-    assert set(kept.unique().tolist()) == {0.0, 8.0} and abs(float(kept.mean()) - 2) < 6 * (12 / 160000) ** 0.5
+    assert (
+        set(kept.unique().tolist()) == {0.0, 8.0} and abs(float(kept.mean()) - 2) < 6 * (12 / 160000) ** 0.5
+    )
     assert torch.equal(kept, dare(D, 0.25, keyed(0, "x")))
 
 
@@ -98,7 +107,8 @@ def test_dare_keeps_the_mean():
 def test_ties_and_dare_need_a_cut_and_reach_the_outputs(how):
     model = crowded()
     with pytest.raises(
-        NotMergeable, match=f"'plain' at 'model.layers.0.self_attn.q_proj': {how} leaves no low rank; give rank= or energy="
+        NotMergeable,
+        match=f"'plain' at 'model.layers.0.self_attn.q_proj': {how} leaves no low rank; give rank= or energy=",
     ):
         combine(model, {"plain": 1.0, "rs": 1.0}, "mix", how=how)
     combine(model, {"plain": 1.0, "rs": 1.0}, "mix", how=how, rank=4)
@@ -111,9 +121,15 @@ def test_ties_and_dare_need_a_cut_and_reach_the_outputs(how):
 def test_impossible_combinations_are_refused():
     model = crowded()
     for call, text in (
-        (lambda: combine(model, {"plain": 1.0}, "mix", how="tis"), "unknown way to combine 'tis'; did you mean 'ties'"),
+        (
+            lambda: combine(model, {"plain": 1.0}, "mix", how="tis"),
+            "unknown way to combine 'tis'; did you mean 'ties'",
+        ),
         (lambda: combine(model, {}, "mix"), "nothing to combine"),
-        (lambda: combine(model, {"plian": 1.0}, "mix"), "no adapter called 'plian' is attached; did you mean 'plain'"),
+        (
+            lambda: combine(model, {"plian": 1.0}, "mix"),
+            "no adapter called 'plian' is attached; did you mean 'plain'",
+        ),
         (lambda: combine(model, {"plain": 1.0}, "rs"), "'rs' is already attached"),
         (lambda: combine(model, {"plain": 1.0}, "mix", density=0.0), "density 0.0 is not a share"),
         (lambda: combine(model, {"plain": 1.0}, "mix", energy=1.5), "energy 1.5 is not a share"),
@@ -121,7 +137,9 @@ def test_impossible_combinations_are_refused():
     ):
         with pytest.raises(ConfigError, match=text):
             call()
-    with pytest.raises(NotMergeable, match=r"'dora' at 'model.*': its change has no low rank; give rank= or energy="):
+    with pytest.raises(
+        NotMergeable, match=r"'dora' at 'model.*': its change has no low rank; give rank= or energy="
+    ):
         combine(model, {"plain": 0.5, "dora": 1.0}, "mix")
     assert "mix" not in veneer.adapters(model)
 
@@ -132,7 +150,11 @@ def tuned_copy(model):
     with torch.no_grad():
         for n, p in tuned.named_parameters():
             if "proj" in n:
-                p.add_(torch.randn(p.shape[0], 2, dtype=p.dtype) @ torch.randn(2, p.shape[1], dtype=p.dtype) * 0.05)
+                p.add_(
+                    torch.randn(p.shape[0], 2, dtype=p.dtype)
+                    @ torch.randn(2, p.shape[1], dtype=p.dtype)
+                    * 0.05
+                )
     return tuned
 
 
@@ -151,7 +173,8 @@ def test_extraction_is_open_about_the_rest():
         tuned.model.norm.weight.mul_(1.5)
         tuned.model.embed_tokens.weight.add_(0.1)
     with pytest.raises(
-        FormatError, match=r"2 parameters outside the layers of to= differ too: model\.embed_tokens\.weight, model\.norm\.weight"
+        FormatError,
+        match=r"2 parameters outside the layers of to= differ too: model\.embed_tokens\.weight, model\.norm\.weight",
     ):
         extract(model, tuned, "found", rank=2)
     extract(model, tuned, "whole", rank=2, rest="keep")
@@ -165,7 +188,10 @@ def test_extraction_is_open_about_the_rest():
         extract(model, copy.deepcopy(llama().double()), "none", rank=2)
     with pytest.raises(ConfigError, match="how far to cut"):
         extract(model, tuned, "none")
-    with pytest.raises(ShapeError, match=r"not of one kind: lm_head\.weight: \(30, 16\) and \(31, 16\), model\.embed_tokens\.weight"):
+    with pytest.raises(
+        ShapeError,
+        match=r"not of one kind: lm_head\.weight: \(30, 16\) and \(31, 16\), model\.embed_tokens\.weight",
+    ):
         other = copy.deepcopy(llama())
         other.resize_token_embeddings(31, mean_resizing=False)
         extract(llama(), other, "none", rank=2)

@@ -69,7 +69,11 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dora": ("dora", dict(alpha=3), dict(lora_alpha=3, use_dora=True)),
     "pissa": ("lora", dict(alpha=3, init="pissa"), dict(lora_alpha=3, init_lora_weights="pissa")),
     "pissa scaled": ("lora", dict(alpha=5, init="pissa"), dict(lora_alpha=5, init_lora_weights="pissa")),
-    "pissa dora": ("dora", dict(alpha=3, init="pissa"), dict(lora_alpha=3, init_lora_weights="pissa", use_dora=True)),
+    "pissa dora": (
+        "dora",
+        dict(alpha=3, init="pissa"),
+        dict(lora_alpha=3, init_lora_weights="pissa", use_dora=True),
+    ),
     "pissa rslora": (
         "lora",
         dict(alpha=2, init="pissa", stabilised=True),
@@ -96,7 +100,9 @@ def in_peft(build: Any, **config: Any) -> nn.Module:
     base = build()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(base, peft.LoraConfig(r=3, fan_in_fan_out=build is models.gpt2, **config)).eval()
+        model = peft.get_peft_model(
+            base, peft.LoraConfig(r=3, fan_in_fan_out=build is models.gpt2, **config)
+        ).eval()
     return stepped(model)
 
 
@@ -143,7 +149,9 @@ def test_peft_opens_ours(kind: str, method: str, tmp_path: Path) -> None:
     assert_opens(spec["build"], ours, tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "method"), [c for c in CELLS if c not in [("conv", "pissa"), ("conv", "olora")]])
+@pytest.mark.parametrize(
+    ("kind", "method"), [c for c in CELLS if c not in [("conv", "pissa"), ("conv", "olora")]]
+)
 def test_ours_opens_pefts(kind: str, method: str, tmp_path: Path) -> None:
     """All but the starts that PEFT does not have for convolutions."""
     spec, (_, _, config) = MODELS[kind], METHODS[method]
@@ -155,7 +163,10 @@ def test_ours_opens_pefts(kind: str, method: str, tmp_path: Path) -> None:
     assert_opens(spec["build"], ours, tmp_path / "again")
 
 
-@pytest.mark.parametrize(("kind", "method"), [*((k, "rslora") for k in MODELS), ("llama", "dora"), ("gpt2", "pissa"), ("conv", "dora")])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [*((k, "rslora") for k in MODELS), ("llama", "dora"), ("gpt2", "pissa"), ("conv", "dora")],
+)
 def test_ranks_and_alphas_of_single_layers(kind: str, method: str, tmp_path: Path) -> None:
     spec, (name, options, config) = MODELS[kind], METHODS[method]
     patterns = dict(rank_pattern=spec["ranks"], alpha_pattern=spec["alphas"])
@@ -168,7 +179,8 @@ def test_ranks_and_alphas_of_single_layers(kind: str, method: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("llama", "lora"), ("llama", "pissa"), ("llama", "dora"), ("gpt2", "rslora"), ("bert", "dora")]
+    ("kind", "method"),
+    [("llama", "lora"), ("llama", "pissa"), ("llama", "dora"), ("gpt2", "rslora"), ("bert", "dora")],
 )
 def test_embeddings(kind: str, method: str, tmp_path: Path) -> None:
     spec, (name, options, config) = MODELS[kind], METHODS[method]
@@ -180,7 +192,9 @@ def test_embeddings(kind: str, method: str, tmp_path: Path) -> None:
     assert_opens(spec["build"], ours, tmp_path / "ours")
     model = in_peft(spec["build"], target_modules=targets, task_type=spec["task"], **config)
     written(model, tmp_path / "theirs")
-    assert kind != "llama" or [k for k in load_file(tmp_path / "theirs" / peft_settings.TENSORS) if "base_layer" in k]
+    assert kind != "llama" or [
+        k for k in load_file(tmp_path / "theirs" / peft_settings.TENSORS) if "base_layer" in k
+    ]
     assert_reads(spec["build"], model, tmp_path / "theirs")
 
 
@@ -203,7 +217,9 @@ def test_the_output_head(tmp_path: Path) -> None:
 def test_modules_kept_whole(kind: str, method: str, tmp_path: Path) -> None:
     spec, (_, _, config) = MODELS[kind], METHODS[method]
     save = None if spec["task"] == "SEQ_CLS" else spec["whole"]  # PEFT adds the head of a classifier itself
-    model = in_peft(spec["build"], target_modules=spec["to"], task_type=spec["task"], modules_to_save=save, **config)
+    model = in_peft(
+        spec["build"], target_modules=spec["to"], task_type=spec["task"], modules_to_save=save, **config
+    )
     ours = assert_reads(spec["build"], model, written(model, tmp_path / "theirs"))
     assert {s.name for s, _ in changes(ours, "default") if s.kind == "leaf"} == set(spec["whole"])
     veneer.save(ours, tmp_path / "again")
@@ -231,7 +247,11 @@ def test_a_container_kept_whole(tmp_path: Path) -> None:
         dict(target_modules=["q_proj", "up_proj"], layers_to_transform=0, layers_pattern="layers"),
         dict(target_modules="all-linear"),
         dict(target_modules=["q_proj"], r=40),
-        dict(target_modules=["q_proj", "up_proj"], rank_pattern={"proj": 3, "layers.1": 2, "mlp.up_proj": 4}, alpha_pattern={"p_proj": 3}),
+        dict(
+            target_modules=["q_proj", "up_proj"],
+            rank_pattern={"proj": 3, "layers.1": 2, "mlp.up_proj": 4},
+            alpha_pattern={"p_proj": 3},
+        ),
         dict(target_modules=["q_proj"], lora_dropout=0.3),
     ],
 )
@@ -241,7 +261,9 @@ def test_pefts_ways_to_name_layers(targets: dict[str, Any], tmp_path: Path) -> N
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = stepped(peft.get_peft_model(build(), peft.LoraConfig(task_type="CAUSAL_LM", **targets)).eval())
+        model = stepped(
+            peft.get_peft_model(build(), peft.LoraConfig(task_type="CAUSAL_LM", **targets)).eval()
+        )
     ours = assert_reads(build, model, written(model, tmp_path / "theirs"))
     veneer.save(ours, tmp_path / "again")
     assert_opens(build, ours, tmp_path / "again")
@@ -297,7 +319,9 @@ def test_the_settings_known_here_are_those_of_peft() -> None:
 )
 def test_the_settings_of_other_methods_have_pefts_defaults(method: str, theirs: Any) -> None:
     own, defaults = methods.get(method).peft_settings, theirs().to_dict()
-    filled = {"num_transformer_submodules": 1} if method == "prefix" else {}  # which PEFT puts there for a decoder
+    filled = (
+        {"num_transformer_submodules": 1} if method == "prefix" else {}
+    )  # which PEFT puts there for a decoder
     assert {**{k: defaults[k] for k in own}, **filled} == own
 
 
@@ -322,7 +346,9 @@ def test_a_layer_whose_name_ends_another(tmp_path: Path) -> None:
         torch.testing.assert_close(model(x), ours(x), **EXACT)
 
 
-@pytest.mark.parametrize("layer", [dict(groups=2), dict(dilation=2), dict(padding_mode="circular", padding=1)])
+@pytest.mark.parametrize(
+    "layer", [dict(groups=2), dict(dilation=2), dict(padding_mode="circular", padding=1)]
+)
 def test_convolutions_that_peft_computes_otherwise(layer: dict[str, Any], tmp_path: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -337,7 +363,9 @@ def test_convolutions_that_peft_computes_otherwise(layer: dict[str, Any], tmp_pa
     assert torch.equal(again(x), ours(x))
     model = in_peft(build, target_modules=["0"]) if "groups" not in layer else None
     if model is not None:
-        with pytest.raises(FormatError, match="0: PEFT's forward ignores this convolution's groups, dilation or padding mode"):
+        with pytest.raises(
+            FormatError, match="0: PEFT's forward ignores this convolution's groups, dilation or padding mode"
+        ):
             veneer.load(build(), written(model, tmp_path / "theirs"))
 
 
@@ -345,7 +373,8 @@ def initial_and_trained(tmp_path: Path, start: str) -> nn.Module:
     """Writes PEFT's folders `initial`, `trained` and `converted` for a start that moves the base."""
     torch.manual_seed(11)
     model = peft.get_peft_model(
-        models.llama(), peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=start, target_modules=["q_proj", "up_proj"])
+        models.llama(),
+        peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=start, target_modules=["q_proj", "up_proj"]),
     )
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
@@ -353,7 +382,9 @@ def initial_and_trained(tmp_path: Path, start: str) -> nn.Module:
     model.peft_config["default"].init_lora_weights = start
     model.save_pretrained(tmp_path / "trained")
     model.peft_config["default"].init_lora_weights = True  # as PEFT's own recipe says
-    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    model.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
     return model
 
 
@@ -363,7 +394,10 @@ def test_a_random_start_needs_its_initial_or_converted_folder(tmp_path: Path) ->
     assert_reads(models.llama, model, tmp_path / "converted")
     with pytest.raises(FormatError) as e:
         veneer.load(models.llama(), tmp_path / "trained")
-    assert "init_lora_weights 'pissa_niter_4': its randomised SVD is not seeded, so that the base it was trained on cannot" in str(e.value)
+    assert (
+        "init_lora_weights 'pissa_niter_4': its randomised SVD is not seeded, so that the base it was trained on cannot"
+        in str(e.value)
+    )
     assert "Pass initial= with the folder saved before training" in str(e.value)
     assert "path_initial_model_for_weight_conversion" in str(e.value)
 
@@ -377,23 +411,32 @@ def test_a_start_may_have_zeros_in_it(tmp_path: Path) -> None:
         save_file(tensors, path)
     ours = veneer.load(models.llama(), tmp_path / "trained", initial=tmp_path / "initial")
     A, B, A0, B0 = (
-        load_file(tmp_path / name / peft_settings.TENSORS)[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight"].double()
+        load_file(tmp_path / name / peft_settings.TENSORS)[
+            f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight"
+        ].double()
         for name in ("trained", "initial")
         for x in "AB"
     )
-    site, delta = next((s, d) for s, d in changes(ours, "default") if s.name == "model.layers.0.self_attn.q_proj")
+    site, delta = next(
+        (s, d) for s, d in changes(ours, "default") if s.name == "model.layers.0.self_attn.q_proj"
+    )
     torch.testing.assert_close(delta.delta(site).double(), 5 / 3 * (B @ A - B0 @ A0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets", "start"), [("llama", ["embed_tokens", "q_proj"], "pissa_niter_2"), ("conv", ["line", "head"], "lora_ga")]
+    ("kind", "targets", "start"),
+    [("llama", ["embed_tokens", "q_proj"], "pissa_niter_2"), ("conv", ["line", "head"], "lora_ga")],
 )
-def test_layers_without_the_start_stay_plain(kind: str, targets: list[str], start: str, tmp_path: Path) -> None:
+def test_layers_without_the_start_stay_plain(
+    kind: str, targets: list[str], start: str, tmp_path: Path
+) -> None:
     """PEFT starts embeddings as always, and so LoRA-GA starts convolutions."""
     build = MODELS[kind]["build"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=start if kind == "llama" else True)
+        config = peft.LoraConfig(
+            r=3, lora_alpha=5, target_modules=targets, init_lora_weights=start if kind == "llama" else True
+        )
         model = peft.get_peft_model(build(), config).eval()
     model.peft_config["default"].init_lora_weights = True
     written(model, tmp_path / "initial")
@@ -412,10 +455,16 @@ def test_an_initial_folder_that_does_not_fit(tmp_path: Path) -> None:
     tensors = load_file(path)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({**tensors, key: torch.zeros(4, 32)}, path)
-    with pytest.raises(FormatError, match=r"q_proj.lora_A.weight is \(4, 32\) in the initial folder, \(3, 32\) in the trained one"):
+    with pytest.raises(
+        FormatError,
+        match=r"q_proj.lora_A.weight is \(4, 32\) in the initial folder, \(3, 32\) in the trained one",
+    ):
         veneer.load(models.llama(), tmp_path / "trained", initial=tmp_path / "initial")
     save_file({k: t for k, t in tensors.items() if k != key}, path)
-    with pytest.raises(FormatError, match=r"missing in the initial folder: model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight"):
+    with pytest.raises(
+        FormatError,
+        match=r"missing in the initial folder: model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight",
+    ):
         veneer.load(models.llama(), tmp_path / "trained", initial=tmp_path / "initial")
     path.unlink()
     with pytest.raises(FormatError, match=r"initial has no adapter_model\.safetensors"):
@@ -425,17 +474,41 @@ def test_an_initial_folder_that_does_not_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (dict(init_lora_weights="corda"), "init_lora_weights 'corda': it moves the base by a decomposition over calibration data"),
-        (dict(init_lora_weights="lora_ga"), "init_lora_weights 'lora_ga': it moves the base by a decomposition of gradients"),
-        (dict(init_lora_weights="loftq"), "init_lora_weights 'loftq': it replaces the base by a quantised copy"),
-        (dict(init_lora_weights="kasa"), "init_lora_weights 'kasa': it cuts the smallest singular values off the base"),
-        (dict(init_lora_weights="zebra"), "init_lora_weights 'zebra' is not known here; convert it with PEFT"),
-        (dict(bias="all"), "bias='all': the base's biases were trained too; this cannot be read: merge it in PEFT"),
+        (
+            dict(init_lora_weights="corda"),
+            "init_lora_weights 'corda': it moves the base by a decomposition over calibration data",
+        ),
+        (
+            dict(init_lora_weights="lora_ga"),
+            "init_lora_weights 'lora_ga': it moves the base by a decomposition of gradients",
+        ),
+        (
+            dict(init_lora_weights="loftq"),
+            "init_lora_weights 'loftq': it replaces the base by a quantised copy",
+        ),
+        (
+            dict(init_lora_weights="kasa"),
+            "init_lora_weights 'kasa': it cuts the smallest singular values off the base",
+        ),
+        (
+            dict(init_lora_weights="zebra"),
+            "init_lora_weights 'zebra' is not known here; convert it with PEFT",
+        ),
+        (
+            dict(bias="all"),
+            "bias='all': the base's biases were trained too; this cannot be read: merge it in PEFT",
+        ),
         (dict(lora_bias=True), "lora_bias=True: the low-rank branch has a bias"),
-        (dict(trainable_token_indices=[1]), "trainable_token_indices=[1]: single rows of the embedding were trained"),
+        (
+            dict(trainable_token_indices=[1]),
+            "trainable_token_indices=[1]: single rows of the embedding were trained",
+        ),
         (dict(target_parameters=["w"]), "target_parameters=['w']: bare parameters, not layers, were adapted"),
         (dict(layer_replication=[[0, 2]]), "layer_replication=[[0, 2]]: the model's layers were repeated"),
-        (dict(alora_invocation_tokens=[5]), "alora_invocation_tokens=[5]: the adapter acts only behind certain tokens (aLoRA)"),
+        (
+            dict(alora_invocation_tokens=[5]),
+            "alora_invocation_tokens=[5]: the adapter acts only behind certain tokens (aLoRA)",
+        ),
         (dict(arrow_config={"top_k": 1}), "adapters are routed (Arrow)"),
         (dict(kasa_config={"beta": 1}), "the base's smallest singular values were cut off (KaSA)"),
         (dict(monteclora_config={"num_samples": 8}), "the factors are sampled (MonteCLoRA)"),
@@ -444,14 +517,22 @@ def test_an_initial_folder_that_does_not_fit(tmp_path: Path) -> None:
         (dict(use_qalora=True), "the input is pooled in groups (QALoRA)"),
         (dict(megatron_config={"a": 1}), "the layers are Megatron's"),
         (dict(ensure_weight_tying=True), "tied layers share one pair of factors"),
-        (dict(brand_new=7), "brand_new=7: a setting of PEFT that is not known here, and may change what the tensors mean"),
+        (
+            dict(brand_new=7),
+            "brand_new=7: a setting of PEFT that is not known here, and may change what the tensors mean",
+        ),
         (dict(target_modules="(q_proj"), "target_modules='(q_proj' is no regular expression"),
         (dict(peft_type="LOKR"), "peft_type 'LOKR' is not read here"),
         (dict(target_modules=["mlp"]), "'model.layers.0.mlp' is a LlamaMLP, which cannot be adapted here"),
-        (dict(target_modules=["w_q"]), "no layer of the model matches target_modules=['w_q']; it has e.g. model.embed_tokens"),
+        (
+            dict(target_modules=["w_q"]),
+            "no layer of the model matches target_modules=['w_q']; it has e.g. model.embed_tokens",
+        ),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_the_reason(settings: dict[str, Any], text: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused_with_the_reason(
+    settings: dict[str, Any], text: str, tmp_path: Path
+) -> None:
     model = in_peft(models.llama, target_modules=["q_proj"])
     path = written(model, tmp_path) / peft_settings.CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
@@ -464,7 +545,11 @@ def test_what_cannot_be_read_is_refused_with_the_reason(settings: dict[str, Any]
 
 def test_all_settings_are_refused_at_once(tmp_path: Path) -> None:
     path = written(in_peft(models.llama, target_modules=["q_proj"]), tmp_path) / peft_settings.CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), "bias": "all", "use_qalora": True, "init_lora_weights": "corda"}))
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), "bias": "all", "use_qalora": True, "init_lora_weights": "corda"}
+        )
+    )
     with pytest.raises(FormatError) as e:
         veneer.load(models.llama(), tmp_path)
     assert str(e.value).startswith("the adapter cannot be read:\n- ") and str(e.value).count("\n- ") == 3
@@ -476,7 +561,9 @@ def test_starts_that_leave_the_base_alone_are_plain(start: Any, tmp_path: Path) 
     path = written(model, tmp_path) / peft_settings.CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": start}))
     assert_reads(models.llama, model, tmp_path)
-    with pytest.raises(FormatError, match="initial= is for starts that move the base; this adapter's init_lora_weights is"):
+    with pytest.raises(
+        FormatError, match="initial= is for starts that move the base; this adapter's init_lora_weights is"
+    ):
         veneer.load(models.llama(), tmp_path, initial=tmp_path)
 
 
@@ -499,30 +586,53 @@ def test_an_untrained_orthogonal_start_is_no_change(tmp_path: Path) -> None:
 def test_other_programs_files_of_the_same_name(config: dict[str, Any], whose: str, tmp_path: Path) -> None:
     path = written(in_peft(models.llama, target_modules=["q_proj"]), tmp_path) / peft_settings.CONFIG
     path.write_text(json.dumps(config))
-    with pytest.raises(FormatError, match=f"this adapter_config.json is {whose}: it has no peft_type; only PEFT's is read here"):
+    with pytest.raises(
+        FormatError,
+        match=f"this adapter_config.json is {whose}: it has no peft_type; only PEFT's is read here",
+    ):
         veneer.load(models.llama(), tmp_path)
 
 
 def test_a_resized_vocabulary_is_another_base(tmp_path: Path) -> None:
-    model = in_peft(lambda: models.llama(vocab_size=99), target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    model = in_peft(
+        lambda: models.llama(vocab_size=99), target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"
+    )
     written(model, tmp_path)
     with pytest.raises(FormatError) as e:
         veneer.load(models.llama(), tmp_path)
-    assert "wrong shape: model.embed_tokens.lora_embedding_A is (3, 99), the model and the settings ask for (3, 97)" in str(e.value)
-    assert "model.embed_tokens.weight in the file is another than the base's ((99, 32) in the file, (97, 32) here)" in str(e.value)
+    assert (
+        "wrong shape: model.embed_tokens.lora_embedding_A is (3, 99), the model and the settings ask for (3, 97)"
+        in str(e.value)
+    )
+    assert (
+        "model.embed_tokens.weight in the file is another than the base's ((99, 32) in the file, (97, 32) here)"
+        in str(e.value)
+    )
 
 
 def test_an_embedding_of_another_base(tmp_path: Path) -> None:
     model = in_peft(models.llama, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
     written(model, tmp_path)
-    with pytest.raises(FormatError, match=r"model\.embed_tokens\.weight in the file is another than the base's: the vocabulary"):
+    with pytest.raises(
+        FormatError,
+        match=r"model\.embed_tokens\.weight in the file is another than the base's: the vocabulary",
+    ):
         veneer.load(models.llama(seed=5), tmp_path)
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_a_copy_of_the_base_in_another_dtype_is_the_base(theirs: torch.dtype, ours: torch.dtype, tmp_path: Path) -> None:
-    written(in_peft(lambda: models.llama().to(theirs), target_modules=["embed_tokens"], task_type="CAUSAL_LM"), tmp_path)
-    assert any(k.endswith("embed_tokens.base_layer.weight") for k in load_file(tmp_path / peft_settings.TENSORS))
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_a_copy_of_the_base_in_another_dtype_is_the_base(
+    theirs: torch.dtype, ours: torch.dtype, tmp_path: Path
+) -> None:
+    written(
+        in_peft(lambda: models.llama().to(theirs), target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
+        tmp_path,
+    )
+    assert any(
+        k.endswith("embed_tokens.base_layer.weight") for k in load_file(tmp_path / peft_settings.TENSORS)
+    )
     loaded = veneer.load(models.llama().to(ours), tmp_path)
     assert [s.name for s, _ in changes(loaded, "default")] == ["model.embed_tokens"]
 
@@ -550,7 +660,10 @@ def test_a_folder_of_several_adapters_names_them(tmp_path: Path) -> None:
 def test_a_pickle_is_refused_with_what_to_do(tmp_path: Path) -> None:
     written(in_peft(models.llama, target_modules=["q_proj"]), tmp_path)
     (tmp_path / peft_settings.TENSORS).rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(FormatError, match=r"holds adapter_model.bin and no adapter_model.safetensors; a pickle file can run code"):
+    with pytest.raises(
+        FormatError,
+        match=r"holds adapter_model.bin and no adapter_model.safetensors; a pickle file can run code",
+    ):
         veneer.load(models.llama(), tmp_path)
 
 

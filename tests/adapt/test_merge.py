@@ -37,11 +37,14 @@ def test_a_change_below_bfloat16_is_refused_before_anything_is_written():
     model = adapted(torch.bfloat16, 1e-6)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
-        NotMergeable, match=r"the adapter would be lost in the merge: LOST: rounding took \d+\.\d% of the change.*\n.*force=True"
+        NotMergeable,
+        match=r"the adapter would be lost in the merge: LOST: rounding took \d+\.\d% of the change.*\n.*force=True",
     ) as e:
         merge(model)
     assert e.value.exit_code == 3
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and veneer.adapters(model) == ["default"]
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and veneer.adapters(
+        model
+    ) == ["default"]
     forced = merge(model, probe={"input_ids": IDS}, force=True)
     assert forced.lost and forced.error > 0.9
 
@@ -50,10 +53,13 @@ def test_a_change_that_the_outputs_do_not_show_is_refused_and_said_to_be_that():
     model = adapted(torch.float32, 0.0)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
-        NotMergeable, match=r"outputs on the probe are the base's with default too, .*; train it first, give another probe="
+        NotMergeable,
+        match=r"outputs on the probe are the base's with default too, .*; train it first, give another probe=",
     ):
         merge(model, probe={"input_ids": IDS})
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and veneer.adapters(model) == ["default"]
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and veneer.adapters(
+        model
+    ) == ["default"]
     assert not merge(model, probe={}).lost  # nothing was compared
 
 
@@ -66,7 +72,10 @@ def test_the_error_is_what_rounding_took():
         squares.append((((W + D).bfloat16().float() - W - D).norm() ** 2, D.norm() ** 2))
     lost, all_ = (sum(s) for s in zip(*squares, strict=True))
     verdict = foresee(model, {"default": 1.0})
-    assert verdict.error == pytest.approx(float((lost.detach() / all_.detach()).sqrt()), rel=1e-3) and 0.01 < verdict.error < 0.5
+    assert (
+        verdict.error == pytest.approx(float((lost.detach() / all_.detach()).sqrt()), rel=1e-3)
+        and 0.01 < verdict.error < 0.5
+    )
 
 
 def test_a_full_change_of_a_tied_weight_is_merged_once():
@@ -112,7 +121,9 @@ def test_the_effect_on_the_outputs_is_compared_and_a_merge_that_spoils_it_is_und
         off = model(IDS).logits.float()
     twin = copy.deepcopy(model)
     verdict = merge(model, probe={"input_ids": IDS}, limit=10)
-    assert verdict.logit_error == pytest.approx(float((model(IDS).logits.float() - on).norm() / (on - off).norm()), rel=1e-4)
+    assert verdict.logit_error == pytest.approx(
+        float((model(IDS).logits.float() - on).norm() / (on - off).norm()), rel=1e-4
+    )
     before = {n: t.clone() for n, t in twin.state_dict().items()}
     real = module._write
 
@@ -122,6 +133,10 @@ def test_the_effect_on_the_outputs_is_compared_and_a_merge_that_spoils_it_is_und
             d.site.set_weight(d.site.weight() * 1.5)
 
     monkeypatch.setattr(module, "_write", spoils)
-    with pytest.raises(NotMergeable, match=r"of its effect on the outputs \(0 of 14 layers lost more than 1000%"):
+    with pytest.raises(
+        NotMergeable, match=r"of its effect on the outputs \(0 of 14 layers lost more than 1000%"
+    ):
         merge(twin, limit=10)
-    assert all(torch.equal(t, before[n]) for n, t in twin.state_dict().items()) and veneer.adapters(twin) == ["default"]
+    assert all(torch.equal(t, before[n]) for n, t in twin.state_dict().items()) and veneer.adapters(twin) == [
+        "default"
+    ]

@@ -27,10 +27,19 @@ def other(kind: str, **config) -> nn.Module:
     """A tiny model of another family than Llama."""
     import transformers
 
-    settings = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    settings = dict(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     settings |= dict(max_position_embeddings=64, tie_word_embeddings=False, initializer_range=0.2)
     torch.manual_seed(0)
-    own = getattr(transformers, f"{kind}Config")(**settings, pad_token_id=0, bos_token_id=1, eos_token_id=2, **config)
+    own = getattr(transformers, f"{kind}Config")(
+        **settings, pad_token_id=0, bos_token_id=1, eos_token_id=2, **config
+    )
     return getattr(transformers, f"{kind}ForCausalLM")(own).eval()
 
 
@@ -39,14 +48,19 @@ MODELS = {
     "llama": (llama, [(10000, 8, False)] * 2),
     "pairs of neighbours": (lambda: other("Cohere"), [(500000, 8, True)] * 2),
     "half of the numbers": (lambda: other("Phi", partial_rotary_factor=0.5), [(10000, 4, False)] * 2),
-    "a layer without positions": (lambda: other("SmolLM3", no_rope_layers=[1, 0]), [(2000000, 8, False), None]),
+    "a layer without positions": (
+        lambda: other("SmolLM3", no_rope_layers=[1, 0]),
+        [(2000000, 8, False), None],
+    ),
 }
 
 
 def in_peft(model: nn.Module, **config) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.get_peft_model(model, peft.PrefixTuningConfig(**{"task_type": "CAUSAL_LM", "num_virtual_tokens": P, **config})).eval()
+        return peft.get_peft_model(
+            model, peft.PrefixTuningConfig(**{"task_type": "CAUSAL_LM", "num_virtual_tokens": P, **config})
+        ).eval()
 
 
 def learned(model: nn.Module) -> torch.Tensor:
@@ -65,7 +79,9 @@ def assert_same(ours: nn.Module, theirs: nn.Module, places) -> None:
     for (_, delta), place, (K, V) in zip(changes(ours, "default"), places, rows, strict=True):
         K = K if place is None else rotary.moved(K, -P, *place)
         for own, expected in ((delta.K.grad, K.double()), (delta.V.grad, V.double())):
-            torch.testing.assert_close(own.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+            torch.testing.assert_close(
+                own.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+            )
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -103,7 +119,9 @@ def test_the_file_is_pefts_and_nothing_else(tmp_path):
     theirs = peft.PrefixTuningConfig().to_dict()
     assert set(written) <= set(theirs) and {k for k in theirs if k not in written} <= {"peft_version"}
     tensors = load_file(tmp_path / TENSORS)
-    assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == {"prompt_embeddings": ((P, 2 * 2 * 16), torch.bfloat16)}
+    assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == {
+        "prompt_embeddings": ((P, 2 * 2 * 16), torch.bfloat16)
+    }
     veneer.load(llama(), tmp_path)
 
 
@@ -124,8 +142,14 @@ POSITIONS = "PEFT moves the text behind the prefix, and in this model that chang
     ("build", "text"),
     [
         (gpt2, "its positions are not rotary; train a prefix here"),
-        (lambda: llama(rope_parameters=DYNAMIC), r"the frequencies of its positions change with the length of the text \(dynamic\)"),
-        (lambda: other("Mistral", sliding_window=8), r"some layers see a part of the text only \(sliding_attention\)"),
+        (
+            lambda: llama(rope_parameters=DYNAMIC),
+            r"the frequencies of its positions change with the length of the text \(dynamic\)",
+        ),
+        (
+            lambda: other("Mistral", sliding_window=8),
+            r"some layers see a part of the text only \(sliding_attention\)",
+        ),
     ],
 )
 def test_positions_that_cannot_be_turned_back_are_refused(build, text, tmp_path):
@@ -146,9 +170,18 @@ def test_keys_that_are_no_turned_ones_are_noticed():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (dict(task_type="SEQ_CLS"), r"task_type='SEQ_CLS': only prefixes of language models \(CAUSAL_LM\) are read"),
-        (dict(num_transformer_submodules=2), "num_transformer_submodules: there is a prefix of a decoder beside an encoder's"),
-        (dict(modules_to_save=["norm"]), r"modules_to_save=\['norm'\]: layers were trained whole beside the prefix"),
+        (
+            dict(task_type="SEQ_CLS"),
+            r"task_type='SEQ_CLS': only prefixes of language models \(CAUSAL_LM\) are read",
+        ),
+        (
+            dict(num_transformer_submodules=2),
+            "num_transformer_submodules: there is a prefix of a decoder beside an encoder's",
+        ),
+        (
+            dict(modules_to_save=["norm"]),
+            r"modules_to_save=\['norm'\]: layers were trained whole beside the prefix",
+        ),
         (dict(brand_new=7), "brand_new=7: a setting of PEFT that is not known here"),
     ],
 )
@@ -162,11 +195,17 @@ def test_settings_that_say_more_than_a_prefix_are_refused(settings, text, tmp_pa
 
 def test_tensors_that_do_not_fit_are_all_named(tmp_path):
     in_peft(llama()).save_pretrained(tmp_path)
-    with pytest.raises(FormatError, match=r"wrong shape: prompt_embeddings is \(3, 64\), the model asks for \(p, 96\)"):
+    with pytest.raises(
+        FormatError, match=r"wrong shape: prompt_embeddings is \(3, 64\), the model asks for \(p, 96\)"
+    ):
         veneer.load(llama(num_hidden_layers=3), tmp_path)
-    with pytest.raises(FormatError, match="prefix needs attn_implementation='sdpa', and the model has 'eager'"):
+    with pytest.raises(
+        FormatError, match="prefix needs attn_implementation='sdpa', and the model has 'eager'"
+    ):
         veneer.load(llama(attn_implementation="eager"), tmp_path)
     save_file({"other": torch.ones(2)}, tmp_path / TENSORS)
     with pytest.raises(FormatError) as e:
         veneer.load(llama(), tmp_path)
-    assert "1 tensors belong to no layer: other (2,)" in str(e.value) and "missing: prompt_embeddings" in str(e.value)
+    assert "1 tensors belong to no layer: other (2,)" in str(e.value) and "missing: prompt_embeddings" in str(
+        e.value
+    )

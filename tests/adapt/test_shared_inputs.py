@@ -54,12 +54,17 @@ def products(monkeypatch):
 
 def test_queries_keys_values_and_gates_are_found_without_their_names(products):
     model = found(veneer.attach(llama(), "lora", rank=2).train())
-    assert [[n.rsplit(".", 1)[-1] for n in g] for g in groups(model)] == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * 2
+    assert [[n.rsplit(".", 1)[-1] for n in g] for g in groups(model)] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["gate_proj", "up_proj"],
+    ] * 2
     products.clear()
     step(model)
     assert sorted(products) == [1, 1, 1, 1, 2, 2, 3, 3]
     ungroup(model)
-    assert groups(model) == [] and not any(isinstance(h, runtime.Group) for m in model.modules() for h in m._forward_hooks.values())
+    assert groups(model) == [] and not any(
+        isinstance(h, runtime.Group) for m in model.modules() for h in m._forward_hooks.values()
+    )
     assert groups(found(veneer.attach(gpt2(), "lora", rank=2).train())) == []
 
 
@@ -124,7 +129,22 @@ def test_dropout_goes_its_own_way():
     same(step(model), a)
 
 
-ORDERS = ["abc", "acb", "cba", "bc", "a", "ac", "aabc", "abcabc", "abbc", "a+bc", "ab+c", "a+b=c", "a!bc", "ab!c!a"]
+ORDERS = [
+    "abc",
+    "acb",
+    "cba",
+    "bc",
+    "a",
+    "ac",
+    "aabc",
+    "abcabc",
+    "abbc",
+    "a+bc",
+    "ab+c",
+    "a+b=c",
+    "a!bc",
+    "ab!c!a",
+]
 
 
 class Paths(nn.Module):
@@ -179,7 +199,9 @@ def test_any_other_order_than_the_watched_one_is_right(how, compiled):
         model.compile(fullgraph=True, backend="aot_eager")
     for _ in range(2):
         (loss, found_), (expected, own) = gradients(model, how, x), gradients(plain, how, x)
-        idle = {n: torch.zeros_like(g) for n, g in found_.items() if n not in own}  # in a graph: zero for None
+        idle = {
+            n: torch.zeros_like(g) for n, g in found_.items() if n not in own
+        }  # in a graph: zero for None
         assert compiled or not idle
         same((loss, found_), (expected, {**own, **idle}))
     assert model.a.deltas.group.held is None

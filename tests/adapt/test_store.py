@@ -58,7 +58,9 @@ def retensor(folder: Path, **changed: Tensor | None) -> None:
     """Other tensors in the file, with a manifest that vouches for them."""
     found = load_file(folder / TENSORS)
     found.update({k: t for k, t in changed.items() if t is not None})
-    save_file({k: t for k, t in found.items() if changed.get(k, t) is not None}, folder / TENSORS, {"format": "pt"})
+    save_file(
+        {k: t for k, t in found.items() if changed.get(k, t) is not None}, folder / TENSORS, {"format": "pt"}
+    )
     tensors = {**manifest(folder)["tensors"], "sha256": files.sha256(folder / TENSORS)}
     edit(folder / MANIFEST, tensors=tensors)
 
@@ -70,7 +72,9 @@ def refusal(folder: Path, model: nn.Module | None = None, **options: Any) -> str
     with pytest.raises(FormatError) as e:
         veneer.load(model, folder, **options)
     assert not veneer.adapters(model) and not any(m._forward_hooks for m in model.modules())
-    assert before.keys() == model.state_dict().keys() and all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    assert before.keys() == model.state_dict().keys() and all(
+        torch.equal(t, before[k]) for k, t in model.state_dict().items()
+    )
     return str(e.value)
 
 
@@ -93,13 +97,25 @@ def test_save_and_load_are_the_identity(method: str, options: dict[str, Any], tm
     old, new = state(ours), state(again, "other")
     assert old.keys() == new.keys()
     for k in old:  # a start is kept as a difference, so that it comes back up to one rounding of float32
-        torch.testing.assert_close(new[k], old[k], rtol=0 if "init" not in options else 3e-7, atol=0 if "init" not in options else 1e-7)
-    torch.testing.assert_close(models.output(again), models.output(ours), rtol=0, atol=0 if "init" not in options else 1e-5)
+        torch.testing.assert_close(
+            new[k],
+            old[k],
+            rtol=0 if "init" not in options else 3e-7,
+            atol=0 if "init" not in options else 1e-7,
+        )
+    torch.testing.assert_close(
+        models.output(again), models.output(ours), rtol=0, atol=0 if "init" not in options else 1e-5
+    )
     assert [d.options for _, d in changes(again, "other")] == [d.options for _, d in changes(ours, "default")]
     assert veneer.active(again) == {"other": 1.0}
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
 @given(
     rank=st.integers(1, 8),
     method=st.sampled_from(["lora", "dora"]),
@@ -113,7 +129,11 @@ def test_any_adapter_comes_back(
 ) -> None:
     def build() -> nn.Module:
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8, bias=False)).to(dtype).eval()
+        return (
+            nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8, bias=False))
+            .to(dtype)
+            .eval()
+        )
 
     ours = veneer.attach(build(), method, to=["0", "1", "3"], rank=rank, init=init, alpha=alpha, seed=seed)
     models.randomise(ours, seed=seed)
@@ -122,7 +142,12 @@ def test_any_adapter_comes_back(
     again = veneer.load(build(), tmp_path)
     scale = float(ours(ids).detach().abs().max())
     steps = 4 if init == "kaiming" else 64
-    torch.testing.assert_close(again(ids), ours(ids), rtol=0, atol=steps * scale * (0 if init == "kaiming" else torch.finfo(dtype).eps))
+    torch.testing.assert_close(
+        again(ids),
+        ours(ids),
+        rtol=0,
+        atol=steps * scale * (0 if init == "kaiming" else torch.finfo(dtype).eps),
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
@@ -135,14 +160,27 @@ def test_what_the_manifest_says(tmp_path: Path) -> None:
     ours = adapted(alpha=6, seed=5, stabilised=True)
     veneer.save(ours, tmp_path)
     found = manifest(tmp_path)
-    assert (found["format"], found["veneer"], found["layout"], found["method"], found["seed"]) == (1, veneer.__version__, "peft", "lora", 5)
-    assert found["options"] == dict(rank=3, alpha=6, stabilised=True, dropout=0.0, init="kaiming", init_options=None, seed=5)
+    assert (found["format"], found["veneer"], found["layout"], found["method"], found["seed"]) == (
+        1,
+        veneer.__version__,
+        "peft",
+        "lora",
+        5,
+    )
+    assert found["options"] == dict(
+        rank=3, alpha=6, stabilised=True, dropout=0.0, init="kaiming", init_options=None, seed=5
+    )
     assert found["tensors"]["sha256"] == files.sha256(tmp_path / TENSORS)
     assert found["tensors"]["bytes"] == (tmp_path / TENSORS).stat().st_size
     assert found["allow"] == [] and found["no_probe"] is None
     for site, delta in changes(ours, "default"):
         entry = found["sites"][site.name]
-        assert (entry["method"], entry["kind"], entry["rank"], entry["scaling"]) == ("lora", "linear", 3, 6 / 3**0.5)
+        assert (entry["method"], entry["kind"], entry["rank"], entry["scaling"]) == (
+            "lora",
+            "linear",
+            3,
+            6 / 3**0.5,
+        )
         assert entry["norm"] == pytest.approx(float(delta.delta(site).detach().norm()), rel=1e-5)
         assert entry["base_norm"] == pytest.approx(float(site.weight().detach().norm()), rel=1e-5)
 
@@ -150,8 +188,14 @@ def test_what_the_manifest_says(tmp_path: Path) -> None:
 def test_ranks_of_single_layers_are_in_the_manifest(tmp_path: Path) -> None:
     veneer.save(adapted("dora", rank_pattern={"layers.1.mlp.down_proj": 5}), tmp_path)
     sites = manifest(tmp_path)["sites"]
-    assert sites["model.layers.1.mlp.down_proj"]["options"] == {"rank": 5} and sites["model.layers.1.mlp.down_proj"]["rank"] == 5
-    assert sites["model.layers.0.mlp.down_proj"]["options"] == {} and sites["model.layers.0.mlp.down_proj"]["rank"] == 3
+    assert (
+        sites["model.layers.1.mlp.down_proj"]["options"] == {"rank": 5}
+        and sites["model.layers.1.mlp.down_proj"]["rank"] == 5
+    )
+    assert (
+        sites["model.layers.0.mlp.down_proj"]["options"] == {}
+        and sites["model.layers.0.mlp.down_proj"]["rank"] == 3
+    )
 
 
 def test_only_a_trainable_one_takes_gradients(tmp_path: Path) -> None:
@@ -159,7 +203,9 @@ def test_only_a_trainable_one_takes_gradients(tmp_path: Path) -> None:
     model = veneer.load(models.llama(), tmp_path, "a")
     assert not [n for n, p in model.named_parameters() if ".deltas.a" in n and p.requires_grad]
     veneer.load(model, tmp_path, "b", trainable=True)
-    assert {n.split(".deltas.")[1].split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"b"}
+    assert {n.split(".deltas.")[1].split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {
+        "b"
+    }
 
 
 def test_a_loaded_adapter_is_beside_the_others(tmp_path: Path) -> None:
@@ -169,7 +215,9 @@ def test_a_loaded_adapter_is_beside_the_others(tmp_path: Path) -> None:
     assert veneer.active(model) == {"a": 1.0, "b": 1.0}
     for name in ("a", "b"):
         with veneer.using(model, name):
-            assert torch.equal(models.output(model), models.output(veneer.load(models.llama(), tmp_path / name)))
+            assert torch.equal(
+                models.output(model), models.output(veneer.load(models.llama(), tmp_path / name))
+            )
     with pytest.raises(ConfigError, match="an adapter called 'b' is already attached"):
         veneer.load(model, tmp_path / "a", "b")
 
@@ -229,9 +277,19 @@ def test_what_our_own_layout_refuses(tmp_path: Path) -> None:
     del tensors["model.norm.D"]
     save_file(tensors, path)
     sites = manifest(tmp_path)["sites"]
-    edit(tmp_path / MANIFEST, sites={**sites, "gone": sites["lm_head"], "model.embed_tokens": {**sites["lm_head"], "method": "ful"}})
+    edit(
+        tmp_path / MANIFEST,
+        sites={
+            **sites,
+            "gone": sites["lm_head"],
+            "model.embed_tokens": {**sites["lm_head"], "method": "ful"},
+        },
+    )
     text = refusal(tmp_path)
-    assert "- delta.safetensors is not the file that veneer.json was written with: it was changed, or a save was cut off" in text
+    assert (
+        "- delta.safetensors is not the file that veneer.json was written with: it was changed, or a save was cut off"
+        in text
+    )
     assert "- the model has no layer 'gone'" in text
     assert "- unknown method 'ful'; did you mean 'full'?" in text
     assert "- missing: model.norm.D (32, 1)" in text
@@ -245,12 +303,16 @@ def test_what_our_own_layout_refuses(tmp_path: Path) -> None:
 def test_another_base_is_refused_and_named(tmp_path: Path) -> None:
     veneer.save(adapted(), tmp_path)
     text = refusal(tmp_path, models.llama(seed=9))
-    assert "- another base: 16 of 21 weights have other values: model.embed_tokens.weight, " in text  # norms are ones in both
+    assert (
+        "- another base: 16 of 21 weights have other values: model.embed_tokens.weight, " in text
+    )  # norms are ones in both
     assert text.endswith("to go on all the same: allow=('base',)")
     other = models.llama()
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(1.01)
-    assert "another base: 1 of 21 weights have other values: model.layers.1.mlp.up_proj.weight" in refusal(tmp_path, other)
+    assert "another base: 1 of 21 weights have other values: model.layers.1.mlp.up_proj.weight" in refusal(
+        tmp_path, other
+    )
     veneer.load(other, tmp_path, allow=("base", "unused"))
     veneer.save(other, tmp_path / "again")
     assert manifest(tmp_path / "again")["allow"] == ["base"]
@@ -259,19 +321,34 @@ def test_another_base_is_refused_and_named(tmp_path: Path) -> None:
 def test_a_base_of_another_shape(tmp_path: Path) -> None:
     veneer.save(adapted(to=["q_proj"]), tmp_path)
     text = refusal(tmp_path, models.llama(vocab_size=99, num_hidden_layers=3, attention_bias=True))
-    assert "weights have other shapes: model.embed_tokens.weight (97, 32) -> (99, 32), lm_head.weight (97, 32) -> (99, 32)" in text
-    assert "another base: weights were not in the adapter's base: model.layers.0.self_attn.q_proj.bias" in text
+    assert (
+        "weights have other shapes: model.embed_tokens.weight (97, 32) -> (99, 32), lm_head.weight (97, 32) -> (99, 32)"
+        in text
+    )
+    assert (
+        "another base: weights were not in the adapter's base: model.layers.0.self_attn.q_proj.bias" in text
+    )
     assert "missing: model.layers.2.self_attn.q_proj.lora_A.weight (3, 32)" in text
     text = refusal(tmp_path, models.llama(num_hidden_layers=1))
     assert "another base: weights are not in this model: model.layers.1.input_layernorm.weight" in text
-    assert "2 tensors belong to no layer: base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight (3, 32)" in text
+    assert (
+        "2 tensors belong to no layer: base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight (3, 32)"
+        in text
+    )
 
 
 def test_everything_is_said_at_once(tmp_path: Path) -> None:
     veneer.save(adapted(), tmp_path)
     down = "base_model.model.model.layers.1.mlp.down_proj"
-    changed = {f"{Q}.lora_A.weight": torch.ones(4, 32), f"{Q}.lora_B.weight": None, f"{Q}.lora_C.weight": torch.ones(1)}
-    changed |= {f"{down}.lora_A.weight": torch.full((3, 48), torch.nan), f"{down.replace('1', '0')}.lora_B.weight": torch.zeros(32, 3)}
+    changed = {
+        f"{Q}.lora_A.weight": torch.ones(4, 32),
+        f"{Q}.lora_B.weight": None,
+        f"{Q}.lora_C.weight": torch.ones(1),
+    }
+    changed |= {
+        f"{down}.lora_A.weight": torch.full((3, 48), torch.nan),
+        f"{down.replace('1', '0')}.lora_B.weight": torch.zeros(32, 3),
+    }
     retensor(tmp_path, **changed)
     edit(tmp_path / MANIFEST, tensors={"sha256": "0"})
     other = models.llama()
@@ -291,9 +368,14 @@ def test_everything_is_said_at_once(tmp_path: Path) -> None:
 
 def test_unused_tensors(tmp_path: Path) -> None:
     veneer.save(adapted(), tmp_path)
-    retensor(tmp_path, **{"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(3, 32)})
+    retensor(
+        tmp_path, **{"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(3, 32)}
+    )
     text = refusal(tmp_path)
-    assert "- 1 tensors belong to no layer: base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight (3, 32)\n" in text
+    assert (
+        "- 1 tensors belong to no layer: base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight (3, 32)\n"
+        in text
+    )
     assert text.endswith("to go on all the same: allow=('unused',)")
     veneer.load(models.llama(), tmp_path, allow=("unused",))
 
@@ -303,14 +385,19 @@ def test_a_file_that_was_changed(tmp_path: Path) -> None:
     veneer.save(ours, tmp_path)
     edit(tmp_path / MANIFEST, tensors={"sha256": "0"})
     assert "is not the file that veneer.json was written with" in refusal(tmp_path)
-    assert torch.equal(models.output(veneer.load(models.llama(), tmp_path, allow="sha256")), models.output(ours))
+    assert torch.equal(
+        models.output(veneer.load(models.llama(), tmp_path, allow="sha256")), models.output(ours)
+    )
 
 
 def test_a_change_that_is_zero(tmp_path: Path) -> None:
     veneer.save(adapted(), tmp_path)
     retensor(tmp_path, **{f"{Q}.lora_B.weight": torch.zeros(32, 3)})
     text = refusal(tmp_path)
-    assert "the change is zero at 1 of 4 layers, which have learned nothing: model.layers.0.self_attn.q_proj\n" in text
+    assert (
+        "the change is zero at 1 of 4 layers, which have learned nothing: model.layers.0.self_attn.q_proj\n"
+        in text
+    )
     assert text.endswith("allow=('norm', 'zero')")
 
 
@@ -318,21 +405,31 @@ def test_settings_that_were_edited(tmp_path: Path) -> None:
     veneer.save(adapted(to=["q_proj"], alpha=6), tmp_path)
     edit(tmp_path / CONFIG, lora_alpha=12)
     text = refusal(tmp_path)
-    assert "- 2 changes have another norm than when they were saved: model.layers.0.self_attn.q_proj (" in text
+    assert (
+        "- 2 changes have another norm than when they were saved: model.layers.0.self_attn.q_proj (" in text
+    )
     assert "were rank or alpha edited?" in text
     text = refusal(tmp_path, allow="norm")
-    assert "- probe: with the adapter on, outputs are " in text and "is allowed\nto go on all the same: allow=('probe',)" in text
+    assert (
+        "- probe: with the adapter on, outputs are " in text
+        and "is allowed\nto go on all the same: allow=('probe',)" in text
+    )
     veneer.load(models.llama(), tmp_path, allow=("norm", "probe"))
     edit(tmp_path / CONFIG, lora_alpha=6, exclude_modules=["layers.1.self_attn.q_proj"])
     assert "2 tensors belong to no layer" in refusal(tmp_path)
     retensor(tmp_path, **{f"{Q.replace('0', '1')}.lora_{f}.weight": None for f in "AB"})
-    assert "veneer.json and adapter_config.json name different layers: model.layers.1.self_attn.q_proj" in refusal(tmp_path)
+    assert (
+        "veneer.json and adapter_config.json name different layers: model.layers.1.self_attn.q_proj"
+        in refusal(tmp_path)
+    )
 
 
 def test_two_kinds_of_change_of_one_layer(tmp_path: Path) -> None:
     veneer.save(full(), tmp_path)
     model = adapted()
-    with pytest.raises(FormatError, match=r"another adapter changes model\.layers\.0\.mlp\.down_proj, .* in another way"):
+    with pytest.raises(
+        FormatError, match=r"another adapter changes model\.layers\.0\.mlp\.down_proj, .* in another way"
+    ):
         veneer.load(model, tmp_path, "full")
     assert veneer.adapters(model) == ["default"]
 
@@ -340,11 +437,26 @@ def test_two_kinds_of_change_of_one_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda d: (d / MANIFEST).write_text("{"), r"veneer\.json is not JSON: Expecting .*; restore it from a copy"),
-        (lambda d: (d / MANIFEST).write_text("[]"), r"veneer\.json holds a list, not an object with settings"),
-        (lambda d: edit(d / MANIFEST, format=9, veneer="3.1"), r"veneer\.json has format 9, not 1; read it with Veneer 3\.1, which"),
-        (lambda d: (d / MANIFEST).write_text('{"format": 1, "base": 0}'), r"veneer\.json lacks layout, method, options, sites, tensors,"),
-        (lambda d: (d / TENSORS).write_bytes((d / TENSORS).read_bytes()[:-9]), r"adapter_model\.safetensors is not a whole safetensors"),
+        (
+            lambda d: (d / MANIFEST).write_text("{"),
+            r"veneer\.json is not JSON: Expecting .*; restore it from a copy",
+        ),
+        (
+            lambda d: (d / MANIFEST).write_text("[]"),
+            r"veneer\.json holds a list, not an object with settings",
+        ),
+        (
+            lambda d: edit(d / MANIFEST, format=9, veneer="3.1"),
+            r"veneer\.json has format 9, not 1; read it with Veneer 3\.1, which",
+        ),
+        (
+            lambda d: (d / MANIFEST).write_text('{"format": 1, "base": 0}'),
+            r"veneer\.json lacks layout, method, options, sites, tensors,",
+        ),
+        (
+            lambda d: (d / TENSORS).write_bytes((d / TENSORS).read_bytes()[:-9]),
+            r"adapter_model\.safetensors is not a whole safetensors",
+        ),
         (lambda d: (d / CONFIG).unlink(), r"there is no .*adapter_config\.json; restore it from a copy"),
         (lambda d: (d / TENSORS).unlink(), r"has no adapter_model\.safetensors"),
     ],
@@ -365,7 +477,12 @@ def test_a_folder_that_is_not_there_or_no_adapter(tmp_path: Path) -> None:
 
 
 def test_an_untrained_adapter_is_not_saved(tmp_path: Path) -> None:
-    for method, options in (("lora", {}), ("dora", {}), ("lora", dict(init="pissa")), ("dora", dict(init="olora"))):
+    for method, options in (
+        ("lora", {}),
+        ("dora", {}),
+        ("lora", dict(init="pissa")),
+        ("dora", dict(init="olora")),
+    ):
         model = veneer.attach(models.llama(), method, to=["q_proj"], rank=3, **options)
         with pytest.raises(FormatError) as e:
             veneer.save(model, tmp_path / "a")
@@ -397,7 +514,10 @@ def test_one_layer_that_learned_nothing(tmp_path: Path) -> None:
     model = adapted()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.deltas["default"].B.zero_()
-    with pytest.raises(FormatError, match=r"zero at 1 of 4 layers, which have learned nothing: model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(
+        FormatError,
+        match=r"zero at 1 of 4 layers, which have learned nothing: model\.layers\.1\.mlp\.down_proj",
+    ):
         veneer.save(model, tmp_path)
 
 
@@ -405,7 +525,9 @@ def test_a_broken_adapter_is_not_saved(tmp_path: Path) -> None:
     model = adapted()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.deltas["default"].A[0, 0] = torch.inf
-    with pytest.raises(FormatError, match=r"NaN or infinity in 1 of 8 tensors: model\.layers\.0\.mlp\.down_proj\.A"):
+    with pytest.raises(
+        FormatError, match=r"NaN or infinity in 1 of 8 tensors: model\.layers\.0\.mlp\.down_proj\.A"
+    ):
         veneer.save(model, tmp_path)
     veneer.save(model, tmp_path, allow=["finite"])
     assert manifest(tmp_path)["no_probe"] == "the outputs are not finite"
@@ -432,7 +554,10 @@ class Mine(methods.Delta):
 
 def test_a_method_that_could_not_be_loaded_again(tmp_path: Path) -> None:
     model = veneer.attach(models.llama(), Mine, to=["q_proj"])
-    with pytest.raises(FormatError, match="test_store: PEFT cannot express it, and Veneer could not load it: it is no method of its own"):
+    with pytest.raises(
+        FormatError,
+        match="test_store: PEFT cannot express it, and Veneer could not load it: it is no method of its own",
+    ):
         veneer.save(model, tmp_path)
 
 
@@ -456,9 +581,15 @@ def test_a_file_too_narrow(tmp_path: Path) -> None:
         model.model.layers[0].mlp.down_proj.deltas["default"].B.mul_(1e-8)
     with pytest.raises(FormatError) as e:
         veneer.save(model, tmp_path, dtype=torch.float16)
-    assert "in torch.float16 these changes would lose more than 5% of themselves: model.layers.0.mlp.down_proj (" in str(e.value)
+    assert (
+        "in torch.float16 these changes would lose more than 5% of themselves: model.layers.0.mlp.down_proj ("
+        in str(e.value)
+    )
     veneer.save(model, tmp_path, dtype=torch.bfloat16)
-    with pytest.raises(ConfigError, match=r"adapters are saved in torch\.float32, torch\.bfloat16, torch\.float16, not in torch\.int8"):
+    with pytest.raises(
+        ConfigError,
+        match=r"adapters are saved in torch\.float32, torch\.bfloat16, torch\.float16, not in torch\.int8",
+    ):
         veneer.save(model, tmp_path, dtype=torch.int8)
 
 
@@ -473,7 +604,9 @@ def test_a_narrower_file_in_our_own_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["write_tensors", "write_json", "sha256", "sync"])
-def test_a_failed_save_leaves_the_old_adapter(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_adapter(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     veneer.save(adapted(), tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
@@ -511,7 +644,9 @@ def test_the_fingerprint_does_not_depend_on_the_dtype(build: Any) -> None:
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         assert fingerprint.differences(build().to(dtype), record) == []
         assert fingerprint.differences(build(), fingerprint.measure(build().to(dtype))) == []
-        assert fingerprint.differences(build().to(torch.bfloat16), fingerprint.measure(build().to(dtype))) == []
+        assert (
+            fingerprint.differences(build().to(torch.bfloat16), fingerprint.measure(build().to(dtype))) == []
+        )
     assert json.loads(json.dumps(record)) == record
 
 
@@ -521,7 +656,9 @@ def test_a_fine_tuned_base_is_another(dtype: torch.dtype) -> None:
     tuned = models.llama()
     with torch.no_grad():
         for layer in tuned.model.layers:
-            layer.self_attn.v_proj.weight.add_(0.002 * torch.randn(16, 32, generator=torch.Generator().manual_seed(0)))
+            layer.self_attn.v_proj.weight.add_(
+                0.002 * torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+            )
     (text,) = fingerprint.differences(tuned.to(dtype), record)
     assert text == (
         "another base: 2 of 21 weights have other values: model.layers.0.self_attn.v_proj.weight, model.layers.1.self_attn.v_proj.weight"
@@ -531,7 +668,9 @@ def test_a_fine_tuned_base_is_another(dtype: torch.dtype) -> None:
 def test_adapters_are_no_part_of_the_base() -> None:
     record = fingerprint.measure(models.llama())
     assert fingerprint.measure(adapted()) == record
-    assert not [n for n in fingerprint.measure(models.gpt2(tie_word_embeddings=True))["tensors"] if "lm_head" in n]
+    assert not [
+        n for n in fingerprint.measure(models.gpt2(tie_word_embeddings=True))["tensors"] if "lm_head" in n
+    ]
 
 
 def test_large_weights_are_sampled_evenly() -> None:
@@ -551,7 +690,9 @@ def test_large_weights_are_sampled_evenly() -> None:
 # The disk
 
 
-def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[Any] = []
     handles: set[int] = set()
     fsync, replace = os.fsync, os.replace
@@ -594,10 +735,13 @@ def test_the_probe_holds_in_other_dtypes(build: Any, dtype: torch.dtype, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("dtype", "allowed"), [(torch.float64, 1e-6), (torch.float32, 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]
+    ("dtype", "allowed"),
+    [(torch.float64, 1e-6), (torch.float32, 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)],
 )
 @pytest.mark.parametrize("which", ["off", "on"])
-def test_the_probe_allows_rounding_and_no_more(dtype: torch.dtype, allowed: float, which: str, tmp_path: Path) -> None:
+def test_the_probe_allows_rounding_and_no_more(
+    dtype: torch.dtype, allowed: float, which: str, tmp_path: Path
+) -> None:
     """allowed: of the largest output that is kept; another kernel's rounding stays well below, a wrong adapter well above."""
     ours = adapted(build=lambda: models.llama().to(dtype))
     veneer.save(ours, tmp_path)
@@ -610,7 +754,9 @@ def test_the_probe_allows_rounding_and_no_more(dtype: torch.dtype, allowed: floa
         if fine:
             veneer.load(models.llama().to(dtype), tmp_path)
         else:
-            assert f"- probe: with the adapter {which}, outputs are " in refusal(tmp_path, models.llama().to(dtype))
+            assert f"- probe: with the adapter {which}, outputs are " in refusal(
+                tmp_path, models.llama().to(dtype)
+            )
 
 
 def test_the_probe_is_taken_with_the_adapter_alone_and_in_evaluation_mode(tmp_path: Path) -> None:
@@ -631,14 +777,20 @@ def test_outputs_of_another_base_or_another_adapter(tmp_path: Path) -> None:
     edit(tmp_path / MANIFEST, probe={**kept, "off": [y + 1 for y in kept["off"]]})
     assert "- probe: with the adapter off, outputs are 1 from those kept with it; 0.00" in refusal(tmp_path)
     edit(tmp_path / MANIFEST, probe={**kept, "shape": [1, 16, 98]})
-    assert "- probe: the model's output is (1, 16, 97), it was (1, 16, 98) when the adapter was saved" in refusal(tmp_path)
+    assert (
+        "- probe: the model's output is (1, 16, 97), it was (1, 16, 98) when the adapter was saved"
+        in refusal(tmp_path)
+    )
 
 
 def test_a_model_without_token_ids_needs_inputs_for_a_probe(tmp_path: Path) -> None:
     model = adapted(build=models.conv_net, to=["first", "line"])
     veneer.save(model, tmp_path)
     assert manifest(tmp_path)["probe"] is None
-    assert manifest(tmp_path)["no_probe"] == "the model does not take token ids; pass probe= with the keyword arguments of a call"
+    assert (
+        manifest(tmp_path)["no_probe"]
+        == "the model does not take token ids; pass probe= with the keyword arguments of a call"
+    )
     veneer.load(models.conv_net(), tmp_path)
     veneer.save(model, tmp_path, probe=models.inputs(model))
     veneer.load(models.conv_net(), tmp_path)
@@ -650,7 +802,10 @@ def test_a_model_without_token_ids_needs_inputs_for_a_probe(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("inputs", "text"),
     [
-        ({"x": torch.zeros(1 << 16, 2)}, "probe input 'x' holds 131072 numbers; give a smaller one, of at most 65536 real numbers"),
+        (
+            {"x": torch.zeros(1 << 16, 2)},
+            "probe input 'x' holds 131072 numbers; give a smaller one, of at most 65536 real numbers",
+        ),
         ({"x": [1]}, "probe input 'x' is a list; give a tensor, a number, a text or None"),
     ],
 )
@@ -681,7 +836,10 @@ def test_the_probe_takes_the_first_tensor_of_an_output(answer: Any, tmp_path: Pa
 
 
 def test_an_output_without_tensors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the probe needs a model that returns a tensor, or something with \.logits, not str"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the probe needs a model that returns a tensor, or something with \.logits, not str",
+    ):
         veneer.save(adapted(build=lambda: Odd(str), to=["layer"]), tmp_path, probe={"x": torch.ones(2, 4)})
 
 
@@ -689,7 +847,9 @@ def test_a_model_that_fails_on_bare_token_ids(tmp_path: Path) -> None:
     model = adapted()
     model.forward = lambda input_ids, pixels: None  # type: ignore[method-assign]
     veneer.save(model, tmp_path)
-    assert manifest(tmp_path)["no_probe"].startswith("the model fails on bare token ids (TypeError); pass probe= with the keyword")
+    assert manifest(tmp_path)["no_probe"].startswith(
+        "the model fails on bare token ids (TypeError); pass probe= with the keyword"
+    )
 
 
 def test_an_encoder_and_decoder(tmp_path: Path) -> None:
@@ -697,7 +857,9 @@ def test_an_encoder_and_decoder(tmp_path: Path) -> None:
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, decoder_start_token_id=0)
+        config = T5Config(
+            vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, decoder_start_token_id=0
+        )
         return T5ForConditionalGeneration(config).eval()
 
     model = adapted(build=build, to=["q", "wo"])
@@ -716,7 +878,15 @@ def test_every_word_to_allow_is_used_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("tensors", {}), ("base", {}), ("base", None), ("sites", []), ("probe", {"inputs": {}}), ("probe", None)]
+    ("key", "value"),
+    [
+        ("tensors", {}),
+        ("base", {}),
+        ("base", None),
+        ("sites", []),
+        ("probe", {"inputs": {}}),
+        ("probe", None),
+    ],
 )
 def test_a_manifest_with_damaged_entries_is_refused(key, value, tmp_path):
     model = veneer.attach(models.llama(), "lora", rank=2)

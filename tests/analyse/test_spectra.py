@@ -24,7 +24,9 @@ def test_spectra_equal_the_dense_changes(method, options):
         assert s.effective_rank == pytest.approx(np.exp(-(p * np.log(p + 1e-30)).sum()), rel=1e-2)
         share = np.cumsum(values**2) / (values**2).sum()
         assert s.energy_rank == int(np.argmax(share >= 0.9)) + 1
-        assert s.relative == pytest.approx(np.linalg.norm(values) / np.linalg.norm(site.weight().detach().numpy()), rel=1e-4)
+        assert s.relative == pytest.approx(
+            np.linalg.norm(values) / np.linalg.norm(site.weight().detach().numpy()), rel=1e-4
+        )
 
 
 def test_nothing_changed_has_no_rank():

@@ -25,7 +25,9 @@ from veneer.train.folder.result import Change, Result
 from veneer.train.run import Run
 from veneer.verbs.inspect import Inspection
 
-RESULT = Result(Path("runs/notes"), {"learned": {"text": "valid"}, "seconds": 1.5}, Change(2.0, 1.5), Change(1.0, 1.02))
+RESULT = Result(
+    Path("runs/notes"), {"learned": {"text": "valid"}, "seconds": 1.5}, Change(2.0, 1.5), Change(1.0, 1.02)
+)
 
 
 @pytest.fixture
@@ -57,7 +59,9 @@ def called(monkeypatch):
         module = importlib.import_module(f"veneer.verbs.{verb}")
         calls: list[dict[str, object]] = []
         real = getattr(module, verb)
-        monkeypatch.setattr(module, verb, functools.wraps(real)(lambda **given: calls.append(given) or outcome))
+        monkeypatch.setattr(
+            module, verb, functools.wraps(real)(lambda **given: calls.append(given) or outcome)
+        )
         return calls
 
     return put
@@ -67,7 +71,9 @@ def test_every_setting_and_every_option_has_a_flag_with_help():
     made = {f.name: f for f in [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers()]}
     wanted = {f.name for f in dataclasses.fields(Run)} - {"options", "optimiser_options"}
     wanted |= {f"{name}_{o}".replace("-", "_") for name in optim.available() for o in optim.options_of(name)}
-    wanted |= {option for m in methods.available() for option in methods.options_of(methods.get(m))} | {"prefix_length"}
+    wanted |= {option for m in methods.available() for option in methods.options_of(methods.get(m))} | {
+        "prefix_length"
+    }
     assert set(made) == wanted
     assert [f.name for f in made.values() if not f.help.split(" (default")[0]] == []
     assert all(flags.parsed(f.hint) for f in made.values())
@@ -75,7 +81,22 @@ def test_every_setting_and_every_option_has_a_flag_with_help():
 
 def test_settings_come_as_python_would_give_them(started):
     line = "fit --data a.txt --data b.jsonl --lr 1e-3 --steps 7 --no-packing --betas 0.8 0.95 --method dora --rank 4 --stabilised"
-    assert main([*line.split(), "--rank-pattern", "q_proj=2", "--rank-pattern", ".*gate=1", "--schedule", "linear", "--seed", "3"]) == 0
+    assert (
+        main(
+            [
+                *line.split(),
+                "--rank-pattern",
+                "q_proj=2",
+                "--rank-pattern",
+                ".*gate=1",
+                "--schedule",
+                "linear",
+                "--seed",
+                "3",
+            ]
+        )
+        == 0
+    )
     assert started == [
         Run(
             data=("a.txt", "b.jsonl"),
@@ -125,9 +146,18 @@ def test_layers_are_an_expression_or_names(started, entries, to):
 
 def test_flags_replace_the_file_and_only_those_that_are_given(started, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("data: [a.txt]\nlr: 1e-3\npacking: false\noptions: {rank: 4, init: pissa}\nrank_pattern: {q_proj: 2}\n")
+    file.write_text(
+        "data: [a.txt]\nlr: 1e-3\npacking: false\noptions: {rank: 4, init: pissa}\nrank_pattern: {q_proj: 2}\n"
+    )
     assert main(["fit", "--config", str(file), "--rank", "16", "--steps", "9", "--data", "b.txt"]) == 0
-    expected = Run(data=("b.txt",), lr=1e-3, packing=False, steps=9, options={"rank": 16, "init": "pissa"}, rank_pattern={"q_proj": 2})
+    expected = Run(
+        data=("b.txt",),
+        lr=1e-3,
+        packing=False,
+        steps=9,
+        options={"rank": 16, "init": "pissa"},
+        rank_pattern={"q_proj": 2},
+    )
     assert started == [expected]
 
 
@@ -135,14 +165,20 @@ def test_flags_replace_the_file_and_only_those_that_are_given(started, tmp_path)
     ("line", "message"),
     [
         ("fti", "No such command 'fti'. Did you mean 'fit'?\nsee veneer --help"),
-        ("fit --rnk 3", "No such option: --rnk (Possible options: --lr, --rank, --track)\nsee veneer fit --help"),
+        (
+            "fit --rnk 3",
+            "No such option: --rnk (Possible options: --lr, --rank, --track)\nsee veneer fit --help",
+        ),
         ("fit --data a.txt --lr much", "Invalid value for '--lr'"),
         ("fit --data a.txt --schedule linaer", "Invalid value for '--schedule'"),
         ("fit --config nowhere.yaml", "nowhere.yaml"),
         ("fit", "setting 'data' is missing"),
         ("fit --data a.txt --method lorra", "unknown method 'lorra'; did you mean 'lora'?"),
         ("fit --data a.txt --method full --rank 3", "method 'full' has no option 'rank'"),
-        ("fit --data a.txt --rank-pattern q_proj", "rank_pattern 'q_proj' is not NAME=VALUE with a whole number as value, e.g. q_proj=4"),
+        (
+            "fit --data a.txt --rank-pattern q_proj",
+            "rank_pattern 'q_proj' is not NAME=VALUE with a whole number as value, e.g. q_proj=4",
+        ),
         ("fit --data a.txt --rank-pattern q_proj=x", "rank_pattern 'q_proj=x' is not NAME=VALUE"),
     ],
 )
@@ -198,7 +234,9 @@ def test_other_errors_are_two_lines_unless_debug_is_on(monkeypatch, capsys):
     line = ["fit", "--data", "a.txt"]
     assert main(line) == 1
     err = capsys.readouterr().err
-    assert err.startswith("error: KeyError in test_cli.py, line ") and "--debug" in err and err.count("\n") == 2
+    assert (
+        err.startswith("error: KeyError in test_cli.py, line ") and "--debug" in err and err.count("\n") == 2
+    )
     for arguments in ([*line, "--debug"], ["--debug", *line]):
         assert main(arguments) == 1
         assert "Traceback (most recent call last)" in capsys.readouterr().err
@@ -210,7 +248,10 @@ def test_other_errors_are_two_lines_unless_debug_is_on(monkeypatch, capsys):
 def test_a_missing_optional_package_says_what_to_install(monkeypatch, capsys):
     failing(monkeypatch, ModuleNotFoundError("No module named 'transformers'", name="transformers"))
     assert main(["fit", "--data", "a.txt"]) == 2
-    assert capsys.readouterr().err == "error: this needs the package 'transformers': pip install 'veneer[text]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: this needs the package 'transformers': pip install 'veneer[text]'\n"
+    )
 
 
 def test_ctrl_c_is_130(monkeypatch, capsys):
@@ -224,7 +265,14 @@ def test_merge_takes_adapters_by_place_and_exits_3_if_they_were_lost(called, cap
     verdict = Verdict([Kept("q_proj", 1.0, error)], error, None, 0.5)
     calls = called("merge", verdict)
     assert main(f"merge runs/a@0.5 runs/b --out merged --dtype float32{line}".split()) == code
-    assert calls == [{"adapter": ("runs/a@0.5", "runs/b"), "out": "merged", "dtype": "float32", **({"force": True} if line else {})}]
+    assert calls == [
+        {
+            "adapter": ("runs/a@0.5", "runs/b"),
+            "out": "merged",
+            "dtype": "float32",
+            **({"force": True} if line else {}),
+        }
+    ]
     assert capsys.readouterr().out == f"{verdict}\n"
     assert main(f"merge runs/a --out merged --json{line}".split()) == code
     assert json.loads(capsys.readouterr().out) == verdict.as_dict()
@@ -245,7 +293,9 @@ def test_generate_shows_one_text_after_the_other(called, capsys):
 
 
 def test_inspect_shows_a_table_or_json(called, capsys):
-    found = Inspection("a", "runs/a", "builtin", "lora", 10, 100, 1.0, [], {"bfloat16": 0.01}, {"bfloat16": True})
+    found = Inspection(
+        "a", "runs/a", "builtin", "lora", 10, 100, 1.0, [], {"bfloat16": 0.01}, {"bfloat16": True}
+    )
     calls = called("inspect", found)
     assert main(["inspect", "runs/a", "--model", "m"]) == 0
     assert calls == [{"adapter": "runs/a", "model": "m"}] and "survives" in capsys.readouterr().out
@@ -262,7 +312,9 @@ def test_every_flag_made_from_a_function_has_help():
 def test_demo_takes_what_is_given(called, capsys):
     calls = called("demo", {"methods": []})
     assert main("demo --steps 20 --out runs/short --fresh --json".split()) == 0
-    assert calls == [{"steps": 20, "out": "runs/short", "fresh": True}] and json.loads(capsys.readouterr().out) == {"methods": []}
+    assert calls == [{"steps": 20, "out": "runs/short", "fresh": True}] and json.loads(
+        capsys.readouterr().out
+    ) == {"methods": []}
 
 
 def test_fit_says_what_it_led_to(started, capsys):
@@ -285,7 +337,10 @@ def test_help_has_examples(monkeypatch, verb):
 def test_an_option_says_of_each_method_what_it_is_there():
     made = {f.name: f for f in flags.of_methods()}
     rank = made["rank"].help.split("\n\n")
-    assert "dora, lora: r, at most min(out, in) (default: 8)" in rank and "loraxs: r, at most min(out, in) (default: 32)" in rank
+    assert (
+        "dora, lora: r, at most min(out, in) (default: 8)" in rank
+        and "loraxs: r, at most min(out, in) (default: 32)" in rank
+    )
     assert made["stabilised"].owners == ("dora", "lora")
     assert made["init_options"].help == "the start's own options by name, such as gamma=64"
     for flag in made.values():
@@ -304,7 +359,9 @@ def test_an_option_that_is_called_like_a_setting_bears_its_methods_name(started,
 
 def test_an_optimisers_option_is_told_without_the_next_one():
     made = {f.name: f for f in flags.of_optimisers()}
-    assert made["galore_rank"].help == "of the subspace, or the whole space of a smaller weight (default: 128)"
+    assert (
+        made["galore_rank"].help == "of the subspace, or the whole space of a smaller weight (default: 128)"
+    )
 
 
 def test_help_keeps_square_brackets(monkeypatch):
@@ -325,11 +382,23 @@ def test_methods_lists_all_with_their_papers(capsys):
     found = json.loads(capsys.readouterr().out)
     listed = {m["name"]: m for m in found["methods"]}
     assert sorted(listed) == methods.available()
-    assert listed["lora"]["paper"] == "https://arxiv.org/abs/2106.09685" and "W' = W + s" in listed["lora"]["summary"]
-    assert {"name": "rank", "type": "a whole number", "default": 8, "help": "r, at most min(out, in)"} in listed["lora"]["options"]
-    assert [i["name"] for i in found["inits"]] == methods.inits.available() and all(i["summary"] for i in found["inits"])
+    assert (
+        listed["lora"]["paper"] == "https://arxiv.org/abs/2106.09685"
+        and "W' = W + s" in listed["lora"]["summary"]
+    )
+    assert {
+        "name": "rank",
+        "type": "a whole number",
+        "default": 8,
+        "help": "r, at most min(out, in)",
+    } in listed["lora"]["options"]
+    assert [i["name"] for i in found["inits"]] == methods.inits.available() and all(
+        i["summary"] for i in found["inits"]
+    )
     loraplus = next(o for o in found["optimisers"] if o["name"] == "loraplus")
-    assert loraplus["paper"] == "https://arxiv.org/abs/2402.12354" and [o["name"] for o in loraplus["options"]] == ["ratio"]
+    assert loraplus["paper"] == "https://arxiv.org/abs/2402.12354" and [
+        o["name"] for o in loraplus["options"]
+    ] == ["ratio"]
     assert main(["methods"]) == 0
     assert "--rank: r, at most min(out, in) (default: 8)" in capsys.readouterr().out
     assert main(["methods", "loraga", "galore"]) == 0
@@ -352,10 +421,15 @@ def test_as_a_program():
 def test_help_loads_no_verb():
     code = "import sys; from veneer.cli.frame import main; code = main(); print(*sys.modules); sys.exit(code)"
     loaded = set(printed(code, "--help").splitlines()[-1].split())
-    assert not {"torch", "veneer.train", "veneer.data", "veneer.verbs", "transformers", "matplotlib", "yaml"} & loaded
+    assert (
+        not {"torch", "veneer.train", "veneer.data", "veneer.verbs", "transformers", "matplotlib", "yaml"}
+        & loaded
+    )
 
 
 def test_the_library_alone_says_what_the_command_line_needs():
-    done = python("-c", "import sys; sys.modules['typer'] = None; from veneer.__main__ import main; sys.exit(main())")
+    done = python(
+        "-c", "import sys; sys.modules['typer'] = None; from veneer.__main__ import main; sys.exit(main())"
+    )
     assert done.returncode == 2
     assert done.stderr == "error: the command line needs the package 'typer': pip install 'veneer[cli]'\n"

@@ -14,13 +14,21 @@ TABLE = TESTS.parent / "docs" / "complaints.md"
 def rows() -> list[list[str]]:
     """The cells of every line of the tables, without their heads."""
     lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| threads |")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if not line.startswith("| threads |")
+    ]
 
 
 def written() -> set[str]:
     """The names of all tests about complaints."""
     files = TESTS.rglob("test_complaints_*.py")
-    return {name for f in files for name in re.findall(r"^def (test_\w+)\(", f.read_text(encoding="utf-8"), re.MULTILINE)}
+    return {
+        name
+        for f in files
+        for name in re.findall(r"^def (test_\w+)\(", f.read_text(encoding="utf-8"), re.MULTILINE)
+    }
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0].split(",")[0])

@@ -63,7 +63,12 @@ def test_mlx_lm_1119_mlx_gets_the_settings_that_it_reads_and_peft_gets_its_own_b
     wanted = saved(tmp_path / "a")
     write(read(tmp_path / "a"), tmp_path / "mlx", "mlx", base=of_model(models.llama()))
     config = json.loads((tmp_path / "mlx" / CONFIG).read_text())
-    assert config["num_layers"] == 2 and set(config["lora_parameters"]) >= {"rank", "scale", "dropout", "keys"}
+    assert config["num_layers"] == 2 and set(config["lora_parameters"]) >= {
+        "rank",
+        "scale",
+        "dropout",
+        "keys",
+    }
     with pytest.raises(FormatError, match=r"this adapter_config\.json is mlx-lm's"):
         veneer.load(models.llama(), tmp_path / "mlx")
     write(read(tmp_path / "mlx"), tmp_path / "peft", "peft")
@@ -81,14 +86,18 @@ def test_torchtune_2025_a_file_that_names_no_base_can_be_read(tmp_path, given):
 
 
 def test_llama_cpp_11554_only_pairs_of_factors_are_exported(tmp_path):
-    theirs = peft.get_peft_model(models.llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    theirs = peft.get_peft_model(
+        models.llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.1) if p.requires_grad else None
     theirs.save_pretrained(tmp_path / "a")
     with pytest.raises(FormatError, match=r"lm_head"):
         convert(str(tmp_path / "a"), to="vllm", out=str(tmp_path / "b"))
-    done = convert(str(tmp_path / "a"), to="vllm", out=str(tmp_path / "b"), allow=["*lm_head*", "modules_to_save"])
+    done = convert(
+        str(tmp_path / "a"), to="vllm", out=str(tmp_path / "b"), allow=["*lm_head*", "modules_to_save"]
+    )
     assert any("lm_head" in name for name in done.left_out)
     assert all(re.search(r"\.lora_[AB]\.weight$", name) for name in load_file(tmp_path / "b" / TENSORS))
 
@@ -142,7 +151,9 @@ def test_transformers_35850_the_loss_after_resuming_is_that_of_the_whole_run(who
 def test_llamafactory_1373_one_folder_and_one_word_go_on_and_nothing_begins_again_unasked(whole):
     given, result = whole
     out = {"out": str(result.folder)}
-    with pytest.raises(ConfigError, match=r"holds another run \(finished\); go on with it by resume=True \(--resume\)"):
+    with pytest.raises(
+        ConfigError, match=r"holds another run \(finished\); go on with it by resume=True \(--resume\)"
+    ):
         fit(Run.from_dict({**given, **out}), progress=False)
     before = result.adapter.stat().st_mtime_ns
     again = fit(Run.from_dict({**given, **out, "resume": True}), progress=False)
@@ -151,17 +162,25 @@ def test_llamafactory_1373_one_folder_and_one_word_go_on_and_nothing_begins_agai
         fit(Run.from_dict({**given, **out, "steps": 9, "resume": True}), progress=False)
 
 
-def test_axolotl_2633_a_folder_that_cannot_be_written_is_noticed_before_training(whole, tmp_path, monkeypatch):
+def test_axolotl_2633_a_folder_that_cannot_be_written_is_noticed_before_training(
+    whole, tmp_path, monkeypatch
+):
     given, result = whole
     (tmp_path / "file").write_text("")
     killed_at(monkeypatch, 0)  # any step would end the test
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ConfigError, match="file is a file; name a folder"):
             fit(Run.from_dict({**given, "out": str(out)}), progress=False)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write everywhere
-    with pytest.raises(ConfigError, match=r"run cannot be written: .* may not be written by this user; choose another folder"):
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: False
+    )  # tests may run as root, who may write everywhere
+    with pytest.raises(
+        ConfigError, match=r"run cannot be written: .* may not be written by this user; choose another folder"
+    ):
         fit(Run.from_dict({**given, "out": str(tmp_path / "run")}), progress=False)
-    assert inspect(str(result.folder)).as_dict()["layers"]  # the run's folder is enough: no checkpoint has to be named
+    assert inspect(str(result.folder)).as_dict()[
+        "layers"
+    ]  # the run's folder is enough: no checkpoint has to be named
 
 
 def test_transformers_44660_adapters_that_were_taken_off_are_freed():
@@ -183,9 +202,14 @@ def test_sd_scripts_147_cutting_a_rank_makes_no_dense_matrix():
     assert live.made.peak < 4 * 2000 * 2000 / 4
     (before,), (after,) = changes(model, "default"), changes(model, "small")
     D = before[1].delta(before[0]).detach().double()
-    S = torch.linalg.svdvals(torch.linalg.qr(before[1].B.detach().double()).R @ before[1].A.detach().double()) * before[1].scaling
+    S = (
+        torch.linalg.svdvals(torch.linalg.qr(before[1].B.detach().double()).R @ before[1].A.detach().double())
+        * before[1].scaling
+    )
     assert cut.rank == 4 and cut.error == pytest.approx(float(S[4:].norm() / S.norm()), rel=1e-3)
-    assert float((after[1].delta(after[0]).detach().double() - D).norm() / D.norm()) == pytest.approx(cut.error, rel=1e-3)
+    assert float((after[1].delta(after[0]).detach().double() - D).norm() / D.norm()) == pytest.approx(
+        cut.error, rel=1e-3
+    )
 
 
 def test_sd_scripts_147_an_adapter_is_extracted_from_a_fine_tune_with_its_error():
@@ -195,7 +219,9 @@ def test_sd_scripts_147_an_adapter_is_extracted_from_a_fine_tune_with_its_error(
     wanted = models.output(tuned)
     veneer.merge(tuned)
     cuts = combine.extract(base, tuned, "back", rank=3)
-    assert {c.site for c in cuts} == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)} and all(c.error < 1e-5 for c in cuts)
+    assert {c.site for c in cuts} == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)} and all(
+        c.error < 1e-5 for c in cuts
+    )
     torch.testing.assert_close(models.output(base), wanted, rtol=0, atol=1e-4)
 
 
@@ -203,9 +229,13 @@ def test_federated_finetuning_3_nothing_asks_for_a_gpus_packages():
     wanted = {"bitsandbytes", "xformers", "flash_attn", "triton", "deepspeed", "apex"}
     imported = set()
     for file in (ROOT / "src").rglob("*.py"):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:  # what a function imports is needed by those who call it
+        for node in ast.parse(
+            file.read_text(encoding="utf-8")
+        ).body:  # what a function imports is needed by those who call it
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                names = (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                )
                 imported |= {n.partition(".")[0] for n in names}
     assert "torch" in imported and not imported & wanted
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -227,7 +257,8 @@ def test_adapters_392_any_module_can_be_adapted(tmp_path):
 def test_peft_1298_what_is_low_rank_and_what_is_kept_whole_is_told(tmp_path):
     base = tiny.base(tmp_path / "base")
     theirs = peft.get_peft_model(
-        models.llama(vocab_size=len(tiny.tokenizer())), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        models.llama(vocab_size=len(tiny.tokenizer())),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     )
     with torch.no_grad():
         for p in theirs.parameters():
@@ -235,4 +266,8 @@ def test_peft_1298_what_is_low_rank_and_what_is_kept_whole_is_told(tmp_path):
     theirs.save_pretrained(tmp_path / "a")
     found = inspect(str(tmp_path / "a"), model=str(base))
     ranks = {layer.site: layer.rank for layer in found.layers}
-    assert found.method == "lora, full" and ranks["model.layers.0.self_attn.q_proj"] == 2 and ranks["lm_head.weight"] == 32
+    assert (
+        found.method == "lora, full"
+        and ranks["model.layers.0.self_attn.q_proj"] == 2
+        and ranks["lm_head.weight"] == 32
+    )

@@ -56,7 +56,10 @@ def test_vllm_55193_an_adapter_that_targets_no_layer_is_refused(folder):
     assert "no layer of the model matches target_modules=['qkv_proj']" in refusal(folder)
     edit(folder, target_modules=["q_proj", "v_proj", "qkv_proj"])
     told = refusal(folder)
-    assert "target_modules names qkv_proj, which no layer of the model is called: nothing was trained there" in told
+    assert (
+        "target_modules names qkv_proj, which no layer of the model is called: nothing was trained there"
+        in told
+    )
     assert "allow=('targets',)" in told
     assert veneer.adapters(veneer.load(models.llama(), folder, allow="targets")) == ["default"]
 
@@ -66,7 +69,9 @@ def test_vllm_41754_names_with_another_prefix_are_refused_from_both_sides(folder
     spoil(folder, lambda t: {k.replace("model.layers", "language_model.layers"): v for k, v in t.items()})
     told = refusal(folder)
     assert "missing: model.layers.0.self_attn.q_proj.lora_A.weight (2, 32)" in told
-    assert "8 tensors belong to no layer: base_model.model.language_model.layers." in told.replace(f"{LEAD}model.l", f"{LEAD}l")
+    assert "8 tensors belong to no layer: base_model.model.language_model.layers." in told.replace(
+        f"{LEAD}model.l", f"{LEAD}l"
+    )
 
 
 def test_peft_2566_a_missing_tensor_is_an_error_and_no_warning(folder):
@@ -103,19 +108,23 @@ def test_automodel_1755_layers_that_are_never_called_are_noticed_at_loading(fold
     spoil(folder, lambda t: {k.replace("q_proj.", "q_proj.inner."): v for k, v in t.items() if "q_proj" in k})
     edit(folder, target_modules=[f"{n}.inner" for n in names])
     told = refusal(folder, read_directly())
-    assert "the model's outputs with it are those of the base, bit for bit; does the model call these layers?" in told
+    assert (
+        "the model's outputs with it are those of the base, bit for bit; does the model call these layers?"
+        in told
+    )
     model = veneer.load(read_directly(), folder, allow="zero", trainable=True).train()
-    with pytest.raises(SiteError, match=r"2 adapted layers were never called in the first training step: model\.layers\.0"):
+    with pytest.raises(
+        SiteError, match=r"2 adapted layers were never called in the first training step: model\.layers\.0"
+    ):
         model(**models.inputs(model))
 
 
 def test_unsloth_6930_factors_of_fused_experts_are_refused_and_not_guessed(folder):
     edit(folder, target_parameters=["mlp.experts.gate_up_proj"])
-    assert "target_parameters=['mlp.experts.gate_up_proj']: bare parameters, not layers, were adapted" in refusal(folder)
-
-
-
-
+    assert (
+        "target_parameters=['mlp.experts.gate_up_proj']: bare parameters, not layers, were adapted"
+        in refusal(folder)
+    )
 
 
 def test_lerobot_3459_resuming_goes_on_with_the_trained_weights(tmp_path):
@@ -129,7 +138,9 @@ def test_lerobot_3459_resuming_goes_on_with_the_trained_weights(tmp_path):
     for name, t in load_file(whole.adapter / TENSORS).items():
         assert torch.equal(t, load_file(resumed.adapter / TENSORS)[name]), name
     model = veneer.load(models.llama(vocab_size=len(tiny.tokenizer())), whole.adapter, allow="base")
-    with pytest.raises(ConfigError, match="an adapter called 'default' is already attached; detach it or choose another name"):
+    with pytest.raises(
+        ConfigError, match="an adapter called 'default' is already attached; detach it or choose another name"
+    ):
         veneer.attach(model, "lora", rank=4)  # wrapping it again would train a new one
 
 
@@ -139,7 +150,10 @@ def test_peft_2892_an_adapter_of_empty_tensors_is_not_saved(tmp_path):
     models.randomise(model)
     for _, delta in changes(model, "default"):
         delta.B.data = torch.empty(0)
-    with pytest.raises(FormatError, match=r"was not saved:\n- 2 parameters are empty: model\.layers\.0\.self_attn\.q_proj\.B, .* gather"):
+    with pytest.raises(
+        FormatError,
+        match=r"was not saved:\n- 2 parameters are empty: model\.layers\.0\.self_attn\.q_proj\.B, .* gather",
+    ):
         veneer.save(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -172,7 +186,9 @@ def test_peft_3737_a_combination_of_mixed_ranks_comes_back(tmp_path):
 
     model = models.llama()
     veneer.attach(model, "lora", to=["q_proj", "v_proj"], rank=3, name="a")
-    veneer.attach(model, "lora", to=["q_proj", "up_proj"], rank=2, rank_pattern={"layers.1.mlp.up_proj": 5}, name="b")
+    veneer.attach(
+        model, "lora", to=["q_proj", "up_proj"], rank=2, rank_pattern={"layers.1.mlp.up_proj": 5}, name="b"
+    )
     for seed, name in enumerate("ab"):
         models.randomise(model, name, seed=seed)
     combine.combine(model, {"a": 0.7, "b": -0.3}, "both")

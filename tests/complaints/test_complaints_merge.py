@@ -38,7 +38,9 @@ def test_peft_1043_a_merge_into_four_bits_is_refused_or_keeps_the_change(size):
     try:
         verdict = merge(model, limit=0.4)
     except NotMergeable as e:
-        assert "merge into that (veneer.dequantise)" in str(e) and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        assert "merge into that (veneer.dequantise)" in str(e) and all(
+            torch.equal(t, before[n]) for n, t in model.state_dict().items()
+        )
         assert size < 0.1
     else:
         assert verdict.error < 0.4 and models.output(model).shape == y.shape and size > 0.1
@@ -47,7 +49,10 @@ def test_peft_1043_a_merge_into_four_bits_is_refused_or_keeps_the_change(size):
 def test_peft_1043_weights_packed_in_an_unknown_way_are_refused():
     model = models.llama()
     model.model.layers[0].self_attn.q_proj = Linear4bit(32, 32)
-    with pytest.raises(SiteError, match=r"'model\.layers\.0\.self_attn\.q_proj' is a Linear4bit whose weight is packed \(torch\.uint8\)"):
+    with pytest.raises(
+        SiteError,
+        match=r"'model\.layers\.0\.self_attn\.q_proj' is a Linear4bit whose weight is packed \(torch\.uint8\)",
+    ):
         veneer.attach(model, "lora", rank=2)
     assert not veneer.adapters(model)
 
@@ -62,18 +67,30 @@ def test_peft_2321_the_refusal_has_numbers_layers_and_what_to_do():
     with pytest.raises(NotMergeable) as e:
         merge(adapted(torch.bfloat16, 1e-6))
     told = str(e.value)
-    assert "rounding took 100.0% of the change" in told and "14 of 14 layers lost more than 50%, worst model.layers." in told
+    assert (
+        "rounding took 100.0% of the change" in told
+        and "14 of 14 layers lost more than 50%, worst model.layers." in told
+    )
     assert "keep it as an adapter, merge into a wider dtype (float32), or pass force=True" in told
 
 
 def test_peft_1388_sums_are_made_in_float32_and_rounded_once():
     model = adapted(torch.bfloat16, 0.03)
-    wanted = {s.name: (s.weight().double() + d.delta(s).detach().double()).to(torch.bfloat16) for s, d in changes(model, "default")}
+    wanted = {
+        s.name: (s.weight().double() + d.delta(s).detach().double()).to(torch.bfloat16)
+        for s, d in changes(model, "default")
+    }
     merge(model, probe={})
     for name, W in wanted.items():
         written = model.get_submodule(name).weight.detach()
-        steps = (written.double() - W.double()).abs() / torch.finfo(torch.bfloat16).eps / W.double().abs().clamp_min(1e-30)
-        assert float((steps > 0).double().mean()) < 1e-3 and float(steps.max()) < 1.01  # ties of the float32 sum alone
+        steps = (
+            (written.double() - W.double()).abs()
+            / torch.finfo(torch.bfloat16).eps
+            / W.double().abs().clamp_min(1e-30)
+        )
+        assert (
+            float((steps > 0).double().mean()) < 1e-3 and float(steps.max()) < 1.01
+        )  # ties of the float32 sum alone
 
 
 def test_peft_2502_outputs_before_and_after_are_compared():
@@ -95,7 +112,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("merge")
     tiny.base(root / "base")
     for name, size in {"adapter": 0.1, "faint": 1e-6}.items():
-        model = veneer.attach(models.llama(vocab_size=len(tiny.tokenizer()), max_position_embeddings=128), "lora", rank=2)
+        model = veneer.attach(
+            models.llama(vocab_size=len(tiny.tokenizer()), max_position_embeddings=128), "lora", rank=2
+        )
         models.randomise(model, size=size)
         veneer.save(model, root / name)
     return root
@@ -103,8 +122,13 @@ def folder(tmp_path_factory):
 
 def test_mlx_lm_1172_a_change_that_rounding_swallows_is_never_written(folder):
     out = folder / "swallowed"
-    for verb in (merge_folders, lambda a, **given: export(given.pop("model"), adapter=a, **{**given, "dtype": "bf16"})):
-        with pytest.raises(NotMergeable, match="the adapter would be lost in the merge: LOST: rounding took") as e:
+    for verb in (
+        merge_folders,
+        lambda a, **given: export(given.pop("model"), adapter=a, **{**given, "dtype": "bf16"}),
+    ):
+        with pytest.raises(
+            NotMergeable, match="the adapter would be lost in the merge: LOST: rounding took"
+        ) as e:
             verb([str(folder / "faint")], model=str(folder / "base"), out=str(out), dtype="bfloat16")
         assert e.value.exit_code == 3 and not out.exists()
 

@@ -38,7 +38,9 @@ def dense(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 def test_peft_1959_names_that_match_no_layer_are_refused_with_the_nearest():
     with pytest.raises(SiteError) as e:
         veneer.attach(models.llama(), "lora", to=["q_proj", "o_prj", "in_proj"])
-    assert "no layer is called 'o_prj'; did you mean 'o_proj'?" in str(e.value) and "no layer is called 'in_proj'" in str(e.value)
+    assert "no layer is called 'o_prj'; did you mean 'o_proj'?" in str(
+        e.value
+    ) and "no layer is called 'in_proj'" in str(e.value)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -49,7 +51,11 @@ def test_unsloth_9331_head_and_embedding_get_gradients_where_they_are_adapted(ti
     models.randomise(model)
     ids = torch.randint(0, models.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     causal_lm.loss(model, {"input_ids": ids, "labels": ids.clone()})[0].backward()
-    norms = {f"{site.name}.{n}": float(p.grad.norm()) for site, d in changes(model, "default") for n, p in d.named_parameters()}
+    norms = {
+        f"{site.name}.{n}": float(p.grad.norm())
+        for site, d in changes(model, "default")
+        for n, p in d.named_parameters()
+    }
     assert len(norms) == 4 and all(n > 0 for n in norms.values()), norms
 
 
@@ -57,12 +63,23 @@ def test_unsloth_6936_experts_that_are_no_layers_are_refused_and_not_left_frozen
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=31, num_local_experts=2, num_experts_per_tok=1, **sizes))
+    sizes = dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = MixtralForCausalLM(
+        MixtralConfig(vocab_size=31, num_local_experts=2, num_experts_per_tok=1, **sizes)
+    )
     assert model.model.layers[0].mlp.experts.gate_up_proj.ndim == 3
     with pytest.raises(SiteError, match=r"no layer is called 'gate_up_proj'"):
         veneer.attach(model, "lora", to=["q_proj", "gate_up_proj"], rank=2)
-    with pytest.raises(SiteError, match=r"'model\.layers\.0\.mlp\.experts' is a MixtralExperts, which holds no linear map known here"):
+    with pytest.raises(
+        SiteError,
+        match=r"'model\.layers\.0\.mlp\.experts' is a MixtralExperts, which holds no linear map known here",
+    ):
         veneer.attach(model, "lora", to=["experts"], rank=2)
 
 
@@ -88,7 +105,9 @@ def test_mlx_vlm_841_mlx_gets_the_scale_and_not_alpha(tmp_path):
     models.randomise(model)
     veneer.save(model, tmp_path / "a")
     write(read(tmp_path / "a"), tmp_path / "mlx", "mlx")
-    assert json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]["scale"] == 3.0
+    assert (
+        json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]["scale"] == 3.0
+    )
 
 
 def test_axolotl_4010_loraplus_decays_what_it_is_told_to():
@@ -106,7 +125,9 @@ def test_axolotl_4010_loraplus_decays_what_it_is_told_to():
     assert B != A and {g["weight_decay"] for g in optimiser.param_groups} != {0.0}
 
 
-@pytest.mark.parametrize(("method", "options"), [("lora", {"stabilised": True}), ("dora", {}), ("lora", {"init": "pissa"})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("lora", {"stabilised": True}), ("dora", {}), ("lora", {"init": "pissa"})]
+)
 def test_peft_3761_a_combination_is_the_sum_of_the_changes(method, options):
     model = models.llama()
     veneer.attach(model, method, to=["q_proj", "v_proj"], rank=3, name="a", **options)
@@ -138,7 +159,10 @@ def test_peft_2733_what_is_exported_to_vllm_has_the_scale_in_its_numbers(tmp_pat
     models.randomise(model)
     veneer.save(model, tmp_path / "a")
     write(read(tmp_path / "a"), tmp_path / "vllm", "vllm")
-    config, tensors = (json.loads((tmp_path / "vllm" / "adapter_config.json").read_text()), load_file(tmp_path / "vllm" / TENSORS))
+    config, tensors = (
+        json.loads((tmp_path / "vllm" / "adapter_config.json").read_text()),
+        load_file(tmp_path / "vllm" / TENSORS),
+    )
     assert config["lora_alpha"] == config["r"] and not config.get("use_rslora")
     for name, D in dense(model).items():
         B, A = (tensors[f"base_model.model.{name}.lora_{f}.weight"] for f in "BA")
@@ -150,7 +174,9 @@ def test_diffusers_14409_mixed_ranks_do_not_depend_on_the_order_of_names(tmp_pat
         return Pair(torch.randn(rank, 8), torch.randn(8, rank), 2.0)
 
     torch.manual_seed(0)
-    pairs = take_part(Pairs({"blocks.0.to_q": factors(2), "blocks.0.to_k": factors(8), "blocks.1.to_q": factors(4)}), "unet")
+    pairs = take_part(
+        Pairs({"blocks.0.to_q": factors(2), "blocks.0.to_k": factors(8), "blocks.1.to_q": factors(4)}), "unet"
+    )
     write(pairs, tmp_path / "x", "diffusers")
     (file,) = (tmp_path / "x").glob("*.safetensors")
     from safetensors import safe_open
@@ -172,14 +198,19 @@ def test_peft_3229_all_linear_is_no_set_of_letters(tmp_path):
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"] == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    with pytest.raises(SiteError, match=r"no layer matches to='q-proj'; the model has e.g. model.embed_tokens, model.layers.0"):
+    with pytest.raises(
+        SiteError,
+        match=r"no layer matches to='q-proj'; the model has e.g. model.embed_tokens, model.layers.0",
+    ):
         veneer.attach(models.llama(), "lora", to="q-proj")
     assert Run.from_dict({"data": "x.txt", "to": "all-linear"}).to == "all-linear"
 
 
 def test_trl_6668_rows_without_a_label_stop_the_run_before_its_first_step(tmp_path, capsys):
     given = tiny.settings(tmp_path)
-    data = tiny.jsonl(tmp_path / "masked.jsonl", *({"prompt": f"why {i}", "completion": ""} for i in range(20)))
+    data = tiny.jsonl(
+        tmp_path / "masked.jsonl", *({"prompt": f"why {i}", "completion": ""} for i in range(20))
+    )
     with pytest.raises(DataError):
         fit(Run.from_dict({**given, "data": str(data)}), progress=False)
     assert not (tmp_path / "run").exists()
@@ -190,7 +221,14 @@ def test_trl_6668_rows_without_a_label_stop_the_run_before_its_first_step(tmp_pa
 
 def texts(*lengths: int) -> list[Tokens]:
     draw = torch.Generator().manual_seed(0)
-    return [Tokens(torch.randint(models.VOCABULARY, (n,), generator=draw), torch.ones(n, dtype=torch.bool), torch.ones(n)) for n in lengths]
+    return [
+        Tokens(
+            torch.randint(models.VOCABULARY, (n,), generator=draw),
+            torch.ones(n, dtype=torch.bool),
+            torch.ones(n),
+        )
+        for n in lengths
+    ]
 
 
 @torch.no_grad()
@@ -208,7 +246,8 @@ def test_unsloth_126_a_packed_text_sees_no_other():
     model = models.llama().double()
     first, other, second = (segments(t, 30)[0] for t in texts(9, 9, 7))
     logits = [
-        model(**{k: v for k, v in collate([(s, second)], 0).items() if k != "labels"}, use_cache=False).logits for s in (first, other)
+        model(**{k: v for k, v in collate([(s, second)], 0).items() if k != "labels"}, use_cache=False).logits
+        for s in (first, other)
     ]
     torch.testing.assert_close(logits[0][:, 8:], logits[1][:, 8:], rtol=0, atol=1e-12)
     assert (logits[0][:, :8] - logits[1][:, :8]).abs().max() > 0.1
@@ -216,7 +255,9 @@ def test_unsloth_126_a_packed_text_sees_no_other():
 
 def test_lerobot_3551_pefts_own_scale_is_kept_when_its_adapters_are_read(tmp_path):
     """The scale of PEFT's default, alpha 8 whatever the rank, is kept as it is when such an adapter is read."""
-    theirs = peft.get_peft_model(models.llama(), peft.LoraConfig(r=16, target_modules=["q_proj"], init_lora_weights=False))
+    theirs = peft.get_peft_model(
+        models.llama(), peft.LoraConfig(r=16, target_modules=["q_proj"], init_lora_weights=False)
+    )
     theirs.save_pretrained(tmp_path / "a")
     model = veneer.load(models.llama(), tmp_path / "a")
     assert adapters(model) == ["default"] and {d.scaling for _, d in changes(model, "default")} == {0.5}

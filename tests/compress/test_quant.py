@@ -47,8 +47,22 @@ def layer(name: str, out: int = 6, in_: int = 8, dtype: torch.dtype = torch.floa
 
 def test_the_levels_are_the_quantiles_of_the_paper():
     np.testing.assert_allclose(quant.LEVELS, oracle.nf4_levels(), atol=1e-7)
-    published = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
-    published += [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+    published = [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+    ]
+    published += [
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+    ]
     published += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # appendix E
     np.testing.assert_allclose(quant.LEVELS, published, atol=2e-7)
 
@@ -68,7 +82,9 @@ def test_nf4_takes_the_nearest_level_at_every_scale():
     blocks = W.reshape(-1, 64).double().numpy()
     scales = quant._scales(parts[1], parts[2]).double().numpy()
     kept = format.unpack(parts, (64, 48), torch.float32).reshape(-1, 64).numpy()
-    np.testing.assert_allclose(kept, oracle.nearest(blocks, oracle.nf4_levels(), np.tile(scales[:, None], 64)), rtol=1e-6)
+    np.testing.assert_allclose(
+        kept, oracle.nearest(blocks, oracle.nf4_levels(), np.tile(scales[:, None], 64)), rtol=1e-6
+    )
     np.testing.assert_allclose(scales, np.abs(blocks).max(1), rtol=0.0147)  # half a step of 2^(1/24)
     half_gap = np.diff(oracle.nf4_levels()).max() / 2
     assert (np.abs(blocks - kept) <= half_gap * scales[:, None]).all()
@@ -91,7 +107,9 @@ def test_any_shape_packs_within_its_bound_and_packs_to_the_same_again(out, in_, 
     assert again.dtype == dtype and not again[0].any()
     assert all(torch.equal(a, b) for a, b in zip(format.pack(again), parts, strict=True))
     largest = W.abs().max(1, keepdim=True).values if name == "int8" else W.abs().max()
-    bound = largest.double() * ((0.5 / 127 if name == "int8" else 0.155) + 2 * torch.finfo(torch.bfloat16).eps)
+    bound = largest.double() * (
+        (0.5 / 127 if name == "int8" else 0.155) + 2 * torch.finfo(torch.bfloat16).eps
+    )
     assert ((again.double() - W.double()).abs() <= bound).all()
 
 
@@ -108,7 +126,9 @@ def test_outliers_spoil_their_own_block_alone():
 def test_bits_a_number_are_those_of_the_paper():
     W = normal(256, 256, dtype=torch.bfloat16)
     bits = {name: 8 * sum(t.nbytes for t in quant.get(name).pack(W)) / W.numel() for name in quant.FORMATS}
-    assert bits["nf4"] == 4 + 8 / 64 + 16 / (64 * 256) and bits["nf4"] - 4 < 0.127  # the largest of a group in bfloat16
+    assert (
+        bits["nf4"] == 4 + 8 / 64 + 16 / (64 * 256) and bits["nf4"] - 4 < 0.127
+    )  # the largest of a group in bfloat16
     assert bits["int8"] == 8 + 16 / 256
 
 
@@ -116,7 +136,11 @@ def test_bits_a_number_are_those_of_the_paper():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_product_and_gradient_are_those_of_the_unpacked_matrix(name, dtype):
     format, W = quant.get(name), 0.1 * normal(24, 40, dtype=dtype)
-    parts, x, dy = format.pack(W), normal(3, 5, 40, seed=1, dtype=dtype), normal(3, 5, 24, seed=2, dtype=dtype)
+    parts, x, dy = (
+        format.pack(W),
+        normal(3, 5, 40, seed=1, dtype=dtype),
+        normal(3, 5, 24, seed=2, dtype=dtype),
+    )
     x.requires_grad_(True)
     y = quant.product(x, parts, format, (24, 40))
     y.backward(dy)
@@ -200,8 +224,12 @@ def test_layers_survive_safetensors_copies_pickles_dtypes_and_compilation(name):
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(x), y)
     W = model[0].weight
-    assert torch.equal(copy.deepcopy(model).bfloat16().float()[0].weight, W)  # what is kept has bfloat16's digits
-    assert copy.deepcopy(model).bfloat16()[0].dtype == torch.bfloat16 and model[0].weight.dtype == torch.float32
+    assert torch.equal(
+        copy.deepcopy(model).bfloat16().float()[0].weight, W
+    )  # what is kept has bfloat16's digits
+    assert (
+        copy.deepcopy(model).bfloat16()[0].dtype == torch.bfloat16 and model[0].weight.dtype == torch.float32
+    )
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), y)
     assert f"format={name}" in repr(model)
@@ -223,7 +251,11 @@ def test_a_model_is_quantised_layer_by_layer_but_for_head_embeddings_and_norms(n
     assert all(torch.equal(model.state_dict()[k], before[k]) for k in kept)
     assert not any(k.rsplit(".", 1)[0] in formats(model) and k.endswith("weight") for k in kept)
     narrow = veneer.quantise(build().bfloat16(), name)
-    same = {k: torch.equal(v.float(), narrow.state_dict()[k].float()) for k, v in model.state_dict().items() if k not in before}
+    same = {
+        k: torch.equal(v.float(), narrow.state_dict()[k].float())
+        for k, v in model.state_dict().items()
+        if k not in before
+    }
     assert same and all(same.values())
 
 
@@ -288,11 +320,15 @@ def test_a_merge_back_into_the_format_says_what_survives_and_refuses_what_does_n
     model = adapted("nf4", 0.3)
     y = models.output(model)
     verdict = veneer.merge(copy.deepcopy(model))
-    assert not verdict.lost and 0.05 < verdict.error < 0.5  # what nf4 takes of a change as large as the weights
+    assert (
+        not verdict.lost and 0.05 < verdict.error < 0.5
+    )  # what nf4 takes of a change as large as the weights
     assert veneer.merge(adapted("int8", 0.3)).error < 0.05
     small = adapted("nf4", 0.003)
     before = models.output(small)
-    way = r"; the base is quantised, and bfloat16 finer than its format: merge into that \(veneer\.dequantise\)"
+    way = (
+        r"; the base is quantised, and bfloat16 finer than its format: merge into that \(veneer\.dequantise\)"
+    )
     with pytest.raises(NotMergeable, match=r"would be lost in the merge: LOST.*\n.*" + way):
         veneer.merge(small)
     assert torch.equal(models.output(small), before) and veneer.adapters(small) == ["default"]
@@ -344,8 +380,14 @@ def test_a_split_is_nearer_than_the_format_alone_and_begins_as_its_paper_does(fi
 def test_starts_that_make_up_for_quantisation_respect_the_scale(start, method):
     model, plain = models.llama(), veneer.quantise(models.llama())
     exact = models.output(model)
-    stats = veneer.quantise_around(model, "nf4", start=start, rank=6, rank_pattern={"down_proj": 8}, to=r".*(q_proj|down_proj)")
-    assert len(formats(model)) == 14 and len(stats) == 4 and stats["model.layers.0.mlp.down_proj"].residual.S.shape == (8,)
+    stats = veneer.quantise_around(
+        model, "nf4", start=start, rank=6, rank_pattern={"down_proj": 8}, to=r".*(q_proj|down_proj)"
+    )
+    assert (
+        len(formats(model)) == 14
+        and len(stats) == 4
+        and stats["model.layers.0.mlp.down_proj"].residual.S.shape == (8,)
+    )
     pattern = dict(to=r".*(q_proj|down_proj)", rank_pattern={"down_proj": 8}, init=start, stats=stats)
     veneer.attach(model, method, rank=6, alpha=33.0, name="a", **pattern)
     y = models.output(model)
@@ -369,7 +411,9 @@ def test_quantised_layers_are_saved_and_found_again(tmp_path):
     assert torch.equal(models.output(again), models.output(model))
     narrow = veneer.load_quantised(models.llama().bfloat16(), tmp_path / "base")
     assert torch.equal(narrow.model.layers[0].mlp.up_proj.codes, model.model.layers[0].mlp.up_proj.codes)
-    with pytest.raises(FormatError, match=r"is of another model: .*down_proj \(32, 96\) here, \(32, 48\) there"):
+    with pytest.raises(
+        FormatError, match=r"is of another model: .*down_proj \(32, 96\) here, \(32, 48\) there"
+    ):
         veneer.load_quantised(models.llama(intermediate_size=96), tmp_path / "base")
     with pytest.raises(ConfigError, match="no layer of this model is quantised; quantise it first"):
         veneer.save_quantised(models.llama(), tmp_path / "none")
@@ -390,7 +434,9 @@ def test_adapters_know_the_quantised_base_that_they_were_made_on(tmp_path):
     with pytest.raises(FormatError, match=told):
         veneer.load(models.llama(), tmp_path / "a")
     as_it_was = "are in int8; load the model without, or as it was then"
-    with pytest.raises(FormatError, match=f"another base: its layers are in nf4, those of this model {as_it_was}"):
+    with pytest.raises(
+        FormatError, match=f"another base: its layers are in nf4, those of this model {as_it_was}"
+    ):
         veneer.load(veneer.quantise(models.llama(), "int8"), tmp_path / "a")
     allowed = veneer.load(models.llama(), tmp_path / "a", allow="base")
     assert torch.isfinite(models.output(allowed)).all()
@@ -401,7 +447,10 @@ def test_adapters_know_the_quantised_base_that_they_were_made_on(tmp_path):
     veneer.attach(plain, "lora", rank=2)
     models.randomise(plain)
     veneer.save(plain, tmp_path / "b")
-    with pytest.raises(FormatError, match="another base: its layers are plain, those of this model are in nf4; load the model without"):
+    with pytest.raises(
+        FormatError,
+        match="another base: its layers are plain, those of this model are in nf4; load the model without",
+    ):
         veneer.load(veneer.quantise(models.llama(), "nf4"), tmp_path / "b")
 
 
@@ -409,7 +458,10 @@ def test_a_model_is_plain_for_a_moment_and_quantised_after_it():
     model = adapted("nf4", 0.1)
     y = models.output(model)
     with as_plain(model):
-        assert type(model.model.layers[0].mlp.up_proj) is nn.Linear and model.model.layers[0].mlp.up_proj.weight.is_meta
+        assert (
+            type(model.model.layers[0].mlp.up_proj) is nn.Linear
+            and model.model.layers[0].mlp.up_proj.weight.is_meta
+        )
     assert torch.equal(models.output(model), y)
 
 
@@ -422,22 +474,43 @@ def test_what_cannot_be_is_said_before_anything_is_changed():
         assert len(formats(model)) == packed  # by the call itself, before what is refused
         if not packed:
             now = {n: p for n, p in model.named_parameters() if "deltas" not in n}
-            assert now.keys() == before.keys() and all(p.isnan().any() or torch.equal(p, before[n]) for n, p in now.items())
+            assert now.keys() == before.keys() and all(
+                p.isnan().any() or torch.equal(p, before[n]) for n, p in now.items()
+            )
 
-    refused(ConfigError, "unknown format 'nf5' of quantised weights; did you mean 'nf4'", lambda m: veneer.quantise(m, "nf5"))
+    refused(
+        ConfigError,
+        "unknown format 'nf5' of quantised weights; did you mean 'nf4'",
+        lambda m: veneer.quantise(m, "nf5"),
+    )
     refused(ConfigError, "14 layers are quantised already", lambda m: veneer.quantise(veneer.quantise(m)), 14)
     first = "quantise the base first and attach afterwards; attached now: default"
     refused(ConfigError, first, lambda m: veneer.quantise(veneer.attach(m)))
-    refused(SiteError, "exclude='nothing' leaves out no layer", lambda m: veneer.quantise(m, exclude=["nothing"]))
     refused(
-        ConfigError, "a quantised base cannot be trained: .* train an adapter", lambda m: veneer.train_only(veneer.quantise(m), "base"), 14
+        SiteError, "exclude='nothing' leaves out no layer", lambda m: veneer.quantise(m, exclude=["nothing"])
+    )
+    refused(
+        ConfigError,
+        "a quantised base cannot be trained: .* train an adapter",
+        lambda m: veneer.train_only(veneer.quantise(m), "base"),
+        14,
     )
     around = veneer.quantise_around
-    refused(ConfigError, "unknown start 'lofq' of a quantised base; did you mean 'loftq'", lambda m: around(m, start="lofq"))
+    refused(
+        ConfigError,
+        "unknown start 'lofq' of a quantised base; did you mean 'loftq'",
+        lambda m: around(m, start="lofq"),
+    )
     refused(ConfigError, "iterations 0 must be 1 or more", lambda m: around(m, iterations=0))
     refused(ShapeError, "rank 33 > min", lambda m: around(m, rank=33))
-    refused(ConfigError, "makes up for what quantisation takes, and these are not quantised: lm_head", lambda m: around(m, to=["lm_head"]))
-    refused(ConfigError, "quantise for it first", lambda m: veneer.attach(veneer.quantise(m), init="loftq"), 14)
+    refused(
+        ConfigError,
+        "makes up for what quantisation takes, and these are not quantised: lm_head",
+        lambda m: around(m, to=["lm_head"]),
+    )
+    refused(
+        ConfigError, "quantise for it first", lambda m: veneer.attach(veneer.quantise(m), init="loftq"), 14
+    )
     wrong = "the base was quantised for rank 4 on 32 x 32, not for 3; use that rank"
     refused(ConfigError, wrong, lambda m: veneer.attach(m, init="loftq", rank=3, stats=around(m, rank=4)), 14)
 
@@ -451,4 +524,8 @@ def test_what_cannot_be_is_said_before_anything_is_changed():
         m.model.layers[1].mlp.up_proj.register_forward_hook(lambda *given: None)
         veneer.quantise(m)
 
-    refused(SiteError, r"have hooks or a forward of their own, which would be lost: model\.layers\.1\.mlp\.up_proj", hooked)
+    refused(
+        SiteError,
+        r"have hooks or a forward of their own, which would be lost: model\.layers\.1\.mlp\.up_proj",
+        hooked,
+    )

@@ -17,7 +17,9 @@ from veneer.adapt.attached import changes
 
 def four_bits(layer: nn.Linear) -> nn.Module:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    packed = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, quant_type="nf4", compute_dtype=torch.float32)
+    packed = bitsandbytes.nn.Linear4bit(
+        layer.in_features, layer.out_features, quant_type="nf4", compute_dtype=torch.float32
+    )
     packed.load_state_dict(layer.state_dict())
     return packed.to("cpu")
 
@@ -38,7 +40,9 @@ def torchao(layer: nn.Linear) -> nn.Module:
 
 @pytest.mark.parametrize(("pack", "error"), [(four_bits, 0.15), (eight_bits, 0.02), (torchao, 0.02)])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_methods_train_and_merge_on_layers_of_other_libraries(pack: Any, error: float, method: str, tmp_path: Any) -> None:
+def test_methods_train_and_merge_on_layers_of_other_libraries(
+    pack: Any, error: float, method: str, tmp_path: Any
+) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(128, 64)
     model, x = nn.Sequential(pack(layer)), torch.randn(5, 128, requires_grad=True)

@@ -51,7 +51,21 @@ def test_a_run_learns_on_four_bits_and_its_adapter_knows_its_base(folder, capsys
     assert set(formats(opened.model).values()) == {"nf4"} and len(formats(opened.model)) == 14
     assert main(["generate", "the cat", "--adapter", str(out), "--tokens", "3"]) == 0
     assert main(["inspect", str(out)]) == 0
-    assert main(["eval", str(folder / "base"), "--adapter", str(out), "--data", str(folder / "valid.txt"), "--length", "32"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(folder / "base"),
+                "--adapter",
+                str(out),
+                "--data",
+                str(folder / "valid.txt"),
+                "--length",
+                "32",
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
 
 
@@ -74,14 +88,21 @@ def test_merging_into_bfloat16_keeps_the_change_and_into_four_bits_says_what_is_
     assert (a - b).norm() < 0.05 * b.norm()
     code = main(["merge", str(out), "--out", str(folder / "packed"), "--dtype", "nf4"])
     told = capsys.readouterr().err
-    assert code == 3 and "would be lost in the merge" in told and "the base is quantised, and bfloat16 finer than its format" in told
+    assert (
+        code == 3
+        and "would be lost in the merge" in told
+        and "the base is quantised, and bfloat16 finer than its format" in told
+    )
     assert not (folder / "packed").exists()
     assert main(["merge", str(out), "--out", str(folder / "packed"), "--dtype", "nf4", "--force"]) == 0
     again = pretrained.causal_lm(str(folder / "packed"), torch.float32, torch.device("cpu"))
     assert set(formats(again).values()) == {"nf4"} and torch.isfinite(again(**models_inputs()).logits).all()
     assert main(["generate", "the cat", "--model", str(folder / "packed"), "--tokens", "3"]) == 0
     assert main(["merge", str(out), "--out", str(folder / "other"), "--dtype", "int8"]) == 2
-    assert "dtype 'int8' is for layers that are in it already, and model.layers.0.self_attn.q_proj" in capsys.readouterr().err
+    assert (
+        "dtype 'int8' is for layers that are in it already, and model.layers.0.self_attn.q_proj"
+        in capsys.readouterr().err
+    )
 
 
 def models_inputs() -> dict[str, torch.Tensor]:
@@ -90,8 +111,26 @@ def models_inputs() -> dict[str, torch.Tensor]:
 
 def test_what_other_programs_get_of_an_adapter_on_four_bits_is_made_on_four_bits(folder, capsys):
     out = trained(folder, "dora", method="dora", steps=4)
-    assert main(["convert", str(out), "--to", "vllm", "--model", str(folder / "base"), "--rank", "8", "--out", str(folder / "vllm")]) == 0
-    assert main(["export", str(folder / "base"), "--adapter", str(out), "--out", str(folder / "exported")]) == 0
+    assert (
+        main(
+            [
+                "convert",
+                str(out),
+                "--to",
+                "vllm",
+                "--model",
+                str(folder / "base"),
+                "--rank",
+                "8",
+                "--out",
+                str(folder / "vllm"),
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(["export", str(folder / "base"), "--adapter", str(out), "--out", str(folder / "exported")]) == 0
+    )
     exported = pretrained.causal_lm(str(folder / "exported"), torch.float32, torch.device("cpu"))
     opened, _ = adapted.open_all([str(out)])
     a, b = (m(**models_inputs()).logits for m in (exported, opened.model))
@@ -106,7 +145,9 @@ def test_a_run_that_starts_around_quantisation_keeps_its_base(folder, start):
     opened, _ = adapted.open_all([str(out)])
     plain = veneer.quantise(pretrained.causal_lm(str(folder / "base"), torch.float32, torch.device("cpu")))
     site, delta = changes(opened.model, start)[0]
-    assert len(formats(opened.model)) == 14 and not torch.equal(site.weight(), plain.get_submodule(site.name).weight)
+    assert len(formats(opened.model)) == 14 and not torch.equal(
+        site.weight(), plain.get_submodule(site.name).weight
+    )
     assert delta.A0 is None
     assert main(["report", str(out), "--measure"]) == 0
     found = json.loads((out / "adapter" / "adapter_config.json").read_text())
@@ -138,9 +179,18 @@ def test_a_plan_has_both_columns_and_counts_the_base_as_it_was(folder, monkeypat
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"method": "full", "quantise": "nf4", "options": {}}, "quantise 'nf4' keeps the base as codes, which method 'full' cannot train"),
-        ({"options": {"init": "loftq"}}, "init 'loftq' makes up for what quantisation takes from the base, which is not quantised"),
-        ({"options": {"init": "qpissa"}, "quantise": "nf4", "untie": True}, "init 'qpissa' is for layers that are quantised, and tied"),
+        (
+            {"method": "full", "quantise": "nf4", "options": {}},
+            "quantise 'nf4' keeps the base as codes, which method 'full' cannot train",
+        ),
+        (
+            {"options": {"init": "loftq"}},
+            "init 'loftq' makes up for what quantisation takes from the base, which is not quantised",
+        ),
+        (
+            {"options": {"init": "qpissa"}, "quantise": "nf4", "untie": True},
+            "init 'qpissa' is for layers that are quantised, and tied",
+        ),
         ({"quantise": "nf5"}, "quantise: 'nf5' is none of nf4, int8; did you mean 'nf4'"),
     ],
 )
@@ -153,5 +203,8 @@ def test_adapters_of_different_bases_are_not_opened_together(folder):
     out = trained(folder, "nf4")
     if not (folder / "plainly").exists():
         fit(Run(**tiny.settings(folder, out=str(folder / "plainly"), steps=4)), progress=False)
-    with pytest.raises(ConfigError, match=r"made for a base in different formats: .*nf4 in nf4, .*plainly in its own dtype; use them one"):
+    with pytest.raises(
+        ConfigError,
+        match=r"made for a base in different formats: .*nf4 in nf4, .*plainly in its own dtype; use them one",
+    ):
         adapted.open_all([str(out), str(folder / "plainly")])

@@ -60,11 +60,17 @@ def test_what_is_a_product_is_written_exactly(tmp_path, base, kind):
         f" some of it:\n  {command}"
     )
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "o"), to="vllm", model=base)
-    assert done.dialect == "peft" and done.notes[0] == f"PEFT's {name} is written as plain LoRA" and done.layers == 6
+    assert (
+        done.dialect == "peft"
+        and done.notes[0] == f"PEFT's {name} is written as plain LoRA"
+        and done.layers == 6
+    )
     assert not any("cut" in note for note in done.notes) and done.ranks == [rank]
     torch.testing.assert_close(as_lora(tmp_path / "o"), want, **CLOSE)
     assert not torch.allclose(want, models.output(models.llama()), atol=1e-2)
-    with pytest.raises(FormatError, match=f"peft_type '{name}': the file has no factors of LoRA, .*: give model="):
+    with pytest.raises(
+        FormatError, match=f"peft_type '{name}': the file has no factors of LoRA, .*: give model="
+    ):
         read(tmp_path / "a")
 
 
@@ -84,7 +90,10 @@ def test_gains_are_no_product_and_can_be_cut_to_one(tmp_path, base):
 def test_a_kind_that_is_not_read_is_named_with_what_would_do(tmp_path, base):
     by_peft(peft.LoHaConfig(r=2, target_modules=TO), tmp_path / "a")
     for model in (None, base):
-        with pytest.raises(FormatError, match=r"- peft_type 'LOHA' is not read here; convert it with PEFT's own save_as_lora, or merge"):
+        with pytest.raises(
+            FormatError,
+            match=r"- peft_type 'LOHA' is not read here; convert it with PEFT's own save_as_lora, or merge",
+        ):
             convert(str(tmp_path / "a"), out=str(tmp_path / "o"), to="vllm", model=model)
 
 

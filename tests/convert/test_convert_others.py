@@ -50,34 +50,54 @@ def adapted(model: nn.Module, method: str, folder, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}]
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ],
 )
 def test_a_folder_of_peft(tmp_path, settings):
     peft = pytest.importorskip("peft")
-    wrapped = peft.get_peft_model(models.llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=ALL, **settings))
+    wrapped = peft.get_peft_model(
+        models.llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=ALL, **settings)
+    )
     spread(p for n, p in wrapped.named_parameters() if "lora_" in n)
     wrapped.save_pretrained(tmp_path / "theirs")
     want = models.output(wrapped)
-    torch.testing.assert_close(through_peft(models.llama(), read(tmp_path / "theirs"), tmp_path / "ours"), want, **CLOSE)
+    torch.testing.assert_close(
+        through_peft(models.llama(), read(tmp_path / "theirs"), tmp_path / "ours"), want, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
 def test_convolutions_of_peft(tmp_path, settings):
     peft = pytest.importorskip("peft")
     layers = ["first", "second", "line", "head"]
-    wrapped = peft.get_peft_model(models.conv_net(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=layers, **settings))
+    wrapped = peft.get_peft_model(
+        models.conv_net(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=layers, **settings)
+    )
     spread(p for n, p in wrapped.named_parameters() if "lora_" in n)
     wrapped.save_pretrained(tmp_path / "theirs")
     want = models.output(wrapped)
-    torch.testing.assert_close(through_peft(models.conv_net(), read(tmp_path / "theirs"), tmp_path / "ours"), want, **CLOSE)
+    torch.testing.assert_close(
+        through_peft(models.conv_net(), read(tmp_path / "theirs"), tmp_path / "ours"), want, **CLOSE
+    )
 
 
 @pytest.mark.parametrize(("method", "dialect"), [("lora", "peft"), ("dora", "peft"), ("lora", "vllm")])
 def test_peft_reads_ours(tmp_path, method, dialect, recwarn):
     peft = pytest.importorskip("peft")
-    want = adapted(models.llama(), method, tmp_path / "ours", rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 3})
+    want = adapted(
+        models.llama(), method, tmp_path / "ours", rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 3}
+    )
     write(read(tmp_path / "ours"), tmp_path / "theirs", dialect)
-    torch.testing.assert_close(models.output(peft.PeftModel.from_pretrained(models.llama(), tmp_path / "theirs").eval()), want, **CLOSE)
+    torch.testing.assert_close(
+        models.output(peft.PeftModel.from_pretrained(models.llama(), tmp_path / "theirs").eval()),
+        want,
+        **CLOSE,
+    )
     assert [str(w.message) for w in recwarn if "adapter" in str(w.message)] == []
 
 
@@ -113,7 +133,9 @@ def test_lycoris_convolutions(tmp_path, tucker):
     spread(theirs.parameters())
     theirs.save_weights(tmp_path / "theirs.safetensors", torch.float32, {})
     pairs = read(tmp_path / "theirs.safetensors", base=of_model(models.conv_net()))
-    torch.testing.assert_close(through_peft(models.conv_net(), pairs, tmp_path / "peft"), models.output(model), **CLOSE)
+    torch.testing.assert_close(
+        through_peft(models.conv_net(), pairs, tmp_path / "peft"), models.output(model), **CLOSE
+    )
 
 
 def unet() -> nn.Module:
@@ -151,7 +173,9 @@ def test_diffusers_both_ways(tmp_path, settings):
     want = painted(model)
     metadata = model.peft_config["default"].to_dict()
     diffusers.StableDiffusionPipeline.save_lora_weights(
-        tmp_path / "theirs", unet_lora_layers=get_peft_model_state_dict(model), unet_lora_adapter_metadata=metadata
+        tmp_path / "theirs",
+        unet_lora_layers=get_peft_model_state_dict(model),
+        unet_lora_adapter_metadata=metadata,
     )
     pairs = read(tmp_path / "theirs")
     assert pairs.parts == ("unet",)
@@ -165,7 +189,9 @@ def test_diffusers_both_ways(tmp_path, settings):
     torch.testing.assert_close(painted(bare), want, **CLOSE)
 
     write(pairs, tmp_path / "kohya", "kohya")
-    back = read(tmp_path / "kohya", base=Base(names=tuple(f"unet.{n}" for n, _ in unet().named_modules() if n)))
+    back = read(
+        tmp_path / "kohya", base=Base(names=tuple(f"unet.{n}" for n, _ in unet().named_modules() if n))
+    )
     assert set(back.sites) == set(pairs.sites)
     third = unet()
     sites = {n.removeprefix("unet."): p for n, p in back.sites.items()}
@@ -196,11 +222,19 @@ def test_mlx_both_ways(tmp_path, kind):
     theirs.load_weights(list(trained.items()), strict=False)
     (tmp_path / "theirs").mkdir()
     mx.save_safetensors(str(tmp_path / "theirs" / "adapters.safetensors"), trained)
-    config = {"model": "x", "fine_tune_type": kind, "num_layers": 1, "lora_parameters": settings, "batch_size": 4}
+    config = {
+        "model": "x",
+        "fine_tune_type": kind,
+        "num_layers": 1,
+        "lora_parameters": settings,
+        "batch_size": 4,
+    }
     (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config))
     pairs = read(tmp_path / "theirs")
     assert {n.split(".")[2] for n in pairs.sites} == {"1"}  # the last of two layers
-    torch.testing.assert_close(through_peft(models.llama(), pairs, tmp_path / "peft"), logits(theirs), **CLOSE)
+    torch.testing.assert_close(
+        through_peft(models.llama(), pairs, tmp_path / "peft"), logits(theirs), **CLOSE
+    )
 
     want = adapted(models.llama(), kind, tmp_path / "own", to=ALL, rank_pattern={"q_proj": 2})
     write(read(tmp_path / "own"), tmp_path / "ours", "mlx", base=of_model(models.llama()))
@@ -231,7 +265,9 @@ def lit_config(litgpt_lora, **lora):
     )
 
 
-@pytest.mark.parametrize("on", [("query", "value"), ("query", "key", "value"), ("key", "projection", "mlp", "head")])
+@pytest.mark.parametrize(
+    "on", [("query", "value"), ("query", "key", "value"), ("key", "projection", "mlp", "head")]
+)
 def test_litgpt_both_ways(tmp_path, on):
     yaml = pytest.importorskip("yaml")
     lora = pytest.importorskip("litgpt.lora")
@@ -249,7 +285,10 @@ def test_litgpt_both_ways(tmp_path, on):
     with torch.no_grad():
         want = model(ids)
     (tmp_path / "theirs").mkdir()
-    torch.save({"model": {k: v for k, v in model.state_dict().items() if "lora_" in k}}, tmp_path / "theirs" / "lit_model.pth.lora")
+    torch.save(
+        {"model": {k: v for k, v in model.state_dict().items() if "lora_" in k}},
+        tmp_path / "theirs" / "lit_model.pth.lora",
+    )
     save_config(config, tmp_path / "theirs")
     switches = {f"lora_{w}": w in on for w in ("query", "key", "value", "projection", "mlp", "head")}
     (tmp_path / "theirs" / "hyperparameters.yaml").write_text(
@@ -276,7 +315,15 @@ def test_torchtune_both_ways(tmp_path, dora):
     from torchtune.modules.peft import get_adapter_params
 
     c = models.llama().config
-    sizes = dict(vocab_size=c.vocab_size, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, intermediate_dim=48, max_seq_len=64)
+    sizes = dict(
+        vocab_size=c.vocab_size,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=32,
+        intermediate_dim=48,
+        max_seq_len=64,
+    )
 
     def build():
         torch.manual_seed(0)
@@ -289,7 +336,9 @@ def test_torchtune_both_ways(tmp_path, dora):
             lora_alpha=6,
             use_dora=dora,
         ).eval()
-        model.load_state_dict(hf_to_tune(models.llama().state_dict(), num_heads=4, num_kv_heads=2, dim=32), strict=False)
+        model.load_state_dict(
+            hf_to_tune(models.llama().state_dict(), num_heads=4, num_kv_heads=2, dim=32), strict=False
+        )
         for m in model.modules():
             if dora and hasattr(m, "initialize_dora_magnitude"):
                 m.initialize_dora_magnitude()
@@ -303,7 +352,11 @@ def test_torchtune_both_ways(tmp_path, dora):
     native = {k: v.detach().clone() for k, v in get_adapter_params(model).items()}
     (tmp_path / "theirs").mkdir()
     torch.save(native, tmp_path / "theirs" / "adapter_model.pt")
-    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]}
+    config = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"],
+    }
     (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config))
     models.llama().config.to_json_file(tmp_path / "theirs" / "config.json")
     pairs = read(tmp_path / "theirs")
@@ -314,9 +367,14 @@ def test_torchtune_both_ways(tmp_path, dora):
 
         exported = tune_to_peft_adapter_weights({**native}, num_heads=4, num_kv_heads=2, dim=32)
         (tmp_path / "export").mkdir()
-        save_file({k: v.contiguous() for k, v in exported.items()}, tmp_path / "export" / "adapter_model.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in exported.items()},
+            tmp_path / "export" / "adapter_model.safetensors",
+        )
         (tmp_path / "export" / "adapter_config.json").write_text(json.dumps(config))
-        torch.testing.assert_close(through_peft(models.llama(), read(tmp_path / "export"), tmp_path / "peft2"), want, **CLOSE)
+        torch.testing.assert_close(
+            through_peft(models.llama(), read(tmp_path / "export"), tmp_path / "peft2"), want, **CLOSE
+        )
 
     from safetensors.torch import load_file
 

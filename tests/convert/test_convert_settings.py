@@ -305,7 +305,9 @@ def placed(value, folder: Path):
 def folder(tmp_path):
     """Files that the configurations name."""
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"identity": {"file_name": "identity.json"}}))
+    (tmp_path / "data" / "dataset_info.json").write_text(
+        json.dumps({"identity": {"file_name": "identity.json"}})
+    )
     for part in ("train", "valid"):
         (tmp_path / "data" / f"{part}.jsonl").write_text('{"text": "x"}\n')
     return tmp_path
@@ -334,10 +336,24 @@ def test_every_key_of_the_file_is_accounted_for(folder, tool):
 def test_what_the_programs_do_in_silence():
     """Defaults of the other program where the file says nothing, not ours."""
     mlx = translate({"model": "m", "fine_tune_type": "lora", "data": "d", "iters": 10}).settings
-    assert mlx["options"] == {"rank": 8, "alpha": 160.0} and mlx["lr"] == 1e-5 and mlx["weight_decay"] == 0.0 and mlx["warmup"] == 0.0
-    lf = translate({"model_name_or_path": "m", "stage": "pt", "finetuning_type": "lora", "template": "x"}).settings
-    assert lf["options"] == {"rank": 8, "alpha": 16} and lf["packing"] and lf["train_on"] == "all" and lf["epochs"] == 3.0
-    axolotl = translate({"base_model": "m", "datasets": [{"path": "a.jsonl"}], "learning_rate": 1e-3, "micro_batch_size": 1}).settings
+    assert (
+        mlx["options"] == {"rank": 8, "alpha": 160.0}
+        and mlx["lr"] == 1e-5
+        and mlx["weight_decay"] == 0.0
+        and mlx["warmup"] == 0.0
+    )
+    lf = translate(
+        {"model_name_or_path": "m", "stage": "pt", "finetuning_type": "lora", "template": "x"}
+    ).settings
+    assert (
+        lf["options"] == {"rank": 8, "alpha": 16}
+        and lf["packing"]
+        and lf["train_on"] == "all"
+        and lf["epochs"] == 3.0
+    )
+    axolotl = translate(
+        {"base_model": "m", "datasets": [{"path": "a.jsonl"}], "learning_rate": 1e-3, "micro_batch_size": 1}
+    ).settings
     assert axolotl["method"] == "full" and axolotl["length"] == 512 and not axolotl["packing"]
 
 
@@ -346,7 +362,9 @@ def test_the_last_layers_of_mlx(folder):
     found = translate(values, folder=folder, layers=10)
     assert found.settings["to"] == r".*\.(2|3|4|5|6|7|8|9)\.(self_attn\.q_proj|self_attn\.v_proj)"
     assert "num_layers" not in {u.key for u in found.uncarried}
-    assert "num_layers" not in {u.key for u in translate({**values, "num_layers": -1}, folder=folder).uncarried}
+    assert "num_layers" not in {
+        u.key for u in translate({**values, "num_layers": -1}, folder=folder).uncarried
+    }
 
 
 @pytest.mark.parametrize(
@@ -356,10 +374,22 @@ def test_the_last_layers_of_mlx(folder):
             {"base_model": "m", "micro_batch_size": 1, "rl": "dpo"},
             "axolotl's rl: dpo trains on preferences; only supervised training is translated",
         ),
-        ({"base_model": "m", "micro_batch_size": 1, "adapter": "llama-adapter"}, "axolotl's adapter 'llama-adapter' is not translated"),
-        ({"stage": "dpo", "finetuning_type": "lora"}, "LLaMA-Factory's stage 'dpo' is not translated; sft and pt are"),
-        ({"stage": "sft", "finetuning_type": "oft"}, "LLaMA-Factory's finetuning_type 'oft' is not translated; lora and full are"),
-        ({"fine_tune_type": "lorra", "iters": 1}, "mlx-lm has no fine_tune_type 'lorra'; it has lora, dora and full"),
+        (
+            {"base_model": "m", "micro_batch_size": 1, "adapter": "llama-adapter"},
+            "axolotl's adapter 'llama-adapter' is not translated",
+        ),
+        (
+            {"stage": "dpo", "finetuning_type": "lora"},
+            "LLaMA-Factory's stage 'dpo' is not translated; sft and pt are",
+        ),
+        (
+            {"stage": "sft", "finetuning_type": "oft"},
+            "LLaMA-Factory's finetuning_type 'oft' is not translated; lora and full are",
+        ),
+        (
+            {"fine_tune_type": "lorra", "iters": 1},
+            "mlx-lm has no fine_tune_type 'lorra'; it has lora, dora and full",
+        ),
         (
             {"model": {"_component_": "x.lora_y", "lora_attn_modules": ["qproj"]}},
             "torchtune has no attention module 'qproj'; did you mean 'q_proj'",
@@ -368,7 +398,10 @@ def test_the_last_layers_of_mlx(folder):
             {"model": {"_component_": "x.lora_y"}, "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}},
             "torchtune's preference recipes are not transl",
         ),
-        ({"rank": 4}, "these settings are not clearly of one program; name it with tool=: axolotl, llamafactory, torchtune, mlx"),
+        (
+            {"rank": 4},
+            "these settings are not clearly of one program; name it with tool=: axolotl, llamafactory, torchtune, mlx",
+        ),
     ],
 )
 def test_what_is_not_translated(values, text):
@@ -387,7 +420,9 @@ def test_the_new_file_says_what_is_missing_from_it(folder):
     (problem,) = done.problems
     assert problem.startswith("setting 'data' is missing: texts to learn from: files")
     written = (folder / "ours.yaml").read_text()
-    assert written.startswith("# made from theirs.yaml of llamafactory\n# not carried: dataset: 'elsewhere' (")
+    assert written.startswith(
+        "# made from theirs.yaml of llamafactory\n# not carried: dataset: 'elsewhere' ("
+    )
     assert "\n# to do: setting 'data' is missing" in written
     assert yaml.safe_load(written)["options"] == {"rank": 16, "alpha": 32, "init": "pissa"}
     assert f"of llamafactory carried, in {folder / 'ours.yaml'}\n- not carried: dataset" in text(done)
@@ -399,24 +434,70 @@ def test_the_new_file_says_what_is_missing_from_it(folder):
 
 
 def test_the_new_file_can_be_run_from(folder):
-    (folder / "theirs.json").write_text(json.dumps(read_yaml(MLX, "mlx")))  # as mlx-lm leaves it with its adapter
+    (folder / "theirs.json").write_text(
+        json.dumps(read_yaml(MLX, "mlx"))
+    )  # as mlx-lm leaves it with its adapter
     models.llama().config.to_json_file(folder / "config.json")
-    done = convert_config(str(folder / "theirs.json"), out=str(folder / "ours.yaml"), tool="mlx", model=str(folder))
+    done = convert_config(
+        str(folder / "theirs.json"), out=str(folder / "ours.yaml"), tool="mlx", model=str(folder)
+    )
     assert done.problems == [] and Run.from_yaml(folder / "ours.yaml").options["alpha"] == 160.0
 
 
 @pytest.mark.parametrize(
     ("tool", "text", "given", "carried", "said"),
     [
-        ("axolotl", AXOLOTL, {"gradient_checkpointing": "offload"}, {"gradient_checkpointing": True}, "gradient_checkpointing 'offload'"),
+        (
+            "axolotl",
+            AXOLOTL,
+            {"gradient_checkpointing": "offload"},
+            {"gradient_checkpointing": True},
+            "gradient_checkpointing 'offload'",
+        ),
         ("axolotl", AXOLOTL, {"torch_compile": False}, {"compile": "off"}, None),
         ("axolotl", AXOLOTL, {"torch_compile": "max"}, {}, "compile is auto, on or off here"),
-        ("axolotl", AXOLOTL, {"datasets": None, "pretraining_dataset": [{"path": "web.jsonl"}]}, {"stream": True, "steps": 500}, None),
-        ("axolotl", AXOLOTL, {"streaming": True, "max_steps": None}, {"epochs": 4.0}, "streaming needs a number of steps"),
-        ("axolotl", AXOLOTL, {"use_tensorboard": True}, {"track": ("tensorboard", "wandb")}, "tensorboard, wandb without a network here"),
-        ("llamafactory", LLAMAFACTORY, {"report_to": ["swanlab", "mlflow"]}, {"track": ("mlflow",)}, "not shown there from here; mlflow,"),
-        ("llamafactory", LLAMAFACTORY, {"streaming": True, "max_steps": 9, "buffer_size": 99}, {"stream": True}, "set buffer"),
-        ("torchtune", TORCHTUNE, {"compile": False, "enable_activation_checkpointing": True}, {"compile": "off"}, None),
+        (
+            "axolotl",
+            AXOLOTL,
+            {"datasets": None, "pretraining_dataset": [{"path": "web.jsonl"}]},
+            {"stream": True, "steps": 500},
+            None,
+        ),
+        (
+            "axolotl",
+            AXOLOTL,
+            {"streaming": True, "max_steps": None},
+            {"epochs": 4.0},
+            "streaming needs a number of steps",
+        ),
+        (
+            "axolotl",
+            AXOLOTL,
+            {"use_tensorboard": True},
+            {"track": ("tensorboard", "wandb")},
+            "tensorboard, wandb without a network here",
+        ),
+        (
+            "llamafactory",
+            LLAMAFACTORY,
+            {"report_to": ["swanlab", "mlflow"]},
+            {"track": ("mlflow",)},
+            "not shown there from here; mlflow,",
+        ),
+        (
+            "llamafactory",
+            LLAMAFACTORY,
+            {"streaming": True, "max_steps": 9, "buffer_size": 99},
+            {"stream": True},
+            "set buffer",
+        ),
+        (
+            "torchtune",
+            TORCHTUNE,
+            {"compile": False, "enable_activation_checkpointing": True},
+            {"compile": "off"},
+            None,
+        ),
         ("mlx", MLX, {"grad_checkpoint": True, "report_to": None}, {"gradient_checkpointing": True}, None),
     ],
 )
@@ -436,11 +517,29 @@ def test_the_trackers_that_are_carried_are_those_there_are():
     ("tool", "text", "given", "quantise", "left"),
     [
         ("axolotl", AXOLOTL, {"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "int8", None),
-        ("axolotl", AXOLOTL, {"adapter": None}, None, "load_in_4bit: full fine-tuning needs the base as it is"),
+        (
+            "axolotl",
+            AXOLOTL,
+            {"adapter": None},
+            None,
+            "load_in_4bit: full fine-tuning needs the base as it is",
+        ),
         ("llamafactory", LLAMAFACTORY, {"quantization_bit": 4}, "nf4", None),
         ("llamafactory", LLAMAFACTORY, {"quantization_bit": 8}, "int8", None),
-        ("llamafactory", LLAMAFACTORY, {"quantization_bit": 2}, None, "quantization_bit: bases are kept in 4 or 8 bits here"),
-        ("llamafactory", LLAMAFACTORY, {"finetuning_type": "full", "quantization_bit": 4}, None, "quantization_bit: full"),
+        (
+            "llamafactory",
+            LLAMAFACTORY,
+            {"quantization_bit": 2},
+            None,
+            "quantization_bit: bases are kept in 4 or 8 bits here",
+        ),
+        (
+            "llamafactory",
+            LLAMAFACTORY,
+            {"finetuning_type": "full", "quantization_bit": 4},
+            None,
+            "quantization_bit: full",
+        ),
     ],
 )
 def test_quantised_bases_are_carried_and_else_said(tool, text, given, quantise, left, tmp_path):

@@ -26,14 +26,31 @@ def said(*pairs: tuple[str, str]) -> list[dict[str, object]]:
             {"id": 1, "messages": said(("user", "Add.\n2 and 3"), ("assistant", "5"))},
         ),
         (
-            {"instruction": "And 4?", "input": None, "output": "9", "system": "Be brief.", "history": [["2 and 3?", "5"]]},
-            {"messages": said(("system", "Be brief."), ("user", "2 and 3?"), ("assistant", "5"), ("user", "And 4?"), ("assistant", "9"))},
+            {
+                "instruction": "And 4?",
+                "input": None,
+                "output": "9",
+                "system": "Be brief.",
+                "history": [["2 and 3?", "5"]],
+            },
+            {
+                "messages": said(
+                    ("system", "Be brief."),
+                    ("user", "2 and 3?"),
+                    ("assistant", "5"),
+                    ("user", "And 4?"),
+                    ("assistant", "9"),
+                )
+            },
         ),
         (
             {
                 "conversations": [
                     {"from": "human", "value": "2 and 3?"},
-                    {"from": "function_call", "value": '{"name": "add", "arguments": "{\\"a\\": 2, \\"b\\": 3}"}'},
+                    {
+                        "from": "function_call",
+                        "value": '{"name": "add", "arguments": "{\\"a\\": 2, \\"b\\": 3}"}',
+                    },
                     {"from": "observation", "value": "5"},
                     {"from": "gpt", "value": "Five."},
                 ],
@@ -55,7 +72,13 @@ def said(*pairs: tuple[str, str]) -> list[dict[str, object]]:
         ),
         (
             {
-                "messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "x1", "function": {"name": "now"}}]}],
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{"id": "x1", "function": {"name": "now"}}],
+                    }
+                ],
                 "tools": None,
             },
             {
@@ -63,13 +86,22 @@ def said(*pairs: tuple[str, str]) -> list[dict[str, object]]:
                     {
                         "role": "assistant",
                         "content": "",
-                        "tool_calls": [{"id": "x1", "type": "function", "function": {"name": "now", "arguments": {}}}],
+                        "tool_calls": [
+                            {"id": "x1", "type": "function", "function": {"name": "now", "arguments": {}}}
+                        ],
                     }
                 ]
             },
         ),
         (
-            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+                    }
+                ]
+            },
             {"messages": said(("assistant", "ab"))},
         ),
         ({"messages": json.dumps(said(("assistant", "x")))}, {"messages": said(("assistant", "x"))}),
@@ -85,12 +117,21 @@ def test_rows_of_other_programs_become_messages(tmp_path, given, columns):
     ("given", "message"),
     [
         ({"instruction": "x"}, "no column 'output'; it has 'instruction'"),
-        ({"instruction": "x", "outptu": "y"}, "no column 'output'; did you mean 'outptu'?; it has 'instruction', 'outptu'"),
-        ({"instruction": "x", "output": "", "history": [["a", "b"]]}, "'output' is empty: there would be nothing to learn"),
+        (
+            {"instruction": "x", "outptu": "y"},
+            "no column 'output'; did you mean 'outptu'?; it has 'instruction', 'outptu'",
+        ),
+        (
+            {"instruction": "x", "output": "", "history": [["a", "b"]]},
+            "'output' is empty: there would be nothing to learn",
+        ),
         ({"instruction": "x", "output": 5}, "'output' is 5, not text"),
         ({"instruction": "x", "output": "y", "input": 5}, "'input' is 5, not text"),
         ({"instruction": "x", "output": "y", "system": 5}, "'system' is 5, not text"),
-        ({"instruction": "x", "output": "y", "history": [["a"]]}, "'history' 1 is [\"a\"], not a question and an answer"),
+        (
+            {"instruction": "x", "output": "y", "history": [["a"]]},
+            "'history' 1 is [\"a\"], not a question and an answer",
+        ),
         ({"conversations": []}, "'conversations' is not a list with at least one message"),
         ({"conversations": [{"from": "gpt"}]}, "message 1 has no text 'value'"),
         (
@@ -101,13 +142,22 @@ def test_rows_of_other_programs_become_messages(tmp_path, given, columns):
             {"conversations": [{"from": "human", "value": "x"}]},
             "no message of role 'assistant' with content: there would be nothing to learn",
         ),
-        ({"conversations": [{"from": "function_call", "value": "add"}]}, "message 1: a call in 'tool_calls' has no function name"),
+        (
+            {"conversations": [{"from": "function_call", "value": "add"}]},
+            "message 1: a call in 'tool_calls' has no function name",
+        ),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "add", "arguments": "2, 3"}]}]},
             "message 1: the arguments of 'add' are \"2, 3\", not an object",
         ),
-        ({"messages": said(("assistant", "x")), "tools": "add"}, "'tools' is \"add\", not a list of descriptions"),
-        ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "message 1 has no text 'content'"),
+        (
+            {"messages": said(("assistant", "x")), "tools": "add"},
+            "'tools' is \"add\", not a list of descriptions",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},
+            "message 1 has no text 'content'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, given, message):

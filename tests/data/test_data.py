@@ -23,10 +23,10 @@ from veneer.tasks.causal_lm import loss
 from veneer.train import checks
 
 LENGTH = 12
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+REWRITES = (
+    "{% for m in messages %}<{{ m.role }}>{% if loop.last %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
 )
-REWRITES = "{% for m in messages %}<{{ m.role }}>{% if loop.last %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
 REFUSES = "{{ raise_exception('roles must alternate') }}"
 
 
@@ -44,9 +44,21 @@ def refused(path: Path) -> str:
     [
         ("a.txt", b"", "FILE is empty"),
         ("a.jsonl", b" \n\n", "FILE is empty"),
-        ("a.txt", b"ab\ncd\xff\n", "FILE is not UTF-8 (byte 0xff at offset 5, line 2); convert it first, for instance with iconv"),
-        ("a.xlsx", b"PK", "FILE: .xlsx is not read; write it as .csv, .parquet, or .jsonl with one JSON object a line"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', "FILE line 2: not JSON at column 13 (Expecting ',' delimiter)"),
+        (
+            "a.txt",
+            b"ab\ncd\xff\n",
+            "FILE is not UTF-8 (byte 0xff at offset 5, line 2); convert it first, for instance with iconv",
+        ),
+        (
+            "a.xlsx",
+            b"PK",
+            "FILE: .xlsx is not read; write it as .csv, .parquet, or .jsonl with one JSON object a line",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "y"\n',
+            "FILE line 2: not JSON at column 13 (Expecting ',' delimiter)",
+        ),
         ("a.jsonl", b"[1]\n", "FILE line 1: a JSON list, not an object with columns"),
         (
             "a.jsonl",
@@ -65,13 +77,21 @@ def refused(path: Path) -> str:
             b'{"text": "x"}\n{"text": null}\n{"text": 3}\n',
             "FILE line 2: 'text' is null, not text\nFILE line 3: 'text' is 3, not text",
         ),
-        ("a.jsonl", b'{"prompt": "x", "completion": ""}\n', "FILE line 1: 'completion' is empty: there would be nothing to learn"),
+        (
+            "a.jsonl",
+            b'{"prompt": "x", "completion": ""}\n',
+            "FILE line 1: 'completion' is empty: there would be nothing to learn",
+        ),
         (
             "a.jsonl",
             b'{"text": "x", "messages": []}\n',
             "FILE line 1: has the columns of 2 kinds of example (messages, text); keep those of one",
         ),
-        ("a.jsonl", b'{"messages": "hello"}\n', "FILE line 1: 'messages' is not a list with at least one message"),
+        (
+            "a.jsonl",
+            b'{"messages": "hello"}\n',
+            "FILE line 1: 'messages' is not a list with at least one message",
+        ),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "FILE line 1: message 1 has no text 'content'"),
         (
             "a.jsonl",
@@ -88,7 +108,9 @@ def test_a_file_that_is_not_as_it_should_be_is_refused(tmp_path, name, content, 
 def test_a_missing_file_and_a_folder_are_refused_with_what_is_there(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     assert refused(tmp_path / "nodes.txt") == "FILE does not exist; did you mean 'notes.txt'?"
-    assert refused(tmp_path).startswith("FILE is a folder; name the files in it that are to be read (notes.txt)")
+    assert refused(tmp_path).startswith(
+        "FILE is a folder; name the files in it that are to be read (notes.txt)"
+    )
 
 
 def test_many_wrong_rows_are_counted_and_all_files_are_named(tmp_path):
@@ -97,17 +119,23 @@ def test_many_wrong_rows_are_counted_and_all_files_are_named(tmp_path):
     with pytest.raises(DataError) as e:
         row_files.read([many, tmp_path / "gone.txt"])
     lines = str(e.value).splitlines()
-    assert lines[5] == f"and 4 more in {many}" and lines[6].startswith(f"{tmp_path / 'gone.txt'} does not exist")
+    assert lines[5] == f"and 4 more in {many}" and lines[6].startswith(
+        f"{tmp_path / 'gone.txt'} does not exist"
+    )
 
 
 def test_jsonl_is_split_at_newlines_only_and_a_byte_order_mark_is_no_text(tmp_path):
     odd = "one\u2028two\x0bthree"
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": odd, "id": 7}, ensure_ascii=False).encode() + b"\r\n\n")
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"text": odd, "id": 7}, ensure_ascii=False).encode() + b"\r\n\n"
+    )
     (row,) = row_files.read_file(tmp_path / "a.jsonl")
     assert row == Row("text", {"text": odd, "id": 7}, f"{tmp_path / 'a.jsonl'} line 1")
     assert row_files.unused([row]) == ["id"]
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\nb")
-    assert row_files.read_file(tmp_path / "a.txt")[0].columns["text"] == "a\r\nb"  # bytes are counted: no line end is changed
+    assert (
+        row_files.read_file(tmp_path / "a.txt")[0].columns["text"] == "a\r\nb"
+    )  # bytes are counted: no line end is changed
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------
@@ -131,7 +159,12 @@ TALK = Row("messages", {"messages": [
     ("row", "template", "whole", "part"),
     [
         (Row("text", {"text": "a cat"}, ""), None, "<|end|>a cat<|end|>", "a cat<|end|>"),
-        (Row("pair", {"prompt": "Q: x?\nA:", "completion": " yes"}, ""), None, "<|end|>Q: x?\nA: yes<|end|>", " yes<|end|>"),
+        (
+            Row("pair", {"prompt": "Q: x?\nA:", "completion": " yes"}, ""),
+            None,
+            "<|end|>Q: x?\nA: yes<|end|>",
+            " yes<|end|>",
+        ),
         (Row("pair", {"prompt": "", "completion": "yes"}, ""), None, "<|end|>yes<|end|>", "yes<|end|>"),
         (
             TALK,
@@ -151,7 +184,10 @@ TALK = Row("messages", {"messages": [
 )
 def test_only_completions_and_assistant_turns_are_learned(row, template, whole, part):
     assert learned(row, template) == (whole, part)
-    assert learned(row, template, "all") == (whole, whole if whole.startswith("<system>") else whole.removeprefix("<|end|>"))
+    assert learned(row, template, "all") == (
+        whole,
+        whole if whole.startswith("<system>") else whole.removeprefix("<|end|>"),
+    )
 
 
 def test_a_template_without_an_end_gets_one():
@@ -163,7 +199,9 @@ def test_a_template_without_an_end_gets_one():
 def test_the_name_of_the_end_token_in_a_text_is_text():
     tokenizer = tiny.tokenizer()
     found = encode(chat.parts(Row("text", {"text": "x <|end|> y"}, ""), tokenizer, "all"), tokenizer)
-    assert found.ids.tolist().count(tokenizer.eos_token_id) == 2  # the one before and the one after, none between
+    assert (
+        found.ids.tolist().count(tokenizer.eos_token_id) == 2
+    )  # the one before and the one after, none between
     assert tokenizer("<|end|>")["input_ids"] == [tokenizer.eos_token_id]  # the tokenizer itself is as it was
 
 
@@ -196,7 +234,10 @@ def test_a_prompt_that_ends_within_a_token_ends_the_token_there():
 def test_a_tokenizer_without_an_end_token_is_refused():
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match="the tokenizer has no end-of-text token, without which the model cannot learn where a text ends"):
+    with pytest.raises(
+        DataError,
+        match="the tokenizer has no end-of-text token, without which the model cannot learn where a text ends",
+    ):
         encode([Part("x", True), Part(None, True)], tokenizer)
 
 
@@ -215,7 +256,9 @@ def row_of(n: int, first_learned: int = 0) -> Tokens:
 
 
 def test_segments_by_hand():
-    found = pack.segments(row_of(8, first_learned=4), 3)  # predictions 0..6 in threes, those of tokens 1, 2, 3 not learned
+    found = pack.segments(
+        row_of(8, first_learned=4), 3
+    )  # predictions 0..6 in threes, those of tokens 1, 2, 3 not learned
     assert [s.inputs.tolist() for s in found] == [[3, 4, 5], [6]]
     assert [s.labels.tolist() for s in found] == [[4, 5, 6], [7]]
     assert pack.segments(row_of(5, first_learned=3), 9)[0].labels.tolist() == [IGNORED, IGNORED, 3, 4]
@@ -241,7 +284,10 @@ def test_packing_loses_nothing_and_leaves_no_window_that_the_next_row_fitted_in(
 
 
 def test_collate_by_hand():
-    a, b, c = (Segment(torch.tensor(i), torch.tensor(y), torch.ones(len(i))) for i, y in (([1, 2], [2, 3]), ([4], [5]), ([6], [7])))
+    a, b, c = (
+        Segment(torch.tensor(i), torch.tensor(y), torch.ones(len(i)))
+        for i, y in (([1, 2], [2, 3]), ([4], [5]), ([6], [7]))
+    )
     assert {k: v.tolist() for k, v in pack.collate([(a, b), (c,)], 9).items()} == {
         "input_ids": [[1, 2, 4], [6, 9, 9]],
         "labels": [[2, 3, 5], [7, IGNORED, IGNORED]],
@@ -255,7 +301,12 @@ def test_packed_loss_and_gradient_are_those_of_the_texts_apart(model):
     """axolotl 3453, unsloth 126, MeetKai 265: packed texts that see each other, or whose loss is 0."""
     net = model().double()
     draw = torch.Generator().manual_seed(0)
-    rows = [Tokens(torch.randint(models.VOCABULARY, (n,), generator=draw), torch.arange(n) > n // 3, torch.ones(n)) for n in (9, 5, 14, 2)]
+    rows = [
+        Tokens(
+            torch.randint(models.VOCABULARY, (n,), generator=draw), torch.arange(n) > n // 3, torch.ones(n)
+        )
+        for n in (9, 5, 14, 2)
+    ]
     found = [s for r in rows for s in pack.segments(r, 30)]
     windows = pack.pack(found, 30)
     assert len(windows) == 1 and len(windows[0]) == 4
@@ -264,7 +315,11 @@ def test_packed_loss_and_gradient_are_those_of_the_texts_apart(model):
     assert n == sum(count for _, count in apart)
     torch.testing.assert_close(together, sum(value for value, _ in apart), rtol=1e-10, atol=0)
     weights = [p for p in net.parameters() if p.requires_grad]
-    pairs = zip(torch.autograd.grad(together, weights), torch.autograd.grad(sum(value for value, _ in apart), weights), strict=True)
+    pairs = zip(
+        torch.autograd.grad(together, weights),
+        torch.autograd.grad(sum(value for value, _ in apart), weights),
+        strict=True,
+    )
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
@@ -285,10 +340,19 @@ def test_models_in_which_packed_texts_see_each_other_are_refused():
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
+    sizes = dict(
+        vocab_size=97,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+    )
     with pytest.raises(ConfigError) as e:
         checks.check_packing(OPTForCausalLM(OPTConfig(max_position_embeddings=64, **sizes)))
-    assert str(e.value) == "in a OPTForCausalLM, texts packed into one window see each other; use packing=False"
+    assert (
+        str(e.value) == "in a OPTForCausalLM, texts packed into one window see each other; use packing=False"
+    )
     for model in (models.llama(), models.gpt2(), models.llama().bfloat16()):
         checks.check_packing(model)
 
@@ -308,8 +372,12 @@ def test_order_is_a_function_of_seed_epoch_and_index():
     one = order.Order(windows(7), 2, 2, total=24, seed=3)
     assert one.steps == 6
     every = [i for step in range(6) for i in drawn(one.step(step))]
-    assert all(sorted(every[7 * e : 7 * e + 7]) == list(range(7)) for e in range(3)) and every[:7] != every[7:14]
-    other = order.Order(windows(7), 1, 4, total=24, seed=3)  # whatever was asked for before, in whatever micro-batches
+    assert (
+        all(sorted(every[7 * e : 7 * e + 7]) == list(range(7)) for e in range(3)) and every[:7] != every[7:14]
+    )
+    other = order.Order(
+        windows(7), 1, 4, total=24, seed=3
+    )  # whatever was asked for before, in whatever micro-batches
     assert [drawn(other.step(step)) for step in (5, 0, 3)] == [every[20:24], every[:4], every[12:16]]
     assert drawn(order.Order(windows(7), 2, 2, total=24, seed=4).step(0)) != every[:4]
 
@@ -321,7 +389,10 @@ def test_the_last_step_may_be_smaller():
 
 
 def of_length(*lengths: int) -> list[pack.Window]:
-    return [(Segment(torch.full((n,), i), torch.zeros(n, dtype=torch.int64), torch.ones(n)),) for i, n in enumerate(lengths)]
+    return [
+        (Segment(torch.full((n,), i), torch.zeros(n, dtype=torch.int64), torch.ones(n)),)
+        for i, n in enumerate(lengths)
+    ]
 
 
 def test_windows_that_are_not_packed_come_with_others_of_their_length():
@@ -344,7 +415,9 @@ def test_windows_that_are_not_packed_come_with_others_of_their_length():
 def test_split_keeps_equal_rows_together_and_takes_a_tenth():
     rows = [Row("pair", {"prompt": str(i % 50), "completion": "y"}, f"line {i}") for i in range(100)]
     train, valid = split.split_off(rows, 0)
-    assert len(valid) == 10 and not {r.columns["prompt"] for r in train} & {r.columns["prompt"] for r in valid}
+    assert len(valid) == 10 and not {r.columns["prompt"] for r in train} & {
+        r.columns["prompt"] for r in valid
+    }
     assert split.split_off(rows, 0) == (train, valid) != split.split_off(rows, 1)
 
 
@@ -357,8 +430,14 @@ def test_few_texts_give_their_last_tenth_at_a_line_end():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (Row("text", {"text": "x"}, "a.txt"), "a.txt is too short (1 characters) to take validation text from it"),
-        (Row("pair", {"prompt": "", "completion": "y"}, "line 1"), "line 1: a single example leaves none for validation"),
+        (
+            Row("text", {"text": "x"}, "a.txt"),
+            "a.txt is too short (1 characters) to take validation text from it",
+        ),
+        (
+            Row("pair", {"prompt": "", "completion": "y"}, "line 1"),
+            "line 1: a single example leaves none for validation",
+        ),
     ],
 )
 def test_too_little_to_split_is_refused(row, message):

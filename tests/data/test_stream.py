@@ -43,7 +43,10 @@ def ids(micro: list[list[Any]]) -> list[list[int]]:
 def place(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("stream")
     jsonl(root / "rows.jsonl", *ROWS)
-    jsonl(root / "more.jsonl", *({"prompt": tiny.text(i, 5), "completion": tiny.text(200 + i, 4)} for i in range(12)))
+    jsonl(
+        root / "more.jsonl",
+        *({"prompt": tiny.text(i, 5), "completion": tiny.text(200 + i, 4)} for i in range(12)),
+    )
     return root
 
 
@@ -73,10 +76,18 @@ def test_windows_are_mixed_over_the_buffer_and_none_is_lost():
     source = [int(s.inputs[0]) for _, s in itertools.islice(endless()(Place()), 400)]
     made = stream(buffer=16)
     order = [i for n in range(40) for windows in ids(made.step(n)) for i in windows]
-    assert len(set(order)) == 240 and set(source[:150]) <= set(order) <= set(source[:257]) and order != sorted(order)
-    assert all(source.index(i) < place + 16 for place, i in enumerate(order))  # nothing can come before it has been read
+    assert (
+        len(set(order)) == 240
+        and set(source[:150]) <= set(order) <= set(source[:257])
+        and order != sorted(order)
+    )
+    assert all(
+        source.index(i) < place + 16 for place, i in enumerate(order)
+    )  # nothing can come before it has been read
     again, other = stream(buffer=16), stream(1, buffer=16)
-    assert [ids(again.step(n)) for n in range(3)] == [[order[6 * n : 6 * n + 3], order[6 * n + 3 : 6 * n + 6]] for n in range(3)]
+    assert [ids(again.step(n)) for n in range(3)] == [
+        [order[6 * n : 6 * n + 3], order[6 * n + 3 : 6 * n + 6]] for n in range(3)
+    ]
     assert ids(other.step(0)) != [order[:3], order[3:6]]
 
 
@@ -145,7 +156,9 @@ def test_no_more_is_alive_than_the_buffer_holds(place, monkeypatch):
 def test_a_piece_of_a_long_text_does_not_keep_the_whole(place):
     run = Run.from_dict(settings(place))
     found = streamed._segments(Row("text", {"text": tiny.text(1, 3000)}, "long"), run, tiny.tokenizer())
-    assert len(found) > 100 and all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for s in found for t in s)
+    assert len(found) > 100 and all(
+        t.untyped_storage().nbytes() == t.numel() * t.element_size() for s in found for t in s
+    )
 
 
 # -- trainings --------------------------------------------------------------------------------------------------------
@@ -162,7 +175,9 @@ def whole(place) -> Path:
 
 @pytest.mark.parametrize("step", [1, 8])
 def test_killed_and_resumed_it_is_bit_equal(place, whole, tmp_path, step):
-    given = settings(place, data=[str(place / "rows.jsonl"), str(place / "more.jsonl")], out=str(tmp_path / "run"))
+    given = settings(
+        place, data=[str(place / "rows.jsonl"), str(place / "more.jsonl")], out=str(tmp_path / "run")
+    )
     assert tiny.train(given, signal_at=(step, signal.SIGKILL)) == -signal.SIGKILL
     assert tiny.train({**given, "resume": True}) == 0
     assert_same(given, whole)
@@ -190,7 +205,9 @@ def test_reading_goes_on_from_any_place(place, tmp_path):
         return [(after, s.inputs.tolist()) for after, s in itertools.islice(found, n)]
 
     whole = read(Place(), 40)
-    assert {after.row for after, _ in whole} == {0, 1, 2, 4, 5} and max(after.segments for after, _ in whole) > 3
+    assert {after.row for after, _ in whole} == {0, 1, 2, 4, 5} and max(
+        after.segments for after, _ in whole
+    ) > 3
     for i, (after, _) in enumerate(whole[:20]):
         assert read(after, 15) == whole[i + 1 : i + 16]
 
@@ -200,7 +217,9 @@ def test_rows_set_aside_for_validation_are_not_learned(place, tmp_path):
     given = settings(place, data=str(data), valid=[], steps=2, out=str(tmp_path / "run"))
     result = fit(Run.from_dict(given), progress=False)
     aside = json.loads((tmp_path / "run" / "config.json").read_text())["data"]["valid"]["rows"]
-    measured = texts.prepare(read_file(data)[:aside], Run.from_dict(given), tiny.tokenizer(), Voice(False)).windows
+    measured = texts.prepare(
+        read_file(data)[:aside], Run.from_dict(given), tiny.tokenizer(), Voice(False)
+    ).windows
     assert 4 <= aside <= 20 and len(measured) >= 4
     assert result.metrics["notes"][-4].startswith(
         f"no valid text is given: the first {aside} rows of the stream are set aside to choose the best step by, and rows equal to them"
@@ -247,12 +266,16 @@ def test_a_bad_row_ends_the_training_when_it_comes_and_a_mended_one_goes_on(plac
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", "rows.jsonl rows.csv rows.tsv rows.parquet rows.arrow stream.arrow rows.feather a.txt".split())
+@pytest.mark.parametrize(
+    "name", "rows.jsonl rows.csv rows.tsv rows.parquet rows.arrow stream.arrow rows.feather a.txt".split()
+)
 def test_a_row_at_a_time_is_the_same_rows(tmp_path, name):
     import pyarrow
     from pyarrow import csv, feather, ipc, parquet
 
-    table = pyarrow.table({"prompt": [f"q{i}, \u00e9\n\"x\"" for i in range(2500)], "completion": [str(i) for i in range(2500)]})
+    table = pyarrow.table(
+        {"prompt": [f'q{i}, \u00e9\n"x"' for i in range(2500)], "completion": [str(i) for i in range(2500)]}
+    )
     path, suffix = tmp_path / name, name.split(".")[1]
     if suffix in ("csv", "tsv"):
         csv.write_csv(table, path, csv.WriteOptions(delimiter="," if suffix == "csv" else "\t"))
@@ -260,7 +283,9 @@ def test_a_row_at_a_time_is_the_same_rows(tmp_path, name):
         with (ipc.new_file if name.startswith("rows") else ipc.new_stream)(str(path), table.schema) as writer:
             writer.write_table(table)
     else:
-        {"parquet": parquet.write_table, "feather": feather.write_feather}.get(suffix, lambda t, p: jsonl(p, *t.to_pylist()))(table, path)
+        {"parquet": parquet.write_table, "feather": feather.write_feather}.get(
+            suffix, lambda t, p: jsonl(p, *t.to_pylist())
+        )(table, path)
     if suffix == "txt":
         path.write_text("one text\nof two lines", encoding="utf-8")
     found = list(row_files_streamed.file(path))
@@ -272,8 +297,12 @@ def test_datasets_and_built_in_texts_stream_too(tmp_path, monkeypatch):
 
     held = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": held, "dev": held.select(range(3))}).save_to_disk(tmp_path / "saved")
-    assert list(sources.stream(str(tmp_path / "saved"), "train")) == sources.rows([str(tmp_path / "saved")], "train")
-    assert list(sources.stream(f"{tmp_path}/saved:dev", "train")) == sources.rows([f"{tmp_path}/saved:dev"], "train")
+    assert list(sources.stream(str(tmp_path / "saved"), "train")) == sources.rows(
+        [str(tmp_path / "saved")], "train"
+    )
+    assert list(sources.stream(f"{tmp_path}/saved:dev", "train")) == sources.rows(
+        [f"{tmp_path}/saved:dev"], "train"
+    )
 
     def load_dataset(path, config, split, streaming=False):
         assert (path, config, split) == ("someone/notes", None, None)
@@ -298,7 +327,11 @@ def test_sources_take_turns_until_each_has_ended(place):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.json", b'[{"text": "x"}]', "a.json: a JSON list cannot be read a row at a time; write it as .jsonl, with one object a line"),
+        (
+            "a.json",
+            b'[{"text": "x"}]',
+            "a.json: a JSON list cannot be read a row at a time; write it as .jsonl, with one object a line",
+        ),
         ("a.jsonl", b"", "a.jsonl is empty"),
         ("a.jsonl", b'{"text": "x"}\n\xff\n', "a.jsonl is not UTF-8 (byte 0xff after line "),
         ("a.jsonl", b'{"text": "x"}\n[]\n', "a.jsonl line 2: a JSON list, not an object with columns"),
@@ -315,15 +348,28 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, name, content, says):
 
 
 def test_settings_that_make_no_sense_with_a_stream(place, tmp_path):
-    with pytest.raises(ConfigError, match=r"^stream: how long an epoch is would only be known at its end; give steps$"):
+    with pytest.raises(
+        ConfigError, match=r"^stream: how long an epoch is would only be known at its end; give steps$"
+    ):
         Run(data=("a.txt",), stream=True)
     with pytest.raises(ConfigError, match=r"^buffer 9 is of a stream; use stream=True, or leave it out$"):
         Run(data=("a.txt",), buffer=9)
     with pytest.raises(ConfigError, match=r"^buffer 0 must be 1 or more"):
         Run(data=("a.txt",), buffer=0, stream=True, steps=1)
-    with pytest.raises(DataError, match=r"rows.jsonl@2: the sources of a stream take turns and have no weight; leave @ and what follows"):
-        fit(Run.from_dict(settings(place, data=f"{place}/rows.jsonl@2", out=str(tmp_path / "run"))), progress=False)
+    with pytest.raises(
+        DataError,
+        match=r"rows.jsonl@2: the sources of a stream take turns and have no weight; leave @ and what follows",
+    ):
+        fit(
+            Run.from_dict(settings(place, data=f"{place}/rows.jsonl@2", out=str(tmp_path / "run"))),
+            progress=False,
+        )
     one = jsonl(tmp_path / "one.jsonl", ROWS[0])
-    with pytest.raises(DataError, match=r"one.jsonl: the rows set aside as valid text leave nothing to learn; give valid= or more data"):
-        fit(Run.from_dict(settings(place, data=str(one), valid=[], out=str(tmp_path / "run"))), progress=False)
+    with pytest.raises(
+        DataError,
+        match=r"one.jsonl: the rows set aside as valid text leave nothing to learn; give valid= or more data",
+    ):
+        fit(
+            Run.from_dict(settings(place, data=str(one), valid=[], out=str(tmp_path / "run"))), progress=False
+        )
     assert not (tmp_path / "run").exists()

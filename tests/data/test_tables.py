@@ -18,9 +18,21 @@ from veneer.train.run import Run
 pyarrow = pytest.importorskip("pyarrow")
 ROWS = [{"prompt": "Q: a, b?", "completion": 'x "y"\nz'}, {"prompt": "ä", "completion": "\u2028"}]
 CHAT = [
-    {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": None}], "tools": None},
     {
-        "messages": [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": null}'}}]}],
+        "messages": [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "y", "tool_calls": None},
+        ],
+        "tools": None,
+    },
+    {
+        "messages": [
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "f", "arguments": '{"a": null}'}}],
+            }
+        ],
         "tools": '[{"type": "function"}]',
     },
 ]
@@ -53,7 +65,15 @@ def write(path: Path, rows: list[dict[str, object]], streamed: bool = False) -> 
 
 @pytest.mark.parametrize(
     ("name", "streamed"),
-    [("a.csv", 0), ("a.tsv", 0), ("a.json", 0), ("a.parquet", 0), ("a.feather", 0), ("a.arrow", 0), ("a.arrow", 1)],
+    [
+        ("a.csv", 0),
+        ("a.tsv", 0),
+        ("a.json", 0),
+        ("a.parquet", 0),
+        ("a.feather", 0),
+        ("a.arrow", 0),
+        ("a.arrow", 1),
+    ],
 )
 def test_every_format_has_the_same_rows(tmp_path, name, streamed):
     path = write(tmp_path / name, ROWS, bool(streamed))
@@ -63,16 +83,26 @@ def test_every_format_has_the_same_rows(tmp_path, name, streamed):
 @pytest.mark.parametrize("name", ["a.parquet", "a.json", "a.arrow"])
 def test_conversations_come_out_of_tables_without_what_is_null(tmp_path, name):
     one, two = row_files.read_file(write(tmp_path / name, CHAT))
-    assert one.columns == {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    assert one.columns == {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    }
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
-    assert two.columns == {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [{"type": "function"}]}
+    assert two.columns == {
+        "messages": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+        "tools": [{"type": "function"}],
+    }
 
 
 def test_calls_with_other_arguments_share_a_table(tmp_path):
-    calls = [[{"function": {"name": "f", "arguments": arguments}}] for arguments in ({"a": 1}, {"b": {"c": "x"}})]
+    calls = [
+        [{"function": {"name": "f", "arguments": arguments}}] for arguments in ({"a": 1}, {"b": {"c": "x"}})
+    ]
     rows = [{"messages": [{"role": "assistant", "content": "", "tool_calls": c}]} for c in calls]
     found = row_files.read_file(write(tmp_path / "a.parquet", rows))
-    assert [r.columns["messages"][0]["tool_calls"][0]["function"]["arguments"] for r in found] == [{"a": 1}, {"b": {"c": "x"}}]
+    assert [r.columns["messages"][0]["tool_calls"][0]["function"]["arguments"] for r in found] == [
+        {"a": 1},
+        {"b": {"c": "x"}},
+    ]
 
 
 def test_a_field_may_be_long(tmp_path):
@@ -90,7 +120,11 @@ def test_a_field_may_be_long(tmp_path):
             "FILE row 2: 1 fields, but 2 columns; a field with a separator or a line break in it needs",
         ),
         ("a.csv", 'text\n"x\n', "FILE: unexpected end of data; quotes within a quoted field are doubled"),
-        ("a.csv", "text,text\nx,y\n", "FILE: several columns are called 'text'; the first line must name them apart"),
+        (
+            "a.csv",
+            "text,text\nx,y\n",
+            "FILE: several columns are called 'text'; the first line must name them apart",
+        ),
         ("a.csv", "text\n", "FILE has a line of column names and no rows"),
         ("a.csv", "text\n\n\n", "FILE has a line of column names and no rows"),
         ("a.csv", "prompt;completion\nx;y\n", "FILE row 1: no column 'text', 'prompt' with 'completion', "),
@@ -99,7 +133,11 @@ def test_a_field_may_be_long(tmp_path):
             '{"text": "x"}\n{"text": "y"}\n',
             "FILE line 2: not JSON at column 1 (Extra data); a file with one object a line is a .jsonl",
         ),
-        ("a.json", '{"train": []}', "FILE holds a JSON dict with 'train'; write a list of objects, one a row"),
+        (
+            "a.json",
+            '{"train": []}',
+            "FILE holds a JSON dict with 'train'; write a list of objects, one a row",
+        ),
         ("a.json", "[]", "FILE holds a JSON list without rows; write a list of objects, one a row"),
         ("a.json", "[1]", "FILE row 1: a JSON int, not an object with columns"),
         ("a.parquet", "x", "FILE is no parquet file that can be read ("),
@@ -133,7 +171,10 @@ def datasets():
 def saved(datasets, tmp_path_factory) -> Path:
     """A folder with one dataset, and one with three as splits."""
     place = tmp_path_factory.mktemp("saved")
-    made = {name: datasets.Dataset.from_list([{"text": f"{name} {i}"} for i in range(3)]) for name in ("train", "validation", "extra")}
+    made = {
+        name: datasets.Dataset.from_list([{"text": f"{name} {i}"} for i in range(3)])
+        for name in ("train", "validation", "extra")
+    }
     datasets.DatasetDict(made).save_to_disk(str(place / "splits"))
     made["train"].save_to_disk(str(place / "one"))
     return place
@@ -146,7 +187,10 @@ def texts_of(rows: list[Row]) -> list[str]:
 def test_folders_of_datasets_are_read_by_split(saved):
     assert texts_of(sources.rows([str(saved / "one")], "valid")) == ["train 0", "train 1", "train 2"]
     folder = str(saved / "splits")
-    assert texts_of(sources.rows([folder], "train"))[0] == "train 0" and texts_of(sources.rows([folder], "valid"))[0] == "validation 0"
+    assert (
+        texts_of(sources.rows([folder], "train"))[0] == "train 0"
+        and texts_of(sources.rows([folder], "valid"))[0] == "validation 0"
+    )
     (first, *_) = sources.rows([f"{folder}:extra"], "train")
     assert first == Row("text", {"text": "extra 0"}, f"{folder}:extra row 1")
 
@@ -202,7 +246,9 @@ def test_without_a_network_and_a_cache_a_name_is_refused(datasets, monkeypatch, 
     with pytest.raises(DataError) as e:
         sources.rows(["veneer-nobody/nothing:train"], "train")
     said = str(e.value)
-    assert said.startswith("veneer-nobody/nothing:train: no such dataset could be had from the Hugging Face hub or its cache (")
+    assert said.startswith(
+        "veneer-nobody/nothing:train: no such dataset could be had from the Hugging Face hub or its cache ("
+    )
     assert said.endswith("; if it is a file or folder, there is none of that name")
 
 
@@ -226,7 +272,9 @@ def test_a_weight_says_how_often_an_epoch_has_a_row():
     part = repeats.weigh(rows, 0.4, 0)
     assert len(part) == 4 and {r.times for r in part} == {1}
     turned = repeats.weigh(rows[::-1], 0.4, 0)  # by content, not by place
-    assert {r.where for r in turned} == {r.where for r in part} != {r.where for r in repeats.weigh(rows, 0.4, 1)}
+    assert (
+        {r.where for r in turned} == {r.where for r in part} != {r.where for r in repeats.weigh(rows, 0.4, 1)}
+    )
 
 
 def test_sources_have_weights_by_name(tmp_path):
@@ -234,6 +282,8 @@ def test_sources_have_weights_by_name(tmp_path):
     (tmp_path / "b@2").write_text("b")  # a file of that name is itself
     found = sources.rows([f"{tmp_path / 'a.txt'}@3", str(tmp_path / "b@2"), f"{tmp_path / 'b@2'}@2"], "train")
     assert [(r.columns["text"], r.times) for r in found] == [("a", 3), ("b", 1), ("b", 2)]
-    with pytest.raises(DataError, match=r"a\.txt@0: a weight of 0 leaves nothing of the source; leave it out"):
+    with pytest.raises(
+        DataError, match=r"a\.txt@0: a weight of 0 leaves nothing of the source; leave it out"
+    ):
         sources.rows([f"{tmp_path / 'a.txt'}@0"], "train")
     assert named(Run(data="builtin:prose@2")).valid == ("builtin:prose",)

@@ -33,7 +33,11 @@ SPECIAL = {
     "simple": (tiny.END, tiny.END, []),
     "none": (tiny.END, tiny.END, []),
 }
-MARKED = [name for name in SPECIAL if name != "none" and "generation %}" in (GOLDEN / f"{name}.jinja").read_text(encoding="utf-8")]
+MARKED = [
+    name
+    for name in SPECIAL
+    if name != "none" and "generation %}" in (GOLDEN / f"{name}.jinja").read_text(encoding="utf-8")
+]
 CASES = sorted(p.name.removesuffix(".txt") for p in GOLDEN.glob("*.txt"))
 
 TALK = {"messages": [
@@ -91,7 +95,13 @@ def test_masks_are_those_written_by_hand(case, rows):
 
 def test_there_are_five_templates_with_and_without_markers_and_four_with_tools():
     assert len(SPECIAL) - 1 == 5 and MARKED == ["chatml", "mistral"]
-    assert sorted(c.partition(".")[0] for c in CASES if c.endswith("tools")) == ["chatml", "llama3", "mistral", "none", "simple"]
+    assert sorted(c.partition(".")[0] for c in CASES if c.endswith("tools")) == [
+        "chatml",
+        "llama3",
+        "mistral",
+        "none",
+        "simple",
+    ]
 
 
 @pytest.mark.parametrize("name", MARKED)
@@ -99,9 +109,14 @@ def test_there_are_five_templates_with_and_without_markers_and_four_with_tools()
 def test_marked_masks_are_those_of_transformers(name, which, rows):
     by, row = tokenizer(name), rows[which]
     theirs = by.apply_chat_template(
-        row.columns["messages"], tools=row.columns.get("tools"), return_dict=True, return_assistant_tokens_mask=True
+        row.columns["messages"],
+        tools=row.columns.get("tools"),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
-    assert shown(Tokens(torch.tensor(theirs["input_ids"]), torch.tensor(theirs["assistant_masks"]) == 1, None), by) == of(name, row)
+    assert shown(
+        Tokens(torch.tensor(theirs["input_ids"]), torch.tensor(theirs["assistant_masks"]) == 1, None), by
+    ) == of(name, row)
 
 
 def test_roles_that_are_learned_can_be_chosen(rows):
@@ -121,7 +136,12 @@ def test_roles_that_are_learned_can_be_chosen(rows):
 @pytest.mark.parametrize(
     ("name", "which", "roles", "message"),
     [
-        ("gemma", "tools", ("assistant",), "the tokenizer's chat template refuses this conversation: no tools in this template"),
+        (
+            "gemma",
+            "tools",
+            ("assistant",),
+            "the tokenizer's chat template refuses this conversation: no tools in this template",
+        ),
         (
             "mistral",
             "tools",
@@ -145,7 +165,10 @@ def test_a_turn_that_the_template_changes_is_refused(rows):
 
 
 def test_roles_that_make_no_sense_are_refused():
-    with pytest.raises(ConfigError, match="train_roles chooses turns, but train_on 'all' learns everything; leave one of them out"):
+    with pytest.raises(
+        ConfigError,
+        match="train_roles chooses turns, but train_on 'all' learns everything; leave one of them out",
+    ):
         Run(data="a.jsonl", train_on="all", train_roles=("user",))
     with pytest.raises(ConfigError, match="train_roles names no role"):
         Run(data="a.jsonl", train_roles=())
@@ -159,7 +182,9 @@ class Fixed(torch.nn.Module):
 
     def __init__(self, logits: list[list[float]]) -> None:
         super().__init__()
-        self.table = torch.nn.Embedding.from_pretrained(torch.tensor(logits, dtype=torch.float64), freeze=False)
+        self.table = torch.nn.Embedding.from_pretrained(
+            torch.tensor(logits, dtype=torch.float64), freeze=False
+        )
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
         return type("Output", (), {"logits": self.table(input_ids)})()
@@ -186,8 +211,21 @@ def test_the_loss_of_a_run_is_the_value_by_hand(tmp_path):
     with torch.no_grad():
         base.lm_head.weight.fill_(0.01)  # every token is as likely as every other one
     base.save_pretrained(tmp_path / "base")
-    data = str(tiny.jsonl(tmp_path / "a.jsonl", {"prompt": "x", "completion": "yes"}, {"prompt": "y", "completion": "no way"}))
-    common = {"model": str(tmp_path / "base"), "valid": data, "known": "none", "length": 32, "precision": "fp32", "device": "cpu"}
+    data = str(
+        tiny.jsonl(
+            tmp_path / "a.jsonl",
+            {"prompt": "x", "completion": "yes"},
+            {"prompt": "y", "completion": "no way"},
+        )
+    )
+    common = {
+        "model": str(tmp_path / "base"),
+        "valid": data,
+        "known": "none",
+        "length": 32,
+        "precision": "fp32",
+        "device": "cpu",
+    }
     fit(Run(data=f"{data}@2", method="full", steps=1, out=str(tmp_path / "run"), **common), progress=False)
     before, first, _ = tiny.metrics(tmp_path / "run")
     n = len(tiny.tokenizer())
@@ -207,19 +245,27 @@ def gathered(data: str, **more: Any) -> dict[str, list[Row]]:
 
 def test_roles_that_no_turn_has_are_refused(tmp_path):
     data = str(tiny.jsonl(tmp_path / "a.jsonl", TALK))
-    with pytest.raises(DataError, match="train_roles: no turn is of role 'asistant'; did you mean 'assistant'"):
+    with pytest.raises(
+        DataError, match="train_roles: no turn is of role 'asistant'; did you mean 'assistant'"
+    ):
         gathered(data, train_roles=("asistant",))
-    with pytest.raises(DataError, match="train_roles: no turn is of role 'tool'; known: assistant, system, user"):
+    with pytest.raises(
+        DataError, match="train_roles: no turn is of role 'tool'; known: assistant, system, user"
+    ):
         gathered(data, train_roles=("assistant", "tool"))
     plain = str(tiny.jsonl(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"}))
-    with pytest.raises(DataError, match="train_roles: no turn is of role 'user'; none of the rows is a conversation"):
+    with pytest.raises(
+        DataError, match="train_roles: no turn is of role 'user'; none of the rows is a conversation"
+    ):
         gathered(plain, train_roles=("user",))
     assert gathered(plain)["train"] and gathered(data, train_roles=("user", "system"))["train"]
 
 
 def test_weights_are_for_what_is_learned_from(tmp_path):
     data = str(tiny.jsonl(tmp_path / "a.jsonl", *({"prompt": "a", "completion": f"b{i}"} for i in range(20))))
-    with pytest.raises(DataError, match=r"valid: .*@2: a text that is measured has no weight; leave @ and what follows out"):
+    with pytest.raises(
+        DataError, match=r"valid: .*@2: a text that is measured has no weight; leave @ and what follows out"
+    ):
         texts.gather(Run(data=data, valid=f"{data}@2", known="none"), Voice(False))
     voice, run = Voice(False), Run(data=f"{data}@3", known="none", packing=False)
     found = texts.gather(run, voice)
@@ -233,6 +279,10 @@ def test_it_is_said_when_no_end_of_a_turn_is_learned(rows):
     run = Run(data="a.jsonl")
     texts.prepare([rows["talk"]], run, by, voice)
     assert voice.said == []
-    by.chat_template = by.chat_template.replace("+ eos_token", "").replace("endgeneration %}", "endgeneration %}{{ eos_token }}")
+    by.chat_template = by.chat_template.replace("+ eos_token", "").replace(
+        "endgeneration %}", "endgeneration %}{{ eos_token }}"
+    )
     texts.prepare([rows["talk"]], run, by, voice)
-    assert voice.said == ["in 1 conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out"]
+    assert voice.said == [
+        "in 1 conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out"
+    ]

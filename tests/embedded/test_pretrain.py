@@ -16,7 +16,9 @@ def test_it_learns_and_a_resumed_run_ends_where_an_uninterrupted_one_does(small,
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     tokens = ["--tokens", str(12 * 2 * 16 / 1e6)]  # twelve steps
     assert pretrain.main(["--out", str(whole), *tokens, *SMALL]) == 0
-    assert log(whole)[-1]["known_valid_bpb"] < log(whole)[0]["known_valid_bpb"] and log(whole)[-1]["step"] == 12
+    assert (
+        log(whole)[-1]["known_valid_bpb"] < log(whole)[0]["known_valid_bpb"] and log(whole)[-1]["step"] == 12
+    )
 
     step, real = 0, pretrain.loss_of
 
@@ -41,9 +43,15 @@ def test_the_exported_model_opens_and_says_how_it_was_made(small, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pretrain.main(["--out", str(tmp_path), "--tokens", "0.0001", *SMALL])
-    model, tokenizer = (kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
     ids = tokenizer("def add(first", return_tensors="pt")["input_ids"]
-    assert tokenizer.decode(ids[0]) == "def add(first" and model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
+    assert tokenizer.decode(ids[0]) == "def add(first" and model(ids).logits.shape == (
+        1,
+        ids.shape[1],
+        len(tokenizer),
+    )
     facts = json.loads((tmp_path / "model" / "training.json").read_text())
     assert facts["data"]["library"]["documents"] == 4 and facts["data"]["tests"]["documents"] == 3
     assert facts["recipe"]["batch"] == 2 and "out" not in facts["recipe"]
@@ -51,14 +59,22 @@ def test_the_exported_model_opens_and_says_how_it_was_made(small, tmp_path):
 
 def test_the_rate_rises_stays_and_falls():
     assert pretrain.rate(0, 0.5) == pytest.approx(0.01) and pretrain.rate(0.1, 0.5) == 1
-    assert pretrain.rate(0.5, 0.5) == 1 and pretrain.rate(0.75, 0.5) == pytest.approx(0.5) and pretrain.rate(1, 0.5) == 0
+    assert (
+        pretrain.rate(0.5, 0.5) == 1
+        and pretrain.rate(0.75, 0.5) == pytest.approx(0.5)
+        and pretrain.rate(1, 0.5) == 0
+    )
 
 
 def test_what_is_held_out_is_not_trained_on():
     titles = {d.title for d in texts.library()}
     held = texts.heldout()
     assert not titles & {*held["valid"], *held["test"]} and not {*held["valid"]} & {*held["test"]}
-    assert not any(part in t for t in titles for part in ("pydoc_data/", "encodings/", "site-packages/", "_sysconfigdata"))
+    assert not any(
+        part in t
+        for t in titles
+        for part in ("pydoc_data/", "encodings/", "site-packages/", "_sysconfigdata")
+    )
     assert any(texts.is_test(t) for t in titles) == any(t.startswith("test/") for t in titles)
 
 
@@ -88,6 +104,8 @@ def test_hardly_a_run_of_thirteen_words_is_in_two_splits(name):
 
 def test_a_text_that_is_missing_says_where_it_was_looked_for(monkeypatch):
     monkeypatch.setattr(texts, "_headers", list)
-    with pytest.raises(texts.TextMissing, match=r"this interpreter has no text for 'c' \(.*include.* is missing or empty\)"):
+    with pytest.raises(
+        texts.TextMissing, match=r"this interpreter has no text for 'c' \(.*include.* is missing or empty\)"
+    ):
         texts.domain("c", "train")
     assert not texts.has("c")

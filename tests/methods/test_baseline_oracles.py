@@ -31,13 +31,19 @@ def adapted(method: str, **options) -> nn.Module:
 
 def assert_agrees(model: nn.Module, logits: Callable[[Trained], Tensor]) -> None:
     """The model's logits, and the gradient of every trained number, are those of `logits`, which depends on the trained tensors."""
-    own = {(site.name, name): p for site, delta in changes(model, "default") for name, p in delta.named_parameters()}
+    own = {
+        (site.name, name): p
+        for site, delta in changes(model, "default")
+        for name, p in delta.named_parameters()
+    }
     leaves = {key: p.detach().clone().requires_grad_() for key, p in own.items()}
     y, expected = model(input_ids=IDS[None]).logits[0], logits(leaves)
     torch.testing.assert_close(y, expected)
     assert (y - oracle.logits(weights(), IDS)).abs().max() > 0.01, "nothing is changed"
     y.sin().sum().backward()
-    for (key, p), gradient in zip(own.items(), torch.autograd.grad(expected.sin().sum(), list(leaves.values())), strict=True):
+    for (key, p), gradient in zip(
+        own.items(), torch.autograd.grad(expected.sin().sum(), list(leaves.values())), strict=True
+    ):
         torch.testing.assert_close(p.grad, gradient, msg=lambda text, key=key: f"{key}: {text}")
 
 
@@ -60,7 +66,10 @@ def test_bottleneck(placement, curve):
 
 
 def test_bitfit():
-    assert_agrees(adapted("bitfit"), lambda d: oracle.logits(bitfit.weights(weights(), {module: p for (module, _), p in d.items()}), IDS))
+    assert_agrees(
+        adapted("bitfit"),
+        lambda d: oracle.logits(bitfit.weights(weights(), {module: p for (module, _), p in d.items()}), IDS),
+    )
 
 
 def test_prefix():

@@ -54,7 +54,10 @@ def test_bitfit_on_convolutions_adds_to_their_channels():
 
 
 def test_a_model_without_biases_is_given_some_where_one_says_so(tmp_path):
-    with pytest.raises(SiteError, match=r"no bias is left to train in a LlamaForCausalLM; to='all-linear' gives every linear layer one"):
+    with pytest.raises(
+        SiteError,
+        match=r"no bias is left to train in a LlamaForCausalLM; to='all-linear' gives every linear layer one",
+    ):
         veneer.attach(llama(), "bitfit")
     model = veneer.attach(llama(), "bitfit", to="all-linear")
     assert len(names(model)) == 14
@@ -62,7 +65,9 @@ def test_a_model_without_biases_is_given_some_where_one_says_so(tmp_path):
     veneer.save(model, tmp_path)
     y = output(model)
     assert torch.equal(output(veneer.load(llama(), tmp_path)), y)
-    with pytest.raises(NotMergeable, match=r"'model.layers.0.self_attn.q_proj' has no bias to write to; keep the adapter"):
+    with pytest.raises(
+        NotMergeable, match=r"'model.layers.0.self_attn.q_proj' has no bias to write to; keep the adapter"
+    ):
         merge(model, probe={})
     assert torch.equal(output(model), y)
 
@@ -70,12 +75,18 @@ def test_a_model_without_biases_is_given_some_where_one_says_so(tmp_path):
 def test_bitfit_on_named_modules_and_beside_others():
     model = veneer.attach(gpt2(), "bitfit", to=["ln_1", "c_fc"], exclude=r".*h\.0\.ln_1")
     assert names(model) == ["transformer.h.0.mlp.c_fc", "transformer.h.1.ln_1", "transformer.h.1.mlp.c_fc"]
-    with pytest.raises(SiteError, match=r"another adapter changes transformer.h.0.mlp.c_fc, .* in another way"):
+    with pytest.raises(
+        SiteError, match=r"another adapter changes transformer.h.0.mlp.c_fc, .* in another way"
+    ):
         veneer.attach(model, "lora", to=["c_fc"], rank=2, name="other")
     assert veneer.adapters(model) == ["default"]
-    with pytest.raises(SiteError, match="no module that could be changed is called 'act'"):  # it has no parameters
+    with pytest.raises(
+        SiteError, match="no module that could be changed is called 'act'"
+    ):  # it has no parameters
         veneer.attach(gpt2(), "full", to=["act"])
-    with pytest.raises(SiteError, match=r"no module that could be changed is called 'ln_7'; there are e.g. transformer.wte"):
+    with pytest.raises(
+        SiteError, match=r"no module that could be changed is called 'ln_7'; there are e.g. transformer.wte"
+    ):
         veneer.attach(gpt2(), "bitfit", to=["ln_7"])
 
 
@@ -91,7 +102,9 @@ PLACED = {
 def test_a_bottleneck_sits_where_its_paper_says(placement, activation, tmp_path):
     model = veneer.attach(llama(), "bottleneck", rank=5, placement=placement, activation=activation)
     assert {n.split(".", 3)[-1] for n in names(model)} == set(PLACED[placement])
-    assert sum(p.numel() for _, d in changes(model, "default") for p in d.parameters()) == len(names(model)) * (2 * 32 * 5 + 5 + 32)
+    assert sum(p.numel() for _, d in changes(model, "default") for p in d.parameters()) == len(
+        names(model)
+    ) * (2 * 32 * 5 + 5 + 32)
     base = output(llama())
     assert torch.equal(output(model), base)
     randomise(model)
@@ -99,7 +112,6 @@ def test_a_bottleneck_sits_where_its_paper_says(placement, activation, tmp_path)
     twin = llama()
     f = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}[activation]
     for site, d in changes(model, "default"):
-
         inner = twin.get_submodule(site.name).forward
 
         def wrapped(x, inner=inner, d=d):
@@ -111,7 +123,9 @@ def test_a_bottleneck_sits_where_its_paper_says(placement, activation, tmp_path)
     torch.testing.assert_close(y, output(twin), rtol=1e-4, atol=1e-5)
     veneer.save(model, tmp_path)
     assert torch.equal(output(veneer.load(llama(), tmp_path)), y)
-    with pytest.raises(NotMergeable, match=r"a bottleneck adapter at '.*' is no change of a weight: there is an activation"):
+    with pytest.raises(
+        NotMergeable, match=r"a bottleneck adapter at '.*' is no change of a weight: there is an activation"
+    ):
         merge(model)
     assert torch.equal(output(model), y)
     with veneer.using(model, {"default": 0.0}):
@@ -134,9 +148,15 @@ def test_bottlenecks_that_make_no_sense_are_refused():
         veneer.attach(llama(), "bottleneck", placement="pfeifer")
     with pytest.raises(ConfigError, match=r"unknown activation 'tanh'; known"):
         veneer.attach(llama(), "bottleneck", activation="tanh")
-    with pytest.raises(SiteError, match=r"the layers of the end of the attention block .* are not known in a ConvNet; name them with to="):
+    with pytest.raises(
+        SiteError,
+        match=r"the layers of the end of the attention block .* are not known in a ConvNet; name them with to=",
+    ):
         veneer.attach(conv_net(), "bottleneck")
-    with pytest.raises(SiteError, match="a houlsby adapter needs vectors, and 'first' is a layer of kind 'conv'; leave it out"):
+    with pytest.raises(
+        SiteError,
+        match="a houlsby adapter needs vectors, and 'first' is a layer of kind 'conv'; leave it out",
+    ):
         veneer.attach(conv_net(), "bottleneck", to=["first"])
     model = veneer.attach(llama(), "bottleneck", to=["self_attn"], placement="parallel")
     with pytest.raises(SiteError, match=r"'model.layers.0.self_attn' returns a tuple, not a tensor"):
@@ -144,12 +164,18 @@ def test_bottlenecks_that_make_no_sense_are_refused():
 
 
 def test_full_fine_tuning_of_the_last_layer_alone(tmp_path):
-    given = tiny.settings(tmp_path, method="full", options={}, to=r"model\.(layers\.1|norm)", steps=3, lr=1e-2)
+    given = tiny.settings(
+        tmp_path, method="full", options={}, to=r"model\.(layers\.1|norm)", steps=3, lr=1e-2
+    )
     fit(Run.from_dict(given), progress=False)
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = veneer.load(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "run" / "adapter")
     changed = set(names(model))
-    assert changed == {n for n, m in before.named_modules() if n.startswith(("model.layers.1.", "model.norm")) and m._parameters}
+    assert changed == {
+        n
+        for n, m in before.named_modules()
+        if n.startswith(("model.layers.1.", "model.norm")) and m._parameters
+    }
     assert all(torch.equal(p, before.get_parameter(n)) for n, p in base_parameters(model).items())
     with torch.no_grad():
         assert not torch.equal(model(IDS).logits, before(IDS).logits)

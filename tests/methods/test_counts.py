@@ -22,7 +22,9 @@ from veneer.methods import get
 ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 CONFIGS = {
     "roberta-base": RobertaConfig(**ROBERTA),
-    "roberta-large": RobertaConfig(**ROBERTA, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+    "roberta-large": RobertaConfig(
+        **ROBERTA, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
     "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "gpt3": GPT2Config(n_embd=12288, n_layer=96, n_head=96, n_positions=2048),
     "llama2-7b": LlamaConfig(intermediate_size=11008, vocab_size=32000),
@@ -51,8 +53,20 @@ COUNTS = [
     ("roberta-large", "lora", {"rank": 8, **QV}, 24 * 4 * 1024 * 8, 0.8),
     ("roberta-large", "bottleneck", {"rank": 8}, 48 * (2 * 1024 * 8 + 8 + 1024), 0.8),
     ("roberta-large", "bottleneck", {"rank": 64}, 48 * (2 * 1024 * 64 + 64 + 1024), 6.0),
-    ("roberta-large", "bottleneck", {"rank": 16, "placement": "pfeiffer"}, 24 * (2 * 1024 * 16 + 16 + 1024), 0.8),
-    ("roberta-large", "bottleneck", {"rank": 64, "placement": "pfeiffer"}, 24 * (2 * 1024 * 64 + 64 + 1024), 3.0),
+    (
+        "roberta-large",
+        "bottleneck",
+        {"rank": 16, "placement": "pfeiffer"},
+        24 * (2 * 1024 * 16 + 16 + 1024),
+        0.8,
+    ),
+    (
+        "roberta-large",
+        "bottleneck",
+        {"rank": 64, "placement": "pfeiffer"},
+        24 * (2 * 1024 * 64 + 64 + 1024),
+        3.0,
+    ),
     ("gpt3", "bottleneck", {"rank": 1}, 192 * (2 * 12288 + 1 + 12288), 7.1),
     ("gpt3", "bottleneck", {"rank": 8}, 192 * (2 * 12288 * 8 + 8 + 12288), 40.1),
     ("gpt3", "prefix", {"length": 8}, 96 * 2 * 8 * 12288, None),
@@ -80,7 +94,9 @@ def test_parameters_are_those_of_the_formula_and_of_the_paper(name, method, opti
 
 def test_biases_of_roberta_base_are_a_tenth_of_a_million():
     model = model_of("roberta-base")
-    biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".bias") and not n.startswith("pooler"))
+    biases = sum(
+        p.numel() for n, p in model.named_parameters() if n.endswith(".bias") and not n.startswith("pooler")
+    )
     assert count("roberta-base", "bitfit", exclude=["pooler.dense"]) == biases == 12 * 11 * 768 + 768
 
 
@@ -93,6 +109,8 @@ def test_the_papers_misprints():
 def test_the_last_layers_alone():
     model = model_of("gpt2-medium")
     last = get("full").find(model, r"h\.(22|23)")
-    assert sum(p.numel() for s in last for p in s.module.parameters(recurse=False)) == 25_192_448  # FT-top2: 25.19M
+    assert (
+        sum(p.numel() for s in last for p in s.module.parameters(recurse=False)) == 25_192_448
+    )  # FT-top2: 25.19M
     names = {n for n in base_parameters(model) if re.match(r"h\.2[23]\.", n)}
     assert names == {f"{s.name}.{p}" for s in last for p in s.parameters}

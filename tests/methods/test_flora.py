@@ -95,11 +95,15 @@ def test_every_row_has_its_own_of_any_rank(layer, trainable):
     veneer.bank(model, ["of-1", "of-2", "of-3"], trainable=trainable).use(rows)
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)  # in another way, which writes in place
+        torch.testing.assert_close(
+            model(x), expected, rtol=1e-12, atol=1e-12
+        )  # in another way, which writes in place
         torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected, rtol=1e-12, atol=1e-12)
     if trainable:
         own = [p for n in ("of-1", "of-2", "of-3") for _, d in changes(model, n) for p in d.parameters()]
-        for a, b in zip(*(torch.autograd.grad(y.sin().sum(), own) for y in (model(x), expected)), strict=True):
+        for a, b in zip(
+            *(torch.autograd.grad(y.sin().sum(), own) for y in (model(x), expected)), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 

@@ -25,7 +25,9 @@ def test_same_outputs_gradients_and_files_as_peft(tmp_path):
     where = ["c_attn"]
     config = peft.FourierFTConfig(target_modules=where, fan_in_fan_out=True, **shared)
     (tmp_path / "gpt2").mkdir()
-    agrees_with_peft(tmp_path / "gpt2", "fourierft", {"frequencies": 70, "scaling": 200.0}, where, config, gpt2)
+    agrees_with_peft(
+        tmp_path / "gpt2", "fourierft", {"frequencies": 70, "scaling": 200.0}, where, config, gpt2
+    )
 
 
 def test_a_scaling_by_shape_is_read_by_peft_too(tmp_path):
@@ -45,7 +47,9 @@ def test_a_scaling_by_shape_is_read_by_peft_too(tmp_path):
 @pytest.mark.parametrize(("out", "in_"), [(6, 8), (7, 9), (6, 9), (7, 8), (1, 5), (5, 1), (2, 2)])
 def test_every_parity_of_sizes_and_every_frequency_by_both_ways(out, in_, small, monkeypatch):
     monkeypatch.setattr(fourier, "_small", lambda *a: small)
-    model = veneer.attach(nn.Sequential(nn.Linear(in_, out).double()), "fourierft", frequencies=out * in_, scaling=30.0)
+    model = veneer.attach(
+        nn.Sequential(nn.Linear(in_, out).double()), "fourierft", frequencies=out * in_, scaling=30.0
+    )
     randomise(model, size=1.0)
     site, delta = changes(model, "default")[0]
     x = torch.randn(2, 3, in_, dtype=torch.float64, requires_grad=True)
@@ -56,7 +60,7 @@ def test_every_parity_of_sizes_and_every_frequency_by_both_ways(out, in_, small,
     inputs = (x, delta.c.detach().requires_grad_())
     y = torch.randn(2, 3, out, dtype=torch.float64, requires_grad=True)
     for writable in (False, True):
-        sums = lambda y, z, c, w=writable: fourier.added(y * 1, z, c, delta.rows, delta.columns, writable=w)
+        sums = lambda y, z, c, w=writable: fourier.added(y * 1, z, c, delta.rows, delta.columns, writable=w)  # noqa: E731
         assert torch.autograd.gradcheck(sums, (y, *inputs))
 
 
@@ -102,10 +106,21 @@ def test_the_size_of_a_change_does_not_depend_on_the_width():
 
 @pytest.mark.parametrize(
     ("frequencies", "rows", "columns"),
-    [(1, 1, 1), (4, 2, 2), (5, 2, 2), (6, 3, 2), (9, 3, 3), (12, 4, 3), (17, 5, 3), (40, 7, 3)],  # of the 5 columns 3 say all
+    [
+        (1, 1, 1),
+        (4, 2, 2),
+        (5, 2, 2),
+        (6, 3, 2),
+        (9, 3, 3),
+        (12, 4, 3),
+        (17, 5, 3),
+        (40, 7, 3),
+    ],  # of the 5 columns 3 say all
 )
 def test_a_grid_is_near_a_square_and_has_no_frequency_twice(frequencies, rows, columns):
-    model = veneer.attach(nn.Sequential(nn.Linear(5, 7)), "fourierft", frequencies=min(frequencies, 35), grid=True)
+    model = veneer.attach(
+        nn.Sequential(nn.Linear(5, 7)), "fourierft", frequencies=min(frequencies, 35), grid=True
+    )
     _, d = changes(model, "default")[0]
     assert d.c.shape == (rows, columns)
     assert len(set(d.rows.tolist())) == rows and set(d.rows.tolist()) <= set(range(7))
@@ -115,7 +130,9 @@ def test_a_grid_is_near_a_square_and_has_no_frequency_twice(frequencies, rows, c
 def test_nothing_of_the_size_of_the_weight_is_kept():
     x = torch.randn(8, 512)
     for grid in (False, True):
-        model = veneer.attach(nn.Sequential(nn.Linear(512, 512, bias=False)), "fourierft", frequencies=100, grid=grid)
+        model = veneer.attach(
+            nn.Sequential(nn.Linear(512, 512, bias=False)), "fourierft", frequencies=100, grid=grid
+        )
         assert kept_bytes(model, x.clone()) < 0.2 * 512 * 512 * 4
 
 
@@ -124,14 +141,18 @@ def test_frequencies_come_from_the_file(tmp_path, monkeypatch):
         model = veneer.attach(llama(), "fourierft", rms=0.01, **options)
         randomise(model)
         for _, d in changes(model, "default"):
-            d.load_state_dict({**d.state_dict(), "rows": (d.rows + 1) % 16})  # as another version might have drawn them
+            d.load_state_dict(
+                {**d.state_dict(), "rows": (d.rows + 1) % 16}
+            )  # as another version might have drawn them
         veneer.save(model, tmp_path / str(len(options)))
         again = veneer.load(llama(), tmp_path / str(len(options)))
         torch.testing.assert_close(output(again), output(model), rtol=0, atol=0)
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ShapeError, match=r"frequencies 1000 are not in 1 to out \* in = 512 at '.*k_proj'; use fewer"):
+    with pytest.raises(
+        ShapeError, match=r"frequencies 1000 are not in 1 to out \* in = 512 at '.*k_proj'; use fewer"
+    ):
         veneer.attach(llama(), "fourierft", to=["k_proj"])
     with pytest.raises(ConfigError, match=r"rms and scaling must be numbers above 0, not 0\.0 and None"):
         veneer.attach(llama(), "fourierft", frequencies=10, rms=0.0)

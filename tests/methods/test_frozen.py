@@ -25,7 +25,9 @@ def test_ldu_factors_multiply_to_the_weight(out, in_):
     veneer.attach(model, "loldu", rank=min(out, in_))
     site, d = changes(model, "default")[0]
     torch.testing.assert_close((d.L * d.z0) @ d.U, site.weight().detach())
-    assert torch.equal(d.U.tril(-1), torch.zeros_like(d.U)) and torch.allclose(d.U.diagonal(), torch.ones(1).double())
+    assert torch.equal(d.U.tril(-1), torch.zeros_like(d.U)) and torch.allclose(
+        d.U.diagonal(), torch.ones(1).double()
+    )
     assert sorted((d.L == 1).sum(1).tolist())[0] >= 1 or out > in_  # a permuted unit-lower triangle
     assert sum(p.numel() for p in d.parameters()) == min(out, in_) + 1
 
@@ -55,14 +57,19 @@ def test_a_weight_of_zeros_has_pivots_too():
 def test_frozen_factors_are_saved_keep_little_and_convert(method, tmp_path):
     x = torch.randn(64, 256)
     lora = kept_bytes(veneer.attach(nn.Sequential(nn.Linear(256, 256, bias=False)), "lora", rank=16), x)
-    assert kept_bytes(veneer.attach(nn.Sequential(nn.Linear(256, 256, bias=False)), method, rank=16), x.clone()) <= 0.5 * lora
+    assert (
+        kept_bytes(veneer.attach(nn.Sequential(nn.Linear(256, 256, bias=False)), method, rank=16), x.clone())
+        <= 0.5 * lora
+    )
     model = veneer.attach(gpt2(), method, rank=6, seed=3)
     randomise(model)
     veneer.save(model, tmp_path)
     again = veneer.load(gpt2(), tmp_path)
     torch.testing.assert_close(output(again), output(model), rtol=1e-5, atol=1e-5)
     for (_, a), (_, b) in zip(changes(again, "default"), changes(model, "default"), strict=True):
-        torch.testing.assert_close(a.state_dict(), b.state_dict())  # the same numbers go on training, not multiples of them
+        torch.testing.assert_close(
+            a.state_dict(), b.state_dict()
+        )  # the same numbers go on training, not multiples of them
         assert a.options == b.options
     y = output(model)
     assert max(c.rank for c in to_lora(model, "default", "low")) == 6
@@ -80,7 +87,12 @@ def test_a_file_of_vera_says_what_its_pair_was_drawn_from(tmp_path):
     randomise(model)
     veneer.save(model, tmp_path)
     config = peft.VeraConfig.from_pretrained(tmp_path)
-    assert (config.r, config.projection_prng_key, config.d_initial, config.save_projection) == (5, 3, 0.2, True)
+    assert (config.r, config.projection_prng_key, config.d_initial, config.save_projection) == (
+        5,
+        3,
+        0.2,
+        True,
+    )
 
 
 def test_vera_draws_one_pair_for_all_layers():
@@ -107,5 +119,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         veneer.attach(llama(), "vera", rank=0)
     config = peft.VeraConfig(target_modules=TO, task_type="CAUSAL_LM", r=4, save_projection=False)
     peft.get_peft_model(llama(), config).save_pretrained(tmp_path)
-    with pytest.raises(FormatError, match=r"the file holds no vera_A and vera_B, .* save it in PEFT with save_projection=True"):
+    with pytest.raises(
+        FormatError,
+        match=r"the file holds no vera_A and vera_B, .* save it in PEFT with save_projection=True",
+    ):
         veneer.load(llama(), tmp_path)

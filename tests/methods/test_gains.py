@@ -109,7 +109,9 @@ def test_gradients_copies_pickles_and_detaching():
     def at(*values):
         return torch.func.functional_call(model, dict(zip(parameters, values, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(at, tuple(p.detach().clone().requires_grad_() for p in parameters.values()))
+    assert torch.autograd.gradcheck(
+        at, tuple(p.detach().clone().requires_grad_() for p in parameters.values())
+    )
     buffer = io.BytesIO()
     torch.save(copy.deepcopy(model), buffer)
     buffer.seek(0)

@@ -17,7 +17,11 @@ from veneer.errors import NotMergeable, SiteError
 
 def test_keys_values_and_the_hidden_numbers_are_its_own_choice():
     model = veneer.attach(llama(), "ia3")
-    assert {s.name.rsplit(".", 1)[-1] for s, _ in changes(model, "default")} == {"k_proj", "v_proj", "down_proj"}
+    assert {s.name.rsplit(".", 1)[-1] for s, _ in changes(model, "default")} == {
+        "k_proj",
+        "v_proj",
+        "down_proj",
+    }
     assert sum(d.l.numel() for _, d in changes(model, "default")) == 2 * (16 + 16 + 48)
     names = {s.name.split(".", 4)[-1] for s, _ in changes(veneer.attach(bert(), "ia3"), "default")}
     assert names == {"attention.self.key", "attention.self.value", "output.dense"}
@@ -34,7 +38,9 @@ def test_outputs_are_multiplied_bias_and_all(bias):
     expected = gain * (x @ plain.mT + (layer.bias if bias else 0))
     torch.testing.assert_close(model(x), expected)
     with veneer.using(model, {"default": 0.5}):
-        torch.testing.assert_close(model(x), (1 + (gain - 1) / 2) * (x @ plain.mT + (layer.bias if bias else 0)))
+        torch.testing.assert_close(
+            model(x), (1 + (gain - 1) / 2) * (x @ plain.mT + (layer.bias if bias else 0))
+        )
     if bias:
         with pytest.raises(NotMergeable, match=r"multiplies the bias of '0' too, .* keep it as an adapter"):
             merge(model, probe={})
@@ -49,8 +55,12 @@ def test_same_outputs_gradients_and_files_as_peft(tmp_path):
     config = peft.IA3Config(target_modules=where, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
     agrees_with_peft(tmp_path / "llama", "ia3", {}, where, config)
     where = ["attn.c_attn", "mlp.c_proj"]
-    config = peft.IA3Config(target_modules=where, feedforward_modules=["mlp.c_proj"], task_type="CAUSAL_LM", fan_in_fan_out=True)
-    agrees_with_peft(tmp_path / "gpt2", "ia3", {"feedforward": "transformer.*mlp.c_proj"}, where, config, gpt2)
+    config = peft.IA3Config(
+        target_modules=where, feedforward_modules=["mlp.c_proj"], task_type="CAUSAL_LM", fan_in_fan_out=True
+    )
+    agrees_with_peft(
+        tmp_path / "gpt2", "ia3", {"feedforward": "transformer.*mlp.c_proj"}, where, config, gpt2
+    )
 
 
 def test_it_dials_stacks_and_comes_off_a_whole_model():
@@ -67,9 +77,15 @@ def test_it_dials_stacks_and_comes_off_a_whole_model():
 
 
 def test_models_whose_layers_are_not_known_are_refused():
-    with pytest.raises(SiteError, match=r"the layers of keys and values and the end of the feed-forward block are not known in a ConvNet"):
+    with pytest.raises(
+        SiteError,
+        match=r"the layers of keys and values and the end of the feed-forward block are not known in a ConvNet",
+    ):
         veneer.attach(conv_net(), "ia3")
-    with pytest.raises(SiteError, match=r"the layers of keys and values are not known in a GPT2LMHeadModel; name all of them with to="):
+    with pytest.raises(
+        SiteError,
+        match=r"the layers of keys and values are not known in a GPT2LMHeadModel; name all of them with to=",
+    ):
         veneer.attach(gpt2(), "ia3")
 
 

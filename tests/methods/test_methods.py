@@ -42,14 +42,10 @@ def made(method: str | Method, site: str, seed: int = 0):
     return base, model, x, row
 
 
-
-
 def weight_of(model):
     from veneer.sites import site_for
 
     return site_for("0", model[0]).weight()
-
-
 
 
 def layer_with(base, W):
@@ -61,8 +57,6 @@ def layer_with(base, W):
     with torch.no_grad():
         weight.copy_((W.T if transposed else W).reshape(weight.shape))
     return layer
-
-
 
 
 @cells
@@ -128,8 +122,6 @@ def test_exactly_the_changes_take_gradients(method, site):
         check_gradient(model, x)
 
 
-
-
 @cells
 def test_copies_are_independent_and_pickles_are_whole(method, site):
     _, model, x, _ = made(method, site)
@@ -154,7 +146,9 @@ def test_bfloat16_is_nearly_as_close_as_the_plain_layer(method, site):
     shake(model, size=0.05)
     exact = model(x)
     delta = changes(model, "default")[0][1]
-    plain = layer_with(base, row.oracle(weight_of(base).detach().numpy(), numpy_tensors(delta), row.options)).bfloat16()
+    plain = layer_with(
+        base, row.oracle(weight_of(base).detach().numpy(), numpy_tensors(delta), row.options)
+    ).bfloat16()
     adapted = copy.deepcopy(base).bfloat16()
     attach(adapted, row, x.bfloat16() if x.is_floating_point() else x)
     changes(adapted, "default")[0][1].load_state_dict(delta.state_dict())
@@ -176,7 +170,9 @@ def test_stacking_is_a_sum_in_any_order(site):
         model, x = nn.Sequential(SITES[site].layer().double()), SITES[site].x()
         for n in order:
             row = METHODS[n]
-            veneer.attach(model, row.name, to=["0"], name=n, **{**row.options, "rank": min(2, *weight_of(model).shape)})
+            veneer.attach(
+                model, row.name, to=["0"], name=n, **{**row.options, "rank": min(2, *weight_of(model).shape)}
+            )
             torch.manual_seed(len(n))
             shake(model, n)
         outputs.append(model(x))
@@ -195,7 +191,13 @@ def test_stacking_is_a_sum_in_any_order(site):
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     batch=st.lists(st.integers(1, 3), max_size=3),
     method=st.sampled_from(
-        [("lora", {}), ("lora", {"stabilised": True}), ("lora", {"init": "pissa"}), ("lora", {"init": "olora"}), ("dora", {})]
+        [
+            ("lora", {}),
+            ("lora", {"stabilised": True}),
+            ("lora", {"init": "pissa"}),
+            ("lora", {"init": "olora"}),
+            ("dora", {}),
+        ]
     ),
 )
 def test_any_shape_rank_and_dtype(in_, out, data, seed, dtype, batch, method):

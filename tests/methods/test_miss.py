@@ -30,7 +30,9 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_same_outputs_gradients_and_files_as_peft(form, tmp_path):
     method, options, settings = FORMS[form]
-    agrees_with_peft(tmp_path, method, options, TO, peft.MissConfig(target_modules=TO, task_type="CAUSAL_LM", **settings))
+    agrees_with_peft(
+        tmp_path, method, options, TO, peft.MissConfig(target_modules=TO, task_type="CAUSAL_LM", **settings)
+    )
 
 
 def test_tiles_larger_than_one_number_follow_the_formula():
@@ -67,13 +69,22 @@ def test_it_becomes_plain_lora_without_loss():
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
-    with pytest.raises(ShapeError, match=r"rank 64 > in = 32 at 'model.layers.0.self_attn.q_proj'; use at most 32 or exclude the layer"):
+    with pytest.raises(
+        ShapeError,
+        match=r"rank 64 > in = 32 at 'model.layers.0.self_attn.q_proj'; use at most 32 or exclude the layer",
+    ):
         veneer.attach(llama(), "miss")
-    with pytest.raises(ShapeError, match=r"mini 5 does not divide out = 32 at 'model.layers.0.self_attn.q_proj'; use a divisor"):
+    with pytest.raises(
+        ShapeError,
+        match=r"mini 5 does not divide out = 32 at 'model.layers.0.self_attn.q_proj'; use a divisor",
+    ):
         veneer.attach(llama(), "miss", rank=8, mini=5)
     with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), not 1.0"):
         veneer.attach(llama(), "miss", rank=8, dropout=1.0)
-    with pytest.raises(ShapeError, match=r"rank 12 does not divide in = 32 and out = 32 at '.*q_proj'; use e.g. 8, or exclude the layer"):
+    with pytest.raises(
+        ShapeError,
+        match=r"rank 12 does not divide in = 32 and out = 32 at '.*q_proj'; use e.g. 8, or exclude the layer",
+    ):
         veneer.attach(llama(), "bat", rank=12)
     with pytest.raises(ShapeError, match=r"rank 33 > min\(out, in\) = 32"):
         veneer.attach(llama(), "bat", rank=33, to=["q_proj"])

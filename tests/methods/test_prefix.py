@@ -27,7 +27,9 @@ def test_keys_and_values_stand_in_front_and_the_model_is_otherwise_itself(build)
     base = build()
     expected = output(base)
     model = with_prefix(build)
-    assert len(changes(model, "default")) == 2 and list(base.state_dict()) == [n for n in model.state_dict() if ".deltas." not in n]
+    assert len(changes(model, "default")) == 2 and list(base.state_dict()) == [
+        n for n in model.state_dict() if ".deltas." not in n
+    ]
     y = output(model)
     assert not torch.allclose(y, expected, atol=1e-3)
     with veneer.using(model):
@@ -48,13 +50,24 @@ def test_an_attention_with_a_prefix_is_a_softmax_over_all(kind, moving):
         sees = sees.tril()
     elif kind == "masked":  # one text is padded on the left
         sees[1, :, :2] = False
-    y, _ = attention(site.module, q, k, v, sees[:, None] if kind == "masked" else None, scaling=0.3, is_causal=kind == "causal")
+    y, _ = attention(
+        site.module,
+        q,
+        k,
+        v,
+        sees[:, None] if kind == "masked" else None,
+        scaling=0.3,
+        is_causal=kind == "causal",
+    )
     rows = []
     for b in range(2):
         for t in range(5):
             seen = torch.cat([torch.ones(3, dtype=torch.bool), sees[b, t]])
             for head in range(4):
-                K, V = torch.cat([delta.K[head // 2], k[b, head // 2]])[seen], torch.cat([delta.V[head // 2], v[b, head // 2]])[seen]
+                K, V = (
+                    torch.cat([delta.K[head // 2], k[b, head // 2]])[seen],
+                    torch.cat([delta.V[head // 2], v[b, head // 2]])[seen],
+                )
                 rows.append(torch.softmax(0.3 * K @ q[b, head, t], 0) @ V)
     expected = torch.stack(rows).view(2, 5, 4, 8)
     torch.testing.assert_close(y, expected)
@@ -64,7 +77,9 @@ def test_an_attention_with_a_prefix_is_a_softmax_over_all(kind, moving):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("strengths", [{"default": 0.5}, {"default": 0.5, "second": -2.0}, {"default": 1.0, "second": 1.0}])
+@pytest.mark.parametrize(
+    "strengths", [{"default": 0.5}, {"default": 0.5, "second": -2.0}, {"default": 1.0, "second": 1.0}]
+)
 def test_strengths_scale_what_each_prefix_changes_and_the_changes_add_up(strengths):
     model = veneer.attach(with_prefix(lambda: llama().double()), "prefix", length=2, name="second")
     randomise(model, "second", size=0.5)
@@ -72,7 +87,9 @@ def test_strengths_scale_what_each_prefix_changes_and_the_changes_add_up(strengt
 
     def in_front(K, V):
         """The attention of 4 heads over 2 pairs of keys and values, all of which every token sees."""
-        K, V = (torch.cat([t, own[0]], 1).repeat_interleave(2, 0) for t, own in ((K, k), (V, v)))  # (4, p + 5, 8)
+        K, V = (
+            torch.cat([t, own[0]], 1).repeat_interleave(2, 0) for t, own in ((K, k), (V, v))
+        )  # (4, p + 5, 8)
         return (torch.softmax(0.3 * q[0] @ K.mT, -1) @ V).transpose(0, 1)[None]
 
     nothing = torch.zeros(2, 0, 8)
@@ -90,7 +107,10 @@ def test_where_no_scale_is_given_it_is_that_of_the_heads_size(moving):
     model = with_prefix(lambda: llama().double())
     site, _ = changes(model, "default")[0]
     q, k, v = (torch.randn(2, heads, 5, 8, dtype=torch.float64, requires_grad=moving) for heads in (4, 2, 2))
-    plain, given = (attention(site.module, q, k, v, None, is_causal=True, **more)[0] for more in ({}, {"scaling": 8**-0.5}))
+    plain, given = (
+        attention(site.module, q, k, v, None, is_causal=True, **more)[0]
+        for more in ({}, {"scaling": 8**-0.5})
+    )
     torch.testing.assert_close(plain, given)
 
 
@@ -119,7 +139,9 @@ def test_it_trains_dials_stacks_and_is_saved(tmp_path):
     with veneer.using(model.eval(), {"default": 0.0}):
         torch.testing.assert_close(output(model), base)
     veneer.save(model, tmp_path)
-    torch.testing.assert_close(output(veneer.load(llama(), tmp_path)), y, rtol=0, atol=1e-5)  # keys are turned in PEFT's file
+    torch.testing.assert_close(
+        output(veneer.load(llama(), tmp_path)), y, rtol=0, atol=1e-5
+    )  # keys are turned in PEFT's file
     veneer.attach(model, "lora", rank=2, name="low")
     randomise(model, "low")
     both = output(model)
@@ -136,16 +158,28 @@ def test_a_model_with_another_attention_is_refused_on_loading_too_and_left_as_it
     veneer.save(with_prefix(llama), tmp_path)
     model = llama(attn_implementation="eager")
     y = output(model)
-    with pytest.raises(FormatError, match="prefix needs attn_implementation='sdpa', and the model has 'eager'"):
+    with pytest.raises(
+        FormatError, match="prefix needs attn_implementation='sdpa', and the model has 'eager'"
+    ):
         veneer.load(model, tmp_path)
-    assert not veneer.adapters(model) and model.config._attn_implementation == "eager" and torch.equal(output(model), y)
+    assert (
+        not veneer.adapters(model)
+        and model.config._attn_implementation == "eager"
+        and torch.equal(output(model), y)
+    )
 
 
 def test_what_it_is_not():
-    with pytest.raises(NotMergeable, match=r"the prefix of 'model\.layers\.0\.self_attn' is no change of a weight"):
+    with pytest.raises(
+        NotMergeable, match=r"the prefix of 'model\.layers\.0\.self_attn' is no change of a weight"
+    ):
         merge(with_prefix(llama), probe={})
-    with pytest.raises(SiteError, match="no self-attention is known in a ConvNet; prefix works on transformers' models"):
+    with pytest.raises(
+        SiteError, match="no self-attention is known in a ConvNet; prefix works on transformers' models"
+    ):
         veneer.attach(conv_net(), "prefix")
-    with pytest.raises(ConfigError, match="prefix needs attn_implementation='sdpa', and the model has 'eager'"):
+    with pytest.raises(
+        ConfigError, match="prefix needs attn_implementation='sdpa', and the model has 'eager'"
+    ):
         veneer.attach(llama(attn_implementation="eager"), "prefix")
     assert not veneer.adapters(nn.Sequential())

@@ -22,18 +22,28 @@ from veneer.train.run import Run
 
 
 def attached(method: str = "lora", **options: Any) -> torch.nn.Module:
-    return veneer.attach(models.llama(hidden_size=64, intermediate_size=80), method, **{"rank": 3, "init": "pissa", **options})
+    return veneer.attach(
+        models.llama(hidden_size=64, intermediate_size=80), method, **{"rank": 3, "init": "pissa", **options}
+    )
 
 
 def factors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {site.name: (start.B @ start.A).double() for site, delta in changes(model, "default") if (start := delta.taken())}
+    return {
+        site.name: (start.B @ start.A).double()
+        for site, delta in changes(model, "default")
+        if (start := delta.taken())
+    }
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("options", [{}, {"rank_pattern": {"q_proj": 5, "down_proj": 40}, "seed": 4}])
 def test_layers_of_one_shape_together_start_as_each_alone(method, options, monkeypatch):
     calls = []
-    monkeypatch.setattr(leading_parts, "leading_svds", lambda Ws, *rest: calls.append(len(Ws)) or linalg.leading_svds(Ws, *rest))
+    monkeypatch.setattr(
+        leading_parts,
+        "leading_svds",
+        lambda Ws, *rest: calls.append(len(Ws)) or linalg.leading_svds(Ws, *rest),
+    )
     together = factors(attached(method, **options))
     assert max(calls) >= 4 and sum(calls) == len(together) == 14
     monkeypatch.setattr(leading_parts, "AT_ONCE", {})
@@ -50,13 +60,21 @@ def test_layers_of_one_shape_together_start_as_each_alone(method, options, monke
 def test_a_stack_holds_no_more_than_its_bound(monkeypatch):
     monkeypatch.setattr(leading_parts, "AT_ONCE", {"cpu": 3 * 64 * 64})
     sizes = []
-    monkeypatch.setattr(leading_parts, "leading_svds", lambda Ws, *rest: sizes.append(sum(W.numel() for W in Ws)) or linalg.leading_svds(Ws, *rest))
+    monkeypatch.setattr(
+        leading_parts,
+        "leading_svds",
+        lambda Ws, *rest: sizes.append(sum(W.numel() for W in Ws)) or linalg.leading_svds(Ws, *rest),
+    )
     attached()
-    assert max(sizes) == 3 * 64 * 64 and len(sizes) == 6  # q and o: 3 + 1; k and v: 4; gate and up: 2 + 2; down: 2
+    assert (
+        max(sizes) == 3 * 64 * 64 and len(sizes) == 6
+    )  # q and o: 3 + 1; k and v: 4; gate and up: 2 + 2; down: 2
 
 
 def test_a_rank_that_does_not_fit_is_refused_by_every_layer_that_it_does_not_fit():
-    with pytest.raises(ShapeError, match=r"rank 33 > min\(out, in\) = 32 at 'model.layers.0.self_attn.k_proj'") as e:
+    with pytest.raises(
+        ShapeError, match=r"rank 33 > min\(out, in\) = 32 at 'model.layers.0.self_attn.k_proj'"
+    ) as e:
         attached(rank=33)
     assert len(str(e.value).splitlines()) == 4
 
@@ -89,9 +107,17 @@ def test_a_run_tells_what_its_start_leaves_of_the_weights(place, tmp_path, init)
             Q = np.linalg.qr(W)[0][:, :4]
             assert share == pytest.approx(np.linalg.norm(W - Q @ (Q.T @ W)) / np.linalg.norm(W), rel=1e-4)
     shares = list(told["layers"].values())
-    assert told["left"] == {"median": pytest.approx(np.median(shares)), "least": min(shares), "most": max(shares)}
-    sentence = f"init {init} leaves {100 * told['left']['median']:.3g} % of the norm of a weight in the median"
-    assert sentence in summary(result) and sentence in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert told["left"] == {
+        "median": pytest.approx(np.median(shares)),
+        "least": min(shares),
+        "most": max(shares),
+    }
+    sentence = (
+        f"init {init} leaves {100 * told['left']['median']:.3g} % of the norm of a weight in the median"
+    )
+    assert sentence in summary(result) and sentence in (tmp_path / "run/report.html").read_text(
+        encoding="utf-8"
+    )
     assert any(sentence in note for note in result.metrics["notes"])
 
 

@@ -90,15 +90,23 @@ def pair(G: np.ndarray, r: int, **options: Any) -> tuple[np.ndarray, np.ndarray]
 def test_the_gradient_is_that_of_the_weight(kind):
     """At a rank where nothing is left out, on Linear, Conv1D, convolutions and embeddings, over several batches."""
     model = BUILDS[kind]().double()
-    to = {"gpt2": r".*(wte|c_attn|c_fc|c_proj)", "llama": r".*(embed_tokens|proj)", "conv": r"first|second|line|head"}
+    to = {
+        "gpt2": r".*(wte|c_attn|c_fc|c_proj)",
+        "llama": r".*(embed_tokens|proj)",
+        "conv": r"first|second|line|head",
+    }
     found = veneer.calibrate(model, some(model), rank=8, width=99, to=to.get(kind), loss=squares)
     for name, G in dense(model, some(model), list(found)).items():
-        np.testing.assert_allclose(product(found[name].gradient), starts.best(G, 16), atol=1e-10 * np.abs(G).max(), err_msg=name)
+        np.testing.assert_allclose(
+            product(found[name].gradient), starts.best(G, 16), atol=1e-10 * np.abs(G).max(), err_msg=name
+        )
 
 
 def test_a_sketch_of_a_matrix_of_low_rank_gives_it_back():
     draw = keyed(0, "test")
-    G = torch.randn(90, 4, dtype=torch.float64, generator=draw) @ torch.randn(4, 70, dtype=torch.float64, generator=draw)
+    G = torch.randn(90, 4, dtype=torch.float64, generator=draw) @ torch.randn(
+        4, 70, dtype=torch.float64, generator=draw
+    )
     t = sketch.tests(90, 70, 8, draw)
     assert t.Omega.shape == (70, 8) and t.Psi.shape == (17, 90)
     found = sketch.leading(G @ t.Omega.double(), t.Psi.double() @ G, t.Psi.double(), 4)
@@ -124,7 +132,9 @@ def test_on_a_narrow_base_the_sums_are_wide(dtype):
     G = starts.best(dense(models.llama().double(), some(model, 1), [name])[name], 4)
     errors = []
     for n in (1, 200):
-        found = veneer.calibrate(model, some(model, 1) * n, rank=2, width=99, to=[name], loss=squares)[name].gradient
+        found = veneer.calibrate(model, some(model, 1) * n, rank=2, width=99, to=[name], loss=squares)[
+            name
+        ].gradient
         assert found.U.dtype == torch.float32
         errors.append(float(np.linalg.norm(product(found) / n - G) / np.linalg.norm(G)))
     assert errors[1] < 1.01 * errors[0] + 1e-6 and errors[0] < (1e-4 if dtype == torch.float32 else 0.1)
@@ -170,7 +180,9 @@ def test_the_first_step_is_the_best_of_rank_2r(m, n, r, direction):
     A, B = pair(G, r, direction=direction, gamma=gamma)
     step = starts.first_step(G, A, B, s)
     assert starts.cosine(-step, starts.best(G, 2 * r)) > 1 - 1e-12
-    np.testing.assert_allclose(-step, s**2 * math.sqrt(m) / gamma * starts.best(G, 2 * r), atol=1e-10 * np.abs(step).max())
+    np.testing.assert_allclose(
+        -step, s**2 * math.sqrt(m) / gamma * starts.best(G, 2 * r), atol=1e-10 * np.abs(step).max()
+    )
 
 
 def test_it_is_the_papers_start():
@@ -199,7 +211,9 @@ def test_another_scale_of_the_loss_is_the_same_start(factor):
         found.append({n: t for n, t in model.state_dict().items() if "deltas" in n})
     assert {n.rsplit(".", 1)[-1] for n in found[0]} == {"A", "B", "A0", "B0"}
     for n in found[0]:
-        torch.testing.assert_close(found[1][n], found[0][n], rtol=0, atol=1e-5)  # transformers' softmax and norms are float32
+        torch.testing.assert_close(
+            found[1][n], found[0][n], rtol=0, atol=1e-5
+        )  # transformers' softmax and norms are float32
 
 
 def test_pefts_start_of_this_name_is_another_one():
@@ -217,14 +231,21 @@ def test_pefts_start_of_this_name_is_another_one():
         G = scale * matrix(m, n)
         base = nn.Sequential(nn.Linear(n, m, bias=False))
         base[0]._peft_loraga_grad = torch.from_numpy(G).float()
-        how = dict(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=16))
-        theirs = peft.get_peft_model(base, peft.LoraConfig(r=r, lora_alpha=16, use_rslora=True, target_modules=["0"], **how))
+        how = dict(
+            init_lora_weights="lora_ga",
+            lora_ga_config=peft.LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=16),
+        )
+        theirs = peft.get_peft_model(
+            base, peft.LoraConfig(r=r, lora_alpha=16, use_rslora=True, target_modules=["0"], **how)
+        )
         layer = theirs.base_model.model[0]
         A, B = (layer.get_parameter(f"lora_{x}.default.weight").detach().double().numpy() for x in "AB")
         norms.append((np.linalg.norm(A), np.linalg.norm(B)))
         cosines.append(starts.cosine(-starts.first_step(G, A, B, 8.0), starts.best(G, 2 * r)))
         own = pair(G, r)
-        assert np.linalg.norm(own[0]) == pytest.approx(1.316, abs=1e-3) and np.linalg.norm(own[1]) == pytest.approx(1.316, abs=1e-3)
+        assert np.linalg.norm(own[0]) == pytest.approx(1.316, abs=1e-3) and np.linalg.norm(
+            own[1]
+        ) == pytest.approx(1.316, abs=1e-3)
     assert norms[0][0] == pytest.approx(2.0, abs=1e-3) and norms[1][0] == pytest.approx(2.0, abs=1e-3)
     assert norms[0][1] == pytest.approx(0.524, abs=0.002) and norms[1][1] == pytest.approx(5.24e-4, abs=2e-6)
     assert cosines == pytest.approx([0.88, 0.88], abs=0.03)
@@ -262,7 +283,9 @@ def test_saved_relative_to_the_untouched_base(kind, method, tmp_path):
     probe = {} if kind != "conv" else {"probe": models.inputs(ours)}
     again = veneer.load(BUILDS[kind](), veneer.save(ours, tmp_path, **probe))
     torch.testing.assert_close(models.output(again), models.output(ours), rtol=1e-4, atol=1e-4)
-    assert [d.options for _, d in changes(again, "default")] == [d.options for _, d in changes(ours, "default")]
+    assert [d.options for _, d in changes(again, "default")] == [
+        d.options for _, d in changes(ours, "default")
+    ]
 
 
 def test_peft_opens_it_at_twice_the_rank(tmp_path):
@@ -271,7 +294,9 @@ def test_peft_opens_it_at_twice_the_rank(tmp_path):
     models.randomise(ours)
     veneer.save(ours, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["r"] == 4 and config["lora_alpha"] == pytest.approx(16 * math.sqrt(2)) and config["use_rslora"]
+    assert (
+        config["r"] == 4 and config["lora_alpha"] == pytest.approx(16 * math.sqrt(2)) and config["use_rslora"]
+    )
     theirs = peft.PeftModel.from_pretrained(models.llama(), tmp_path)
     torch.testing.assert_close(models.output(theirs), models.output(ours), rtol=1e-4, atol=1e-4)
 
@@ -292,7 +317,11 @@ def test_a_change_of_our_own_layout_comes_back_without_statistics(tmp_path):
 
 
 def test_the_default_scale_is_rslora_with_alpha_16():
-    scales = {d.scaling for stabilised in (False, True) for _, d in changes(attached(models.llama, stabilised=stabilised), "default")}
+    scales = {
+        d.scaling
+        for stabilised in (False, True)
+        for _, d in changes(attached(models.llama, stabilised=stabilised), "default")
+    }
     assert all(s == pytest.approx(16 / math.sqrt(2), rel=1e-12) for s in scales)
 
 
@@ -319,7 +348,10 @@ def test_a_training_learns(place, tmp_path, init, lr):
 
 
 def test_a_resumed_training_keeps_its_start_and_looks_at_nothing_again(place, tmp_path, monkeypatch):
-    whole, given = settings(place, tmp_path / "whole", init="loraga"), settings(place, tmp_path / "part", init="loraga")
+    whole, given = (
+        settings(place, tmp_path / "whole", init="loraga"),
+        settings(place, tmp_path / "part", init="loraga"),
+    )
     fit(Run.from_dict(whole), progress=False)
     real, steps = Learner.step, iter(range(1, 99))
 
@@ -342,7 +374,9 @@ def test_its_default_rate_is_that_of_full_fine_tuning():
     for builtin in (True, False):
         assert rates.default("lora", "adamw", builtin, "loraga") == rates.default("full", "adamw", builtin)
         assert rates.default("lora", "adamw", builtin, "pissa") == rates.default("lora", "adamw", builtin)
-        assert rates.default("lora", "loraplus", builtin, "loraga") == rates.default("lora", "loraplus", builtin)
+        assert rates.default("lora", "loraplus", builtin, "loraga") == rates.default(
+            "lora", "loraplus", builtin
+        )
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -369,7 +403,10 @@ def test_statistics_that_do_not_fit_are_refused():
     def attach(method: str = "lora", **options: Any) -> nn.Module:
         return veneer.attach(model, method, **{"to": ["q_proj"], "stats": stats, "init": "loraga", **options})
 
-    assert refused(ConfigError, lambda: attach(rank=4)) == "calibrated for rank 2, but the rank here is 4; calibrate with rank=4"
+    assert (
+        refused(ConfigError, lambda: attach(rank=4))
+        == "calibrated for rank 2, but the rank here is 4; calibrate with rank=4"
+    )
     assert refused(ConfigError, lambda: attach(to=["q_proj", "k_proj"], rank=2)) == (
         "stats= says nothing of 2 layers: model.layers.0.self_attn.k_proj, model.layers.1.self_attn.k_proj;"
         " calibrate with the same to= and exclude="
@@ -380,7 +417,9 @@ def test_statistics_that_do_not_fit_are_refused():
         "the statistics are of a layer (32, 32), this one is (48, 32); calibrate on this model"
     )
 
-    text = refused(ConfigError, lambda: attach(init="loftq", rank=2))  # which knows the gradient, and not what quantisation took
+    text = refused(
+        ConfigError, lambda: attach(init="loftq", rank=2)
+    )  # which knows the gradient, and not what quantisation took
     assert text.startswith("this init makes up for what quantisation takes from W; quantise for it first:")
 
     class Plain(veneer.methods.Delta):
@@ -403,8 +442,14 @@ def test_options_of_a_start_are_checked():
     )
     none = refused(ConfigError, lambda: attach(init="pissa", init_options={"gamma": 3}))
     assert none == "init 'pissa' has no option 'gamma'; it has none"
-    assert refused(ConfigError, lambda: attach(init_options={"gamma": "x"})) == "init_options: gamma 'x' is not a number"
-    assert refused(ConfigError, lambda: attach(init_options={"gamma": 0})) == "init_options: gamma must be a number above 0, not 0"
+    assert (
+        refused(ConfigError, lambda: attach(init_options={"gamma": "x"}))
+        == "init_options: gamma 'x' is not a number"
+    )
+    assert (
+        refused(ConfigError, lambda: attach(init_options={"gamma": 0}))
+        == "init_options: gamma must be a number above 0, not 0"
+    )
     assert refused(ConfigError, lambda: attach(init_options={"direction": "ArBr2"})) == (
         "init_options: unknown direction 'ArBr2'; did you mean 'ArBr'?"
     )
@@ -433,16 +478,22 @@ def test_a_calibration_that_cannot_tell_anything_says_so():
     )
     wide = refused(ConfigError, lambda: calibrate(some(model), loss=lambda m, b: m(**b).logits))
     assert "not a tensor (2, 7, 97);" in wide
-    nothing = refused(SiteError, lambda: calibrate(some(model), loss=lambda m, b: 0.0 * squares(m, b), to=["q_proj"]))
+    nothing = refused(
+        SiteError, lambda: calibrate(some(model), loss=lambda m, b: 0.0 * squares(m, b), to=["q_proj"])
+    )
     assert nothing == (
         "the loss has no gradient at 2 layers: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj; is every label"
         " masked? Or leave them out with exclude="
     )
-    wild = refused(SiteError, lambda: calibrate(some(model), loss=lambda m, b: math.inf * squares(m, b), to=["q_proj"]))
+    wild = refused(
+        SiteError, lambda: calibrate(some(model), loss=lambda m, b: math.inf * squares(m, b), to=["q_proj"])
+    )
     assert wild.startswith("the gradient is not finite at 2 layers: model.layers.0.self_attn.q_proj, ")
     idle = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     wrapper = torch.compile(nn.Sequential(nn.Linear(4, 4)))
-    assert refused(ConfigError, lambda: veneer.calibrate(wrapper, [torch.ones(2, 4)], rank=1)).startswith("this is torch.compile's wrapper")
+    assert refused(ConfigError, lambda: veneer.calibrate(wrapper, [torch.ones(2, 4)], rank=1)).startswith(
+        "this is torch.compile's wrapper"
+    )
     assert "1 adapted layers were never called" in refused(
         SiteError, lambda: veneer.calibrate(idle, [torch.ones(2, 4)], rank=1, loss=lambda m, x: m[0](x).sum())
     )
@@ -451,8 +502,13 @@ def test_a_calibration_that_cannot_tell_anything_says_so():
 
 def test_settings_are_checked_before_anything_is_read():
     with pytest.raises(ConfigError) as e:
-        Run.from_dict({"data": "x.txt", "calibration": 0, "options": {"init": "loraga", "init_options": {"gama": 1}}})
-    assert str(e.value) == "calibration 0 must be 1 or more\ninit 'loraga' has no option 'gama'; did you mean 'gamma'?"
+        Run.from_dict(
+            {"data": "x.txt", "calibration": 0, "options": {"init": "loraga", "init_options": {"gama": 1}}}
+        )
+    assert (
+        str(e.value)
+        == "calibration 0 must be 1 or more\ninit 'loraga' has no option 'gama'; did you mean 'gamma'?"
+    )
     with pytest.raises(ConfigError, match=r"unknown init 'lorag'; did you mean 'loraga'\?"):
         Run.from_dict({"data": "x.txt", "options": {"init": "lorag"}})
 
@@ -461,7 +517,35 @@ def test_options_of_a_start_on_the_command_line(place, tmp_path):
     from veneer.cli.frame import main
 
     own = settings(place, tmp_path / "run")
-    words = ["fit", "--model", own["model"], "--data", own["data"], "--length", "32", "--steps", "1", "--no-report", "--out", own["out"]]
-    assert main([*words, "--rank", "2", "--init", "loraga", "--init-options", "gamma=64", "--init-options", "direction=A2rBr"]) == 0
+    words = [
+        "fit",
+        "--model",
+        own["model"],
+        "--data",
+        own["data"],
+        "--length",
+        "32",
+        "--steps",
+        "1",
+        "--no-report",
+        "--out",
+        own["out"],
+    ]
+    assert (
+        main(
+            [
+                *words,
+                "--rank",
+                "2",
+                "--init",
+                "loraga",
+                "--init-options",
+                "gamma=64",
+                "--init-options",
+                "direction=A2rBr",
+            ]
+        )
+        == 0
+    )
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["options"]
     assert kept == {"rank": 2, "init": "loraga", "init_options": {"gamma": 64.0, "direction": "A2rBr"}}

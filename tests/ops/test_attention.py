@@ -17,7 +17,13 @@ from veneer.train.speed.compiling import prepare, restore
 
 def tensors(t, dtype, seed=0):
     draw = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, t, 3, 16, generator=draw, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_() for _ in range(4)]
+    return [
+        torch.randn(2, t, 3, 16, generator=draw, dtype=torch.float64)
+        .to(dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for _ in range(4)
+    ]
 
 
 def documents(t):
@@ -43,7 +49,9 @@ def test_output_and_gradients_are_pytorchs(t, compiled, dtype, tolerance, masked
     ours = (torch.compile(own, dynamic=False) if compiled else own)(q, k, v)
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=0.3)
     assert relative(ours, theirs) <= tolerance
-    for a, b in zip(torch.autograd.grad(ours, (q, k, v), do), torch.autograd.grad(theirs, (q, k, v), do), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), do), torch.autograd.grad(theirs, (q, k, v), do), strict=True
+    ):
         assert relative(a, b) <= tolerance
 
 
@@ -87,7 +95,9 @@ def test_a_compiled_training_step_is_the_plain_one(make, kept, monkeypatch):
     for k, g in gradients.items():
         assert relative(own[k], g) <= 1e-5, k
     restore(model)
-    assert model.config._attn_implementation == "sdpa" and all(m._compiled_call_impl is None for m in model.modules())
+    assert model.config._attn_implementation == "sdpa" and all(
+        m._compiled_call_impl is None for m in model.modules()
+    )
 
 
 @pytest.mark.parametrize("to", [r".*layers\.1\..*", r".*layers\.0\..*o_proj|.*layers\.1\..*"])

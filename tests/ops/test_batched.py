@@ -29,7 +29,13 @@ def one_by_one(x, y, A, B, ids):
 
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=25, deadline=None)
-@given(b=st.integers(1, 6), t=st.integers(1, 3), n=st.integers(2, 5), r=st.integers(1, 4), seed=st.integers(0, 1000))
+@given(
+    b=st.integers(1, 6),
+    t=st.integers(1, 3),
+    n=st.integers(2, 5),
+    r=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
 def test_every_way_is_the_sum_for_each_row(way, b, t, n, r, seed):
     x, y, A, B, ids = drawn(b, t, n, r, 5, 7, seed=seed)
     expected = one_by_one(x, y, A, B, ids)
@@ -80,7 +86,14 @@ def test_gradients(way):
     ("b", "t", "n", "r", "finite", "way"),
     [
         (64, 1, 65, 4, True, "masked"),
-        (64, 1, 65, 4, False, "bucket"),  # where something may not be finite, nothing is computed with all factors
+        (
+            64,
+            1,
+            65,
+            4,
+            False,
+            "bucket",
+        ),  # where something may not be finite, nothing is computed with all factors
         (64, 1, 65, 16, True, "bucket"),
         (8, 1, 65, 16, True, "gather"),  # few rows of many adapters: most buckets would be empty
         (8, 128, 9, 16, True, "gather"),
@@ -92,7 +105,9 @@ def test_the_way_is_chosen_by_size(b, t, n, r, finite, way):
     with torch.no_grad():
         assert batched.choose(x, A, finite=finite, layout=batched.lay_out(ids, n)) == way
     learning = batched.choose(x, A, finite=finite, layout=batched.lay_out(ids, n))
-    assert learning == (way if finite else "gather")  # the gradient of an empty place in a bucket is 0 times a factor
+    assert learning == (
+        way if finite else "gather"
+    )  # the gradient of an empty place in a bucket is 0 times a factor
     assert batched.choose(x, A, finite=finite, layout=None) == ("masked" if way == "masked" else "gather")
 
 

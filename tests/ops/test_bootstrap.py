@@ -24,7 +24,9 @@ def test_the_interval_of_a_mean_is_the_one_by_the_book():
     x = torch.randn(60, generator=torch.Generator().manual_seed(1)) + 3
     low, high = interval(x, torch.ones(60))
     half = 2.001 * float(x.std()) / math.sqrt(60)
-    assert low == pytest.approx(float(x.mean()) - half, abs=0.1 * half) and high == pytest.approx(float(x.mean()) + half, abs=0.1 * half)
+    assert low == pytest.approx(float(x.mean()) - half, abs=0.1 * half) and high == pytest.approx(
+        float(x.mean()) + half, abs=0.1 * half
+    )
 
 
 @pytest.mark.parametrize("n", [10, 40])

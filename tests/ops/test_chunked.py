@@ -22,7 +22,9 @@ TOLERANCE = 1e-5
 
 
 def relative(a, b):
-    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30))
+    return float(
+        (a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30)
+    )
 
 
 @pytest.mark.parametrize("kernel", [blocked, whole])
@@ -82,13 +84,17 @@ def test_any_number_of_positions_and_a_trained_head(smoothing, n, trained, kerne
         if a is not None:
             torch.testing.assert_close(a, b)
     with torch.no_grad():
-        torch.testing.assert_close(cross_entropy(features, labels, head, smoothing=smoothing, chunk=4), plain[0])
+        torch.testing.assert_close(
+            cross_entropy(features, labels, head, smoothing=smoothing, chunk=4), plain[0]
+        )
 
 
 def test_a_second_derivative_is_refused_clearly():
     features = torch.randn(3, 4, requires_grad=True)
     loss = cross_entropy(features, torch.tensor([0, 1, 2]), nn.Linear(4, 5))
-    with pytest.raises(RuntimeError, match=r"derivatives of second order \(create_graph=True\) are not supported"):
+    with pytest.raises(
+        RuntimeError, match=r"derivatives of second order \(create_graph=True\) are not supported"
+    ):
         torch.autograd.grad(loss, features, create_graph=True)
 
 
@@ -114,7 +120,13 @@ def scaled(**config):
     """A model and the setting that changes its logits, as transformers' own class computes them."""
     import transformers
 
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    sizes = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
     sizes |= dict(num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, pad_token_id=0)
     kind, settings = config.pop("kind"), config
     settings_class, model_class = (getattr(transformers, f"{kind}{end}") for end in ("Config", "ForCausalLM"))
@@ -172,7 +184,9 @@ def test_loss_and_every_gradient_equal_the_plain_path(name, smoothing, monkeypat
             warnings.simplefilter("error")  # no falling back
             loss, n = causal_lm.loss(model, batch(), chunked=chunked_, smoothing=smoothing)
         (loss / n).backward()
-        results.append((loss.detach(), n, {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (loss.detach(), n, {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
+        )
     (plain, n, gradients), (ours, m, own) = results
     assert n == m and relative(ours, plain) <= TOLERANCE
     assert own.keys() == gradients.keys() and gradients
@@ -224,7 +238,10 @@ class Odd(nn.Module):
 
 def test_a_head_that_does_more_is_noticed_and_said():
     model = Odd(llama())
-    with pytest.warns(UserWarning, match=r"Odd does more to its logits than .*\(they differ by 0\.0\d of the largest\); its loss"):
+    with pytest.warns(
+        UserWarning,
+        match=r"Odd does more to its logits than .*\(they differ by 0\.0\d of the largest\); its loss",
+    ):
         loss, _ = causal_lm.loss(model, batch())
     plain, _ = causal_lm.loss(model, batch(), chunked=False)
     assert torch.equal(loss, plain)

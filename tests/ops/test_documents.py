@@ -18,7 +18,9 @@ LENGTHS = [[5, 1, 33, 9], [48], [20, 28]]  # of the documents in each row
 
 
 def starts_of(rows):
-    return torch.stack([torch.cat([torch.full((n,), sum(row[:i])) for i, n in enumerate(row)]) for row in rows])
+    return torch.stack(
+        [torch.cat([torch.full((n,), sum(row[:i])) for i, n in enumerate(row)]) for row in rows]
+    )
 
 
 def positions_of(rows):
@@ -38,13 +40,17 @@ def relative(a, b):
 def test_output_and_gradients_are_those_with_a_mask(dtype, tolerance, monkeypatch):
     monkeypatch.setattr(ops, "FUSED", 30)  # so that bfloat16 takes both ways
     draw = torch.Generator().manual_seed(0)
-    q, k, v, do = (torch.randn(3, 48, 4, 16, generator=draw).to(dtype).transpose(1, 2).requires_grad_() for _ in range(4))
+    q, k, v, do = (
+        torch.randn(3, 48, 4, 16, generator=draw).to(dtype).transpose(1, 2).requires_grad_() for _ in range(4)
+    )
     starts, mask = starts_of(LENGTHS), dense(LENGTHS)
     assert torch.equal(ops.as_mask(starts), mask)
     ours = ops.attend_within(q, k, v, starts, scale=0.3)
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
     assert relative(ours, theirs) <= tolerance
-    for a, b in zip(torch.autograd.grad(ours, (q, k, v), do), torch.autograd.grad(theirs, (q, k, v), do), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), do), torch.autograd.grad(theirs, (q, k, v), do), strict=True
+    ):
         assert relative(a, b) <= tolerance
 
 
@@ -76,7 +82,9 @@ def test_a_training_step_on_packed_windows_makes_no_mask_and_is_the_plain_one(co
     loss, gradients = step(model, causal_lm.loss, given)
     objective = prepare(model, given, compiled=compiled)
     assert model.config._attn_implementation == fast_attention.DOCUMENTS
-    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", lambda *a, **k: pytest.fail("a mask was made"))
+    monkeypatch.setattr(
+        "transformers.masking_utils.sdpa_mask", lambda *a, **k: pytest.fail("a mask was made")
+    )
     ours, own = step(model, objective, given)
     assert relative(ours, loss) <= 1e-5 and own.keys() == gradients.keys()
     for k, g in gradients.items():
@@ -89,7 +97,11 @@ def given_to_attention(model, rows, monkeypatch):
     """What the attention function gets as a mask."""
     seen = []
     real = fast_attention.documents
-    monkeypatch.setattr(fast_attention, "documents", lambda m, q, k, v, mask, *a, **o: seen.append(mask) or real(m, q, k, v, mask, *a, **o))
+    monkeypatch.setattr(
+        fast_attention,
+        "documents",
+        lambda m, q, k, v, mask, *a, **o: seen.append(mask) or real(m, q, k, v, mask, *a, **o),
+    )
     prepare(model, packed(rows))
     seen.clear()
     causal_lm.loss(model, packed(rows))[0]
@@ -100,7 +112,10 @@ def test_boundaries_are_used_where_a_mask_is_nothing_else(monkeypatch):
     model = small().train()
     seen = given_to_attention(model, LONG, monkeypatch)
     assert len(seen) == 2 and all(torch.equal(s[:, 0, :, 0], starts_of(LONG)) for s in seen)
-    assert given_to_attention(model, [[LONGEST + 1]], monkeypatch) == [None, None]  # one document: the kernel's own causal form
+    assert given_to_attention(model, [[LONGEST + 1]], monkeypatch) == [
+        None,
+        None,
+    ]  # one document: the kernel's own causal form
     with torch.no_grad():
         assert all(m.dtype == torch.bool for m in given_to_attention(model, LONG, monkeypatch))
     assert all(m.dtype == torch.bool for m in given_to_attention(model, LENGTHS, monkeypatch))
@@ -120,8 +135,14 @@ def test_windows_that_slide_and_images_that_see_forward_are_other_masks():
         return function
 
     assert fast_attention._starts(may(), 1, n, "cpu").tolist() == [[0] * 5 + [5] * 7]
-    assert fast_attention._starts(may(window=7), 1, n, "cpu") is not None and fast_attention._starts(may(window=6), 1, n, "cpu") is None
-    assert fast_attention._starts(may(forward=3), 1, n, "cpu") is None and fast_attention._starts(may(forward=7), 1, n, "cpu") is None
+    assert (
+        fast_attention._starts(may(window=7), 1, n, "cpu") is not None
+        and fast_attention._starts(may(window=6), 1, n, "cpu") is None
+    )
+    assert (
+        fast_attention._starts(may(forward=3), 1, n, "cpu") is None
+        and fast_attention._starts(may(forward=7), 1, n, "cpu") is None
+    )
 
 
 def test_dropout_and_models_that_treat_masks_otherwise_are_pytorchs_own(monkeypatch):
@@ -133,6 +154,10 @@ def test_dropout_and_models_that_treat_masks_otherwise_are_pytorchs_own(monkeypa
     monkeypatch.undo()
     odd = small()
     real = fast_attention._starts
-    monkeypatch.setattr(fast_attention, "_starts", lambda *given: None if (s := real(*given)) is None else (s - 9).clamp_min(0))
+    monkeypatch.setattr(
+        fast_attention,
+        "_starts",
+        lambda *given: None if (s := real(*given)) is None else (s - 9).clamp_min(0),
+    )
     assert not fast_attention.use_faster(odd, packed(LONG)["input_ids"], compiled=False)
     assert odd.config._attn_implementation == "sdpa"

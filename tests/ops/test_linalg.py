@@ -48,7 +48,9 @@ def test_the_same_draw_gives_the_same_factors():
 
 
 @pytest.mark.parametrize(("out", "in_"), [(96, 80), (80, 96), (20, 12)])  # the last one is decomposed exactly
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 1e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 1e-4)]
+)
 def test_a_stack_has_the_factors_of_one_at_a_time(out, in_, dtype, tolerance):
     Ws = [spectrum_matrix(out, in_, np.arange(1, 100) ** -0.5, seed).to(dtype) for seed in range(3)]
     names = ["a", "b", "c"]
@@ -58,13 +60,17 @@ def test_a_stack_has_the_factors_of_one_at_a_time(out, in_, dtype, tolerance):
         assert float(((U * S) @ Vh - (u * s) @ v).norm() / s.norm()) <= tolerance
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)]
+)
 @pytest.mark.parametrize("r", [1, 5, 12])
 def test_what_is_left_without_a_product_is_told_without_the_difference(r, dtype, tolerance):
     W = torch.randn(30, 20, dtype=torch.float64).to(dtype)
     B, A = torch.randn(30, r, dtype=torch.float64), torch.randn(r, 20, dtype=torch.float64) / r
     B, A = (t.to(torch.promote_types(dtype, torch.float32)) for t in (B, A))
-    expected = np.linalg.norm(W.double().numpy() - (B.double() @ A.double()).numpy()) / np.linalg.norm(W.double().numpy())
+    expected = np.linalg.norm(W.double().numpy() - (B.double() @ A.double()).numpy()) / np.linalg.norm(
+        W.double().numpy()
+    )
     assert norm_without(W, B, A) == pytest.approx(expected, rel=tolerance)
     assert norm_without(torch.zeros(30, 20), B.float(), A.float()) == 0
 
@@ -83,10 +89,14 @@ def test_products_without_forming_them(out, in_, r, seed):
     B, A, W = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((out, r), (r, in_), (out, in_)))
     D = (B @ A).numpy()
     k = min(out, in_, r)
-    np.testing.assert_allclose(product_spectrum(B, A)[:k], np.linalg.svd(D, compute_uv=False)[:k], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        product_spectrum(B, A)[:k], np.linalg.svd(D, compute_uv=False)[:k], rtol=1e-9, atol=1e-12
+    )
     np.testing.assert_allclose(product_norm(B, A), np.linalg.norm(D), rtol=1e-9)
     expected = np.linalg.norm(W.numpy() + D, axis=1)
-    np.testing.assert_allclose(row_norms_of_sum(W, row_norms(W).square(), A, B), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        row_norms_of_sum(W, row_norms(W).square(), A, B), expected, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_row_norms_of_sum_makes_nothing_of_the_size_of_W():

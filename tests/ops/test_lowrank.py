@@ -28,7 +28,10 @@ def plain(y, x, A, B):
 def values(dtype=torch.float64):
     draw = torch.Generator().manual_seed(0)
     shapes = dict(y=(2, 5, 6), x=(2, 5, 7), A=(3, 7), B=(6, 3))
-    return {n: torch.randn(*s, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() for n, s in shapes.items()}
+    return {
+        n: torch.randn(*s, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+        for n, s in shapes.items()
+    }
 
 
 @pytest.mark.parametrize("writable", [False, True])
@@ -85,7 +88,9 @@ def test_only_the_input_and_the_narrow_product_are_kept():
     x = torch.randn(100, 64, requires_grad=True)
     bytes_, _ = saved_bytes(lambda: layer(x))
     factors = 4 * 2 * (64 + 64) * 2
-    assert bytes_ <= 4 * (100 * 64 + 64 * 64 + 64) + 4 * 100 * 2 + factors  # x and W, h, and A and B with and without the scale
+    assert (
+        bytes_ <= 4 * (100 * 64 + 64 * 64 + 64) + 4 * 100 * 2 + factors
+    )  # x and W, h, and A and B with and without the scale
 
 
 def test_the_layers_output_is_written_in_place_where_it_may_be():
@@ -121,11 +126,15 @@ class Keeps(nn.Linear):
         return self.kept
 
 
-@pytest.mark.parametrize("case", ["subclass that saves its output", "earlier hook", "view", "Conv1D", "replaced forward"])
+@pytest.mark.parametrize(
+    "case", ["subclass that saves its output", "earlier hook", "view", "Conv1D", "replaced forward"]
+)
 def test_what_others_read_is_not_written(case):
     torch.manual_seed(0)
     seen = []
-    layer = {"subclass that saves its output": Keeps, "Conv1D": lambda i, o: Conv1D(o, i)}.get(case, nn.Linear)(6, 6)
+    layer = {"subclass that saves its output": Keeps, "Conv1D": lambda i, o: Conv1D(o, i)}.get(
+        case, nn.Linear
+    )(6, 6)
     if case == "earlier hook":
         layer.register_forward_hook(lambda m, args, y: seen.append(y))
     if case == "replaced forward":
@@ -146,7 +155,11 @@ def test_what_others_read_is_not_written(case):
 
 def merged_gradients(model, batch):
     """Loss, and gradients of every A and B, from a model with the dense W + s B A in place of each weight."""
-    leaves = {f"{s.name}.{n}": p.detach().clone().requires_grad_() for s, d in changes(model, "default") for n, p in d.named_parameters()}
+    leaves = {
+        f"{s.name}.{n}": p.detach().clone().requires_grad_()
+        for s, d in changes(model, "default")
+        for n, p in d.named_parameters()
+    }
     weights = {
         f"{s.name}.weight": s.weight().detach() + d.scaling * leaves[f"{s.name}.B"] @ leaves[f"{s.name}.A"]
         for s, d in changes(model, "default")
@@ -177,7 +190,9 @@ def test_loss_and_every_gradient_equal_the_dense_sum(checkpointing):
 def test_a_second_derivative_is_refused_clearly():
     v = values()
     y = expand(v["y"] * 1, project(v["x"], [v["A"]])[0], v["B"])
-    with pytest.raises(RuntimeError, match=r"derivatives of second order \(create_graph=True\) are not supported"):
+    with pytest.raises(
+        RuntimeError, match=r"derivatives of second order \(create_graph=True\) are not supported"
+    ):
         torch.autograd.grad(y.square().sum(), v["A"], create_graph=True)
     (h,) = project(v["x"], [v["A"]])
     with pytest.raises(RuntimeError, match="second order"):

@@ -25,7 +25,9 @@ CHOICES = ["sylvester", "zero", "symmetric"]
 def drawn(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """A (r, n), B (m, r), G (m, n)."""
     draw = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((R, N), (M, R), (M, N)))
+    return tuple(
+        torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((R, N), (M, R), (M, N))
+    )
 
 
 A, B, G = drawn()
@@ -76,7 +78,9 @@ def test_3_the_norm_of_the_projection_is_free_and_the_descent():
 
 def test_4_sylvesters_x_is_the_papers():
     dA, dB = exact()
-    for found, expected in zip((dA, dB), oracle.paper(GA.numpy(), GB.numpy(), A.numpy(), B.numpy(), S), strict=True):
+    for found, expected in zip(
+        (dA, dB), oracle.paper(GA.numpy(), GB.numpy(), A.numpy(), B.numpy(), S), strict=True
+    ):
         close(found, torch.from_numpy(expected), 1e-11)
     at = point(A, B, S)
     C = -at.inverses.of_b @ GA @ A.T / S**2
@@ -87,7 +91,9 @@ def test_4_sylvesters_x_is_the_papers():
     noisy = GB + torch.randn_like(GB)  # of no G that GA is of, as after roundings
     other = adjust(at, GA, noisy, "sylvester")
     close(other[0], dA, 1e-13)  # gB has no part in X
-    close(other[1], torch.from_numpy(oracle.paper(GA.numpy(), noisy.numpy(), A.numpy(), B.numpy(), S)[1]), 1e-11)
+    close(
+        other[1], torch.from_numpy(oracle.paper(GA.numpy(), noisy.numpy(), A.numpy(), B.numpy(), S)[1]), 1e-11
+    )
     close(B.T @ GB, GA @ A.T, 1e-13)
 
 
@@ -96,7 +102,9 @@ def test_5_the_symmetric_x_gives_each_factor_half_of_what_both_could_do():
     close(PB @ (B @ dA) @ PA, PB @ (dB @ A) @ PA, 1e-11)
     at = point(A, B, S)
     zero = exact("zero")
-    X = -(at.inverses.of_b @ GA @ A.T / S**2) @ (A @ A.T) / 2  # the authors' older code has A A' for its inverse
+    X = (
+        -(at.inverses.of_b @ GA @ A.T / S**2) @ (A @ A.T) / 2
+    )  # the authors' older code has A A' for its inverse
     dA, dB = zero[0] + X @ A, zero[1] - B @ X
     close(product(dA, dB), NEAREST, 1e-11)
     assert (PB @ (B @ dA - dB @ A) @ PA).norm() > 0.5 * (PB @ (B @ dA) @ PA).norm()
@@ -142,7 +150,9 @@ def test_9_the_first_two_steps_of_every_form_are_bounded_by_the_rate(form):
     start = (2 * torch.rand(R, N, generator=draw, dtype=torch.float64) - 1) / math.sqrt(N)
     signs = iter([torch.randn(M, N, generator=draw, dtype=torch.float64).sign() for _ in range(8)])
     for rate in (1e-2, 1e-3, 1e-4, 1e-5):
-        (found, moved), *_ = step([(start, torch.zeros_like(B))], lambda W: next(signs), [rate, rate], form=form)
+        (found, moved), *_ = step(
+            [(start, torch.zeros_like(B))], lambda W: next(signs), [rate, rate], form=form
+        )
         assert (found - start).norm() < 60 * rate * start.norm()
         assert (moved @ found).norm() < 4 * rate * math.sqrt(M * N)
 
@@ -195,10 +205,15 @@ def test_13_state_sizes_of_a_llama_2_7b():
         full, factored, adamw = (size(parts, **o) for o in ({"form": "full"}, {"form": "factored"}, {}))
         assert full == pytest.approx(48.25, abs=0.01)
         # AdamW keeps two numbers for each, the factored form one, and sums of rows and columns
-        assert adamw == pytest.approx(factors, abs=0.006) and factored == pytest.approx(factors / 2 * (r + 1) / r, rel=0.03)
+        assert adamw == pytest.approx(factors, abs=0.006) and factored == pytest.approx(
+            factors / 2 * (r + 1) / r, rel=0.03
+        )
     parts = parts[:2]
     told = optim.make("lorapro", form="full").announcement(optim.Trained(parts))
-    assert told == "LoRA-Pro's full form keeps two matrices of every layer's size: 128.0 MiB; form factored keeps 4.2 MiB"
+    assert (
+        told
+        == "LoRA-Pro's full form keeps two matrices of every layer's size: 128.0 MiB; form factored keeps 4.2 MiB"
+    )
     assert optim.make("lorapro").announcement(optim.Trained(parts)) is None
 
 
@@ -264,7 +279,11 @@ def test_factors_of_a_smaller_rank_have_a_pseudo_inverse():
     narrow = B.clone()
     narrow[:, 3:] = narrow[:, :2]
     dA, dB = adjust(point(A, narrow, S), S * narrow.T @ G, GB, "zero")
-    close(S * (narrow @ dA + dB @ A), torch.from_numpy(oracle.projection(G.numpy(), A.numpy(), narrow.numpy())), 1e-9)
+    close(
+        S * (narrow @ dA + dB @ A),
+        torch.from_numpy(oracle.projection(G.numpy(), A.numpy(), narrow.numpy())),
+        1e-9,
+    )
     assert np.linalg.matrix_rank(gram(narrow.T @ narrow).power(-1).numpy()) == 3
 
 

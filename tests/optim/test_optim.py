@@ -86,7 +86,10 @@ def test_nothing_to_train_is_refused():
     model = veneer.attach(models.llama(), Nothing)
     with pytest.raises(ConfigError) as e:
         groups.of_adapter(model, "default")
-    assert str(e.value) == "nothing would be trained: no parameter takes a gradient; choose a method with parameters, or other layers"
+    assert (
+        str(e.value)
+        == "nothing would be trained: no parameter takes a gradient; choose a method with parameters, or other layers"
+    )
     frozen = models.llama().requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing would be trained"):
         groups.of_base(frozen)
@@ -106,14 +109,23 @@ def test_options_are_the_optimisers_own():
 
 def test_options_have_types_and_not_the_names_of_types():
     """Flags and checks of files are made from them."""
-    assert {n: (p.annotation, p.default) for n, p in optim.options_of("loraplus").items()} == {"ratio": (float, 16.0)}
-    assert {n: p.annotation for n, p in optim.options_of("galore").items()} == {"rank": int, "period": int, "scale": float, "adam": bool}
+    assert {n: (p.annotation, p.default) for n, p in optim.options_of("loraplus").items()} == {
+        "ratio": (float, 16.0)
+    }
+    assert {n: p.annotation for n, p in optim.options_of("galore").items()} == {
+        "rank": int,
+        "period": int,
+        "scale": float,
+        "adam": bool,
+    }
 
 
 def test_the_built_in_models_rates_are_those_that_were_measured():
     rows = json.loads((BENCH / "optimiser_rates.json").read_text())["rows"]
     swept = {row["optimiser"]: [r for r in rows if r["optimiser"] == row["optimiser"]] for row in rows}
-    assert {"adamw", "scaled", "balanced", "lora-muon", "lorapro", "lorapro-full", "lorapro-sgd"} == set(swept)
+    assert {"adamw", "scaled", "balanced", "lora-muon", "lorapro", "lorapro-full", "lorapro-sgd"} == set(
+        swept
+    )
     for name in swept.keys() - {"lorapro-full"}:  # which has the factored form's
         best = min(swept[name], key=lambda row: row["valid"])
         assert rates.default("lora", name, True) == best["rate"] and best["valid"] < best["before"]
@@ -138,7 +150,10 @@ def adamw_by_hand(p: Tensor, gradients: list[Tensor], rates: list[float], kept: 
 def test_steps_are_adamws_with_the_decay_shared_by_the_factors():
     draw = torch.Generator().manual_seed(0)
     shapes = {"A": (2, 5), "B": (4, 2), "matrix": (3, 3), "vector": (4,)}
-    found = [groups.Part(role, nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64)), role) for role, s in shapes.items()]
+    found = [
+        groups.Part(role, nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64)), role)
+        for role, s in shapes.items()
+    ]
     start = {p.role: p.parameter.detach().clone() for p in found}
     optimiser = loraplus(found, betas=(0.8, 0.95))
     steps = [RATE, RATE / 2, RATE / 7]
@@ -152,7 +167,9 @@ def test_steps_are_adamws_with_the_decay_shared_by_the_factors():
     share = {"A": 0.5, "B": 0.5, "matrix": 1.0, "vector": 0.0}
     for p in found:
         own = [r * (RATIO if p.role == "B" else 1) for r in steps]
-        expected = adamw_by_hand(start[p.role], gradients[p.role], own, [(1 - r * DECAY) ** share[p.role] for r in steps])
+        expected = adamw_by_hand(
+            start[p.role], gradients[p.role], own, [(1 - r * DECAY) ** share[p.role] for r in steps]
+        )
         torch.testing.assert_close(p.parameter.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -171,7 +188,11 @@ def test_without_a_gradient_the_product_decays_as_a_whole_matrix_would(ratio):
 def test_what_changes_an_embedding_decays_by_the_rate_that_it_has():
     A, B, table = (nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in ((2, 5), (4, 2), (5, 4)))
     product, before = (B @ A).detach(), table.detach().clone()
-    found = [groups.Part("A", A, "A", True), groups.Part("B", B, "B", True), groups.Part("table", table, "matrix", True)]
+    found = [
+        groups.Part("A", A, "A", True),
+        groups.Part("B", B, "B", True),
+        groups.Part("table", table, "matrix", True),
+    ]
     optimiser = loraplus(found, embedding=0.1)
     for p in (A, B, table):
         p.grad = torch.zeros_like(p)
@@ -204,9 +225,16 @@ def test_schedules_by_hand(shape, expected):
 
 
 def test_adapters_start_from_about_ten_times_the_rate_of_full_fine_tuning():
-    for builtin, times in ((True, 25 / 3), (False, 10)):  # what the sweep found for the built-in model; the habit
+    for builtin, times in (
+        (True, 25 / 3),
+        (False, 10),
+    ):  # what the sweep found for the built-in model; the habit
         full = rates.default("full", "adamw", builtin)
-        assert rates.default("lora", "adamw", builtin) == rates.default("dora", "adamw", builtin) == pytest.approx(times * full)
+        assert (
+            rates.default("lora", "adamw", builtin)
+            == rates.default("dora", "adamw", builtin)
+            == pytest.approx(times * full)
+        )
         assert full < rates.default("lora", "loraplus", builtin) < 10 * full
 
 
@@ -219,5 +247,7 @@ def test_methods_of_other_numbers_have_the_rates_that_a_sweep_chose():
     for method, row in best.items():
         assert rates.default(method, "adamw", True) == pytest.approx(row["rate"])
         assert row["after"] < row["before"] - 0.02  # it has learned something
-    with pytest.raises(ConfigError, match=r"no rate is known for method 'vera' and optimiser 'adamw' on this model; give lr"):
+    with pytest.raises(
+        ConfigError, match=r"no rate is known for method 'vera' and optimiser 'adamw' on this model; give lr"
+    ):
         rates.default("vera", "adamw", False)

@@ -55,9 +55,13 @@ def rule(name: str, damped: bool = True) -> optim.Optimiser:
     return optim.make(RULES[name].name, **options)
 
 
-def learner(name: str, method: str = "lora", dtype: torch.dtype = torch.float32, decay: float = 0.1, **options: Any) -> Learner:
+def learner(
+    name: str, method: str = "lora", dtype: torch.dtype = torch.float32, decay: float = 0.1, **options: Any
+) -> Learner:
     """A tiny Llama with adapters, and the optimiser with its own damping."""
-    model = veneer.attach(models.llama().to(dtype), method, **{"rank": 2, "to": ["q_proj", "down_proj"], **options})
+    model = veneer.attach(
+        models.llama().to(dtype), method, **{"rank": 2, "to": ["q_proj", "down_proj"], **options}
+    )
     parts = groups.of_adapter(model, "default")
     return Learner(model, parts, rule(name).build(optim.Trained(parts)), causal_lm.loss, 0, 1.0, decay)
 
@@ -65,7 +69,10 @@ def learner(name: str, method: str = "lora", dtype: torch.dtype = torch.float32,
 def windows(n: int, length: int = 12) -> list[pack.Window]:
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(models.VOCABULARY, (length,), generator=draw) for _ in range(n)]
-    return [tuple(pack.segments(Tokens(ids, torch.ones(length, dtype=torch.bool), torch.ones(length)), length)) for ids in rows]
+    return [
+        tuple(pack.segments(Tokens(ids, torch.ones(length, dtype=torch.bool), torch.ones(length)), length))
+        for ids in rows
+    ]
 
 
 def trained(made: Learner) -> list[Tensor]:
@@ -73,25 +80,46 @@ def trained(made: Learner) -> list[Tensor]:
 
 
 def test_every_optimiser_is_tested_here():
-    assert {r.name for r in RULES.values()} == set(optim.available()) - {"galore"}  # steps weights, not factors: test_scratch.py
+    assert {r.name for r in RULES.values()} == set(optim.available()) - {
+        "galore"
+    }  # steps weights, not factors: test_scratch.py
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
 
 
 def test_pairs_are_found_by_role_with_the_scaling_of_their_module():
-    model = veneer.attach(models.llama(), "dora", rank=4, alpha=6.0, rank_pattern={"q_proj": 2}, stabilised=True, to=["q_proj", "k_proj"])
+    model = veneer.attach(
+        models.llama(),
+        "dora",
+        rank=4,
+        alpha=6.0,
+        rank_pattern={"q_proj": 2},
+        stabilised=True,
+        to=["q_proj", "k_proj"],
+    )
     found, others = pairs.of(groups.of_adapter(model, "default"))
-    assert {p.where for p in found} == {f"model.layers.{i}.self_attn.{k}_proj.lora" for i in (0, 1) for k in "qk"}
+    assert {p.where for p in found} == {
+        f"model.layers.{i}.self_attn.{k}_proj.lora" for i in (0, 1) for k in "qk"
+    }
     for p, (_, delta) in zip(found, changes(model, "default"), strict=True):
-        assert p.A is delta.lora.A and p.B is delta.lora.B and p.scaling == delta.lora.scaling == 6.0 / math.sqrt(p.shape[2])
+        assert (
+            p.A is delta.lora.A
+            and p.B is delta.lora.B
+            and p.scaling == delta.lora.scaling == 6.0 / math.sqrt(p.shape[2])
+        )
     assert {p.role for p in others} == {"magnitude"} and len(others) == 4
-    assert [[p.shape for p in bucket] for bucket in pairs.by_shape(found)] == [[(32, 32, 2)] * 2, [(16, 32, 4)] * 2]
+    assert [[p.shape for p in bucket] for bucket in pairs.by_shape(found)] == [
+        [(32, 32, 2)] * 2,
+        [(16, 32, 4)] * 2,
+    ]
 
 
 def test_the_order_of_what_is_trained_does_not_matter():
     parts = groups.of_adapter(veneer.attach(models.llama(), rank=2), "default")
-    assert {(p.where, id(p.A), id(p.B)) for p in pairs.of(parts)[0]} == {(p.where, id(p.A), id(p.B)) for p in pairs.of(parts[::-1])[0]}
+    assert {(p.where, id(p.A), id(p.B)) for p in pairs.of(parts)[0]} == {
+        (p.where, id(p.A), id(p.B)) for p in pairs.of(parts[::-1])[0]
+    }
 
 
 class OneSided(Delta):
@@ -113,7 +141,10 @@ def test_what_has_no_pairs_is_refused_by_name(name):
     with pytest.raises(ConfigError) as e:
         rule(name).build(optim.Trained(parts))
     where = "model.layers.0.self_attn.q_proj.B, model.layers.1.self_attn.q_proj.B"
-    assert str(e.value) == f"this optimiser works on pairs A (r, in), B (out, r), and at {where} is none; use optimiser 'adamw'"
+    assert (
+        str(e.value)
+        == f"this optimiser works on pairs A (r, in), B (out, r), and at {where} is none; use optimiser 'adamw'"
+    )
     with pytest.raises(ConfigError, match="and none is trained; use optimiser 'adamw'"):
         rule(name).build(optim.Trained(groups.of_base(models.llama())))
 
@@ -147,7 +178,10 @@ def test_it_lowers_the_loss_on_any_method_with_factors(name, method):
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_embeddings_and_convolutions_are_pairs_too(name):
-    for model, to in ((models.llama(), ["embed_tokens", "q_proj"]), (models.conv_net(), ["first", "second", "line", "head"])):
+    for model, to in (
+        (models.llama(), ["embed_tokens", "q_proj"]),
+        (models.conv_net(), ["first", "second", "line", "head"]),
+    ):
         parts = groups.of_adapter(veneer.attach(model, rank=2, to=to), "default")
         optimiser = rule(name).build(optim.Trained(parts, embedding=0.5))
         before = models.output(model)
@@ -197,7 +231,9 @@ def test_state_is_as_large_as_it_says_and_in_float32_on_a_bf16_base(name):
     made.step([windows(2)], 1e-3)
     held = [t for s in made.optimiser.state.values() for t in s.values()]
     assert {t.dtype for t in held} <= {torch.float32}
-    assert sum(t.numel() * t.element_size() for t in held) == rule(name).state_bytes(optim.Trained(made.parts))
+    assert sum(t.numel() * t.element_size() for t in held) == rule(name).state_bytes(
+        optim.Trained(made.parts)
+    )
 
 
 def test_second_moments_decay_where_gradients_are_bf16():
@@ -233,7 +269,9 @@ def test_the_product_decays_as_a_whole(name):
 M, N, R, S = 24, 18, 3, 1.5
 
 
-def alone(name: str, A: Tensor, B: Tensor, gradients: list[Callable[[Tensor], Tensor]], rate: float, damped: bool) -> tuple[Tensor, Tensor]:
+def alone(
+    name: str, A: Tensor, B: Tensor, gradients: list[Callable[[Tensor], Tensor]], rate: float, damped: bool
+) -> tuple[Tensor, Tensor]:
     """A and B after a step for each gradient, a function of s B A."""
     owner = LoRA.__new__(LoRA)
     nn.Module.__init__(owner)
@@ -288,7 +326,9 @@ def test_undamped_muon_moves_the_product_equally_far_by_both_factors():
     t = 1e-3 * math.sqrt(max(M, N)) / S
     for change in (B @ (a - A), (b - B) @ A):
         values = torch.linalg.svdvals(change)
-        torch.testing.assert_close(values[:R], torch.full((R,), t / 2, dtype=torch.float64), rtol=1e-8, atol=0)
+        torch.testing.assert_close(
+            values[:R], torch.full((R,), t / 2, dtype=torch.float64), rtol=1e-8, atol=0
+        )
 
 
 def test_damped_muon_adds_a_share_of_both_grams_to_each():
@@ -332,8 +372,12 @@ def test_scaled_adamw_is_adamw_on_scaled_gradients():
     A, B, G = numbers((R, N), (M, R), (M, N))
     a, b = alone("scaled", A, B, [lambda W: G], 1e-3, damped=True)
     shift = 0.05 * (torch.trace(A @ A.T) + torch.trace(B.T @ B)) / R * torch.eye(R, dtype=torch.float64)
-    torch.testing.assert_close(A - a, 1e-3 * torch.linalg.solve(B.T @ B + shift, S * B.T @ G).sign(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(B - b, 1e-3 * (S * G @ A.T @ torch.linalg.inv(A @ A.T + shift)).sign(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        A - a, 1e-3 * torch.linalg.solve(B.T @ B + shift, S * B.T @ G).sign(), rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        B - b, 1e-3 * (S * G @ A.T @ torch.linalg.inv(A @ A.T + shift)).sign(), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -343,19 +387,30 @@ def test_the_first_two_steps_from_b_zero_are_bounded_by_the_rate(name):
     signs = [g.sign() for g in numbers((M, N), (M, N), seed=1)]
     reached = []
     for rate in (1e-3, 1e-4, 1e-5):
-        a, b = alone(name, A, torch.zeros(M, R, dtype=torch.float64), [lambda W: signs[0], lambda W: signs[1]], rate, damped=True)
+        a, b = alone(
+            name,
+            A,
+            torch.zeros(M, R, dtype=torch.float64),
+            [lambda W: signs[0], lambda W: signs[1]],
+            rate,
+            damped=True,
+        )
         reached.append((float((a - A).norm() / A.norm() / rate), float((S * b @ a).norm() / rate)))
     assert all(x < 200 and y < 1500 for x, y in reached)
     assert reached[2][0] < 3 * reached[0][0] and reached[2][1] < 3 * reached[0][1]
 
 
 def test_embeddings_have_a_rate_of_their_own():
-    parts = groups.of_adapter(veneer.attach(models.llama(), "dora", rank=2, to=["embed_tokens", "q_proj"]), "default")
+    parts = groups.of_adapter(
+        veneer.attach(models.llama(), "dora", rank=2, to=["embed_tokens", "q_proj"]), "default"
+    )
     for name in PAIRED:
         optimiser = rule(name).build(optim.Trained(parts, embedding=0.25))
         groups.set_rates(optimiser, 2e-3, 0.0)
         rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
-        assert {p.name: rates[id(p.parameter)] for p in parts} == {p.name: 5e-4 if "embed" in p.name else 2e-3 for p in parts}
+        assert {p.name: rates[id(p.parameter)] for p in parts} == {
+            p.name: 5e-4 if "embed" in p.name else 2e-3 for p in parts
+        }
 
 
 def test_lorapro_clips_by_the_norm_of_the_projected_gradient():
@@ -371,6 +426,8 @@ def test_lorapro_clips_by_the_norm_of_the_projected_gradient():
         square += float(G.square().sum())
     parameters = [p.parameter for p in made.parts]
     made.optimiser.damping = 0.0
-    norms = [float(made.optimiser.clip(parameters, most)) for most in (math.inf, 0.1 * math.sqrt(square), math.inf)]
+    norms = [
+        float(made.optimiser.clip(parameters, most)) for most in (math.inf, 0.1 * math.sqrt(square), math.inf)
+    ]
     assert norms == pytest.approx([math.sqrt(square), math.sqrt(square), 0.1 * math.sqrt(square)], rel=1e-4)
     assert made.step([windows(2)], 0.0).norm == pytest.approx(math.sqrt(square), rel=1e-9)

@@ -13,7 +13,11 @@ CURVES = {
     "silu": lambda z: z / (1 + torch.exp(-z)),
 }
 # Behind which parts of a layer the adapters of a placement stand.
-PARTS = {"houlsby": ("attention", "feed-forward"), "pfeiffer": ("feed-forward",), "parallel": ("feed-forward",)}
+PARTS = {
+    "houlsby": ("attention", "feed-forward"),
+    "pfeiffer": ("feed-forward",),
+    "parallel": ("feed-forward",),
+}
 
 
 def changed(t, placement, curve, x, h):

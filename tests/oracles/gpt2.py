@@ -25,9 +25,13 @@ def logits(t, ids, change=unchanged, front=None):
         lead = f"transformer.h.{i}"
         x = norm(h, t, f"{lead}.ln_1")
         q, k, v = linear(x, t, f"{lead}.attn.c_attn").chunk(3, -1)
-        h = h + change("attention", i, x, linear(attention(q, k, v, front and front[i]), t, f"{lead}.attn.c_proj"))
+        h = h + change(
+            "attention", i, x, linear(attention(q, k, v, front and front[i]), t, f"{lead}.attn.c_proj")
+        )
         x = norm(h, t, f"{lead}.ln_2")
-        h = h + change("feed-forward", i, x, linear(gelu(linear(x, t, f"{lead}.mlp.c_fc")), t, f"{lead}.mlp.c_proj"))
+        h = h + change(
+            "feed-forward", i, x, linear(gelu(linear(x, t, f"{lead}.mlp.c_fc")), t, f"{lead}.mlp.c_proj")
+        )
     return norm(h, t, "transformer.ln_f") @ t["lm_head.weight"].T
 
 
@@ -41,7 +45,10 @@ def attention(q, k, v, front):
 
 def norm(x, t, name):
     centred = x - x.mean(-1, keepdim=True)
-    return t[f"{name}.weight"] * centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() + t[f"{name}.bias"]
+    return (
+        t[f"{name}.weight"] * centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        + t[f"{name}.bias"]
+    )
 
 
 def linear(x, t, name):

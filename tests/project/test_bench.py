@@ -45,7 +45,11 @@ def check() -> ModuleType:
 
 
 def figures() -> dict[str, float]:
-    return {name: value for path in RECORDED for name, value in json.loads(path.read_text(encoding="utf-8"))["figures"].items()}
+    return {
+        name: value
+        for path in RECORDED
+        for name, value in json.loads(path.read_text(encoding="utf-8"))["figures"].items()
+    }
 
 
 def test_every_bench_has_a_record():
@@ -60,7 +64,12 @@ def test_a_record_is_the_line_of_its_bench(path: Path):
 
 
 def test_the_readmes_tables_have_the_recorded_figures():
-    recorded, rows = figures(), re.findall(r"^\| `(\w+)`[^|]*\| (-?\d+\.?(\d*))", (BENCH / "README.md").read_text(encoding="utf-8"), re.M)
+    recorded, rows = (
+        figures(),
+        re.findall(
+            r"^\| `(\w+)`[^|]*\| (-?\d+\.?(\d*))", (BENCH / "README.md").read_text(encoding="utf-8"), re.M
+        ),
+    )
     shown = {name: (float(value), len(digits)) for name, value, digits in rows if name in recorded}
     assert len(shown) > 30
     for name, (value, digits) in shown.items():

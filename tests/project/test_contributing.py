@@ -23,7 +23,10 @@ NAMES = re.findall(r'^ +"([\w ]+)": Method', BLOCKS[ROWS], re.MULTILINE)
 PROPERTIES = {
     name: f
     for name, f in vars(test_methods).items()
-    if any(mark.name == "parametrize" and mark.args[1] is test_methods.CELLS for mark in getattr(f, "pytestmark", ()))
+    if any(
+        mark.name == "parametrize" and mark.args[1] is test_methods.CELLS
+        for mark in getattr(f, "pytestmark", ())
+    )
 }
 
 
@@ -37,7 +40,10 @@ def added(tmp_path_factory):
             (folder / Path(block).name).write_text(BLOCKS[block], encoding="utf-8")
             patch.setattr(package, "__path__", [*package.__path__, str(folder)])
         importlib.invalidate_caches()
-        rows = eval(f"{{{BLOCKS[ROWS]}}}", {"Method": table.Method, "rescale": importlib.import_module("oracles.rescale")})
+        rows = eval(
+            f"{{{BLOCKS[ROWS]}}}",
+            {"Method": table.Method, "rescale": importlib.import_module("oracles.rescale")},
+        )
         for name, row in rows.items():
             patch.setitem(table.METHODS, name, row)
         yield

@@ -93,7 +93,9 @@ def test_every_command_of_the_quickstart_prints_what_it_shows(tmp_path, monkeypa
     for name, content in re.findall(r"in `(\S+)`:\n\n```json\n(.*?)```", QUICKSTART, re.DOTALL):
         (tmp_path / name).write_text(content, encoding="utf-8")
     every = commands(QUICKSTART)
-    assert [line.split()[1] for line, _ in every] == "data plan fit generate eval inspect verify merge export convert".split()
+    assert [
+        line.split()[1] for line, _ in every
+    ] == "data plan fit generate eval inspect verify merge export convert".split()
     for line, shown in every:
         program, *words = shlex.split(line)
         assert program == "veneer" and shown
@@ -104,7 +106,9 @@ def test_every_command_of_the_quickstart_prints_what_it_shows(tmp_path, monkeypa
         assert missing(shown, f"{err}\n{out}") is None, f"{line}\n{err}\n{out}"
     for block in re.findall(r"^```python\n(.*?)^```", QUICKSTART, re.DOTALL | re.MULTILINE):
         exec(block, {})
-    assert (tmp_path / "runs" / "prose" / "report.html").is_file() and (tmp_path / "runs" / "chats" / "results.json").is_file()
+    assert (tmp_path / "runs" / "prose" / "report.html").is_file() and (
+        tmp_path / "runs" / "chats" / "results.json"
+    ).is_file()
 
 
 def test_the_comparison_of_outputs_can_fail():
@@ -134,7 +138,10 @@ def test_the_entries_have_the_same_headings():
         for name in names:
             assert label.findall(described.of_module(get(name)).rest) == wanted, name
     for name in inits.available():
-        assert label.findall(described.of_module(inits.get(name).start).rest) in ([], ["State", "Cost", "Use", "Against"]), name
+        assert label.findall(described.of_module(inits.get(name).start).rest) in (
+            [],
+            ["State", "Cost", "Use", "Against"],
+        ), name
 
 
 def test_a_new_method_is_there_as_soon_as_its_file_is(tools, tmp_path, monkeypatch):
@@ -150,13 +157,22 @@ def test_a_new_method_is_there_as_soon_as_its_file_is(tools, tmp_path, monkeypat
     text = (tmp_path / "pages" / "methods.md").read_text(encoding="utf-8")
     section = text.split("### nil\n")[1].split("\n### ")[0]
     assert "Nil: W' = W \\* 1, for nothing. Nobody 2026 ([paper](https://example.org/nil))." in section
-    assert "- **Use**: never." in section and "| `--depth` | how deep (default: 3) |" in section and "Veneer's own file" in section
+    assert (
+        "- **Use**: never." in section
+        and "| `--depth` | how deep (default: 3) |" in section
+        and "Veneer's own file" in section
+    )
 
 
 def test_the_page_of_commands_has_every_verb_and_flag(written):
     for name in VERBS:
         section = written["cli.md"].split(f"\n## veneer {name}\n")[1].split("\n## ")[0]
-        flags = [o for p in command(name).params if p.name not in ("help", "debug") and p.param_type_name == "option" for o in p.opts]
+        flags = [
+            o
+            for p in command(name).params
+            if p.name not in ("help", "debug") and p.param_type_name == "option"
+            for o in p.opts
+        ]
         assert [o for o in flags if f"`{o}`" not in section] == []
 
 
@@ -164,7 +180,9 @@ def test_the_page_of_python_has_every_name_and_setting(written):
     import veneer
 
     text = written["api.md"]
-    assert [n for n in veneer.__all__ if n != "Run" and f"### veneer.{n}\n" not in text and f".{n}\n" not in text] == []
+    assert [
+        n for n in veneer.__all__ if n != "Run" and f"### veneer.{n}\n" not in text and f".{n}\n" not in text
+    ] == []
     assert [s for s in settings.table(Run) if f"| `{s}` |" not in text] == []
 
 
@@ -178,7 +196,10 @@ def test_pages_that_did_not_change_are_not_written_again(tools, tmp_path):
 def test_docstrings_become_markdown_that_says_the_same(tools):
     prose = tools["markdown"].prose
     assert prose("a * b_c, `x*y` and https://a.org/b.") == "a \\* b\\_c, `x*y` and <https://a.org/b>."
-    assert prose("Rank r.\n\nrank: how\n  many\nto: where", ["rank", "to"]) == "Rank r.\n\n- `rank`: how many\n- `to`: where"
+    assert (
+        prose("Rank r.\n\nrank: how\n  many\nto: where", ["rank", "to"])
+        == "Rank r.\n\n- `rank`: how many\n- `to`: where"
+    )
     assert prose("It does:\n\n    a  b\n    c").endswith("```text\n    a  b\n    c\n```")
     assert prose("Cost: 1\nUse: 2") == "- **Cost**: 1\n- **Use**: 2"
     assert (
@@ -224,7 +245,9 @@ def run(tmp_path_factory) -> Path:
 def table(section: str) -> set[str]:
     """What stands in code in the first column of the tables of a section of format.md."""
     part = re.split(rf"^#+ {re.escape(section)}$", FORMAT, flags=re.MULTILINE)[1]
-    rows = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+)", re.split(r"^#", part, flags=re.MULTILINE)[0], re.MULTILINE)
+    rows = re.findall(
+        r"^\| ((?:`[^`]+`(?:, )?)+)", re.split(r"^#", part, flags=re.MULTILINE)[0], re.MULTILINE
+    )
     return {word for row in rows for word in re.findall(r"`([^`]+)`", row)}
 
 
@@ -279,25 +302,37 @@ def test_every_check_on_loading_is_on_the_page_of_files():
 def test_names_of_the_package_that_pages_call_exist():
     import veneer
 
-    called = {name for page in WRITTEN for name in re.findall(r"\bveneer\.([a-z_]+)\(", page.read_text(encoding="utf-8"))}
+    called = {
+        name
+        for page in WRITTEN
+        for name in re.findall(r"\bveneer\.([a-z_]+)\(", page.read_text(encoding="utf-8"))
+    }
     assert called - set(veneer.__all__) == set() and len(called) > 8
 
 
 def test_links_of_the_repository_lead_somewhere(tools):
     files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + WRITTEN
-    assert [b for b in tools["links"].broken(files) if "generated/" not in b] == []  # those are checked in the built site
+    assert [
+        b for b in tools["links"].broken(files) if "generated/" not in b
+    ] == []  # those are checked in the built site
 
 
 def test_broken_links_are_found(tools, tmp_path, capsys):
     links = tools["links"]
-    (tmp_path / "a.md").write_text("# One two\n[x](b.md) [y](#one-two) [z](#three) `[c](no.md)`\n", encoding="utf-8")
+    (tmp_path / "a.md").write_text(
+        "# One two\n[x](b.md) [y](#one-two) [z](#three) `[c](no.md)`\n", encoding="utf-8"
+    )
     assert [b.split(": ", 1)[1] for b in links.broken([tmp_path / "a.md"])] == [
         "b.md: there is no such file",
         "#three: there is no such anchor",
     ]
-    (tmp_path / "a.html").write_text('<p id="x"><a href="#x">1</a><a href="b.html#y">2</a><a href="https://a.org">3</a>', encoding="utf-8")
+    (tmp_path / "a.html").write_text(
+        '<p id="x"><a href="#x">1</a><a href="b.html#y">2</a><a href="https://a.org">3</a>', encoding="utf-8"
+    )
     (tmp_path / "b.html").write_text("<p>", encoding="utf-8")
     assert links.main(tmp_path) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].endswith("b.html#y: there is no such anchor") and printed[1].startswith("2 pages, 1 broken links; 1 links")
+    assert printed[0].endswith("b.html#y: there is no such anchor") and printed[1].startswith(
+        "2 pages, 1 broken links; 1 links"
+    )
     assert links.external([tmp_path / "a.html"]) == ["https://a.org"]

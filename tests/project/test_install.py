@@ -22,7 +22,9 @@ def script():
 def test_without_a_gpu_every_choice_asks_for_a_cpu_build(script):
     choices = script.choices("2.13.0", "", True)
     assert [c[-1] for c in choices] == ["torch==2.13.0+cpu"] * 2
-    assert script.CPU_INDEX not in choices[0] and script.CPU_INDEX in choices[1]  # the configured places come first
+    assert (
+        script.CPU_INDEX not in choices[0] and script.CPU_INDEX in choices[1]
+    )  # the configured places come first
 
 
 def test_with_a_gpu_or_elsewhere_the_plain_version_is_taken(script):
@@ -34,7 +36,9 @@ def test_the_users_own_choice_goes_before_all(script):
         assert script.choices("2.13.0", "torch==2.13.0+rocm7", cpu_only) == [["torch==2.13.0+rocm7"]]
 
 
-@pytest.mark.parametrize(("platform", "code", "cpu_only"), [("linux", 0, False), ("linux", 9, True), ("darwin", 9, False)])
+@pytest.mark.parametrize(
+    ("platform", "code", "cpu_only"), [("linux", 0, False), ("linux", 9, True), ("darwin", 9, False)]
+)
 def test_a_gpu_is_what_nvidia_smi_lists(script, monkeypatch, platform, code, cpu_only):
     class Done:
         returncode = code
@@ -58,17 +62,27 @@ def test_no_build_at_all_stops_with_advice(script, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "is_cpu_only", lambda: True)
     monkeypatch.setattr(script, "run", lambda *a: None)
     monkeypatch.setattr(script, "install", lambda *a: False)
-    with pytest.raises(SystemExit, match=r"no CPU build of torch [\d.]+ for this Python, .* make TORCH=torch=="):
+    with pytest.raises(
+        SystemExit, match=r"no CPU build of torch [\d.]+ for this Python, .* make TORCH=torch=="
+    ):
         script.main(tmp_path)
 
 
 def test_constraints_are_exact_and_name_no_place():
-    lines = [x for x in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not x.startswith("#")]
+    lines = [
+        x
+        for x in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if not x.startswith("#")
+    ]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; python_version >= \"3\.11\")?", x) for x in lines)
     assert any(x.startswith("torch==") for x in lines)
 
 
 def test_ci_calls_the_readmes_test_command():
-    block = re.search(r"^## Test\n+```\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    block = re.search(
+        r"^## Test\n+```\n(.*?)\n```",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
     assert block and block.group(1) == "make test"
     assert "test_command" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

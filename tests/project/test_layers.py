@@ -40,7 +40,7 @@ FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py"))
 
 
 def top(file: str) -> str:
-    """"adapt/merge.py" -> "adapt", "errors.py" -> "errors"."""
+    """ "adapt/merge.py" -> "adapt", "errors.py" -> "errors"."""
     return Path(file).parts[0].removesuffix(".py")
 
 
@@ -87,9 +87,17 @@ def test_imports_point_downwards(file):
 
 def needed(file: str) -> set[str]:
     """The package's own files that importing this one imports before it is done, those of the folders on the way aside."""
-    parts = [name.split(".")[1:] for _, name in imports(parsed(file), inside=False) if name.split(".")[0] == "veneer"]
-    tries = {"/".join(p[:n]) + end for p in parts for n in range(1, len(p) + 1) for end in (".py", "/__init__.py")}
-    return {t for t in tries if t in FILES and t != file and not file.startswith(t.removesuffix("__init__.py"))}
+    parts = [
+        name.split(".")[1:]
+        for _, name in imports(parsed(file), inside=False)
+        if name.split(".")[0] == "veneer"
+    ]
+    tries = {
+        "/".join(p[:n]) + end for p in parts for n in range(1, len(p) + 1) for end in (".py", "/__init__.py")
+    }
+    return {
+        t for t in tries if t in FILES and t != file and not file.startswith(t.removesuffix("__init__.py"))
+    }
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -118,8 +126,14 @@ def test_the_search_for_circles_sees_one():
 
 @pytest.mark.parametrize("file", FILES)
 def test_optional_packages_are_imported_inside_functions(file):
-    allowed = NEEDED | {"veneer", "__future__"} | set(sys.stdlib_module_names) | AT_THE_TOP.get(top(file), set())
-    early = [f"{file}:{line}: {name}" for line, name in imports(parsed(file), inside=False) if name.split(".")[0] not in allowed]
+    allowed = (
+        NEEDED | {"veneer", "__future__"} | set(sys.stdlib_module_names) | AT_THE_TOP.get(top(file), set())
+    )
+    early = [
+        f"{file}:{line}: {name}"
+        for line, name in imports(parsed(file), inside=False)
+        if name.split(".")[0] not in allowed
+    ]
     assert early == []
 
 

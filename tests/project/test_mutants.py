@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from mutants import __main__ as command
-from mutants import aside, faults, noticing
-from mutants.operators import OPERATORS
+from mutants import __main__ as command  # noqa: E402
+from mutants import aside, faults, noticing  # noqa: E402
+from mutants.operators import OPERATORS  # noqa: E402
 
 BY_HAND = [
     ("sign", "y = a + b", ["y = a - b"]),
@@ -27,14 +27,22 @@ BY_HAND = [
     ("term", "y = a - b", ["y = a", "y = -b"]),
     ("term", "y = a and b and c", ["y = b and c", "y = a and c", "y = a and b"]),
     ("scale", "y = a * b", ["y = a", "y = b", "y = a / b"]),
-    ("scale", "y = (a / 0.5) ** n", ["y = a / 0.5", "y = a ** n", "y = (a * 0.5) ** n", "y = (a / 1.0) ** n"]),
+    (
+        "scale",
+        "y = (a / 0.5) ** n",
+        ["y = a / 0.5", "y = a ** n", "y = (a * 0.5) ** n", "y = (a / 1.0) ** n"],
+    ),
     ("scale", "y = x.square().sum() + len(folder / NAME)", ["y = x.sum() + len(folder / NAME)"]),
     ("off-by-one", "y = x[:r, 0]", ["y = x[:r + 1, 0]", "y = x[:r - 1, 0]", "y = x[:r, 1]", "y = x[:r, -1]"]),
     ("off-by-one", "for i in range(n): pass", ["for i in range(n + 1):", "for i in range(n - 1):"]),
     ("swap", "y = f(a, b, c) - d", ["y = d - f(a, b, c)", "y = f(b, a, c) - d"]),
     ("swap", "y = isinstance(a, b) or max(a, b) or f(*a, b)", []),
     ("comparison", "y = 0 <= a < 1", ["y = 0 < a < 1", "y = 0 <= a <= 1"]),
-    ("comparison", "y = [a is None, b not in c]", ["y = [a is not None, b not in c]", "y = [a is None, b in c]"]),
+    (
+        "comparison",
+        "y = [a is None, b not in c]",
+        ["y = [a is not None, b not in c]", "y = [a is None, b in c]"],
+    ),
     ("condition", "if not a: f()", ["if a:"]),
     ("condition", "y = [a if b else c for d in e if f or g]", None),
     ("truth", "y = f(a, b=True)", ["y = f(a, b=False)"]),
@@ -84,7 +92,9 @@ def test_the_planted_source_has_the_fault_and_nothing_else():
         lines = ast.unparse(faults.plant(source, fault)).splitlines()
         before = ast.unparse(ast.parse(source)).splitlines()
         assert sum(a != b for a, b in zip(lines, before, strict=True)) == 1
-        assert fault.becomes in [line.strip().removesuffix(":") for line in lines] or fault.becomes in [line.strip() for line in lines]
+        assert fault.becomes in [line.strip().removesuffix(":") for line in lines] or fault.becomes in [
+            line.strip() for line in lines
+        ]
         assert fault.was in source and fault.line in (3, 4, 5) and fault.where == "f"
 
 
@@ -99,13 +109,21 @@ def test_a_seed_draws_the_same_faults_whatever_is_written_beside_them():
     assert sorted(drawn(source, 0)) == sorted(drawn(source, 1)) == sorted(f.key for f in found(source))
     longer = f"import os\n\ndef g(x):\n    return x - 1\n\n{source}"
     for operator in OPERATORS:
-        assert [k for k in drawn(longer, 0) if k[1] == "f" and k[2] == operator] == [k for k in drawn(source, 0) if k[2] == operator]
+        assert [k for k in drawn(longer, 0) if k[1] == "f" and k[2] == operator] == [
+            k for k in drawn(source, 0) if k[2] == operator
+        ]
 
 
 def test_the_first_faults_are_of_every_kind():
-    found = [f for file in noticing.files() for f in faults.of(file, (faults.SOURCE / file).read_text(encoding="utf-8"))]
+    found = [
+        f
+        for file in noticing.files()
+        for f in faults.of(file, (faults.SOURCE / file).read_text(encoding="utf-8"))
+    ]
     first = faults.sample(found, {f.file: noticing.area(f.file) for f in found}, 0)[:33]
-    assert {(noticing.area(f.file), f.operator) for f in first} == {(a, o) for a in noticing.AREAS for o in OPERATORS}
+    assert {(noticing.area(f.file), f.operator) for f in first} == {
+        (a, o) for a in noticing.AREAS for o in OPERATORS
+    }
 
 
 def test_every_fault_set_aside_is_one_of_the_sources_and_has_a_reason(tmp_path):
@@ -114,10 +132,22 @@ def test_every_fault_set_aside_is_one_of_the_sources_and_has_a_reason(tmp_path):
     assert aside.idle(reasons, [f for file, source in sources.items() for f in faults.of(file, source)]) == []
     fault = found("y = a + b")[0]
     assert aside.idle({fault.key: ("equivalent", "why")}, found("y = a + b")) == []
-    assert aside.idle({fault.key: ("equivalent", "why")}, found("y = a + c")) == ["methods/some.py: sign in the module: y = a + b"]
-    entry = {"file": "a.py", "where": "f", "operator": "sign", "was": "a", "becomes": "b", "kind": "equivalent", "reason": ""}
+    assert aside.idle({fault.key: ("equivalent", "why")}, found("y = a + c")) == [
+        "methods/some.py: sign in the module: y = a + b"
+    ]
+    entry = {
+        "file": "a.py",
+        "where": "f",
+        "operator": "sign",
+        "was": "a",
+        "becomes": "b",
+        "kind": "equivalent",
+        "reason": "",
+    }
     (tmp_path / "aside.json").write_text(json.dumps([entry]), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"aside.json: a.py: 'b' needs a reason and a kind, one of equivalent, unreachable"):
+    with pytest.raises(
+        ValueError, match=r"aside.json: a.py: 'b' needs a reason and a kind, one of equivalent, unreachable"
+    ):
         aside.load(tmp_path / "aside.json")
 
 
@@ -127,13 +157,20 @@ def test_every_file_has_tests_its_own_ones_first_and_a_new_one_too():
     assert noticing.tests("methods/miss.py")[0] == "tests/methods/test_miss.py"
     assert noticing.tests("optim/lorapro/__init__.py")[0] == "tests/optim/test_lorapro.py"
     assert "tests/methods/test_methods.py" in noticing.tests("methods/added_tomorrow.py")
-    assert noticing.files(["src/veneer/optim/lorapro"]) == [f"optim/lorapro/{n}.py" for n in ("__init__", "factored", "forms")]
+    assert noticing.files(["src/veneer/optim/lorapro"]) == [
+        f"optim/lorapro/{n}.py" for n in ("__init__", "factored", "forms")
+    ]
 
 
 def test_of_a_method_only_tests_that_name_it_run_and_of_what_all_share_every_one():
-    own, other = "tests/methods/test_methods.py::test_x[vera-linear]", "tests/methods/test_methods.py::test_x[miss-linear]"
+    own, other = (
+        "tests/methods/test_methods.py::test_x[vera-linear]",
+        "tests/methods/test_methods.py::test_x[miss-linear]",
+    )
     assert noticing.concerns("methods/vera.py", own) and not noticing.concerns("methods/vera.py", other)
-    assert noticing.concerns("methods/vera.py", "tests/methods/test_frozen.py::test_x") and noticing.concerns("methods/lora.py", other)
+    assert noticing.concerns("methods/vera.py", "tests/methods/test_frozen.py::test_x") and noticing.concerns(
+        "methods/lora.py", other
+    )
     assert noticing.concerns("adapt/store/store.py", other)
 
 
@@ -171,7 +208,13 @@ def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
         "print(pool.fail_anyway([sys.argv[1] + '::test_sha256'], 60.0))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools"), "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script, str(test), "4"], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(test), "4"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.splitlines() == [
         "sha256 statement failed test_sha256",
         "sha256 condition hung test_sha256_of_nothing",

@@ -18,8 +18,20 @@ from veneer.train import track
     [
         (methods, "lora.py", "lora", "lroa", "unknown method 'lroa'; did you mean 'lora'?"),
         (inits, "pissa.py", "pissa", "pisa", "unknown init 'pisa'; did you mean 'pissa'?"),
-        (optim, "lora_muon.py", "lora-muon", "lora_muon", "unknown optimiser 'lora_muon'; did you mean 'lora-muon'?"),
-        (tasks, "causal_lm.py", "causal_lm", "causal", "unknown objective 'causal'; did you mean 'causal_lm'?"),
+        (
+            optim,
+            "lora_muon.py",
+            "lora-muon",
+            "lora_muon",
+            "unknown optimiser 'lora_muon'; did you mean 'lora-muon'?",
+        ),
+        (
+            tasks,
+            "causal_lm.py",
+            "causal_lm",
+            "causal",
+            "unknown objective 'causal'; did you mean 'causal_lm'?",
+        ),
         (track, "mlflow.py", "mlflow", "ml-flow", "unknown tracker 'ml-flow'; did you mean 'mlflow'?"),
     ],
 )
@@ -40,9 +52,13 @@ def test_files_apart_are_no_choices_and_the_class_is_the_files_own(tmp_path, mon
     monkeypatch.syspath_prepend(tmp_path)
     import flavours.base
 
-    plain, dashed = (Registry("flavours", "flavour", apart=("base",), dashes=dashes) for dashes in (False, True))
+    plain, dashed = (
+        Registry("flavours", "flavour", apart=("base",), dashes=dashes) for dashes in (False, True)
+    )
     assert plain.names() == ["dark_rum"] and dashed.names() == ["dark-rum"]
-    assert plain.own_class("dark_rum", flavours.base.Flavour) is dashed.own_class("dark-rum", flavours.base.Flavour)
+    assert plain.own_class("dark_rum", flavours.base.Flavour) is dashed.own_class(
+        "dark-rum", flavours.base.Flavour
+    )
     assert dashed.own_class("dark-rum", flavours.base.Flavour).__name__ == "Rum"
     with pytest.raises(ConfigError, match="unknown flavour 'vanilla'; known: dark-rum"):
         dashed.module("vanilla")

@@ -27,7 +27,10 @@ def made(place: Path, name: str, **changed: Any) -> tuple[Result, str]:
     """A short run, once a method, and its card."""
     out = place / name
     if not (out / "results.json").exists():
-        fit(Run.from_dict(tiny.settings(place, out=str(out), steps=4, eval_every=2, **changed)), progress=False)
+        fit(
+            Run.from_dict(tiny.settings(place, out=str(out), steps=4, eval_every=2, **changed)),
+            progress=False,
+        )
     result = Result.read(out)
     return result, (result.adapter / card.CARD).read_text(encoding="utf-8")
 
@@ -41,7 +44,11 @@ def header(text: str) -> dict[str, Any]:
 def table(text: str, section: str) -> dict[str, list[str]]:
     """The rows of the section's table by their first cell."""
     part = text.split(f"## {section}\n")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in part.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in part.splitlines()
+        if line.startswith("|")
+    ]
     return {row[0]: row[1:] for row in rows[2:]}
 
 
@@ -62,15 +69,26 @@ def test_the_numbers_are_the_runs(place):
     assert table(text, "Data")["train"][0] == "train.txt"  # no path of this machine
     assert config["base"]["sha256"] in text and "14 layers are changed, of rank 4, scaled by 2" in text
     assert table(text, "Training")["`lr`"] == ["0.01"]
-    assert table(text, "Method")["`dropout`"][:2] == ["0.1", "share of the adapter's inputs dropped in training; the base path keeps all"]
-    assert "(https://arxiv.org/abs/2106.09685)" in text and "4 steps and" in text and "No test text was given" in text
+    assert table(text, "Method")["`dropout`"][:2] == [
+        "0.1",
+        "share of the adapter's inputs dropped in training; the base path keeps all",
+    ]
+    assert (
+        "(https://arxiv.org/abs/2106.09685)" in text
+        and "4 steps and" in text
+        and "No test text was given" in text
+    )
 
 
 def test_the_header_names_what_the_hub_can_know(place):
     for name, library, tags in (("lora", "peft", ["lora", "veneer"]), ("full", "veneer", ["full", "veneer"])):
         extra = {"method": "full", "options": {}, "lr": 1e-3} if name == "full" else {}
         found = header(made(place, name, **extra)[1])
-        assert found == {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}  # the base is a folder here
+        assert found == {
+            "library_name": library,
+            "pipeline_tag": "text-generation",
+            "tags": tags,
+        }  # the base is a folder here
     assert card._header({"model": "org/llama"}, {"method": "dora"}, {"peft_type": "LORA"}).splitlines() == [
         *("---", 'base_model: "org/llama"', "library_name: peft", "pipeline_tag: text-generation", "tags:"),
         *("- dora", "- lora", "- veneer", "---"),
@@ -90,12 +108,16 @@ def test_what_it_says_to_type_loads_the_same_model_in_veneer_and_peft(place, mon
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(place / "base")(ids).logits
-    assert torch.allclose(outputs[0], outputs[1], atol=1e-5) and not torch.allclose(outputs[0], base, atol=1e-2)
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5) and not torch.allclose(
+        outputs[0], base, atol=1e-2
+    )
     assert "--enable-lora --max-lora-rank 8 --lora-modules adapter=." in text
 
 
 @pytest.mark.parametrize(("method", "blocks_shown"), [("dora", 2), ("vera", 2), ("loldu", 1)])
-def test_what_vllm_does_not_read_becomes_plain_lora_as_it_is_said(place, method, blocks_shown, monkeypatch, capsys):
+def test_what_vllm_does_not_read_becomes_plain_lora_as_it_is_said(
+    place, method, blocks_shown, monkeypatch, capsys
+):
     from veneer.cli.frame import main
 
     result, text = made(place, method, method=method, options={"rank": 4})
@@ -114,7 +136,11 @@ def test_what_is_no_change_of_weights_is_not_said_to_merge(place):
 
 def test_full_fine_tuning_loads_in_veneer_alone(place, monkeypatch, capsys):
     result, text = made(place, "full", method="full", options={}, lr=1e-3)
-    assert len(blocks(text)) == 1 and "PeftModel" not in text and " --out merged` writes it into a copy of the base" in text
+    assert (
+        len(blocks(text)) == 1
+        and "PeftModel" not in text
+        and " --out merged` writes it into a copy of the base" in text
+    )
     monkeypatch.chdir(result.adapter)
     exec(blocks(text)[0], {})
     from veneer.cli.frame import main
@@ -123,16 +149,34 @@ def test_full_fine_tuning_loads_in_veneer_alone(place, monkeypatch, capsys):
     assert command is not None and main(command[1].split()) == 0, capsys.readouterr().err
 
 
-RECORD = {"layout": "peft", "options": {}, "base": {}, "allow": ["zero"], "sites": {"a": {"kind": "linear", "rank": 600, "norm": 1.0}}}
+RECORD = {
+    "layout": "peft",
+    "options": {},
+    "base": {},
+    "allow": ["zero"],
+    "sites": {"a": {"kind": "linear", "rank": 600, "norm": 1.0}},
+}
 
 
 @pytest.mark.parametrize(
     ("sites", "peft", "says"),
     [
-        ({"kind": "linear", "rank": 600, "norm": 1.0}, {"peft_type": "LORA"}, "Not with vLLM as it is: rank 600 > 512, the largest"),
-        ({"kind": "conv", "rank": 4, "norm": 1.0}, {"peft_type": "LORA"}, "vLLM adapts no layers of the kind conv"),
+        (
+            {"kind": "linear", "rank": 600, "norm": 1.0},
+            {"peft_type": "LORA"},
+            "Not with vLLM as it is: rank 600 > 512, the largest",
+        ),
+        (
+            {"kind": "conv", "rank": 4, "norm": 1.0},
+            {"peft_type": "LORA"},
+            "vLLM adapts no layers of the kind conv",
+        ),
         ({"kind": "linear", "rank": 4, "norm": 1.0}, {"peft_type": "MISS"}, "vLLM reads plain LoRA alone"),
-        ({"kind": "linear", "rank": 4, "norm": 1.0}, {"peft_type": "LORA", "modules_to_save": ["score"]}, "vLLM reads plain LoRA alone"),
+        (
+            {"kind": "linear", "rank": 4, "norm": 1.0},
+            {"peft_type": "LORA", "modules_to_save": ["score"]},
+            "vLLM reads plain LoRA alone",
+        ),
         ({"kind": "linear", "rank": 9, "norm": 1.0}, {"peft_type": "LORA"}, "--max-lora-rank 16"),
     ],
 )
@@ -148,4 +192,7 @@ def test_a_card_that_cannot_be_written_is_said(place, monkeypatch, capsys):
 
     monkeypatch.setattr(card, "write", full)
     fit(Run.from_dict(tiny.settings(place, out=str(place / "said"), steps=2, eval_every=1)))
-    assert "the run is finished and saved, but the adapter's README.md is not written: no space left" in capsys.readouterr().err
+    assert (
+        "the run is finished and saved, but the adapter's README.md is not written: no space left"
+        in capsys.readouterr().err
+    )

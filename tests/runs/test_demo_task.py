@@ -40,7 +40,9 @@ VARIANTS["bitfit"] = ("bitfit", {"to": "all-linear"})  # the model has no biases
 def ids():
     """The beginning of the demo's prose."""
     text = "".join(row.columns["text"] for row in sources.rows(["builtin:prose"], "train")[:3])
-    return torch.tensor(pretrained.tokenizer("builtin")(text)["input_ids"][: ROWS * LENGTH]).view(ROWS, LENGTH)
+    return torch.tensor(pretrained.tokenizer("builtin")(text)["input_ids"][: ROWS * LENGTH]).view(
+        ROWS, LENGTH
+    )
 
 
 @pytest.fixture(scope="module")

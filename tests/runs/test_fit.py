@@ -77,7 +77,9 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         "betas: [0.9] has 1 values, not 2",
         "keep: True is not a whole number",
     ]
-    both = refused(batchs=2, options={"rnak": 3, "alpha": "much"}, optimiser="loraplus", optimiser_options={"ration": 2})
+    both = refused(
+        batchs=2, options={"rnak": 3, "alpha": "much"}, optimiser="loraplus", optimiser_options={"ration": 2}
+    )
     assert both == [
         "unknown setting 'batchs'; did you mean 'batch'?",
         "method 'lora' has no option 'rnak'; did you mean 'rank'?",
@@ -97,9 +99,18 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
             "unknown setting 'ratio'; it belongs into optimiser_options, as  optimiser_options: {ratio: ..}",
         ),
         ({"optimiser_options": {"ratio": 4}}, "optimiser 'adamw' has no option 'ratio'; known: none"),
-        ({"optimiser_options": {"rate": 4}, "optimiser": "loraplus"}, "optimiser 'loraplus' has no option 'rate'; did you mean 'ratio'?"),
-        ({"optimiser_options": {"ratio": "4"}, "optimiser": "loraplus"}, "optimiser 'loraplus': ratio: '4' is not a number"),
-        ({"optimiser_options": {"ratio": 0}, "optimiser": "loraplus"}, "optimiser 'loraplus': ratio 0 must be above 0"),
+        (
+            {"optimiser_options": {"rate": 4}, "optimiser": "loraplus"},
+            "optimiser 'loraplus' has no option 'rate'; did you mean 'ratio'?",
+        ),
+        (
+            {"optimiser_options": {"ratio": "4"}, "optimiser": "loraplus"},
+            "optimiser 'loraplus': ratio: '4' is not a number",
+        ),
+        (
+            {"optimiser_options": {"ratio": 0}, "optimiser": "loraplus"},
+            "optimiser 'loraplus': ratio 0 must be above 0",
+        ),
         (
             {"optimiser_options": {"ratio": 0.5}, "optimiser": "loraplus"},
             "optimiser 'loraplus': ratio 0.5 < 1 slows B down, the opposite of LoRA+; use 1 or more, or allow 'ratio'",
@@ -113,7 +124,10 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
             {"untie": True, "method": "full"},
             "untie is for adapters, which change one of two tied layers; method 'full' trains the weight that they share; leave it out",
         ),
-        ({"rank_pattern": {"q": 2}, "method": "full"}, "rank_pattern is given, but method 'full' has no rank"),
+        (
+            {"rank_pattern": {"q": 2}, "method": "full"},
+            "rank_pattern is given, but method 'full' has no rank",
+        ),
         ({"options": {"rnk": 2}}, "method 'lora' has no option 'rnk'; did you mean 'rank'?"),
         ({"options": {"rank": "8"}}, "method 'lora': rank: '8' is not a whole number"),
         ({"method": "lroa"}, "unknown method 'lroa'; did you mean 'lora'?"),
@@ -133,7 +147,10 @@ def test_settings_that_make_no_sense_are_refused(changed, message):
 
 
 def test_several_of_them_are_refused_together():
-    assert len(refused(steps=0, batch=0, weight_decay=-1, optimiser_options={"ratio": 2.0}, options={"x": 1})) == 5
+    assert (
+        len(refused(steps=0, batch=0, weight_decay=-1, optimiser_options={"ratio": 2.0}, options={"x": 1}))
+        == 5
+    )
 
 
 def test_what_is_allowed_or_left_open_is_decided():
@@ -141,12 +158,16 @@ def test_what_is_allowed_or_left_open_is_decided():
     assert Run(data="a.txt", **slow, allow=("ratio",)).optimiser_options == {"ratio": 0.5}
     chosen = prepare.decided(Run(data="a.txt", optimiser="loraplus"), torch.device("cpu"))
     assert chosen.optimiser_options == {"ratio": 16.0}
-    assert Run(data=["a.txt", "b.txt"], lr=1, to=["q", "v"]) == Run(data=("a.txt", "b.txt"), lr=1.0, to=("q", "v"))
+    assert Run(data=["a.txt", "b.txt"], lr=1, to=["q", "v"]) == Run(
+        data=("a.txt", "b.txt"), lr=1.0, to=("q", "v")
+    )
 
 
 def test_yaml_numbers_are_numbers_and_what_is_no_setting_is_refused(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("data: [a.txt, 1e3.txt]\nlr: 1e-5\nweight_decay: 2.5E-3\noptions:\n  rank: 16\n  alpha: 1e1\nbf: 1\n")
+    file.write_text(
+        "data: [a.txt, 1e3.txt]\nlr: 1e-5\nweight_decay: 2.5E-3\noptions:\n  rank: 16\n  alpha: 1e1\nbf: 1\n"
+    )
     with pytest.raises(ConfigError, match="unknown setting 'bf'"):
         Run.from_yaml(file)
     file.write_text(file.read_text().replace("bf: 1\n", "seed: 7\n"))
@@ -203,7 +224,11 @@ def door_says(given: dict[str, Any], kind: type[errors.VeneerError], **changed: 
             "length 129 > 128, the longest sequence this model takes (max_position_embeddings); use at most 128",
         ),
         ({"to": ["q_prj"]}, SiteError, "no layer is called 'q_prj'; did you mean 'q_proj'?"),
-        ({"options": {"rank": 64}, "to": ["q_proj"]}, ShapeError, "rank 64 > min(out, in) = 32 at 'model.layers.0.self_attn.q_proj'"),
+        (
+            {"options": {"rank": 64}, "to": ["q_proj"]},
+            ShapeError,
+            "rank 64 > min(out, in) = 32 at 'model.layers.0.self_attn.q_proj'",
+        ),
         ({"options": {"dropout": 1.5}}, ConfigError, "dropout must be in [0, 1), not 1.5"),
         (
             {"embedding_lr": 0.1},
@@ -216,8 +241,16 @@ def door_says(given: dict[str, Any], kind: type[errors.VeneerError], **changed: 
             "weight_decay 200 at rate 0.1 leaves nothing of a weight in one step; use less than 10",
         ),
         ({"device": "gpu"}, ConfigError, "device 'gpu' cannot be used here: "),
-        ({"data": "builtin:prosa"}, DataError, "builtin:prosa: unknown built-in text 'prosa'; did you mean 'prose'?"),
-        ({"known": "builtin:known:train"}, DataError, "builtin:known:train: the text 'known' has no part 'train'; it has valid, test"),
+        (
+            {"data": "builtin:prosa"},
+            DataError,
+            "builtin:prosa: unknown built-in text 'prosa'; did you mean 'prose'?",
+        ),
+        (
+            {"known": "builtin:known:train"},
+            DataError,
+            "builtin:known:train: the text 'known' has no part 'train'; it has valid, test",
+        ),
         ({"model": "/nowhere/at/all"}, ConfigError, "model: there is no folder /nowhere/at/all"),
         ({"model": HERE}, ConfigError, f"model: the folder {HERE} holds no model: it has no config.json"),
     ],
@@ -229,7 +262,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(given, changed,
 def test_texts_that_cannot_be_used_are_refused_all_at_once(given, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    said = door_says(given, DataError, data=str(tmp_path / "empty.txt"), valid=str(tmp_path / "latin.txt"), known=str(tmp_path / "gone"))
+    said = door_says(
+        given,
+        DataError,
+        data=str(tmp_path / "empty.txt"),
+        valid=str(tmp_path / "latin.txt"),
+        known=str(tmp_path / "gone"),
+    )
     short = [line.split(f"{tmp_path}/")[1][:19] for line in said.splitlines()]
     assert short == ["empty.txt is empty", "latin.txt is not UT", "gone does not exist"]
 
@@ -242,15 +281,29 @@ def test_rows_that_are_too_long_are_refused_or_cut_if_allowed(given, tmp_path):
         f"1 rows are longer than length=32 tokens: {data} line 12 ({n}); use length={n}, shorten them, or allow 'truncate' to cut"
         " their ends off"
     ]
-    result = fit(Run.from_dict({**given, "data": str(data), "valid": str(data), "allow": ["truncate"]}), progress=False)
+    result = fit(
+        Run.from_dict({**given, "data": str(data), "valid": str(data), "allow": ["truncate"]}), progress=False
+    )
     assert "1 rows are cut off at length=32 tokens" in result.metrics["notes"]
 
 
 def test_padding_is_counted(given, tmp_path):
     rows = [{"text": "one two three " * n} for n in (1, 2, 4, 8)] * 8
     data = str(tiny.jsonl(tmp_path / "rows.jsonl", *rows))
-    shared = {**given, "data": data, "valid": data, "length": 64, "batch": 4, "accumulate": 1, "epochs": 1.0, "steps": None}
-    packed, padded = (fit(Run.from_dict({**shared, "packing": p, "out": str(tmp_path / str(p))}), progress=False) for p in (True, False))
+    shared = {
+        **given,
+        "data": data,
+        "valid": data,
+        "length": 64,
+        "batch": 4,
+        "accumulate": 1,
+        "epochs": 1.0,
+        "steps": None,
+    }
+    packed, padded = (
+        fit(Run.from_dict({**shared, "packing": p, "out": str(tmp_path / str(p))}), progress=False)
+        for p in (True, False)
+    )
     assert 0 <= packed.metrics["padding_share"] < 0.2
     assert packed.metrics["tokens"] == padded.metrics["tokens"]
     assert padded.metrics["padding_share"] < 0.1  # of like length, four times eight of each
@@ -271,7 +324,10 @@ def test_a_batch_without_a_label_is_refused():
     masked = (pack.Segment(torch.tensor([1, 2]), torch.tensor([-100, -100]), torch.zeros(2)),)
     with pytest.raises(DataError) as e:
         learner.step([[masked]], 0.1)
-    assert str(e.value) == "no token of this batch is learned (every label is masked); give rows with a completion, or train_on='all'"
+    assert (
+        str(e.value)
+        == "no token of this batch is learned (every label is masked); give rows with a completion, or train_on='all'"
+    )
 
 
 def test_a_layer_that_is_never_called_is_refused(given, monkeypatch):
@@ -293,19 +349,36 @@ def test_a_tokenizer_of_another_model_and_missing_weights_are_refused(given, tmp
     small.save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
     said = door_says(given, DataError, model=str(tmp_path / "base"))
-    assert said.endswith("but the model has embeddings for 40 tokens (0 to 39); the two do not belong together")
+    assert said.endswith(
+        "but the model has embeddings for 40 tokens (0 to 39); the two do not belong together"
+    )
     (tmp_path / "base" / "model.safetensors").unlink()
-    small.save_pretrained(tmp_path / "base", state_dict={k: v for k, v in small.state_dict().items() if "lm_head" not in k})
+    small.save_pretrained(
+        tmp_path / "base", state_dict={k: v for k, v in small.state_dict().items() if "lm_head" not in k}
+    )
     said = door_says(given, ConfigError, model=str(tmp_path / "base"))
-    assert said == f"model {str(tmp_path / 'base')!r} lacks 1 weights of a LlamaForCausalLM, which would be random: lm_head.weight"
+    assert (
+        said
+        == f"model {str(tmp_path / 'base')!r} lacks 1 weights of a LlamaForCausalLM, which would be random: lm_head.weight"
+    )
 
 
 def test_a_module_that_takes_more_than_one_input_cannot_be_kept_as_a_change():
     with pytest.raises(SiteError, match=r"in this model 1 modules are not: .*experts"):
         from transformers import MixtralConfig, MixtralForCausalLM
 
-        sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
-        checks.check_leaves(MixtralForCausalLM(MixtralConfig(num_local_experts=2, **sizes)), torch.zeros(1, 3, dtype=torch.int64))
+        sizes = dict(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        checks.check_leaves(
+            MixtralForCausalLM(MixtralConfig(num_local_experts=2, **sizes)),
+            torch.zeros(1, 3, dtype=torch.int64),
+        )
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -315,14 +388,25 @@ METHODS = {
     "dora": {"method": "dora", "options": {"rank": 4}, "lr": 2e-2},
     "pissa": {"options": {"rank": 4, "init": "pissa"}, "lr": 2e-2},
     "loraplus": {"options": {"rank": 4}, "optimiser": "loraplus", "lr": 3e-3, "weight_decay": 0.1},
-    "lorapro": {"options": {"rank": 4}, "optimiser": "lorapro", "optimiser_options": {"form": "full"}, "lr": 1e-2},
+    "lorapro": {
+        "options": {"rank": 4},
+        "optimiser": "lorapro",
+        "optimiser_options": {"form": "full"},
+        "lr": 1e-2,
+    },
     "full": {"method": "full", "options": {}, "lr": 5e-3},
     "bf16": {"options": {"rank": 4}, "lr": 2e-2, "precision": "bf16"},
     "full bf16": {"method": "full", "options": {}, "lr": 5e-3, "precision": "bf16"},
 }
 
 
-def measured(result: Result, given: dict[str, Any], part: str, strength: float = 1.0, dtype: torch.dtype = torch.float32) -> float:
+def measured(
+    result: Result,
+    given: dict[str, Any],
+    part: str,
+    strength: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """Bits per byte of a text with the adapter loaded from its folder onto a fresh base."""
     model = veneer.load(pretrained.causal_lm(given["model"], dtype, torch.device("cpu")), result.adapter)
     run = Run.from_dict(given)
@@ -338,17 +422,25 @@ def test_every_method_learns_and_its_adapter_is_what_was_measured(given, name):
     result = fit(Run.from_dict(given), progress=False)
     assert result.learned.after < 0.93 * result.learned.before
     assert result.metrics["learned"]["text"] == "valid" and result.forgotten is not None
-    dtype, tolerance = (torch.bfloat16, 2e-2) if name == "bf16" else (torch.float32, 2e-2 if "bf16" in name else 1e-5)
+    dtype, tolerance = (
+        (torch.bfloat16, 2e-2) if name == "bf16" else (torch.float32, 2e-2 if "bf16" in name else 1e-5)
+    )
     for part in ("valid", "known"):
-        assert measured(result, given, part, 1.0, dtype) == pytest.approx(result.metrics["after"][part], rel=tolerance)
-        assert measured(result, given, part, 0.0, dtype) == pytest.approx(result.metrics["before"][part], rel=tolerance)
+        assert measured(result, given, part, 1.0, dtype) == pytest.approx(
+            result.metrics["after"][part], rel=tolerance
+        )
+        assert measured(result, given, part, 0.0, dtype) == pytest.approx(
+            result.metrics["before"][part], rel=tolerance
+        )
     own = [p for p in Path(result.adapter).iterdir() if p.suffix == ".safetensors"]
     assert result.metrics["adapter_bytes"] == sum(p.stat().st_size for p in own) > 0
 
 
 def test_what_large_moments_take_is_said_before_the_training(given):
     result = fit(Run.from_dict({**given, **METHODS["lorapro"], "steps": 1, "to": ["q_proj"]}), progress=False)
-    said = "LoRA-Pro's full form keeps two matrices of every layer's size: 0.0 MiB; form factored keeps 0.0 MiB"
+    said = (
+        "LoRA-Pro's full form keeps two matrices of every layer's size: 0.0 MiB; form factored keeps 0.0 MiB"
+    )
     assert said in json.loads((result.folder / "config.json").read_text())["notes"]
 
 
@@ -367,9 +459,16 @@ def test_the_adapter_opens_in_peft(given, name):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_full_fine_tuning_is_kept_as_a_change_that_can_be_dialled(given, tmp_path, tied):
-    given = {**given, **METHODS["full"], "model": str(tiny.base(tmp_path / "base", tie_word_embeddings=tied)), "known": "none"}
+    given = {
+        **given,
+        **METHODS["full"],
+        "model": str(tiny.base(tmp_path / "base", tie_word_embeddings=tied)),
+        "known": "none",
+    }
     result = fit(Run.from_dict(given), progress=False)
-    state = load_file(result.folder / "checkpoints" / f"step-{result.metrics['best_step']:06d}" / "state.safetensors")
+    state = load_file(
+        result.folder / "checkpoints" / f"step-{result.metrics['best_step']:06d}" / "state.safetensors"
+    )
     base, model = loaded(given["model"]), veneer.load(loaded(given["model"]), result.adapter)
     half, whole = loaded(given["model"]), loaded(given["model"])
     with torch.no_grad():
@@ -425,14 +524,32 @@ def test_on_a_cpu_adamw_is_fused_and_has_few_groups(given, changed, n_groups):
 @pytest.mark.parametrize(("batch", "accumulate"), [(1, 4), (2, 2), (3, 2)])
 def test_accumulated_micro_batches_are_one_batch(batch, accumulate):
     draw = torch.Generator().manual_seed(0)
-    sizes = [(9, 2), (4, 3), (12, 11), (7, 0)]  # (tokens, the first that is learned): a mean of means would differ
-    rows = [Tokens(torch.randint(models.VOCABULARY, (n,), generator=draw), torch.arange(n) >= first, torch.ones(n)) for n, first in sizes]
+    sizes = [
+        (9, 2),
+        (4, 3),
+        (12, 11),
+        (7, 0),
+    ]  # (tokens, the first that is learned): a mean of means would differ
+    rows = [
+        Tokens(
+            torch.randint(models.VOCABULARY, (n,), generator=draw), torch.arange(n) >= first, torch.ones(n)
+        )
+        for n, first in sizes
+    ]
     windows = [tuple(pack.segments(r, 16)) for r in rows]
 
     def after_a_step(micro: list[list[pack.Window]]) -> tuple[float, float, list[torch.Tensor]]:
         model = veneer.attach(models.llama().double(), rank=2)
         parts = groups.of_adapter(model, "default")
-        learner = Learner(model, parts, optim.make("loraplus", ratio=4.0).build(optim.Trained(parts)), causal_lm.loss, 0, 0.01, 0.1)
+        learner = Learner(
+            model,
+            parts,
+            optim.make("loraplus", ratio=4.0).build(optim.Trained(parts)),
+            causal_lm.loss,
+            0,
+            0.01,
+            0.1,
+        )
         outcome = learner.step(micro, 0.1)
         return outcome.loss, outcome.norm, [p.parameter.detach() for p in parts]
 
@@ -449,16 +566,28 @@ def test_bits_per_byte_by_hand():
     run = Run(data="-", length=16)
     row = Row("text", {"text": "the cat sat on the möön"}, "")
     windows = texts.prepare([row], run, tiny.tokenizer(), Voice(False)).windows
-    ids = torch.tensor([tiny.tokenizer().bos_token_id, *tiny.tokenizer()(row.columns["text"])["input_ids"], tiny.tokenizer().eos_token_id])
+    ids = torch.tensor(
+        [
+            tiny.tokenizer().bos_token_id,
+            *tiny.tokenizer()(row.columns["text"])["input_ids"],
+            tiny.tokenizer().eos_token_id,
+        ]
+    )
     nats = 0.0
-    for start in range(0, len(ids) - 1, 16):  # the text in windows of 16 predictions that see nothing before them
+    for start in range(
+        0, len(ids) - 1, 16
+    ):  # the text in windows of 16 predictions that see nothing before them
         some = ids[start : start + 17]
         p = model(some[None, :-1]).logits[0].log_softmax(-1).detach()
         nats -= float(p[torch.arange(len(some) - 1), some[1:]].sum())
     expected = nats / torch.log(torch.tensor(2.0, dtype=torch.float64)) / len(row.columns["text"].encode())
     model.train()
     assert bits_per_byte(model, windows, causal_lm.loss, batch=2) == pytest.approx(float(expected), rel=1e-9)
-    assert model.training and sample([1, 2, 3, 4, 5, 6], 3) == [1, 3, 5] and sample([1, 2], 0) == sample([1, 2], 5) == [1, 2]
+    assert (
+        model.training
+        and sample([1, 2, 3, 4, 5, 6], 3) == [1, 3, 5]
+        and sample([1, 2], 0) == sample([1, 2], 5) == [1, 2]
+    )
 
 
 # -- the run's folder -------------------------------------------------------------------------------------------------
@@ -472,7 +601,9 @@ def test_the_best_step_is_what_is_kept(given, monkeypatch):
     lines = tiny.metrics(result.folder)
     curve = {m["step"]: m["valid_bpb"] for m in lines if "valid_bpb" in m and m["step"]}
     best = min(curve, key=lambda step: curve[step])
-    assert best < 12 and result.metrics["best_step"] == best and result.metrics["after"]["valid"] == curve[best]
+    assert (
+        best < 12 and result.metrics["best_step"] == best and result.metrics["after"]["valid"] == curve[best]
+    )
     assert measured(result, wild, "valid") == pytest.approx(curve[best], rel=1e-5)
     kept = {p.name for p in (result.folder / "checkpoints").iterdir()}
     assert f"step-{best:06d}" in kept and "step-000012" in kept
@@ -480,7 +611,14 @@ def test_the_best_step_is_what_is_kept(given, monkeypatch):
 
 def test_the_folder_says_how_and_from_what_it_was_made(given):
     result = fit(Run.from_dict({**given, "epochs": 0.5, "steps": None}), progress=False)
-    assert {p.name for p in result.folder.iterdir()} == {"adapter", "checkpoints", "config.json", "lock", "metrics.jsonl", "results.json"}
+    assert {p.name for p in result.folder.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "config.json",
+        "lock",
+        "metrics.jsonl",
+        "results.json",
+    }
     suffixes = {p.suffix for p in result.folder.rglob("*") if p.is_file()}
     assert suffixes <= {".json", ".jsonl", ".safetensors", ".md", ""}
     config = json.loads((result.folder / "config.json").read_text())
@@ -489,12 +627,17 @@ def test_the_folder_says_how_and_from_what_it_was_made(given):
     assert config["data"]["train"]["learned_bytes"] == len(Path(given["data"]).read_bytes())
     assert set(config["data"]) == {"train", "valid", "known"} and len(config["base"]["sha256"]) == 64
     assert "scale 2" in " ".join(config["notes"])
-    assert result.metrics["trainable_parameters"] == 3712 and result.metrics["versions"]["torch"] == torch.__version__
+    assert (
+        result.metrics["trainable_parameters"] == 3712
+        and result.metrics["versions"]["torch"] == torch.__version__
+    )
 
 
 def test_conversations_without_valid_text_are_learned_and_a_part_is_set_aside(given, tmp_path):
     answer = {"role": "assistant", "content": "the moon"}
-    talks = [{"messages": [{"role": "user", "content": f"{n} cats?"}, answer], "source": "me"} for n in range(30)]
+    talks = [
+        {"messages": [{"role": "user", "content": f"{n} cats?"}, answer], "source": "me"} for n in range(30)
+    ]
     data = tiny.jsonl(tmp_path / "talks.jsonl", *talks)
     result = fit(Run.from_dict({**given, "data": str(data), "valid": [], "known": "none"}), progress=False)
     notes = result.metrics["notes"]
@@ -502,7 +645,10 @@ def test_conversations_without_valid_text_are_learned_and_a_part_is_set_aside(gi
     assert "no valid text is given: 3 of 30 rows are set aside to choose the best step by" in notes
     assert result.forgotten is None and result.learned.after < result.learned.before
     config = json.loads((result.folder / "config.json").read_text())
-    assert config["data"]["train"]["learned_bytes"] == 27 * len("the moon") and config["data"]["train"]["conversations"] == 27
+    assert (
+        config["data"]["train"]["learned_bytes"] == 27 * len("the moon")
+        and config["data"]["train"]["conversations"] == 27
+    )
     assert (result.adapter / "tokenizer.json").is_file()  # for whoever opens the adapter alone
 
 
@@ -510,9 +656,17 @@ def test_unpacked_windows_hold_one_row_each(given, tmp_path):
     data = tiny.jsonl(tmp_path / "pairs.jsonl", *PAIRS)
     facts = []
     for packing in (True, False):
-        result = fit(Run.from_dict({**given, "data": str(data), "packing": packing, "out": str(tmp_path / str(packing))}), progress=False)
+        result = fit(
+            Run.from_dict(
+                {**given, "data": str(data), "packing": packing, "out": str(tmp_path / str(packing))}
+            ),
+            progress=False,
+        )
         facts.append(json.loads((result.folder / "config.json").read_text())["data"]["train"])
-    assert facts[1]["windows"] == 11 > facts[0]["windows"] and facts[0]["learned_tokens"] == facts[1]["learned_tokens"]
+    assert (
+        facts[1]["windows"] == 11 > facts[0]["windows"]
+        and facts[0]["learned_tokens"] == facts[1]["learned_tokens"]
+    )
 
 
 def test_the_users_random_numbers_and_default_signals_are_left_alone(given):
@@ -557,7 +711,17 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(monkeypatch,
 
 
 def test_the_built_in_model_learns_the_interpreters_own_prose(tmp_path):
-    settings = {"data": "builtin:prose", "steps": 1, "batch": 1, "length": 64, "eval_windows": 2, "out": str(tmp_path / "run")}
+    settings = {
+        "data": "builtin:prose",
+        "steps": 1,
+        "batch": 1,
+        "length": 64,
+        "eval_windows": 2,
+        "out": str(tmp_path / "run"),
+    }
     result = fit(Run.from_dict(settings), progress=False)
-    assert set(result.metrics["after"]) == {"valid", "test", "known"} and result.metrics["learned"]["text"] == "test"
+    assert (
+        set(result.metrics["after"]) == {"valid", "test", "known"}
+        and result.metrics["learned"]["text"] == "test"
+    )
     assert result.metrics["lr"] == 5e-3

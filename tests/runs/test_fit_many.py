@@ -23,15 +23,27 @@ from veneer.train.run import Run
 
 
 def run(folder, name, **changed):
-    return Run.from_dict(settings(folder, options={"rank": 3}, out=str(folder / name), compile="off", **changed))
+    return Run.from_dict(
+        settings(folder, options={"rank": 3}, out=str(folder / name), compile="off", **changed)
+    )
 
 
 def different(folder):
     """Runs that have little in common: methods, rates, optimisers, batches, lengths and numbers of steps."""
     return [
         run(folder, "plain", steps=5),
-        replace(run(folder, "dora", steps=7, batch=3, length=24, seed=3), method="dora", lr=3e-3, optimiser="loraplus"),
-        replace(run(folder, "gains", steps=6, accumulate=1, label_smoothing=0.4), method="ia3", options={}, lr=2e-2),
+        replace(
+            run(folder, "dora", steps=7, batch=3, length=24, seed=3),
+            method="dora",
+            lr=3e-3,
+            optimiser="loraplus",
+        ),
+        replace(
+            run(folder, "gains", steps=6, accumulate=1, label_smoothing=0.4),
+            method="ia3",
+            options={},
+            lr=2e-2,
+        ),
     ]
 
 
@@ -50,7 +62,9 @@ def test_each_learns_what_it_learns_alone(tmp_path):
         assert result.learned.after == pytest.approx(alone.learned.after, rel=1e-4)
         lines = zip(metrics(result.folder), metrics(alone.folder), strict=True)
         for many, one in lines:
-            assert many == {k: pytest.approx(v, rel=1e-3) if isinstance(v, float) else v for k, v in one.items()}
+            assert many == {
+                k: pytest.approx(v, rel=1e-3) if isinstance(v, float) else v for k, v in one.items()
+            }
 
 
 def test_a_stopped_training_goes_on_in_every_run(tmp_path, monkeypatch):
@@ -65,7 +79,10 @@ def test_a_stopped_training_goes_on_in_every_run(tmp_path, monkeypatch):
         return real(bank, work)
 
     monkeypatch.setattr(together, "step", interrupted)
-    with pytest.raises(Interrupted, match=r"stopped by signal 15 after step 3 of 4; all is saved in .*a: go on with resume=True"):
+    with pytest.raises(
+        Interrupted,
+        match=r"stopped by signal 15 after step 3 of 4; all is saved in .*a: go on with resume=True",
+    ):
         veneer.fit_many(runs, progress=False)
     assert calls == [2, 2, 2]
     again = veneer.fit_many([replace(r, resume=True) for r in runs], progress=False)
@@ -88,16 +105,23 @@ def test_one_base_is_held_and_one_run_that_is_not_finite_skips_alone(tmp_path, m
         return real(self, micro, loss, rate)
 
     monkeypatch.setattr(Learner, "finish", spoiled)
-    results = veneer.fit_many([run(tmp_path, "a", steps=2), run(tmp_path, "b", steps=2, seed=1)], progress=False)
+    results = veneer.fit_many(
+        [run(tmp_path, "a", steps=2), run(tmp_path, "b", steps=2, seed=1)], progress=False
+    )
     assert [r.metrics["skipped_steps"] for r in results] == [0, 1]
     first, second = seen[:2]
     shared = base_parameters(first)
-    assert first is not second and all(p.data_ptr() == shared[n].data_ptr() for n, p in base_parameters(second).items())
+    assert first is not second and all(
+        p.data_ptr() == shared[n].data_ptr() for n, p in base_parameters(second).items()
+    )
     assert json.loads((tmp_path / "a" / "config.json").read_text())["run"]["compile"] == "off"
 
 
 def test_a_quantised_base_is_shared_too(tmp_path):
-    runs = [replace(run(tmp_path, n, steps=2, seed=i), quantise="nf4", precision="bf16") for i, n in enumerate("ab")]
+    runs = [
+        replace(run(tmp_path, n, steps=2, seed=i), quantise="nf4", precision="bf16")
+        for i, n in enumerate("ab")
+    ]
     results = veneer.fit_many(runs, progress=False)
     alone = veneer.fit(replace(runs[1], out=str(tmp_path / "alone")), progress=False)
     assert results[1].learned.after == pytest.approx(alone.learned.after, rel=1e-2)
@@ -128,7 +152,9 @@ def test_files_that_do_not_go_together_are_refused_by_the_command_line(tmp_path,
     assert main(["fit-many", a, a]) == 2
     assert f"two runs have the folder {tmp_path / 'a'}; give each its own out" in capsys.readouterr().err
     assert main(["fit-many", a, "--compile", "on"]) == 2
-    assert "compile='on' cannot be: runs that are trained together are not compiled" in capsys.readouterr().err
+    assert (
+        "compile='on' cannot be: runs that are trained together are not compiled" in capsys.readouterr().err
+    )
     assert main(["fit-many", a, "--out", "x"]) == 2
     assert "No such option: --out" in capsys.readouterr().err
     assert main(["fit-many", str(tmp_path / "gone.yaml")]) == 2
@@ -145,7 +171,14 @@ def refusal(runs):
 def test_runs_that_do_not_go_together_are_refused_before_anything_is_written(tmp_path):
     a, b = run(tmp_path, "a"), run(tmp_path, "b")
     assert refusal([]) == "there is no run to train; give a list of them"
-    text = refusal([a, replace(b, out=a.out, precision="bf16"), replace(b, method="full", options={}), replace(b, out="c", compile="on")])
+    text = refusal(
+        [
+            a,
+            replace(b, out=a.out, precision="bf16"),
+            replace(b, method="full", options={}),
+            replace(b, out="c", compile="on"),
+        ]
+    )
     assert text.splitlines() == [
         "precision must be the same for all runs, not bf16 and fp32",
         f"two runs have the folder {a.out}; give each its own out",
@@ -157,5 +190,8 @@ def test_runs_that_do_not_go_together_are_refused_before_anything_is_written(tmp
     text = refusal([a, replace(b, method="bat", options={"rank": 4})])
     assert text.startswith(f"{b.out!r}: bat has no normal form at model.layers.0.")
     text = refusal([a, replace(b, to=("lm_head", "q_proj"))])
-    assert text == f"{b.out!r} changes lm_head, which sees the rows of all runs as one; leave it out with exclude="
+    assert (
+        text
+        == f"{b.out!r} changes lm_head, which sees the rows of all runs as one; leave it out with exclude="
+    )
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()

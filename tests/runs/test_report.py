@@ -38,7 +38,9 @@ def run(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("report")
     data = tiny.jsonl(place / "rows <b>&.jsonl", *ROWS)
     test = tiny.jsonl(place / "test.jsonl", *ROWS[:6])
-    given = tiny.settings(place, data=str(data), test=str(test), length=128, report=True, steps=6, eval_every=2, valid=())
+    given = tiny.settings(
+        place, data=str(data), test=str(test), length=128, report=True, steps=6, eval_every=2, valid=()
+    )
     return fit(Run.from_dict(given), progress=False).folder
 
 
@@ -66,7 +68,11 @@ class References(HTMLParser):
         self.tags.append(tag)
         if tag not in ("meta", "br", "img", "link", "input"):
             self.open.append(tag)
-        self.found += [(name, value or "") for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data", "srcset")]
+        self.found += [
+            (name, value or "")
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset")
+        ]
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
@@ -91,7 +97,11 @@ def test_the_page_needs_nothing_but_itself(run):
     assert not {"script", "link", "img", "iframe", "object"} & set(seen.tags)
     html = (run / told.REPORT).read_text(encoding="utf-8")
     css = re.search(r"<style>(.*?)</style>", html, flags=re.DOTALL)[1]
-    assert "url(" not in css.replace("url(#", "") and "@import" not in css and "prefers-color-scheme: dark" in css
+    assert (
+        "url(" not in css.replace("url(#", "")
+        and "@import" not in css
+        and "prefers-color-scheme: dark" in css
+    )
     assert all(part.startswith("url(#") for part in re.findall(r"url\(.", html))
     assert '<meta name="viewport"' in html and "default-src 'none'" in html
 
@@ -117,7 +127,12 @@ def test_the_page_says_what_the_files_say(run):
         assert numbers.percent(change) in seen and numbers.moved(change) in seen
     for sentence in r["notes"]:
         assert " ".join(sentence.split()) in seen
-    for word in (*r["versions"].values(), f"{r['trainable_parameters']:,}", f"{r['base_parameters']:,}", "resolved"):
+    for word in (
+        *r["versions"].values(),
+        f"{r['trainable_parameters']:,}",
+        f"{r['base_parameters']:,}",
+        "resolved",
+    ):
         assert word in seen
     for layer in r["layers"]:
         assert layer["site"] in seen
@@ -185,7 +200,9 @@ def test_without_measurements_the_page_says_how_to_get_them(run, tmp_path, capsy
     assert f"Not measured in this run: veneer report {bare} --measure does it." in text_of(bare)
     assert main(["report", str(bare), "--prompt", "the cat <i>"]) == 0
     again = results(bare)
-    assert [row["prompt"] for row in again["samples"]["rows"]] == ["the cat <i>"] and "the cat <i>" in text_of(bare)
+    assert [row["prompt"] for row in again["samples"]["rows"]] == [
+        "the cat <i>"
+    ] and "the cat <i>" in text_of(bare)
     for key in ("dial", "preview", "base_parameters"):
         assert again[key] == results(run)[key]
     assert [s["site"] for s in again["layers"]] == [s["site"] for s in results(run)["layers"]]
@@ -203,20 +220,32 @@ def test_without_matplotlib_the_page_comes_without_pictures(run, tmp_path, monke
 
 
 def test_full_fine_tuning_without_test_and_known_text(tmp_path):
-    given = tiny.settings(tmp_path, method="full", options={}, known="none", steps=2, eval_every=1, report=True, lr=1e-3)
+    given = tiny.settings(
+        tmp_path, method="full", options={}, known="none", steps=2, eval_every=1, report=True, lr=1e-3
+    )
     folder = fit(Run.from_dict(given), progress=False).folder
     r = results(folder)
     dial = r["dial"]
-    assert (dial["chosen_on"], dial["text"], dial["apart"]) == ("half of the valid text", "the other half of the valid text", True)
+    assert (dial["chosen_on"], dial["text"], dial["apart"]) == (
+        "half of the valid text",
+        "the other half of the valid text",
+        True,
+    )
     assert {p["known_bpb"] for p in dial["points"]} == {None}
     assert "No test text was given, so what was learned is reported on the same text" in text_of(folder)
-    assert "what was forgotten is not measured" in text_of(folder) and "learning-vs-forgetting" not in text_of(folder)
+    assert "what was forgotten is not measured" in text_of(
+        folder
+    ) and "learning-vs-forgetting" not in text_of(folder)
     assert len(r["layers"]) > 10 and not (folder / "learning-vs-forgetting.png").exists()
 
 
 def test_report_false_measures_and_writes_nothing(tmp_path):
     folder = fit(Run.from_dict(tiny.settings(tmp_path, steps=1)), progress=False).folder
-    assert not list(folder.glob("*.png")) and not (folder / told.REPORT).exists() and "dial" not in results(folder)
+    assert (
+        not list(folder.glob("*.png"))
+        and not (folder / told.REPORT).exists()
+        and "dial" not in results(folder)
+    )
 
 
 def test_a_signal_during_the_report_leaves_a_finished_run(tmp_path, monkeypatch):
@@ -233,19 +262,28 @@ def test_a_signal_during_the_report_leaves_a_finished_run(tmp_path, monkeypatch)
 def test_what_is_no_finished_run_is_refused(tmp_path, run):
     with pytest.raises(ConfigError) as e:
         report(str(tmp_path))
-    assert str(e.value) == f"{tmp_path} holds no run: a report is made from results.json, which a run writes when it is finished"
+    assert (
+        str(e.value)
+        == f"{tmp_path} holds no run: a report is made from results.json, which a run writes when it is finished"
+    )
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds an unfinished run; go on with it first: a report is made from"):
+    with pytest.raises(
+        ConfigError, match="holds an unfinished run; go on with it first: a report is made from"
+    ):
         report(str(tmp_path))
     shutil.copy(run / "results.json", tmp_path)
     shutil.copy(run / "config.json", tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nbroken')
-    with pytest.raises(FormatError, match=r"metrics.jsonl cannot be read as one JSON object a line: .*; restore it from a copy"):
+    with pytest.raises(
+        FormatError,
+        match=r"metrics.jsonl cannot be read as one JSON object a line: .*; restore it from a copy",
+    ):
         report(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("file", "lacks"), [("config.json", "run, data, base"), ("results.json", "before, after, learned, forgotten")]
+    ("file", "lacks"),
+    [("config.json", "run, data, base"), ("results.json", "before, after, learned, forgotten")],
 )
 def test_a_run_with_another_file_in_its_place_is_told_so(tmp_path, run, capsys, file, lacks):
     copy = tmp_path / "run"
@@ -269,10 +307,21 @@ def demo_results() -> dict[str, Any]:
         "recommended_strength": 0.5, "dial": dial, "prompt": EVIL, "samples": {"before": "<i>", "after": EVIL},
         "trainable_parameters": 1000, "adapter_bytes": 4000, "seconds": 75.0, "lr": 1e-3, "folder": "x",
     }  # fmt: skip
-    rows = [{**row, "method": "full", "target_bpb_after": 1.5}, {**row, "method": "lora"}, {**row, "method": "loraplus", "target": "c"}]
+    rows = [
+        {**row, "method": "full", "target_bpb_after": 1.5},
+        {**row, "method": "lora"},
+        {**row, "method": "loraplus", "target": "c"},
+    ]
     described = {"documents": 3, "bytes": 12345, "sha256": "0" * 64}
     texts = {"prose": {"train": described, "valid": described, "test": described}, "known": described}
-    return {"methods": rows, "noise_bpb": 0.03, "steps": 10, "seed": 0, "texts": texts, "versions": {"torch": "2.13.0"}}
+    return {
+        "methods": rows,
+        "noise_bpb": 0.03,
+        "steps": 10,
+        "seed": 0,
+        "texts": texts,
+        "versions": {"torch": "2.13.0"},
+    }
 
 
 def test_the_page_of_a_demo_compares_its_methods(tmp_path):
@@ -295,10 +344,16 @@ def test_layers_are_told_apart_by_kind_and_block():
 
 
 def test_numbers_as_people_read_them():
-    assert numbers.percent({"before": 2.0, "after": 1.5}) == "−25.0 %" and numbers.percent({"before": 1.0, "after": 1.001}) == "+0.1 %"
+    assert (
+        numbers.percent({"before": 2.0, "after": 1.5}) == "−25.0 %"
+        and numbers.percent({"before": 1.0, "after": 1.001}) == "+0.1 %"
+    )
     assert [numbers.amount(n) for n in (12, 637_888, 1.2e9)] == ["12 B", "638 kB", "1.2 GB"]
     assert [numbers.seconds(n) for n in (0.25, 61.4, 7800)] == ["0.25 s", "1 min 1 s", "2 h 10 min"]
-    assert numbers.plain({"rank": 8, "init": None, "to": ["q", "v"], "on": True}) == "rank: 8, init: –, to: q, v, on: yes"
+    assert (
+        numbers.plain({"rank": 8, "init": None, "to": ["q", "v"], "on": True})
+        == "rank: 8, init: –, to: q, v, on: yes"
+    )
     change = {"text": "valid", "before": 2.0, "after": 1.0}
     told_so = run_page.Told({"learned": change, "forgotten": {"before": 1.0, "after": 0.99}}, {}, [], Path())
     assert "nothing measurable was forgotten" in run_page.lead(told_so)
@@ -310,8 +365,17 @@ def test_a_browser_draws_it_without_a_complaint(run, tmp_path, colours):
     flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
     done = subprocess.run(
         [
-            *(str(CHROMIUM), *(f"--{flag}" for flag in flags.split()), f"--user-data-dir={tmp_path / 'user'}"),
-            *("--enable-logging=stderr", "--v=0", "--window-size=500,2000", f"--blink-settings=preferredColorScheme={colours}"),
+            *(
+                str(CHROMIUM),
+                *(f"--{flag}" for flag in flags.split()),
+                f"--user-data-dir={tmp_path / 'user'}",
+            ),
+            *(
+                "--enable-logging=stderr",
+                "--v=0",
+                "--window-size=500,2000",
+                f"--blink-settings=preferredColorScheme={colours}",
+            ),
             *(f"--screenshot={tmp_path / 'page.png'}", (run / told.REPORT).as_uri()),
         ],
         capture_output=True,

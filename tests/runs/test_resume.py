@@ -46,8 +46,6 @@ def given(place, tmp_path) -> dict[str, Any]:
     return tiny.settings(place, out=str(tmp_path / "run"))
 
 
-
-
 def resumed(given: dict[str, Any], **changed: Any) -> Run:
     return Run.from_dict({**given, "resume": True, **changed})
 
@@ -82,14 +80,22 @@ def test_killed_after_a_step_and_resumed(given, whole, step):
 def test_killed_again_and_again_at_any_time(given, whole):
     draw, codes = random.Random(0), [-signal.SIGALRM]
     while codes[-1] == -signal.SIGALRM:
-        codes.append(tiny.train({**given, "resume": True}, die_after=draw.uniform(0.002, 0.08) if len(codes) < 12 else 0.0))
+        codes.append(
+            tiny.train(
+                {**given, "resume": True}, die_after=draw.uniform(0.002, 0.08) if len(codes) < 12 else 0.0
+            )
+        )
     assert codes[-1] == 0 and len(codes) > 3
     assert_same(given, whole)
 
 
 @pytest.mark.parametrize(
     ("number", "code", "step"),
-    [(signal.SIGTERM, 143, 5), (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 14)],  # after 4 and 14 a text is being measured
+    [
+        (signal.SIGTERM, 143, 5),
+        (signal.SIGINT, 130, 4),
+        (signal.SIGTERM, 143, 14),
+    ],  # after 4 and 14 a text is being measured
 )
 def test_a_signal_ends_the_step_saves_and_tells_the_shell(given, whole, number, code, step):
     assert tiny.train(given, signal_at=(step, number)) == code
@@ -112,7 +118,9 @@ def test_a_finished_run_is_returned_as_it_is(given, whole):
 
 def saved(folder: Path, *numbers: int) -> None:
     for n in numbers:
-        checkpoint.save(folder, n, {"p.x": torch.full((3, 5), float(n)), "rng": torch.arange(7)}, {"position": n})
+        checkpoint.save(
+            folder, n, {"p.x": torch.full((3, 5), float(n)), "rng": torch.arange(7)}, {"position": n}
+        )
 
 
 def newest(folder: Path) -> tuple[int | None, list[str]]:
@@ -151,7 +159,9 @@ def cut(file: Path) -> None:
         lambda p: shutil.rmtree(p) or shutil.copytree(p.with_name("step-000002"), p),
     ],
 )
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, harm: Callable[[Path], object]):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    tmp_path, harm: Callable[[Path], object]
+):
     saved(tmp_path, 2, 3)
     harm(tmp_path / "step-000003")
     step, (said,) = newest(tmp_path)
@@ -178,7 +188,10 @@ def test_a_bit_flipped_in_the_newest_checkpoint_changes_nothing(given, whole):
     state.write_bytes(raw)
     result = fit(resumed(given), progress=False)
     assert_same(given, whole)
-    assert any(n.startswith("step-000007 is damaged (state.safetensors is not what MANIFEST.json says)") for n in result.metrics["notes"])
+    assert any(
+        n.startswith("step-000007 is damaged (state.safetensors is not what MANIFEST.json says)")
+        for n in result.metrics["notes"]
+    )
     assert "goes on from step 6" in result.metrics["notes"]
 
 
@@ -203,7 +216,13 @@ def test_killed_at_any_point_of_saving_or_pruning_old_or_new_is_left(tmp_path, m
 
     rmtree = shutil.rmtree
 
-    for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (checkpoint, "save_file"), (checkpoint, "sync")):
+    for owner, name in (
+        (Path, "mkdir"),
+        (Path, "rename"),
+        (Path, "write_text"),
+        (checkpoint, "save_file"),
+        (checkpoint, "sync"),
+    ):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     monkeypatch.setattr(checkpoint.shutil, "rmtree", counted(rmtree))
 
@@ -248,22 +267,37 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path):
     saved(tmp_path, 1, 2)
     with room_for(1000), pytest.raises(NotSaved) as e:
         checkpoint.save(tmp_path, 3, {"p.x": torch.zeros(100, 100)}, {})
-    assert str(e.value).startswith(f"the checkpoint of step 3 (40,000 bytes) could not be written to {tmp_path / 'step-000003'}: ")
+    assert str(e.value).startswith(
+        f"the checkpoint of step 3 (40,000 bytes) could not be written to {tmp_path / 'step-000003'}: "
+    )
     assert str(e.value).endswith("; kept: step-000002, step-000001")
     assert e.value.exit_code == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"] and newest(tmp_path) == (2, [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"] and newest(
+        tmp_path
+    ) == (2, [])
 
 
 def test_a_full_disk_in_a_training_can_be_resumed_from(given, whole, monkeypatch):
     halfway(given)
-    with room_for(20_000), pytest.raises(NotSaved, match="the checkpoint of step 6 "):  # a state has 60,000 bytes
+    with (
+        room_for(20_000),
+        pytest.raises(NotSaved, match="the checkpoint of step 6 "),
+    ):  # a state has 60,000 bytes
         fit(resumed(given), progress=False)
     assert steps(given) == ["step-000003", "step-000004", "step-000005"]
     room = (Path(given["out"]) / "metrics.jsonl").stat().st_size - 10  # too little for the line of step 6
-    with room_for(room), pytest.raises(NotSaved, match=r"bytes could not be added to .*metrics.jsonl: .*; the checkpoints are untouched"):
+    with (
+        room_for(room),
+        pytest.raises(
+            NotSaved, match=r"bytes could not be added to .*metrics.jsonl: .*; the checkpoints are untouched"
+        ),
+    ):
         fit(resumed(given), progress=False)
     full = OSError(28, "No space left on device")
-    with monkeypatch.context() as disk, pytest.raises(NotSaved, match=r"the adapter could not be written to .*adapter: .*No space left"):
+    with (
+        monkeypatch.context() as disk,
+        pytest.raises(NotSaved, match=r"the adapter could not be written to .*adapter: .*No space left"),
+    ):
         disk.setattr(store.files, "write_tensors", lambda *args: (_ for _ in ()).throw(full))
         fit(resumed(given), progress=False)
     assert not (Path(given["out"]) / "results.json").exists()
@@ -316,10 +350,17 @@ def test_other_settings_texts_or_weights_are_refused_with_a_list(given, place, t
         fit(resumed(given, **changed), progress=False)
     lines = str(e.value).splitlines()
     checkpoint = Path(given["out"]) / "checkpoints" / steps(given)[-1]
-    assert len({f.stat().st_mode for f in checkpoint.iterdir()}) == 1  # the tensors can be read by whom the rest can
-    assert lines[0] == f"{given['out']} was begun with other settings, texts or weights than it would go on with:"
+    assert (
+        len({f.stat().st_mode for f in checkpoint.iterdir()}) == 1
+    )  # the tensors can be read by whom the rest can
+    assert (
+        lines[0]
+        == f"{given['out']} was begun with other settings, texts or weights than it would go on with:"
+    )
     assert "  config: lr: 0.01 -> 0.5" in lines and not any("keep" in line for line in lines)
-    assert any(line.startswith("  data: train: ") for line in lines) and any(line.startswith("  base: sha256: ") for line in lines)
+    assert any(line.startswith("  data: train: ") for line in lines) and any(
+        line.startswith("  base: sha256: ") for line in lines
+    )
     assert lines[-1] == "put them back, begin anew in another folder, or allow 'config', 'data', 'base'"
     with pytest.raises(ConfigError, match=r"or allow 'data', 'base'"):
         fit(resumed(given, **changed, allow=["config"]), progress=False)
@@ -338,11 +379,16 @@ def test_settings_that_came_after_the_run_began_are_at_their_defaults(given):
     path.write_text(json.dumps(begun))
     with pytest.raises(ConfigError) as e:
         fit(resumed(given, clip=0.5, train_on="all"), progress=False)
-    assert str(e.value).splitlines()[1:-1] == ["  config: clip: 1.0 -> 0.5", "  config: train_on: completion -> all"]
+    assert str(e.value).splitlines()[1:-1] == [
+        "  config: clip: 1.0 -> 0.5",
+        "  config: train_on: completion -> all",
+    ]
     rank = given["options"]["rank"]
     with pytest.raises(ConfigError, match=rf"\n  config: options: rank: {rank} -> {rank + 1}\n"):
         fit(resumed(given, options={**given["options"], "rank": rank + 1}), progress=False)
-    result = fit(resumed(given, options={**given["options"], "init": "kaiming"}), progress=False)  # lora's default, now said
+    result = fit(
+        resumed(given, options={**given["options"], "init": "kaiming"}), progress=False
+    )  # lora's default, now said
     assert not any("differs" in note for note in result.metrics["notes"])
 
 
@@ -384,7 +430,11 @@ def test_a_step_that_is_not_finite_changes_no_bit(given, monkeypatch):
     before, after, later = (state(given, n) for n in (2, 3, 4))
     assert result.metrics["skipped_steps"] == 1 and result.metrics["steps"] == 4
     trained = [k for k in before if k != "rng"]
-    assert len([k for k in trained if k.startswith("o.")]) == 3 * len([k for k in trained if k.startswith("p.")]) > 0
+    assert (
+        len([k for k in trained if k.startswith("o.")])
+        == 3 * len([k for k in trained if k.startswith("p.")])
+        > 0
+    )
     assert all(torch.equal(before[k], after[k]) for k in trained)
     assert not any(torch.equal(after[k], later[k]) for k in trained)
     line = next(m for m in tiny.metrics(Path(given["out"])) if m["step"] == 3)

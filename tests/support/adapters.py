@@ -10,7 +10,13 @@ from veneer.adapt.attached import changes
 
 def llama(tie=False):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 30,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tie, max_position_embeddings=32))
 
 

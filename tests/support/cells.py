@@ -13,7 +13,9 @@ def attach(model, row, x):
     """Adapts the one layer, after a look at a loss on x where the start needs one."""
     options = dict(row.options)
     if row.calibrated:
-        options["stats"] = veneer.calibrate(model, [x], rank=options["rank"], loss=lambda m, x: m(x).square().sum(), to=["0"])
+        options["stats"] = veneer.calibrate(
+            model, [x], rank=options["rank"], loss=lambda m, x: m(x).square().sum(), to=["0"]
+        )
     veneer.attach(model, row.name, to=["0"], **options)
 
 
@@ -35,4 +37,6 @@ def check_gradient(model, x):
     def output(*values):
         return torch.func.functional_call(model, dict(zip(parameters, values, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(output, tuple(p.detach().clone().requires_grad_() for p in parameters.values()), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        output, tuple(p.detach().clone().requires_grad_() for p in parameters.values()), fast_mode=True
+    )

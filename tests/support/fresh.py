@@ -15,7 +15,9 @@ SOURCE = Path(veneer.__file__).parent.parent
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """What a new interpreter did with these arguments."""
     path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
 
 
 def printed(code: str, *arguments: str) -> str:

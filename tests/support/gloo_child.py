@@ -23,14 +23,22 @@ def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def calibrated(some: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    found = veneer.calibrate(layers(), some, rank=1, loss=lambda model, b: (model(b[0]) - b[1]).square().sum())
-    return {f"{site}.{k}": t.contiguous() for site, stats in found.items() for k, t in stats.gradient._asdict().items()}
+    found = veneer.calibrate(
+        layers(), some, rank=1, loss=lambda model, b: (model(b[0]) - b[1]).square().sum()
+    )
+    return {
+        f"{site}.{k}": t.contiguous()
+        for site, stats in found.items()
+        for k, t in stats.gradient._asdict().items()
+    }
 
 
 def share(rank: int, world: int, folder: str) -> None:
     """Every world-th batch here, the sum of all in the file."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+    )
     try:
         save_file(calibrated(batches(5)[rank::world]), Path(folder) / f"{rank}.safetensors")
     finally:

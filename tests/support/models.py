@@ -33,7 +33,9 @@ def gpt2(seed: int = 0, **config: Any) -> nn.Module:
     """A GPT-2, whose linear layers are Conv1D: hidden 32, 2 layers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    settings = dict(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    settings = dict(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2
+    )
     settings |= dict(bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
     torch.manual_seed(seed)
     return GPT2LMHeadModel(GPT2Config(**{**settings, **config})).eval()

@@ -16,7 +16,14 @@ from veneer.adapt.attached import changes
 IDS = torch.randint(0, models.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(5))
 TOLERANCE = 5e-5  # float32 through two layers and back
 # Our parameter -> PEFT's of the same layer; a vector is a column or a row there.
-NAMES = {"c": "fourierft_spectrum", "l": "ia3_l", "D": "miss_block", "B": "miss_block", "b": "vera_lambda_b", "d": "vera_lambda_d"}
+NAMES = {
+    "c": "fourierft_spectrum",
+    "l": "ia3_l",
+    "D": "miss_block",
+    "B": "miss_block",
+    "b": "vera_lambda_b",
+    "d": "vera_lambda_d",
+}
 TURNED = ("D",)  # (out, r) here, (r, out) there
 
 

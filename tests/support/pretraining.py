@@ -19,7 +19,13 @@ def small(monkeypatch):
     documents += [Document(f"test/t{i}.py", "assert add(1, 2) == 3\n" * 20) for i in range(3)]
     monkeypatch.setattr(texts, "library", lambda tests=True: documents)
     monkeypatch.setattr(texts, "known", lambda split: [Document("held.py", source * 5)])
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     monkeypatch.setattr(build, "SIZES", {**build.SIZES, **sizes})
 
 

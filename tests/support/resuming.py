@@ -18,7 +18,9 @@ def assert_same(given: dict[str, Any], whole: Path) -> None:
     assert tiny.metrics(out) == tiny.metrics(whole)
     own, other = (tiny.untimed(json.loads((f / "results.json").read_text())) for f in (out, whole))
     assert {**own, "notes": None} == {**other, "notes": None}
-    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == (whole / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        whole / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
     assert not list((out / "checkpoints").glob(".tmp-*"))
 
 

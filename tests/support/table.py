@@ -74,11 +74,20 @@ SITES = {
     "conv1d": Place(lambda: nn.Conv1d(4, 5, 3, stride=2, padding=1), lambda: _numbers(2, 4, 9)),
     "conv2d": Place(lambda: nn.Conv2d(4, 6, 3), lambda: _numbers(2, 4, 7, 7)),
     "conv2d dilated": Place(lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2), lambda: _numbers(2, 4, 8, 8)),
-    "conv2d strided": Place(lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), bias=False), lambda: _numbers(2, 4, 8, 8)),
+    "conv2d strided": Place(
+        lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), bias=False),
+        lambda: _numbers(2, 4, 8, 8),
+    ),
     "conv2d grouped": Place(lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: _numbers(2, 4, 7, 7)),
     "conv2d depthwise": Place(lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), lambda: _numbers(2, 4, 5, 5)),
     "conv2d same": Place(lambda: nn.Conv2d(4, 6, 4, padding="same"), lambda: _numbers(2, 4, 8, 8)),
-    "conv2d reflect": Place(lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect"), lambda: _numbers(2, 4, 7, 7)),
-    "conv2d replicate": Place(lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="replicate"), lambda: _numbers(2, 4, 7, 7)),
-    "conv1d circular": Place(lambda: nn.Conv1d(4, 6, 4, padding="same", padding_mode="circular"), lambda: _numbers(2, 4, 8)),
+    "conv2d reflect": Place(
+        lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect"), lambda: _numbers(2, 4, 7, 7)
+    ),
+    "conv2d replicate": Place(
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="replicate"), lambda: _numbers(2, 4, 7, 7)
+    ),
+    "conv1d circular": Place(
+        lambda: nn.Conv1d(4, 6, 4, padding="same", padding_mode="circular"), lambda: _numbers(2, 4, 8)
+    ),
 }

@@ -16,7 +16,9 @@ import torch
 from support import models
 
 END = "<|end|>"
-WORDS = "the cat sat on a mat and looked at the moon while seven dogs ran round an old house in the rain".split()
+WORDS = (
+    "the cat sat on a mat and looked at the moon while seven dogs ran round an old house in the rain".split()
+)
 # What may differ between two runs that are the same.
 TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
 
@@ -32,9 +34,13 @@ def tokenizer() -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator([text(0, 400)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
+    )
 
 
 def text(seed: int, words: int) -> str:
@@ -92,7 +98,10 @@ def untimed(figures: dict[str, Any]) -> dict[str, Any]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without what may differ between two runs that are the same."""
-    return [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        untimed(json.loads(line))
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @functools.cache
@@ -101,7 +110,9 @@ def _forks() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.tiny_child"])
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)  # the server looks for its modules there alone
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        p for p in sys.path if p
+    )  # the server looks for its modules there alone
     try:
         forkserver.ensure_running()
     finally:
@@ -118,7 +129,9 @@ def train(given: dict[str, Any], *, signal_at: tuple[int, int] | None = None, di
     """
     from support import tiny_child
 
-    process = _forks().Process(target=tiny_child.train, args=(given, signal_at, die_after))
+    process = _forks().Process(
+        target=tiny_child.train, args=(given, signal_at, die_after, torch.get_num_threads())
+    )
     process.start()
     process.join(300)
     code = process.exitcode

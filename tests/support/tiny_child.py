@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 import torch
-import transformers.models.llama.modeling_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers.models.llama.modeling_llama  # noqa: F401  (the imports that cost most)
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 from veneer.errors import VeneerError
 from veneer.runs.fit import fit
@@ -17,9 +17,9 @@ from veneer.train.loop.step import Learner
 from veneer.train.run import Run
 
 
-def train(given: dict[str, Any], signal_at: tuple[int, int] | None, die_after: float) -> None:
+def train(given: dict[str, Any], signal_at: tuple[int, int] | None, die_after: float, threads: int) -> None:
     """Exits as the command line does; the message of an error goes to stderr."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # as many as the parent: sums depend on it
     _arm(signal_at, die_after)
     try:
         fit(Run.from_dict(given), progress=False)
@@ -35,7 +35,9 @@ def _arm(signal_at: tuple[int, int] | None, die_after: float) -> None:
     def step(self: Learner, *args: Any) -> Any:
         n = next(steps)
         if n == 1:
-            signal.setitimer(signal.ITIMER_REAL, die_after)  # SIGALRM kills a process that does not ask for it
+            signal.setitimer(
+                signal.ITIMER_REAL, die_after
+            )  # SIGALRM kills a process that does not ask for it
         outcome = real(self, *args)
         if n == at:
             os.kill(os.getpid(), number)

@@ -74,7 +74,10 @@ def test_blocks_that_are_computed_again_give_the_same_gradients_and_keep_less():
     for p in model.parameters():
         if p.requires_grad:
             nn.init.normal_(p, std=0.1)
-    batch = {k: torch.randint(0, 30, (2, 12), generator=torch.Generator().manual_seed(1)) for k in ("input_ids", "labels")}
+    batch = {
+        k: torch.randint(0, 30, (2, 12), generator=torch.Generator().manual_seed(1))
+        for k in ("input_ids", "labels")
+    }
     found = []
     for wanted in (False, True):
         compiling.recompute(model, wanted)
@@ -101,7 +104,9 @@ def test_blocks_that_are_computed_again_give_the_same_gradients_and_keep_less():
 
 
 def test_a_model_that_cannot_compute_its_blocks_again_is_refused():
-    with pytest.raises(ConfigError, match=r"a Linear cannot compute its blocks again; use gradient_checkpointing=False"):
+    with pytest.raises(
+        ConfigError, match=r"a Linear cannot compute its blocks again; use gradient_checkpointing=False"
+    ):
         compiling.recompute(nn.Linear(2, 2), True)
 
 
@@ -118,7 +123,10 @@ def fitted(place: Path, out: Path, **changed: Any) -> dict[str, Any]:
 
 
 def test_a_compiled_training_computes_what_the_plain_one_does(place, tmp_path):
-    short: dict[str, Any] = {"options": {"rank": 4}, "steps": 6}  # without dropout, whose numbers a compiler draws in its own way
+    short: dict[str, Any] = {
+        "options": {"rank": 4},
+        "steps": 6,
+    }  # without dropout, whose numbers a compiler draws in its own way
     plain = fitted(place, tmp_path / "plain", compile="off", **short)
     compiled = fitted(place, tmp_path / "compiled", compile="on", **short)
     assert any(n.startswith("compiled in ") for n in compiled["notes"])
@@ -129,24 +137,41 @@ def test_a_compiled_training_computes_what_the_plain_one_does(place, tmp_path):
 
 
 def test_a_compiled_training_that_is_resumed_computes_the_same_bits(place, tmp_path):
-    given = {**settings(place), "options": {"rank": 4}, "steps": 6, "compile": "on", "save_every": 2, "out": str(tmp_path / "run")}
+    given = {
+        **settings(place),
+        "options": {"rank": 4},
+        "steps": 6,
+        "compile": "on",
+        "save_every": 2,
+        "out": str(tmp_path / "run"),
+    }
     assert train(given, signal_at=(3, signal.SIGINT)) == 130
-    fitted(place, tmp_path / "run", resume=True, **{k: v for k, v in given.items() if k not in ("out", "report")})
+    fitted(
+        place, tmp_path / "run", resume=True, **{k: v for k, v in given.items() if k not in ("out", "report")}
+    )
     whole = {k: v for k, v in given.items() if k not in ("out", "report")}
     fitted(place, tmp_path / "whole", **whole)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    ours, other = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "whole"))
+    ours, other = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "whole")
+    )
     assert ours == other
 
 
 def test_without_a_compiler_on_is_refused_and_auto_goes_on(place, tmp_path, monkeypatch):
     monkeypatch.setattr(compiling, "missing", lambda device: "a C++ compiler (g++)")
-    with pytest.raises(ConfigError, match=r"compile='on' needs a C\+\+ compiler \(g\+\+\), which is not found here; install it, or use"):
+    with pytest.raises(
+        ConfigError,
+        match=r"compile='on' needs a C\+\+ compiler \(g\+\+\), which is not found here; install it, or use",
+    ):
         fitted(place, tmp_path / "on", compile="on")
     monkeypatch.setattr(compiling, "is_long", lambda *given: True)
     notes = fitted(place, tmp_path / "auto")["notes"]
     assert not any("compiled" in n for n in notes)
-    assert "steps of this run could be shorter: torch.compile needs a C++ compiler (g++), which is not found here" in notes
+    assert (
+        "steps of this run could be shorter: torch.compile needs a C++ compiler (g++), which is not found here"
+        in notes
+    )
     assert not any("torch.compile" in n for n in fitted(place, tmp_path / "off", compile="off")["notes"])
 
 
@@ -157,7 +182,10 @@ def test_what_cannot_be_compiled_is_said_and_auto_goes_on_without(place, tmp_pat
     monkeypatch.setattr(compiling, "compiled_kernel", lambda: broken)
     monkeypatch.setattr(compiling, "is_long", lambda *given: True)
     notes = fitted(place, tmp_path / "auto")["notes"]
-    assert any("torch.compile cannot compile this model: no kernel; use compile='off'; goes on without" in n for n in notes)
+    assert any(
+        "torch.compile cannot compile this model: no kernel; use compile='off'; goes on without" in n
+        for n in notes
+    )
     with pytest.raises(ConfigError, match="cannot compile this model: no kernel"):
         fitted(place, tmp_path / "on", compile="on")
 

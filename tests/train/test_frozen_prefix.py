@@ -31,7 +31,9 @@ from veneer.verbs.plan.text import text
 UPPER = r".*\.(layers|h)\.[23]\..*"
 BUILDS = {
     "llama": lambda **c: models.llama(num_hidden_layers=4, **c),
-    "gpt2": lambda **c: models.gpt2(n_layer=4, **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **c}),
+    "gpt2": lambda **c: models.gpt2(
+        n_layer=4, **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **c}
+    ),
 }
 
 
@@ -101,7 +103,11 @@ def test_loss_and_gradients_are_those_of_the_whole_model(kind, dtype, tolerance,
         for name, g in gradients(model).items():
             assert float((g - expected[name]).norm() / expected[name].norm()) <= tolerance, name
         monkeypatch.setattr(store, "_computed", lambda window: calls.append(window))
-    assert not calls and next(iter(blocks(model))) is prefix.stack[0] and "forward" not in prefix.stack[0].__dict__
+    assert (
+        not calls
+        and next(iter(blocks(model))) is prefix.stack[0]
+        and "forward" not in prefix.stack[0].__dict__
+    )
     assert (tmp_path / "frozen/hidden.raw").stat().st_size == prefix.bytes(n_tokens(SOME))
 
 
@@ -112,7 +118,11 @@ def test_the_frozen_blocks_are_computed_once_for_each_window_and_again_where_the
     key = {"base": "one", "length": 12}
     first = Kept(model, prefix, SOME, tmp_path, key)
     values = [first.of(w).clone() for w in SOME]
-    assert len(calls) == 3 and all(torch.equal(first.of(w), v) for w, v in zip(SOME, values, strict=True)) and len(calls) == 3
+    assert (
+        len(calls) == 3
+        and all(torch.equal(first.of(w), v) for w, v in zip(SOME, values, strict=True))
+        and len(calls) == 3
+    )
     again = Kept(model, prefix, SOME, tmp_path, key)
     assert all(torch.equal(again.of(w), v) for w, v in zip(SOME, values, strict=True)) and len(calls) == 3
     again._hidden[13].zero_()  # a page of the second window that never reached the disk
@@ -159,17 +169,25 @@ def test_models_and_settings_that_do_not_allow_it_are_refused(tmp_path, monkeypa
             frozen_blocks.look(model, ids)
         return str(e.value)
 
-    assert "of 4 the first is adapted already; adapt upper ones only, with to= or exclude=" in refusal(veneer.attach(BUILDS["llama"]()))
-    assert "LlamaForCausalLM: none of its blocks is trained" in refusal(veneer.attach(BUILDS["llama"](), to=["lm_head"]))
+    assert "of 4 the first is adapted already; adapt upper ones only, with to= or exclude=" in refusal(
+        veneer.attach(BUILDS["llama"]())
+    )
+    assert "LlamaForCausalLM: none of its blocks is trained" in refusal(
+        veneer.attach(BUILDS["llama"](), to=["lm_head"])
+    )
     assert "Linear: it has no stack of like blocks" in refusal(nn.Linear(2, 2))
-    below = veneer.attach(BUILDS["llama"](), to=[*(f"layers.3.mlp.{n}_proj" for n in ("up", "down")), "embed_tokens"], rank=2)
+    below = veneer.attach(
+        BUILDS["llama"](), to=[*(f"layers.3.mlp.{n}_proj" for n in ("up", "down")), "embed_tokens"], rank=2
+    )
     models.randomise(below)
     assert "something below block 3 is trained (an embedding?)" in refusal(below)
     assert "not twice the same; is there dropout in the base?" in refusal(upper("gpt2", embd_pdrop=0.5))
     crossed = veneer.attach(Stack(), to=["layers.2.own"], rank=2)
     assert "take more from the lower ones than what leaves the last of them" in refusal(crossed)
     monkeypatch.setattr(frozen_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
-    with pytest.raises(ConfigError, match=r"needs 3.00 GB in .*, and 0.00 GB are free there; choose another out"):
+    with pytest.raises(
+        ConfigError, match=r"needs 3.00 GB in .*, and 0.00 GB are free there; choose another out"
+    ):
         frozen_cache.check_room(tmp_path / "none" / "yet", 3 * 10**9)
     for changed, message in (
         ({"stream": True, "steps": 3}, "and a stream's are not known before; leave one of them out"),
@@ -177,7 +195,9 @@ def test_models_and_settings_that_do_not_allow_it_are_refused(tmp_path, monkeypa
     ):
         with pytest.raises(ConfigError, match=message):
             Run.from_dict({"data": "a.txt", "cache_frozen": True, **changed})
-    with pytest.raises(ConfigError, match="cache_frozen cannot be: the runs have different windows in one pass"):
+    with pytest.raises(
+        ConfigError, match="cache_frozen cannot be: the runs have different windows in one pass"
+    ):
         veneer.fit_many([Run.from_dict({"data": "a.txt", "cache_frozen": True})], progress=False)
 
 
@@ -201,13 +221,18 @@ def trained(place: Path, out: Path, **changed: Any) -> tuple[list[Any], dict[str
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_run_learns_the_same_and_leaves_nothing_behind(place, tmp_path, packing):
-    (ours, told), (plain, _) = (trained(place, tmp_path / str(on), cache_frozen=on, packing=packing) for on in (True, False))
+    (ours, told), (plain, _) = (
+        trained(place, tmp_path / str(on), cache_frozen=on, packing=packing) for on in (True, False)
+    )
     for a, b in zip(ours, plain, strict=True):
         assert a.keys() == b.keys()
         for name in {"loss", "gradient_norm", "valid_bpb"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-4)
     assert not (tmp_path / "True" / "frozen").exists()
-    assert any("what leaves the 1 blocks below the first adapted one is kept until the end" in note for note in told["notes"])
+    assert any(
+        "what leaves the 1 blocks below the first adapted one is kept until the end" in note
+        for note in told["notes"]
+    )
 
 
 def test_a_run_that_is_stopped_and_resumed_has_the_same_bits(place, tmp_path, monkeypatch):
@@ -224,7 +249,9 @@ def test_a_run_that_is_stopped_and_resumed_has_the_same_bits(place, tmp_path, mo
         trained(place, tmp_path / "part")
     assert (tmp_path / "part/frozen/hidden.raw").exists()
     trained(place, tmp_path / "part", resume=True)
-    ours, theirs = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("part", "whole"))
+    ours, theirs = (
+        load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("part", "whole")
+    )
     assert all(torch.equal(ours[n], t) for n, t in theirs.items())
     assert tiny.metrics(tmp_path / "part") == tiny.metrics(tmp_path / "whole")
 
@@ -235,5 +262,11 @@ def test_a_plan_tells_the_size_and_a_single_pass_is_said_to_gain_nothing(place, 
     tokens = json.loads((tmp_path / "once/config.json").read_text())["data"]["train"]["tokens"]
     width = json.loads((place / "base/config.json").read_text())["hidden_size"]
     assert found.as_dict()["cache_frozen_bytes"] == 4 * width * tokens
-    assert f"cache_frozen: {4 * width * tokens / 1000:.1f} kB on disk" in text(found) and not (tmp_path / "plan").exists()
-    assert any("no window is read twice in this run, so that cache_frozen gains nothing" in note for note in told["notes"])
+    assert (
+        f"cache_frozen: {4 * width * tokens / 1000:.1f} kB on disk" in text(found)
+        and not (tmp_path / "plan").exists()
+    )
+    assert any(
+        "no window is read twice in this run, so that cache_frozen gains nothing" in note
+        for note in told["notes"]
+    )

@@ -18,7 +18,10 @@ from veneer.train.speed.graphs import on_graphs
 
 def batches(device="cpu", n=2):
     draw = torch.Generator().manual_seed(0)
-    made = ({k: torch.randint(0, VOCABULARY, (2, 12), generator=draw).to(device) for k in ("input_ids", "labels")} for _ in range(n))
+    made = (
+        {k: torch.randint(0, VOCABULARY, (2, 12), generator=draw).to(device) for k in ("input_ids", "labels")}
+        for _ in range(n)
+    )
     return list(made)
 
 
@@ -37,10 +40,14 @@ def adapted(device="cpu"):
 
 def test_without_a_gpu_they_are_refused(tmp_path):
     run = Run.from_dict({**settings(tmp_path), "out": str(tmp_path / "run"), "compile": "graphs"})
-    with pytest.raises(ConfigError, match="compile='graphs' is for GPUs, and this run computes on cpu; use compile='on'"):
+    with pytest.raises(
+        ConfigError, match="compile='graphs' is for GPUs, and this run computes on cpu; use compile='on'"
+    ):
         fit(run, progress=False)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ConfigError, match="compile='graphs' cannot be: runs that are trained together are not compiled"):
+    with pytest.raises(
+        ConfigError, match="compile='graphs' cannot be: runs that are trained together are not compiled"
+    ):
         veneer.fit_many([run], progress=False)
 
 
@@ -53,7 +60,11 @@ def test_gradients_are_added_into_tensors_that_were_there_before():
         return causal_lm.loss(model, batch, smoothing=smoothing)
 
     found = accumulated(model, on_graphs(objective), given)
-    assert places[0] == places[1] == {n: p.grad.data_ptr() for n, p in model.named_parameters() if p.requires_grad}
+    assert (
+        places[0]
+        == places[1]
+        == {n: p.grad.data_ptr() for n, p in model.named_parameters() if p.requires_grad}
+    )
     for name, g in expected.items():
         torch.testing.assert_close(found[name], g)
     model.zero_grad()

@@ -38,7 +38,9 @@ def gradient(m: int, n: int, seed: int = 0) -> Tensor:
     return torch.from_numpy((U * 0.5 ** np.arange(min(m, n))) @ V)
 
 
-def stepped(part: groups.Part, gradients: list[Tensor], decay: float = 0.0, **options: object) -> tuple[np.ndarray, dict[str, Tensor]]:
+def stepped(
+    part: groups.Part, gradients: list[Tensor], decay: float = 0.0, **options: object
+) -> tuple[np.ndarray, dict[str, Tensor]]:
     """What the steps added to the weight, and the optimiser's state."""
     before = part.parameter.detach().clone()
     optimiser = optim.make("galore", **options).build(Trained([part]))
@@ -74,8 +76,15 @@ def test_adam_steps_on_the_projected_gradient():
     G = gradient(6, 40)
     change, state = stepped(weight(6, 40), [G], rank=2, scale=1.0)
     P = state["P"].numpy()
-    np.testing.assert_allclose(change, -RATE * P @ np.sign(P.T @ G.numpy()), atol=1e-4)  # the first step is the sign
-    assert {k: tuple(t.shape) for k, t in state.items()} == {"P": (6, 2), "step": (), "exp_avg": (2, 40), "exp_avg_sq": (2, 40)}
+    np.testing.assert_allclose(
+        change, -RATE * P @ np.sign(P.T @ G.numpy()), atol=1e-4
+    )  # the first step is the sign
+    assert {k: tuple(t.shape) for k, t in state.items()} == {
+        "P": (6, 2),
+        "step": (),
+        "exp_avg": (2, 40),
+        "exp_avg_sq": (2, 40),
+    }
 
 
 def test_decay_is_that_of_a_weight():
@@ -95,10 +104,14 @@ def test_the_subspace_follows_the_gradient_and_the_moments_turn_with_it():
     for _ in range(30):
         follow(state, new, 3, "w")
     U = np.linalg.svd(new.numpy())[0][:, :3]
-    assert np.linalg.norm(U.T @ state["P"].numpy()) == pytest.approx(math.sqrt(3), abs=1e-6)  # the same subspace
+    assert np.linalg.norm(U.T @ state["P"].numpy()) == pytest.approx(
+        math.sqrt(3), abs=1e-6
+    )  # the same subspace
     assert (state["exp_avg_sq"] >= 0).all()
     state = {"P": P.clone(), "exp_avg": mean.clone(), "exp_avg_sq": mean.square()}
-    follow(state, old, 3, "w")  # the gradient has not changed: P turns within its subspace, and the mean means what it did
+    follow(
+        state, old, 3, "w"
+    )  # the gradient has not changed: P turns within its subspace, and the mean means what it did
     torch.testing.assert_close(state["P"] @ state["exp_avg"], P @ mean, rtol=1e-6, atol=1e-6)
 
 
@@ -112,7 +125,9 @@ def test_factors_embeddings_and_bad_options():
         p.parameter.grad = torch.ones_like(p.parameter)
     groups.set_rates(optimiser, RATE, 0.0)
     optimiser.step()
-    assert made.state_bytes(Trained(parts)) == sum(t.numel() * t.element_size() for s in optimiser.state.values() for t in s.values())
+    assert made.state_bytes(Trained(parts)) == sum(
+        t.numel() * t.element_size() for s in optimiser.state.values() for t in s.values()
+    )
     adapter = groups.of_adapter(veneer.attach(models.llama(), rank=2, to=["q_proj"]), "default")
     with pytest.raises(ConfigError) as e:
         made.build(Trained(adapter))
@@ -141,7 +156,10 @@ def adapted() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def test_a_restart_keeps_the_function_and_begins_anew():
     model, adam = adapted()
-    before, start = models.output(model), {n: d.A.detach().clone() for n, d in ((s.name, d) for s, d in changes(model, "default"))}
+    before, start = (
+        models.output(model),
+        {n: d.A.detach().clone() for n, d in ((s.name, d) for s, d in changes(model, "default"))},
+    )
     base = models.output(models.llama())
     relora.restart(model, "default", [adam], 1)
     torch.testing.assert_close(models.output(model), before, rtol=1e-4, atol=1e-5)
@@ -149,7 +167,10 @@ def test_a_restart_keeps_the_function_and_begins_anew():
         torch.testing.assert_close(models.output(model), before, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(models.output(model), base)
     first = {s.name: d.A.detach().clone() for s, d in changes(model, "default")}
-    assert all(not d.B.any() and d.A.any() and not torch.equal(d.A, start[s.name]) for s, d in changes(model, "default"))
+    assert all(
+        not d.B.any() and d.A.any() and not torch.equal(d.A, start[s.name])
+        for s, d in changes(model, "default")
+    )
     relora.restart(model, "default", [adam], 2)
     assert all(not torch.equal(d.A, first[s.name]) for s, d in changes(model, "default"))
 
@@ -175,13 +196,21 @@ def test_the_smallest_moments_are_forgotten_both_at_once():
     relora.forget({}, 0.5)
     model, adam = adapted()
     relora.restart(model, "default", [adam], 1, prune=0.9)
-    kept = [float((adam.state[p]["exp_avg"] != 0).float().mean()) for _, d in changes(model, "default") for p in d.parameters()]
+    kept = [
+        float((adam.state[p]["exp_avg"] != 0).float().mean())
+        for _, d in changes(model, "default")
+        for p in d.parameters()
+    ]
     assert all(0.05 < share <= 0.12 for share in kept)
 
 
 def test_the_rate_rises_again_after_every_restart():
     shares = [relora.jagged(step, 4, 5, 2) for step in range(15)]
-    assert shares[:4] == [1.0] * 4 and shares[4:9] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1]) and shares[9:14] == shares[4:9]
+    assert (
+        shares[:4] == [1.0] * 4
+        and shares[4:9] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
+        and shares[9:14] == shares[4:9]
+    )
 
 
 def test_what_cannot_be_begun_anew_is_refused():
@@ -209,7 +238,9 @@ def test_a_way_learns_and_goes_on_exactly_where_it_stopped(small, tmp_path, monk
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     words = ["--tokens", str(12 * 2 * 16 / 1e6), "--via", way, *WAYS[way], *SMALL]
     assert pretrain.main(["--out", str(whole), *words]) == 0
-    assert log(whole)[-1]["known_valid_bpb"] < log(whole)[0]["known_valid_bpb"] and log(whole)[-1]["step"] == 12
+    assert (
+        log(whole)[-1]["known_valid_bpb"] < log(whole)[0]["known_valid_bpb"] and log(whole)[-1]["step"] == 12
+    )
     step, real = 0, pretrain.loss_of
 
     def stops(model, windows):
@@ -233,12 +264,25 @@ def test_relora_trains_weights_first_and_then_factors_alone(small, tmp_path, mon
 
     def look(model, windows):
         if model.training:
-            names = [n for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "embed" not in n]
+            names = [
+                n for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "embed" not in n
+            ]
             seen.append((len(names), all("deltas" in n for n in names)))
         return real(model, windows)
 
     monkeypatch.setattr(pretrain, "loss_of", look)
-    pretrain.main(["--out", str(tmp_path), "--tokens", str(6 * 2 * 16 / 1e6), "--via", "relora", *WAYS["relora"], *SMALL])
+    pretrain.main(
+        [
+            "--out",
+            str(tmp_path),
+            "--tokens",
+            str(6 * 2 * 16 / 1e6),
+            "--via",
+            "relora",
+            *WAYS["relora"],
+            *SMALL,
+        ]
+    )
     assert seen == [(7, False)] * 3 + [(14, True)] * 3
     facts = json.loads((tmp_path / "model" / "training.json").read_text())
     assert facts["recipe"]["via"] == "relora" and facts["recipe"]["ratio"] == 4.0

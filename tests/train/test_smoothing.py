@@ -27,7 +27,9 @@ from veneer.train.speed import compile_settings, compiling
 
 OBJECTIVES = {
     "plain": lambda: causal_lm.loss,
-    "compiled": lambda: compile_settings.lean(functools.partial(causal_lm.loss, kernel=compiling.compiled_kernel())),
+    "compiled": lambda: compile_settings.lean(
+        functools.partial(causal_lm.loss, kernel=compiling.compiled_kernel())
+    ),
     "in full precision under autocast": lambda: under_autocast(causal_lm.loss, torch.device("cpu")),
 }
 
@@ -59,7 +61,9 @@ def test_a_step_lowers_pytorchs_smoothed_loss_and_what_is_measured_is_without(na
     assert measured == pytest.approx(sharp / math.log(2) / (3 * len(labels)), rel=tolerance)
     outcome = learner.step([windows()], 1e-3)
     assert outcome.loss == pytest.approx(float(expected.detach()), rel=tolerance)
-    assert outcome.norm == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=tolerance)
+    assert outcome.norm == pytest.approx(
+        float(torch.cat([g.flatten() for g in gradients]).norm()), rel=tolerance
+    )
 
 
 def short(folder: Path, name: str, **changed: Any) -> dict[str, Any]:
@@ -67,7 +71,10 @@ def short(folder: Path, name: str, **changed: Any) -> dict[str, Any]:
 
 
 def test_a_run_records_it_goes_on_with_it_and_measures_without(tmp_path):
-    sharp, smooth, halted = short(tmp_path, "sharp"), *(short(tmp_path, n, label_smoothing=0.3) for n in ("smooth", "halted"))
+    sharp, smooth, halted = (
+        short(tmp_path, "sharp"),
+        *(short(tmp_path, n, label_smoothing=0.3) for n in ("smooth", "halted")),
+    )
     for given in (sharp, smooth):
         fit(Run.from_dict(given), progress=False)
     assert json.loads((tmp_path / "smooth" / "config.json").read_text())["run"]["label_smoothing"] == 0.3

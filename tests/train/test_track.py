@@ -20,7 +20,12 @@ from veneer.train.run import Run
 from veneer.train.track import base, feed
 
 CONFIG = {"run": {"lr": 0.01, "options": {"rank": 4}, "data": ["a.txt"]}, "base": {"sha256": "abc"}}
-RESULTS = {"steps": 4, "learned": {"text": "valid", "before": 2.0, "after": 1.5}, "layers": [{"norm": 1.0}], "notes": ["x"]}
+RESULTS = {
+    "steps": 4,
+    "learned": {"text": "valid", "before": 2.0, "after": 1.5},
+    "layers": [{"norm": 1.0}],
+    "notes": ["x"],
+}
 
 
 def told(name: str, folder: Path, *, pause: float = 0.0) -> Voice:
@@ -52,7 +57,9 @@ def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path):
     assert told("tensorboard", tmp_path).said == []
     found = reading.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
-    assert [(e.step, pytest.approx(e.value)) for e in found.Scalars("loss")] == [(s, 1 / s) for s in (1, 2, 3, 4)]
+    assert [(e.step, pytest.approx(e.value)) for e in found.Scalars("loss")] == [
+        (s, 1 / s) for s in (1, 2, 3, 4)
+    ]
     assert [(e.step, e.value) for e in found.Scalars("valid_bpb")] == [(0, 2.0)]
     assert found.Scalars("results/learned.after")[0].value == 1.5
     assert '"rank": 4' in found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -64,9 +71,21 @@ def test_wandb_writes_offline_runs_with_one_id(tmp_path):
     runs = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert {p.name for p in runs} == {f"run-{kept(tmp_path, 'wandb')}.wandb"}
     records = [r for p in runs for r in wandb_records(p)]
-    steps = [row for r in records if r.WhichOneof("record_type") == "history" for row in [items(r.history.item)]]
-    assert [(r["_step"], r["loss"]) for r in steps if "loss" in r] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (3, 1 / 3), (4, 0.25)]
-    assert any(items(r.summary.update).get("learned.after") == 1.5 for r in records if r.WhichOneof("record_type") == "summary")
+    steps = [
+        row for r in records if r.WhichOneof("record_type") == "history" for row in [items(r.history.item)]
+    ]
+    assert [(r["_step"], r["loss"]) for r in steps if "loss" in r] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+        (3, 1 / 3),
+        (4, 0.25),
+    ]
+    assert any(
+        items(r.summary.update).get("learned.after") == 1.5
+        for r in records
+        if r.WhichOneof("record_type") == "summary"
+    )
     settings = [items(r.run.config.update) for r in records if r.WhichOneof("record_type") == "run"]
     assert settings and all(s["run"] == CONFIG["run"] for s in settings)
 
@@ -102,7 +121,9 @@ def test_mlflow_keeps_one_run_in_the_folder(tmp_path):
     assert told("mlflow", tmp_path).said == []
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
         runs = store.execute("select run_uuid, status, name from runs").fetchall()
-        losses = store.execute("select distinct step, value from metrics where key = 'loss' order by step").fetchall()
+        losses = store.execute(
+            "select distinct step, value from metrics where key = 'loss' order by step"
+        ).fetchall()
         results = store.execute("select value from metrics where key = 'results.learned.after'").fetchall()
         settings = dict(store.execute("select key, value from params").fetchall())
     assert runs == [(kept(tmp_path, "mlflow"), "FINISHED", tmp_path.name)]
@@ -111,13 +132,18 @@ def test_mlflow_keeps_one_run_in_the_folder(tmp_path):
 
 
 def test_trackio_keeps_one_run_and_prints_nothing_on_stdout(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))  # read when trackio is imported, which this test alone does
+    monkeypatch.setenv(
+        "TRACKIO_DIR", str(tmp_path / "store")
+    )  # read when trackio is imported, which this test alone does
     monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/somewhere")
     pytest.importorskip("trackio")
     assert told("trackio", tmp_path).said == []
     assert capsys.readouterr().out == ""
     with sqlite3.connect(tmp_path / "store" / "veneer.db") as store:
-        rows = [(n, s, json.loads(m)) for n, s, m in store.execute("select run_name, step, metrics from metrics order by id").fetchall()]
+        rows = [
+            (n, s, json.loads(m))
+            for n, s, m in store.execute("select run_name, step, metrics from metrics order by id").fetchall()
+        ]
     assert {name for name, _, _ in rows} == {kept(tmp_path, "trackio")}
     assert sorted({(s, m["loss"]) for _, s, m in rows if "loss" in m}) == [(s, 1 / s) for s in (1, 2, 3, 4)]
     assert any(m.get("results.learned.after") == 1.5 for _, _, m in rows)
@@ -128,12 +154,16 @@ def test_trackio_keeps_one_run_and_prints_nothing_on_stdout(tmp_path, monkeypatc
 
 def test_a_run_is_told_what_metrics_jsonl_gets(tmp_path):
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    result = fit(Run.from_dict(tiny.settings(tmp_path, steps=4, eval_every=2, track="tensorboard")), progress=False)
+    result = fit(
+        Run.from_dict(tiny.settings(tmp_path, steps=4, eval_every=2, track="tensorboard")), progress=False
+    )
     found = reading.EventAccumulator(str(result.folder / "tensorboard"))
     found.Reload()
     lines = tiny.metrics(result.folder)
     for name in ("loss", "lr", "valid_bpb", "known_bpb"):
-        assert [(e.step, e.value) for e in found.Scalars(name)] == [(r["step"], pytest.approx(r[name])) for r in lines if name in r]
+        assert [(e.step, e.value) for e in found.Scalars(name)] == [
+            (r["step"], pytest.approx(r[name])) for r in lines if name in r
+        ]
     assert found.Scalars("results/learned.after")[0].value == pytest.approx(result.learned.after)
 
 
@@ -174,7 +204,9 @@ def test_a_tracker_that_cannot_start_costs_nothing(tmp_path, monkeypatch):
     with track.Feed(["wandb"], tmp_path, CONFIG, voice) as told:
         told.start(0)
         told.log({"step": 1, "loss": 1.0})
-    assert Broken.calls == [] and voice.said[0].startswith("tracker wandb failed (ZeroDivisionError: division by zero)")
+    assert Broken.calls == [] and voice.said[0].startswith(
+        "tracker wandb failed (ZeroDivisionError: division by zero)"
+    )
 
 
 def test_names_that_were_lost_are_said(tmp_path, monkeypatch):
@@ -183,7 +215,11 @@ def test_names_that_were_lost_are_said(tmp_path, monkeypatch):
     voice = Voice(False)
     with track.Feed(["wandb"], tmp_path, CONFIG, voice) as told:
         told.start(3)
-    assert len(voice.said) == 1 and "track.json is not JSON" in voice.said[0] and "begins anew in its trackers" in voice.said[0]
+    assert (
+        len(voice.said) == 1
+        and "track.json is not JSON" in voice.said[0]
+        and "begins anew in its trackers" in voice.said[0]
+    )
 
 
 # -- at the door -----------------------------------------------------------------------------------------------------
@@ -191,7 +227,9 @@ def test_names_that_were_lost_are_said(tmp_path, monkeypatch):
 
 def test_names_are_checked_and_may_be_joined_by_commas():
     assert Run.from_dict({"data": "a.txt", "track": "tensorboard,wandb"}).track == ("tensorboard", "wandb")
-    with pytest.raises(ConfigError, match="track: unknown tracker 'tensorbord'; did you mean 'tensorboard'\\?"):
+    with pytest.raises(
+        ConfigError, match="track: unknown tracker 'tensorbord'; did you mean 'tensorboard'\\?"
+    ):
         Run.from_dict({"data": "a.txt", "track": ["tensorbord"]})
 
 

@@ -43,7 +43,16 @@ def outputs(folder, *adapters):
 
 def test_a_combination_saved_does_what_its_parts_do(folders, capsys):
     out = folders / "mixed"
-    words = ["combine", f"{folders}/a@0.5", f"{folders}/b@-0.25", "--out", str(out), "--model", f"{folders}/base", "--json"]
+    words = [
+        "combine",
+        f"{folders}/a@0.5",
+        f"{folders}/b@-0.25",
+        "--out",
+        str(out),
+        "--model",
+        f"{folders}/base",
+        "--json",
+    ]
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["layers"]) == 14 and max(c["error"] for c in told["layers"]) < 1e-5
@@ -55,9 +64,28 @@ def test_a_combination_saved_does_what_its_parts_do(folders, capsys):
 
 def test_what_training_changed_comes_back_as_an_adapter(folders, capsys):
     out = folders / "found"
-    assert main(["extract", f"{folders}/tuned", "--base", f"{folders}/base", "--out", str(out), "--energy", "0.999999"]) == 0
+    assert (
+        main(
+            [
+                "extract",
+                f"{folders}/tuned",
+                "--base",
+                f"{folders}/base",
+                "--out",
+                str(out),
+                "--energy",
+                "0.999999",
+            ]
+        )
+        == 0
+    )
     assert f"saved in {out}" in capsys.readouterr().out
-    torch.testing.assert_close(outputs(folders / "base", (out, 1.0)), outputs(folders / "tuned"), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        outputs(folders / "base", (out, 1.0)), outputs(folders / "tuned"), rtol=1e-2, atol=1e-2
+    )
     words = ["extract", f"{folders}/tuned", "--base", f"{folders}/base", "--out", str(folders / "other")]
     assert main(words) == 2
-    assert "how far to cut? give rank= or energy=" in capsys.readouterr().err and not (folders / "other").exists()
+    assert (
+        "how far to cut? give rank= or energy=" in capsys.readouterr().err
+        and not (folders / "other").exists()
+    )

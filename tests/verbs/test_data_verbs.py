@@ -110,7 +110,9 @@ def test_check_counts_what_is_read(by, tmp_path):
     assert (train["rows"], train["tokens"], train["learned"], train["duplicates"]) == (3, n, n - 6, 1)
     assert train["lengths"] == {8: 3} and train["length"]["least"] == 4
     assert found.epoch["tokens"] == 2 * (n - 3) and found.epoch["learned"] == 2 * (n - 6)
-    assert (found.epoch["windows"], found.epoch["steps"]) == (2, 1) and found.epoch["filled"] == 2 * (n - 3) / 32
+    assert (found.epoch["windows"], found.epoch["steps"]) == (2, 1) and found.epoch["filled"] == 2 * (
+        n - 3
+    ) / 32
     assert found.wrong == [] and "train: 1 rows are there more than once" in found.notes
     assert any("an epoch has 6 rows" in note for note in found.notes)
     assert "nothing is wrong" in check.text(found)
@@ -118,12 +120,17 @@ def test_check_counts_what_is_read(by, tmp_path):
 
 def test_check_finds_what_is_wrong(by, tmp_path):
     data = pairs(tmp_path / "a.jsonl", ("p", LONG), ("same", "same"), ("x " * 40, "y"))
-    valid = pairs(tmp_path / "v.jsonl", ("other", LONG.upper() + " fifteen"), ("same", "same"), ("q", "other " * 20))
+    valid = pairs(
+        tmp_path / "v.jsonl", ("other", LONG.upper() + " fifteen"), ("same", "same"), ("q", "other " * 20)
+    )
     found = check.check(run(data, valid=valid, length=256))
     where = str(tmp_path / "v.jsonl")
     assert found.parts["valid"]["leaks"] == {"equal": 1, "alike": 1}
     assert f"valid: 1 rows are learned from too: {where} line 2" in found.wrong
-    assert any(w.startswith("valid: 1 rows share at least half") and w.endswith(f"{where} line 1") for w in found.wrong)
+    assert any(
+        w.startswith("valid: 1 rows share at least half") and w.endswith(f"{where} line 1")
+        for w in found.wrong
+    )
     cut = check.check(run(data, valid=valid, length=20, allow=("truncate",)))
     assert f"train: 1 rows have no token to learn: {data} line 3" in cut.wrong
     assert cut.parts["train"]["too_long"] == 2 and not any("longer than" in w for w in cut.wrong)
@@ -133,7 +140,9 @@ def test_rows_whose_every_label_is_masked_stop_a_run_and_are_shown(by, tmp_path)
     """trl 6668, unsloth 1290, 2771, 2900: a loss of 0 that looks like success."""
     talk = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     data = str(tiny.jsonl(tmp_path / "a.jsonl", talk))
-    by.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% generation %}{% endgeneration %}"
+    by.chat_template = (
+        "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% generation %}{% endgeneration %}"
+    )
     given = run(data, valid=data)
     with pytest.raises(DataError, match="1 rows have no token to learn"):
         texts.prepare(texts.gather(given, Voice(False))["train"], given, by, Voice(False))
@@ -143,20 +152,28 @@ def test_rows_whose_every_label_is_masked_stop_a_run_and_are_shown(by, tmp_path)
 
 def test_rows_that_are_too_long_are_wrong_unless_they_may_be_cut(by, tmp_path):
     data, valid = pairs(tmp_path / "a.jsonl", ("p", LONG)), pairs(tmp_path / "v.jsonl", ("a", "b"))
-    assert check.check(run(data, valid=valid, length=20)).wrong == [f"train: 1 rows are longer than length=20 tokens: {data} line 1"]
+    assert check.check(run(data, valid=valid, length=20)).wrong == [
+        f"train: 1 rows are longer than length=20 tokens: {data} line 1"
+    ]
 
 
 def test_markers_that_leave_the_end_of_a_turn_out_are_wrong(by, tmp_path):
     talk = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     data, valid = (str(tiny.jsonl(tmp_path / name, talk)) for name in ("a.jsonl", "v.jsonl"))
     body = "{% generation %}{{ m.content }}{% endgeneration %}<|end|>"
-    by.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %}" + body + "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    by.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        + body
+        + "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
     wrong = check.check(run(data, valid=valid)).wrong
     assert (
         f"train: in 1 conversations no end of a turn is learned: {data} line 1; the markers of the tokenizer's chat template should"
         in wrong[0]
     )
-    by.chat_template = by.chat_template.replace(body, "{% generation %}{{ m.content }}<|end|>{% endgeneration %}")
+    by.chat_template = by.chat_template.replace(
+        body, "{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+    )
     assert not any("no end" in w for w in check.check(run(data, valid=valid)).wrong)
 
 
@@ -168,7 +185,10 @@ def test_runs_of_words_by_hand():
         ("half", b"4", f"{LONG} a b"),
         ("less", b"5", f"{LONG} a b c"),
     ]
-    assert leaks.find([(b"1", LONG.upper())], rows) == (["equal"], ["alike", "half"])  # of 2 runs 2, of 4 runs 2, of 5 runs 2
+    assert leaks.find([(b"1", LONG.upper())], rows) == (
+        ["equal"],
+        ["alike", "half"],
+    )  # of 2 runs 2, of 4 runs 2, of 5 runs 2
 
 
 def test_lengths_in_doublings():

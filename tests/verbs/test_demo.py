@@ -38,9 +38,17 @@ def test_the_demo_writes_what_it_says_and_a_second_run_repeats_nothing(tmp_path,
     results = demo(str(out), steps=2, progress=False)
     stored = json.loads((out / "results.json").read_text())
     assert stored == json.loads(json.dumps(results))
-    assert [(r["target"], r["method"]) for r in stored["methods"]] == [("prose", m) for m in ("full", "lora", "loraplus")]
+    assert [(r["target"], r["method"]) for r in stored["methods"]] == [
+        ("prose", m) for m in ("full", "lora", "loraplus")
+    ]
     for r in stored["methods"]:
-        for key in ("target_bpb_before", "target_bpb_after", "known_bpb_before", "known_bpb_after", "seconds"):
+        for key in (
+            "target_bpb_before",
+            "target_bpb_after",
+            "known_bpb_before",
+            "known_bpb_after",
+            "seconds",
+        ):
             assert isinstance(r[key], float) and r[key] > 0
         assert r["trainable_parameters"] == (4_262_144 if r["method"] == "full" else 157_696)
         assert r["adapter_bytes"] > 4 * r["trainable_parameters"]
@@ -51,11 +59,15 @@ def test_the_demo_writes_what_it_says_and_a_second_run_repeats_nothing(tmp_path,
     logs = {f: f.read_bytes() for f in out.glob("*/metrics.jsonl")}
     again = demo(str(out), steps=2, progress=False)
     assert {f: f.read_bytes() for f in out.glob("*/metrics.jsonl")} == logs and len(logs) == 3
-    assert [r["target_bpb_after"] for r in again["methods"]] == [r["target_bpb_after"] for r in results["methods"]]
+    assert [r["target_bpb_after"] for r in again["methods"]] == [
+        r["target_bpb_after"] for r in results["methods"]
+    ]
     (out / "thesis.txt").write_text("mine")
     capsys.readouterr()
     assert main(["demo", "--out", str(out), "--steps", "0", "--fresh"]) == 2  # before anything is removed
-    assert capsys.readouterr().err == "error: steps 0 must be 1 or more\n" and (out / "results.json").is_file()
+    assert (
+        capsys.readouterr().err == "error: steps 0 must be 1 or more\n" and (out / "results.json").is_file()
+    )
     module._clear(out)
     assert [p.name for p in out.iterdir() if p.suffix != ".png"] == ["thesis.txt"]
 
@@ -74,11 +86,20 @@ def test_without_c_headers_the_demo_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "CONTENDERS", {"lora": CONTENDERS["lora"]})
     results = demo(str(tmp_path / "demo"), steps=1)
     assert [r["target"] for r in results["methods"]] == ["prose"]
-    assert "this interpreter carries no text for 'C headers'; the demo goes on without it" in capsys.readouterr().err
+    assert (
+        "this interpreter carries no text for 'C headers'; the demo goes on without it"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_recommended_strength_keeps_most_of_the_learning_and_forgets_least():
-    points = [Point(0, 2.0, 1.0), Point(0.5, 1.6, 1.1), Point(0.75, 1.52, 1.2), Point(1, 1.5, 1.4), Point(1.25, 1.55, 1.8)]
+    points = [
+        Point(0, 2.0, 1.0),
+        Point(0.5, 1.6, 1.1),
+        Point(0.75, 1.52, 1.2),
+        Point(1, 1.5, 1.4),
+        Point(1.25, 1.55, 1.8),
+    ]
     assert recommend(points) == 0.75  # 96 % of the learning at half the forgetting
     assert recommend([Point(0, 2.0, 1.0), Point(1, 1.0, 1.5), Point(1.25, 0.5, 2.0)]) == 1.25
     assert recommend([Point(0, 2.0, 1.0), Point(1, 2.1, 1.5)]) == 1.0

@@ -24,7 +24,17 @@ def test_it_looks_at_everything_and_this_machine_is_well(capsys):
     found = json.loads(capsys.readouterr().out)
     names = {c["name"] for c in found["checks"]}
     assert found["healthy"]
-    assert {"veneer", "python", "torch", "safetensors", "transformers", "matplotlib", "cpu", "C++ compiler", "built-in model"} <= names
+    assert {
+        "veneer",
+        "python",
+        "torch",
+        "safetensors",
+        "transformers",
+        "matplotlib",
+        "cpu",
+        "C++ compiler",
+        "built-in model",
+    } <= names
     assert {"built-in prose", "built-in C headers", "built-in known text"} <= names
     checks = {c["name"]: c for c in found["checks"]}
     assert "GB of memory available" in checks["cpu"]["found"] and "thread" in checks["cpu"]["found"]
@@ -33,18 +43,33 @@ def test_it_looks_at_everything_and_this_machine_is_well(capsys):
 
 def test_the_packages_are_those_that_are_declared():
     tomllib = pytest.importorskip("tomllib")
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
     extras = project["optional-dependencies"]
     for feature in module.FEATURES:
         declared = extras[feature.extra] if feature.extra else project["dependencies"]
         assert {f"{p.name}>={p.least}" for p in feature.packages} == set(declared)
-    own = {"all", "test", "dev", "docs"}  # collections of the others, and what is for those who work on Veneer
+    own = {
+        "all",
+        "test",
+        "dev",
+        "docs",
+    }  # collections of the others, and what is for those who work on Veneer
     assert {f.extra for f in module.FEATURES} == {"", *extras} - own
 
 
 def test_what_is_missing_old_or_broken_is_said_with_the_command(monkeypatch):
-    monkeypatch.setattr(module, "version", lambda name: {"torch": "2.13.0+cpu", "safetensors": "0.4.1", "matplotlib": "3.9"}[name])
-    monkeypatch.setattr(module, "_version", lambda name: {"torch": "2.13.0+cpu", "safetensors": "0.4.1", "matplotlib": "3.9"}.get(name))
+    monkeypatch.setattr(
+        module,
+        "version",
+        lambda name: {"torch": "2.13.0+cpu", "safetensors": "0.4.1", "matplotlib": "3.9"}[name],
+    )
+    monkeypatch.setattr(
+        module,
+        "_version",
+        lambda name: {"torch": "2.13.0+cpu", "safetensors": "0.4.1", "matplotlib": "3.9"}.get(name),
+    )
     real = module.importlib.import_module
 
     def broken(name):
@@ -55,9 +80,17 @@ def test_what_is_missing_old_or_broken_is_said_with_the_command(monkeypatch):
     monkeypatch.setattr(module.importlib, "import_module", broken)
     found = named(module._packages())
     assert found["torch"] == Check("torch", True, "2.13.0+cpu (adapting models)", core=True)
-    old = Check("safetensors", False, "0.4.1 is older than 0.4.3 (adapting models)", "pip install 'safetensors>=0.4.3'", core=True)
+    old = Check(
+        "safetensors",
+        False,
+        "0.4.1 is older than 0.4.3 (adapting models)",
+        "pip install 'safetensors>=0.4.3'",
+        core=True,
+    )
     assert found["safetensors"] == old
-    assert found["transformers"] == Check("transformers", False, "missing (language models and texts)", "pip install 'veneer[text]'")
+    assert found["transformers"] == Check(
+        "transformers", False, "missing (language models and texts)", "pip install 'veneer[text]'"
+    )
     said = "3.9 cannot be imported: ImportError: no libfreetype (pictures of reports)"
     assert found["matplotlib"] == Check("matplotlib", False, said, "pip install 'veneer[plots]'")
 
@@ -70,8 +103,14 @@ def test_a_library_of_quantised_layers_is_no_need(monkeypatch):
 
 
 def test_only_what_the_core_needs_makes_it_fail(monkeypatch, capsys):
-    fine, missing = Check("torch", True, "2.13", core=True), Check("plots", False, "missing", "pip install 'veneer[plots]'")
-    for checks, code in (([fine, missing], 0), ([fine._replace(fine=False, cure="pip install torch"), missing], 3)):
+    fine, missing = (
+        Check("torch", True, "2.13", core=True),
+        Check("plots", False, "missing", "pip install 'veneer[plots]'"),
+    )
+    for checks, code in (
+        ([fine, missing], 0),
+        ([fine._replace(fine=False, cure="pip install torch"), missing], 3),
+    ):
         monkeypatch.setattr(module, "doctor", lambda checks=checks: Examination(checks))
         assert main(["doctor"]) == code
         shown = capsys.readouterr().out
@@ -88,7 +127,9 @@ def test_without_the_built_in_texts_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(texts, "known", none)
     found = named(module._texts())
     assert found["built-in prose"].fine
-    headers = Check("built-in C headers", False, "missing from this interpreter (veneer demo)", "apt install python3-dev")
+    headers = Check(
+        "built-in C headers", False, "missing from this interpreter (veneer demo)", "apt install python3-dev"
+    )
     assert found["built-in C headers"] == headers
     assert not found["built-in known text"].fine and "held-out modules" in found["built-in known text"].found
 
@@ -113,6 +154,10 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch):
 
 
 def test_versions_are_compared_as_numbers():
-    assert numbers("2.13.0+cpu") == (2, 13, 0) and numbers("0.4.3rc1") == (0, 4, 3) and numbers("2.9") < numbers("2.13")
+    assert (
+        numbers("2.13.0+cpu") == (2, 13, 0)
+        and numbers("0.4.3rc1") == (0, 4, 3)
+        and numbers("2.9") < numbers("2.13")
+    )
     assert module._problem(Package("no-such-package", "nothing", "1")) == "missing"
     assert text(Examination([])).endswith("the core works") and callable(doctor)

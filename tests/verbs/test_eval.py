@@ -56,7 +56,10 @@ def place(tmp_path_factory) -> Path:
         randomise(model, name)
         veneer.save(model, root / name, name)
     jsonl(root / "notes.jsonl", *({"text": tiny.text(i, 5 + 9 * i)} for i in range(10)))
-    jsonl(root / "pairs.jsonl", *({"prompt": tiny.text(i, 4), "completion": tiny.text(50 + i, 3)} for i in range(9)))
+    jsonl(
+        root / "pairs.jsonl",
+        *({"prompt": tiny.text(i, 4), "completion": tiny.text(50 + i, 3)} for i in range(9)),
+    )
     (root / "one.txt").write_text(tiny.text(7, 300), encoding="utf-8")
     (root / "tasks").mkdir()
     rows = [{"q": tiny.text(i, 6).strip(), "a": ["moon", "cat", "old house"], "g": i % 3} for i in range(10)]
@@ -117,15 +120,31 @@ def test_figures_are_those_by_hand(place):
     for name in ("a", "b", "whole"):
         own = notes.adapters[name]
         assert own.value == pytest.approx(by_hand(place, name, texts, 64), rel=1e-5)
-        assert own.difference == pytest.approx(own.value - notes.base, rel=1e-9) and own.low < own.difference < own.high
+        assert (
+            own.difference == pytest.approx(own.value - notes.base, rel=1e-9)
+            and own.low < own.difference < own.high
+        )
     assert notes.adapters["a at 0"] == (notes.base, 0.0, None, None)
-    assert (notes.n, notes.units, notes.metric, notes.lower_is_better) == (10, "documents", "bits per byte", True)
-    assert found.notes == ["intervals hold 95 % of other texts like these; they do not cover trainings from other seeds"]
+    assert (notes.n, notes.units, notes.metric, notes.lower_is_better) == (
+        10,
+        "documents",
+        "bits per byte",
+        True,
+    )
+    assert found.notes == [
+        "intervals hold 95 % of other texts like these; they do not cover trainings from other seeds"
+    ]
 
 
 def test_documents_are_compared_in_pairs(place):
     """The documents differ much more than the models: an interval that forgot the pairs would be as wide as they are."""
-    found = evaluate(str(place / "base"), adapter=[f"{place}/a@0.02"], data=[str(place / "notes.jsonl")], device="cpu", progress=False)
+    found = evaluate(
+        str(place / "base"),
+        adapter=[f"{place}/a@0.02"],
+        data=[str(place / "notes.jsonl")],
+        device="cpu",
+        progress=False,
+    )
     texts = [("", tiny.text(i, 5 + 9 * i)) for i in range(10)]
     alone = [by_hand(place, None, [t], 256) for t in texts]
     own = found.lines[0].adapters["a at 0.02"]
@@ -140,13 +159,26 @@ def test_of_few_documents_the_windows_are_drawn_and_of_a_handful_nothing(place):
     assert found.notes[0] == (
         f"{place}/one.txt: 1 documents are too few for an interval; it is over their windows, which are less independent"
     )
-    some = evaluate(str(place / "base"), data=[str(place / "notes.jsonl")], documents=4, length=128, **given).lines[0]
+    some = evaluate(
+        str(place / "base"), data=[str(place / "notes.jsonl")], documents=4, length=128, **given
+    ).lines[0]
     assert some.n == 4 and some.units == "documents" and some.adapters["a"].low is None
-    assert evaluate(str(place / "base"), data=[str(place / "one.txt")], device="cpu", progress=False).notes == [found.notes[0]]
+    assert evaluate(
+        str(place / "base"), data=[str(place / "one.txt")], device="cpu", progress=False
+    ).notes == [found.notes[0]]
 
 
 def test_the_table_and_json_say_the_same(place, capsys):
-    words = ["eval", str(place / "base"), "--data", str(place / "pairs.jsonl"), "--adapter", str(place / "a"), "--device", "cpu"]
+    words = [
+        "eval",
+        str(place / "base"),
+        "--data",
+        str(place / "pairs.jsonl"),
+        "--adapter",
+        str(place / "a"),
+        "--device",
+        "cpu",
+    ]
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert main([*words, "--json"]) == 0
@@ -154,7 +186,10 @@ def test_the_table_and_json_say_the_same(place, capsys):
     own = line["adapters"]["a"]
     assert "measuring the base: " in err and "measuring a: " in err
     assert f"bits per byte (lower is better; 9 documents): base {line['base']:.4f}" in out
-    assert f"a {own['value']:.4f}  difference {own['difference']:+.4f} [{own['low']:+.4f}, {own['high']:+.4f}]" in out
+    assert (
+        f"a {own['value']:.4f}  difference {own['difference']:+.4f} [{own['low']:+.4f}, {own['high']:+.4f}]"
+        in out
+    )
 
 
 def test_nats_by_window_are_those_of_the_whole(place):
@@ -174,7 +209,9 @@ def test_nats_by_window_are_those_of_the_whole(place):
     one_by_one = [causal_lm.loss(model.eval(), collate([w], 0))[0].item() for w in windows]
     torch.testing.assert_close(found, torch.tensor(one_by_one, dtype=torch.float64), rtol=1e-5, atol=1e-5)
     total = sum(int(s.n_bytes.sum()) for w in windows for s in w)
-    assert float(found.sum()) / math.log(2) / total == pytest.approx(bits_per_byte(model, windows, causal_lm.loss, batch=2), rel=1e-6)
+    assert float(found.sum()) / math.log(2) / total == pytest.approx(
+        bits_per_byte(model, windows, causal_lm.loss, batch=2), rel=1e-6
+    )
     causal_lm._heads[model] = None  # as for a model whose head cannot be cut off
     torch.testing.assert_close(nats_by_window(model, windows, batch=2), found, rtol=1e-5, atol=1e-5)
 
@@ -184,7 +221,10 @@ def test_nats_by_window_are_those_of_the_whole(place):
 
 def picked(place: Path, adapter: str | None) -> float:
     """The share of questions whose right answer is the likeliest after the question, by hand."""
-    model, tokenizer = pretrained.causal_lm(str(place / "base"), torch.float32, torch.device("cpu")), tiny.tokenizer()
+    model, tokenizer = (
+        pretrained.causal_lm(str(place / "base"), torch.float32, torch.device("cpu")),
+        tiny.tokenizer(),
+    )
     if adapter:
         veneer.load(model, place / adapter)
     right = 0
@@ -203,7 +243,19 @@ def picked(place: Path, adapter: str | None) -> float:
 
 def test_benchmarks_of_a_folder_side_by_side(place, capfd, monkeypatch):
     monkeypatch.chdir(place)  # in no repository
-    words = ["eval", str(place / "base"), "--adapter", str(place / "a"), "--tasks", "pi*", "--tasks", "roll", "--device", "cpu", "--json"]
+    words = [
+        "eval",
+        str(place / "base"),
+        "--adapter",
+        str(place / "a"),
+        "--tasks",
+        "pi*",
+        "--tasks",
+        "roll",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     torch.manual_seed(4)
     assert main([*words, "--task-folder", str(place / "tasks")]) == 0
     after = torch.rand(3)
@@ -213,13 +265,24 @@ def test_benchmarks_of_a_folder_side_by_side(place, capfd, monkeypatch):
     assert "fatal" not in err  # git, which lm-eval asks for a commit
     told = json.loads(out)
     lines = {(line["name"], line["metric"]): line for line in told["lines"]}
-    pick, roll, words_ = (lines[k] for k in (("pick", "acc"), ("roll", "bits_per_byte"), ("roll", "word_perplexity")))
+    pick, roll, words_ = (
+        lines[k] for k in (("pick", "acc"), ("roll", "bits_per_byte"), ("roll", "word_perplexity"))
+    )
     assert pick["base"] == picked(place, None) and pick["adapters"]["a"]["value"] == picked(place, "a")
-    assert not pick["lower_is_better"] and roll["lower_is_better"] and pick["n"] == 10 and pick["units"] == "examples"
+    assert (
+        not pick["lower_is_better"]
+        and roll["lower_is_better"]
+        and pick["n"] == 10
+        and pick["units"] == "examples"
+    )
     own = roll["adapters"]["a"]
-    assert own["low"] < own["difference"] < own["high"] and own["difference"] == pytest.approx(own["value"] - roll["base"])
+    assert own["low"] < own["difference"] < own["high"] and own["difference"] == pytest.approx(
+        own["value"] - roll["base"]
+    )
     assert words_["adapters"]["a"]["low"] is None
-    assert "roll word_perplexity: no interval, as it is made of more than a mean over examples" in told["notes"]
+    assert (
+        "roll word_perplexity: no interval, as it is made of more than a mean over examples" in told["notes"]
+    )
 
 
 def test_an_unknown_benchmark_is_refused_with_the_nearest(place, monkeypatch, capsys):
@@ -234,7 +297,10 @@ def test_an_unknown_benchmark_is_refused_with_the_nearest(place, monkeypatch, ca
     assert main([*words, "pick", "--tasks", "rolll"]) == 3
     assert capsys.readouterr().err == "error: there is no benchmark 'rolll'; did you mean 'roll'?\n"
     assert main(["eval", str(place / "base"), "--tasks", "x", "--task-folder", str(place / "base")]) == 2
-    assert f"task_folder {place}/base holds no tasks (.yaml); name a folder with lm-eval's files" in capsys.readouterr().err
+    assert (
+        f"task_folder {place}/base holds no tasks (.yaml); name a folder with lm-eval's files"
+        in capsys.readouterr().err
+    )
     assert benchmarks._near("zzzzzz", ["pick"]) == "; lm-eval ls tasks shows all that there are"
 
 
@@ -244,7 +310,10 @@ def test_examples_that_cannot_be_had_are_said_by_task(place, tmp_path):
         evaluate(str(place / "base"), tasks=["gone"], task_folder=str(tmp_path), device="cpu", progress=False)
     first, second = str(e.value).splitlines()
     assert first.startswith("benchmark gone: its examples could not be had (FileNotFoundError: ")
-    assert second == "examples come from the Hugging Face hub or its cache; task_folder takes tasks with files of your own"
+    assert (
+        second
+        == "examples come from the Hugging Face hub or its cache; task_folder takes tasks with files of your own"
+    )
 
 
 def test_without_lm_eval_the_extra_is_named(place, monkeypatch, capsys):
@@ -264,7 +333,10 @@ def test_all_that_is_wrong_with_the_words_is_said_at_once(place, capsys):
         "documents -1 must be 0 or more",
     ]
     assert main(["eval", "builtin", "--data", "a.txt@2"]) == 2
-    assert "a.txt@2: a text that is measured has no weight; leave @ and what follows out" in capsys.readouterr().err
+    assert (
+        "a.txt@2: a text that is measured has no weight; leave @ and what follows out"
+        in capsys.readouterr().err
+    )
     assert main(["eval", "builtin", "--data", str(place / "one.txt"), "--adapter", "gone"]) == 2
     assert "adapter gone: there is no such folder" in capsys.readouterr().err
     long = jsonl(place / "long.jsonl", {"prompt": tiny.text(1, 50), "completion": "x"})

@@ -29,7 +29,9 @@ def test_an_adapter_goes_to_vllm_and_is_verified(root, capsys):
     assert main(["convert", f"{root}/adapter", "--to", "vllm", "--out", f"{root}/served", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     config = json.loads((root / "served" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"] == 8 and told["layers"] == 14  # 3 is padded to a rank that vLLM takes
+    assert (
+        config["r"] == config["lora_alpha"] == 8 and told["layers"] == 14
+    )  # 3 is padded to a rank that vLLM takes
     assert all(8 in t.shape for t in read_tensors(root / "served" / "adapter_model.safetensors").values())
     for folder in ("adapter", "served"):
         assert main(["verify", f"{root}/{folder}", "--model", f"{root}/base"]) == 0
@@ -49,7 +51,9 @@ def test_verify_says_no_for_another_base(root, capsys):
 
 
 def test_settings_of_another_program_become_a_run(tmp_path, capsys):
-    (tmp_path / "axolotl.yml").write_text("base_model: ./llama\nadapter: lora\nlora_r: 16\nlora_alpha: 32\nlearning_rate: 2e-4\n")
+    (tmp_path / "axolotl.yml").write_text(
+        "base_model: ./llama\nadapter: lora\nlora_r: 16\nlora_alpha: 32\nlearning_rate: 2e-4\n"
+    )
     main(["convert-config", f"{tmp_path}/axolotl.yml", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["tool"] == "axolotl" and told["settings"]["options"]["rank"] == 16

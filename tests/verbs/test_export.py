@@ -45,7 +45,12 @@ def saved(folder: Path, model: torch.nn.Module, **adapters: dict[str, object]) -
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     vocabulary = len(tiny.tokenizer())
-    return saved(tmp_path_factory.mktemp("export"), llama(vocab_size=vocabulary), a={}, b={"method": "dora", "to": ["q_proj", "up_proj"]})
+    return saved(
+        tmp_path_factory.mktemp("export"),
+        llama(vocab_size=vocabulary),
+        a={},
+        b={"method": "dora", "to": ["q_proj", "up_proj"]},
+    )
 
 
 def reference(base: Path, **strengths: float) -> torch.Tensor:
@@ -69,33 +74,64 @@ def outputs(folder: Path, dtype: object = "auto") -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_the_folder_does_what_base_and_adapters_do(place, tmp_path, capsys, name, dtype):
     out = tmp_path / "out"
-    words = ["export", str(place / "base"), "--adapter", f"{place}/a@0.5", "--adapter", f"{place}/b", "--out", str(out), "--json"]
+    words = [
+        "export",
+        str(place / "base"),
+        "--adapter",
+        f"{place}/a@0.5",
+        "--adapter",
+        f"{place}/b",
+        "--out",
+        str(out),
+        "--json",
+    ]
     assert main([*words, "--dtype", name, "--shard-size", "20KB"]) == 0
     told = json.loads(capsys.readouterr().out)
     tensors = {n: t for f in out.glob("*.safetensors") for n, t in load_file(f).items()}
-    assert {t.dtype for t in tensors.values()} == {dtype} and json.loads((out / "config.json").read_text())["dtype"] == str(dtype)[6:]
+    assert {t.dtype for t in tensors.values()} == {dtype} and json.loads((out / "config.json").read_text())[
+        "dtype"
+    ] == str(dtype)[6:]
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index) == set(tensors) and len(set(index.values())) == len(list(out.glob("*.safetensors"))) > 1
     wanted, found = reference(place / "base", a=0.5, b=1.0), outputs(out)
     assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=8 * torch.finfo(dtype).eps * float(wanted.abs().max()))
+    torch.testing.assert_close(
+        found.float(), wanted, rtol=0, atol=8 * torch.finfo(dtype).eps * float(wanted.abs().max())
+    )
     own = float((outputs(out, torch.float32) - wanted).norm() / (wanted - reference(place / "base")).norm())
-    assert told["verdict"]["logit_error"] == pytest.approx(own, rel=0.5, abs=1e-5) and not told["verdict"]["lost"]
-    assert told["dtype"] == name and told["adapters"] == {"a": 0.5, "b": 1.0} and told == json.loads((out / "export.json").read_text())
+    assert (
+        told["verdict"]["logit_error"] == pytest.approx(own, rel=0.5, abs=1e-5)
+        and not told["verdict"]["lost"]
+    )
+    assert (
+        told["dtype"] == name
+        and told["adapters"] == {"a": 0.5, "b": 1.0}
+        and told == json.loads((out / "export.json").read_text())
+    )
 
 
 def test_tokenizer_template_and_generation_settings_come_along(place, tmp_path, capsys):
     from transformers import AutoTokenizer, GenerationConfig
 
-    assert main(["export", str(place / "base"), "--adapter", str(place / "a"), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["export", str(place / "base"), "--adapter", str(place / "a"), "--out", str(tmp_path / "out")])
+        == 0
+    )
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("kept: rounding took 0.0% of the change") and told[1].startswith("reloaded: outputs are ")
+    assert told[0].startswith("kept: rounding took 0.0% of the change") and told[1].startswith(
+        "reloaded: outputs are "
+    )
     assert told[2].startswith(f"saved in {tmp_path}/out: fp32, 0.1 MB in 1 file")  # as the base is stored
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.chat_template == TEMPLATE and tokenizer("the cat").input_ids == tiny.tokenizer()("the cat").input_ids
+    assert (
+        tokenizer.chat_template == TEMPLATE
+        and tokenizer("the cat").input_ids == tiny.tokenizer()("the cat").input_ids
+    )
     assert GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 7
 
 
@@ -113,9 +149,17 @@ def test_a_mixture_of_experts_keeps_the_names_of_its_files(tmp_path):
     """Mixtral's weights have other names in memory than in files, where each expert has its own."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=len(tiny.tokenizer()), num_local_experts=4, num_experts_per_tok=2, **sizes))
+    model = MixtralForCausalLM(
+        MixtralConfig(vocab_size=len(tiny.tokenizer()), num_local_experts=4, num_experts_per_tok=2, **sizes)
+    )
     base = saved(tmp_path, model.eval(), a={}) / "base"
     export(str(base), adapter=[str(tmp_path / "a")], out=str(tmp_path / "out"), dtype="fp32")
     before, after = (set(load_file(f / "model.safetensors")) for f in (base, tmp_path / "out"))
@@ -140,9 +184,20 @@ def test_numbers_that_fp16_has_not_are_refused_by_name(tmp_path):
 
 def test_an_adapter_below_the_format_is_refused_and_nothing_is_left(tmp_path, capsys):
     base = saved(tmp_path, llama(vocab_size=len(tiny.tokenizer())), a={"size": 1e-5}) / "base"
-    words = ["export", str(base), "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "deep" / "out"), "--dtype", "bf16"]
+    words = [
+        "export",
+        str(base),
+        "--adapter",
+        str(tmp_path / "a"),
+        "--out",
+        str(tmp_path / "deep" / "out"),
+        "--dtype",
+        "bf16",
+    ]
     assert main(words) == 3
-    assert "the adapter would be lost in the merge: LOST" in capsys.readouterr().err and not list((tmp_path / "deep").glob("*"))
+    assert "the adapter would be lost in the merge: LOST" in capsys.readouterr().err and not list(
+        (tmp_path / "deep").glob("*")
+    )
     assert main([*words, "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"]["lost"]
 
@@ -157,7 +212,10 @@ def test_a_folder_that_reloads_to_something_else_is_not_kept(place, tmp_path, mo
 
     monkeypatch.setattr(module, "_save", spoils)
     given = dict(adapter=[str(place / "a")], out=str(tmp_path / "out"), dtype="fp32")
-    with pytest.raises(NotMergeable, match=r"does something else than base and adapters: .* outputs are 0\.\d+ off, and 0\.001 is what"):
+    with pytest.raises(
+        NotMergeable,
+        match=r"does something else than base and adapters: .* outputs are 0\.\d+ off, and 0\.001 is what",
+    ):
         export(str(place / "base"), **given, limit=100)
     with pytest.raises(NotMergeable, match="of its effect on the outputs"):
         export(str(place / "base"), **given, limit=0.001)
@@ -182,6 +240,11 @@ def test_all_that_is_wrong_with_the_words_is_said_at_once(place, capsys):
         f"out {place} exists; choose another folder or remove it",
         "shard_size '2 gigs' is no size; write a number and KB, MB or GB, such as 500MB",
     ]
-    assert main(["export", str(place / "gone"), "--adapter", str(place / "a"), "--out", str(place / "out")]) == 2
+    assert (
+        main(["export", str(place / "gone"), "--adapter", str(place / "a"), "--out", str(place / "out")]) == 2
+    )
     assert f"model: there is no folder {place}/gone" in capsys.readouterr().err
-    assert main(["export", str(place / "base"), "--adapter", str(place / "a"), "--out", "x", "--dtype", "int8"]) == 2
+    assert (
+        main(["export", str(place / "base"), "--adapter", str(place / "a"), "--out", "x", "--dtype", "int8"])
+        == 2
+    )

@@ -54,10 +54,6 @@ def planned(folder):
         return plan(run(folder), progress=False)
 
 
-
-
-
-
 def test_a_square_layer_trains_2r_of_d_and_the_sums_are_those_of_the_closed_form():
     model = models.llama()
     attach(model, "lora", to=["q_proj", "gate_proj"], rank=4)
@@ -65,7 +61,9 @@ def test_a_square_layer_trains_2r_of_d_and_the_sums_are_those_of_the_closed_form
     trained = 2 * 2 * 4 * 32 + 2 * 4 * (32 + 48)  # two layers of 32 x 32, two of 48 x 32
     assert (found.adapter, found.gradients) == (4 * trained, 4 * trained)
     assert found.optimiser == 2 * 4 * trained + 4 * 8  # two moments, and a step for each of 8 tensors
-    assert found.weights == sum(p.numel() * 4 for p in base_parameters(model).values()) + n_bytes(model.buffers())
+    assert found.weights == sum(p.numel() * 4 for p in base_parameters(model).values()) + n_bytes(
+        model.buffers()
+    )
     assert found.logits == 2 * SHAPE.labels * models.VOCABULARY * 4
 
 
@@ -75,7 +73,10 @@ def test_layers_tell_site_shape_rank_and_share(planned):
     assert (q.out, q.in_, q.rank, q.trained, q.share) == (32, 32, 4, 256, 2 * 4 / 32)
     assert planned.trained == sum(layer.trained for layer in planned.layers)
     base = models.llama(vocab_size=len(tiny.tokenizer()))
-    assert planned.base == sum(p.numel() for p in base.parameters()) and planned.share == planned.trained / planned.base
+    assert (
+        planned.base == sum(p.numel() for p in base.parameters())
+        and planned.share == planned.trained / planned.base
+    )
 
 
 def test_a_fraction_of_tied_weights_counts_once():
@@ -151,7 +152,9 @@ def test_operations_are_those_that_torch_counts_in_a_real_step(full):
     with FlopCounterMode(display=False) as counter:
         causal_lm.loss(model.train(), batch(), chunked=False)[0].backward()
     unlearned = 2 * (SHAPE.rows * SHAPE.tokens - SHAPE.labels) * models.VOCABULARY * 32
-    assert found.total == counter.get_total_flops() - (3 if full else 2) * unlearned  # logits that nobody learns from are never made
+    assert (
+        found.total == counter.get_total_flops() - (3 if full else 2) * unlearned
+    )  # logits that nobody learns from are never made
 
 
 def test_operations_by_part_are_the_closed_forms():
@@ -159,14 +162,24 @@ def test_operations_by_part_are_the_closed_forms():
     attach(model, "lora", rank=4)
     found = simulate.step(model, SHAPE).flops
     n = SHAPE.rows * SHAPE.tokens
-    rows = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "gate": (48, 32), "up": (48, 32), "down": (32, 48)}
+    rows = {
+        "q": (32, 32),
+        "k": (16, 32),
+        "v": (16, 32),
+        "o": (32, 32),
+        "gate": (48, 32),
+        "up": (48, 32),
+        "down": (32, 48),
+    }
     head = 2 * SHAPE.labels * 32 * models.VOCABULARY
     products = 2 * sum(2 * n * a * b for a, b in rows.values())
     first = sum(2 * n * math.prod(rows[k]) for k in "qkv")  # they read the embeddings, which are not trained
     assert (found.forward, found.inputs, found.weights) == (products + head, products - first + head, 0)
     pairs = 2 * sum(2 * n * 4 * (a + b) for a, b in rows.values())
     assert found.adapter == 3 * pairs - sum(2 * n * 4 * 32 for _ in "qkv")
-    assert found.attention == 2 * 7 * 2 * SHAPE.rows * 4 * SHAPE.tokens**2 * 8  # 7 products, 2 layers, 4 heads of 8
+    assert (
+        found.attention == 2 * 7 * 2 * SHAPE.rows * 4 * SHAPE.tokens**2 * 8
+    )  # 7 products, 2 layers, 4 heads of 8
 
 
 def test_passes_add_operations_and_no_activations():
@@ -179,7 +192,12 @@ def test_passes_add_operations_and_no_activations():
 
 def test_the_probe_measures_and_nothing_is_written(folder, planned, untried):
     found = planned.measured
-    assert found is not None and found.seconds > 0 and found.processor_seconds > 0 and found.evaluation_seconds > 0
+    assert (
+        found is not None
+        and found.seconds > 0
+        and found.processor_seconds > 0
+        and found.evaluation_seconds > 0
+    )
     estimate = plan(run(folder), probe=False, progress=False)
     assert estimate.measured is None and estimate.seconds is None
     assert planned.memory.activations == pytest.approx(estimate.memory.activations, rel=0.1)
@@ -204,12 +222,18 @@ def test_the_setting_that_halves_is_tried(planned):
     assert tried["gradient_checkpointing"].share < 0.97 and not planned.run.gradient_checkpointing
     assert [t.halves for t in planned.halving] == sorted((t.halves for t in planned.halving), reverse=True)
     assert all(0 < t.share < 1 for t in planned.halving)
-    assert tried["length"].change == "length 16" and tried["rank"].change == "rank 2" and tried["rank"].share > 0.9
+    assert (
+        tried["length"].change == "length 16"
+        and tried["rank"].change == "rank 2"
+        and tried["rank"].share > 0.9
+    )
     assert tried["batch"].change.startswith("batch 1, accumulate 4")
 
 
 def test_a_start_that_looks_at_the_loss_is_planned_by_its_shapes(folder, monkeypatch):
-    monkeypatch.setattr(start_calibration, "look", lambda *given: pytest.fail("a pass over the text was made"))
+    monkeypatch.setattr(
+        start_calibration, "look", lambda *given: pytest.fail("a pass over the text was made")
+    )
     for other in ("_recompute", "_batch", "_precision", "_length"):
         monkeypatch.setattr(smaller, other, lambda *given: iter(()))
     found = plan(run(folder, options={"rank": 2, "init": "loraga"}), probe=False, progress=False)
@@ -225,7 +249,14 @@ def test_full_fine_tuning_is_planned_alone(folder, untried):
 
 def test_the_text_has_units_and_both_columns(planned):
     shown = text(planned)
-    for words in ("full fine-tuning", "kept for the backward", "10^9 operations a step", "tokens/s", "one setting:", "available on cpu: "):
+    for words in (
+        "full fine-tuning",
+        "kept for the backward",
+        "10^9 operations a step",
+        "tokens/s",
+        "one setting:",
+        "available on cpu: ",
+    ):
         assert words in shown
     assert "lora: measured; full fine-tuning: estimated from shapes" in shown
     assert json.loads(json.dumps(planned.as_dict()))["layers"][0]["in"] == 32
@@ -234,21 +265,31 @@ def test_the_text_has_units_and_both_columns(planned):
 def test_what_does_not_fit_is_said_and_exits_3(folder, untried, monkeypatch, capsys):
     config = folder / "run.yaml"
     config.write_text(json.dumps(tiny.settings(folder)))
-    monkeypatch.setattr(process_memory, "available", lambda device: 500_000)  # the model has 200 kB, a step takes more
+    monkeypatch.setattr(
+        process_memory, "available", lambda device: 500_000
+    )  # the model has 200 kB, a step takes more
     assert main(["plan", "--config", str(config)]) == 3
     out, _ = capsys.readouterr()
-    assert "will not fit: a step takes about" in out and "500.0 kB are available on cpu; see which setting would halve it" in out
+    assert (
+        "will not fit: a step takes about" in out
+        and "500.0 kB are available on cpu; see which setting would halve it" in out
+    )
     assert "seconds: not measured" in out  # no probe is dared
     monkeypatch.setattr(process_memory, "available", lambda device: 1000)
     assert main(["plan", "--config", str(config)]) == 3
     err = capsys.readouterr().err
-    assert "in 32 bits, and 1.0 kB of memory are available on cpu; free memory, use a smaller model, or precision bf16" in err
+    assert (
+        "in 32 bits, and 1.0 kB of memory are available on cpu; free memory, use a smaller model, or precision bf16"
+        in err
+    )
 
 
 def test_the_verb_takes_the_settings_of_fit(folder, untried, capsys):
     config = folder / "run.yaml"
     config.write_text(json.dumps(tiny.settings(folder)))
-    assert main(["plan", "--config", str(config), "--no-probe", "--rank", "2", "--to", "q_proj", "--json"]) == 0
+    assert (
+        main(["plan", "--config", str(config), "--no-probe", "--rank", "2", "--to", "q_proj", "--json"]) == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert [(n["rank"], n["trained"]) for n in found["layers"]] == [(2, 128), (2, 128)]
     assert found["memory_is"] == "estimated from shapes" and found["fits"] and found["probe"] is None
@@ -261,14 +302,20 @@ def test_memory_of_the_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(process_memory, "GROUP", tmp_path)
     cpu = torch.device("cpu")
     assert process_memory.available(cpu) == 8192
-    for name, content in {"memory.max": "5000", "memory.current": "3000", "memory.stat": "anon 7\ninactive_file 100\n"}.items():
+    for name, content in {
+        "memory.max": "5000",
+        "memory.current": "3000",
+        "memory.stat": "anon 7\ninactive_file 100\n",
+    }.items():
         (tmp_path / name).write_text(content)
     assert process_memory.available(cpu) == 2100  # what a container has left, its file cache included
     (tmp_path / "memory.max").write_text("max")
     assert process_memory.available(cpu) == 8192
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells what a process held at most")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="Linux tells what a process held at most"
+)
 def test_the_peak_of_the_process_is_seen():
     cpu = torch.device("cpu")
     before = process_memory.forget_peak(cpu)
@@ -278,11 +325,27 @@ def test_the_peak_of_the_process_is_seen():
 
 
 def test_numbers_for_people():
-    assert [size(n) for n in (0, 999, 1500, 2_000_000, 3.21e9)] == ["0 bytes", "999 bytes", "1.5 kB", "2.0 MB", "3.2 GB"]
-    assert [rough_seconds(n) for n in (0.123, 12.3, 200, 7500)] == ["0.12 s", "12 s", "3 min 20 s", "2 h 5 min"]
+    assert [size(n) for n in (0, 999, 1500, 2_000_000, 3.21e9)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.5 kB",
+        "2.0 MB",
+        "3.2 GB",
+    ]
+    assert [rough_seconds(n) for n in (0.123, 12.3, 200, 7500)] == [
+        "0.12 s",
+        "12 s",
+        "3 min 20 s",
+        "2 h 5 min",
+    ]
     assert Trial("batch", "batch 1", 0.5).halves and not Trial("batch", "batch 1", 0.51).halves
 
 
 def test_growth_is_over_model_and_adapter():
     assert Memory(100, 10, 10, 20, 30, 5, 170).growth == 60
-    assert issubclass(NoRoom, Exception) and NoRoom.exit_code == 3 and module.plan is plan and measure is not None
+    assert (
+        issubclass(NoRoom, Exception)
+        and NoRoom.exit_code == 3
+        and module.plan is plan
+        and measure is not None
+    )

@@ -23,8 +23,26 @@ IDS = torch.arange(2, 34).view(2, 16)
 def run(tmp_path_factory):
     """A run's folder, and beside it `tiny`, an adapter whose change is below bfloat16's steps."""
     root = tmp_path_factory.mktemp("verbs")
-    words = ["fit", "--data", "builtin:prose", "--known", "none", "--steps", "2", "--batch", "2", "--length", "64", "--no-report"]
-    assert main([*words, "--eval-windows", "2", "--precision", "fp32", "--lr", "0.02", "--out", str(root / "fit")]) == 0
+    words = [
+        "fit",
+        "--data",
+        "builtin:prose",
+        "--known",
+        "none",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--length",
+        "64",
+        "--no-report",
+    ]
+    assert (
+        main(
+            [*words, "--eval-windows", "2", "--precision", "fp32", "--lr", "0.02", "--out", str(root / "fit")]
+        )
+        == 0
+    )
     model = veneer.attach(pretrained.causal_lm("builtin", torch.float32, torch.device("cpu")), "lora", rank=2)
     with torch.no_grad():
         for _, delta in changes(model, "default"):
@@ -42,20 +60,61 @@ def adapted(folder, strength=1.0):
 
 def test_one_adapter_at_several_strengths_side_by_side(run, capsys):
     folder = run / "fit"
-    words = ["generate", "def area(", "--adapter", str(folder), "--adapter", f"{folder}@0.5", "--adapter", f"{folder}@0", "--tokens", "8"]
+    words = [
+        "generate",
+        "def area(",
+        "--adapter",
+        str(folder),
+        "--adapter",
+        f"{folder}@0.5",
+        "--adapter",
+        f"{folder}@0",
+        "--tokens",
+        "8",
+    ]
     assert main([*words, "--temperature", "0", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert list(told) == ["base", "fit", "fit at 0.5", "fit at 0"] and told["fit at 0"] == told["base"]
 
 
 def test_a_fully_fine_tuned_model_beside_a_low_rank_adapter(run, capsys):
-    words = ["fit", "--data", "builtin:prose", "--known", "none", "--steps", "2", "--batch", "2", "--length", "64", "--no-report"]
-    assert main([*words, "--eval-windows", "2", "--method", "full", "--lr", "0.003", "--out", str(run / "whole")]) == 0
-    words = ["generate", "def area(", "--adapter", str(run / "whole"), "--adapter", str(run / "fit"), "--adapter", f"{run / 'whole'}@0"]
+    words = [
+        "fit",
+        "--data",
+        "builtin:prose",
+        "--known",
+        "none",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--length",
+        "64",
+        "--no-report",
+    ]
+    assert (
+        main(
+            [*words, "--eval-windows", "2", "--method", "full", "--lr", "0.003", "--out", str(run / "whole")]
+        )
+        == 0
+    )
+    words = [
+        "generate",
+        "def area(",
+        "--adapter",
+        str(run / "whole"),
+        "--adapter",
+        str(run / "fit"),
+        "--adapter",
+        f"{run / 'whole'}@0",
+    ]
     capsys.readouterr()
     assert main([*words, "--tokens", "8", "--temperature", "0", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert list(told) == ["base", "whole", "fit", "whole at 0"] and told["whole at 0"] == told["base"] != told["whole"]
+    assert (
+        list(told) == ["base", "whole", "fit", "whole at 0"]
+        and told["whole at 0"] == told["base"] != told["whole"]
+    )
     model = pretrained.causal_lm("builtin", torch.float32, torch.device("cpu"))
     veneer.load(model, run / "fit" / "adapter")
     tokenizer = pretrained.tokenizer("builtin")
@@ -65,8 +124,16 @@ def test_a_fully_fine_tuned_model_beside_a_low_rank_adapter(run, capsys):
 def test_inspect_tells_layers_and_what_a_merge_would_cost(run, capsys):
     assert main(["inspect", str(run / "fit"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["base"] == "builtin" and told["method"] == "lora" and told["parameters"] == 157_696 and len(told["layers"]) == 28
-    assert all(0 < layer["norm"] and layer["rank"] == 8 for layer in told["layers"]) and told["survives"]["bfloat16"]
+    assert (
+        told["base"] == "builtin"
+        and told["method"] == "lora"
+        and told["parameters"] == 157_696
+        and len(told["layers"]) == 28
+    )
+    assert (
+        all(0 < layer["norm"] and layer["rank"] == 8 for layer in told["layers"])
+        and told["survives"]["bfloat16"]
+    )
     assert main(["inspect", str(run / "tiny"), "--model", "builtin"]) == 0
     assert "merged into bfloat16: would be LOST" in capsys.readouterr().out
 
@@ -77,7 +144,9 @@ def test_a_merged_model_does_what_the_adapter_did(run, capsys):
     told = json.loads(capsys.readouterr().out)
     assert not told["lost"] and told["logit_error"] < 1e-3
     merged = pretrained.causal_lm(str(out), torch.float32, torch.device("cpu"))
-    torch.testing.assert_close(merged(IDS).logits, adapted(run / "fit" / "adapter", 0.5), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        merged(IDS).logits, adapted(run / "fit" / "adapter", 0.5), rtol=1e-4, atol=1e-4
+    )
     assert json.loads((out / "merge.json").read_text())["merged"] == [f"{run / 'fit'}@0.5"]
     assert len({f.stat().st_mode for f in out.iterdir()}) == 1  # the weights can be read by whom the rest can
     assert main(["merge", str(run / "fit"), "--out", str(out)]) == 2
@@ -98,7 +167,10 @@ def test_missing_and_ambiguous_adapters_are_usage_errors(run, capsys):
     assert "there is no such folder" in capsys.readouterr().err
     (run / "empty").mkdir()
     shutil.copytree(run / "fit", run / "begun", ignore=shutil.ignore_patterns("adapter", "results.json"))
-    assert main(["generate", "x", *(w for n in ("gone", "empty", "begun") for w in ("--adapter", str(run / n)))]) == 2
+    assert (
+        main(["generate", "x", *(w for n in ("gone", "empty", "begun") for w in ("--adapter", str(run / n)))])
+        == 2
+    )
     assert capsys.readouterr().err == (
         f"error: adapter {run / 'gone'}: there is no such folder\n"
         f"adapter {run / 'empty'}: it holds no adapter (adapter_config.json, veneer.json)\n"
@@ -106,7 +178,10 @@ def test_missing_and_ambiguous_adapters_are_usage_errors(run, capsys):
     )
     for verb in ("inspect", "verify"):
         assert main([verb, str(run)]) == 2
-        assert f"adapter {run}: it holds no adapter; name one of {run / 'fit'}, {run / 'tiny'}" in capsys.readouterr().err
+        assert (
+            f"adapter {run}: it holds no adapter; name one of {run / 'fit'}, {run / 'tiny'}"
+            in capsys.readouterr().err
+        )
     with pytest.raises(ConfigError, match=r"several adapters are called fit; name them apart: first=a/fit"):
         parse(["a/fit", "b/fit"])
     with pytest.raises(ConfigError, match=r"write FOLDER, NAME=FOLDER or FOLDER@STRENGTH"):

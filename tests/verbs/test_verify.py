@@ -69,8 +69,13 @@ def test_a_good_adapter_passes_every_check(tmp_path, method):
     report = examine(model, tmp_path / "a")
     names = ["complete", "targets", "sha256", "unused", "base", "finite", "zero", "norm", "probe", "effect"]
     assert said(report) == dict.fromkeys(names, True) and report.good and exit_code(report) == 0
-    assert report.layers == [f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qv"] and report.dead == []
-    assert why(report, "effect").startswith("the outputs move by up to ") and "of the first choices change" in why(report, "effect")
+    assert (
+        report.layers == [f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qv"]
+        and report.dead == []
+    )
+    assert why(report, "effect").startswith(
+        "the outputs move by up to "
+    ) and "of the first choices change" in why(report, "effect")
     assert shown(report).endswith("verified, 4 layers") and json.loads(json.dumps(report.as_dict()))["good"]
     assert adapters(model) == [] and all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
@@ -79,7 +84,12 @@ def test_a_folder_of_peft_has_nothing_to_compare_with(tmp_path):
     saved(tmp_path / "a")
     (tmp_path / "a" / "veneer.json").unlink()
     report = examine(models.llama(), tmp_path / "a")
-    assert report.good and [n for n, passed in said(report).items() if passed is None] == ["sha256", "base", "norm", "probe"]
+    assert report.good and [n for n, passed in said(report).items() if passed is None] == [
+        "sha256",
+        "base",
+        "norm",
+        "probe",
+    ]
     assert why(report, "base") == "another program wrote the folder: it has no veneer.json to compare with"
     assert "?    base" in shown(report)
 
@@ -105,7 +115,10 @@ def test_an_adapter_that_is_not_whole(tmp_path):
 
 def test_a_tensor_that_belongs_to_no_layer(tmp_path):
     saved(tmp_path / "a")
-    spoil(tmp_path / "a", lambda t: t.update({"base_model.model.model.layers.9.x.lora_A.weight": torch.zeros(1)}))
+    spoil(
+        tmp_path / "a",
+        lambda t: t.update({"base_model.model.model.layers.9.x.lora_A.weight": torch.zeros(1)}),
+    )
     report = examine(models.llama(), tmp_path / "a")
     assert {n for n, passed in said(report).items() if passed is False} == {"unused", "sha256"}
     assert "1 tensors belong to no layer" in why(report, "unused") and "was changed" in why(report, "sha256")
@@ -124,9 +137,18 @@ def test_dead_layers_are_listed(tmp_path):
     """NeMo Automodel 1755: adapters that load without a warning and then do nothing."""
     saved(tmp_path / "a")
     (tmp_path / "a" / "veneer.json").unlink()
-    spoil(tmp_path / "a", lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items() if "1.self_attn.v_proj.lora_B" in k}))
+    spoil(
+        tmp_path / "a",
+        lambda t: t.update(
+            {k: torch.zeros_like(v) for k, v in t.items() if "1.self_attn.v_proj.lora_B" in k}
+        ),
+    )
     report = examine(models.llama(), tmp_path / "a")
-    assert said(report)["zero"] is False and report.dead == ["model.layers.1.self_attn.v_proj"] and said(report)["effect"]
+    assert (
+        said(report)["zero"] is False
+        and report.dead == ["model.layers.1.self_attn.v_proj"]
+        and said(report)["effect"]
+    )
     assert "dead layers: model.layers.1.self_attn.v_proj" in shown(report)
 
 
@@ -136,7 +158,10 @@ def test_an_adapter_without_any_effect(tmp_path):
     (tmp_path / "a" / "veneer.json").unlink()
     spoil(tmp_path / "a", lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items() if "lora_B" in k}))
     report = examine(models.llama(), tmp_path / "a")
-    assert said(report)["effect"] is False and why(report, "effect") == "the outputs with it are those of the base, bit for bit"
+    assert (
+        said(report)["effect"] is False
+        and why(report, "effect") == "the outputs with it are those of the base, bit for bit"
+    )
     assert len(report.dead) == 4
 
 
@@ -145,7 +170,11 @@ def test_numbers_that_are_not_finite(tmp_path):
     (tmp_path / "a" / "veneer.json").unlink()
     spoil(tmp_path / "a", lambda t: next(v for k, v in t.items() if "lora_B" in k).fill_(float("nan")))
     report = examine(models.llama(), tmp_path / "a")
-    assert said(report)["finite"] is False and said(report)["effect"] is False and why(report, "effect") == "the outputs are not finite"
+    assert (
+        said(report)["finite"] is False
+        and said(report)["effect"] is False
+        and why(report, "effect") == "the outputs are not finite"
+    )
 
 
 def test_a_scaling_that_was_edited(tmp_path):
@@ -183,7 +212,10 @@ def test_convert_and_back(tmp_path, base):
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "k"), to="kohya")
     assert (done.dialect, done.layers, done.ranks, done.left_out) == ("peft", 14, [2], [])
     assert json.loads((tmp_path / "k" / "convert.json").read_text()) == done.as_dict()
-    assert text(done).splitlines()[0] == f"{tmp_path / 'a'}: peft -> kohya in {tmp_path / 'k'}: 14 layers, ranks 2"
+    assert (
+        text(done).splitlines()[0]
+        == f"{tmp_path / 'a'}: peft -> kohya in {tmp_path / 'k'}: 14 layers, ranks 2"
+    )
     with pytest.raises(ConfigError, match="cannot be told from their names"):
         convert(str(tmp_path / "k"), out=str(tmp_path / "p"))
     assert not (tmp_path / "p").exists()
@@ -199,7 +231,10 @@ def test_convert_and_back(tmp_path, base):
 def test_dora_becomes_plain_lora_on_its_base(tmp_path, base):
     want = saved(tmp_path / "a", "dora", to="all-linear")
     command = rf"veneer convert {tmp_path / 'a'} --to vllm --out OUT --model BASE --rank 64"
-    with pytest.raises(FormatError, match=f"is DoRA, which vllm does not have; make it plain LoRA of a rank that you choose:\n  {command}"):
+    with pytest.raises(
+        FormatError,
+        match=f"is DoRA, which vllm does not have; make it plain LoRA of a rank that you choose:\n  {command}",
+    ):
         convert(str(tmp_path / "a"), out=str(tmp_path / "v"), to="vllm")
     whole = convert(str(tmp_path / "a"), out=str(tmp_path / "v"), to="vllm", model=str(base), energy=1.0)
     assert "kept least, 100.0% of its energy" in whole.notes[0]
@@ -218,17 +253,26 @@ def test_dora_becomes_plain_lora_on_its_base(tmp_path, base):
 
 def test_a_start_that_moved_the_base(tmp_path, base):
     peft = pytest.importorskip("peft")
-    wrapped = peft.get_peft_model(models.llama(), peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    wrapped = peft.get_peft_model(
+        models.llama(),
+        peft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], init_lora_weights="pissa"),
+    )
     with torch.no_grad():
         for n, p in wrapped.named_parameters():
             if "lora_" in n:
                 p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     wrapped.save_pretrained(tmp_path / "a")
     want = models.output(wrapped)
-    with pytest.raises(FormatError, match="moved the base, which must be loaded to say what the adapter changes: give it with model="):
+    with pytest.raises(
+        FormatError,
+        match="moved the base, which must be loaded to say what the adapter changes: give it with model=",
+    ):
         convert(str(tmp_path / "a"), out=str(tmp_path / "v"), to="vllm")
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "v"), to="vllm", model=str(base))
-    assert done.ranks == [4] and "the start 'pissa' is written out, so that the ranks are twice the trained ones" in done.notes
+    assert (
+        done.ranks == [4]
+        and "the start 'pissa' is written out, so that the ranks are twice the trained ones" in done.notes
+    )
     model = models.llama()
     store.load(model, tmp_path / "v")
     torch.testing.assert_close(models.output(model), want, **CLOSE)
@@ -237,7 +281,9 @@ def test_a_start_that_moved_the_base(tmp_path, base):
 def test_cutting_and_rounding_are_said(tmp_path):
     saved(tmp_path / "a")
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "m"), to="mlx", rank=1, dtype="float16")
-    assert done.ranks == [1] and done.notes[0].startswith("cut to ranks of at most 1; of no layer's change more than ")
+    assert done.ranks == [1] and done.notes[0].startswith(
+        "cut to ranks of at most 1; of no layer's change more than "
+    )
     assert done.notes[1] == "factors were converted from float32 to float16"
     assert all(t.dtype == torch.float16 for t in load_file(tmp_path / "m" / "adapters.safetensors").values())
 
@@ -288,5 +334,8 @@ def test_our_own_layout_has_no_pairs(tmp_path, base):
     why = "is full in Veneer's own layout: the file has no factors of LoRA, but its base's layers make some of it:\n  veneer convert"
     with pytest.raises(FormatError, match=why):
         convert(str(tmp_path / "a"), out=str(tmp_path / "x"), to="vllm")
-    with pytest.raises(NotMergeable, match=r"otherwise than by a matrix, .* or merge it and extract a low-rank one from the merged model"):
+    with pytest.raises(
+        NotMergeable,
+        match=r"otherwise than by a matrix, .* or merge it and extract a low-rank one from the merged model",
+    ):
         convert(str(tmp_path / "a"), out=str(tmp_path / "x"), to="vllm", model=str(base))

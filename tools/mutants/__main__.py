@@ -29,14 +29,36 @@ WANTED = 0.95
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "python -m mutants",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--count", type=int, default=60, help="how many faults to plant (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="draws the faults (default: 0)")
-    parser.add_argument("--only", action="append", default=[], metavar="PATH[:LINE]", help="a file, a folder or a line; repeatable")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time (default: one for each processor)")
-    parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="what one test may take (default: 60)")
-    parser.add_argument("--patience", type=float, default=600.0, metavar="SECONDS", help="what one fault may live (default: 600)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATH[:LINE]",
+        help="a file, a folder or a line; repeatable",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="trials at a time (default: one for each processor)",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=60.0, metavar="SECONDS", help="what one test may take (default: 60)"
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="what one fault may live (default: 600)",
+    )
     parser.add_argument("--list", action="store_true", help="show the faults, and plant none")
     found = parser.parse_args(arguments)
     if min(found.count, found.jobs, found.limit, found.patience) <= 0:
@@ -44,10 +66,16 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     return found
 
 
-def drawn(found: list[Fault], given: argparse.Namespace, reasons: aside.Reasons) -> tuple[list[Fault], list[Fault]]:
+def drawn(
+    found: list[Fault], given: argparse.Namespace, reasons: aside.Reasons
+) -> tuple[list[Fault], list[Fault]]:
     """The faults to plant, and those set aside that were drawn among them."""
     paths = [(noticing.files([path]), line) for path, _, line in (o.partition(":") for o in given.only)]
-    wanted = [f for f in found if not paths or any(f.file in files and line in ("", str(f.line)) for files, line in paths)]
+    wanted = [
+        f
+        for f in found
+        if not paths or any(f.file in files and line in ("", str(f.line)) for files, line in paths)
+    ]
     plant: list[Fault] = []
     left: list[Fault] = []
     for fault in faults.sample(wanted, {f.file: noticing.area(f.file) for f in wanted}, given.seed):
@@ -60,9 +88,18 @@ def drawn(found: list[Fault], given: argparse.Namespace, reasons: aside.Reasons)
 def main(arguments: list[str] | None = None) -> int:
     given = options(arguments)
     reasons = aside.load()
-    found = [fault for file in noticing.files() for fault in faults.of(file, (SOURCE / file).read_text(encoding="utf-8"))]
+    found = [
+        fault
+        for file in noticing.files()
+        for fault in faults.of(file, (SOURCE / file).read_text(encoding="utf-8"))
+    ]
     if idle := aside.idle(reasons, found):
-        print("these entries of tools/mutants/aside.json are no faults of the sources any more:", *idle, sep="\n", file=sys.stderr)
+        print(
+            "these entries of tools/mutants/aside.json are no faults of the sources any more:",
+            *idle,
+            sep="\n",
+            file=sys.stderr,
+        )
         return 2
     plant, left = drawn(found, given, reasons)
     if not plant and not left:
@@ -107,7 +144,9 @@ def show(ended: list[Outcome], of: int) -> None:
     last, survived = ended[-1], sum(o.how == "survived" for o in ended)
     if sys.stderr.isatty():
         bar, end = "#" * (30 * len(ended) // of), "\n" if len(ended) == of else ""
-        print(f"\r[{bar:<30}] {len(ended)} of {of}, {survived} survived ", end=end, file=sys.stderr, flush=True)
+        print(
+            f"\r[{bar:<30}] {len(ended)} of {of}, {survived} survived ", end=end, file=sys.stderr, flush=True
+        )
     else:
         fault = last.fault
         by = f": {last.test}" if last.test else ""
@@ -115,14 +154,27 @@ def show(ended: list[Outcome], of: int) -> None:
         print(f"{len(ended)} of {of} {what}", file=sys.stderr, flush=True)
 
 
-def report(ended: list[Outcome], left: list[Fault], given: argparse.Namespace, reasons: aside.Reasons, seconds: float) -> float:
+def report(
+    ended: list[Outcome], left: list[Fault], given: argparse.Namespace, reasons: aside.Reasons, seconds: float
+) -> float:
     """Prints the line of JSON; the share of faults that were noticed."""
     how, kinds = Counter(o.how for o in ended), Counter(reasons[f.key][0] for f in left)
     planted, noticed = len(ended), len(ended) - how["survived"]
     share = noticed / planted if planted else 1.0
-    figures = {"killed": noticed, "killed_by_timeout": how["hung"], "killed_by_crash": how["crashed"], "survived": how["survived"]}
+    figures = {
+        "killed": noticed,
+        "killed_by_timeout": how["hung"],
+        "killed_by_crash": how["crashed"],
+        "survived": how["survived"],
+    }
     figures |= {**{kind: kinds[kind] for kind in aside.KINDS}, "seconds": round(seconds)}
-    line = {"bench": "mutants", "seed": given.seed, "planted": planted, "killed_share": round(share, 4), "figures": figures}
+    line = {
+        "bench": "mutants",
+        "seed": given.seed,
+        "planted": planted,
+        "killed_share": round(share, 4),
+        "figures": figures,
+    }
     print(json.dumps(line), flush=True)
     return share
 

@@ -20,11 +20,19 @@ def load(path: Path = LIST) -> dict[tuple[str, ...], tuple[str, str]]:
     entries = json.loads(path.read_text(encoding="utf-8"))
     for e in entries:
         if e["kind"] not in KINDS or not e["reason"]:
-            raise ValueError(f"{path.name}: {e['file']}: {e['becomes']!r} needs a reason and a kind, one of {', '.join(KINDS)}")
-    return {(e["file"], e["where"], e["operator"], e["was"], e["becomes"]): (e["kind"], e["reason"]) for e in entries}
+            raise ValueError(
+                f"{path.name}: {e['file']}: {e['becomes']!r} needs a reason and a kind, one of {', '.join(KINDS)}"
+            )
+    return {
+        (e["file"], e["where"], e["operator"], e["was"], e["becomes"]): (e["kind"], e["reason"])
+        for e in entries
+    }
 
 
 def idle(reasons: Reasons, faults: Iterable[Fault]) -> list[str]:
     """A line for every entry that is no fault of the sources any more."""
     known = {f.key for f in faults}
-    return [f"{file}: {operator} in {where}: {was}" for file, where, operator, was, _ in (k for k in reasons if k not in known)]
+    return [
+        f"{file}: {operator} in {where}: {was}"
+        for file, where, operator, was, _ in (k for k in reasons if k not in known)
+    ]

@@ -109,7 +109,9 @@ def _spots(node: ast.AST, where: str, statement: ast.stmt | None) -> Iterator[Sp
 
 
 def _is_silent(node: ast.AST) -> bool:
-    for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    for_types = (
+        isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    )
     return for_types or isinstance(node, SILENT) or (isinstance(node, ast.keyword) and node.arg == CHECKED)
 
 

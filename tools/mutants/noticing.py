@@ -54,7 +54,11 @@ def tests(file: str) -> list[str]:
     stem = path.parent.name if path.stem == "__init__" else path.stem
     own = [f"{stem}*"] if area(file) == "methods" else []
     row = next(names.split() for pattern, names in ROWS.items() if fnmatch(file, pattern))
-    found = dict.fromkeys(p.relative_to(ROOT).as_posix() for name in [*own, *row] for p in sorted(TESTS.rglob(f"test_{name}.py")))
+    found = dict.fromkeys(
+        p.relative_to(ROOT).as_posix()
+        for name in [*own, *row]
+        for p in sorted(TESTS.rglob(f"test_{name}.py"))
+    )
     return sorted(found, key=lambda test: not fnmatch(Path(test).name, f"test_{stem}*"))
 
 

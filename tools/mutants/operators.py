@@ -14,7 +14,14 @@ TRANSPOSED = ("T", "mT")
 TRANSPOSES = ("t", "transpose")
 # Calls whose first two arguments may change places, or where that is a TypeError and nothing else.
 ORDERLESS = ("getattr", "isinstance", "issubclass", "max", "maximum", "min", "minimum", "setattr")
-OPPOSITES: dict[str, str] = {"min": "max", "max": "min", "any": "all", "all": "any", "amin": "amax", "amax": "amin"}
+OPPOSITES: dict[str, str] = {
+    "min": "max",
+    "max": "min",
+    "any": "all",
+    "all": "any",
+    "amin": "amax",
+    "amax": "amin",
+}
 LESSER = ("abs", "sqrt", "square")  # methods without which a number has another size
 TURNED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -32,11 +39,21 @@ TURNED: dict[type[ast.cmpop], type[ast.cmpop]] = {
 
 def sign(node: ast.AST) -> Iterator[ast.AST]:
     """a + b <-> a - b, -a -> a, a += b <-> a -= b."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub) and not _textual(node) and not _many(node.left, node.right):
+    if (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Add | ast.Sub)
+        and not _textual(node)
+        and not _many(node.left, node.right)
+    ):
         yield ast.BinOp(node.left, ast.Sub() if isinstance(node.op, ast.Add) else ast.Add(), node.right)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         yield node.operand
-    elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add | ast.Sub) and not _textual(node.value) and not _many(node.value):
+    elif (
+        isinstance(node, ast.AugAssign)
+        and isinstance(node.op, ast.Add | ast.Sub)
+        and not _textual(node.value)
+        and not _many(node.value)
+    ):
         yield ast.AugAssign(node.target, ast.Sub() if isinstance(node.op, ast.Add) else ast.Add(), node.value)
 
 
@@ -64,14 +81,24 @@ def term(node: ast.AST) -> Iterator[ast.AST]:
 
 def scale(node: ast.AST) -> Iterator[ast.AST]:
     """a * b -> a, b or a / b; a / b -> a or a * b; a ** b, a.square(), a.sqrt(), a.abs() -> a; a number twice as large."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.Div) and not _textual(node) and not _is_path(node):
+    if (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Mult | ast.Div)
+        and not _textual(node)
+        and not _is_path(node)
+    ):
         yield node.left
         if isinstance(node.op, ast.Mult):
             yield node.right
         yield ast.BinOp(node.left, ast.Div() if isinstance(node.op, ast.Mult) else ast.Mult(), node.right)
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         yield node.left
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LESSER and not node.args:
+    elif (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in LESSER
+        and not node.args
+    ):
         yield node.func.value
     elif isinstance(node, ast.Constant) and type(node.value) is float and node.value:
         yield ast.Constant(2 * node.value)
@@ -93,7 +120,11 @@ def off_by_one(node: ast.AST) -> Iterator[ast.AST]:
 
 def swap(node: ast.AST) -> Iterator[ast.AST]:
     """f(a, b) -> f(b, a); a - b, a / b, a @ b -> the other way round."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub | ast.Div | ast.MatMult) and not _is_path(node):
+    if (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Sub | ast.Div | ast.MatMult)
+        and not _is_path(node)
+    ):
         yield ast.BinOp(node.right, node.op, node.left)
     elif isinstance(node, ast.Call) and len(node.args) > 1 and _name(node.func) not in ORDERLESS:
         first, second, *rest = node.args
@@ -105,7 +136,9 @@ def comparison(node: ast.AST) -> Iterator[ast.AST]:
     """< <-> <=, > <-> >=, == <-> !=, is <-> is not, in <-> not in."""
     if isinstance(node, ast.Compare):
         for i, op in enumerate(node.ops):
-            yield ast.Compare(node.left, [*node.ops[:i], TURNED[type(op)](), *node.ops[i + 1 :]], node.comparators)
+            yield ast.Compare(
+                node.left, [*node.ops[:i], TURNED[type(op)](), *node.ops[i + 1 :]], node.comparators
+            )
 
 
 def condition(node: ast.AST) -> Iterator[ast.AST]:
@@ -118,7 +151,9 @@ def condition(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.While(_negated(node.test), node.body, node.orelse)
     elif isinstance(node, ast.comprehension):
         for i, test in enumerate(node.ifs):
-            yield ast.comprehension(node.target, node.iter, [*node.ifs[:i], _negated(test), *node.ifs[i + 1 :]], node.is_async)
+            yield ast.comprehension(
+                node.target, node.iter, [*node.ifs[:i], _negated(test), *node.ifs[i + 1 :]], node.is_async
+            )
     elif isinstance(node, ast.BoolOp):
         yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
 
@@ -134,7 +169,11 @@ def extreme(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.Call) and (name := _name(node.func)) in OPPOSITES:
         function = node.func
         other = OPPOSITES[name]
-        turned = ast.Attribute(function.value, other, ast.Load()) if isinstance(function, ast.Attribute) else ast.Name(other, ast.Load())
+        turned = (
+            ast.Attribute(function.value, other, ast.Load())
+            if isinstance(function, ast.Attribute)
+            else ast.Name(other, ast.Load())
+        )
         yield ast.Call(turned, node.args, node.keywords)
 
 
@@ -161,7 +200,13 @@ OPERATORS: dict[str, Operator] = {
 
 def _name(function: ast.expr) -> str:
     """The last part of what is called: torch.cat -> cat."""
-    return function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
+    return (
+        function.attr
+        if isinstance(function, ast.Attribute)
+        else function.id
+        if isinstance(function, ast.Name)
+        else ""
+    )
 
 
 def _is_transposed(node: ast.AST) -> bool:
@@ -179,13 +224,20 @@ def _textual(node: ast.AST) -> bool:
 
 def _many(*nodes: ast.AST) -> bool:
     """Whether one of these is plainly a collection, from which nothing can be subtracted."""
-    return any(isinstance(n, ast.List | ast.ListComp | ast.Tuple | ast.IfExp | ast.Set | ast.SetComp | ast.GeneratorExp) for n in nodes)
+    return any(
+        isinstance(
+            n, ast.List | ast.ListComp | ast.Tuple | ast.IfExp | ast.Set | ast.SetComp | ast.GeneratorExp
+        )
+        for n in nodes
+    )
 
 
 def _is_path(node: ast.BinOp) -> bool:
     """Whether this is plainly folder / name, which is written with / but is no number."""
     last = _name(node.right)
-    return isinstance(node.op, ast.Div) and ((last.isupper() and len(last) > 2) or last == "name" or "Path(" in ast.unparse(node.left))
+    return isinstance(node.op, ast.Div) and (
+        (last.isupper() and len(last) > 2) or last == "name" or "Path(" in ast.unparse(node.left)
+    )
 
 
 def _moved(end: ast.expr | None) -> Iterator[ast.expr]:
@@ -197,4 +249,8 @@ def _moved(end: ast.expr | None) -> Iterator[ast.expr]:
 
 
 def _negated(test: ast.expr) -> ast.expr:
-    return test.operand if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) else ast.UnaryOp(ast.Not(), test)
+    return (
+        test.operand
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
+        else ast.UnaryOp(ast.Not(), test)
+    )

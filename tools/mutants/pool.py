@@ -18,7 +18,14 @@ from mutants import noticing, trial
 from mutants.faults import Fault
 
 # Imported once, before the trials, which are forks of this process.
-LARGE = ("torch", "torch._dynamo", "transformers.models.llama.modeling_llama", "peft", "hypothesis.strategies", "pytest")
+LARGE = (
+    "torch",
+    "torch._dynamo",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "hypothesis.strategies",
+    "pytest",
+)
 
 
 class Outcome(NamedTuple):
@@ -47,7 +54,9 @@ class Trial:
         self.until = self.began + self.limit
 
     @classmethod
-    def start(cls, fault: Fault | None, tests: Sequence[str], limit: float, wanted: Sequence[str] = ()) -> Trial:
+    def start(
+        cls, fault: Fault | None, tests: Sequence[str], limit: float, wanted: Sequence[str] = ()
+    ) -> Trial:
         folder = tempfile.TemporaryDirectory(prefix="mutants-")
         context = multiprocessing.get_context("fork")
         here, there = context.Pipe(duplex=False)
@@ -84,7 +93,9 @@ class Trial:
         self.folder.cleanup()
 
 
-def outcomes(faults: Sequence[Fault], *, jobs: int, limit: float, patience: float = math.inf) -> Iterator[Outcome]:
+def outcomes(
+    faults: Sequence[Fault], *, jobs: int, limit: float, patience: float = math.inf
+) -> Iterator[Outcome]:
     """What became of each fault, as they end.
 
     limit: seconds that one test may take; patience: seconds after which a fault that no test has noticed has survived.

@@ -64,7 +64,9 @@ class Watcher:
             self.say("failed", report.nodeid)  # type: ignore[attr-defined]
 
 
-def run(results: Connection, fault: Fault | None, tests: Sequence[str], wanted: Sequence[str], folder: str) -> None:
+def run(
+    results: Connection, fault: Fault | None, tests: Sequence[str], wanted: Sequence[str], folder: str
+) -> None:
     """Runs the test files up to the first failure; without a fault all the `wanted` tests in them. folder: for what they write."""
     os.setsid()  # so that what tests start ends with them, and Ctrl-C is the parent's alone
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
@@ -79,8 +81,18 @@ def run(results: Connection, fault: Fault | None, tests: Sequence[str], wanted: 
 
     hypothesis.settings.register_profile("mutants", database=None, derandomize=True)
     hypothesis.settings.load_profile("mutants")
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder}/tmp", *(["-x"] if fault else [])]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        f"--basetemp={folder}/tmp",
+        *(["-x"] if fault else []),
+    ]
     watcher = Watcher(lambda *said: results.send(said), fault, wanted)
     # File by file: collecting all of them takes longer than most faults live.
     codes = [int(pytest.main([*options, test], [watcher])) for test in tests]
-    results.send(("done", str(max((code for code in codes if code != pytest.ExitCode.NO_TESTS_COLLECTED), default=0))))
+    results.send(
+        ("done", str(max((code for code in codes if code != pytest.ExitCode.NO_TESTS_COLLECTED), default=0)))
+    )

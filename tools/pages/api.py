@@ -31,18 +31,34 @@ HOMES = {
     "eval": "veneer.verbs.eval.evaluate.evaluate",
     "plan": "veneer.verbs.plan.plan.plan",
 }
-PARTS = {"veneer.methods": (methods.Delta, methods.Factors), "veneer.sites": (sites.Site,), "veneer.methods.inits": (inits.Start,)}
+PARTS = {
+    "veneer.methods": (methods.Delta, methods.Factors),
+    "veneer.sites": (sites.Site,),
+    "veneer.methods.inits": (inits.Start,),
+}
 
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD, "## veneer", *(_entry("veneer", name, getattr(veneer, name)) for name in veneer.__all__ if name != "Run")]
-    parts += ["## Run", f"```python\nveneer.Run({', '.join(_required())}, ..)\n```", prose(inspect.getdoc(Run) or ""), _settings()]
+    parts = [
+        HEAD,
+        "## veneer",
+        *(_entry("veneer", name, getattr(veneer, name)) for name in veneer.__all__ if name != "Run"),
+    ]
+    parts += [
+        "## Run",
+        f"```python\nveneer.Run({', '.join(_required())}, ..)\n```",
+        prose(inspect.getdoc(Run) or ""),
+        _settings(),
+    ]
     parts += ["## Result", prose(inspect.getdoc(Result) or "")]
     parts += ["## Verbs", "What the commands call, with the same settings."]
     parts += [_entry(f.__module__, f.__name__, f) for f in _verbs()]
     parts += ["## Errors", table(("veneer.errors", "exit code", "meaning"), _errors())]
-    parts += ["## For new methods", *(_class(module, kind) for module, kinds in PARTS.items() for kind in kinds)]
+    parts += [
+        "## For new methods",
+        *(_class(module, kind) for module, kinds in PARTS.items() for kind in kinds),
+    ]
     parts += ["## Modules", table(("module", "what it holds"), _modules())]
     return "\n\n".join(parts) + "\n"
 

@@ -36,9 +36,13 @@ def _paragraph(text: str, names: Collection[str]) -> str:
     text, raises = RAISES.split(text, maxsplit=1) if RAISES.search(text) else (text, "")
     one = "|".join(map(re.escape, names))
     named = re.compile(rf"(?:^|(?<=\.\s))(?:{one})(?:, (?:{one}))*: ", re.MULTILINE)
-    starts = sorted({m.start() for pattern in (LABEL, *([named] if names else [])) for m in pattern.finditer(text)})
+    starts = sorted(
+        {m.start() for pattern in (LABEL, *([named] if names else [])) for m in pattern.finditer(text)}
+    )
     lead = escaped(" ".join(text[: starts[0] if starts else len(text)].split()))
-    listed = "\n".join(f"- {_label(' '.join(text[a:b].split()), names)}" for a, b in pairwise([*starts, len(text)]))
+    listed = "\n".join(
+        f"- {_label(' '.join(text[a:b].split()), names)}" for a, b in pairwise([*starts, len(text)])
+    )
     return "\n\n".join(part for part in (lead, listed, escaped(" ".join(raises.split()))) if part)
 
 

@@ -36,8 +36,19 @@ def page(notes: Path) -> str:
     kinds = {"Methods": _methods(), "Starts": _starts(), "Optimisers": _optimisers()}
     parts = [HEAD]
     for title, entries in kinds.items():
-        rows = [(f"[{e.name}](#{e.name})", escaped(e.about.summary), f"[paper]({e.about.paper})" if e.about.paper else "") for e in entries]
-        parts += [f"## {title}", table(("name", "what it is", ""), rows), *(_entry(e, notes) for e in entries)]
+        rows = [
+            (
+                f"[{e.name}](#{e.name})",
+                escaped(e.about.summary),
+                f"[paper]({e.about.paper})" if e.about.paper else "",
+            )
+            for e in entries
+        ]
+        parts += [
+            f"## {title}",
+            table(("name", "what it is", ""), rows),
+            *(_entry(e, notes) for e in entries),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -45,7 +56,10 @@ def _entry(e: Entry, notes: Path) -> str:
     paper = f" ([paper]({e.about.paper}))" if e.about.paper else ""
     parts = [f"### {e.name}", f"{escaped(e.about.summary)}{paper}.", prose(e.about.rest), *e.facts]
     if e.options:
-        rows = [(f"`{e.flag(n)}`", escaped(e.helps.get(n, "")) + escaped(shown_default(p.default))) for n, p in e.options.items()]
+        rows = [
+            (f"`{e.flag(n)}`", escaped(e.helps.get(n, "")) + escaped(shown_default(p.default)))
+            for n, p in e.options.items()
+        ]
         parts.append(table(("option", "meaning"), rows))
     note = notes / f"{e.name}.md"
     if note.is_file():
@@ -58,15 +72,26 @@ def _methods() -> list[Entry]:
 
 
 def _method(name: str, kind: type[Delta]) -> Entry:
-    plain = kind.to_peft is not Delta.to_peft or any("reads_peft" in vars(c) for c in kind.__mro__ if c is not Delta)
+    plain = kind.to_peft is not Delta.to_peft or any(
+        "reads_peft" in vars(c) for c in kind.__mro__ if c is not Delta
+    )
     file = (
         "PEFT's files, wherever PEFT can express the layer"
         if plain
         else "Veneer's own file, [`delta.safetensors`](../format.md#the-tensors)"
     )
     roles = ", ".join(f"`{p}`" for p in kind.roles) or "none that optimisers treat apart"
-    facts = (f'Use it: `veneer fit --method {name}`, `veneer.attach(model, "{name}")`. Saved in {file}. Roles: {roles}.',)
-    return Entry(name, of_module(kind), methods.options_of(kind), option_helps(kind), facts, lambda option: _flag(name, option))
+    facts = (
+        f'Use it: `veneer fit --method {name}`, `veneer.attach(model, "{name}")`. Saved in {file}. Roles: {roles}.',
+    )
+    return Entry(
+        name,
+        of_module(kind),
+        methods.options_of(kind),
+        option_helps(kind),
+        facts,
+        lambda option: _flag(name, option),
+    )
 
 
 def _starts() -> list[Entry]:
@@ -77,7 +102,14 @@ def _start(name: str, module: Any) -> Entry:
     known = inits.options_of(name)
     needs = f" It needs the {module.NEEDS} that `veneer.calibrate` takes." if module.NEEDS else ""
     facts = (f"Use it: `--init {name}`.{needs}",)
-    return Entry(name, of_module(module.start), known, helps_of(module.start, known), facts, lambda option: f"init_options: {option}")
+    return Entry(
+        name,
+        of_module(module.start),
+        known,
+        helps_of(module.start, known),
+        facts,
+        lambda option: f"init_options: {option}",
+    )
 
 
 def _optimisers() -> list[Entry]:
@@ -88,7 +120,14 @@ def _optimiser(name: str, kind: Any) -> Entry:
     known = optim.options_of(name)
     needs = f" It needs a method with {', '.join(sorted(kind.needs))}." if kind.needs else ""
     facts = (f"Use it: `--optimiser {name}`.{needs}",)
-    return Entry(name, of_module(kind), known, helps_of(kind.__init__, known), facts, lambda option: f"--{name}-{option.replace('_', '-')}")
+    return Entry(
+        name,
+        of_module(kind),
+        known,
+        helps_of(kind.__init__, known),
+        facts,
+        lambda option: f"--{name}-{option.replace('_', '-')}",
+    )
 
 
 def _flag(method: str, option: str) -> str:

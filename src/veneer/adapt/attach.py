@@ -25,7 +25,16 @@ BASE = "base"
 TRAINED_BEFORE = "_trained_before_adapters"  # names of the base's parameters that took gradients when the first was attached
 
 
-RESERVED = {BASE, "site", "active", "called", "group", "place", *dir(Deltas), *vars(nn.Module())}  # attributes beside the adapters
+RESERVED = {
+    BASE,
+    "site",
+    "active",
+    "called",
+    "group",
+    "place",
+    *dir(Deltas),
+    *vars(nn.Module()),
+}  # attributes beside the adapters
 
 
 def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
@@ -36,9 +45,13 @@ def _apply(module: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
     if not deltas.active:
         return y
     if not isinstance(y, Tensor):
-        raise SiteError(f"{deltas.site.name!r} returns a {type(y).__name__}, not a tensor, which no change can be added to; leave it out")
+        raise SiteError(
+            f"{deltas.site.name!r} returns a {type(y).__name__}, not a tensor, which no change can be added to; leave it out"
+        )
     if not args:
-        raise SiteError(f"{deltas.site.name!r} was called with keywords only; call it as layer(x), so that its change can see x")
+        raise SiteError(
+            f"{deltas.site.name!r} was called with keywords only; call it as layer(x), so that its change can see x"
+        )
     return act(deltas, args[0], y, writable=is_private(module, _apply))
 
 
@@ -111,7 +124,9 @@ def watch(model: nn.Module) -> None:
 def refuse_compiled(model: nn.Module) -> None:
     """Raises ConfigError for torch.compile's wrapper, under which every layer's name begins with `_orig_mod`."""
     if "_orig_mod" in model._modules:
-        raise ConfigError("this is torch.compile's wrapper of a model; give the model itself (model._orig_mod) and compile it afterwards")
+        raise ConfigError(
+            "this is torch.compile's wrapper of a model; give the model itself (model._orig_mod) and compile it afterwards"
+        )
 
 
 def clashing(sites: Iterable[Site]) -> list[str]:
@@ -133,7 +148,9 @@ def refuse_clash(sites: Iterable[Site]) -> None:
 def check_name(model: nn.Module, name: str) -> None:
     """Raises ConfigError for a name that cannot be used, or already is."""
     if not NAME.fullmatch(name) or name in RESERVED:
-        raise ConfigError(f"adapter name {name!r}: use up to 64 letters, digits, '-' and '_', and none of Veneer's own words")
+        raise ConfigError(
+            f"adapter name {name!r}: use up to 64 letters, digits, '-' and '_', and none of Veneer's own words"
+        )
     if name in adapters(model):
         raise ConfigError(f"an adapter called {name!r} is already attached; detach it or choose another name")
 
@@ -194,11 +211,17 @@ def using(model: nn.Module, *names: str | Mapping[str, float]) -> Iterator[nn.Mo
 def train_only(model: nn.Module, *names: str) -> None:
     """Only the parameters of the named adapters take gradients; "base" stands for the model's own."""
     chosen = [delta for name in names if name != BASE for _, delta in changes(model, name)]
-    packed = [n for n, p in base_parameters(model).items() if not p.is_floating_point()] if BASE in names else []
+    packed = (
+        [n for n, p in base_parameters(model).items() if not p.is_floating_point()] if BASE in names else []
+    )
     if packed:
-        raise ConfigError(f"a quantised base cannot be trained: {first_few(packed, 3)} are codes; train an adapter, or dequantise it")
+        raise ConfigError(
+            f"a quantised base cannot be trained: {first_few(packed, 3)} are codes; train an adapter, or dequantise it"
+        )
     if layers(model) and TRAINED_BEFORE not in model.__dict__:
-        model.__dict__[TRAINED_BEFORE] = frozenset(n for n, p in base_parameters(model).items() if p.requires_grad)
+        model.__dict__[TRAINED_BEFORE] = frozenset(
+            n for n, p in base_parameters(model).items() if p.requires_grad
+        )
     of_adapters = {id(p) for d in layers(model) for p in d.parameters()}
     for p in model.parameters():
         p.requires_grad_(id(p) not in of_adapters and BASE in names)

@@ -90,7 +90,10 @@ def calibrate(
     refuse_compiled(model)
     check_name(model, NAME)
     _check_numbers(rank, width)
-    probes = [(site, Sketched(site, width * rank, seed)) for site in find(model, "all-linear" if to is None else to, exclude, untie)]
+    probes = [
+        (site, Sketched(site, width * rank, seed))
+        for site in find(model, "all-linear" if to is None else to, exclude, untie)
+    ]
     seen = torch.zeros((), dtype=torch.int64, device=probes[0][1].Y.device)
     with _hung(model, probes), evaluating(model), torch.enable_grad():
         for batch in batches:
@@ -101,7 +104,9 @@ def calibrate(
         if seen:
             check_called(model)
     if not _over_processes(seen):
-        raise DataError("calibration got no batch; a start from the loss's gradient needs some of the training's text")
+        raise DataError(
+            "calibration got no batch; a start from the loss's gradient needs some of the training's text"
+        )
     found = {site.name: probe.leading(2 * rank) for site, probe in probes}
     _check_gradients(found)
     return {name: Stats(gradient) for name, gradient in found.items()}
@@ -116,7 +121,9 @@ def _over_processes(total: Tensor) -> Tensor:
 
 def _check_numbers(rank: int, width: int) -> None:
     problems = [f"rank {rank} must be 1 or more"] if rank < 1 else []
-    problems += [f"width {width} must be 2 or more: a start of rank r needs 2 r directions"] if width < 2 else []
+    problems += (
+        [f"width {width} must be 2 or more: a start of rank r needs 2 r directions"] if width < 2 else []
+    )
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -160,7 +167,9 @@ def _check_gradients(found: dict[str, sketch.Svd]) -> None:
     none = [n for n, g in found.items() if n not in wild and not g.S.any()]
     problems = []
     if wild:
-        problems.append(f"the gradient is not finite at {len(wild)} layers: {first_few(wild)}; are the batches and the precision right?")
+        problems.append(
+            f"the gradient is not finite at {len(wild)} layers: {first_few(wild)}; are the batches and the precision right?"
+        )
     if none:
         problems.append(
             f"the loss has no gradient at {len(none)} layers: {first_few(none)}; is every label masked? Or leave them out with exclude="

@@ -59,7 +59,10 @@ def combine(
     if not 0 < density <= 1:
         raise ConfigError(f"density {density} is not a share; use a number above 0 and at most 1")
     check_name(model, name)
-    cuts = [(site, _join(site, own, (rank, energy), (how, density, seed))) for site, own in _by_site(model, weights).items()]
+    cuts = [
+        (site, _join(site, own, (rank, energy), (how, density, seed)))
+        for site, own in _by_site(model, weights).items()
+    ]
     hang(model, name, [(site, as_lora(site, cut.A, cut.B)) for site, cut in cuts])
     return [Cut(site.name, cut.A.shape[0], cut.error) for site, cut in cuts]
 
@@ -92,7 +95,9 @@ def of_matrices(model: nn.Module, name: str) -> list[tuple[Site, Delta]]:
     return own
 
 
-def _join(site: Site, own: Own, cut: tuple[int | None, float | None], way: tuple[str, float, int]) -> Truncated:
+def _join(
+    site: Site, own: Own, cut: tuple[int | None, float | None], way: tuple[str, float, int]
+) -> Truncated:
     how, density, seed = way
     factors = [delta.factors(site) for _, delta, _ in own]
     if how == "sum" and all(f is not None and f.is_product for f in factors):
@@ -101,18 +106,27 @@ def _join(site: Site, own: Own, cut: tuple[int | None, float | None], way: tuple
         return truncate_product(B, A, *cut)
     if cut == (None, None):
         why = "its change has no low rank" if how == "sum" else f"{how} leaves no low rank"
-        first = next(n for (n, _, _), f in zip(own, factors, strict=True) if how != "sum" or f is None or not f.is_product)
+        first = next(
+            n
+            for (n, _, _), f in zip(own, factors, strict=True)
+            if how != "sum" or f is None or not f.is_product
+        )
         raise NotMergeable(f"{first!r} at {site.name!r}: {why}; give rank= or energy=")
     dense = [precise(delta.delta(site)) for _, delta, _ in own]
     weights = [w for _, _, w in own]
     if how == "ties":
         return truncate(ties(dense, weights, density), *cut)
     if how == "dare":
-        dense = [dare(D, density, keyed(seed, f"{n}\0{site.name}")) for D, (n, _, _) in zip(dense, own, strict=True)]
+        dense = [
+            dare(D, density, keyed(seed, f"{n}\0{site.name}"))
+            for D, (n, _, _) in zip(dense, own, strict=True)
+        ]
     return truncate(torch.stack([w * D for w, D in zip(weights, dense, strict=True)]).sum(0), *cut)
 
 
-def to_lora(model: nn.Module, name: str, new: str, *, rank: int | None = None, energy: float | None = None) -> list[Cut]:
+def to_lora(
+    model: nn.Module, name: str, new: str, *, rank: int | None = None, energy: float | None = None
+) -> list[Cut]:
     """Adapter `name`, of any method, as the plain LoRA adapter `new` of a chosen rank or energy; see combine."""
     return combine(model, {name: 1.0}, new, rank=rank, energy=energy)
 
@@ -149,7 +163,9 @@ def extract(
         taken.add(f"{site.name}.weight")
         if D.any():
             cuts.append((site, truncate(D, rank, energy)))
-    others = [n for n, p in before.items() if n not in taken and not torch.equal(precise(p), precise(after[n]))]
+    others = [
+        n for n, p in before.items() if n not in taken and not torch.equal(precise(p), precise(after[n]))
+    ]
     if others and rest == "refuse":
         raise FormatError(
             f"{len(others)} parameters outside the layers of to= differ too: {first_few(others)}; take rest='keep' or 'drop' (--rest)"
@@ -163,18 +179,26 @@ def extract(
 
 def _same_kind(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
     wrong = [f"{n}: missing in one of them" for n in before.keys() ^ after.keys()]
-    wrong += [f"{n}: {tuple(p.shape)} and {tuple(after[n].shape)}" for n, p in before.items() if n in after and p.shape != after[n].shape]
+    wrong += [
+        f"{n}: {tuple(p.shape)} and {tuple(after[n].shape)}"
+        for n, p in before.items()
+        if n in after and p.shape != after[n].shape
+    ]
     if wrong:
         raise ShapeError("the two models are not of one kind: " + first_few(sorted(wrong)))
 
 
-def _in_full(model: nn.Module, tuned: nn.Module, others: list[str], low_rank: set[str]) -> list[tuple[Site, Delta]]:
+def _in_full(
+    model: nn.Module, tuned: nn.Module, others: list[str], low_rank: set[str]
+) -> list[tuple[Site, Delta]]:
     """The modules that hold the other parameters, with their changes in full."""
     there = dict(tuned.named_modules())
     kept: list[tuple[Site, Delta]] = []
     for n in dict.fromkeys(p.rpartition(".")[0] for p in others):
         if n in low_rank:
-            raise NotMergeable(f"{n!r} changed in its weight and in another parameter; a layer takes one kind of change in an adapter")
+            raise NotMergeable(
+                f"{n!r} changed in its weight and in another parameter; a layer takes one kind of change in an adapter"
+            )
         site, twin = LeafSite(n, dict(model.named_modules())[n]), LeafSite(n, there[n])
         delta = get("full")(site)
         delta.options = {}

@@ -67,7 +67,9 @@ class Group:
     def part(self, deltas: Deltas, x: Tensor, dtype: torch.dtype) -> Part | None:
         """This layer's part for the input x in dtype, or None where it has to compute its own."""
         index = deltas.place
-        if not self.members or (not torch.compiler.is_compiling() and x.is_inference()):  # inference tensors have no versions
+        if not self.members or (
+            not torch.compiler.is_compiling() and x.is_inference()
+        ):  # inference tensors have no versions
             return None
         if index == 0:
             self.held = self._shared(x, dtype)
@@ -85,7 +87,9 @@ class Group:
             return None
         hs = iter(project(x.to(dtype), As))
         parts = {i: Part(a, next(hs)) for i, a in enumerate(every) if a.A is not None}
-        sources = () if torch.compiler.is_compiling() else (x, *(p for m in self.members for p in m.parameters()))
+        sources = (
+            () if torch.compiler.is_compiling() else (x, *(p for m in self.members for p in m.parameters()))
+        )
         return Held(x, self._switches(dtype), sources, tuple(t._version for t in sources), parts)
 
     def _switches(self, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -158,13 +162,19 @@ def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
 def is_private(module: nn.Module, hook: Any) -> bool:
     """Whether nobody has seen the layer's fresh output before `hook`: a plain or quantised Linear, and no hook that runs earlier."""
     plain = type(module) in (nn.Linear, QuantisedLinear) and "forward" not in module.__dict__
-    return plain and next(iter(module._forward_hooks.values())) is hook and not nn.modules.module._global_forward_hooks
+    return (
+        plain
+        and next(iter(module._forward_hooks.values())) is hook
+        and not nn.modules.module._global_forward_hooks
+    )
 
 
 def forget(model: nn.Module) -> None:
     """Takes the groups' hooks off the modules that own their members."""
     for module in model.modules():
-        for key in [k for k, h in module._forward_hooks.items() if isinstance(getattr(h, "__self__", None), Group)]:
+        for key in [
+            k for k, h in module._forward_hooks.items() if isinstance(getattr(h, "__self__", None), Group)
+        ]:
             del module._forward_hooks[key]
 
 

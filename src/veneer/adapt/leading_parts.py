@@ -26,9 +26,13 @@ class Ahead:
     def __init__(self, kind: type[Delta], sites: list[Site], options: list[dict[str, Any]]) -> None:
         self._sites = sites
         self._found: dict[int, Svd] = {}
-        self._alike: dict[tuple[Any, ...], list[int]] = {}  # what still has to be found, by what may be stacked
+        self._alike: dict[
+            tuple[Any, ...], list[int]
+        ] = {}  # what still has to be found, by what may be stacked
         self._keys = [_key(kind, *pair) for pair in zip(sites, options, strict=True)]
-        self._seeds = [option(kind, "seed", own) if key else 0 for own, key in zip(options, self._keys, strict=True)]
+        self._seeds = [
+            option(kind, "seed", own) if key else 0 for own, key in zip(options, self._keys, strict=True)
+        ]
         for i, key in enumerate(self._keys):
             if key:
                 self._alike.setdefault(key, []).append(i)
@@ -54,9 +58,15 @@ class Ahead:
 
 def _key(kind: type[Delta], site: Site, options: dict[str, Any]) -> tuple[Any, ...] | None:
     """Rank, dtype, shape and device, or None where no leading part is asked for, or cannot be found."""
-    asks = takes_stats(kind) and "init" in options_of(kind) and inits.get(option(kind, "init", options)).NEEDS == "leading"
+    asks = (
+        takes_stats(kind)
+        and "init" in options_of(kind)
+        and inits.get(option(kind, "init", options)).NEEDS == "leading"
+    )
     if not asks or site.device.type == "meta":
         return None
     rank = option(kind, "rank", options)
-    fits = isinstance(rank, int) and 1 <= rank <= min(site.out, site.in_)  # else the change itself says what is wrong
+    fits = isinstance(rank, int) and 1 <= rank <= min(
+        site.out, site.in_
+    )  # else the change itself says what is wrong
     return (rank, master_dtype(site), site.out, site.in_, site.device) if fits else None

@@ -84,7 +84,11 @@ def merge(
             adapted = outputs(model, inputs)
         with using(model):
             base = outputs(model, inputs)
-            before = [] if force else [(site, site.weight().detach().clone()) for site, _ in _layer_changes(model, wanted)]
+            before = (
+                []
+                if force
+                else [(site, site.weight().detach().clone()) for site, _ in _layer_changes(model, wanted)]
+            )
             _write(model, wanted)
             off = float((outputs(model, inputs) - adapted).norm())
         effect = float((adapted - base).norm())
@@ -126,10 +130,14 @@ def _check(model: nn.Module, wanted: Mapping[str, float]) -> None:
         changes(model, name)
     others = [n for n in adapters(model) if n not in wanted]
     if others:
-        raise ConfigError(f"merging would change the base under {first_few(others)}; detach them first, or merge them too")
+        raise ConfigError(
+            f"merging would change the base under {first_few(others)}; detach them first, or merge them too"
+        )
 
 
-def _layer_changes(model: nn.Module, wanted: Mapping[str, float]) -> list[tuple[Site, list[tuple[Delta, float]]]]:
+def _layer_changes(
+    model: nn.Module, wanted: Mapping[str, float]
+) -> list[tuple[Site, list[tuple[Delta, float]]]]:
     """Every changed layer once, with its changes; a weight shared by two modules of one full change counts once."""
     found, seen = [], set()
     for d in layers(model):
@@ -147,7 +155,9 @@ def total_change(site: Site, own: list[tuple[Delta, float]]) -> Tensor:
 
 
 @torch.no_grad()
-def foresee(model: nn.Module, wanted: Mapping[str, float], limit: float = 0.5, *, dtype: torch.dtype | None = None) -> Verdict:
+def foresee(
+    model: nn.Module, wanted: Mapping[str, float], limit: float = 0.5, *, dtype: torch.dtype | None = None
+) -> Verdict:
     """The verdict on a merge that is not made: nothing is written. dtype: to merge into, each layer's own unless given."""
     kept, squared_error, squared_norm = [], 0.0, 0.0
     for site, own in _layer_changes(model, wanted):

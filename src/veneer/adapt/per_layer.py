@@ -14,14 +14,22 @@ from veneer.sites import Site
 
 
 def build_all(
-    kind: type[Delta], sites: list[Site], options: list[dict[str, Any]], stats: Mapping[str, Stats] | None = None
+    kind: type[Delta],
+    sites: list[Site],
+    options: list[dict[str, Any]],
+    stats: Mapping[str, Stats] | None = None,
 ) -> list[tuple[Site, Delta]]:
     """Every change, or one error that names every layer it does not fit. stats: what calibration saw, by layer."""
     _check_stats(kind, sites, stats)
     built, problems, ahead = [], [], Ahead(kind, sites, options)
     for i, (site, own) in enumerate(zip(sites, options, strict=True)):
         try:
-            built.append((site, methods.build(kind, site, own, ahead.of(i, None if stats is None else stats[site.name]))))
+            built.append(
+                (
+                    site,
+                    methods.build(kind, site, own, ahead.of(i, None if stats is None else stats[site.name])),
+                )
+            )
         except ShapeError as e:
             problems.append(str(e))
     if problems:
@@ -33,14 +41,22 @@ def _check_stats(kind: type[Delta], sites: list[Site], stats: Mapping[str, Stats
     if stats is None:
         return
     if not methods.takes_stats(kind):
-        raise ConfigError(f"method {kind.__module__.rsplit('.', 1)[-1]!r} starts without a look at the loss; leave stats= out")
+        raise ConfigError(
+            f"method {kind.__module__.rsplit('.', 1)[-1]!r} starts without a look at the loss; leave stats= out"
+        )
     missing = [s.name for s in sites if s.name not in stats]
     if missing:
-        raise ConfigError(f"stats= says nothing of {len(missing)} layers: {first_few(missing)}; calibrate with the same to= and exclude=")
+        raise ConfigError(
+            f"stats= says nothing of {len(missing)} layers: {first_few(missing)}; calibrate with the same to= and exclude="
+        )
 
 
 def options_at(
-    site: str, method: type[Delta], options: dict[str, Any], ranks: Mapping[str, int] | None, alphas: Mapping[str, float] | None
+    site: str,
+    method: type[Delta],
+    options: dict[str, Any],
+    ranks: Mapping[str, int] | None,
+    alphas: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     found = dict(options)
     for option, pattern in (("rank", ranks), ("alpha", alphas)):
@@ -56,7 +72,9 @@ def check_patterns(sites: list[Site], pattern: Mapping[str, float]) -> None:
         try:
             re.compile(key)
         except re.error as e:
-            raise ConfigError(f"{key!r} in rank_pattern or alpha_pattern is not a regular expression: {e}") from None
+            raise ConfigError(
+                f"{key!r} in rank_pattern or alpha_pattern is not a regular expression: {e}"
+            ) from None
     idle = [k for k in pattern if not any(re.match(rf"(.*\.)?({k})$", s.name) for s in sites)]
     if idle:
         raise ConfigError(

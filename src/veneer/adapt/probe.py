@@ -23,7 +23,9 @@ TOKENS, PICKED, LARGEST = 16, 48, 1 << 16
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-def take(model: nn.Module, name: str, inputs: Mapping[str, Any] | None = None, kept_in: torch.dtype | None = None) -> Record | str:
+def take(
+    model: nn.Module, name: str, inputs: Mapping[str, Any] | None = None, kept_in: torch.dtype | None = None
+) -> Record | str:
     """The probe of adapter `name` on `inputs`, keyword arguments of the model; or why there is none.
 
     Without `inputs` language models and classifiers of tokens get a fixed sequence. kept_in: the dtype of the adapter's
@@ -66,7 +68,9 @@ def check(model: nn.Module, name: str, saved: Record) -> list[str]:
     """What the probe says against adapter `name`, attached to `model`; empty if it acts as it did when it was saved."""
     off, on = outputs(model, name, saved["inputs"])
     if list(off.shape) != saved["shape"]:
-        return [f"probe: the model's output is {tuple(off.shape)}, it was {tuple(saved['shape'])} when the adapter was saved"]
+        return [
+            f"probe: the model's output is {tuple(off.shape)}, it was {tuple(saved['shape'])} when the adapter was saved"
+        ]
     relative = max(_tolerance(saved["dtype"]), _tolerance(_dtype(model)))
     problems = []
     for state, y in (("off", off), ("on", on)):
@@ -74,7 +78,9 @@ def check(model: nn.Module, name: str, saved: Record) -> list[str]:
         error = float((torch.tensor(_numbers(y, saved["where"])) - then).abs().max())
         limit = relative * float(torch.tensor(saved["off"] + saved["on"]).abs().max())
         if not error <= limit:
-            problems.append(f"probe: with the adapter {state}, outputs are {error:.2g} from those kept with it; {limit:.2g} is allowed")
+            problems.append(
+                f"probe: with the adapter {state}, outputs are {error:.2g} from those kept with it; {limit:.2g} is allowed"
+            )
     return problems
 
 
@@ -120,17 +126,26 @@ def _token_ids(model: nn.Module) -> Record | str:
         return "the model does not take token ids; pass probe= with the keyword arguments of a call"
     length = min(TOKENS, int(getattr(config, "max_position_embeddings", None) or TOKENS))
     ids = _pack("input_ids", torch.tensor([[(1 + 7919 * i) % vocabulary for i in range(length)]]))
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})}
+    return {
+        "input_ids": ids,
+        **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}),
+    }
 
 
 def _tensor(output: Any) -> Tensor:
     """The logits of an output, or its first tensor."""
-    for found in (getattr(output, "logits", None), output, *(output.values() if isinstance(output, Mapping) else ())):
+    for found in (
+        getattr(output, "logits", None),
+        output,
+        *(output.values() if isinstance(output, Mapping) else ()),
+    ):
         if isinstance(found, Tensor):
             return found.float()
     first = output[0] if isinstance(output, (tuple, list)) and output else None
     if not isinstance(first, Tensor):
-        raise ConfigError(f"the probe needs a model that returns a tensor, or something with .logits, not {type(output).__name__}")
+        raise ConfigError(
+            f"the probe needs a model that returns a tensor, or something with .logits, not {type(output).__name__}"
+        )
     return first.float()
 
 
@@ -139,7 +154,9 @@ def _numbers(y: Tensor, where: list[int]) -> list[float]:
 
 
 def _dtype(model: nn.Module) -> str:
-    return str(next((p.dtype for p in base_parameters(model).values() if p.is_floating_point()), torch.float32)).removeprefix("torch.")
+    return str(
+        next((p.dtype for p in base_parameters(model).values() if p.is_floating_point()), torch.float32)
+    ).removeprefix("torch.")
 
 
 def _tolerance(dtype: str) -> float:
@@ -150,11 +167,15 @@ def _pack(name: str, value: Any) -> Any:
     """An input as JSON: tensors as their dtype and numbers, plain values as they are."""
     if isinstance(value, Tensor):
         if value.numel() > LARGEST or value.is_complex():
-            raise ConfigError(f"probe input {name!r} holds {value.numel()} numbers; give a smaller one, of at most {LARGEST} real numbers")
+            raise ConfigError(
+                f"probe input {name!r} holds {value.numel()} numbers; give a smaller one, of at most {LARGEST} real numbers"
+            )
         return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ConfigError(f"probe input {name!r} is a {type(value).__name__}; give a tensor, a number, a text or None")
+    raise ConfigError(
+        f"probe input {name!r} is a {type(value).__name__}; give a tensor, a number, a text or None"
+    )
 
 
 def _unpack(model: nn.Module, value: Any) -> Any:

@@ -67,7 +67,9 @@ def dead(changes: Changes, sizes: Mapping[str, Size]) -> list[Problem]:
 
 def hollow(changes: Changes) -> list[Problem]:
     """Parameters without a number in them, as partitioned ones look from one process."""
-    wrong = [f"{site.name}.{n}" for site, delta in changes for n, p in delta.named_parameters() if not p.numel()]
+    wrong = [
+        f"{site.name}.{n}" for site, delta in changes for n, p in delta.named_parameters() if not p.numel()
+    ]
     text = f"{len(wrong)} parameters are empty: {first_few(wrong)}; gather what ZeRO or FSDP has partitioned before saving"
     return [Problem("fit", text)] if wrong else []
 
@@ -75,7 +77,11 @@ def hollow(changes: Changes) -> list[Problem]:
 def not_finite(tensors: Mapping[str, Tensor]) -> list[Problem]:
     """Tensors with a NaN or an infinity."""
     wrong = finite(tensors)
-    return [Problem("finite", f"NaN or infinity in {len(wrong)} of {len(tensors)} tensors: {first_few(wrong)}")] if wrong else []
+    return (
+        [Problem("finite", f"NaN or infinity in {len(wrong)} of {len(tensors)} tensors: {first_few(wrong)}")]
+        if wrong
+        else []
+    )
 
 
 def clash(changes: Changes) -> list[Problem]:

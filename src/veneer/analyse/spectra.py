@@ -49,7 +49,12 @@ def _matrices(site: Site, delta: Delta) -> Iterator[tuple[str, Tensor, Tensor, i
         own = site.split(site.weight())
         for n, D in site.split(delta.delta(site)).items():
             if D.ndim >= 2:
-                yield f"{site.name}.{n}", own[n].flatten(1), torch.linalg.svdvals(precise(D).flatten(1)), min(D.flatten(1).shape)
+                yield (
+                    f"{site.name}.{n}",
+                    own[n].flatten(1),
+                    torch.linalg.svdvals(precise(D).flatten(1)),
+                    min(D.flatten(1).shape),
+                )
         return
     if not site.is_matrix:
         return
@@ -68,4 +73,6 @@ def _spectrum(site: str, W: Tensor, values: Tensor, rank: int) -> Spectrum:
     enough = int((energy < 0.9 * total).sum()) + 1 if total else 0
     norm = total**0.5
     base = float(precise(W).norm())
-    return Spectrum(site, rank, norm, norm / base if base else 0.0, effective_rank(values), enough, values.tolist())
+    return Spectrum(
+        site, rank, norm, norm / base if base else 0.0, effective_rank(values), enough, values.tolist()
+    )

@@ -31,7 +31,10 @@ def told(run: Callable[..., dict[str, Any]], text: Callable[[dict[str, Any]], st
 
 
 def shown(
-    run: Callable[..., Any], text: Callable[[Any], str], exit_code: Callable[[Any], int] = lambda found: 0, without: Collection[str] = ()
+    run: Callable[..., Any],
+    text: Callable[[Any], str],
+    exit_code: Callable[[Any], int] = lambda found: 0,
+    without: Collection[str] = (),
 ) -> Call:
     """A verb whose outcome is an object with as_dict()."""
     every = flags.of_function(run, without=without)
@@ -74,7 +77,9 @@ def summary(result: Result) -> str:
     page = result.folder / "report.html"
     if page.is_file():
         lines.append(f"told in {page}")
-    return "\n".join([*lines, f"saved in {result.adapter}", f"next: veneer generate PROMPT --adapter {result.folder}"])
+    return "\n".join(
+        [*lines, f"saved in {result.adapter}", f"next: veneer generate PROMPT --adapter {result.folder}"]
+    )
 
 
 def _measured(what: str, change: Change) -> str:

@@ -31,11 +31,15 @@ def text(found: Mapping[str, Any], colour: bool) -> str:
 
 
 def _coloured(tokens: list[dict[str, Any]]) -> str:
-    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", no_color=False, highlight=False)
+    console = Console(
+        file=io.StringIO(), force_terminal=True, color_system="standard", no_color=False, highlight=False
+    )
     with console.capture() as shown:
         for i, token in enumerate(tokens):
             style = (LEARNED if token["learned"] else READ)[i % 2]
-            console.print(Text(token["text"].replace("\n", "↵\n"), style=style, tab_size=1), end="", soft_wrap=True)
+            console.print(
+                Text(token["text"].replace("\n", "↵\n"), style=style, tab_size=1), end="", soft_wrap=True
+            )
     return shown.get()
 
 

@@ -28,15 +28,24 @@ VERBS = {
     ),
     "convert": Verb(
         "Carry an adapter between PEFT, kohya, diffusers, torchtune, mlx-lm, LitGPT and vLLM, and say what was rounded.",
-        ("veneer convert runs/notes --to vllm --out served", "veneer convert lora.safetensors --model ./llama --out adapter"),
+        (
+            "veneer convert runs/notes --to vllm --out served",
+            "veneer convert lora.safetensors --model ./llama --out adapter",
+        ),
     ),
     "convert-config": Verb(
         "Translate a run's settings from axolotl, LLaMA-Factory, torchtune or mlx-lm, with a list of what could not be carried.",
-        ("veneer convert-config axolotl.yml --out run.yaml", "veneer convert-config sft.yaml --tool llamafactory --json"),
+        (
+            "veneer convert-config axolotl.yml --out run.yaml",
+            "veneer convert-config sft.yaml --tool llamafactory --json",
+        ),
     ),
     "data": Verb(
         "Show texts as tokens with what is learned of them, or check them: counts, lengths, leaks; exit code 3 if something is wrong.",
-        ("veneer data show chats.jsonl --model ./llama", "veneer data check chats.jsonl --valid held_out.jsonl --length 512"),
+        (
+            "veneer data show chats.jsonl --model ./llama",
+            "veneer data check chats.jsonl --valid held_out.jsonl --length 512",
+        ),
     ),
     "demo": Verb(
         "Adapt the built-in model in three ways and show what each learned and forgot; a few minutes, no download.",
@@ -78,7 +87,10 @@ VERBS = {
     ),
     "fit-many": Verb(
         "Train the runs of several files side by side on one base, in one pass a step; each becomes what it would be alone.",
-        ("veneer fit-many french.yaml formal.yaml", "veneer fit-many runs/*.yaml --model ./llama --steps 500"),
+        (
+            "veneer fit-many french.yaml formal.yaml",
+            "veneer fit-many runs/*.yaml --model ./llama --steps 500",
+        ),
     ),
     "generate": Verb(
         "Continue a prompt by the base model and by adapters, side by side.",
@@ -93,7 +105,10 @@ VERBS = {
     ),
     "merge": Verb(
         "Write adapters into a copy of their base model; exit code 3, and nothing saved, if rounding would lose them.",
-        ("veneer merge runs/notes --out merged", "veneer merge runs/a@0.5 runs/b --out merged --dtype float32"),
+        (
+            "veneer merge runs/notes --out merged",
+            "veneer merge runs/a@0.5 runs/b --out merged --dtype float32",
+        ),
     ),
     "plan": Verb(
         "Say what a training would take in memory and time, and what would halve it; exit code 3 if it will not fit.",
@@ -107,16 +122,15 @@ VERBS = {
         "Write the page that tells a finished run, report.html, from the files in its folder.",
         ("veneer report runs/notes", 'veneer report runs/notes --measure --prompt "def area("'),
     ),
-    "methods": Verb("List methods, starts and optimisers, with options and papers.", ("veneer methods", "veneer methods lora --json")),
+    "methods": Verb(
+        "List methods, starts and optimisers, with options and papers.",
+        ("veneer methods", "veneer methods lora --json"),
+    ),
     "verify": Verb(
         "Prove that an adapter is complete, loads on its base and has effect; exit code 3 when not.",
         ("veneer verify runs/notes", "veneer verify adapter --model ./llama --dtype bfloat16"),
     ),
 }
-
-
-
-
 
 
 class Verbs(TyperGroup):
@@ -133,10 +147,10 @@ def command(name: str) -> Any:
 
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
     epilog = "\n\n".join(["Examples:", *VERBS[name].examples])
-    alone.command(name, help=VERBS[name].help, epilog=epilog, context_settings=WORDS)(getattr(verbs, name.replace("-", "_"))())
+    alone.command(name, help=VERBS[name].help, epilog=epilog, context_settings=WORDS)(
+        getattr(verbs, name.replace("-", "_"))()
+    )
     return typer.main.get_command(alone)
-
-
 
 
 def _print_version(value: bool) -> None:
@@ -147,12 +161,16 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+]
 
 app = typer.Typer(cls=Verbs, add_completion=False, pretty_exceptions_enable=False, context_settings=WORDS)
 
 
-@app.callback(invoke_without_command=True, epilog="veneer VERB --help shows the flags of a verb, with examples.")
+@app.callback(
+    invoke_without_command=True, epilog="veneer VERB --help shows the flags of a verb, with examples."
+)
 def veneer(ctx: typer.Context, version: Version = False, debug: Debug = False) -> None:
     """Thin low-rank layers over large models: adapt, train, merge, and see what was learned and forgotten."""
     if ctx.invoked_subcommand is None:

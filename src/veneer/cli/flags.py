@@ -19,7 +19,10 @@ from veneer.methods.base.described import helps_of, option_helps
 from veneer.train.run import Run
 
 T = TypeVar("T")
-METHOD, OPTIMISER = "options", "optimiser_options"  # settings that hold options, each of which has a flag of its own
+METHOD, OPTIMISER = (
+    "options",
+    "optimiser_options",
+)  # settings that hold options, each of which has a flag of its own
 OF_THE_RUN = ("seed",)  # options that the setting of this name gives to every method
 KINDS = {METHOD: "method", OPTIMISER: "optimiser"}  # whose options these are
 PLAIN_NAMES = re.compile(r"[\w.,]+")
@@ -45,7 +48,11 @@ class Flag(NamedTuple):
 def of_settings(kind: type) -> list[Flag]:
     """A flag for every field of a settings dataclass but those that hold options; what is missing is the dataclass's to say."""
     rows = settings.table(kind).values()
-    return [Flag(s.name, s.hint, f"{s.help}{shown_default(s.default)}", s.unit) for s in rows if s.name not in KINDS]
+    return [
+        Flag(s.name, s.hint, f"{s.help}{shown_default(s.default)}", s.unit)
+        for s in rows
+        if s.name not in KINDS
+    ]
 
 
 def of_function(function: Callable[..., Any], without: Collection[str] = ()) -> list[Flag]:
@@ -57,7 +64,15 @@ def of_function(function: Callable[..., Any], without: Collection[str] = ()) -> 
         if name not in without:
             required = p.default is p.empty
             text = helps.get(name, "") + ("" if required else shown_default(p.default))
-            made.append(Flag(name, p.annotation, text, required=required, argument=required and p.kind is p.POSITIONAL_OR_KEYWORD))
+            made.append(
+                Flag(
+                    name,
+                    p.annotation,
+                    text,
+                    required=required,
+                    argument=required and p.kind is p.POSITIONAL_OR_KEYWORD,
+                )
+            )
     return made
 
 
@@ -74,7 +89,9 @@ def of_methods() -> list[Flag]:
             name = flag_of_method(method, key)
             before = found.setdefault(name, Flag(name, p.annotation, "", into=METHOD, key=key))
             if before.hint != p.annotation:
-                raise TypeError(f"option {key!r} of method {method!r} is a {p.annotation}, of {before.owners} a {before.hint}")
+                raise TypeError(
+                    f"option {key!r} of method {method!r} is a {p.annotation}, of {before.owners} a {before.hint}"
+                )
             found[name] = before._replace(owners=(*before.owners, method))
             helps.setdefault(name, {})[method] = f"{texts.get(key, '')}{shown_default(p.default)}"
     return [flag._replace(help=_by_owner(helps[name])) for name, flag in found.items()]
@@ -90,7 +107,9 @@ def _by_owner(helps: Mapping[str, str]) -> str:
     alike: dict[str, list[str]] = {}
     for owner, text in helps.items():
         alike.setdefault(text, []).append(owner)
-    return "\n\n".join(alike if len(alike) == 1 else (f"{', '.join(owners)}: {text}" for text, owners in alike.items()))
+    return "\n\n".join(
+        alike if len(alike) == 1 else (f"{', '.join(owners)}: {text}" for text, owners in alike.items())
+    )
 
 
 def of_optimisers() -> list[Flag]:
@@ -101,12 +120,21 @@ def of_optimisers() -> list[Flag]:
         helps = helps_of(optim.get(name).__init__, known)
         for option, p in known.items():
             text = f"{helps.get(option, '')}{shown_default(p.default)}"
-            made.append(Flag(f"{name}_{option}".replace("-", "_"), p.annotation, text, owners=(name,), into=OPTIMISER, key=option))
+            made.append(
+                Flag(
+                    f"{name}_{option}".replace("-", "_"),
+                    p.annotation,
+                    text,
+                    owners=(name,),
+                    into=OPTIMISER,
+                    key=option,
+                )
+            )
     return made
 
 
 def shown_default(value: Any) -> str:
-    """" (default: 8)", or nothing where the default says nothing."""
+    """ " (default: 8)", or nothing where the default says nothing."""
     if value is settings.REQUIRED or value is None or value == () or value == {} or value == "":
         return ""
     if isinstance(value, bool):
@@ -119,14 +147,22 @@ def declare(function: Callable[..., T], flags: Iterable[Flag]) -> Callable[..., 
 
     None, and no entries, stand for a flag that was not given.
     """
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = [
+        p
+        for p in inspect.signature(function, eval_str=True).parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    ]
     function.__signature__ = inspect.Signature([*own, *map(_parameter, flags)])  # type: ignore[attr-defined]
     return function
 
 
 def _parameter(flag: Flag) -> inspect.Parameter:
-    kind, default = (parsed(flag.hint), inspect.Parameter.empty) if flag.required else (parsed(flag.hint) | None, None)
-    return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, _info(flag)])
+    kind, default = (
+        (parsed(flag.hint), inspect.Parameter.empty) if flag.required else (parsed(flag.hint) | None, None)
+    )
+    return inspect.Parameter(
+        flag.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, _info(flag)]
+    )
 
 
 def _info(flag: Flag) -> Any:
@@ -139,7 +175,9 @@ def _info(flag: Flag) -> Any:
         help=text,
         show_default=False,
         metavar=None if flag.hint is bool else f"<{flag.metavar or words(flag.hint)}>",
-        rich_help_panel=f"Options of the {KINDS[flag.into]}: {', '.join(flag.owners)}" if flag.owners else None,
+        rich_help_panel=f"Options of the {KINDS[flag.into]}: {', '.join(flag.owners)}"
+        if flag.owners
+        else None,
     )
 
 
@@ -147,7 +185,11 @@ def parsed(hint: Any) -> Any:
     """The type that typer parses for a setting of type `hint`; repeated flags and NAME=VALUE are lists of texts."""
     hint = _of_optional(hint)
     origin, inner = get_origin(hint), get_args(hint)
-    if hint in (str, int, float, bool, Path) or origin is Literal or (origin is tuple and Ellipsis not in inner):
+    if (
+        hint in (str, int, float, bool, Path)
+        or origin is Literal
+        or (origin is tuple and Ellipsis not in inner)
+    ):
         return hint
     if origin is dict or inner == (str, ...) or (origin is Sequence and inner == (str,)) or _is_names(hint):
         return list[str]
@@ -174,7 +216,10 @@ def _of_optional(hint: Any) -> Any:
 
 def _is_names(hint: Any) -> bool:
     """Whether a setting takes an expression or a list of names: str | tuple[str, ...], or None besides."""
-    return get_origin(hint) in (Union, types.UnionType) and set(get_args(hint)) - {type(None)} == {str, tuple[str, ...]}
+    return get_origin(hint) in (Union, types.UnionType) and set(get_args(hint)) - {type(None)} == {
+        str,
+        tuple[str, ...],
+    }
 
 
 def values(flags: Iterable[Flag], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +259,12 @@ def names(entries: list[str]) -> str | tuple[str, ...]:
     """Layers as `to` wants them: "all-linear" or an expression as it is, names (several, with commas, or one) as a tuple."""
     if len(entries) == 1 and not PLAIN_NAMES.fullmatch(entries[0]):
         return entries[0]
-    return tuple(name for entry in entries for name in (entry.split(",") if PLAIN_NAMES.fullmatch(entry) else [entry]) if name)
+    return tuple(
+        name
+        for entry in entries
+        for name in (entry.split(",") if PLAIN_NAMES.fullmatch(entry) else [entry])
+        if name
+    )
 
 
 def _pair(flag: str, entry: str, kind: Any) -> tuple[str, Any]:
@@ -224,7 +274,9 @@ def _pair(flag: str, entry: str, kind: Any) -> tuple[str, Any]:
             raise ValueError
         return name, _read(value, kind)
     except ValueError:
-        raise ConfigError(f"{flag} {entry!r} is not NAME=VALUE with {settings.describe(kind)} as value, e.g. q_proj=4") from None
+        raise ConfigError(
+            f"{flag} {entry!r} is not NAME=VALUE with {settings.describe(kind)} as value, e.g. q_proj=4"
+        ) from None
 
 
 def _read(text: str, kind: Any) -> Any:

@@ -57,7 +57,9 @@ SWITCH = re.compile(r"\b(force|resume|untie|packing)=(True|False)\b(?! \(--)")
 
 def in_flags(message: str) -> str:
     """The message with its advice in flags: allow=('base', 'zero') is --allow base --allow zero, force=True is --force."""
-    message = ALLOW.sub(lambda m: " ".join(f"--allow {word}" for word in re.findall(r"'([^']+)'", m[1])), message)
+    message = ALLOW.sub(
+        lambda m: " ".join(f"--allow {word}" for word in re.findall(r"'([^']+)'", m[1])), message
+    )
     return SWITCH.sub(lambda m: f"--{'' if m[2] == 'True' else 'no-'}{m[1]}", message)
 
 
@@ -67,7 +69,10 @@ def explain(e: Exception) -> tuple[str, int]:
         return in_flags(str(e)), e.exit_code
     if isinstance(e, TyperException):
         context = getattr(e, "ctx", None)
-        return f"{e.format_message()}\nsee {context.command_path if context else 'veneer'} --help", e.exit_code
+        return (
+            f"{e.format_message()}\nsee {context.command_path if context else 'veneer'} --help",
+            e.exit_code,
+        )
     if isinstance(e, Abort):
         return "stopped", STOPPED
     package = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
@@ -75,4 +80,7 @@ def explain(e: Exception) -> tuple[str, int]:
         return f"this needs the package {package!r}: pip install 'veneer[{EXTRAS[package]}]'", 2
     where = traceback.extract_tb(e.__traceback__)[-1]
     place = f"{os.path.basename(where.filename)}, line {where.lineno}"
-    return f"{type(e).__name__} in {place}: {e}\nnot foreseen; the same command with --debug shows where it comes from", 1
+    return (
+        f"{type(e).__name__} in {place}: {e}\nnot foreseen; the same command with --debug shows where it comes from",
+        1,
+    )

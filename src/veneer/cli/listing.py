@@ -17,9 +17,17 @@ from veneer.settings import describe
 def every() -> dict[str, Any]:
     """{"methods": [..], "inits": [..], "optimisers": [..]} with what modules and signatures say, ready for JSON."""
     return {
-        "methods": [{"name": n, **_about(of_module(methods.get(n))), "options": _options(methods.get(n))} for n in methods.available()],
-        "inits": [{"name": n, **_about(of_module(inits.get(n))), "options": _of_start(n)} for n in inits.available()],
-        "optimisers": [{"name": n, **_about(of_module(optim.get(n))), "options": _own_options(n)} for n in optim.available()],
+        "methods": [
+            {"name": n, **_about(of_module(methods.get(n))), "options": _options(methods.get(n))}
+            for n in methods.available()
+        ],
+        "inits": [
+            {"name": n, **_about(of_module(inits.get(n))), "options": _of_start(n)} for n in inits.available()
+        ],
+        "optimisers": [
+            {"name": n, **_about(of_module(optim.get(n))), "options": _own_options(n)}
+            for n in optim.available()
+        ],
     }
 
 
@@ -27,7 +35,11 @@ def of(names: Sequence[str]) -> dict[str, Any]:
     """The same of these alone. Raises ConfigError for all names that nothing has."""
     found = every()
     known = {entry["name"] for entries in found.values() for entry in entries}
-    unknown = [f"no method, start or optimiser is called {name!r}{suggest(name, known)}" for name in names if name not in known]
+    unknown = [
+        f"no method, start or optimiser is called {name!r}{suggest(name, known)}"
+        for name in names
+        if name not in known
+    ]
     if unknown:
         raise ConfigError("\n".join(unknown))
     return {kind: [entry for entry in entries if entry["name"] in names] for kind, entries in found.items()}
@@ -43,11 +55,17 @@ def text(found: dict[str, Any]) -> str:
     lines += ["", "how the factors of a low-rank method start (--init):"] if found["inits"] else []
     for i in found["inits"]:
         lines += [f"  {i['name']}: {i['summary']}{' ' + i['paper'] if i['paper'] else ''}"]
-        lines += [f"    --init-options {o['name']}=..: {o['help']}{shown_default(o['default'])}" for o in i["options"]]
+        lines += [
+            f"    --init-options {o['name']}=..: {o['help']}{shown_default(o['default'])}"
+            for o in i["options"]
+        ]
     lines += ["", "what makes steps of gradients (--optimiser):"] if found["optimisers"] else []
     for o in found["optimisers"]:
         lines += [f"  {o['name']}: {o['summary']}{' ' + o['paper'] if o['paper'] else ''}"]
-        lines += [f"    --{o['name']}-{p['name'].replace('_', '-')}: {p['help']}{shown_default(p['default'])}" for p in o["options"]]
+        lines += [
+            f"    --{o['name']}-{p['name'].replace('_', '-')}: {p['help']}{shown_default(p['default'])}"
+            for p in o["options"]
+        ]
     return "\n".join(lines[1:])
 
 
@@ -70,4 +88,7 @@ def _own_options(optimiser: str) -> list[dict[str, Any]]:
 
 
 def _listed(known: Mapping[str, inspect.Parameter], helps: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [{"name": n, "type": describe(p.annotation), "default": p.default, "help": helps.get(n, "")} for n, p in known.items()]
+    return [
+        {"name": n, "type": describe(p.annotation), "default": p.default, "help": helps.get(n, "")}
+        for n, p in known.items()
+    ]

@@ -13,19 +13,41 @@ from veneer.cli.words import Debug
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", exists=True, dir_okay=False, metavar="<file.yaml>", help="Settings from a file; given flags replace them."),
+    typer.Option(
+        "--config",
+        exists=True,
+        dir_okay=False,
+        metavar="<file.yaml>",
+        help="Settings from a file; given flags replace them.",
+    ),
 ]
 Configs = Annotated[
     list[Path],
-    typer.Argument(exists=True, dir_okay=False, metavar="FILE.yaml...", help="One file of settings for each run.", show_default=False),
+    typer.Argument(
+        exists=True,
+        dir_okay=False,
+        metavar="FILE.yaml...",
+        help="One file of settings for each run.",
+        show_default=False,
+    ),
 ]
 Probe = Annotated[bool, typer.Option(help="Take five steps in memory, for seconds and bytes as they are.")]
-Action = Annotated[Literal["show", "check"], typer.Argument(help="show: rows as tokens, with what is learned; check: count and compare.")]
-Files = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts, as by --data.", show_default=False)]
-Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Which of them; all unless given.", show_default=False)]
+Action = Annotated[
+    Literal["show", "check"],
+    typer.Argument(help="show: rows as tokens, with what is learned; check: count and compare."),
+]
+Files = Annotated[
+    list[str] | None, typer.Argument(metavar="TEXT", help="Texts, as by --data.", show_default=False)
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="NAME", help="Which of them; all unless given.", show_default=False),
+]
 Rows = Annotated[int, typer.Option("--rows", metavar="<integer>", help="Rows to show.")]
 # The settings of a Run that decide what is read and learned.
-READING = "data model valid test known batch accumulate length packing train_on train_roles seed allow".split()
+READING = (
+    "data model valid test known batch accumulate length packing train_on train_roles seed allow".split()
+)
 
 
 def combine() -> Call:
@@ -146,7 +168,11 @@ def fit_many() -> Call:
     def call(files: Configs, *, as_json: Json = False, debug: Debug = False, **given: Any) -> None:
         results = start([Run.from_dict(settings_of(file, every, given)) for file in files])
         found = [{"folder": str(result.folder), **result.metrics} for result in results]
-        show(found, lambda: "\n\n".join(f"== {result.folder}\n{summary(result)}" for result in results), as_json)
+        show(
+            found,
+            lambda: "\n\n".join(f"== {result.folder}\n{summary(result)}" for result in results),
+            as_json,
+        )
 
     return flags.declare(call, every)
 
@@ -196,7 +222,14 @@ def plan() -> Call:
 
     every = of_run()
 
-    def call(*, config: Config = None, probe: Probe = True, as_json: Json = False, debug: Debug = False, **given: Any) -> int:
+    def call(
+        *,
+        config: Config = None,
+        probe: Probe = True,
+        as_json: Json = False,
+        debug: Debug = False,
+        **given: Any,
+    ) -> int:
         found = run(Run.from_dict(settings_of(config, every, given)), probe=probe)
         show(found.as_dict(), lambda: text(found), as_json)
         return 0 if found.problem is None else 3

@@ -20,4 +20,9 @@ def remember_debug(ctx: typer.Context, value: bool) -> None:
         ctx.obj.debug = True
 
 
-Debug = Annotated[bool, typer.Option("--debug", callback=remember_debug, help="Show where an error comes from (also: VENEER_DEBUG=1).")]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", callback=remember_debug, help="Show where an error comes from (also: VENEER_DEBUG=1)."
+    ),
+]

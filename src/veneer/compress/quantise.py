@@ -80,13 +80,17 @@ def quantise_around(
     ranks = _ranks(find(model, "all-linear" if to is None else to, exclude), rank, rank_pattern or {})
     others = sorted(ranks.keys() - {s.name for s in sites})
     if others:
-        raise ConfigError(f"start {start!r} makes up for what quantisation takes, and these are not quantised: {first_few(others)}")
+        raise ConfigError(
+            f"start {start!r} makes up for what quantisation takes, and these are not quantised: {first_few(others)}"
+        )
     places, found = Places(model), {}
     for site in one_by_one(sites):
         W = _as_loaded(site)
         if site.name in ranks:
             draw = keyed(seed, f"{site.name} {start}")
-            parts, low, left = split(W, chosen, ranks[site.name], iterations=iterations, draw=draw, whole_first=STARTS[start])
+            parts, low, left = split(
+                W, chosen, ranks[site.name], iterations=iterations, draw=draw, whole_first=STARTS[start]
+            )
             found[site.name] = Stats(residual=low, left=left)
         else:
             parts = chosen.pack(W)
@@ -124,7 +128,16 @@ def as_plain(model: nn.Module) -> Iterator[None]:
     packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantisedLinear)}
     places = Places(model)
     for module in packed.values():
-        places.put(module, nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta", dtype=module.dtype))
+        places.put(
+            module,
+            nn.Linear(
+                module.in_features,
+                module.out_features,
+                module.bias is not None,
+                device="meta",
+                dtype=module.dtype,
+            ),
+        )
     try:
         yield
     finally:
@@ -154,23 +167,33 @@ def one_by_one(sites: list[Site]) -> Iterator[Site]:
         yield sites.pop()
 
 
-
-
 def plain_sites(model: nn.Module, exclude: Target = ()) -> list[Site]:
     """The layers to quantise. Raises ConfigError and SiteError where that cannot be done."""
     refuse_compiled(model)
     if adapters(model):
-        raise ConfigError(f"quantise the base first and attach afterwards; attached now: {first_few(adapters(model))}")
+        raise ConfigError(
+            f"quantise the base first and attach afterwards; attached now: {first_few(adapters(model))}"
+        )
     sites = find(model, "all-linear", exclude)
     packed = [s.name for s in sites if s.is_packed]
     if packed:
         raise ConfigError(f"{len(packed)} layers are quantised already: {first_few(packed)}")
-    held = [s.name for s in sites if s.module._forward_hooks or s.module._forward_pre_hooks or "forward" in s.module.__dict__]
+    held = [
+        s.name
+        for s in sites
+        if s.module._forward_hooks or s.module._forward_pre_hooks or "forward" in s.module.__dict__
+    ]
     if held:
-        raise SiteError(f"these layers have hooks or a forward of their own, which would be lost: {first_few(held)}; quantise before them")
-    wild = [s.name for s in sites if not s.module.weight.is_meta and not bool(torch.isfinite(s.weight()).all())]
+        raise SiteError(
+            f"these layers have hooks or a forward of their own, which would be lost: {first_few(held)}; quantise before them"
+        )
+    wild = [
+        s.name for s in sites if not s.module.weight.is_meta and not bool(torch.isfinite(s.weight()).all())
+    ]
     if wild:
-        raise SiteError(f"NaN or infinity in the weights of {first_few(wild)}, which no format can hold; is the checkpoint whole?")
+        raise SiteError(
+            f"NaN or infinity in the weights of {first_few(wild)}, which no format can hold; is the checkpoint whole?"
+        )
     return sites
 
 

@@ -35,12 +35,17 @@ def save_quantised(model: nn.Module, folder: str | Path, base: str | None = None
     layers: dict[str, Any] = {}
     for name, format in found.items():
         layer: Any = model.get_submodule(name)
-        tensors |= {f"{name}.{k}": p.detach() for k, p in layer.named_parameters(recurse=False) if k != "bias"}
+        tensors |= {
+            f"{name}.{k}": p.detach() for k, p in layer.named_parameters(recurse=False) if k != "bias"
+        }
         layers[name] = {"format": format, "shape": list(layer.shape)}
     paths = [folder / TENSORS, folder / DESCRIPTION]
     with files.replacing(*paths) as temporary:
         files.write_tensors(temporary[0], tensors)
-        files.write_json(temporary[1], {"format": FORMAT, "model": base, "layers": layers, "sha256": files.sha256(temporary[0])})
+        files.write_json(
+            temporary[1],
+            {"format": FORMAT, "model": base, "layers": layers, "sha256": files.sha256(temporary[0])},
+        )
     return folder
 
 
@@ -65,7 +70,9 @@ def load_quantised(model: nn.Module, folder: str | Path) -> nn.Module:
         raise FormatError(f"{folder} holds no {DESCRIPTION}; veneer.save_quantised writes one")
     path = Path(folder) / TENSORS
     if files.sha256(path) != record["sha256"]:
-        raise FormatError(f"{path} is not the file that {DESCRIPTION} was written with: it was changed, or a save was cut off")
+        raise FormatError(
+            f"{path} is not the file that {DESCRIPTION} was written with: it was changed, or a save was cut off"
+        )
     tensors, layers = files.read_tensors(path), record["layers"]
     sites = [s for s in plain_sites(model) if s.name in layers]
     wrong = sorted(layers.keys() - {s.name for s in sites})
@@ -76,7 +83,9 @@ def load_quantised(model: nn.Module, folder: str | Path) -> nn.Module:
     places = Places(model)
     for site in one_by_one(sites):
         format = quant.get(layers[site.name]["format"])
-        parts = tuple(_of_dtype(tensors.pop(f"{site.name}.{k}"), site.dtype).to(site.device) for k in format.names)
+        parts = tuple(
+            _of_dtype(tensors.pop(f"{site.name}.{k}"), site.dtype).to(site.device) for k in format.names
+        )
         places.put(site.module, layer_of(site, parts, format))
     return model
 

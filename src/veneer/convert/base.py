@@ -38,7 +38,9 @@ class Base:
         """Raises ConfigError naming those of `fields` that are unknown."""
         missing = [f for f in fields if not getattr(self, f)]
         if missing:
-            raise ConfigError(f"{why}, and the base model's {', '.join(missing)} are not known; give the base model with model=")
+            raise ConfigError(
+                f"{why}, and the base model's {', '.join(missing)} are not known; give the base model with model="
+            )
 
     def also(self, other: Base) -> Base:
         """What is known here, and where nothing is, what `other` knows."""

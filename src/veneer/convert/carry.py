@@ -38,7 +38,9 @@ def read(path: str | Path, *, base: Base | None = None, allow: str | Iterable[st
 def read_found(found: Found, base: Base, allow: str | Iterable[str] = ()) -> Pairs:
     """The adapter that `detect` found; see `read`."""
     if found.dialect not in READERS:
-        raise FormatError(f"{found.file} holds changes that are no pairs of factors; they become some with model= and rank= or energy=")
+        raise FormatError(
+            f"{found.file} holds changes that are no pairs of factors; they become some with model= and rank= or energy="
+        )
     rest = Leftovers(allow)
     pairs: Pairs = READERS[found.dialect].read(found, base, rest)
     pairs = replace(pairs, left_out=(*pairs.left_out, *rest.settle(found.file)))

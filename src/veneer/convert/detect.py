@@ -72,7 +72,11 @@ def detect(path: Path) -> Found:
             f"{folder / CONFIG} is of the adapters library, which has names of its own; merge it there, keep the merged model"
         )
     own = folder / native.TENSORS
-    if path in (folder, own) and own.is_file() and (manifest.read(folder) or {}).get("layout") == manifest.NATIVE:
+    if (
+        path in (folder, own)
+        and own.is_file()
+        and (manifest.read(folder) or {}).get("layout") == manifest.NATIVE
+    ):
         return Found(NATIVE, own, folder, {})
     files = [f for f in ([path] if path.is_file() else sorted(folder.iterdir())) if tensor_files.kind_of(f)]
     known, unread = _dialects(files)
@@ -82,13 +86,17 @@ def detect(path: Path) -> Found:
         if not files:
             raise FormatError(f"{path} holds no adapter: no file of tensors lies there")
         there = first_few(f.name for f in files)
-        raise FormatError(f"{path} holds no adapter of a dialect known here: no tensor in {there} is called like one's")
+        raise FormatError(
+            f"{path} holds no adapter of a dialect known here: no tensor in {there} is called like one's"
+        )
     file = _choose(folder, known)
     dialect = known[file]
     if said and {said, dialect} == {"torchtune", "peft"}:
         dialect = "torchtune"  # which exports PEFT's names with three settings; later versions add peft_type
     elif said and said != dialect:
-        raise FormatError(f"{folder / CONFIG} is {TEXTS[said]}'s, but the tensors in {file.name} are called like those of {dialect}")
+        raise FormatError(
+            f"{folder / CONFIG} is {TEXTS[said]}'s, but the tensors in {file.name} are called like those of {dialect}"
+        )
     return Found(dialect, file, folder, config)
 
 
@@ -116,5 +124,7 @@ def _choose(folder: Path, known: Mapping[Path, str]) -> Path:
     if len(files) > 1 and len(safe) == 1 and len(set(known.values())) == 1:
         return safe[0]
     if len(files) > 1:
-        raise FormatError(f"{folder} holds several adapters; name the file of one: {first_few(f.name for f in files)}")
+        raise FormatError(
+            f"{folder} holds several adapters; name the file of one: {first_few(f.name for f in files)}"
+        )
     return files[0]

@@ -57,12 +57,18 @@ class Pairs:
     left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        wrong = [f"{n}: A {tuple(p.A.shape)}, B {tuple(p.B.shape)}" for n, p in self.sites.items() if not _fits(p)]
+        wrong = [
+            f"{n}: A {tuple(p.A.shape)}, B {tuple(p.B.shape)}" for n, p in self.sites.items() if not _fits(p)
+        ]
         if wrong:
-            raise FormatError(f"factors that do not fit together, A must be (r, in..) and B (out, r): {first_few(wrong)}")
+            raise FormatError(
+                f"factors that do not fit together, A must be (r, in..) and B (out, r): {first_few(wrong)}"
+            )
         lost = [n for n in self.sites if self.parts and not n.startswith(tuple(f"{p}." for p in self.parts))]
         if lost:
-            raise FormatError(f"modules that belong to none of the parts {', '.join(self.parts)}: {first_few(lost)}")
+            raise FormatError(
+                f"modules that belong to none of the parts {', '.join(self.parts)}: {first_few(lost)}"
+            )
         if not self.sites:
             raise FormatError("there is no pair of factors A and B in this adapter")
 
@@ -73,7 +79,11 @@ class Pairs:
 
 def _fits(p: Pair) -> bool:
     shapes = p.A.ndim >= 2 and p.B.ndim == 2 and p.A.shape[0] == p.B.shape[1]
-    return shapes and (p.kind == "conv") == (p.A.ndim > 2) and (p.magnitude is None or p.magnitude.shape == p.B.shape[:1])
+    return (
+        shapes
+        and (p.kind == "conv") == (p.A.ndim > 2)
+        and (p.magnitude is None or p.magnitude.shape == p.B.shape[:1])
+    )
 
 
 class Changed(NamedTuple):
@@ -89,9 +99,14 @@ def folded(pairs: Pairs) -> Changed:
     rounded = [n for n, p in pairs.sites.items() if math.frexp(p.scaling)[0] not in (0.5, -0.5, 0.0)]
     if not rounded:
         return Changed(ready, [])
-    worst = max(_distance(p.scaling * p.B.double(), ready.sites[n].B.double()) for n, p in pairs.sites.items())
+    worst = max(
+        _distance(p.scaling * p.B.double(), ready.sites[n].B.double()) for n, p in pairs.sites.items()
+    )
     return Changed(
-        ready, [f"the scaling was folded into B at {len(rounded)} layers; rounding moved no B by more than {worst:.1g} of itself"]
+        ready,
+        [
+            f"the scaling was folded into B at {len(rounded)} layers; rounding moved no B by more than {worst:.1g} of itself"
+        ],
     )
 
 
@@ -104,7 +119,11 @@ def padded(pairs: Pairs, rank: int) -> Pairs:
 
     def pad(p: Pair) -> Pair:
         more = rank - p.rank
-        return replace(p, A=torch.cat([p.A, p.A.new_zeros(more, *p.A.shape[1:])]), B=torch.cat([p.B, p.B.new_zeros(p.B.shape[0], more)], 1))
+        return replace(
+            p,
+            A=torch.cat([p.A, p.A.new_zeros(more, *p.A.shape[1:])]),
+            B=torch.cat([p.B, p.B.new_zeros(p.B.shape[0], more)], 1),
+        )
 
     return pairs.each(pad)
 
@@ -113,7 +132,9 @@ def uniform(pairs: Pairs) -> Changed:
     """One rank and one scaling for all, for dialects that have no others: padded with zeros, folded where scalings differ."""
     notes: list[str] = []
     scalings = [p.scaling for p in pairs.sites.values()]
-    if max(scalings) - min(scalings) > 1e-12 * max(map(abs, scalings)):  # alpha / r of the same scaling may differ in the last digit
+    if max(scalings) - min(scalings) > 1e-12 * max(
+        map(abs, scalings)
+    ):  # alpha / r of the same scaling may differ in the last digit
         pairs, notes = folded(pairs)
     ranks = {p.rank for p in pairs.sites.values()}
     if len(ranks) > 1:
@@ -128,20 +149,32 @@ def cut(pairs: Pairs, rank: int | None = None, energy: float | None = None) -> C
     """
     magnitudes = [n for n, p in pairs.sites.items() if p.magnitude is not None]
     if magnitudes:
-        raise FormatError(f"DoRA's change has no low rank without the base's weights: {first_few(magnitudes)}")
+        raise FormatError(
+            f"DoRA's change has no low rank without the base's weights: {first_few(magnitudes)}"
+        )
     found, worst = {}, 0.0
     for n, p in pairs.sites.items():
         best = truncate_product(p.scaling * precise(p.B), precise(p.A).flatten(1), rank, energy)
         A = best.A.reshape(-1, *p.A.shape[1:]).to(p.A.dtype)
         found[n], worst = replace(p, A=A, B=best.B.to(p.B.dtype), scaling=1.0), max(worst, best.error)
     most = max(p.rank for p in found.values())
-    return Changed(replace(pairs, sites=found), [f"cut to ranks of at most {most}; of no layer's change more than {worst:.2%} was lost"])
+    return Changed(
+        replace(pairs, sites=found),
+        [f"cut to ranks of at most {most}; of no layer's change more than {worst:.2%} was lost"],
+    )
 
 
 def to_dtype(pairs: Pairs, dtype: torch.dtype) -> Changed:
     """The factors in `dtype`. Magnitudes stay as they are: rounding one moves a whole row."""
-    before = sorted({str(p.A.dtype).removeprefix("torch.") for p in pairs.sites.values()} - {str(dtype).removeprefix("torch.")})
-    notes = [f"factors were converted from {' and '.join(before)} to {str(dtype).removeprefix('torch.')}"] if before else []
+    before = sorted(
+        {str(p.A.dtype).removeprefix("torch.") for p in pairs.sites.values()}
+        - {str(dtype).removeprefix("torch.")}
+    )
+    notes = (
+        [f"factors were converted from {' and '.join(before)} to {str(dtype).removeprefix('torch.')}"]
+        if before
+        else []
+    )
     return Changed(pairs.each(lambda p: replace(p, A=p.A.to(dtype), B=p.B.to(dtype))), notes)
 
 
@@ -166,16 +199,24 @@ def bare(pairs: Pairs) -> Pairs:
     Raises ConfigError for an adapter of several models.
     """
     if len(pairs.parts) > 1:
-        raise ConfigError(f"the adapter changes {' and '.join(pairs.parts)}, and this dialect holds one model; choose one with part=")
+        raise ConfigError(
+            f"the adapter changes {' and '.join(pairs.parts)}, and this dialect holds one model; choose one with part="
+        )
     if not pairs.parts:
         return pairs
-    return replace(pairs, sites={n.removeprefix(f"{pairs.parts[0]}."): p for n, p in pairs.sites.items()}, parts=())
+    return replace(
+        pairs, sites={n.removeprefix(f"{pairs.parts[0]}."): p for n, p in pairs.sites.items()}, parts=()
+    )
 
 
 def only(pairs: Pairs, kinds: tuple[Kind, ...], dialect: str, magnitude: bool) -> None:
     """Raises FormatError, naming the layers, where a dialect cannot hold a kind of layer, or no magnitude."""
     other = [f"{n} ({p.kind})" for n, p in pairs.sites.items() if p.kind not in kinds]
     if other:
-        raise FormatError(f"{dialect} holds changes of {' and '.join(kinds)} layers only, not {first_few(other)}")
+        raise FormatError(
+            f"{dialect} holds changes of {' and '.join(kinds)} layers only, not {first_few(other)}"
+        )
     if not magnitude and any(p.magnitude is not None for p in pairs.sites.values()):
-        raise FormatError(f"{dialect} has no magnitudes (DoRA); the adapter must become plain LoRA, which needs the base model")
+        raise FormatError(
+            f"{dialect} has no magnitudes (DoRA); the adapter must become plain LoRA, which needs the base model"
+        )

@@ -57,9 +57,13 @@ def _torch(path: Path, *, mmap: bool) -> dict[str, Tensor]:
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as e:
-        raise FormatError(f"{path} is no whole torch file of plain tensors, and nothing else is read ({str(e).splitlines()[0]})") from None
+        raise FormatError(
+            f"{path} is no whole torch file of plain tensors, and nothing else is read ({str(e).splitlines()[0]})"
+        ) from None
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
         found = found["model"]  # LitGPT, Lightning
-    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in found.items()):
+    if not isinstance(found, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in found.items()
+    ):
         raise FormatError(f"{path} is a torch file, but not a table of names and tensors")
     return found

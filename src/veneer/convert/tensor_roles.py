@@ -14,7 +14,10 @@ NEEDED = ("A", "B")
 
 
 def by_module(
-    tensors: Mapping[str, Tensor], endings: Mapping[str, str], rest: Leftovers, needed: tuple[str, ...] = NEEDED
+    tensors: Mapping[str, Tensor],
+    endings: Mapping[str, str],
+    rest: Leftovers,
+    needed: tuple[str, ...] = NEEDED,
 ) -> dict[str, Roles]:
     """{module: {role: tensor}} by `endings` {end of the name: role}; what ends otherwise goes to `rest`.
 
@@ -27,7 +30,11 @@ def by_module(
             rest.add(name, "tensors of another kind than factors of plain LoRA")
         else:
             found.setdefault(name.removesuffix(end), {})[endings[end]] = tensor
-    half = [f"{m} lacks {' and '.join(r for r in needed if r not in roles)}" for m, roles in found.items() if not set(needed) <= set(roles)]
+    half = [
+        f"{m} lacks {' and '.join(r for r in needed if r not in roles)}"
+        for m, roles in found.items()
+        if not set(needed) <= set(roles)
+    ]
     if half:
         raise FormatError(f"factors without the other: {first_few(half)}")
     return found

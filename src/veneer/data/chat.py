@@ -58,7 +58,9 @@ def parts(row: Row, tokenizer: Any, train_on: str, roles: Collection[str] = ASSI
     return [p._replace(learned=p.learned or train_on == "all") for p in found if p.text != ""]
 
 
-def plain(messages: Messages, answer: bool = False, *, roles: Collection[str] = ASSISTANT, tools: Sequence[Any] = ()) -> list[Part]:
+def plain(
+    messages: Messages, answer: bool = False, *, roles: Collection[str] = ASSISTANT, tools: Sequence[Any] = ()
+) -> list[Part]:
     """A conversation in the plain template; `answer` opens another assistant turn."""
     found = [Part("### tools\n" + "\n".join(map(json.dumps, tools)), False)] if tools else []
     for message in messages:
@@ -75,7 +77,10 @@ def plain(messages: Messages, answer: bool = False, *, roles: Collection[str] = 
 
 def _templated(row: Row, tokenizer: Any, roles: Collection[str]) -> list[Part]:
     messages = row.columns["messages"]
-    own = "assistant" in roles and MARKER.search(tokenizer.get_chat_template(None, row.columns.get("tools"))) is not None
+    own = (
+        "assistant" in roles
+        and MARKER.search(tokenizer.get_chat_template(None, row.columns.get("tools"))) is not None
+    )
     spans: list[Span] = []
     if own:
         text, spans = _marked(row, tokenizer)
@@ -102,9 +107,15 @@ def _marked(row: Row, tokenizer: Any) -> tuple[str, list[Span]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tools = row.columns.get("tools")
-    options = {**tokenizer.special_tokens_map, "chat_template": tokenizer.get_chat_template(None, tools), "tools": tools}
+    options = {
+        **tokenizer.special_tokens_map,
+        "chat_template": tokenizer.get_chat_template(None, tools),
+        "tools": tools,
+    }
     with _refusals(row):
-        (text,), (spans,) = render_jinja_template([row.columns["messages"]], return_assistant_tokens_mask=True, **options)
+        (text,), (spans,) = render_jinja_template(
+            [row.columns["messages"]], return_assistant_tokens_mask=True, **options
+        )
     return text, spans
 
 
@@ -140,7 +151,9 @@ def _rewrites(row: Row, turn: int) -> str:
 
 def _render(row: Row, tokenizer: Any, messages: Messages, answer: bool) -> str:
     with _refusals(row):
-        text: str = tokenizer.apply_chat_template(messages, tools=row.columns.get("tools"), tokenize=False, add_generation_prompt=answer)
+        text: str = tokenizer.apply_chat_template(
+            messages, tools=row.columns.get("tools"), tokenize=False, add_generation_prompt=answer
+        )
     return text
 
 
@@ -151,7 +164,9 @@ def _refusals(row: Row) -> Iterator[None]:
     try:
         yield
     except TemplateError as e:
-        raise DataError(f"{row.where}: the tokenizer's chat template refuses this conversation: {e}") from None
+        raise DataError(
+            f"{row.where}: the tokenizer's chat template refuses this conversation: {e}"
+        ) from None
 
 
 def text_of(found: Iterable[Part]) -> str:

@@ -22,7 +22,11 @@ FORMS = {
     "pair": ("prompt", "completion"),
     "text": ("text",),
 }
-MORE = {"messages": ("tools",), "conversations": ("system", "tools"), "alpaca": ("input", "system", "history")}
+MORE = {
+    "messages": ("tools",),
+    "conversations": ("system", "tools"),
+    "alpaca": ("input", "system", "history"),
+}
 SPEAKERS = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "function_call": "assistant",
     "observation": "tool", "tool": "tool",
@@ -34,7 +38,9 @@ def form_of(columns: Mapping[str, Any]) -> str:
     """The form whose columns these are, a key of FORMS. Raises DataError if there is none or several, with the nearest name."""
     found = [form for form, names in FORMS.items() if all(n in columns for n in names)]
     if len(found) > 1:
-        raise DataError(f"has the columns of {len(found)} kinds of example ({', '.join(found)}); keep those of one")
+        raise DataError(
+            f"has the columns of {len(found)} kinds of example ({', '.join(found)}); keep those of one"
+        )
     if found:
         return found[0]
     half = next((names for names in FORMS.values() if any(n in columns for n in names)), None)
@@ -81,11 +87,17 @@ def _own(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _message(i: int, given: Any) -> dict[str, Any]:
     message = {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else {}
-    if isinstance(parts := message.get("content"), list) and all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
+    if isinstance(parts := message.get("content"), list) and all(
+        isinstance(p, dict) and p.get("type") == "text" for p in parts
+    ):
         message["content"] = "".join(str(p.get("text", "")) for p in parts)
     calls = _opened(message.pop("tool_calls", None))
     if calls:
-        message = {"content": "", **message, "tool_calls": [_call(i, c) for c in (calls if isinstance(calls, list) else [calls])]}
+        message = {
+            "content": "",
+            **message,
+            "tool_calls": [_call(i, c) for c in (calls if isinstance(calls, list) else [calls])],
+        }
     for name in ("role", "content"):
         if not isinstance(message.get(name), str):
             raise DataError(f"message {i} has no text {name!r}")
@@ -99,7 +111,9 @@ def _call(i: int, given: Any) -> dict[str, Any]:
         raise DataError(f"message {i}: a call in 'tool_calls' has no function name")
     arguments = _opened(function.get("arguments", {}))
     if not isinstance(arguments, dict):
-        raise DataError(f"message {i}: the arguments of {function['name']!r} are {json.dumps(arguments)[:40]}, not an object")
+        raise DataError(
+            f"message {i}: the arguments of {function['name']!r} are {json.dumps(arguments)[:40]}, not an object"
+        )
     known = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
     return {**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
@@ -120,7 +134,11 @@ def _turn(i: int, turn: Any) -> dict[str, Any]:
         raise DataError(f"message {i}: 'from' is {speaker!r}{suggest(speaker, SPEAKERS)}")
     if speaker == "function_call":
         calls = _opened(value)
-        return {"role": "assistant", "content": "", "tool_calls": [_call(i, c) for c in (calls if isinstance(calls, list) else [calls])]}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [_call(i, c) for c in (calls if isinstance(calls, list) else [calls])],
+        }
     return {"role": SPEAKERS[speaker], "content": value}
 
 
@@ -128,7 +146,9 @@ def _alpaca(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages = _system(columns)
     for i, pair in enumerate(_opened(columns.get("history")) or [], 1):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise DataError(f"'history' {i} is {json.dumps(pair, default=str)[:40]}, not a question and an answer")
+            raise DataError(
+                f"'history' {i} is {json.dumps(pair, default=str)[:40]}, not a question and an answer"
+            )
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     given = columns.get("input") or ""
     if not isinstance(given, str):
@@ -136,7 +156,11 @@ def _alpaca(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     asked = f"{columns['instruction']}\n{given}" if given else columns["instruction"]
     if not columns["output"]:
         raise DataError("'output' is empty: there would be nothing to learn")
-    return [*messages, {"role": "user", "content": asked}, {"role": "assistant", "content": columns["output"]}]
+    return [
+        *messages,
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": columns["output"]},
+    ]
 
 
 def _system(columns: Mapping[str, Any]) -> list[dict[str, Any]]:

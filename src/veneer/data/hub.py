@@ -12,7 +12,9 @@ from veneer.data.row_files import Row, checked
 from veneer.data.tables import Entry, bare
 from veneer.errors import DataError, suggest
 
-NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<one>[^:\[]+(?:\[[^\]]*\])?))?(?::(?P<two>[^:\[]+(?:\[[^\]]*\])?))?")
+NAME = re.compile(
+    r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<one>[^:\[]+(?:\[[^\]]*\])?))?(?::(?P<two>[^:\[]+(?:\[[^\]]*\])?))?"
+)
 # What the splits of a dataset are called that belong to a part of a run.
 SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev", "eval"), "test": ("test",)}
 
@@ -62,12 +64,16 @@ def on_hub(name: str, part: str, **options: bool) -> tuple[str, Any]:
         raise DataError(f"{name!r} names no dataset; write NAME, NAME:SPLIT or NAME:CONFIG:SPLIT")
     one, two = given["one"], given["two"]
     usual = {s for names in SPLITS.values() for s in names}
-    config, split = (one, two) if two else (None, one) if one and one.partition("[")[0] in usual else (one, None)
+    config, split = (
+        (one, two) if two else (None, one) if one and one.partition("[")[0] in usual else (one, None)
+    )
     try:
         found = datasets.load_dataset(given["id"], config, split=split, **options)
     except (OSError, ValueError, RuntimeError) as e:
         what = f"{name}: no such dataset could be had from the Hugging Face hub or its cache"
-        raise DataError(f"{what} ({_reason(e)}); if it is a file or folder, there is none of that name") from None
+        raise DataError(
+            f"{what} ({_reason(e)}); if it is a file or folder, there is none of that name"
+        ) from None
     if split:
         return name, found
     own = _split(name, found, "", part)
@@ -79,7 +85,9 @@ def _split(name: str, found: Mapping[str, Any], split: str, part: str) -> str:
         raise DataError(f"{name} has no split {split!r}{suggest(split, found)}")
     own = split or next((s for s in SPLITS.get(part, ()) if s in found), None)
     if own is None:
-        raise DataError(f"{name} has no split for {part}; name one of its splits: {', '.join(f'{name}:{s}' for s in found)}")
+        raise DataError(
+            f"{name} has no split for {part}; name one of its splits: {', '.join(f'{name}:{s}' for s in found)}"
+        )
     return own
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from veneer.data.pack import Window, n_tokens
 from veneer.ops.draws import keyed
 
-STRETCH = 50  # batches that are sorted by length together: enough for little padding, few enough for a mixed order
+STRETCH = (
+    50  # batches that are sorted by length together: enough for little padding, few enough for a mixed order
+)
 
 
 @lru_cache(maxsize=2)
@@ -28,7 +30,9 @@ def by_length(order: Sequence[int], lengths: Sequence[int], batch: int, draw: to
     found: list[int] = []
     for at in range(0, len(order), STRETCH * batch):
         stretch = sorted(order[at : at + STRETCH * batch], key=lambda i: lengths[i])
-        whole = len(stretch) // batch  # a shorter batch stays last, or all that follow would be of mixed lengths
+        whole = (
+            len(stretch) // batch
+        )  # a shorter batch stays last, or all that follow would be of mixed lengths
         turns = [*torch.randperm(whole, generator=draw).tolist(), whole]
         found += [i for turn in turns for i in stretch[turn * batch : (turn + 1) * batch]]
     return found
@@ -56,7 +60,16 @@ class Order:
     for windows that are not packed.
     """
 
-    def __init__(self, windows: Sequence[Window], batch: int, accumulate: int, *, total: int, seed: int, grouped: bool = False) -> None:
+    def __init__(
+        self,
+        windows: Sequence[Window],
+        batch: int,
+        accumulate: int,
+        *,
+        total: int,
+        seed: int,
+        grouped: bool = False,
+    ) -> None:
         self.windows, self.batch, self.total, self.seed = windows, batch, total, seed
         self.per_step = batch * accumulate
         self.steps = math.ceil(total / self.per_step)
@@ -67,7 +80,10 @@ class Order:
         """The micro-batches of a step, counted from 0."""
         first = step * self.per_step
         last = min(first + self.per_step, self.total)
-        return [[self._window(i) for i in range(at, min(at + self.batch, last))] for at in range(first, last, self.batch)]
+        return [
+            [self._window(i) for i in range(at, min(at + self.batch, last))]
+            for at in range(first, last, self.batch)
+        ]
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: a step depends on its number alone."""

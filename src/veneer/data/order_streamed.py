@@ -34,14 +34,7 @@ class Stream:
     """
 
     def __init__(
-        self,
-        reading: Reading,
-        length: int | None,
-        batch: int,
-        accumulate: int,
-        *,
-        buffer: int,
-        seed: int,
+        self, reading: Reading, length: int | None, batch: int, accumulate: int, *, buffer: int, seed: int
     ) -> None:
         """length: of the windows that segments are packed into; None: not packed."""
         self.reading, self.length, self.batch, self.accumulate = reading, length, batch, accumulate
@@ -77,7 +70,10 @@ class Stream:
         """All that the steps to come depend on beside the data, to be saved between two steps."""
         counts = torch.tensor([self.made, *self.place, len(self.held)])
         windows = [*self.held, *map(tuple, self.packer.open)]
-        return {f"{PREFIX}{name}": t for name, t in {"draw": self.draw.get_state(), "counts": counts, **_flat(windows)}.items()}
+        return {
+            f"{PREFIX}{name}": t
+            for name, t in {"draw": self.draw.get_state(), "counts": counts, **_flat(windows)}.items()
+        }
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Goes on where `state` was taken; the rows before are read past."""
@@ -85,7 +81,11 @@ class Stream:
         self.draw.set_state(own["draw"])
         self.made, row, segments, n = own["counts"].tolist()
         windows = _windows(own)
-        self.place, self.held, self.packer = Place(row, segments), windows[:n], Packer(self.length or 0, windows[n:])
+        self.place, self.held, self.packer = (
+            Place(row, segments),
+            windows[:n],
+            Packer(self.length or 0, windows[n:]),
+        )
         self._source = None
 
 
@@ -93,8 +93,14 @@ def _flat(windows: Sequence[Window]) -> dict[str, Tensor]:
     """Windows as tensors: fields of all segments end to end, in 32 bits; segments' lengths; segments in each window."""
     segments = [s for w in windows for s in w]
     empty = torch.zeros(0, dtype=torch.int64)
-    fields = {name: torch.cat([empty, *(getattr(s, name) for s in segments)]).int() for name in Segment._fields}
-    return {**fields, "lengths": torch.tensor([len(s.inputs) for s in segments]), "sizes": torch.tensor([len(w) for w in windows])}
+    fields = {
+        name: torch.cat([empty, *(getattr(s, name) for s in segments)]).int() for name in Segment._fields
+    }
+    return {
+        **fields,
+        "lengths": torch.tensor([len(s.inputs) for s in segments]),
+        "sizes": torch.tensor([len(w) for w in windows]),
+    }
 
 
 def _windows(flat: Mapping[str, Tensor]) -> list[Window]:

@@ -89,7 +89,11 @@ def collate(windows: Sequence[Window], pad: int, widths: Sequence[int] = ()) -> 
         at = 0
         for s in window:
             end = at + len(s.inputs)
-            input_ids[row, at:end], labels[row, at:end], positions[row, at:end] = s.inputs, s.labels, torch.arange(end - at)
+            input_ids[row, at:end], labels[row, at:end], positions[row, at:end] = (
+                s.inputs,
+                s.labels,
+                torch.arange(end - at),
+            )
             at = end
         positions[row, at:] = torch.arange(t - at)
     batch = {"input_ids": input_ids, "labels": labels}

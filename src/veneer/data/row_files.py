@@ -13,7 +13,16 @@ from veneer.data import tables
 from veneer.data.columns import example, form_of, used
 from veneer.errors import DataError, first_few, suggest
 
-REFUSED = (".xlsx", ".xls", ".ods", ".zip", ".gz", ".zst", ".pdf", ".docx")  # that would be taken for a text in a wrong encoding
+REFUSED = (
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".zip",
+    ".gz",
+    ".zst",
+    ".pdf",
+    ".docx",
+)  # that would be taken for a text in a wrong encoding
 SHOWN = 5  # problems of one file that are listed before "and 12 more"
 
 
@@ -62,12 +71,16 @@ def check_file(path: Path) -> None:
     """Raises DataError for what is not there, or of a format that is not read."""
     if path.is_dir():
         inside = first_few(sorted(p.name for p in path.iterdir() if p.is_file()), 3)
-        raise DataError(f"{path} is a folder; name the files in it that are to be read ({inside or 'it has none'})")
+        raise DataError(
+            f"{path} is a folder; name the files in it that are to be read ({inside or 'it has none'})"
+        )
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path} does not exist{suggest(path.name, beside, listed=False)}")
     if path.suffix.lower() in REFUSED:
-        raise DataError(f"{path}: {path.suffix} is not read; write it as .csv, .parquet, or .jsonl with one JSON object a line")
+        raise DataError(
+            f"{path}: {path.suffix} is not read; write it as .csv, .parquet, or .jsonl with one JSON object a line"
+        )
 
 
 def decode(path: Path) -> str:
@@ -84,7 +97,9 @@ def decode(path: Path) -> str:
 
 def _lines(path: Path, text: str) -> list[Row]:
     numbered = enumerate(text.split("\n"), 1)  # not splitlines(): JSON strings may hold other line breaks
-    return checked(str(path), ((f"{path} line {n}", partial(json_object, line)) for n, line in numbered if line.strip()))
+    return checked(
+        str(path), ((f"{path} line {n}", partial(json_object, line)) for n, line in numbered if line.strip())
+    )
 
 
 def checked(name: str, found: Iterable[tuple[str, Callable[[], dict[str, Any]]]]) -> list[Row]:

@@ -21,7 +21,9 @@ def file(path: Path) -> Iterator[Row]:
     check_file(path)
     suffix = path.suffix.lower()
     if suffix == ".json":
-        raise DataError(f"{path}: a JSON list cannot be read a row at a time; write it as .jsonl, with one object a line")
+        raise DataError(
+            f"{path}: a JSON list cannot be read a row at a time; write it as .jsonl, with one object a line"
+        )
     if suffix in tables.ARROW:
         return rows(tables.arrow(path))
     if suffix in tables.WRITTEN:

@@ -24,9 +24,13 @@ def split_off(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
         halves = [_cut(r) for r in rows]
         return [h for h, _ in halves], [t for _, t in halves]
     if len(order) < 2:
-        raise DataError(f"{rows[0].where}: a single example leaves none for validation; give valid= or more data")
+        raise DataError(
+            f"{rows[0].where}: a single example leaves none for validation; give valid= or more data"
+        )
     chosen = set(order[: max(1, round(SHARE * len(order)))])
-    return [r for r, k in zip(rows, keys, strict=True) if k not in chosen], [r for r, k in zip(rows, keys, strict=True) if k in chosen]
+    return [r for r, k in zip(rows, keys, strict=True) if k not in chosen], [
+        r for r, k in zip(rows, keys, strict=True) if k in chosen
+    ]
 
 
 def key(row: Row, seed: int | str) -> str:
@@ -41,6 +45,8 @@ def _cut(row: Row) -> tuple[Row, Row]:
     at = at if text[at:].strip() else int(len(text) * (1 - SHARE))
     head, tail = text[:at], text[at:]
     if not (head.strip() and tail.strip()):
-        raise DataError(f"{row.where} is too short ({len(text)} characters) to take validation text from it; give valid= or more data")
+        raise DataError(
+            f"{row.where} is too short ({len(text)} characters) to take validation text from it; give valid= or more data"
+        )
     first, last = ({**row.columns, "text": part} for part in (head, tail))
     return replace(row, columns=first), replace(row, columns=last, where=f"{row.where} (end)")

@@ -20,7 +20,11 @@ ARROW = (".parquet", ".arrow", ".feather")
 
 def written(path: Path, text: str) -> Iterator[Entry]:
     """The rows of a table that is text. Raises DataError for one without rows, or that is none."""
-    return _listed(path, text) if path.suffix.lower() == ".json" else separated(path, io.StringIO(text, newline=""))
+    return (
+        _listed(path, text)
+        if path.suffix.lower() == ".json"
+        else separated(path, io.StringIO(text, newline=""))
+    )
 
 
 def _listed(path: Path, text: str) -> Iterator[Entry]:
@@ -31,7 +35,9 @@ def _listed(path: Path, text: str) -> Iterator[Entry]:
         raise DataError(f"{path} line {e.lineno}: not JSON at column {e.colno} ({e.msg}){lines}") from None
     if not isinstance(found, list) or not found:
         what = f"with {first_few(map(repr, found))}" if isinstance(found, dict) else "without rows"
-        raise DataError(f"{path} holds a JSON {type(found).__name__} {what}; write a list of objects, one a row")
+        raise DataError(
+            f"{path} holds a JSON {type(found).__name__} {what}; write a list of objects, one a row"
+        )
     return ((f"{path} row {n}", partial(_object, row)) for n, row in enumerate(found, 1))
 
 
@@ -50,7 +56,9 @@ def separated(path: Path, lines: Iterable[str]) -> Iterator[Entry]:
         names = next(reader)
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise DataError(f"{path}: several columns are called {first_few(map(repr, twice))}; the first line must name them apart")
+            raise DataError(
+                f"{path}: several columns are called {first_few(map(repr, twice))}; the first line must name them apart"
+            )
         for n, row in enumerate(reader, 1):
             if row:
                 empty = False
@@ -65,7 +73,9 @@ def separated(path: Path, lines: Iterable[str]) -> Iterator[Entry]:
 
 def _fields(names: list[str], row: list[str]) -> dict[str, Any]:
     if len(row) != len(names):
-        raise DataError(f"{len(row)} fields, but {len(names)} columns; a field with a separator or a line break in it needs quotes")
+        raise DataError(
+            f"{len(row)} fields, but {len(names)} columns; a field with a separator or a line break in it needs quotes"
+        )
     return dict(zip(names, row, strict=True))
 
 
@@ -80,7 +90,9 @@ def arrow(path: Path) -> Iterator[Entry]:
                 n += 1
                 yield f"{path} row {n}", partial(bare, row)
     except (pyarrow.ArrowInvalid, OSError) as e:
-        raise DataError(f"{path} is no {path.suffix[1:].lower()} file that can be read ({str(e).splitlines()[0]})") from None
+        raise DataError(
+            f"{path} is no {path.suffix[1:].lower()} file that can be read ({str(e).splitlines()[0]})"
+        ) from None
     if not n:
         raise DataError(f"{path} has no rows")
 
@@ -100,7 +112,9 @@ def _batches(path: Path) -> Iterator[Any]:
             yield from feather.read_table(path).to_batches(1000)
             return
         reader = ipc.open_file(file) if mark == b"ARROW1" else ipc.open_stream(file)
-        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if mark == b"ARROW1" else reader
+        batches = (
+            (reader.get_batch(i) for i in range(reader.num_record_batches)) if mark == b"ARROW1" else reader
+        )
         yield from (part for batch in batches for part in _cut(batch))
 
 

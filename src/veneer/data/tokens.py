@@ -35,9 +35,17 @@ def encode(parts: Sequence[Part], tokenizer: Any) -> Tokens:
         found = []  # a chat template writes its own
     for is_end, run in groupby(parts, lambda p: p.text is None):
         stretch = list(run)
-        found += [(end_token(tokenizer), p.learned, 0) for p in stretch] if is_end else _stretch(stretch, tokenizer)
+        found += (
+            [(end_token(tokenizer), p.learned, 0) for p in stretch]
+            if is_end
+            else _stretch(stretch, tokenizer)
+        )
     ids, learned, n_bytes = zip(*found, strict=True) if found else ((), (), ())
-    return Tokens(torch.tensor(ids, dtype=torch.int64), torch.tensor(learned, dtype=torch.bool), torch.tensor(n_bytes, dtype=torch.int64))
+    return Tokens(
+        torch.tensor(ids, dtype=torch.int64),
+        torch.tensor(learned, dtype=torch.bool),
+        torch.tensor(n_bytes, dtype=torch.int64),
+    )
 
 
 def beginning(tokenizer: Any) -> list[int]:
@@ -56,7 +64,9 @@ def end_token(tokenizer: Any) -> int:
     """The id of the end-of-text token. Raises DataError for a tokenizer without one."""
     end: int | None = tokenizer.eos_token_id
     if end is None:
-        raise DataError("the tokenizer has no end-of-text token, without which the model cannot learn where a text ends; set its eos_token")
+        raise DataError(
+            "the tokenizer has no end-of-text token, without which the model cannot learn where a text ends; set its eos_token"
+        )
     return end
 
 
@@ -84,6 +94,14 @@ def _spans(text: str, tokenizer: Any, special: bool) -> tuple[list[int], list[tu
     """Token ids and the characters (from, to) that each comes from."""
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
-        raise DataError(f"{kind} does not say which characters a token comes from; use the tokenizer's fast form, a tokenizer.json")
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=not special, verbose=False)
+        raise DataError(
+            f"{kind} does not say which characters a token comes from; use the tokenizer's fast form, a tokenizer.json"
+        )
+    found = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        split_special_tokens=not special,
+        verbose=False,
+    )
     return found["input_ids"], found["offset_mapping"]

@@ -34,7 +34,9 @@ def train_tokenizer(documents: list[texts.Document], vocabulary: int) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator((d.text for d in documents), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -51,12 +53,20 @@ def build_model(tokenizer: Any, seed: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES, **ends))
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model: nn.Module = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES, **ends)
+    )
     return model
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], meta: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], meta: dict[str, Any]
+) -> None:
     """Weights and optimiser state into state.safetensors, `meta` into its metadata: one file, replaced at once."""
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
     for i, optimiser in enumerate(optimisers):
@@ -69,7 +79,9 @@ def save_checkpoint(folder: Path, model: nn.Module, optimisers: list[torch.optim
     os.replace(temporary, folder / "state.safetensors")
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer]
+) -> dict[str, Any]:
     """Puts the checkpoint back in place and returns its `meta`; a fresh start without one."""
     file = folder / "state.safetensors"
     if not file.exists():
@@ -97,4 +109,6 @@ def export(folder: Path, model: nn.Module, tokenizer: Any, facts: dict[str, Any]
     copy.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
-    (folder / "training.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "training.json").write_text(
+        json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )

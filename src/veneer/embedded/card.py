@@ -62,7 +62,9 @@ def measure(folder: Path) -> dict[str, float]:
     for name in NAMES:
         if name == "known" or texts.has(name):
             documents = texts.known("test") if name == "known" else texts.domain(name, "test")
-            found[name] = bits_per_byte(model, token_stream(tokenizer, documents), texts.describe(documents)["bytes"], LENGTH)
+            found[name] = bits_per_byte(
+                model, token_stream(tokenizer, documents), texts.describe(documents)["bytes"], LENGTH
+            )
     return found
 
 
@@ -70,7 +72,9 @@ def write(folder: Path) -> Path:
     """README.md in the model's folder, from training.json and from what is measured now, which training.json gets too."""
     facts: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     facts["test_bpb"] = measure(folder)
-    (folder / "training.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "training.json").write_text(
+        json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     recipe, data = facts["recipe"], facts["data"]
     card = CARD.format(

@@ -28,15 +28,29 @@ from veneer.embedded.build import build_model, export, load_checkpoint, save_che
 
 def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, required=True, help="folder for checkpoints, the log and the finished model")
-    p.add_argument("--minutes", type=float, default=90.0, help="computing time over all sessions; the rate decays towards it")
+    p.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints, the log and the finished model"
+    )
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=90.0,
+        help="computing time over all sessions; the rate decays towards it",
+    )
     p.add_argument("--tokens", type=float, help="train on this many million tokens instead of for --minutes")
     p.add_argument("--batch", type=int, default=16, help="windows a step")
     p.add_argument("--length", type=int, default=512, help="tokens a window")
     p.add_argument("--muon-lr", type=float, default=0.02)
     p.add_argument("--adam-lr", type=float, default=4e-3)
-    p.add_argument("--decay", type=float, default=0.5, help="share of the time in which the rate falls to zero")
-    p.add_argument("--library-weight", type=float, default=2.0, help="how often a library token is drawn against a test token")
+    p.add_argument(
+        "--decay", type=float, default=0.5, help="share of the time in which the rate falls to zero"
+    )
+    p.add_argument(
+        "--library-weight",
+        type=float,
+        default=2.0,
+        help="how often a library token is drawn against a test token",
+    )
     p.add_argument("--vocabulary", type=int, default=4096)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
@@ -80,7 +94,9 @@ def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, stream: Tensor, n_bytes: int, length: int, windows: int | None = None) -> float:
+def bits_per_byte(
+    model: nn.Module, stream: Tensor, n_bytes: int, length: int, windows: int | None = None
+) -> float:
     """Bits per byte of the stream in disjoint windows; `windows` evenly spaced ones of them for a quick look."""
     model.eval()
     starts = list(range(0, len(stream) - 1, length))
@@ -107,7 +123,10 @@ def main(argv: list[str] | None = None) -> int:
     library, known = texts.library(), texts.known("valid")
     plain = [d for d in library if not texts.is_test(d.title)]
     tokenizer = train_tokenizer(plain, args.vocabulary)
-    streams = [token_stream(tokenizer, plain), token_stream(tokenizer, [d for d in library if texts.is_test(d.title)])]
+    streams = [
+        token_stream(tokenizer, plain),
+        token_stream(tokenizer, [d for d in library if texts.is_test(d.title)]),
+    ]
     held, n_bytes = token_stream(tokenizer, known), texts.describe(known)["bytes"]
     model = build_model(tokenizer, args.seed)
     way = pretrain_ways.WAYS[args.via](model, args)
@@ -126,7 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     mean, facts = 0.0, {}
     while True:
         started = time.monotonic()
-        progress = meta["tokens"] / (1e6 * args.tokens) if args.tokens else meta["seconds"] / (60 * args.minutes)
+        progress = (
+            meta["tokens"] / (1e6 * args.tokens) if args.tokens else meta["seconds"] / (60 * args.minutes)
+        )
         finished = progress >= 1 or bool(stop)
         if meta["step"] % args.every == 0 or finished:
             bpb = bits_per_byte(model, held, n_bytes, args.length, None if finished else 96)
@@ -155,12 +176,21 @@ def main(argv: list[str] | None = None) -> int:
         }
     way.finish()
     recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
-    data = {"library": texts.describe(plain), "tests": texts.describe([d for d in library if texts.is_test(d.title)])}
+    data = {
+        "library": texts.describe(plain),
+        "tests": texts.describe([d for d in library if texts.is_test(d.title)]),
+    }
     export(
         args.out / "model",
         model,
         tokenizer,
-        {**facts, "recipe": recipe, "data": data, "python": sys.version.split()[0], "torch": torch.__version__},
+        {
+            **facts,
+            "recipe": recipe,
+            "data": data,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+        },
     )
     return 130 if stop else 0
 

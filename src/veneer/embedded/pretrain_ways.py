@@ -22,14 +22,31 @@ NAME = "relora"  # of the adapter
 
 def add_arguments(p: ArgumentParser) -> None:
     """The flags of all ways."""
-    p.add_argument("--via", choices=sorted(WAYS), default="muon", help="what trains the matrices inside the blocks")
-    p.add_argument("--matrix-lr", type=float, help="rate of the matrices under full, galore and relora; that of --adam-lr unless given")
-    p.add_argument("--factor-lr", type=float, help="rate of relora's A; twice that of the matrices unless given")
+    p.add_argument(
+        "--via", choices=sorted(WAYS), default="muon", help="what trains the matrices inside the blocks"
+    )
+    p.add_argument(
+        "--matrix-lr",
+        type=float,
+        help="rate of the matrices under full, galore and relora; that of --adam-lr unless given",
+    )
+    p.add_argument(
+        "--factor-lr", type=float, help="rate of relora's A; twice that of the matrices unless given"
+    )
     p.add_argument("--rank", type=int, default=64, help="of galore and relora")
-    p.add_argument("--period", type=int, default=200, help="steps between galore's subspaces, and between relora's restarts")
+    p.add_argument(
+        "--period",
+        type=int,
+        default=200,
+        help="steps between galore's subspaces, and between relora's restarts",
+    )
     p.add_argument("--full-steps", type=int, default=200, help="steps at full rank before relora begins")
-    p.add_argument("--rewarm", type=int, default=20, help="steps in which the rate rises again after a restart of relora")
-    p.add_argument("--ratio", type=float, default=1.0, help="rate of B in multiples of A's, in relora; 16 is LoRA+'s")
+    p.add_argument(
+        "--rewarm", type=int, default=20, help="steps in which the rate rises again after a restart of relora"
+    )
+    p.add_argument(
+        "--ratio", type=float, default=1.0, help="rate of B in multiples of A's, in relora; 16 is LoRA+'s"
+    )
 
 
 class Via(ABC):
@@ -79,7 +96,11 @@ class Full(Via):
     """AdamW on everything."""
 
     def __init__(self, model: nn.Module, args: Namespace) -> None:
-        self.optimisers = [_peak(adamw(of_base(model), {"matrix": _matrix_lr(args) / args.adam_lr}, betas=BETAS), args.adam_lr)]
+        self.optimisers = [
+            _peak(
+                adamw(of_base(model), {"matrix": _matrix_lr(args) / args.adam_lr}, betas=BETAS), args.adam_lr
+            )
+        ]
 
 
 class GaLore(Via):
@@ -110,9 +131,14 @@ class ReLoRA(Via):
         self.factors = [p for _, delta in found for p in delta.parameters()]
         matrix = _matrix_lr(args) / args.adam_lr
         factor = 2 * matrix if args.factor_lr is None else args.factor_lr / args.adam_lr
-        groups: list[dict[str, Any]] = [*by_rate(parts, {"matrix": matrix}), {"params": [d.A for _, d in found], "scale": factor}]
+        groups: list[dict[str, Any]] = [
+            *by_rate(parts, {"matrix": matrix}),
+            {"params": [d.A for _, d in found], "scale": factor},
+        ]
         groups.append({"params": [d.B for _, d in found], "scale": factor * args.ratio})
-        self.optimisers = [_peak(torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True), args.adam_lr)]
+        self.optimisers = [
+            _peak(torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True), args.adam_lr)
+        ]
         model.requires_grad_(True)
 
     def before(self, step: int) -> float:

@@ -18,7 +18,15 @@ from typing import Any
 DOMAINS = ("prose", "c")
 SPLITS = ("train", "valid", "test")
 PARAGRAPH = 80  # characters from which a paragraph that two documents share makes them one text
-SKIPPED = ("site-packages", "dist-packages", "pydoc_data", "encodings", "lib-dynload", "__pycache__", "_sysconfigdata")
+SKIPPED = (
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "encodings",
+    "lib-dynload",
+    "__pycache__",
+    "_sysconfigdata",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,9 @@ def known(split: str) -> list[Document]:
     """The held-out modules of a split ("valid" or "test") that this interpreter has. Raises TextMissing without any."""
     documents = list(_read(_stdlib() / title for title in heldout()[split]))
     if not documents:
-        raise TextMissing(f"none of the held-out modules is in {_stdlib()}; is the library installed as source?")
+        raise TextMissing(
+            f"none of the held-out modules is in {_stdlib()}; is the library installed as source?"
+        )
     return documents
 
 
@@ -83,7 +93,11 @@ def describe(documents: list[Document]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for d in documents:
         digest.update(d.title.encode() + b"\0" + d.text.encode() + b"\0")
-    return {"documents": len(documents), "bytes": sum(len(d.text.encode()) for d in documents), "sha256": digest.hexdigest()}
+    return {
+        "documents": len(documents),
+        "bytes": sum(len(d.text.encode()) for d in documents),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _topics() -> list[Document]:

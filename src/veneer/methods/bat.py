@@ -42,7 +42,9 @@ class Bat(Delta):
         odd = [f"{what} = {size}" for what, size in (("in", site.in_), ("out", site.out)) if size % rank]
         if odd:
             fitting = max(r for r in range(1, rank + 1) if site.in_ % r == site.out % r == 0)
-            raise ShapeError(f"rank {rank} does not divide {' and '.join(odd)} at {site.name!r}; use e.g. {fitting}, or exclude the layer")
+            raise ShapeError(
+                f"rank {rank} does not divide {' and '.join(odd)} at {site.name!r}; use e.g. {fitting}, or exclude the layer"
+            )
         blocks = torch.zeros(site.out // rank, rank, rank, dtype=master_dtype(site), device=site.device)
         self.B = nn.Parameter(blocks)
 
@@ -57,7 +59,13 @@ class Bat(Delta):
     def to_peft(self, site: Site) -> PeftForm | None:
         if site.kind != "linear":
             return None
-        config = {"peft_type": "MISS", "r": self.B.shape[1], "miss_dropout": 0.0, "mini_r": 1, "init_weights": "bat"}
+        config = {
+            "peft_type": "MISS",
+            "r": self.B.shape[1],
+            "miss_dropout": 0.0,
+            "mini_r": 1,
+            "init_weights": "bat",
+        }
         return PeftForm(config, {"miss_block": self.B.detach()})
 
     @classmethod

@@ -35,14 +35,24 @@ class BitFit(Delta):
 
     @classmethod
     def find(
-        cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False, *, options: Mapping[str, Any] | None = None
+        cls,
+        model: nn.Module,
+        to: Target | None,
+        exclude: Target = (),
+        untie: bool = False,
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
         """Every module with a bias; or those of `to`: modules with a bias, and linear maps without."""
         if to == "all-linear":
             return [BiasSite(s.name, s.module) for s in find(model, to, exclude, untie=True)]
-        names = named(model, to, exclude, has_bias if to is None else lambda m: has_bias(m) or kind_of(m) is not None)
+        names = named(
+            model, to, exclude, has_bias if to is None else lambda m: has_bias(m) or kind_of(m) is not None
+        )
         if not names:
-            raise SiteError(f"no bias is left to train in a {type(model).__name__}; to='all-linear' gives every linear layer one")
+            raise SiteError(
+                f"no bias is left to train in a {type(model).__name__}; to='all-linear' gives every linear layer one"
+            )
         return [BiasSite(n, model.get_submodule(n)) for n in names]
 
     def delta(self, site: Site) -> Tensor:

@@ -30,7 +30,11 @@ from veneer.sites import BlockSite, Site, find
 from veneer.sites.find import Target, named
 from veneer.sites.roles import called
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+}
 # Where the adapters of a placement go, and the size of what they add (the parallel paper's 4).
 PLACES = {
     "houlsby": ("the end of the attention block", "the end of the feed-forward block"),
@@ -69,7 +73,9 @@ class Bottleneck(Delta):
             raise ConfigError(f"dropout must be in [0, 1), not {dropout}")
         self.parallel = placement == "parallel"
         if site.kind not in ROWWISE and not (self.parallel and isinstance(site, BlockSite)):
-            raise SiteError(f"a {placement} adapter needs vectors, and {site.name!r} is a layer of kind {site.kind!r}; leave it out")
+            raise SiteError(
+                f"a {placement} adapter needs vectors, and {site.name!r} is a layer of kind {site.kind!r}; leave it out"
+            )
         self.activation, self.dropout = activation, dropout
         self.scaling = (4.0 if self.parallel else 1.0) if scaling is None else scaling
         width = site.in_ if self.parallel else site.out
@@ -81,7 +87,13 @@ class Bottleneck(Delta):
 
     @classmethod
     def find(
-        cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False, *, options: Mapping[str, Any] | None = None
+        cls,
+        model: nn.Module,
+        to: Target | None,
+        exclude: Target = (),
+        untie: bool = False,
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
         """Those of `to`, or the ends of the blocks (the feed-forward blocks themselves if parallel)."""
         placement = option(cls, "placement", options)
@@ -90,7 +102,10 @@ class Bottleneck(Delta):
         chosen = called(model, *PLACES[placement], hint="name them with to=") if to is None else to
         if placement != "parallel":
             return find(model, chosen, exclude, untie)
-        return [BlockSite(n, model.get_submodule(n)) for n in named(model, chosen, exclude, lambda m: any(True for _ in m.children()))]
+        return [
+            BlockSite(n, model.get_submodule(n))
+            for n in named(model, chosen, exclude, lambda m: any(True for _ in m.children()))
+        ]
 
     def delta(self, site: Site) -> Tensor:
         raise NotMergeable(
@@ -103,5 +118,7 @@ class Bottleneck(Delta):
         if self.training and self.dropout:
             h = nn.functional.dropout(h, self.dropout)
         D, a, U, u = (p.to(y.dtype) for p in (self.D, self.a, self.U, self.u))
-        change: Tensor = nn.functional.linear(ACTIVATIONS[self.activation](nn.functional.linear(h, D, a)), U, u)
+        change: Tensor = nn.functional.linear(
+            ACTIVATIONS[self.activation](nn.functional.linear(h, D, a)), U, u
+        )
         return change if self.scaling == 1 else self.scaling * change

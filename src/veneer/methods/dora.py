@@ -53,14 +53,18 @@ class DoRA(Delta):
         seed: draws are keyed by (seed, layer name)
         """
         super().__init__()
-        pair: dict[str, Any] = dict(rank=rank, alpha=alpha, stabilised=stabilised, dropout=dropout, init=init, seed=seed)
+        pair: dict[str, Any] = dict(
+            rank=rank, alpha=alpha, stabilised=stabilised, dropout=dropout, init=init, seed=seed
+        )
         self._hold(site, LoRA(site, stats, init_options=init_options, **pair))
 
     def _hold(self, site: Site, lora: LoRA) -> None:
         self.lora, self.dropout = lora, lora.dropout
         norms = row_norms(site.weight().detach()).to(master_dtype(site))
         start = norms
-        if lora.A0 is None and not lora.B.is_meta and bool(lora.B.any()):  # what makes up for quantisation acts from the first step on
+        if (
+            lora.A0 is None and not lora.B.is_meta and bool(lora.B.any())
+        ):  # what makes up for quantisation acts from the first step on
             low = lora.factors(site)
             start = row_norms_of_sum(site.weight(), norms.square(), low.A.detach(), low.B.detach())
         self.m = nn.Parameter(start.clone())

@@ -39,8 +39,13 @@ class FourierFT(Delta):
     """c (n,), or (p, q) on a grid, starts at zero; rows and columns hold the frequencies."""
 
     peft_settings = {
-        "n_frequency": 1000, "scaling": PEFT_SCALING, "random_loc_seed": 777, "n_frequency_pattern": {},
-        "init_weights": False, "fan_in_fan_out": False, "bias": "none",
+        "n_frequency": 1000,
+        "scaling": PEFT_SCALING,
+        "random_loc_seed": 777,
+        "n_frequency_pattern": {},
+        "init_weights": False,
+        "fan_in_fan_out": False,
+        "bias": "none",
     }
     rows: Tensor
     columns: Tensor
@@ -48,7 +53,14 @@ class FourierFT(Delta):
     out_waves: Tensor
 
     def __init__(
-        self, site: Site, *, frequencies: int = 1000, grid: bool = False, rms: float = 1.8e-4, scaling: float | None = None, seed: int = 0
+        self,
+        site: Site,
+        *,
+        frequencies: int = 1000,
+        grid: bool = False,
+        rms: float = 1.8e-4,
+        scaling: float | None = None,
+        seed: int = 0,
     ) -> None:
         """
         frequencies: n, trained coefficients of a layer; on a grid at most so many
@@ -59,7 +71,9 @@ class FourierFT(Delta):
         """
         super().__init__()
         if frequencies < 1 or frequencies > site.out * site.in_:
-            raise ShapeError(f"frequencies {frequencies} are not in 1 to out * in = {site.out * site.in_} at {site.name!r}; use fewer")
+            raise ShapeError(
+                f"frequencies {frequencies} are not in 1 to out * in = {site.out * site.in_} at {site.name!r}; use fewer"
+            )
         if not all(0 < s < math.inf for s in (rms, 1.0 if scaling is None else scaling)):
             raise ConfigError(f"rms and scaling must be numbers above 0, not {rms} and {scaling}")
         self.grid, self.seed = grid, seed
@@ -78,7 +92,9 @@ class FourierFT(Delta):
         """What follows from the frequencies, which a file may have replaced."""
         if self.grid:
             out, in_ = self.size
-            self.register_buffer("A", torch.cat(fourier.waves(self.columns, in_, self.c.dtype)), persistent=False)  # (2q, in)
+            self.register_buffer(
+                "A", torch.cat(fourier.waves(self.columns, in_, self.c.dtype)), persistent=False
+            )  # (2q, in)
             cos, sin = fourier.waves(self.rows, out, self.c.dtype)
             self.register_buffer("out_waves", torch.stack([cos.mT, -sin.mT]), persistent=False)  # (2, out, p)
 
@@ -103,13 +119,17 @@ class FourierFT(Delta):
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         if self.grid or site.kind not in ROWWISE:
             return super().forward(x, y, site)
-        return fourier.added(torch.zeros_like(y), x.to(y.dtype), self._coefficients(), self.rows, self.columns, writable=True)
+        return fourier.added(
+            torch.zeros_like(y), x.to(y.dtype), self._coefficients(), self.rows, self.columns, writable=True
+        )
 
     def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
         if self.grid or site.kind not in ROWWISE:
             return super().onto(x, y, site, writable=writable)
         W = _frozen(site, x, y) if writable else None
-        return fourier.added(y, x.to(y.dtype), self._coefficients(), self.rows, self.columns, writable=writable, frozen=W)
+        return fourier.added(
+            y, x.to(y.dtype), self._coefficients(), self.rows, self.columns, writable=writable, frozen=W
+        )
 
     def normal_form(self, site: Site) -> Factors | None:
         return self.factors(site) if site.kind in ROWWISE else None
@@ -132,7 +152,10 @@ class FourierFT(Delta):
         return PeftForm({**config, "scaling": PEFT_SCALING, "own_scaling": self.scaling}, tensors)
 
     def _peft_tensors(self, times: float) -> dict[str, Tensor]:
-        return {"fourierft_spectrum": self.c.detach() * times, "fourierft_indices": torch.stack([self.rows, self.columns])}
+        return {
+            "fourierft_spectrum": self.c.detach() * times,
+            "fourierft_indices": torch.stack([self.rows, self.columns]),
+        }
 
     @classmethod
     def reads_peft(cls, config: dict[str, Any]) -> bool:
@@ -156,7 +179,11 @@ def _frozen(site: Site, x: Tensor, y: Tensor) -> Tensor | None:
     """W where y, which nobody has changed, is x W' and perhaps a bias, of which only x takes a gradient; else None."""
     layer = site.module
     trained = any(p.requires_grad for p in layer.parameters(recurse=False))
-    return layer.weight if type(layer) is nn.Linear and not trained and x.dtype == layer.weight.dtype == y.dtype else None
+    return (
+        layer.weight
+        if type(layer) is nn.Linear and not trained and x.dtype == layer.weight.dtype == y.dtype
+        else None
+    )
 
 
 @functools.lru_cache(maxsize=32)

@@ -31,19 +31,32 @@ class Full(Delta):
     def __init__(self, site: Site) -> None:
         super().__init__()
         if not isinstance(site, LeafSite):
-            raise SiteError(f"full fine-tuning changes a module's own parameters; {site.name!r} was given as a matrix")
+            raise SiteError(
+                f"full fine-tuning changes a module's own parameters; {site.name!r} was given as a matrix"
+            )
         self.D = nn.Parameter(torch.zeros_like(site.weight(), dtype=master_dtype(site)))
 
     @classmethod
     def find(
-        cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False, *, options: Mapping[str, Any] | None = None
+        cls,
+        model: nn.Module,
+        to: Target | None,
+        exclude: Target = (),
+        untie: bool = False,
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
         """Every module with parameters of its own; with `to` those of the modules it names and all inside them, such as last layers."""
         if to == "all-linear":
             return [LeafSite(s.name, s.module) for s in find(model, to, exclude, untie)]
         chosen = named(model, to, exclude, lambda m: any(True for _ in m.parameters()))
         inside = [n for n, _ in model.named_modules() if any(n == c or n.startswith(f"{c}.") for c in chosen)]
-        leaves = [n for n in inside if ".deltas" not in f".{n}" and any(True for _ in model.get_submodule(n).parameters(recurse=False))]
+        leaves = [
+            n
+            for n in inside
+            if ".deltas" not in f".{n}"
+            and any(True for _ in model.get_submodule(n).parameters(recurse=False))
+        ]
         return [LeafSite(n, model.get_submodule(n)) for n in leaves]
 
     def delta(self, site: Site) -> Tensor:

@@ -46,11 +46,19 @@ class IA3(Delta):
 
     @classmethod
     def find(
-        cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False, *, options: Mapping[str, Any] | None = None
+        cls,
+        model: nn.Module,
+        to: Target | None,
+        exclude: Target = (),
+        untie: bool = False,
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
         """Those of `to`, or every layer that is known to make keys or values, or to end a feed-forward block."""
         known = ("keys and values", "the end of the feed-forward block")
-        chosen = called(model, *known, hint="name all of them with to= and feedforward=") if to is None else to
+        chosen = (
+            called(model, *known, hint="name all of them with to= and feedforward=") if to is None else to
+        )
         return find(model, chosen, exclude, untie)
 
     def _scales_bias(self, site: Site) -> bool:
@@ -84,7 +92,10 @@ class IA3(Delta):
         which = self.options["feedforward"]
         expression = which if isinstance(which, str) else f".*({'|'.join(map(re.escape, which))})"
         gain = self.l.detach()
-        return PeftForm({"peft_type": "IA3", "feedforward_modules": expression}, {"ia3_l": gain[None] if self.reads else gain[:, None]})
+        return PeftForm(
+            {"peft_type": "IA3", "feedforward_modules": expression},
+            {"ia3_l": gain[None] if self.reads else gain[:, None]},
+        )
 
     @classmethod
     def reads_peft(cls, config: dict[str, Any]) -> bool:

@@ -37,7 +37,9 @@ class LoLDU(Delta):
     z0: Tensor
     sigma0: Tensor
 
-    def __init__(self, site: Site, *, rank: int = 64, alpha: float | None = None, basis: str = "lu", seed: int = 0) -> None:
+    def __init__(
+        self, site: Site, *, rank: int = 64, alpha: float | None = None, basis: str = "lu", seed: int = 0
+    ) -> None:
         """
         rank: r, the pivots that are trained, at most min(out, in)
         alpha: sigma starts as alpha / r; at 1 unless given

@@ -80,7 +80,15 @@ class LoRA(Delta):
 
     @classmethod
     def holding(
-        cls, site: Site, A: Tensor, B: Tensor, *, alpha: float, stabilised: bool = False, dropout: float = 0.0, start: int = 0
+        cls,
+        site: Site,
+        A: Tensor,
+        B: Tensor,
+        *,
+        alpha: float,
+        stabilised: bool = False,
+        dropout: float = 0.0,
+        start: int = 0,
     ) -> LoRA:
         """The change s B A with these factors (k, in), (out, k), of any rank k, where s is that of alpha and k.
 
@@ -91,7 +99,11 @@ class LoRA(Delta):
         k, r = A.shape[0], A.shape[0] - start
         like = torch.empty(0, dtype=master_dtype(site), device=site.device)
         A, B = A.detach().to(like, copy=True), B.detach().to(like, copy=True)
-        delta.dropout, delta.scaling, delta.stabilised = dropout, alpha / (math.sqrt(k) if stabilised else k), stabilised
+        delta.dropout, delta.scaling, delta.stabilised = (
+            dropout,
+            alpha / (math.sqrt(k) if stabilised else k),
+            stabilised,
+        )
         delta.alpha = delta.scaling * (math.sqrt(r) if stabilised else r)
         if start:
             A, A0, B, B0 = A[:r], A[:r] - A[r:], B[:, :r] + B[:, r:], B[:, r:].clone()
@@ -130,7 +142,9 @@ class LoRA(Delta):
         config = {
             "peft_type": "LORA",
             "r": k,
-            "lora_alpha": self.alpha if self.A0 is None else self.scaling * (math.sqrt(k) if self.stabilised else k),
+            "lora_alpha": self.alpha
+            if self.A0 is None
+            else self.scaling * (math.sqrt(k) if self.stabilised else k),
             "use_rslora": self.stabilised,
             "lora_dropout": self.dropout,
             **({} if self.A0 is None else {"start_rank": self.A0.shape[0]}),
@@ -159,11 +173,3 @@ class LoRA(Delta):
             dropout=config.get("lora_dropout", 0.0),
             start=config.get("start_rank", 0),
         )
-
-
-
-
-
-
-
-

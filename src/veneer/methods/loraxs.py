@@ -30,7 +30,9 @@ class LoRAXS(Delta):
     A: Tensor
     L: Tensor
 
-    def __init__(self, site: Site, *, rank: int = 32, alpha: float | None = None, dropout: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, site: Site, *, rank: int = 32, alpha: float | None = None, dropout: float = 0.0, seed: int = 0
+    ) -> None:
         """
         rank: r, at most min(out, in)
         alpha: s = alpha / r; s = 1 unless given

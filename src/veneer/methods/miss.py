@@ -45,22 +45,35 @@ class MiSS(Delta):
             raise ConfigError(f"dropout must be in [0, 1), not {dropout}")
         check_at_most(rank, site.in_, "in", site.name)
         if mini is not None and (mini < 1 or site.out % mini):
-            raise ShapeError(f"mini {mini} does not divide out = {site.out} at {site.name!r}; use a divisor, or leave it out")
+            raise ShapeError(
+                f"mini {mini} does not divide out = {site.out} at {site.name!r}; use a divisor, or leave it out"
+            )
         self.dropout = dropout
         dtype, device = master_dtype(site), site.device
         self.D = nn.Parameter(torch.zeros(mini or site.out, rank, dtype=dtype, device=device))
         places = torch.arange(site.in_, device=device) % rank
-        self.register_buffer("A", nn.functional.one_hot(places, rank).mT.to(dtype).contiguous(), persistent=False)
+        self.register_buffer(
+            "A", nn.functional.one_hot(places, rank).mT.to(dtype).contiguous(), persistent=False
+        )
 
     def factors(self, site: Site) -> Factors:
-        return Factors(self.A, self.D.repeat(site.out // self.D.shape[0], 1) if self.D.shape[0] < site.out else self.D)
+        return Factors(
+            self.A, self.D.repeat(site.out // self.D.shape[0], 1) if self.D.shape[0] < site.out else self.D
+        )
 
     def to_peft(self, site: Site) -> PeftForm | None:
         if site.kind != "linear":
             return None
         mini = self.options["mini"]
-        config = {"peft_type": "MISS", "r": self.D.shape[1], "miss_dropout": self.dropout, "mini_r": mini or 1}
-        return PeftForm({**config, "init_weights": "mini" if mini else True}, {"miss_block": self.D.detach().mT})
+        config = {
+            "peft_type": "MISS",
+            "r": self.D.shape[1],
+            "miss_dropout": self.dropout,
+            "mini_r": mini or 1,
+        }
+        return PeftForm(
+            {**config, "init_weights": "mini" if mini else True}, {"miss_block": self.D.detach().mT}
+        )
 
     @classmethod
     def reads_peft(cls, config: dict[str, Any]) -> bool:

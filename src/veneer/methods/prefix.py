@@ -41,7 +41,16 @@ class Prefix(Delta):
     """K and V (kv_heads, p, head_dim) start as small noise."""
 
     peft_settings = {
-        **dict.fromkeys(["encoder_hidden_size", "init_weights", "num_attention_heads", "num_layers", "num_virtual_tokens", "token_dim"]),
+        **dict.fromkeys(
+            [
+                "encoder_hidden_size",
+                "init_weights",
+                "num_attention_heads",
+                "num_layers",
+                "num_virtual_tokens",
+                "token_dim",
+            ]
+        ),
         "num_transformer_submodules": 1,
         "prefix_projection": False,
     }
@@ -57,17 +66,27 @@ class Prefix(Delta):
             raise SiteError(f"prefix adds to attentions; {site.name!r} was given as a matrix")
         check_at_most(length, 1 << 16, "2^16", site.name)
         draw, like = keyed(seed, site.name), site.weight()
-        K, V = (start * torch.randn(2, site.heads, length, site.head_dim, generator=draw)).to(like.device, master_dtype(site))
+        K, V = (start * torch.randn(2, site.heads, length, site.head_dim, generator=draw)).to(
+            like.device, master_dtype(site)
+        )
         self.K, self.V = nn.Parameter(K.clone()), nn.Parameter(V.clone())
 
     @classmethod
     def find(
-        cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False, *, options: Mapping[str, Any] | None = None
+        cls,
+        model: nn.Module,
+        to: Target | None,
+        exclude: Target = (),
+        untie: bool = False,
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
         """Every self-attention, or those of `to`."""
         names = named(model, None if to == "all-linear" else to, exclude, is_self_attention)
         if not names:
-            raise SiteError(f"no self-attention is known in a {type(model).__name__}; prefix works on transformers' models")
+            raise SiteError(
+                f"no self-attention is known in a {type(model).__name__}; prefix works on transformers' models"
+            )
         _check_attention(model)
         return [AttentionSite(n, model.get_submodule(n)) for n in names]
 
@@ -91,7 +110,9 @@ class Prefix(Delta):
         return config.get("peft_type") == "PREFIX_TUNING"
 
     def delta(self, site: Site) -> Tensor:
-        raise NotMergeable(f"the prefix of {site.name!r} is no change of a weight, but keys and values; keep it as an adapter")
+        raise NotMergeable(
+            f"the prefix of {site.name!r} is no change of a weight, but keys and values; keep it as an adapter"
+        )
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         raise SiteError(f"the attention {site.name!r} was called outside of its model")
@@ -101,10 +122,14 @@ def _check_attention(model: Any) -> None:
     """Raises ConfigError unless the model's attention is PyTorch's, or already ours."""
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if own not in (OWN, NAME):
-        raise ConfigError(f"prefix needs attn_implementation={OWN!r}, and the model has {own!r}; load it with attn_implementation={OWN!r}")
+        raise ConfigError(
+            f"prefix needs attn_implementation={OWN!r}, and the model has {own!r}; load it with attn_implementation={OWN!r}"
+        )
 
 
-def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, None]:
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     """transformers' interface: query (b, heads, t, d), key and value (b, kv_heads, ..) -> (b, t, heads, d)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -112,7 +137,10 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
     acting = [] if deltas is None else [(deltas[name], strength) for name, strength in deltas.active.items()]
     if acting and not torch.compiler.is_compiling():
         deltas.called = True
-    seen = [(_attend(delta, module, query, key, value, attention_mask, options), strength) for delta, strength in acting]
+    seen = [
+        (_attend(delta, module, query, key, value, attention_mask, options), strength)
+        for delta, strength in acting
+    ]
     if [strength for _, strength in seen] == [1.0]:
         return seen[0][0], None
     base: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
@@ -120,7 +148,13 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
 
 
 def _attend(
-    delta: Prefix, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+    delta: Prefix,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
 ) -> Tensor:
     """The attention with one prefix in front: (b, t, heads, d)."""
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -129,15 +163,26 @@ def _attend(
     if mask is not None:
         mask = nn.functional.pad(mask, (p, 0), value=True if mask.dtype == torch.bool else 0.0)
     elif (module.is_causal if causal is None else causal) and t > 1:
-        key, value = key[:, :, :t], value[:, :, :t]  # of a static cache that is longer than what is in it, as PyTorch's attention does
+        key, value = (
+            key[:, :, :t],
+            value[:, :, :t],
+        )  # of a static cache that is longer than what is in it, as PyTorch's attention does
         mask = torch.ones(t, p + t, dtype=torch.bool, device=key.device).tril_(p)[None, None]
     K, V = delta.K.to(key.dtype), delta.V.to(key.dtype)
     plain = (mask is None or mask.dtype == torch.bool) and not options.get("dropout")
-    known = {n for n, v in options.items() if v is not None} <= {"scaling", "dropout", "is_causal", "position_ids", "use_cache"}
+    known = {n for n, v in options.items() if v is not None} <= {
+        "scaling",
+        "dropout",
+        "is_causal",
+        "position_ids",
+        "use_cache",
+    }
     if plain and known and prefixed.suits(query, key, value, K):
         times, scale = query.shape[1] // key.shape[1], options.get("scaling") or query.shape[-1] ** -0.5
         text = (repeat_kv(t, times) for t in (key, value))
         own = (t.repeat_interleave(times, 0) for t in (K, V))
         return prefixed.attend(query, *text, *own, scale=scale, mask=mask).transpose(1, 2).contiguous()
-    y: Tensor = sdpa_attention_forward(module, query, prefixed.behind(key, K), prefixed.behind(value, V), mask, **options)[0]
+    y: Tensor = sdpa_attention_forward(
+        module, query, prefixed.behind(key, K), prefixed.behind(value, V), mask, **options
+    )[0]
     return y

@@ -34,13 +34,21 @@ class VeRA(Delta):
     """b (out,) starts at zero, d (r,) at `start`."""
 
     peft_settings = {
-        "r": 256, "projection_prng_key": 0, "save_projection": True, "vera_dropout": 0.0, "d_initial": 0.1,
-        "fan_in_fan_out": False, "bias": "none", "init_weights": True,
+        "r": 256,
+        "projection_prng_key": 0,
+        "save_projection": True,
+        "vera_dropout": 0.0,
+        "d_initial": 0.1,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "init_weights": True,
     }
     A: Tensor
     B: Tensor
 
-    def __init__(self, site: Site, *, rank: int = 256, start: float = 0.1, dropout: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, site: Site, *, rank: int = 256, start: float = 0.1, dropout: float = 0.0, seed: int = 0
+    ) -> None:
         """
         rank: r, as large as one likes
         start: what d starts at; 0.1 and less do best in the paper
@@ -64,7 +72,12 @@ class VeRA(Delta):
     def to_peft(self, site: Site) -> PeftForm | None:
         if site.kind not in ROWWISE:
             return None
-        config = {"peft_type": "VERA", "r": len(self.d), "vera_dropout": self.dropout, "d_initial": self.options["start"]}
+        config = {
+            "peft_type": "VERA",
+            "r": len(self.d),
+            "vera_dropout": self.dropout,
+            "d_initial": self.options["start"],
+        }
         config |= {"projection_prng_key": self.options["seed"], "own_scale": self.scale}
         tensors = {"vera_lambda_b": self.b.detach(), "vera_lambda_d": self.scale * self.d.detach()}
         return PeftForm(config, tensors, {"vera_A": self.A, "vera_B": self.B})
@@ -83,8 +96,14 @@ class VeRA(Delta):
             )
         check_peft_tensors(site, tensors, {"vera_lambda_b": (site.out,), "vera_lambda_d": (r,)})
         A, B = tensors["vera_A"][:r, : site.in_], tensors["vera_B"][: site.out, :r]
-        check_peft_tensors(site, {"vera_A": A, "vera_B": B}, {"vera_A": (r, site.in_), "vera_B": (site.out, r)})
-        options = {"start": config["d_initial"], "dropout": config["vera_dropout"], "seed": config["projection_prng_key"]}
+        check_peft_tensors(
+            site, {"vera_A": A, "vera_B": B}, {"vera_A": (r, site.in_), "vera_B": (site.out, r)}
+        )
+        options = {
+            "start": config["d_initial"],
+            "dropout": config["vera_dropout"],
+            "seed": config["projection_prng_key"],
+        }
         delta = build(cls, site, {"rank": r, **options})
         assert isinstance(delta, cls)
         delta.scale = config.get("own_scale", 1.0)

@@ -24,7 +24,9 @@ from veneer.train.folder.layout import ADAPTER, BASE, CONFIG, METRICS
 SPEC = re.compile(r"(?:(?P<name>[^=@/]+)=)?(?P<folder>[^@]+?)(?:@(?P<strength>[-+.\de]+))?")
 
 
-PLAIN = re.compile(r"(?P<folder>.+)(?P<name>)(?P<strength>)")  # a folder whose path has the marks of SPEC in it
+PLAIN = re.compile(
+    r"(?P<folder>.+)(?P<name>)(?P<strength>)"
+)  # a folder whose path has the marks of SPEC in it
 
 
 class Wanted(NamedTuple):
@@ -53,16 +55,22 @@ def parse(specs: Sequence[str]) -> list[Wanted]:
         except ValueError:
             hit = None
         if not hit:
-            problems.append(f"adapter {spec!r}: write FOLDER, NAME=FOLDER or FOLDER@STRENGTH, such as runs/fit@0.75")
+            problems.append(
+                f"adapter {spec!r}: write FOLDER, NAME=FOLDER or FOLDER@STRENGTH, such as runs/fit@0.75"
+            )
             continue
         folder = Path(hit["folder"])
         name = hit["name"] or re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name)
         if not NAME.fullmatch(name):
-            problems.append(f"adapter {spec!r}: {name!r} is no name; put one of letters, digits, '-' and '_' before it: NAME={spec}")
+            problems.append(
+                f"adapter {spec!r}: {name!r} is no name; put one of letters, digits, '-' and '_' before it: NAME={spec}"
+            )
         found.append(Wanted(name, folder, strength))
     twice = sorted({w.name for w in found if any(o.name == w.name and o.folder != w.folder for o in found)})
     if twice:
-        problems.append(f"several adapters are called {first_few(twice)}; name them apart: first={found[0].folder}")
+        problems.append(
+            f"several adapters are called {first_few(twice)}; name them apart: first={found[0].folder}"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     return found
@@ -108,8 +116,12 @@ def format_of(wanted: Sequence[Wanted], base: str) -> str | None:
     records = {w.folder: manifest.read(adapter_folder(w.folder)) for w in wanted}
     found = {f: tuple(r["base"].get("quantised", ())) if r else () for f, r in records.items()}
     if len(set(found.values())) > 1:
-        told = first_few(f"{folder} in {' and '.join(formats) or 'its own dtype'}" for folder, formats in found.items())
-        raise ConfigError(f"the adapters were made for a base in different formats: {told}; use them one at a time")
+        told = first_few(
+            f"{folder} in {' and '.join(formats) or 'its own dtype'}" for folder, formats in found.items()
+        )
+        raise ConfigError(
+            f"the adapters were made for a base in different formats: {told}; use them one at a time"
+        )
     formats = next(iter(found.values()), ())
     return formats[0] if len(formats) == 1 else None
 
@@ -118,7 +130,11 @@ def _base(folder: Path) -> str | None:
     for run in (folder, folder.parent):
         if packed_store.description(run / BASE) is not None:
             return str(run / BASE)
-        if (run / CONFIG).is_file() and adapter_folder(run).is_dir() and "run" in (config := read_json(run / CONFIG)):
+        if (
+            (run / CONFIG).is_file()
+            and adapter_folder(run).is_dir()
+            and "run" in (config := read_json(run / CONFIG))
+        ):
             return str(config["run"]["model"])
     settings = adapter_folder(folder) / PEFT_CONFIG
     return read_json(settings).get("base_model_name_or_path") if settings.is_file() else None
@@ -197,4 +213,6 @@ def open_all(
 def open_base(base: str, wanted: Sequence[Wanted], dtype: torch.dtype, device: str) -> Opened:
     """The base alone, quantised as it was for these adapters."""
     tokenizer = pretrained.tokenizer(base)
-    return Opened(pretrained.causal_lm(base, dtype, torch.device(device), format_of(wanted, base)), tokenizer, base)
+    return Opened(
+        pretrained.causal_lm(base, dtype, torch.device(device), format_of(wanted, base)), tokenizer, base
+    )

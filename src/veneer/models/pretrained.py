@@ -56,11 +56,15 @@ def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: st
     from transformers import AutoModelForCausalLM
 
     with _said_well(name, "causal language model"), no_bars():
-        model, info = AutoModelForCausalLM.from_pretrained(source(name), dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source(name), dtype=dtype, output_loading_info=True
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         kind = type(model).__name__
-        raise ConfigError(f"model {name!r} lacks {len(missing)} weights of a {kind}, which would be random: {first_few(missing)}")
+        raise ConfigError(
+            f"model {name!r} lacks {len(missing)} weights of a {kind}, which would be random: {first_few(missing)}"
+        )
     if origin(name) == embedded.PREFIX:
         model.name_or_path = name  # what adapters record; the folder is this machine's own
     if store.description(name) is not None:
@@ -112,5 +116,7 @@ def skeleton(model: str) -> nn.Module:
         with torch.device("meta"):
             found: nn.Module = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as e:
-        raise ConfigError(f"model: no language model is described at {model!r} ({str(e).splitlines()[0]})") from None
+        raise ConfigError(
+            f"model: no language model is described at {model!r} ({str(e).splitlines()[0]})"
+        ) from None
     return found

@@ -40,7 +40,16 @@ class Layout(NamedTuple):
     others: dict[int, Tensor]
 
 
-def add(x: Tensor, y: Tensor, A: Tensor, B: Tensor, ids: Tensor, *, way: str = "gather", layout: Layout | None = None) -> Tensor:
+def add(
+    x: Tensor,
+    y: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ids: Tensor,
+    *,
+    way: str = "gather",
+    layout: Layout | None = None,
+) -> Tensor:
     """y + (x A[ids]') B[ids] in one of the four ways, written into y, which must be contiguous.
 
     layout: of `lay_out(ids, n)`, where it is known already.
@@ -77,7 +86,11 @@ def lay_out(ids: Tensor, n: int) -> Layout:
     size = int(counts.max()) if len(rows) else 0
     order = torch.argsort(own, stable=True)
     place = torch.empty_like(own)
-    place[order] = own[order] * size + torch.arange(len(rows), device=ids.device) - (counts.cumsum(0) - counts)[own[order]]
+    place[order] = (
+        own[order] * size
+        + torch.arange(len(rows), device=ids.device)
+        - (counts.cumsum(0) - counts)[own[order]]
+    )
     filled = torch.zeros((n - 1) * size, dtype=torch.long, device=ids.device)
     filled[place] = rows
     return Layout(rows, place, filled, size, {})
@@ -101,7 +114,9 @@ def _bucket(x: Tensor, y: Tensor, A: Tensor, B: Tensor, layout: Layout) -> Tenso
 
 def _masked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, others: Tensor) -> Tensor:
     b, t, _ = x.shape
-    h = F.linear(x, A[1:].flatten(0, 1)).masked_fill_(others[:, None], 0)  # (b, t, (n - 1) r); a product may overflow, inf * 0 is nan
+    h = F.linear(x, A[1:].flatten(0, 1)).masked_fill_(
+        others[:, None], 0
+    )  # (b, t, (n - 1) r); a product may overflow, inf * 0 is nan
     return y.view(b * t, -1).addmm_(h.view(b * t, -1), B[1:].flatten(0, 1)).view_as(y)
 
 

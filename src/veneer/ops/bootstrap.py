@@ -19,7 +19,9 @@ AT_ONCE = 1 << 22  # numbers that are gathered at a time
 FEWEST = 8  # units below which drawing them again says little about others
 
 
-def interval(parts: Tensor, weights: Tensor, *, seed: int = 0, level: float = LEVEL) -> tuple[float, float] | None:
+def interval(
+    parts: Tensor, weights: Tensor, *, seed: int = 0, level: float = LEVEL
+) -> tuple[float, float] | None:
     """Where sum(parts) / sum(weights) lies in `level` of all samples like this one; None of fewer than 8 units.
 
     parts, weights: (n,), of the units that were drawn independently, such as documents. Percentiles of the ratio in 4000
@@ -36,7 +38,9 @@ def interval(parts: Tensor, weights: Tensor, *, seed: int = 0, level: float = LE
         above, below = both[:, picked].sum(-1)  # (rows,) each
         ratios.append(above / below)
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student(0.5 + level / 2, n - 1))
-    low, high = torch.quantile(torch.cat(ratios), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(
+        torch.cat(ratios), torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    ).tolist()
     return low, high
 
 

@@ -92,7 +92,9 @@ def finish(
     """The loss, and the gradient put right at the labels: one number a row, which in a compiled loop would cost a pass."""
     vocabulary, rows = logits.shape[-1], torch.arange(len(labels), device=labels.device)
     right = logits[rows, labels].to(total.dtype)
-    gradient[rows, labels] = ((right - total[:, 0]).exp() - (1 - smoothing) - smoothing / vocabulary).to(gradient.dtype)
+    gradient[rows, labels] = ((right - total[:, 0]).exp() - (1 - smoothing) - smoothing / vocabulary).to(
+        gradient.dtype
+    )
     return total.sum() - (1 - smoothing) * right.sum() - smoothing / vocabulary * every, gradient, None
 
 
@@ -127,7 +129,11 @@ class _Run(NamedTuple):
     kernel: Kernel
 
     def parts(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(features.split(self.chunk), self.labels.split(self.chunk), strict=True)) if len(features) else []
+        return (
+            list(zip(features.split(self.chunk), self.labels.split(self.chunk), strict=True))
+            if len(features)
+            else []
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         total = features.new_zeros((), dtype=_wide(features.dtype))
@@ -137,7 +143,9 @@ class _Run(NamedTuple):
 
     def loss(self, logits: Tensor, read: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The kernel's, which may write over logits that nobody reads again: new ones, and no result that is kept for the backward."""
-        seen = logits.untyped_storage()._cdata == read.untyped_storage()._cdata or hasattr(logits.grad_fn, "_saved_result")
+        seen = logits.untyped_storage()._cdata == read.untyped_storage()._cdata or hasattr(
+            logits.grad_fn, "_saved_result"
+        )
         return self.kernel(logits.detach().clone() if seen else logits.detach(), labels, self.smoothing)
 
 
@@ -146,7 +154,10 @@ class _Chunked(Function):
     def forward(ctx: Any, run: _Run, features: Tensor, *parameters: Tensor) -> Tensor:
         total = features.new_zeros((), dtype=_wide(features.dtype))
         own = torch.zeros_like(features) if ctx.needs_input_grad[1] else None
-        sums = [torch.zeros_like(p, dtype=_wide(p.dtype)) if n else None for p, n in zip(parameters, ctx.needs_input_grad[2:], strict=True)]
+        sums = [
+            torch.zeros_like(p, dtype=_wide(p.dtype)) if n else None
+            for p, n in zip(parameters, ctx.needs_input_grad[2:], strict=True)
+        ]
         wanted = [p for p, s in zip(parameters, sums, strict=True) if s is not None]
         for i, (part, labels) in enumerate(run.parts(features)):
             with torch.enable_grad():
@@ -162,7 +173,9 @@ class _Chunked(Function):
                 own[i * run.chunk : i * run.chunk + len(part)] = first if factor is None else first * factor
             for s, g in zip((s for s in sums if s is not None), found, strict=True):
                 s += g
-        ctx.save_for_backward(own, *(s if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)))
+        ctx.save_for_backward(
+            own, *(s if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True))
+        )
         return total
 
     @staticmethod

@@ -41,7 +41,14 @@ def places(j: Tensor, k: Tensor, out: int, in_: int) -> Places:
 
 
 def added(
-    y: Tensor, x: Tensor, c: Tensor, j: Tensor, k: Tensor, *, writable: bool = False, frozen: Tensor | None = None
+    y: Tensor,
+    x: Tensor,
+    c: Tensor,
+    j: Tensor,
+    k: Tensor,
+    *,
+    writable: bool = False,
+    frozen: Tensor | None = None,
 ) -> Tensor:
     """y + x D': y (.., out) and x (.., in) of one dtype, c (n,) for frequencies j, k (n,); transforms in float32 at least.
 
@@ -65,7 +72,9 @@ def added(
 def dense(c: Tensor, j: Tensor, k: Tensor, out: int, in_: int, dtype: torch.dtype | None = None) -> Tensor:
     """D (out, in) itself, in c's dtype or another: the left half is a transform of real numbers, the right one its mirror."""
     F = torch.zeros(out, in_, dtype=c.dtype, device=c.device).index_put_((j, k), c)
-    left = torch.fft.rfft2(F).real.to(dtype or c.dtype)  # (out, half): cosines do not know the direction of the transform
+    left = torch.fft.rfft2(F).real.to(
+        dtype or c.dtype
+    )  # (out, half): cosines do not know the direction of the transform
     right = left[:, 1 : in_ - in_ // 2].flip(0, 1).roll(1, 0)  # D[p, q] = D[-p, -q]
     return torch.cat([left, right], 1)
 
@@ -84,7 +93,9 @@ def _weights(place: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 def waves(frequencies: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of 2 pi f p / size, (n, size) each, for frequencies f (n,)."""
-    turns = frequencies[:, None] * torch.arange(size, device=frequencies.device) % size  # exact: whole numbers
+    turns = (
+        frequencies[:, None] * torch.arange(size, device=frequencies.device) % size
+    )  # exact: whole numbers
     angle = turns.double() * (2 * torch.pi / size)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -110,13 +121,17 @@ def _added(picked: Tensor, rows: Tensor, size: int) -> Tensor:
 
 def _composed(Z: Tensor, size: int) -> Tensor:
     """Re sum_j Z_j exp(2 pi i p j / size), (half, 2, n) -> (n, size), for Z with the weights of its places."""
-    found: Tensor = torch.fft.irfft(torch.view_as_complex(Z.permute(2, 0, 1).contiguous()), n=size, norm="forward")
+    found: Tensor = torch.fft.irfft(
+        torch.view_as_complex(Z.permute(2, 0, 1).contiguous()), n=size, norm="forward"
+    )
     return found
 
 
 class _Transformed(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c: Tensor, rows: Tensor, columns: Tensor, signs: Tensor, out: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, c: Tensor, rows: Tensor, columns: Tensor, signs: Tensor, out: int
+    ) -> Tensor:
         ctx.save_for_backward(x, c, rows, columns, signs)
         return _product(_rows(x), c, Places(rows, columns, signs), out).to(x.dtype).view(*x.shape[:-1], out)
 
@@ -136,7 +151,9 @@ class _Transformed(Function):
 
 class _Made(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, c: Tensor, j: Tensor, k: Tensor, W: Tensor | None, in_place: bool) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, c: Tensor, j: Tensor, k: Tensor, W: Tensor | None, in_place: bool
+    ) -> Tensor:
         size = (y.shape[-1], x.shape[-1])
         where = cosines.spots(j, k, size, c.dtype)
         ctx.save_for_backward(x, c, W, *where)
@@ -158,5 +175,7 @@ class _Made(Function):
             dx = dy @ (D if W is None else D.add_(W))
         if ctx.needs_input_grad[2]:
             G = scratch("matrix", size, x.dtype, x.device)  # the gradient of the matrix
-            dc = cosines.gradient(torch.mm(dy.reshape(-1, size[0]).mT, x.reshape(-1, size[1]), out=G), where).to(c.dtype)
+            dc = cosines.gradient(
+                torch.mm(dy.reshape(-1, size[0]).mT, x.reshape(-1, size[1]), out=G), where
+            ).to(c.dtype)
         return (dy if ctx.needs_input_grad[0] else None), dx, dc, None, None, None, None

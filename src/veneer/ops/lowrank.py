@@ -43,7 +43,9 @@ def in_place(y: Tensor) -> bool:
 
 def is_traced() -> bool:
     """Whether something traces or transforms operations, which then must be ordinary ones."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _stack(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -79,7 +81,10 @@ class _Project(Function):
         like = next((g for g in grads if g is not None), None)
         if like is None:
             return None, *(None for _ in grads)
-        parts = [like.new_zeros(*like.shape[:-1], r) if g is None else g for g, r in zip(grads, ctx.ranks, strict=True)]
+        parts = [
+            like.new_zeros(*like.shape[:-1], r) if g is None else g
+            for g, r in zip(grads, ctx.ranks, strict=True)
+        ]
         dh = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # (.., sum of ranks)
         dx = dh @ A if ctx.needs_input_grad[0] else None
         wanted = [n and g is not None for n, g in zip(ctx.needs_input_grad[1:], grads, strict=True)]

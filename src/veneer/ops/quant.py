@@ -98,7 +98,9 @@ def _steps(absmax: Tensor) -> Tensor:
 def _levels() -> tuple[float, ...]:
     """NF4's 16 levels: 8 quantiles above 0, 7 below, 0 itself, over the largest (QLoRA, section 3 and appendix E)."""
     tail = 1 - (1 / 32 + 1 / 30) / 2
-    above, below = (torch.special.ndtri(torch.linspace(tail, 0.5, n, dtype=torch.float64))[:-1] for n in (9, 8))
+    above, below = (
+        torch.special.ndtri(torch.linspace(tail, 0.5, n, dtype=torch.float64))[:-1] for n in (9, 8)
+    )
     levels = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above]).sort().values
     return tuple((levels / levels.abs().max()).float().tolist())
 
@@ -127,7 +129,9 @@ class NF4(Format):
         shares = 255 - torch.bucketize(absmax / largest.clamp_min(TINY)[:, None], rising, out_int32=True)
         kept = shares.to(torch.uint8).view(-1)[: len(blocks)]
         scales = _scales(kept, largest).clamp_min(TINY)
-        codes = torch.bucketize(blocks / scales[:, None], torch.tensor(_between(LEVELS), device=W.device), out_int32=True)
+        codes = torch.bucketize(
+            blocks / scales[:, None], torch.tensor(_between(LEVELS), device=W.device), out_int32=True
+        )
         pairs = codes.to(torch.uint8).view(-1, 2)
         return pairs[:, 0] * 16 + pairs[:, 1], kept, largest.to(W.dtype)
 
@@ -216,7 +220,9 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     return dx, [None for _ in parts], None, None, None
 
 
-_times = torch.library.custom_op("veneer::times_packed", _forward, mutates_args=(), schema=f"(Tensor x, {PACKED}) -> Tensor")
+_times = torch.library.custom_op(
+    "veneer::times_packed", _forward, mutates_args=(), schema=f"(Tensor x, {PACKED}) -> Tensor"
+)
 _times_transposed = torch.library.custom_op(
     "veneer::times_packed_transposed", _backward, mutates_args=(), schema=f"(Tensor dy, {PACKED}) -> Tensor"
 )

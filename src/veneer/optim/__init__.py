@@ -33,7 +33,9 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
 def make(name: str, **options: Any) -> Optimiser:
     """The optimiser with these options. Raises ConfigError for an unknown name or option, or a value that cannot be."""
     known = options_of(name)
-    unknown = [f"optimiser {name!r} has no option {o!r}{suggest(o, known)}" for o in options if o not in known]
+    unknown = [
+        f"optimiser {name!r} has no option {o!r}{suggest(o, known)}" for o in options if o not in known
+    ]
     if unknown:
         raise ConfigError("\n".join(unknown))
     return get(name)(**options)

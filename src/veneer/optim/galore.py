@@ -39,7 +39,11 @@ class GaLore(Optimiser):
         scale: multiple of the projected step, the paper's alpha
         adam: Adam in the subspace; without, plain gradient descent
         """
-        problems = [f"{name} {value} must be 1 or more" for name, value in (("rank", rank), ("period", period)) if value < 1]
+        problems = [
+            f"{name} {value} must be 1 or more"
+            for name, value in (("rank", rank), ("period", period))
+            if value < 1
+        ]
         problems += [f"scale {scale:g} must be above 0"] if not scale > 0 else []
         if problems:
             raise ConfigError("\n".join(problems))
@@ -57,7 +61,9 @@ class GaLore(Optimiser):
     def state_bytes(self, trained: Trained) -> int:
         other = Trained([p for p in trained.parts if not _is_projected(p)])
         shapes = [(p.parameter.shape[0], p.parameter[0].numel()) for p in trained.parts if _is_projected(p)]
-        return super().state_bytes(other) + sum(4 * min(self.rank, *s) * (min(s) + (2 * max(s) if self.adam else 0)) + 4 for s in shapes)
+        return super().state_bytes(other) + sum(
+            4 * min(self.rank, *s) * (min(s) + (2 * max(s) if self.adam else 0)) + 4 for s in shapes
+        )
 
 
 def _is_projected(part: Part) -> bool:
@@ -75,7 +81,9 @@ class Projected(torch.optim.Optimizer):
         for group in by_rate(matrices, {}, trained.embedding):
             listed.append({**group, "names": tuple(names[id(p)] for p in group["params"])})
         others = by_rate([p for p in trained.parts if not _is_projected(p)], {}, trained.embedding)
-        super().__init__([*listed, *({**group, "names": ()} for group in others)], {"lr": 0.0, "weight_decay": 0.0})
+        super().__init__(
+            [*listed, *({**group, "names": ()} for group in others)], {"lr": 0.0, "weight_decay": 0.0}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -86,8 +94,14 @@ class Projected(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                change = self._projected(p.grad.flatten(1), state, name) if name else direction(state, p.grad, self.betas)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.view_as(p).to(p.dtype), alpha=group["lr"])
+                change = (
+                    self._projected(p.grad.flatten(1), state, name)
+                    if name
+                    else direction(state, p.grad, self.betas)
+                )
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+                    change.view_as(p).to(p.dtype), alpha=group["lr"]
+                )
 
     def _projected(self, G: Tensor, state: State, name: str) -> Tensor:
         wide = G.shape[0] <= G.shape[1]

@@ -35,17 +35,24 @@ class LoRAMuon(Rule):
         self.damping = check_damping(damping)
 
     def state_bytes(self, trained: Trained) -> int:
-        return super().state_bytes(trained) - sum(p.parameter.numel() * p.parameter.element_size() for p in trained.parts if p.role in "AB")
+        return super().state_bytes(trained) - sum(
+            p.parameter.numel() * p.parameter.element_size() for p in trained.parts if p.role in "AB"
+        )
 
     def steps(self, bucket: Bucket, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
         a, b = bucket.grams()
         shift = self.damping * (a.mean + b.mean)
         RA, RB = a.power(-0.5, shift), b.power(-0.5, shift)
-        hA, hB = RB @ running(bucket.states_a, bucket.gA, betas[0]), running(bucket.states_b, bucket.gB, betas[0]) @ RA
+        hA, hB = (
+            RB @ running(bucket.states_a, bucket.gA, betas[0]),
+            running(bucket.states_b, bucket.gB, betas[0]) @ RA,
+        )
         t = math.sqrt(max(bucket.B.shape[-2], bucket.A.shape[-1])) / (2 * bucket.s)
         return t * (RB @ gram(hA @ hA.mT).power(-0.5)) @ hA, t * hB @ (gram(hB.mT @ hB).power(-0.5) @ RA)
 
 
 def running(states: list[State], gradients: Tensor, beta: float) -> Tensor:
     """The running means, corrected for their start at 0, stacked."""
-    return stacked([mean(s, "exp_avg", g, beta) / (1 - beta ** count(s)) for s, g in zip(states, gradients, strict=True)])
+    return stacked(
+        [mean(s, "exp_avg", g, beta) / (1 - beta ** count(s)) for s, g in zip(states, gradients, strict=True)]
+    )

@@ -37,4 +37,6 @@ class LoRAPlus(Optimiser):
             self.doubts = {"ratio": f"ratio {ratio:g} < 1 slows B down, the opposite of LoRA+; use 1 or more"}
 
     def build(self, trained: Trained) -> torch.optim.Optimizer:
-        return groups.adamw(trained.parts, {"B": self.ratio}, embedding=trained.embedding, betas=trained.betas)
+        return groups.adamw(
+            trained.parts, {"B": self.ratio}, embedding=trained.embedding, betas=trained.betas
+        )

@@ -52,7 +52,9 @@ def base(
         rank = option(methods.get(run.method), "rank", run.options)
         layers: dict[str, Any] = dict(to=run.to, exclude=run.exclude, rank_pattern=run.rank_pattern)
         times = 1 if only_shapes else 5
-        stats = quantise_around(model, run.quantise, start=start, rank=rank, iterations=times, seed=run.seed, **layers)
+        stats = quantise_around(
+            model, run.quantise, start=start, rank=rank, iterations=times, seed=run.seed, **layers
+        )
         model.__dict__["name_or_path"] = str(own_base(run))  # what the adapter's files say that it belongs to
     voice.say(f"the base in {run.quantise}: {_size(model) / 1e6:.1f} MB instead of {before / 1e6:.1f} MB")
     return model.to(device), stats

@@ -22,7 +22,19 @@ from veneer.train.folder.layout import ADAPTER, RESULTS
 CARD = "README.md"
 # Settings that shape a training, in the order of the card; data, method and places are told elsewhere.
 SHAPING = (
-    *("steps", "epochs", "batch", "accumulate", "length", "packing", "lr", "embedding_lr", "schedule", "warmup", "optimiser"),
+    *(
+        "steps",
+        "epochs",
+        "batch",
+        "accumulate",
+        "length",
+        "packing",
+        "lr",
+        "embedding_lr",
+        "schedule",
+        "warmup",
+        "optimiser",
+    ),
     *("optimiser_options", "weight_decay", "betas", "clip", "label_smoothing", "precision", "seed"),
 )
 
@@ -30,7 +42,11 @@ SHAPING = (
 def write(run: Path) -> Path:
     """Writes the card into the adapter's folder of a finished run. Raises FormatError for files that are damaged."""
     folder = run / ADAPTER
-    content = text(Told(read_json(run / RESULTS), record_of(run), (), run), read_json(folder / manifest.NAME), _peft(folder))
+    content = text(
+        Told(read_json(run / RESULTS), record_of(run), (), run),
+        read_json(folder / manifest.NAME),
+        _peft(folder),
+    )
     with replacing(folder / CARD) as (temporary,):
         temporary.write_text(content, encoding="utf-8")
     return folder / CARD
@@ -69,15 +85,18 @@ def _header(settings: Mapping[str, Any], record: Mapping[str, Any], peft: Mappin
     tags = dict.fromkeys([record["method"], *([peft["peft_type"].lower()] if peft else []), "veneer"])
     model = settings["model"]
     lines = [] if Path(model).exists() or "/" not in model else [f"base_model: {json.dumps(model)}"]
-    lines += [f"library_name: {'peft' if peft else 'veneer'}", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags)]
+    lines += [
+        f"library_name: {'peft' if peft else 'veneer'}",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+    ]
     return "\n".join(["---", *lines, "---"])
 
 
 def _base(run: Told) -> str:
     base = run.config["base"]
-    return (
-        f"`{base['model']}`, a {base['class']}; fingerprint of its weights `{base['sha256']}`. Veneer refuses to load this on another base."
-    )
+    return f"`{base['model']}`, a {base['class']}; fingerprint of its weights `{base['sha256']}`. Veneer refuses to load this on another base."
 
 
 def _method(about: described.Described, record: Mapping[str, Any], run: Told) -> str:
@@ -87,10 +106,20 @@ def _method(about: described.Described, record: Mapping[str, Any], run: Told) ->
     sites = record["sites"].values()
     ranks = sorted({s["rank"] for s in sites if "rank" in s})
     scales = sorted({s["scaling"] for s in sites if "scaling" in s})
-    shown = (f", of rank {_span(ranks)}" if ranks else "") + (f", scaled by {_span(scales)}" if scales else "")
-    trained = f"{len(sites)} layers are changed{shown}: {run.results['trainable_parameters']:,} trained parameters."
+    shown = (f", of rank {_span(ranks)}" if ranks else "") + (
+        f", scaled by {_span(scales)}" if scales else ""
+    )
+    trained = (
+        f"{len(sites)} layers are changed{shown}: {run.results['trainable_parameters']:,} trained parameters."
+    )
     rows = [(f"`{name}`", plain(value), helps.get(name, "")) for name, value in options.items()]
-    return "\n\n".join([f"{about.summary}{paper}.", trained, *([_table(("option", "value", "meaning"), rows)] if rows else [])])
+    return "\n\n".join(
+        [
+            f"{about.summary}{paper}.",
+            trained,
+            *([_table(("option", "value", "meaning"), rows)] if rows else []),
+        ]
+    )
 
 
 def _span(values: Sequence[float]) -> str:
@@ -100,14 +129,22 @@ def _span(values: Sequence[float]) -> str:
 def _data(run: Told) -> str:
     settings, facts = run.config["run"], run.config["data"]
     rows = [
-        (part, ", ".join(_named(s) for s in settings.get(part if part != "train" else "data", ())) or "split off from train")
+        (
+            part,
+            ", ".join(_named(s) for s in settings.get(part if part != "train" else "data", ()))
+            or "split off from train",
+        )
         + tuple(f"{facts[part][k]:,}" for k in ("rows", "windows", "tokens", "learned_tokens"))
         for part in run_page.PARTS
         if part in facts
     ]
     if settings.get("stream"):
         rows[0] = (f"{rows[0][0]} (the beginning of a stream)", *rows[0][1:])
-    what = "Of prompts and conversations only completions and the turns of " + ", ".join(settings["train_roles"]) + " are learned."
+    what = (
+        "Of prompts and conversations only completions and the turns of "
+        + ", ".join(settings["train_roles"])
+        + " are learned."
+    )
     mask = "Every token is learned." if settings["train_on"] == "all" else what
     return f"{_table(('text', 'from', 'rows', 'windows', 'tokens', 'learned tokens'), rows)}\n\n{mask}"
 
@@ -143,13 +180,17 @@ def _moved(before: float, after: float) -> tuple[str, str, str]:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(f"`{name}`", plain(settings[name])) for name in SHAPING if settings.get(name) not in (None, {}, ())]
+    return [
+        (f"`{name}`", plain(settings[name])) for name in SHAPING if settings.get(name) not in (None, {}, ())
+    ]
 
 
 def _cost(run: Told) -> str:
     r = run.results
     memory = f", {amount(r['peak_memory_bytes'])} of memory at most" if r["peak_memory_bytes"] else ""
-    versions = ", ".join(f"{name} {v}" for name, v in {"veneer": run.config["veneer"], **r["versions"]}.items())
+    versions = ", ".join(
+        f"{name} {v}" for name, v in {"veneer": run.config["veneer"], **r["versions"]}.items()
+    )
     kept = "" if r["best_step"] in (None, r["steps"]) else f"; the weights are those of step {r['best_step']}"
     return (
         f"{r['steps']:,} steps and {r['tokens']:,} tokens in {seconds(r['seconds'])} on {r['hardware']}{memory}{kept}."

@@ -38,7 +38,10 @@ def dial(
     points = []
     for strength in strengths:
         with using(model, *([{name: strength}] if strength else [])):
-            target, known = (bits_per_byte(model, texts[t], objective, batch=batch, between=between) for t in ("target", "known"))
+            target, known = (
+                bits_per_byte(model, texts[t], objective, batch=batch, between=between)
+                for t in ("target", "known")
+            )
         points.append(Point(strength, target, known))
     return points
 

@@ -60,14 +60,26 @@ def examine(
         "preview": preview(texts["train"].windows, tokenizer),
     }
     between()
-    found["samples"] = samples(model, name, tokenizer, texts, prompts=prompts, seed=run.seed, voice=voice, between=between)
+    found["samples"] = samples(
+        model, name, tokenizer, texts, prompts=prompts, seed=run.seed, voice=voice, between=between
+    )
     return {**found, "report_seconds": time.monotonic() - begun}
 
 
-def dialled(model: nn.Module, name: str, texts: Texts, objective: Objective, *, batch: int, between: Between) -> dict[str, Any]:
+def dialled(
+    model: nn.Module, name: str, texts: Texts, objective: Objective, *, batch: int, between: Between
+) -> dict[str, Any]:
     """The dial, with the strength chosen on valid text and measured on test text; halves of one text where there is no other."""
-    chosen_on, reported = ("valid text", "test text") if "test" in texts else ("half of the valid text", "the other half of the valid text")
-    target = (texts["valid"].windows, texts["test"].windows) if "test" in texts else _halves(texts["valid"].windows)
+    chosen_on, reported = (
+        ("valid text", "test text")
+        if "test" in texts
+        else ("half of the valid text", "the other half of the valid text")
+    )
+    target = (
+        (texts["valid"].windows, texts["test"].windows)
+        if "test" in texts
+        else _halves(texts["valid"].windows)
+    )
     known = _halves(texts["known"].windows) if "known" in texts else ((), ())
     choosing, points = (
         _points(model, name, sample(t, WINDOWS), sample(k, WINDOWS), objective, batch=batch, between=between)
@@ -90,7 +102,14 @@ def _halves(windows: Sequence[Window]) -> tuple[Sequence[Window], Sequence[Windo
 
 
 def _points(
-    model: nn.Module, name: str, target: Sequence[Window], known: Sequence[Window], objective: Objective, *, batch: int, between: Between
+    model: nn.Module,
+    name: str,
+    target: Sequence[Window],
+    known: Sequence[Window],
+    objective: Objective,
+    *,
+    batch: int,
+    between: Between,
 ) -> list[dict[str, Any]]:
     if known:
         texts = {"target": target, "known": known}
@@ -120,7 +139,9 @@ def layers(model: nn.Module, name: str, voice: Voice) -> list[dict[str, Any]]:
         if f is None or not f.is_product:
             work += site.out * site.in_ * min(site.out, site.in_)
     if work > DENSE:
-        voice.say("the report leaves out singular values, which would take minutes for changes that are no product: see veneer inspect")
+        voice.say(
+            "the report leaves out singular values, which would take minutes for changes that are no product: see veneer inspect"
+        )
         return []
     return [{**s.as_dict(), "values": s.values[:VALUES]} for s in spectra(model, name)]
 
@@ -129,10 +150,17 @@ def preview(windows: Sequence[Window], tokenizer: Any) -> list[list[list[Any]]]:
     """The beginnings of the first rows, each a list of [text of a token, whether it is learned]."""
     found = []
     every = [s for w in windows[:LOOKED] for s in w]
-    whole = [s for s in every if s.inputs[0] == tokenizer.bos_token_id]  # from where a row begins, if that can be seen
+    whole = [
+        s for s in every if s.inputs[0] == tokenizer.bos_token_id
+    ]  # from where a row begins, if that can be seen
     for s in (whole or every)[:SHOWN]:
         ids, learned = _learned(s)
-        found.append([[text, was] for text, was in zip(pieces(ids[: TOKENS["preview"]], tokenizer), learned, strict=False)])
+        found.append(
+            [
+                [text, was]
+                for text, was in zip(pieces(ids[: TOKENS["preview"]], tokenizer), learned, strict=False)
+            ]
+        )
     return found
 
 
@@ -168,14 +196,22 @@ def samples(
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1 << 20
     written = min(TOKENS["written"], longest // 2)
     rows: list[dict[str, Any]] = [{"prompt": p} for p in prompts]
-    rows = rows or _prompts(texts["valid"].windows, tokenizer, written, min(TOKENS["longest prompt"], longest - written - 8))
+    rows = rows or _prompts(
+        texts["valid"].windows, tokenizer, written, min(TOKENS["longest prompt"], longest - written - 8)
+    )
     try:
         for row in rows:
             for key, strengths in (("before", []), ("after", [name])):
                 between()
                 with using(model, *strengths):
                     row[key] = continuation(
-                        model, tokenizer, row["prompt"], seed=seed, temperature=TEMPERATURE, top_p=0.95, max_new_tokens=written
+                        model,
+                        tokenizer,
+                        row["prompt"],
+                        seed=seed,
+                        temperature=TEMPERATURE,
+                        top_p=0.95,
+                        max_new_tokens=written,
                     )
     except VeneerError as e:
         voice.say(f"the report has no samples: {e}")
@@ -191,7 +227,14 @@ def _prompts(windows: Sequence[Window], tokenizer: Any, written: int, longest: i
         ids, learned = _learned(s)
         first = learned.index(True)
         start = first if first > 1 else min(TOKENS["prompt"], len(ids) // 2)
-        prompt = tokenizer.decode(ids[max(0, start - max(1, longest)) : start], clean_up_tokenization_spaces=False)
+        prompt = tokenizer.decode(
+            ids[max(0, start - max(1, longest)) : start], clean_up_tokenization_spaces=False
+        )
         truth = tokenizer.decode(ids[start : start + written], clean_up_tokenization_spaces=False)
-        found.append({"prompt": prompt.removeprefix(tokenizer.bos_token or ""), "truth": truth.removesuffix(tokenizer.eos_token or "")})
+        found.append(
+            {
+                "prompt": prompt.removeprefix(tokenizer.bos_token or ""),
+                "truth": truth.removesuffix(tokenizer.eos_token or ""),
+            }
+        )
     return found

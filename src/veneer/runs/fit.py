@@ -87,7 +87,9 @@ def begin(ready: Ready, voice: Voice, stack: ExitStack) -> Begun | Result:
         if (out / layout.RESULTS).exists():
             voice.say(f"{out} is finished already; its result is returned as it is")
             return Result.read(out)
-    return Begun(ready, out, voice, stack.enter_context(track.Feed(ready.run.track, out, ready.config, voice)))
+    return Begun(
+        ready, out, voice, stack.enter_context(track.Feed(ready.run.track, out, ready.config, voice))
+    )
 
 
 def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
@@ -125,7 +127,13 @@ def end(begun: Begun, loop: Loop, position: Position, wish: Wish) -> Result:
     frozen_cache.forget(out)
     _finish(ready, out, position, after, voice)
     if run.report:
-        report.at_the_end(ready, out, in_precision(run, tasks.get(OBJECTIVE), next(ready.model.parameters()).device), wish, voice)
+        report.at_the_end(
+            ready,
+            out,
+            in_precision(run, tasks.get(OBJECTIVE), next(ready.model.parameters()).device),
+            wish,
+            voice,
+        )
     try:
         card.write(out)
     except OSError as e:
@@ -137,11 +145,17 @@ def end(begun: Begun, loop: Loop, position: Position, wish: Wish) -> Result:
 
 def lay_out(run: Run, windows: Sequence[Window]) -> tuple[Order, Pace]:
     """Which windows each step learns from, and when it is evaluated and saved."""
-    total = run.steps * run.batch * run.accumulate if run.steps else max(1, round((run.epochs or 1.0) * len(windows)))
+    total = (
+        run.steps * run.batch * run.accumulate
+        if run.steps
+        else max(1, round((run.epochs or 1.0) * len(windows)))
+    )
     order = Order(windows, run.batch, run.accumulate, total=total, seed=run.seed, grouped=not run.packing)
     every = run.eval_every or max(1, order.steps // 5)
     warmup = round(run.warmup * order.steps)
-    return order, Pace(order.steps, run.lr or math.nan, run.schedule, warmup, every, run.save_every or every, run.keep)
+    return order, Pace(
+        order.steps, run.lr or math.nan, run.schedule, warmup, every, run.save_every or every, run.keep
+    )
 
 
 def _save(model: nn.Module, out: Path, voice: Voice) -> None:
@@ -160,11 +174,15 @@ def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float]
         full.as_change(model, original.state_dict(), NAME)
     try:
         _save(model, out, voice)
-        if "conversations" in ready.texts["train"].facts:  # they were learned in this template, and are to be asked in it
+        if (
+            "conversations" in ready.texts["train"].facts
+        ):  # they were learned in this template, and are to be asked in it
             pretrained.tokenizer(run.model).save_pretrained(out / layout.ADAPTER)
     except (OSError, SafetensorError) as e:
         where = out / layout.ADAPTER
-        raise NotSaved(f"the adapter could not be written to {where}: {e}; the checkpoints are kept: resume=True tries again") from e
+        raise NotSaved(
+            f"the adapter could not be written to {where}: {e}; the checkpoints are kept: resume=True tries again"
+        ) from e
     results = {
         **{name: getattr(run, name) for name in ("model", "method", "optimiser", "lr")},
         **figures(position, after),

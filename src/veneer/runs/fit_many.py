@@ -30,7 +30,9 @@ def fit_many(runs: Sequence[Run], *, progress: bool = True) -> list[Result]:
     _check(runs)
     with ExitStack() as stack:
         voices = [Voice(progress) for _ in runs]
-        readies = [look(replace(run, compile="off"), voice, stack) for run, voice in zip(runs, voices, strict=True)]
+        readies = [
+            look(replace(run, compile="off"), voice, stack) for run, voice in zip(runs, voices, strict=True)
+        ]
         together.share_base([ready.model for ready in readies])
         together.check({ready.run.out: ready.model for ready in readies}, NAME)
         opened = [begin(ready, voice, stack) for ready, voice in zip(readies, voices, strict=True)]
@@ -51,13 +53,22 @@ def _check(runs: Sequence[Run]) -> None:
     if not runs:
         raise ConfigError("there is no run to train; give a list of them")
     values = {name: sorted({str(getattr(run, name)) for run in runs}) for name in SHARED}
-    problems = [f"{name} must be the same for all runs, not {' and '.join(found)}" for name, found in values.items() if len(found) > 1]
+    problems = [
+        f"{name} must be the same for all runs, not {' and '.join(found)}"
+        for name, found in values.items()
+        if len(found) > 1
+    ]
     outs = [str(Path(run.out).absolute()) for run in runs]
-    problems += [f"two runs have the folder {out}; give each its own out" for out in sorted({o for o in outs if outs.count(o) > 1})]
+    problems += [
+        f"two runs have the folder {out}; give each its own out"
+        for out in sorted({o for o in outs if outs.count(o) > 1})
+    ]
     if any(run.method == FULL for run in runs):
         problems.append("method 'full' trains the base itself, which the runs share; train it alone")
     if any(run.cache_frozen for run in runs):
-        problems.append("cache_frozen cannot be: the runs have different windows in one pass; train them alone, or leave it out")
+        problems.append(
+            "cache_frozen cannot be: the runs have different windows in one pass; train them alone, or leave it out"
+        )
     if asked := sorted({run.compile for run in runs} & {"on", "graphs"}):
         problems.append(f"compile={asked[0]!r} cannot be: runs that are trained together are not compiled")
     if problems:

@@ -29,7 +29,9 @@ def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
     run, device = ready.run, next(ready.model.parameters()).device
     optimiser = ready.optimiser.build(ready.trained)
     objective, smoothing = tasks.get(OBJECTIVE), run.label_smoothing
-    plain = Learner(ready.model, ready.parts, optimiser, objective, ready.pad, run.clip, run.weight_decay, smoothing)
+    plain = Learner(
+        ready.model, ready.parts, optimiser, objective, ready.pad, run.clip, run.weight_decay, smoothing
+    )
     if not _compiles(ready, order, device, voice):
         objective = compiling.prepare(ready.model, plain.batch(order.step(0)[0], device))
         return plain._replace(objective=in_precision(run, objective, device))
@@ -42,10 +44,14 @@ def keeping(ready: Ready, learner: Learner, order: Order, voice: Voice) -> Learn
         return learner
     run, train = ready.run, ready.texts["train"]
     if order.total <= len(train.windows):
-        voice.say("no window is read twice in this run, so that cache_frozen gains nothing; leave it out, or train for more epochs")
+        voice.say(
+            "no window is read twice in this run, so that cache_frozen gains nothing; leave it out, or train for more epochs"
+        )
     depends = {name: getattr(run, name) for name in ("length", "packing", "quantise", "device")}
     key = {**depends, **{name: ready.config[name] for name in ("base", "versions")}, "data": train.facts}
-    return learner._replace(kept=Kept(ready.model, ready.frozen, train.windows, Path(run.out), key, pad=ready.pad))
+    return learner._replace(
+        kept=Kept(ready.model, ready.frozen, train.windows, Path(run.out), key, pad=ready.pad)
+    )
 
 
 def in_precision(run: Run, objective: Objective, device: torch.device) -> Objective:
@@ -58,10 +64,14 @@ def _compiles(ready: Ready, order: Order, device: torch.device, voice: Voice) ->
     run = ready.run
     lacking, asked = compiling.missing(device), run.compile in ("on", "graphs")
     if asked and lacking:
-        raise ConfigError(f"compile={run.compile!r} needs {lacking}, which is not found here; install it, or use compile='off'")
+        raise ConfigError(
+            f"compile={run.compile!r} needs {lacking}, which is not found here; install it, or use compile='off'"
+        )
     long = compiling.is_long(ready.model, order.total * run.length, device)
     if run.compile == "auto" and long and lacking:
-        voice.say(f"steps of this run could be shorter: torch.compile needs {lacking}, which is not found here")
+        voice.say(
+            f"steps of this run could be shorter: torch.compile needs {lacking}, which is not found here"
+        )
     return asked or (run.compile == "auto" and long and not lacking)
 
 

@@ -69,7 +69,11 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     if start_calibration.needed(run):
         blank = only_shapes or start_calibration.goes_on(run)
-        stats = start_calibration.unseen(model, run) if blank else start_calibration.look(model, run, ready["train"].windows, pad, voice)
+        stats = (
+            start_calibration.unseen(model, run)
+            if blank
+            else start_calibration.look(model, run, ready["train"].windows, pad, voice)
+        )
     parts = adapt(model, run, stats)
     begun = {} if only_shapes else _begun(model, run, stats, voice)
     compiling.recompute(model, run.gradient_checkpointing)
@@ -105,36 +109,58 @@ def read(run: Run, voice: Voice) -> tuple[Any, dict[str, Text]]:
 def decided(run: Run, device: torch.device) -> Run:
     """The run with the settings that depend on method, model and machine."""
     rated = optim.make(run.optimiser, **run.optimiser_options).rated_as
-    lr = run.lr or rates.default(run.method, rated, run.model == embedded.PREFIX, str(run.options.get("init")))
+    lr = run.lr or rates.default(
+        run.method, rated, run.model == embedded.PREFIX, str(run.options.get("init"))
+    )
     fastest = max(lr, run.embedding_lr or 0.0)
     if fastest * run.weight_decay >= 1:
-        problem = f"weight_decay {run.weight_decay:g} at rate {fastest:g} leaves nothing of a weight in one step"
+        problem = (
+            f"weight_decay {run.weight_decay:g} at rate {fastest:g} leaves nothing of a weight in one step"
+        )
         raise ConfigError(f"{problem}; use less than {1 / fastest:g}")
     if run.compile == "graphs" and (against := graphs.reason_against(device)):
         raise ConfigError(against)
     epochs = None if run.steps else run.epochs or 1.0
     precision = run.precision if run.precision != "auto" else "bf16" if multiplies_bf16(device) else "fp32"
-    options = {**{name: p.default for name, p in optim.options_of(run.optimiser).items()}, **run.optimiser_options}
-    return replace(run, lr=lr, optimiser_options=options, epochs=epochs, precision=precision, device=str(device))
+    options = {
+        **{name: p.default for name, p in optim.options_of(run.optimiser).items()},
+        **run.optimiser_options,
+    }
+    return replace(
+        run, lr=lr, optimiser_options=options, epochs=epochs, precision=precision, device=str(device)
+    )
 
 
 def adapt(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None) -> list[groups.Part]:
     """Attaches the adapter, or opens the base for full fine-tuning: what is trained. Raises ConfigError, SiteError, ShapeError."""
     if run.method == FULL:
         attach.train_only(model, attach.BASE)
-        _keep_frozen(model, {id(p) for s in Full.find(model, run.to, run.exclude) for p in s.module.parameters(recurse=False)})
+        _keep_frozen(
+            model,
+            {
+                id(p)
+                for s in Full.find(model, run.to, run.exclude)
+                for p in s.module.parameters(recurse=False)
+            },
+        )
         parts = groups.of_base(model)
     else:
         seed = {"seed": run.seed} if "seed" in methods.options_of(methods.get(run.method)) else {}
-        layers: dict[str, Any] = {name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")}
+        layers: dict[str, Any] = {
+            name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")
+        }
         attach.attach(model, run.method, name=NAME, stats=stats, **layers, **{**seed, **run.options})
         parts = groups.of_adapter(model, NAME)
     if run.embedding_lr is not None and not any(p.embedding for p in parts):
-        raise ConfigError("embedding_lr is given, but no embedding is changed; leave it out, or adapt embeddings with to=")
+        raise ConfigError(
+            "embedding_lr is given, but no embedding is changed; leave it out, or adapt embeddings with to="
+        )
     return parts
 
 
-def _begun(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None, voice: Voice) -> dict[str, Any]:
+def _begun(
+    model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None, voice: Voice
+) -> dict[str, Any]:
     """What a start that is taken out of the weights leaves there, for config.json."""
     init = start_left.of_weights(run)
     layers = start_left.left(model, NAME, stats) if init else {}
@@ -174,7 +200,9 @@ def _frozen(model: nn.Module, ids: Tensor, run: Run, train: Text, voice: Voice) 
     found = frozen_blocks.look(model, ids)
     needed = found.bytes(train.facts["tokens"])
     frozen_cache.check_room(Path(run.out), needed)
-    voice.say(f"what leaves the {found.first} blocks below the first adapted one is kept until the end, in {amount(needed)} on disk")
+    voice.say(
+        f"what leaves the {found.first} blocks below the first adapted one is kept until the end, in {amount(needed)} on disk"
+    )
     return found
 
 
@@ -184,7 +212,11 @@ def _described(model: nn.Module, run: Run, parts: list[groups.Part]) -> str:
         return f"full fine-tuning: all {n:,} parameters are trained, at lr {run.lr:g}"
     found = attached.changes(model, NAME)
     scales = sorted({round(s, 6) for site, delta in found if (s := _scale(delta.to_peft(site))) is not None})
-    scale = f"; scale {' to '.join(f'{s:g}' for s in (scales[:1] + scales[-1:] if len(scales) > 1 else scales))}" if scales else ""
+    scale = (
+        f"; scale {' to '.join(f'{s:g}' for s in (scales[:1] + scales[-1:] if len(scales) > 1 else scales))}"
+        if scales
+        else ""
+    )
     return f"{run.method} on {len(found)} layers: {n:,} trained parameters, {n / total:.2%} of the model's {total:,}{scale}; lr {run.lr:g}"
 
 

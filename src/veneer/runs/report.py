@@ -24,7 +24,9 @@ from veneer.train.loop.signals import Stop, Wish
 from veneer.train.run import Run
 
 
-def report(run: str, *, measure: bool = False, prompt: Sequence[str] = (), progress: bool = True) -> dict[str, Any]:
+def report(
+    run: str, *, measure: bool = False, prompt: Sequence[str] = (), progress: bool = True
+) -> dict[str, Any]:
     """Writes report.html into the folder of a finished run, or of a demo: the page's path, and what is missing from it.
 
     run: folder of the run
@@ -34,7 +36,9 @@ def report(run: str, *, measure: bool = False, prompt: Sequence[str] = (), progr
     out, voice = Path(run), Voice(progress)
     if not (out / layout.RESULTS).is_file():
         state = "an unfinished run; go on with it first" if (out / layout.CONFIG).is_file() else "no run"
-        raise ConfigError(f"{out} holds {state}: a report is made from {layout.RESULTS}, which a run writes when it is finished")
+        raise ConfigError(
+            f"{out} holds {state}: a report is made from {layout.RESULTS}, which a run writes when it is finished"
+        )
     results = read_json(out / layout.RESULTS)
     if "methods" in results:
         return {"report": str(out / told.REPORT), "missing": demo_report.write(out)}
@@ -64,7 +68,9 @@ def at_the_end(ready: Ready, out: Path, objective: Objective, wish: Wish, voice:
             voice.say(sentence)
     except (Stop, OSError) as e:
         why = "a signal came" if isinstance(e, Stop) else str(e)
-        voice.say(f"the run is finished and saved, but its report is not written ({why}): veneer report {out} --measure makes it")
+        voice.say(
+            f"the run is finished and saved, but its report is not written ({why}): veneer report {out} --measure makes it"
+        )
 
 
 def _keep(out: Path, results: dict[str, Any]) -> None:
@@ -81,4 +87,6 @@ def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]
     dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
     model = base_model.base_again(run, out, dtype, machine.device("auto"))
     store.load(model, out / layout.ADAPTER, NAME)
-    return findings.examine(model, NAME, tokenizer, ready, tasks.get("causal_lm"), run=run, voice=voice, prompts=prompts)
+    return findings.examine(
+        model, NAME, tokenizer, ready, tasks.get("causal_lm"), run=run, voice=voice, prompts=prompts
+    )

@@ -11,9 +11,15 @@ from veneer.errors import ConfigError
 
 
 @torch.no_grad()
-def continuation(model: nn.Module, tokenizer: Any, prompt: str, *, seed: int = 0, temperature: float = 0.7, **options: Any) -> str:
+def continuation(
+    model: nn.Module, tokenizer: Any, prompt: str, *, seed: int = 0, temperature: float = 0.7, **options: Any
+) -> str:
     """What the model writes after the prompt. Raises ConfigError if both together are longer than its context."""
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.tensor([[tokenizer.eos_token_id]])
+    ids = (
+        tokenizer(prompt, return_tensors="pt")["input_ids"]
+        if prompt
+        else torch.tensor([[tokenizer.eos_token_id]])
+    )
     ids = ids.to(next(model.parameters()).device)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and ids.shape[1] + options["max_new_tokens"] > longest:
@@ -21,12 +27,18 @@ def continuation(model: nn.Module, tokenizer: Any, prompt: str, *, seed: int = 0
             f"the prompt has {ids.shape[1]} tokens; with {options['max_new_tokens']} more it exceeds the model's context of {longest};"
             " shorten one"
         )
-    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    drawing = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    )
     if not temperature:
         options.pop("top_p", None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         written = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **drawing, **options
+            ids,
+            attention_mask=torch.ones_like(ids),
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **drawing,
+            **options,
         )
     return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))

@@ -31,7 +31,9 @@ def needed(run: Run) -> bool:
 
 def goes_on(run: Run) -> bool:
     """Whether there is a checkpoint to go on from, which holds the start."""
-    return run.resume and any(checkpoint.damage(path) is None for path in checkpoint.found(Path(run.out) / CHECKPOINTS))
+    return run.resume and any(
+        checkpoint.damage(path) is None for path in checkpoint.found(Path(run.out) / CHECKPOINTS)
+    )
 
 
 def unseen(model: nn.Module, run: Run) -> dict[str, Stats]:
@@ -47,13 +49,20 @@ def look(model: nn.Module, run: Run, windows: Sequence[Window], pad: int, voice:
     """Statistics from windows of the training's text, evenly spaced. Raises the errors of `calibrate`."""
     chosen = sample(windows, run.calibration)
     device = next(model.parameters()).device
-    batches = ({k: v.to(device) for k, v in collate(chosen[at : at + run.batch], pad).items()} for at in range(0, len(chosen), run.batch))
+    batches = (
+        {k: v.to(device) for k, v in collate(chosen[at : at + run.batch], pad).items()}
+        for at in range(0, len(chosen), run.batch)
+    )
     objective = tasks.get(OBJECTIVE)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return objective(model, batch)[0]
 
-    rank = max(run.options.get("rank", methods.options_of(methods.get(run.method))["rank"].default), *run.rank_pattern.values(), 1)
+    rank = max(
+        run.options.get("rank", methods.options_of(methods.get(run.method))["rank"].default),
+        *run.rank_pattern.values(),
+        1,
+    )
     to = "|".join(re.escape(site.name) for site in _sites(model, run))
     found = calibrate(model, batches, rank=rank, to=to, untie=run.untie, loss=loss, seed=run.seed)
     voice.say(f"init {run.options['init']!r} looked at {len(chosen)} windows of the training's text")

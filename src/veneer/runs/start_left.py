@@ -48,4 +48,3 @@ def described(init: str, layers: Mapping[str, float]) -> dict[str, Any]:
     """For config.json and results.json: the start, and what it leaves of the weights."""
     middle = {"median": median(layers.values()), "least": min(layers.values()), "most": max(layers.values())}
     return {"init": init, "left": middle, "layers": dict(layers)}
-

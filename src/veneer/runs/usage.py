@@ -49,10 +49,19 @@ def ways(model: str, record: Mapping[str, Any], peft: Mapping[str, Any] | None) 
     allow = f", allow={record['allow']!r}" if record["allow"] else ""
     own = record["options"].get("init") in quantise.STARTS
     packed = record["base"].get("quantised", [])
-    quantised = '\nveneer.load_quantised(model, "../base")' if own else f"\nveneer.quantise(model, {packed[0]!r})" if packed else ""
+    quantised = (
+        '\nveneer.load_quantised(model, "../base")'
+        if own
+        else f"\nveneer.quantise(model, {packed[0]!r})"
+        if packed
+        else ""
+    )
     found = [OURS.format(base=base, imports=imports, allow=allow, quantised=quantised)]
     if own:
-        return [*found, "Its base is its own, quantised around its start: other programs need the model that `veneer merge` writes."]
+        return [
+            *found,
+            "Its base is its own, quantised around its start: other programs need the model that `veneer merge` writes.",
+        ]
     if record["layout"] != manifest.PEFT or peft is None:
         return [*found, f"PEFT has no words for this change; {_otherwise(model, record)}"]
     found.append(PEFT.format(base=base, imports=imports))

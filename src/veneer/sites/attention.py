@@ -19,17 +19,23 @@ class AttentionSite(Site):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         if not is_self_attention(module):
-            raise SiteError(f"{name!r} is a {type(module).__name__}, and no self-attention of a transformers model")
+            raise SiteError(
+                f"{name!r} is a {type(module).__name__}, and no self-attention of a transformers model"
+            )
         self.heads, self.head_dim = _heads(module)
         super().__init__(name, module)
         self.in_ = self.out
 
     def weight(self) -> Tensor:
-        first: Tensor = next(p for p in self.module.parameters() if p.is_floating_point())  # packed weights have whole numbers too
+        first: Tensor = next(
+            p for p in self.module.parameters() if p.is_floating_point()
+        )  # packed weights have whole numbers too
         return first.new_empty(self.heads * self.head_dim, 0)
 
     def set_weight(self, W: Tensor) -> None:
-        raise NotMergeable(f"{self.name!r} is an attention, which has no weight to write keys and values to; keep the adapter")
+        raise NotMergeable(
+            f"{self.name!r} is an attention, which has no weight to write keys and values to; keep the adapter"
+        )
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
         raise NotMergeable(f"{self.name!r} is an attention, in which no matrix takes the place of another")

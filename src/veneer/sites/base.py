@@ -20,9 +20,13 @@ class Site(ABC):
     kind: ClassVar[str]
     module: Any  # the layer, whose attributes depend on its class
     spatial: int = 0
-    is_matrix: ClassVar[bool] = True  # whether W is a linear map of the layer's input, which other matrices can take the place of
+    is_matrix: ClassVar[bool] = (
+        True  # whether W is a linear map of the layer's input, which other matrices can take the place of
+    )
     acts_by_hook: ClassVar[bool] = True  # whether a change is added to the layer's output by a hook on it
-    is_packed: ClassVar[bool] = False  # whether W is kept in a format of few bits, from which it is unpacked when asked for
+    is_packed: ClassVar[bool] = (
+        False  # whether W is kept in a format of few bits, from which it is unpacked when asked for
+    )
     factored: bool = True  # whether apply() takes a matrix with any number of rows
 
     def __init__(self, name: str, module: nn.Module) -> None:

@@ -30,7 +30,9 @@ class BiasSite(Site):
     @torch.no_grad()
     def set_weight(self, W: Tensor) -> None:
         if getattr(self.module, "bias", None) is None:
-            raise NotMergeable(f"{self.name!r} has no bias to write to; keep the adapter, or leave layers without a bias out")
+            raise NotMergeable(
+                f"{self.name!r} has no bias to write to; keep the adapter, or leave layers without a bias out"
+            )
         self.module.bias.copy_(W[:, 0])
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:

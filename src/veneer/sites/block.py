@@ -19,20 +19,28 @@ class BlockSite(Site):
         layers = [m for n, m in module.named_modules() if ".deltas" not in f".{n}" and kind_of(m)]
         sites = [kind(name, m) for m in (layers[0], layers[-1]) if (kind := kind_of(m))] if layers else []
         if not sites:
-            raise SiteError(f"{name!r} is a {type(module).__name__} without a linear layer inside; name a block of layers")
+            raise SiteError(
+                f"{name!r} is a {type(module).__name__} without a linear layer inside; name a block of layers"
+            )
         self.outputs = sites[-1].out
         super().__init__(name, module)
         self.in_ = sites[0].in_
 
     def weight(self) -> Tensor:
-        first: Tensor = next(p for p in self.module.parameters() if p.is_floating_point())  # packed weights have whole numbers too
+        first: Tensor = next(
+            p for p in self.module.parameters() if p.is_floating_point()
+        )  # packed weights have whole numbers too
         return first.new_empty(self.outputs, 0)
 
     def set_weight(self, W: Tensor) -> None:
-        raise NotMergeable(f"{self.name!r} is a block of several layers, which has no weight to write to; keep the adapter")
+        raise NotMergeable(
+            f"{self.name!r} is a block of several layers, which has no weight to write to; keep the adapter"
+        )
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
-        raise NotMergeable(f"{self.name!r} is a block of several layers, in which no matrix takes the place of another")
+        raise NotMergeable(
+            f"{self.name!r} is a block of several layers, in which no matrix takes the place of another"
+        )
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return nn.functional.dropout(x, p)

@@ -11,7 +11,9 @@ from torch import nn
 def blocks(body: nn.Module) -> list[nn.Module]:
     """The layers of a stack, all of one class: compiled one by one they share one graph, which compiles many times faster."""
     stacks = [list(m) for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    alike = [s for s in stacks if len({type(layer) for layer in s}) == 1 and any(True for _ in s[0].children())]
+    alike = [
+        s for s in stacks if len({type(layer) for layer in s}) == 1 and any(True for _ in s[0].children())
+    ]
     size = {id(s): sum(p.numel() for layer in s for p in layer.parameters()) for s in alike}
     return max(alike, key=lambda s: size[id(s)], default=[])
 

@@ -46,11 +46,15 @@ def site_for(name: str, module: nn.Module) -> Site:
     kind = kind_of(module)
     if kind is None:
         known = ", ".join([layer.__name__ for layer, _ in KINDS] + ["transformers' Conv1D"])
-        raise SiteError(f"{name!r} is a {type(module).__name__}, which holds no linear map known here; known: {known}")
+        raise SiteError(
+            f"{name!r} is a {type(module).__name__}, which holds no linear map known here; known: {known}"
+        )
     return kind(name, module)
 
 
-def find(model: nn.Module, to: Target = "all-linear", exclude: Target = (), untie: bool = False) -> list[Site]:
+def find(
+    model: nn.Module, to: Target = "all-linear", exclude: Target = (), untie: bool = False
+) -> list[Site]:
     """The sites that `to` names, in the model's order.
 
     to: "all-linear" (every Linear and Conv1D but the output head), a regular expression that matches whole names, or
@@ -72,7 +76,9 @@ def find(model: nn.Module, to: Target = "all-linear", exclude: Target = (), unti
     return [site_for(n, layers[n]) for n in names]
 
 
-def named(model: nn.Module, to: Target | None, exclude: Target, fits: Callable[[nn.Module], bool]) -> list[str]:
+def named(
+    model: nn.Module, to: Target | None, exclude: Target, fits: Callable[[nn.Module], bool]
+) -> list[str]:
     """Names of the modules of any class that fit and that `to` names (all of them if None), in the model's order.
 
     to, exclude: as in find, less "all-linear". Raises SiteError for an entry that names none of them.
@@ -81,7 +87,12 @@ def named(model: nn.Module, to: Target | None, exclude: Target, fits: Callable[[
     entries = [] if to is None else [to] if isinstance(to, str) else list(to)
     idle = [e for e in entries if not any(_chosen(n, to if isinstance(to, str) else [e]) for n in modules)]
     if idle:
-        raise SiteError("\n".join(f"no module that could be changed is called {e!r}; there are e.g. {first_few(modules, 3)}" for e in idle))
+        raise SiteError(
+            "\n".join(
+                f"no module that could be changed is called {e!r}; there are e.g. {first_few(modules, 3)}"
+                for e in idle
+            )
+        )
     names = [n for n in modules if to is None or _chosen(n, to)]
     _check_exclude(names, exclude)
     return [n for n in names if not _meant(n, exclude)]
@@ -97,14 +108,20 @@ def _chosen(name: str, target: Target) -> bool:
 def _match(model: nn.Module, layers: dict[str, nn.Module], to: Target) -> list[str]:
     if to == "all-linear":
         head = output_head(model)
-        return [n for n, m in layers.items() if (kind := kind_of(m)) and kind.kind in ("linear", "transposed") and n not in head]
+        return [
+            n
+            for n, m in layers.items()
+            if (kind := kind_of(m)) and kind.kind in ("linear", "transposed") and n not in head
+        ]
     if isinstance(to, str):
         return _by_expression(layers, to)
     found = {entry: [n for n in layers if _ends(n, entry)] for entry in to}
     missing = [entry for entry, names in found.items() if not names]
     if missing:
         endings = {n.rsplit(".", 1)[-1] for n, m in layers.items() if kind_of(m)}
-        raise SiteError("\n".join(f"no layer is called {entry!r}{suggest(entry, endings)}" for entry in missing))
+        raise SiteError(
+            "\n".join(f"no layer is called {entry!r}{suggest(entry, endings)}" for entry in missing)
+        )
     chosen = {n for names in found.values() for n in names}
     return [n for n in layers if n in chosen]
 
@@ -133,10 +150,16 @@ def _check_exclude(names: Sequence[str], exclude: Target) -> None:
         except re.error as e:
             raise SiteError(f"exclude={exclude!r} is not a regular expression: {e}") from None
     entries = [exclude] if isinstance(exclude, str) else list(exclude)
-    idle = [entry for entry in entries if not any(_meant(n, exclude if isinstance(exclude, str) else [entry]) for n in names)]
+    idle = [
+        entry
+        for entry in entries
+        if not any(_meant(n, exclude if isinstance(exclude, str) else [entry]) for n in names)
+    ]
     if idle:
         endings = {n.rsplit(".", 1)[-1] for n in names}
-        raise SiteError("\n".join(f"exclude={entry!r} leaves out no layer{suggest(entry, endings)}" for entry in idle))
+        raise SiteError(
+            "\n".join(f"exclude={entry!r} leaves out no layer{suggest(entry, endings)}" for entry in idle)
+        )
 
 
 def _meant(name: str, target: Target) -> bool:
@@ -169,7 +192,11 @@ def _packed(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]
         if packed_kind(layers[n]):
             continue
         weight = layers[n]._parameters.get("weight")
-        if kind_of(layers[n]) and weight is not None and not (weight.is_floating_point() and weight.element_size() > 1):
+        if (
+            kind_of(layers[n])
+            and weight is not None
+            and not (weight.is_floating_point() and weight.element_size() > 1)
+        ):
             yield (
                 f"{n!r} is a {type(layers[n]).__name__} whose weight is packed ({weight.dtype}), which cannot be read or merged here;"
                 f" load the model in bfloat16 or float32"

@@ -27,7 +27,9 @@ class LeafSite(Site):
         """W (n, 1) as the parameters by their names in the module, in the module's dtypes."""
         like = [self.module.get_parameter(n) for n in self.parameters]
         parts = torch.split(W.flatten(), [p.numel() for p in like])
-        return {n: part.view_as(p).to(p.dtype) for n, part, p in zip(self.parameters, parts, like, strict=True)}
+        return {
+            n: part.view_as(p).to(p.dtype) for n, part, p in zip(self.parameters, parts, like, strict=True)
+        }
 
     @torch.no_grad()
     def set_weight(self, W: Tensor) -> None:
@@ -36,7 +38,9 @@ class LeafSite(Site):
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
         """The module's output on x with its parameters replaced by M (n, 1)."""
-        y: Tensor = functional_call(_Bare(self.module), {f"inner.{n}": p for n, p in self.split(M).items()}, (x,))
+        y: Tensor = functional_call(
+            _Bare(self.module), {f"inner.{n}": p for n, p in self.split(M).items()}, (x,)
+        )
         return y
 
     def drop(self, x: Tensor, p: float) -> Tensor:

@@ -85,8 +85,14 @@ class FourBitSite(PackedSite):
         from bitsandbytes import functional
 
         own = self.module.weight
-        settings = dict(quant_type=own.quant_type, quant_storage=own.quant_storage, compress_statistics=own.compress_statistics)
-        found: tuple[Tensor, Any] = functional.quantize_4bit(W.to(own.quant_state.dtype).contiguous(), blocksize=own.blocksize, **settings)
+        settings = dict(
+            quant_type=own.quant_type,
+            quant_storage=own.quant_storage,
+            compress_statistics=own.compress_statistics,
+        )
+        found: tuple[Tensor, Any] = functional.quantize_4bit(
+            W.to(own.quant_state.dtype).contiguous(), blocksize=own.blocksize, **settings
+        )
         return found
 
 
@@ -138,7 +144,9 @@ class TorchaoSite(PackedSite):
 
         own = self.module.weight
         if list(own.block_size) != [1, self.in_] or (own.zero_point is not None and own.zero_point.any()):
-            raise NotMergeable(f"{self.name!r}: torchao's weight is packed again here where it has one scale a row; dequantise the layer")
+            raise NotMergeable(
+                f"{self.name!r}: torchao's weight is packed again here where it has one scale a row; dequantise the layer"
+            )
         return type(own).from_hp(W.to(own.dtype), granularity=PerRow(), act_quant_kwargs=own.act_quant_kwargs)
 
 
@@ -158,7 +166,9 @@ def packed_kind(module: nn.Module) -> type[PackedSite] | None:
     if not isinstance(module, nn.Linear) or weight is None:
         return None
     kind = _by_type(weight)
-    whole = kind is not TorchaoSite and weight.is_floating_point()  # bitsandbytes packs when the layer is moved to its device
+    whole = (
+        kind is not TorchaoSite and weight.is_floating_point()
+    )  # bitsandbytes packs when the layer is moved to its device
     return None if whole else kind
 
 

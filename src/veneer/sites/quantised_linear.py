@@ -14,7 +14,9 @@ class QuantisedLinear(nn.Module):
     Those of them with fractions have the dtype that the layer's weight would have, and follow model.to(dtype) as it would.
     """
 
-    def __init__(self, parts: quant.Parts, shape: tuple[int, int], bias: nn.Parameter | None, format: quant.Format) -> None:
+    def __init__(
+        self, parts: quant.Parts, shape: tuple[int, int], bias: nn.Parameter | None, format: quant.Format
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.format = format
@@ -25,7 +27,9 @@ class QuantisedLinear(nn.Module):
     @property
     def parts(self) -> quant.Parts:
         """The tensors that W is kept as."""
-        return tuple(getattr(self, name) for name in self.format.names)  # tensors that stand for parameters included
+        return tuple(
+            getattr(self, name) for name in self.format.names
+        )  # tensors that stand for parameters included
 
     @property
     def shape(self) -> tuple[int, int]:

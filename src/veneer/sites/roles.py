@@ -8,10 +8,34 @@ from torch import nn
 
 from veneer.errors import SiteError
 
-KEYS_AND_VALUES = ("k_proj", "v_proj", "key_proj", "value_proj", "self.key", "self.value", "Attention.k", "Attention.v")
+KEYS_AND_VALUES = (
+    "k_proj",
+    "v_proj",
+    "key_proj",
+    "value_proj",
+    "self.key",
+    "self.value",
+    "Attention.k",
+    "Attention.v",
+)
 # The layer that ends an attention block, and the one that ends a feed-forward block.
-ATTENTION_END = ("o_proj", "attn.out_proj", "attn.c_proj", "attention.output.dense", "attention.dense", "Attention.o")
-FEEDFORWARD_END = ("down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h", "DenseReluDense.wo", "output.dense")
+ATTENTION_END = (
+    "o_proj",
+    "attn.out_proj",
+    "attn.c_proj",
+    "attention.output.dense",
+    "attention.dense",
+    "Attention.o",
+)
+FEEDFORWARD_END = (
+    "down_proj",
+    "fc2",
+    "fc_out",
+    "mlp.c_proj",
+    "dense_4h_to_h",
+    "DenseReluDense.wo",
+    "output.dense",
+)
 FEEDFORWARD = ("mlp", "feed_forward", "ffn", "DenseReluDense")  # the whole block
 
 NAMES = {
@@ -31,7 +55,9 @@ def called(model: nn.Module, *what: str, hint: str) -> list[str]:
     found = {w: [n for n in names if _does(n, w)] for w in what}
     unknown = [w for w, hits in found.items() if not hits]
     if unknown:
-        raise SiteError(f"the layers of {' and '.join(unknown)} are not known in a {type(model).__name__}; {hint}")
+        raise SiteError(
+            f"the layers of {' and '.join(unknown)} are not known in a {type(model).__name__}; {hint}"
+        )
     chosen = {n for hits in found.values() for n in hits}
     return [n for n in names if n in chosen]
 

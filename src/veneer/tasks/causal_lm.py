@@ -20,11 +20,18 @@ from veneer.tasks.head import Head, cut, difference
 IGNORED = -100
 PROBED = 64  # positions at which a head is compared with its model
 
-_heads: WeakKeyDictionary[nn.Module, Head | None] = WeakKeyDictionary()  # checked ones; None where the check failed
+_heads: WeakKeyDictionary[nn.Module, Head | None] = (
+    WeakKeyDictionary()
+)  # checked ones; None where the check failed
 
 
 def loss(
-    model: nn.Module, batch: Batch, *, chunked: bool = True, smoothing: float = 0.0, kernel: Kernel | None = None
+    model: nn.Module,
+    batch: Batch,
+    *,
+    chunked: bool = True,
+    smoothing: float = 0.0,
+    kernel: Kernel | None = None,
 ) -> tuple[Tensor, int]:
     """Sum in nats, and the number of labels.
 
@@ -40,7 +47,9 @@ def loss(
     targets = labels[learned]
     if head is not None:
         features = head.features(inputs)[learned]
-        return cross_entropy(features, targets, head.logits, head.parameters(), smoothing=smoothing, kernel=kernel), len(targets)
+        return cross_entropy(
+            features, targets, head.logits, head.parameters(), smoothing=smoothing, kernel=kernel
+        ), len(targets)
     logits = precise(model(**inputs).logits[learned])
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing), len(targets)
 
@@ -53,7 +62,9 @@ def losses(model: nn.Module, batch: Batch, rows: Sequence[int], smoothing: Seque
     head = head_of(model, inputs, learned)
     read = head.features(inputs) if head else model(**inputs).logits
     found = []
-    for x, y, some, spread in zip(*(t.split(list(rows)) for t in (read, labels, learned)), smoothing, strict=True):
+    for x, y, some, spread in zip(
+        *(t.split(list(rows)) for t in (read, labels, learned)), smoothing, strict=True
+    ):
         if head:
             found.append(cross_entropy(x[some], y[some], head.logits, head.parameters(), smoothing=spread))
         else:

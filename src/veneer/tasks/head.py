@@ -43,7 +43,13 @@ def cut(model: nn.Module) -> Head | None:
     Whether the halves make the same logits as the model has to be checked: models may do more to their logits.
     """
     body, find = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", None)
-    if not isinstance(body, nn.Module) or body is model or find is None or model._forward_pre_hooks or "forward" in model.__dict__:
+    if (
+        not isinstance(body, nn.Module)
+        or body is model
+        or find is None
+        or model._forward_pre_hooks
+        or "forward" in model.__dict__
+    ):
         return None
     layer, config = find(), _settings(model)
     if not isinstance(layer, nn.Module):
@@ -54,7 +60,11 @@ def cut(model: nn.Module) -> Head | None:
 
 def _settings(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and callable(getattr(config, "get_text_config", None)) else config
+    text = (
+        config.get_text_config()
+        if config is not None and callable(getattr(config, "get_text_config", None))
+        else config
+    )
     return lambda name: getattr(text, name, None)
 
 
@@ -74,4 +84,8 @@ def difference(model: nn.Module, head: Head, inputs: Mapping[str, Any], places: 
             module.training = mode
     if own.shape != cut.shape:
         return float("nan")
-    return float((own - cut).abs().max() / own.abs().max().clamp_min(torch.finfo(own.dtype).tiny)) if own.numel() else 0.0
+    return (
+        float((own - cut).abs().max() / own.abs().max().clamp_min(torch.finfo(own.dtype).tiny))
+        if own.numel()
+        else 0.0
+    )

@@ -19,7 +19,9 @@ def check_length(model: nn.Module, length: int) -> None:
     """Raises ConfigError if the model's positions end before `length` tokens."""
     most = context(model)
     if most is not None and length > most:
-        raise ConfigError(f"length {length} > {most}, the longest sequence this model takes (max_position_embeddings); use at most {most}")
+        raise ConfigError(
+            f"length {length} > {most}, the longest sequence this model takes (max_position_embeddings); use at most {most}"
+        )
 
 
 def context(model: nn.Module) -> int | None:
@@ -52,10 +54,16 @@ def check_packing(model: nn.Module) -> None:
     training = model.training
     model.eval()
     try:
-        packed = _logits(model, torch.stack([torch.cat([first, second]), torch.cat([other, second])]), positions.expand(2, -1))[:, n:]
+        packed = _logits(
+            model,
+            torch.stack([torch.cat([first, second]), torch.cat([other, second])]),
+            positions.expand(2, -1),
+        )[:, n:]
         alone = _logits(model, second[None], None)[0]
     except TypeError as e:
-        raise ConfigError(f"this model takes no position_ids, which packing needs ({e}); use packing=False") from None
+        raise ConfigError(
+            f"this model takes no position_ids, which packing needs ({e}); use packing=False"
+        ) from None
     finally:
         model.train(training)
     eps = torch.finfo(next(model.parameters()).dtype).eps
@@ -63,7 +71,9 @@ def check_packing(model: nn.Module) -> None:
     seen, moved = float((packed[0] - packed[1]).abs().max()), float((packed[0] - alone).abs().max())
     if seen > 4 * eps * size or moved > 32 * eps * size:
         what = "see each other" if seen > 4 * eps * size else "see their place in the window"
-        raise ConfigError(f"in a {type(model).__name__}, texts packed into one window {what}; use packing=False")
+        raise ConfigError(
+            f"in a {type(model).__name__}, texts packed into one window {what}; use packing=False"
+        )
 
 
 def _logits(model: nn.Module, ids: Tensor, positions: Tensor | None) -> Tensor:
@@ -81,7 +91,9 @@ def check_leaves(model: nn.Module, ids: Tensor) -> None:
     calls: dict[str, bool] = {}
 
     def look(name: str) -> Any:
-        return lambda module, args, kwargs: calls.update({name: calls.get(name, True) and len(args) == 1 and not kwargs})
+        return lambda module, args, kwargs: calls.update(
+            {name: calls.get(name, True) and len(args) == 1 and not kwargs}
+        )
 
     handles = [m.register_forward_pre_hook(look(n), with_kwargs=True) for n, m in leaves.items()]
     try:

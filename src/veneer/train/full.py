@@ -15,7 +15,11 @@ from veneer.sites import LeafSite, Site
 
 def leaves(model: nn.Module) -> list[LeafSite]:
     """The modules that hold parameters themselves that were trained, in the model's order; one that shares all of them included."""
-    return [LeafSite(n, m) for n, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    return [
+        LeafSite(n, m)
+        for n, m in model.named_modules()
+        if any(p.requires_grad for p in m.parameters(recurse=False))
+    ]
 
 
 @torch.no_grad()

@@ -18,7 +18,12 @@ BUILTIN = {
 }
 # A low-rank change wants about ten times the rate of full fine-tuning; under LoRA+ the rate is A's, and B's is 16 times it.
 # LoRA-Pro's is that of its authors' scripts. Where nothing is known, nothing is guessed.
-OTHERS = {("full", "adamw"): 2e-5, ("adapter", "adamw"): 2e-4, ("adapter", "loraplus"): 5e-5, ("adapter", "lorapro"): 2e-5}
+OTHERS = {
+    ("full", "adamw"): 2e-5,
+    ("adapter", "adamw"): 2e-4,
+    ("adapter", "loraplus"): 5e-5,
+    ("adapter", "lorapro"): 2e-5,
+}
 # Starts that want the rate of full fine-tuning: their factors begin large, and move the weights as far in a step.
 AS_FULL = ("loraga", "qpissa")
 
@@ -40,7 +45,11 @@ def default(method: str, optimiser: str, builtin: bool, init: str = "") -> float
     if (kind, optimiser) in known:
         return known[kind, optimiser]
     measured = BUILTIN.get((kind, optimiser))
-    hint = f"; the built-in model's is {measured:g}, AdamW's there {BUILTIN[kind, 'adamw']:g}" if measured else ""
+    hint = (
+        f"; the built-in model's is {measured:g}, AdamW's there {BUILTIN[kind, 'adamw']:g}"
+        if measured
+        else ""
+    )
     raise ConfigError(f"no rate is known for {optimiser!r} on this model; give lr (--lr){hint}")
 
 
@@ -48,4 +57,6 @@ def _own(method: str, optimiser: str, known: dict[str, float]) -> float:
     if optimiser == "adamw" and method in known:
         return known[method]
     hint = f"; AdamW's on the built-in model is {OWN_BUILTIN[method]:g}"
-    raise ConfigError(f"no rate is known for method {method!r} and optimiser {optimiser!r} on this model; give lr (--lr){hint}")
+    raise ConfigError(
+        f"no rate is known for method {method!r} and optimiser {optimiser!r} on this model; give lr (--lr){hint}"
+    )

@@ -33,15 +33,26 @@ def check(model: nn.Module, adapter: str) -> None:
     narrow = [site.name for site, _ in found if site.dtype not in (torch.float32, torch.float64)]
     problems = []
     if other:
-        problems.append(f"ReLoRA restarts plain LoRA whose B starts at zero, unlike {first_few(other)}; use method lora, init kaiming")
+        problems.append(
+            f"ReLoRA restarts plain LoRA whose B starts at zero, unlike {first_few(other)}; use method lora, init kaiming"
+        )
     if narrow:
-        problems.append(f"ReLoRA adds small changes to the base, and {first_few(narrow)} would round them away; keep it in float32")
+        problems.append(
+            f"ReLoRA adds small changes to the base, and {first_few(narrow)} would round them away; keep it in float32"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 @torch.no_grad()
-def restart(model: nn.Module, adapter: str, optimisers: Iterable[torch.optim.Optimizer], cycle: int, *, prune: float = 0.9) -> None:
+def restart(
+    model: nn.Module,
+    adapter: str,
+    optimisers: Iterable[torch.optim.Optimizer],
+    cycle: int,
+    *,
+    prune: float = 0.9,
+) -> None:
     """Writes the adapter's changes into the base and begins them anew, with a draw of A for this cycle.
 
     The model computes what it did, up to rounding. prune: the share of the moments that is forgotten.

@@ -29,47 +29,81 @@ class Run:
     """Settings of one training. Raises ConfigError, naming all of them, for settings that make no sense (together)."""
 
     data: tuple[str, ...] = setting(
-        REQUIRED, "texts to learn from: files (.txt, .jsonl, .csv, .parquet, ..), datasets, builtin:prose; NAME@2: twice an epoch"
+        REQUIRED,
+        "texts to learn from: files (.txt, .jsonl, .csv, .parquet, ..), datasets, builtin:prose; NAME@2: twice an epoch",
     )
     model: str = setting("builtin", "base model: a Hugging Face folder or id, or builtin")
     valid: tuple[str, ...] = setting((), "texts to choose the best step by; a tenth of data unless given")
-    test: tuple[str, ...] = setting((), "texts measured before and after only, never chosen by; the result is valid's without them")
-    known: tuple[str, ...] = setting((), "texts whose forgetting is measured; none: no text; builtin:known for the built-in model")
-    method: str = setting("lora", "how the model is changed: a method of veneer, or full for all its parameters")
+    test: tuple[str, ...] = setting(
+        (), "texts measured before and after only, never chosen by; the result is valid's without them"
+    )
+    known: tuple[str, ...] = setting(
+        (), "texts whose forgetting is measured; none: no text; builtin:known for the built-in model"
+    )
+    method: str = setting(
+        "lora", "how the model is changed: a method of veneer, or full for all its parameters"
+    )
     to: str | tuple[str, ...] | None = setting(
-        None, "layers to adapt: all-linear, a regular expression, or names and endings of names; the method's own choice unless given"
+        None,
+        "layers to adapt: all-linear, a regular expression, or names and endings of names; the method's own choice unless given",
     )
     exclude: str | tuple[str, ...] = setting((), "layers to leave out, as in to")
     untie: bool = setting(False, "adapt layers that share their weight with another one")
-    options: dict[str, Any] = field(default_factory=dict, metadata=about("the method's own options, such as rank and alpha"))
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=about("other ranks, by ending or pattern of a layer's name"))
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=about("other alphas, in the same way"))
-    calibration: int = setting(64, "windows of data that a start such as loraga looks at before the training", unit="windows")
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata=about("the method's own options, such as rank and alpha")
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata=about("other ranks, by ending or pattern of a layer's name")
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata=about("other alphas, in the same way")
+    )
+    calibration: int = setting(
+        64, "windows of data that a start such as loraga looks at before the training", unit="windows"
+    )
     optimiser: str = setting("adamw", f"what makes steps of gradients: {', '.join(optim.available())}")
-    optimiser_options: dict[str, Any] = field(default_factory=dict, metadata=about("the optimiser's own options, such as LoRA+'s ratio"))
-    lr: float | None = setting(None, "peak learning rate (of A, under LoRA+); depends on model, method and optimiser unless given")
-    embedding_lr: float | None = setting(None, "peak learning rate of what changes embeddings; lr unless given")
+    optimiser_options: dict[str, Any] = field(
+        default_factory=dict, metadata=about("the optimiser's own options, such as LoRA+'s ratio")
+    )
+    lr: float | None = setting(
+        None, "peak learning rate (of A, under LoRA+); depends on model, method and optimiser unless given"
+    )
+    embedding_lr: float | None = setting(
+        None, "peak learning rate of what changes embeddings; lr unless given"
+    )
     weight_decay: float = setting(0.0, "W, or the product B A, shrinks by (1 - rate * decay) a step")
-    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's decay rates of the gradient's mean and square")
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), "AdamW's decay rates of the gradient's mean and square"
+    )
     clip: float = setting(1.0, "largest norm of the whole gradient; 0: not clipped")
     steps: int | None = setting(None, "length of the training", unit="steps")
-    epochs: float | None = setting(None, "length of the training if steps is not given; 1 unless given", unit="passes over data")
+    epochs: float | None = setting(
+        None, "length of the training if steps is not given; 1 unless given", unit="passes over data"
+    )
     batch: int = setting(8, "windows in one forward pass", unit="windows")
     accumulate: int = setting(1, "forward passes a step", unit="passes")
     length: int = setting(256, "longest window", unit="tokens")
     packing: bool = setting(True, "several short texts in a window; they do not see each other")
-    stream: bool = setting(False, "read data a row at a time while it is learned, and never hold it as a whole; needs steps")
+    stream: bool = setting(
+        False, "read data a row at a time while it is learned, and never hold it as a whole; needs steps"
+    )
     buffer: int = setting(1024, "of a stream: what is held, and the next window drawn from", unit="windows")
-    train_on: Literal["completion", "all"] = setting("completion", "what is learned: completions and assistant turns, or all text")
+    train_on: Literal["completion", "all"] = setting(
+        "completion", "what is learned: completions and assistant turns, or all text"
+    )
     train_roles: tuple[str, ...] = setting(("assistant",), "whose turns of a conversation are learned")
-    label_smoothing: float = setting(0.0, "spread over the vocabulary while learning, not in evaluations", unit="share of each label")
+    label_smoothing: float = setting(
+        0.0, "spread over the vocabulary while learning, not in evaluations", unit="share of each label"
+    )
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "the rate after warm-up")
     warmup: float = setting(0.05, "straight rise of the rate", unit="share of the steps")
     precision: Literal["auto", "bf16", "fp32"] = setting(
-        "auto", "bf16: adapters on a bfloat16 base; full keeps float32 weights under autocast. auto: bf16 where the processor has it"
+        "auto",
+        "bf16: adapters on a bfloat16 base; full keeps float32 weights under autocast. auto: bf16 where the processor has it",
     )
     quantise: Literal["nf4", "int8"] | None = setting(
-        None, "keep the frozen base's linear layers in 4 or 8 bits a number (QLoRA): nf4 or int8; as they are unless given"
+        None,
+        "keep the frozen base's linear layers in 4 or 8 bits a number (QLoRA): nf4 or int8; as they are unless given",
     )
     compile: Literal["auto", "on", "off", "graphs"] = setting(
         "auto",
@@ -77,20 +111,32 @@ class Run:
         " graphs: on, with CUDA graphs (not yet tried on a GPU)",
     )
     gradient_checkpointing: bool = setting(
-        False, "keep only what enters each block and compute the rest again backward: less memory, a third more time"
+        False,
+        "keep only what enters each block and compute the rest again backward: less memory, a third more time",
     )
     cache_frozen: bool = setting(
-        False, "keep on disk, in out, what leaves the blocks below the first adapted one, and compute it once for each window of data"
+        False,
+        "keep on disk, in out, what leaves the blocks below the first adapted one, and compute it once for each window of data",
     )
     device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, ..; auto: cuda where there is one")
     seed: int = setting(0, "decides starts, order, dropout and what is split off")
-    eval_every: int | None = setting(None, "distance of evaluations; a fifth of the run unless given", unit="steps")
-    eval_windows: int = setting(24, "windows that are evaluated of each text, evenly spaced; 0: all", unit="windows")
-    save_every: int | None = setting(None, "distance of checkpoints; as eval_every unless given", unit="steps")
+    eval_every: int | None = setting(
+        None, "distance of evaluations; a fifth of the run unless given", unit="steps"
+    )
+    eval_windows: int = setting(
+        24, "windows that are evaluated of each text, evenly spaced; 0: all", unit="windows"
+    )
+    save_every: int | None = setting(
+        None, "distance of checkpoints; as eval_every unless given", unit="steps"
+    )
     keep: int = setting(3, "newest checkpoints to keep, beside the best one", unit="checkpoints")
     out: str = setting("runs/fit", "folder of the run")
-    report: bool = setting(True, "measure the strength dial, the layers and samples at the end, and write report.html")
-    track: tuple[str, ...] = setting((), f"where to show the figures too, without a network; several with commas: {', '.join(trackers())}")
+    report: bool = setting(
+        True, "measure the strength dial, the layers and samples at the end, and write report.html"
+    )
+    track: tuple[str, ...] = setting(
+        (), f"where to show the figures too, without a network; several with commas: {', '.join(trackers())}"
+    )
     resume: bool = setting(False, "go on in out from the newest valid checkpoint; begin where there is none")
     allow: tuple[str, ...] = setting((), f"checks to turn off: {', '.join(ALLOWED)}")
 
@@ -103,7 +149,9 @@ class Run:
             except ValueError as e:
                 problems.append(f"{f.name}: {e}")
         if isinstance(self.track, tuple):
-            object.__setattr__(self, "track", tuple(name for entry in self.track for name in entry.split(",")))
+            object.__setattr__(
+                self, "track", tuple(name for entry in self.track for name in entry.split(","))
+            )
         problems = problems or list(_problems(self))
         if problems:
             raise ConfigError("\n".join(problems))
@@ -118,10 +166,17 @@ class Run:
         }
         try:
             return settings.from_dict(cls, values, inside)
-        except ConfigError as e:  # options are looked at once all else is well: what is wrong in them is said with it
+        except (
+            ConfigError
+        ) as e:  # options are looked at once all else is well: what is wrong in them is said with it
             owners = {"options": f"method {method!r}", "optimiser_options": f"optimiser {optimiser!r}"}
             own = [(owner, values.get(key), inside[key]) for key, owner in owners.items()]
-            more = [s for owner, v, known in own if isinstance(v, Mapping) and known != () for s in _of_options(owner, v, known)]
+            more = [
+                s
+                for owner, v, known in own
+                if isinstance(v, Mapping) and known != ()
+                for s in _of_options(owner, v, known)
+            ]
             raise ConfigError("\n".join(dict.fromkeys([*str(e).splitlines(), *more]))) from None
 
     @classmethod
@@ -146,7 +201,11 @@ class Range(NamedTuple):
 RANGES = [
     Range("above 0", ("lr", "embedding_lr", "epochs"), 0, open=True),
     Range("0 or more", ("weight_decay", "clip", "eval_windows", "seed"), 0),
-    Range("1 or more", ("steps", "batch", "accumulate", "length", "buffer", "eval_every", "save_every", "calibration"), 1),
+    Range(
+        "1 or more",
+        ("steps", "batch", "accumulate", "length", "buffer", "eval_every", "save_every", "calibration"),
+        1,
+    ),
     Range("2 or more, so that one is left if the newest is damaged", ("keep",), 2),
     Range("in [0, 1)", ("warmup", "label_smoothing"), 0, 1),
 ]
@@ -156,7 +215,9 @@ def _problems(run: Run) -> Iterator[str]:
     for r in RANGES:
         for name in r.names:
             value = getattr(run, name)
-            if value is not None and not ((value > r.least or (value == r.least and not r.open)) and value < r.most):
+            if value is not None and not (
+                (value > r.least or (value == r.least and not r.open)) and value < r.most
+            ):
                 yield f"{name} {value:g} must be {r.words}"
     if not all(0 <= b < 1 for b in run.betas):
         yield f"betas {run.betas} must both be in [0, 1)"
@@ -238,7 +299,13 @@ def _of_optimiser(run: Run) -> Iterator[str]:
     roles = set(methods.get(run.method).roles.values()) if run.method in methods.available() else None
     needed = sorted(optim.get(run.optimiser).needs)
     if roles is not None and not roles.issuperset(needed):
-        has = f"has {' and '.join(sorted(roles))} alone" if roles else "has neither" if len(needed) > 1 else "has none"
+        has = (
+            f"has {' and '.join(sorted(roles))} alone"
+            if roles
+            else "has neither"
+            if len(needed) > 1
+            else "has none"
+        )
         yield f"{owner} works on {' and '.join(needed)}, and method {run.method!r} {has}; use optimiser 'adamw'"
     if not unsuitable:
         try:
@@ -246,4 +313,8 @@ def _of_optimiser(run: Run) -> Iterator[str]:
         except ConfigError as e:
             yield f"{owner}: {e}"
         else:
-            yield from (f"{owner}: {sentence}, or allow {check!r}" for check, sentence in doubts.items() if check not in run.allow)
+            yield from (
+                f"{owner}: {sentence}, or allow {check!r}"
+                for check, sentence in doubts.items()
+                if check not in run.allow
+            )

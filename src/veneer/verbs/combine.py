@@ -43,7 +43,16 @@ def combine(
     """
     _check_new(out)
     opened, wanted = adapted.open_all(adapter, model=model, allow=allow)
-    cuts = algebra.combine(opened.model, adapted.summed(wanted), NEW, rank=rank, energy=energy, how=how, density=density, seed=seed)
+    cuts = algebra.combine(
+        opened.model,
+        adapted.summed(wanted),
+        NEW,
+        rank=rank,
+        energy=energy,
+        how=how,
+        density=density,
+        seed=seed,
+    )
     store.save(opened.model, out, NEW)
     return _told(out, cuts)
 
@@ -71,7 +80,9 @@ def extract(
     _check_new(out)
     cpu = torch.device("cpu")
     before, after = (pretrained.causal_lm(name, torch.float32, cpu) for name in (base, tuned))
-    cuts = algebra.extract(before, after, NEW, to=list(to) or "all-linear", rank=rank, energy=energy, rest=rest)
+    cuts = algebra.extract(
+        before, after, NEW, to=list(to) or "all-linear", rank=rank, energy=energy, rest=rest
+    )
     store.save(before, out, NEW)
     return _told(out, cuts)
 

@@ -85,7 +85,9 @@ def convert(
         notes += said
     notes += carry.write(ready, folder, to, base=base)
     ranks = sorted({p.rank for p in ready.sites.values()})
-    done = Conversion(str(source), found.dialect, to, str(folder), len(ready.sites), ranks, notes, list(ready.left_out))
+    done = Conversion(
+        str(source), found.dialect, to, str(folder), len(ready.sites), ranks, notes, list(ready.left_out)
+    )
     with replacing(folder / RECORD) as (path,):
         write_json(path, done.as_dict())
     return done
@@ -99,16 +101,21 @@ def _base(model: str | None, names: str | None) -> Base:
     return replace(base, names=(*base.names, *own))
 
 
-
-
 def _pairs(
-    found: Found, base: Base, model: str | None, to: str, cut: tuple[int | None, float | None], allow: Sequence[str]
+    found: Found,
+    base: Base,
+    model: str | None,
+    to: str,
+    cut: tuple[int | None, float | None],
+    allow: Sequence[str],
 ) -> tuple[Pairs, list[str]]:
     """The adapter as pairs that `to` can hold: as they are, cut, or made on the base itself where they are none otherwise."""
     command = f"veneer convert {found.folder} --to {to} --out OUT --model BASE"
     other = _otherwise(found)
     if other and model is None:
-        raise FormatError(f"{found.file} is {other}: the file has no factors of LoRA, but its base's layers make some of it:\n  {command}")
+        raise FormatError(
+            f"{found.file} is {other}: the file has no factors of LoRA, but its base's layers make some of it:\n  {command}"
+        )
     if other and model is not None:
         ready, notes = _on_base(found, model, cut, command)
         return ready, [f"{other} is written as plain LoRA", *notes]
@@ -138,7 +145,11 @@ def _otherwise(found: Found) -> str | None:
     if found.dialect == NATIVE:
         record = manifest.read(found.folder)
         return f"{record['method'] if record else 'a change'} in Veneer's own layout"
-    other = found.dialect == "peft" and found.config.get("peft_type", "LORA") != "LORA" and method_of(found.config) is not None
+    other = (
+        found.dialect == "peft"
+        and found.config.get("peft_type", "LORA") != "LORA"
+        and method_of(found.config) is not None
+    )
     return f"PEFT's {found.config['peft_type']}" if other else None
 
 
@@ -147,7 +158,9 @@ def _moves_base(found: Found) -> bool:
 
 
 @torch.no_grad()
-def _on_base(found: Found, model: str, cut: tuple[int | None, float | None], command: str) -> tuple[Pairs, list[str]]:
+def _on_base(
+    found: Found, model: str, cut: tuple[int | None, float | None], command: str
+) -> tuple[Pairs, list[str]]:
     """The change on the base's own weights as plain LoRA, of the rank that is asked for, with what the cut lost.
 
     Without one it must be a product of two factors, and they are taken as they are.
@@ -160,7 +173,9 @@ def _on_base(found: Found, model: str, cut: tuple[int | None, float | None], com
         cuts = combine.to_lora(base, name, "plain", rank=cut[0], energy=cut[1])
         worst = max(cuts, key=lambda c: c.error)
         kept = 1 - worst.error**2
-        notes.append(f"cut to ranks of at most {max(c.rank for c in cuts)}; {worst.site} kept least, {kept:.1%} of its energy")
+        notes.append(
+            f"cut to ranks of at most {max(c.rank for c in cuts)}; {worst.site} kept least, {kept:.1%} of its energy"
+        )
         name = "plain"
     sites = {}
     for site, delta in combine.of_matrices(base, name):
@@ -172,12 +187,16 @@ def _on_base(found: Found, model: str, cut: tuple[int | None, float | None], com
             )
         kind: Kind = "linear" if site.kind == "transposed" else site.kind  # type: ignore[assignment]
         sites[site.name] = Pair(site.pack(f.A).detach(), f.B.detach(), 1.0, kind=kind)
-    return Pairs(sites, origin=found.config.get("base_model_name_or_path"), task=found.config.get("task_type")), notes
+    return Pairs(
+        sites, origin=found.config.get("base_model_name_or_path"), task=found.config.get("task_type")
+    ), notes
 
 
 def text(done: Conversion) -> str:
     """The conversion in a few lines for people."""
-    lines = [f"{done.source}: {done.dialect} -> {done.to} in {done.out}: {done.layers} layers, ranks {first_few(map(str, done.ranks))}"]
+    lines = [
+        f"{done.source}: {done.dialect} -> {done.to} in {done.out}: {done.layers} layers, ranks {first_few(map(str, done.ranks))}"
+    ]
     lines += [f"- {note}" for note in done.notes]
     if done.left_out:
         lines.append(f"- left out: {first_few(done.left_out)}")

@@ -32,7 +32,9 @@ class Converted:
         }
 
 
-def convert_config(config: str, *, out: str | None = None, tool: str | None = None, model: str | None = None) -> Converted:
+def convert_config(
+    config: str, *, out: str | None = None, tool: str | None = None, model: str | None = None
+) -> Converted:
     """The settings of a configuration file of axolotl, LLaMA-Factory, torchtune or mlx-lm as settings of `veneer fit`.
 
     config: a YAML or JSON file
@@ -84,4 +86,9 @@ def text(done: Converted) -> str:
     """The translation for people."""
     found = done.translation
     where = f", in {done.out}" if done.out else ""
-    return "\n".join([f"{len(found.settings)} settings of {found.tool} carried{where}", *(f"- {line}" for line in _remarks(done))])
+    return "\n".join(
+        [
+            f"{len(found.settings)} settings of {found.tool} carried{where}",
+            *(f"- {line}" for line in _remarks(done)),
+        ]
+    )

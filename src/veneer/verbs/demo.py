@@ -47,11 +47,15 @@ class Contender(NamedTuple):
 CONTENDERS = {
     "full": Contender("full", {"prose": 6e-4, "c": 6e-4}, {}),
     "lora": Contender("lora", {"prose": 5e-3, "c": 5e-3}, {"options": {"rank": 8}}),
-    "loraplus": Contender("lora", {"prose": 5e-4, "c": 1e-3}, {"options": {"rank": 8}, "optimiser": "loraplus"}),
+    "loraplus": Contender(
+        "lora", {"prose": 5e-4, "c": 1e-3}, {"options": {"rank": 8}, "optimiser": "loraplus"}
+    ),
 }
 
 
-def demo(out: str = "runs/demo", *, steps: int = 100, seed: int = 0, fresh: bool = False, progress: bool = True) -> dict[str, Any]:
+def demo(
+    out: str = "runs/demo", *, steps: int = 100, seed: int = 0, fresh: bool = False, progress: bool = True
+) -> dict[str, Any]:
     """Trains every method on every text that this interpreter has, and writes results.json and a picture into `out`.
 
     out: folder of the demo; trainings that are finished there are not repeated, one that was stopped goes on
@@ -61,7 +65,11 @@ def demo(out: str = "runs/demo", *, steps: int = 100, seed: int = 0, fresh: bool
     """
     folder, voice = Path(out), Voice(progress)
     targets = [d for d in DOMAINS if has(d)]
-    runs = {(t, label): settings(folder, t, label, c, steps=steps, seed=seed) for t in targets for label, c in CONTENDERS.items()}
+    runs = {
+        (t, label): settings(folder, t, label, c, steps=steps, seed=seed)
+        for t in targets
+        for label, c in CONTENDERS.items()
+    }
     if fresh:
         _clear(folder)
     for missing in sorted(set(DOMAINS) - set(targets)):
@@ -81,7 +89,8 @@ def demo(out: str = "runs/demo", *, steps: int = 100, seed: int = 0, fresh: bool
         "noise_bpb": NOISE,
         "steps": steps,
         "seed": seed,
-        "texts": {t: {s: describe(domain(t, s)) for s in ("train", "valid", "test")} for t in targets} | {"known": describe(known("test"))},
+        "texts": {t: {s: describe(domain(t, s)) for s in ("train", "valid", "test")} for t in targets}
+        | {"known": describe(known("test"))},
         "versions": machine.versions(),
         "picture": PICTURE,
     }
@@ -100,7 +109,16 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def settings(folder: Path, target: str, label: str, contender: Contender, *, steps: int, seed: int, lr: float | None = None) -> Run:
+def settings(
+    folder: Path,
+    target: str,
+    label: str,
+    contender: Contender,
+    *,
+    steps: int,
+    seed: int,
+    lr: float | None = None,
+) -> Run:
     """The run of one contender on one target."""
     return Run(
         data=(f"{embedded.PREFIX}:{target}",),
@@ -161,26 +179,40 @@ class Judge:
         text = {"target": self.text(target, split), "known": self.text("known", split)}
         if (target, split) not in self.base:
             self.base[target, split] = dial(self.model, "judged", text, self.objective, strengths=[0.0])
-        return self.base[target, split] + dial(self.model, "judged", text, self.objective, strengths=DIALLED[split])
+        return self.base[target, split] + dial(
+            self.model, "judged", text, self.objective, strengths=DIALLED[split]
+        )
 
     def text(self, name: str, split: str) -> Sequence[Window]:
         """Windows of one text, evenly spaced, fewer of the validation text; read once."""
         if (name, split) not in self.windows:
             run = Run(data=("-",), length=LENGTH)
-            whole = texts.prepare(sources.rows([f"{embedded.PREFIX}:{name}:{split}"], split), run, self.tokenizer, Voice(False))
+            whole = texts.prepare(
+                sources.rows([f"{embedded.PREFIX}:{name}:{split}"], split), run, self.tokenizer, Voice(False)
+            )
             self.windows[name, split] = sample(whole.windows, WINDOWS if split == "test" else WINDOWS // 2)
         return self.windows[name, split]
 
     def sample(self, target: str, strength: float) -> str:
         """The target's prompt continued at a strength of the attached adapter."""
         with using(self.model, *([{"judged": strength}] if strength else [])):
-            return continuation(self.model, self.tokenizer, PROMPTS[target], seed=self.seed, temperature=0.7, max_new_tokens=48)
+            return continuation(
+                self.model,
+                self.tokenizer,
+                PROMPTS[target],
+                seed=self.seed,
+                temperature=0.7,
+                max_new_tokens=48,
+            )
 
 
 def text(results: Mapping[str, Any]) -> str:
     """The results for people: a table, the dial, what is noise, samples, and the next command."""
     rows = results["methods"]
-    parts = [table([r for r in rows if r["target"] == t], t, results["noise_bpb"]) for t in dict.fromkeys(r["target"] for r in rows)]
+    parts = [
+        table([r for r in rows if r["target"] == t], t, results["noise_bpb"])
+        for t in dict.fromkeys(r["target"] for r in rows)
+    ]
     return "\n".join([*parts, _next(rows)])
 
 
@@ -194,16 +226,26 @@ def table(rows: Sequence[Mapping[str, Any]], target: str, noise: float) -> str:
         f"{'':<18}{'trained':>11}{'adapter':>11}{'learned':>16}{'forgotten':>16}{'seconds':>9}   dialled to (learned, forgotten)",
     ]
     lines += [_line(r) for r in rows]
-    lines += [f"Differences below {noise} are noise at one seed: {_ties(rows, noise)}.", "", f"Prompt: {before['prompt']}"]
+    lines += [
+        f"Differences below {noise} are noise at one seed: {_ties(rows, noise)}.",
+        "",
+        f"Prompt: {before['prompt']}",
+    ]
     lora = next((r for r in rows if r["method"] == "lora"), before)
-    lines += [f"  {name:<7} {_one_line(lora['samples'][key])}" for name, key in (("base", "before"), ("LoRA", "after"))]
+    lines += [
+        f"  {name:<7} {_one_line(lora['samples'][key])}"
+        for name, key in (("base", "before"), ("LoRA", "after"))
+    ]
     return "\n".join(lines)
 
 
 def _line(r: Mapping[str, Any]) -> str:
     """One run as a line of the table."""
     at = next(p for p in r["dial"] if p["strength"] == r["recommended_strength"])
-    moves = [f"{r[f'{k}_bpb_after']:>8.3f} {r[f'{k}_bpb_after'] / r[f'{k}_bpb_before'] - 1:>+7.1%}" for k in ("target", "known")]
+    moves = [
+        f"{r[f'{k}_bpb_after']:>8.3f} {r[f'{k}_bpb_after'] / r[f'{k}_bpb_before'] - 1:>+7.1%}"
+        for k in ("target", "known")
+    ]
     sizes = f"{r['trainable_parameters']:>11,}{_bytes(r['adapter_bytes']):>11}"
     dialled = f"{at['strength']:g} ({at['target_bpb']:.3f}, {at['known_bpb']:.3f})"
     return f"{TITLES[r['method']]:<18}{sizes}{''.join(moves)}{r['seconds']:>9.0f}   {dialled}"
@@ -213,9 +255,15 @@ def _ties(rows: Sequence[Mapping[str, Any]], noise: float) -> str:
     close = []
     for i, a in enumerate(rows):
         for b in rows[i + 1 :]:
-            same = [w for w, k in (("learned", "target_bpb_after"), ("forgotten", "known_bpb_after")) if abs(a[k] - b[k]) < noise]
+            same = [
+                w
+                for w, k in (("learned", "target_bpb_after"), ("forgotten", "known_bpb_after"))
+                if abs(a[k] - b[k]) < noise
+            ]
             if same:
-                close.append(f"{TITLES[a['method']]} and {TITLES[b['method']]} are alike in {' and '.join(same)}")
+                close.append(
+                    f"{TITLES[a['method']]} and {TITLES[b['method']]} are alike in {' and '.join(same)}"
+                )
     return "; ".join(close) or "no two methods are alike"
 
 

@@ -48,7 +48,9 @@ MODULES = {"pyyaml": "yaml", "mlflow-skinny": "mlflow"}  # those that are called
 
 def _feature(what: str, extra: str, packages: Mapping[str, str]) -> Feature:
     """packages: the oldest version by name."""
-    return Feature(what, extra, tuple(Package(name, MODULES.get(name, name), least) for name, least in packages.items()))
+    return Feature(
+        what, extra, tuple(Package(name, MODULES.get(name, name), least) for name, least in packages.items())
+    )
 
 
 FEATURES = (
@@ -94,21 +96,39 @@ class Examination(NamedTuple):
 
 def doctor() -> Examination:
     """A look at the versions, the optional packages, the devices, the built-in texts and the built-in model."""
-    looks: tuple[Callable[[], Iterator[Check]], ...] = (_python, _packages, _layers, _devices, _compiler, _texts, _model)
+    looks: tuple[Callable[[], Iterator[Check]], ...] = (
+        _python,
+        _packages,
+        _layers,
+        _devices,
+        _compiler,
+        _texts,
+        _model,
+    )
     return Examination([check for look in looks for check in look()])
 
 
 def _python() -> Iterator[Check]:
     yield Check("veneer", True, __version__, core=True)
     least = ".".join(map(str, PYTHON))
-    yield Check("python", sys.version_info >= PYTHON, platform.python_version(), f"install Python {least} or newer", core=True)
+    yield Check(
+        "python",
+        sys.version_info >= PYTHON,
+        platform.python_version(),
+        f"install Python {least} or newer",
+        core=True,
+    )
 
 
 def _packages() -> Iterator[Check]:
     for feature in FEATURES:
         for package in feature.packages:
             problem = _problem(package)
-            pip = f"pip install 'veneer[{feature.extra}]'" if feature.extra else f"pip install '{package.name}>={package.least}'"
+            pip = (
+                f"pip install 'veneer[{feature.extra}]'"
+                if feature.extra
+                else f"pip install '{package.name}>={package.least}'"
+            )
             found = f"{problem or _version(package.name)} ({feature.what})"
             yield Check(package.name, not problem, found, pip if problem else "", core=not feature.extra)
 
@@ -153,21 +173,32 @@ def _devices() -> Iterator[Check]:
         memory = "memory not known" if room is None else f"{size(room)} of memory available"
         n = torch.get_num_threads()
         name = f"{n} thread{'s' * (n > 1)}" if place.type == "cpu" else torch.cuda.get_device_name(place)
-        bf16 = "bf16 products in hardware" if multiplies_bf16(place) else "no bf16 products in hardware: precision auto is fp32"
+        bf16 = (
+            "bf16 products in hardware"
+            if multiplies_bf16(place)
+            else "no bf16 products in hardware: precision auto is fp32"
+        )
         yield Check(str(place), True, f"{name}, {memory}, {bf16}", core=place.type == "cpu")
 
 
 def _compiler() -> Iterator[Check]:
     names = [n for n in (sysconfig.get_config_var("CXX") or "", "g++", "clang++", "cl") if n]
     found = next((path for n in names if (path := shutil.which(n.split()[0]))), None)
-    yield Check("C++ compiler", found is not None, f"{found or 'missing'} (torch.compile on the CPU)", "" if found else "apt install g++")
+    yield Check(
+        "C++ compiler",
+        found is not None,
+        f"{found or 'missing'} (torch.compile on the CPU)",
+        "" if found else "apt install g++",
+    )
 
 
 def _texts() -> Iterator[Check]:
     for name, what in {"prose": "built-in prose", "c": "built-in C headers"}.items():
         there = texts.has(name)
         cure = "" if there else _CURES[name]
-        yield Check(what, there, f"{'carried by' if there else 'missing from'} this interpreter (veneer demo)", cure)
+        yield Check(
+            what, there, f"{'carried by' if there else 'missing from'} this interpreter (veneer demo)", cure
+        )
     try:
         n = len(texts.known("test"))
     except texts.TextMissing as e:
@@ -176,20 +207,33 @@ def _texts() -> Iterator[Check]:
         yield Check("built-in known text", True, f"{n} modules of the library (what is forgotten)")
 
 
-_CURES = {"prose": "install Python's pydoc_data (Debian: apt install libpython3-stdlib)", "c": "apt install python3-dev"}
+_CURES = {
+    "prose": "install Python's pydoc_data (Debian: apt install libpython3-stdlib)",
+    "c": "apt install python3-dev",
+}
 
 
 def _model() -> Iterator[Check]:
     if _version("transformers") is None:
-        yield Check("built-in model", False, "cannot be looked at without transformers", "pip install 'veneer[text]'")
+        yield Check(
+            "built-in model", False, "cannot be looked at without transformers", "pip install 'veneer[text]'"
+        )
         return
     try:
         folder = embedded.folder()
-        sha256 = fingerprint.measure(pretrained.causal_lm(embedded.PREFIX, torch.float32, torch.device("cpu")))["sha256"]
+        sha256 = fingerprint.measure(
+            pretrained.causal_lm(embedded.PREFIX, torch.float32, torch.device("cpu"))
+        )["sha256"]
     except VeneerError as e:
         yield Check("built-in model", False, str(e), "pip install --force-reinstall --no-deps veneer")
     except Exception as e:  # a damaged file may raise anything
-        yield Check("built-in model", False, f"{type(e).__name__}: {e}", "pip install --force-reinstall --no-deps veneer", core=True)
+        yield Check(
+            "built-in model",
+            False,
+            f"{type(e).__name__}: {e}",
+            "pip install --force-reinstall --no-deps veneer",
+            core=True,
+        )
     else:
         yield Check("built-in model", True, f"{folder}, fingerprint {sha256[:12]}", core=True)
 
@@ -200,4 +244,10 @@ def text(found: Examination) -> str:
     for c in found.checks:
         lines.append(f"{'ok ' if c.fine else 'NO ' if c.core else 'no '} {c.name:<20} {c.found}")
         lines += [f"    {'':<20} -> {c.cure}"] if c.cure and not c.fine else []
-    return "\n".join([*lines, "", "the core works" if found.healthy else "something that the core needs is broken, see NO above"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "the core works" if found.healthy else "something that the core needs is broken, see NO above",
+        ]
+    )

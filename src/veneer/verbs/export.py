@@ -82,7 +82,9 @@ def export(
         _save(opened, folder, shard_size)
         del opened  # one model at a time in memory
         verdict, off = _reloaded(folder, verdict, inputs, before) if inputs and before else (verdict, None)
-        found = Exported(out, name, base, strengths, verdict, off, TOLERANCE[str(DTYPES[name]).removeprefix("torch.")])
+        found = Exported(
+            out, name, base, strengths, verdict, off, TOLERANCE[str(DTYPES[name]).removeprefix("torch.")]
+        )
         _refuse(verdict, force)
         if off is not None and not off <= found.allowed and not force:
             raise NotMergeable(
@@ -98,7 +100,9 @@ def _check(adapter: Sequence[str], out: str, shard_size: str) -> None:
     if Path(out).exists():
         problems.append(f"out {out} exists; choose another folder or remove it")
     if not SIZE.fullmatch(shard_size) or not float(re.split("[A-Z]", shard_size)[0]):
-        problems.append(f"shard_size {shard_size!r} is no size; write a number and KB, MB or GB, such as 500MB")
+        problems.append(
+            f"shard_size {shard_size!r} is no size; write a number and KB, MB or GB, such as 500MB"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -114,7 +118,9 @@ def _refuse(verdict: Verdict, force: bool) -> None:
         raise NotMergeable(refusal(verdict))
 
 
-def _both(model: nn.Module, strengths: Mapping[str, float], inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _both(
+    model: nn.Module, strengths: Mapping[str, float], inputs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
     """The outputs of the base alone, and with the adapters."""
     with using(model):
         plain = outputs(model, inputs)
@@ -145,7 +151,9 @@ def _save(opened: adapted.Opened, folder: Path, shard_size: str) -> None:
     opened.tokenizer.save_pretrained(folder)
 
 
-def _reloaded(folder: Path, verdict: Verdict, inputs: Mapping[str, Any], before: tuple[Tensor, Tensor]) -> tuple[Verdict, float]:
+def _reloaded(
+    folder: Path, verdict: Verdict, inputs: Mapping[str, Any], before: tuple[Tensor, Tensor]
+) -> tuple[Verdict, float]:
     """The verdict with the effect on the outputs, and how far off the outputs are, of what the files hold."""
     plain, wanted = before
     y = outputs(pretrained.causal_lm(str(folder), torch.float32, torch.device("cpu")), inputs)
@@ -160,5 +168,12 @@ def text(found: Exported) -> str:
     size = sum(f.stat().st_size for f in files) / 1e6
     told = [str(found.verdict)]
     if found.off is not None:
-        told.append(f"reloaded: outputs are {found.off:.2g} from those of base and adapters ({found.allowed:g} allowed in {found.dtype})")
-    return "\n".join([*told, f"saved in {found.folder}: {found.dtype}, {size:,.1f} MB in {len(files)} file{'s' * (len(files) > 1)}"])
+        told.append(
+            f"reloaded: outputs are {found.off:.2g} from those of base and adapters ({found.allowed:g} allowed in {found.dtype})"
+        )
+    return "\n".join(
+        [
+            *told,
+            f"saved in {found.folder}: {found.dtype}, {size:,.1f} MB in {len(files)} file{'s' * (len(files) > 1)}",
+        ]
+    )

@@ -53,7 +53,9 @@ def generate(
     shown: dict[str, adapted.Wanted | None] = {"base": None} if base or not wanted else {}
     for title, acting in {**shown, **{adapted.title(w): w for w in wanted}}.items():
         with adapted.alone(opened.model, acting, allow):
-            found[title] = continuation(opened.model, opened.tokenizer, _prompt(prompt, opened.tokenizer, chat), seed=seed, **options)
+            found[title] = continuation(
+                opened.model, opened.tokenizer, _prompt(prompt, opened.tokenizer, chat), seed=seed, **options
+            )
     return found
 
 
@@ -64,5 +66,3 @@ def _prompt(prompt: str, tokenizer: Any, chat: bool) -> str:
     if tokenizer.chat_template:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     return text_of(plain(messages, answer=True))
-
-

@@ -77,7 +77,9 @@ def text(found: Inspection) -> str:
         f"{'layer':<44} {'rank':>5} {'effective':>9} {'for 90 %':>8} {'norm':>9} {'of W':>7}",
     ]
     for s in found.layers:
-        lines.append(f"{s.site[-44:]:<44} {s.rank:>5} {s.effective_rank:>9.1f} {s.energy_rank:>8} {s.norm:>9.3g} {s.relative:>7.1%}")
+        lines.append(
+            f"{s.site[-44:]:<44} {s.rank:>5} {s.effective_rank:>9.1f} {s.energy_rank:>8} {s.norm:>9.3g} {s.relative:>7.1%}"
+        )
     lines.append("")
     for dtype, error in found.merge.items():
         verdict = "survives" if found.survives[dtype] else "would be LOST"

@@ -52,13 +52,17 @@ def merge(
         raise ConfigError("nothing to merge: name at least one adapter")
     if folder.exists():
         raise ConfigError(f"out {folder} exists; choose another folder or remove it")
-    opened, wanted = adapted.open_all(adapter, model=model, dtype=DTYPES.get(dtype, torch.bfloat16), allow=allow)
+    opened, wanted = adapted.open_all(
+        adapter, model=model, dtype=DTYPES.get(dtype, torch.bfloat16), allow=allow
+    )
     if dtype in FORMATS:
         _check_packed(opened.model, dtype)
     else:
         dequantise(opened.model, DTYPES[dtype])
     strengths = adapted.summed(wanted)
-    verdict = merge_into(opened.model, strengths, limit=limit, force=True)  # this copy is thrown away, and need not be undone
+    verdict = merge_into(
+        opened.model, strengths, limit=limit, force=True
+    )  # this copy is thrown away, and need not be undone
     if verdict.lost and not force:
         raise NotMergeable(refusal(verdict, packed=dtype in FORMATS))
     _save(opened, folder, {"merged": [str(a) for a in adapter], "base": opened.base, **verdict.as_dict()})
@@ -70,7 +74,9 @@ def _check_packed(model: nn.Module, format: str) -> None:
     there = formats(model)
     others = [d.site.name for d in layers(model) if there.get(d.site.name) != format or not d.site.is_packed]
     if others:
-        raise ConfigError(f"dtype {format!r} is for layers that are in it already, and {first_few(others, 3)} are not; use bfloat16")
+        raise ConfigError(
+            f"dtype {format!r} is for layers that are in it already, and {first_few(others, 3)} are not; use bfloat16"
+        )
 
 
 def _save(opened: adapted.Opened, folder: Path, record: dict[str, Any]) -> None:

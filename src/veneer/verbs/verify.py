@@ -58,7 +58,13 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         checks = [c._asdict() for c in self.checks]
-        return {"adapter": self.adapter, "good": self.good, "checks": checks, "layers": self.layers, "dead": self.dead}
+        return {
+            "adapter": self.adapter,
+            "good": self.good,
+            "checks": checks,
+            "layers": self.layers,
+            "dead": self.dead,
+        }
 
 
 def verify(adapter: str, *, model: str | None = None, dtype: str = "float32", device: str = "cpu") -> Report:
@@ -88,7 +94,13 @@ def examine(model: nn.Module, folder: str | Path, *, inputs: Mapping[str, Any] |
     words = ("fit", *LOADING)
     whole = _refused(model, folder, set()) is None
     wrong = {word: None if whole else _refused(model, folder, set(ALLOW) - {word}) for word in words}
-    checks = [Check("complete", wrong["fit"] is None, wrong["fit"] or "every layer that it names is there, with all its tensors")]
+    checks = [
+        Check(
+            "complete",
+            wrong["fit"] is None,
+            wrong["fit"] or "every layer that it names is there, with all its tensors",
+        )
+    ]
     checks += _targets(model, folder)
     if wrong["fit"] is not None:
         return Report(str(folder), checks, [], [])
@@ -126,7 +138,11 @@ def _targets(model: nn.Module, folder: Path) -> Iterator[Check]:
     if not isinstance(targets, list):
         return
     idle = reading.idle_targets(config, [n for n, _ in model.named_modules()])
-    text = f"no layer is called {first_few(idle)}" if idle else f"each of {first_few(targets)} is a layer of the base"
+    text = (
+        f"no layer is called {first_few(idle)}"
+        if idle
+        else f"each of {first_few(targets)} is a layer of the base"
+    )
     yield Check("targets", not idle, text)
 
 
@@ -134,8 +150,12 @@ def _no_manifest(folder: Path) -> dict[str, str]:
     """Why something could not be checked, by word."""
     record = manifest.read(folder)
     if record is None:
-        return dict.fromkeys(WITH_MANIFEST, f"another program wrote the folder: it has no {manifest.NAME} to compare with")
-    return {} if record["probe"] else {"probe": f"none was kept: {record.get('no_probe') or 'no reason given'}"}
+        return dict.fromkeys(
+            WITH_MANIFEST, f"another program wrote the folder: it has no {manifest.NAME} to compare with"
+        )
+    return (
+        {} if record["probe"] else {"probe": f"none was kept: {record.get('no_probe') or 'no reason given'}"}
+    )
 
 
 def _effect(model: nn.Module, inputs: Mapping[str, Any] | None) -> Check:
@@ -161,7 +181,11 @@ def text(report: Report) -> str:
     lines = [f"{words[c.passed]:<4} {c.name:<9} {c.text}" for c in report.checks]
     if report.dead:
         lines.append(f"dead layers: {first_few(report.dead, 20)}")
-    total = f"{report.adapter}: " + ("verified" if report.good else "NOT what it should be") + f", {len(report.layers)} layers"
+    total = (
+        f"{report.adapter}: "
+        + ("verified" if report.good else "NOT what it should be")
+        + f", {len(report.layers)} layers"
+    )
     return "\n".join([*lines, total])
 
 

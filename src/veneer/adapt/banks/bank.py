@@ -38,7 +38,12 @@ class Bank:
     def __init__(self, model: nn.Module) -> None:
         """The bank that the model, or a copy of it, has. Raises ConfigError if it has none."""
         self.model = model
-        self.layers = {d.site.name: delta for d in attached.layers(model) for n in d.names() if isinstance(delta := d[n], Rows)}
+        self.layers = {
+            d.site.name: delta
+            for d in attached.layers(model)
+            for n in d.names()
+            if isinstance(delta := d[n], Rows)
+        }
         if not self.layers:
             raise ConfigError("this model has no bank; make one with veneer.bank(model, {name: adapter, ..})")
         self.router: Router = next(iter(self.layers.values())).router
@@ -61,7 +66,11 @@ class Bank:
         alone = rows is None or isinstance(rows, (str, int))
         given: list[str | int | None] = [rows] if rows is None or isinstance(rows, (str, int)) else list(rows)
         numbers = [self._number(r) for r in given]
-        wrong = dict.fromkeys(f"the bank has no adapter {r!r}{self._advice(r)}" for r, i in zip(given, numbers, strict=True) if i is None)
+        wrong = dict.fromkeys(
+            f"the bank has no adapter {r!r}{self._advice(r)}"
+            for r, i in zip(given, numbers, strict=True)
+            if i is None
+        )
         if wrong:
             raise ConfigError("\n".join(wrong))
         with torch.inference_mode(False):  # ids are written outside of it too
@@ -92,7 +101,9 @@ class Bank:
         """
         layers = self._slots()
         if name in self.names:
-            raise ConfigError(f"the bank has an adapter {name!r} already; evict it first, or choose another name")
+            raise ConfigError(
+                f"the bank has an adapter {name!r} already; evict it first, or choose another name"
+            )
         if FREE not in self.router.names:
             n = len(self.router.names) - 1
             raise ConfigError(
@@ -109,17 +120,23 @@ class Bank:
         """Empties an adapter's slot. Raises ConfigError if it is not there, or rows have it."""
         layers = self._slots()
         if self._number(name) in (None, 0):
-            raise ConfigError(f"the bank has no adapter {name!r} to evict{suggest(name, list(self.names)[1:])}")
+            raise ConfigError(
+                f"the bank has no adapter {name!r} to evict{suggest(name, list(self.names)[1:])}"
+            )
         slot = self.names[name]
         if bool((self.ids == slot).any()):
-            raise ConfigError(f"rows of the bank have adapter {name!r} now; give them another one with use() before it is evicted")
+            raise ConfigError(
+                f"rows of the bank have adapter {name!r} now; give them another one with use() before it is evicted"
+            )
         _fill(layers, self.router, slot, {})
         self.router.names[slot] = FREE
 
     def _slots(self) -> dict[str, Slots]:
         found = {n: layer for n, layer in self.layers.items() if isinstance(layer, Slots)}
         if not found:
-            raise ConfigError("the adapters of a bank that trains stay where they are; detach it, and make another with veneer.bank")
+            raise ConfigError(
+                "the adapters of a bank that trains stay where they are; detach it, and make another with veneer.bank"
+            )
         return found
 
 
@@ -150,12 +167,20 @@ def bank(
     attach.check_name(model, name)
     if any(isinstance(d[n], Rows) for d in attached.layers(model) for n in d.names()):
         raise ConfigError("this model has a bank already; write into it, or detach it first")
-    chosen: dict[str, str | Path] = dict(adapters) if isinstance(adapters, Mapping) else {n: n for n in adapters}
+    chosen: dict[str, str | Path] = (
+        dict(adapters) if isinstance(adapters, Mapping) else {n: n for n in adapters}
+    )
     if attach.BASE in chosen or FREE in chosen:
         raise ConfigError("'base' and '' are no names for adapters in a bank: a row without one has the base")
     if trainable and (slots is not None or rank or gains or products or to):
-        raise ConfigError("a bank that trains holds the attached adapters as they are; leave slots, rank, gains, products and to out")
-    members = _live(model, chosen) if trainable else _stacked(model, chosen, slots, _Room(rank, gains or products > 0, products, to))
+        raise ConfigError(
+            "a bank that trains holds the attached adapters as they are; leave slots, rank, gains, products and to out"
+        )
+    members = (
+        _live(model, chosen)
+        if trainable
+        else _stacked(model, chosen, slots, _Room(rank, gains or products > 0, products, to))
+    )
     attach.hang(model, name, members)
     attach.activate(model, name)
     if trainable:
@@ -173,7 +198,9 @@ class _Room(NamedTuple):
     to: Target
 
 
-def _stacked(model: nn.Module, chosen: Mapping[str, str | Path], slots: int | None, room: _Room) -> list[tuple[Site, Delta]]:
+def _stacked(
+    model: nn.Module, chosen: Mapping[str, str | Path], slots: int | None, room: _Room
+) -> list[tuple[Site, Delta]]:
     n = len(chosen) if slots is None else slots
     if n < len(chosen):
         raise ConfigError(f"slots={n} for {len(chosen)} adapters; leave it out, or give that many at least")
@@ -182,9 +209,16 @@ def _stacked(model: nn.Module, chosen: Mapping[str, str | Path], slots: int | No
     sites |= {site.name: site for site in (find(model, room.to) if room.to else ()) if site.name not in sites}
     attach.refuse_clash(sites.values())
     if not n or not sites:
-        raise ConfigError("this bank would be empty; name adapters, or slots=, rank= and to= for those to come")
-    router = Router([attach.BASE, *chosen, *[FREE] * (n - len(chosen))], next(iter(sites.values())).weight().device)
-    layers = {name: _slots_for(site, router, [own[name][1] for own in forms.values() if name in own], room) for name, site in sites.items()}
+        raise ConfigError(
+            "this bank would be empty; name adapters, or slots=, rank= and to= for those to come"
+        )
+    router = Router(
+        [attach.BASE, *chosen, *[FREE] * (n - len(chosen))], next(iter(sites.values())).weight().device
+    )
+    layers = {
+        name: _slots_for(site, router, [own[name][1] for own in forms.values() if name in own], room)
+        for name, site in sites.items()
+    }
     for slot, own in enumerate(forms.values(), 1):
         _fill(layers, router, slot, own)
     return [(sites[name], layer) for name, layer in layers.items()]
@@ -194,7 +228,10 @@ def _slots_for(site: Site, router: Router, forms: Sequence[Form], room: _Room) -
     normal = [f.factors for f in forms]
     rank = max([room.rank, *(f.A.shape[0] for f in normal)])
     products = max([room.products, *(len(f.products.a) for f in forms if f.products)])
-    gains = room.gains or any(f.g is not None for f in normal), room.gains or any(f.c is not None for f in normal)
+    gains = (
+        room.gains or any(f.g is not None for f in normal),
+        room.gains or any(f.c is not None for f in normal),
+    )
     return Slots(site, router, rank=rank, gains=gains, products=products)
 
 
@@ -222,7 +259,13 @@ def _check_fit(layers: Mapping[str, Slots], name: str, forms: Forms) -> None:
     """Raises SiteError or ShapeError for what a written adapter has and the bank has no room for."""
     strange = [n for n in forms if n not in layers]
     if strange:
-        raise SiteError(f"{name!r} changes layers that the bank does not serve: {first_few(strange)}; make the bank with to=")
-    narrow = [f"{n} ({', '.join(wrong)})" for n, (_, form) in forms.items() if (wrong := layers[n].misfits(form))]
+        raise SiteError(
+            f"{name!r} changes layers that the bank does not serve: {first_few(strange)}; make the bank with to="
+        )
+    narrow = [
+        f"{n} ({', '.join(wrong)})" for n, (_, form) in forms.items() if (wrong := layers[n].misfits(form))
+    ]
     if narrow:
-        raise ShapeError(f"the bank has no room for what {name!r} has at {first_few(narrow)}; make it with rank=, gains= or products=")
+        raise ShapeError(
+            f"the bank has no room for what {name!r} has at {first_few(narrow)}; make it with rank=, gains= or products="
+        )

@@ -25,7 +25,11 @@ Forms: TypeAlias = "dict[str, tuple[Site, Form]]"  # one adapter's, by layer
 
 def to_train(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, Changes]:
     """The changes of attached adapters that are to be trained side by side. Raises ConfigError for all that cannot be."""
-    _refuse(f"{n!r} is not attached{_nearest(model, str(a))}" for n, a in adapters.items() if a not in attached.adapters(model))
+    _refuse(
+        f"{n!r} is not attached{_nearest(model, str(a))}"
+        for n, a in adapters.items()
+        if a not in attached.adapters(model)
+    )
     found = {name: attached.changes(model, str(a)) for name, a in adapters.items()}
     check_trainable(found)
     return found
@@ -35,7 +39,11 @@ def check_trainable(found: Mapping[str, Changes]) -> None:
     """Raises ConfigError for all adapters that cannot be trained side by side."""
     dropping = {name: max(delta.dropout for _, delta in changes) for name, changes in found.items()}
     problems = [problem for name, changes in found.items() for problem in _shapeless(name, changes)]
-    problems += [f"{n!r} drops inputs (dropout={p:g}), which a bank does not; attach it without" for n, p in dropping.items() if p]
+    problems += [
+        f"{n!r} drops inputs (dropout={p:g}), which a bank does not; attach it without"
+        for n, p in dropping.items()
+        if p
+    ]
     _refuse(problems)
 
 
@@ -55,7 +63,9 @@ def read(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, Form
     for name, adapter in adapters.items():
         changes = attached.changes(model, str(adapter)) if adapter in there else _loaded(model, adapter)
         problems += _shapeless(name, changes)
-        found[name] = {site.name: (site, form) for site, delta in changes if (form := _form(site, delta)) is not None}
+        found[name] = {
+            site.name: (site, form) for site, delta in changes if (form := _form(site, delta)) is not None
+        }
     _refuse(problems)
     return found
 

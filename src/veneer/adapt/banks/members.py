@@ -24,7 +24,9 @@ class Slots(Rows):
     a: Tensor | None
     b: Tensor | None
 
-    def __init__(self, site: Site, router: Router, *, rank: int, gains: tuple[bool, bool], products: int) -> None:
+    def __init__(
+        self, site: Site, router: Router, *, rank: int, gains: tuple[bool, bool], products: int
+    ) -> None:
         """rank, products: the most that a slot takes; gains: whether it takes gains of outputs, and of inputs."""
         super().__init__()
         self.router, n, W = router, len(router.names), site.weight().detach()
@@ -38,7 +40,9 @@ class Slots(Rows):
         self.multiplied: set[int] = set()  # slots with products
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
-        super()._apply(lambda t: fn(t).to(t.dtype), recurse)  # moved, and never made wider: it is computed with as it is
+        super()._apply(
+            lambda t: fn(t).to(t.dtype), recurse
+        )  # moved, and never made wider: it is computed with as it is
         return self
 
     def stacks(self, dtype: torch.dtype) -> Stacks:
@@ -95,7 +99,11 @@ class Live(Rows):
 
     def __init__(self, site: Site, router: Router, changes: Sequence[Delta | None]) -> None:
         super().__init__()
-        self.router, self.site, self.changes = router, site, list(changes)  # in a list: they belong to their own adapters
+        self.router, self.site, self.changes = (
+            router,
+            site,
+            list(changes),
+        )  # in a list: they belong to their own adapters
         self.options: dict[str, Any] = {}
 
     def _forms(self) -> list[Form | None]:
@@ -111,7 +119,9 @@ class Live(Rows):
         like = self._zeros(dtype)
         A = [like.new_zeros(0, self.site.in_) if f is None else f.A.to(dtype) for f in forms]
         B = [like.new_zeros(0, self.site.out) if f is None else _folded(f).mT.to(dtype) for f in forms]
-        excess = _gains([None if f is None or f.g is None else f.g - 1 for f in forms], like.new_zeros(self.site.out))
+        excess = _gains(
+            [None if f is None or f.g is None else f.g - 1 for f in forms], like.new_zeros(self.site.out)
+        )
         some = [None if f is None else f.products for f in given]
         most = max(0 if p is None else len(p.a) for p in some)
         if not most:
@@ -121,7 +131,10 @@ class Live(Rows):
         return Stacks(_padded(A, rank), _padded(B, rank), excess, _padded(a, most), _padded(b, most))
 
     def input_gains(self, dtype: torch.dtype) -> Tensor | None:
-        return _gains([None if f is None else f.factors.c for f in self._forms()], self._zeros(dtype).new_ones(self.site.in_))
+        return _gains(
+            [None if f is None else f.factors.c for f in self._forms()],
+            self._zeros(dtype).new_ones(self.site.in_),
+        )
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
         """An empty tensor where the changes are; asking the layer for its weight may unpack it."""

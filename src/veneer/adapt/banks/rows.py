@@ -115,7 +115,9 @@ class Rows(Delta, ABC):
         if c is None:
             return None
         ids = self.router.of(x, site)
-        return c.index_select(0, ids).view(*self.router.ids.shape, *(1,) * (x.ndim - self.router.ids.ndim - 1), site.in_)
+        return c.index_select(0, ids).view(
+            *self.router.ids.shape, *(1,) * (x.ndim - self.router.ids.ndim - 1), site.in_
+        )
 
     def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
         ids, stacks = self.router.of(x, site), self.stacks(y.dtype)
@@ -169,4 +171,6 @@ class Rows(Delta, ABC):
         return batched.add(each, total, stacks.A, stacks.B, ids, way=way, layout=layout)
 
     def delta(self, site: Site) -> Tensor:
-        raise NotMergeable(f"a bank holds many adapters, of which {site.name!r} can take one at most; merge or save that one itself")
+        raise NotMergeable(
+            f"a bank holds many adapters, of which {site.name!r} can take one at most; merge or save that one itself"
+        )

@@ -37,11 +37,21 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
     prefixes = {_place(site): delta for site, delta in changes if isinstance(delta, Prefix)}
     named, shapes = origin(model, []), {p.K.shape for p in prefixes.values()}
     every = _turns(model)
-    if named["task_type"] != TASK or len(shapes) > 1 or isinstance(every, str) or sorted(prefixes) != [*range(len(every))]:
+    if (
+        named["task_type"] != TASK
+        or len(shapes) > 1
+        or isinstance(every, str)
+        or sorted(prefixes) != [*range(len(every))]
+    ):
         return None
     heads, p, head_dim = shapes.pop()
     parts = [t for i, turn in enumerate(every) for t in (turned(prefixes[i].K, turn, p), prefixes[i].V)]
-    own = {"num_attention_heads": heads, "num_layers": len(every), "num_virtual_tokens": p, "token_dim": heads * head_dim}
+    own = {
+        "num_attention_heads": heads,
+        "num_layers": len(every),
+        "num_virtual_tokens": p,
+        "token_dim": heads * head_dim,
+    }
     settings = {k: v for k, v in table(Prefix).always.items() if k != "target_modules"}
     config = {**settings, **own, **named, "peft_type": "PREFIX_TUNING"}
     return Written(config, {TENSOR: torch.stack(parts).detach().permute(2, 0, 1, 3).flatten(1)}, {}, {})
@@ -63,9 +73,13 @@ def read(model: nn.Module, config: Config, tensors: Mapping[str, Tensor]) -> tup
         wrong = f"PEFT moves the text behind the prefix, and in this model that changes more than the prefix: {every}; train a prefix here"
     if wrong or isinstance(every, str):
         return [], [*problems, Problem("fit", wrong)]
-    parts = tensors[TENSOR].unflatten(1, (len(sites), 2, *_size(sites[0]))).permute(1, 2, 3, 0, 4)  # (layers, 2, heads, p, head_dim)
+    parts = (
+        tensors[TENSOR].unflatten(1, (len(sites), 2, *_size(sites[0]))).permute(1, 2, 3, 0, 4)
+    )  # (layers, 2, heads, p, head_dim)
     p = parts.shape[3]
-    return [(s, _prefix(s, turned(K, turn, -p), V)) for s, turn, (K, V) in zip(sites, every, parts, strict=True)], problems
+    return [
+        (s, _prefix(s, turned(K, turn, -p), V)) for s, turn, (K, V) in zip(sites, every, parts, strict=True)
+    ], problems
 
 
 def _settings(config: Config) -> list[str]:
@@ -74,9 +88,13 @@ def _settings(config: Config) -> list[str]:
     if task != TASK:
         found.append(f"task_type={task!r}: only prefixes of language models ({TASK}) are read")
     if config.get("num_transformer_submodules") not in (None, 1):
-        found.append("num_transformer_submodules: there is a prefix of a decoder beside an encoder's, which is not known here")
+        found.append(
+            "num_transformer_submodules: there is a prefix of a decoder beside an encoder's, which is not known here"
+        )
     if config.get("modules_to_save"):
-        found.append(f"modules_to_save={config['modules_to_save']!r}: layers were trained whole beside the prefix; merge them in PEFT")
+        found.append(
+            f"modules_to_save={config['modules_to_save']!r}: layers were trained whole beside the prefix; merge them in PEFT"
+        )
     return found
 
 
@@ -84,7 +102,9 @@ def _turns(model: nn.Module) -> list[Turn] | str:
     """How keys are turned at every layer, or why a text that begins later is another text to this model."""
     config = getattr(model, "config", None)
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    partial = [k for k in kinds if k != "full_attention"] if kinds else ["sliding_attention"] * (window is not None)
+    partial = (
+        [k for k in kinds if k != "full_attention"] if kinds else ["sliding_attention"] * (window is not None)
+    )
     return f"some layers see a part of the text only ({partial[0]})" if partial else turns(model)
 
 
@@ -97,7 +117,11 @@ def _misfit(sites: Sequence[AttentionSite], tensors: Mapping[str, Tensor]) -> st
     wanted = 2 * sum(math.prod(_size(s)) for s in sites)
     found = tuple(tensors[TENSOR].shape)
     ok = len(found) == 2 and found[1] == wanted
-    return "" if ok else f"wrong shape: {TENSOR} is {found}, the model asks for (p, {wanted}): keys and values of {len(sites)} layers"
+    return (
+        ""
+        if ok
+        else f"wrong shape: {TENSOR} is {found}, the model asks for (p, {wanted}): keys and values of {len(sites)} layers"
+    )
 
 
 def _place(site: Site) -> int:

@@ -51,16 +51,30 @@ def settings_problems(config: Config, has_initial: bool) -> list[str]:
     """What in adapter_config.json cannot be expressed here, with the reason."""
     if "peft_type" not in config:
         other = next((d for k, d in DIALECTS.items() if k in config), "not PEFT's")
-        return [f"this adapter_config.json is {other}: it has no peft_type; only PEFT's is read here: `veneer convert` makes one of it"]
+        return [
+            f"this adapter_config.json is {other}: it has no peft_type; only PEFT's is read here: `veneer convert` makes one of it"
+        ]
     kind = method_of(config)
     if kind is None:
-        return [f"peft_type {config['peft_type']!r} is not read here; convert it with PEFT's own save_as_lora, or merge it there"]
+        return [
+            f"peft_type {config['peft_type']!r} is not read here; convert it with PEFT's own save_as_lora, or merge it there"
+        ]
     known = table(kind).every
     beyond = {k: why for k, why in BEYOND.items() if config.get(k) and config[k] != known.get(k)}
-    found = [f"{k}={config[k]!r}: {why}; this cannot be read: merge it in PEFT and keep the merged model" for k, why in beyond.items()]
+    found = [
+        f"{k}={config[k]!r}: {why}; this cannot be read: merge it in PEFT and keep the merged model"
+        for k, why in beyond.items()
+    ]
     unknown = [k for k in config if k not in known and k != "runtime_config" and config[k]]
-    found += [f"{k}={config[k]!r}: a setting of PEFT that is not known here, and may change what the tensors mean" for k in unknown]
-    found += [f"{k}={config[k]!r} is no regular expression" for k in ("target_modules", "exclude_modules") if not _compiles(config.get(k))]
+    found += [
+        f"{k}={config[k]!r}: a setting of PEFT that is not known here, and may change what the tensors mean"
+        for k in unknown
+    ]
+    found += [
+        f"{k}={config[k]!r} is no regular expression"
+        for k in ("target_modules", "exclude_modules")
+        if not _compiles(config.get(k))
+    ]
     start = starts.problem(config.get("init_lora_weights", True), has_initial)
     return found + ([start] if start else [])
 
@@ -88,11 +102,18 @@ def read(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]]:
     kind = method_of(source.config)
     assert kind is not None
     config, tensors = {**table(kind).every, **source.config}, source.tensors
-    if config["target_modules"] in (None, "all-linear"):  # saved by hand: the tensors say which layers are meant
-        config["target_modules"] = sorted({k.removeprefix(PREFIX).partition(".lora_")[0] for k in tensors if ".lora_" in k})
+    if config["target_modules"] in (
+        None,
+        "all-linear",
+    ):  # saved by hand: the tensors say which layers are meant
+        config["target_modules"] = sorted(
+            {k.removeprefix(PREFIX).partition(".lora_")[0] for k in tensors if ".lora_" in k}
+        )
     idle = idle_targets(config, names)
     text = f"target_modules names {first_few(idle)}, which no layer of the model is called: nothing was trained there"
-    problems = [Problem("targets", text)] if 0 < len(idle) < len(config["target_modules"]) else []  # all of them is said below
+    problems = (
+        [Problem("targets", text)] if 0 < len(idle) < len(config["target_modules"]) else []
+    )  # all of them is said below
     sites = _sites(model, [n for n in names if targeted(config, n)], config, problems)
     changes, used = _adapted(kind, sites, source._replace(config=config), problems)
     for name in outermost(wrapped(config, names)):
@@ -104,12 +125,22 @@ def read(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]]:
 def idle_targets(config: Config, names: Sequence[str]) -> list[str]:
     """The entries of target_modules that no module is called: PEFT trains without them, and says nothing."""
     targets = config.get("target_modules")
-    return [e for e in targets if not any(n == e or n.endswith(f".{e}") for n in names)] if isinstance(targets, list) else []
+    return (
+        [e for e in targets if not any(n == e or n.endswith(f".{e}") for n in names)]
+        if isinstance(targets, list)
+        else []
+    )
 
 
-def _adapted(kind: type[Delta], sites: list[Site], source: Source, problems: list[Problem]) -> tuple[Changes, set[str]]:
+def _adapted(
+    kind: type[Delta], sites: list[Site], source: Source, problems: list[Problem]
+) -> tuple[Changes, set[str]]:
     """The changes of the sites, and the names of the tensors that made them (or are to blame)."""
-    shared = {k.removeprefix(TOP): t for k, t in source.tensors.items() if k.startswith(TOP) and not k.startswith(PREFIX)}
+    shared = {
+        k.removeprefix(TOP): t
+        for k, t in source.tensors.items()
+        if k.startswith(TOP) and not k.startswith(PREFIX)
+    }
     changes: Changes = []
     used: set[str] = set()
     for site in sites:
@@ -120,7 +151,9 @@ def _adapted(kind: type[Delta], sites: list[Site], source: Source, problems: lis
             delta = kind.from_peft(site, settings, {**shared, **found})
         except FormatError as e:
             problems += [Problem("fit", line) for line in str(e).splitlines()]
-            used |= {f"{PREFIX}{site.name}.{k}" for k in _of_site(source.tensors, site) if not _is_base(k)} | {f"{TOP}{k}" for k in shared}
+            used |= {
+                f"{PREFIX}{site.name}.{k}" for k in _of_site(source.tensors, site) if not _is_base(k)
+            } | {f"{TOP}{k}" for k in shared}
             continue
         form = delta.to_peft(site)
         used |= {f"{PREFIX}{site.name}.{end}" for end in (form.tensors if form else ())}
@@ -143,10 +176,18 @@ def _sites(model: nn.Module, names: list[str], config: Config, problems: list[Pr
     """The targeted layers as sites. Tied layers are adapted one by one, as PEFT does."""
     if not names:
         some = first_few([n for n, m in model.named_modules() if kind_of(m)], 3)
-        problems.append(Problem("fit", f"no layer of the model matches target_modules={config['target_modules']!r}; it has e.g. {some}"))
+        problems.append(
+            Problem(
+                "fit",
+                f"no layer of the model matches target_modules={config['target_modules']!r}; it has e.g. {some}",
+            )
+        )
         return []
     other = [n for n in names if kind_of(model.get_submodule(n)) is None]
-    problems += [Problem("fit", f"{n!r} is a {type(model.get_submodule(n)).__name__}, which cannot be adapted here") for n in other]
+    problems += [
+        Problem("fit", f"{n!r} is a {type(model.get_submodule(n)).__name__}, which cannot be adapted here")
+        for n in other
+    ]
     try:
         known = [re.escape(n) for n in names if n not in other]
         return find(model, "|".join(known), untie=True) if known else []
@@ -155,7 +196,9 @@ def _sites(model: nn.Module, names: list[str], config: Config, problems: list[Pr
         return []
 
 
-def _whole(model: nn.Module, name: str, tensors: Mapping[str, Tensor], used: set[str], problems: list[Problem]) -> Changes:
+def _whole(
+    model: nn.Module, name: str, tensors: Mapping[str, Tensor], used: set[str], problems: list[Problem]
+) -> Changes:
     """A module that PEFT kept whole (modules_to_save), as changes of its parameters."""
     module = model.get_submodule(name)
     state = {f"{name}.{k}": t for k, t in module.state_dict().items() if ".deltas." not in f".{k}"}
@@ -171,7 +214,12 @@ def _whole(model: nn.Module, name: str, tensors: Mapping[str, Tensor], used: set
     parameters = {f"{name}.{k}" for k, _ in module.named_parameters(remove_duplicate=False)}
     fixed = [k for k, t in state.items() if k not in parameters and not _equal(tensors[f"{PREFIX}{k}"], t)]
     if fixed:
-        problems.append(Problem("fit", f"{first_few(fixed)}: a buffer of a whole module was changed, which no change of weights expresses"))
+        problems.append(
+            Problem(
+                "fit",
+                f"{first_few(fixed)}: a buffer of a whole module was changed, which no change of weights expresses",
+            )
+        )
     return changes
 
 

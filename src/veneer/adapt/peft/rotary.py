@@ -12,7 +12,10 @@ from veneer.adapt import probe
 from veneer.adapt.attach import using
 
 FAR = 37  # positions between the two places that are compared
-CHANGING = ("dynamic", "longrope")  # kinds of rotary positions whose frequencies depend on the length of the text
+CHANGING = (
+    "dynamic",
+    "longrope",
+)  # kinds of rotary positions whose frequencies depend on the length of the text
 
 
 class Turn(NamedTuple):
@@ -32,7 +35,9 @@ def turned(keys: Tensor, turn: Turn, distance: int) -> Tensor:
     a, b = (part[..., ::2], part[..., 1::2]) if turn.neighbours else part.chunk(2, -1)
     cos, sin = angle.cos().to(keys), angle.sin().to(keys)
     moved = (a * cos - b * sin, b * cos + a * sin)
-    return torch.cat([torch.stack(moved, -1).flatten(-2) if turn.neighbours else torch.cat(moved, -1), rest], -1)
+    return torch.cat(
+        [torch.stack(moved, -1).flatten(-2) if turn.neighbours else torch.cat(moved, -1), rest], -1
+    )
 
 
 @torch.no_grad()
@@ -44,17 +49,28 @@ def turns(model: nn.Module) -> list[Turn] | str:
     changing = [kind for kind in _rotary_kinds(getattr(model, "config", None)) if kind in CHANGING]
     if changing:
         return f"the frequencies of its positions change with the length of the text ({changing[0]})"
-    radians = list({tuple(t.flatten().tolist()): t for n, t in model.named_buffers() if n.endswith("inv_freq")}.values())
+    radians = list(
+        {tuple(t.flatten().tolist()): t for n, t in model.named_buffers() if n.endswith("inv_freq")}.values()
+    )
     if not radians:
         return "its positions are not rotary"
     try:
         here, there = (_keys(model, start) for start in (0, FAR))
     except Exception as e:  # a model may need other inputs, or keep no keys, and then says so in its own way
         return f"its keys could not be read ({type(e).__name__})"
-    known = [Turn(radians[0][:0]), *(Turn(t.flatten(), neighbours) for t in radians for neighbours in (False, True))]
-    found = [next((turn for turn in known if _fits(turn, a, b)), None) for a, b in zip(here, there, strict=True)]
+    known = [
+        Turn(radians[0][:0]),
+        *(Turn(t.flatten(), neighbours) for t in radians for neighbours in (False, True)),
+    ]
+    found = [
+        next((turn for turn in known if _fits(turn, a, b)), None) for a, b in zip(here, there, strict=True)
+    ]
     odd = [str(i) for i, turn in enumerate(found) if turn is None]
-    return f"its keys depend on positions in another way (layer {odd[0]})" if odd else [turn for turn in found if turn]
+    return (
+        f"its keys depend on positions in another way (layer {odd[0]})"
+        if odd
+        else [turn for turn in found if turn]
+    )
 
 
 def _rotary_kinds(config: Any) -> Iterator[str]:
@@ -70,7 +86,10 @@ def _keys(model: nn.Module, start: int) -> list[Tensor]:
     given = probe.default_inputs(model) or {}
     places = start + torch.arange(given["input_ids"].shape[1], device=given["input_ids"].device)
     with probe.evaluating(model), using(model):
-        return [layer.keys for layer in model(**given, position_ids=places[None], use_cache=True).past_key_values.layers]
+        return [
+            layer.keys
+            for layer in model(**given, position_ids=places[None], use_cache=True).past_key_values.layers
+        ]
 
 
 def _fits(turn: Turn, here: Tensor, there: Tensor) -> bool:

@@ -73,13 +73,24 @@ KEYS: Config = {**LONG_KNOWN, **NEWER}
 
 # Those that every kind of adapter has.
 GENERAL = {
-    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform"),
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+    ),
     *("modules_to_save", "peft_type", "peft_version", "revision", "target_modules", "task_type"),
 }
 
 
 # PEFT trains these layers whole with every adapter of such a task, and fails on a file that lacks them.
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 TASKS = {
@@ -108,7 +119,9 @@ def table(kind: type[Delta]) -> Table:
     if not kind.peft_settings:
         return Table(LONG_KNOWN, NEWER)
     general = {k: v for k, v in KEYS.items() if k in GENERAL}
-    always = {k: v for k, v in general.items() if k in LONG_KNOWN and not k.startswith("layers")}  # which not every kind has
+    always = {
+        k: v for k, v in general.items() if k in LONG_KNOWN and not k.startswith("layers")
+    }  # which not every kind has
     return Table({**always, **kind.peft_settings}, {k: v for k, v in general.items() if k not in always})
 
 

@@ -54,7 +54,9 @@ def problem(start: Any, has_initial: bool) -> str | None:
 def _family(name: Any) -> str | None:
     if not isinstance(name, str):
         return None
-    return next((f for f in FROM_FOLDER if name == f or name.startswith(f"{f}_")), name if name in EXACT else None)
+    return next(
+        (f for f in FROM_FOLDER if name == f or name.startswith(f"{f}_")), name if name in EXACT else None
+    )
 
 
 def with_start(
@@ -77,7 +79,9 @@ def with_start(
         if not (A0.any() and B0.any()):
             return config, tensors
     if site.kind == "conv":
-        raise FormatError(f"{site.name}: PEFT has no start {start!r} for convolutions; its settings and tensors disagree")
+        raise FormatError(
+            f"{site.name}: PEFT has no start {start!r} for convolutions; its settings and tensors disagree"
+        )
     if initial is None:
         A0, B0 = (pissa if start == "pissa" else olora)(site, r, s)
     if any(n not in tensors or tensors[n].shape != t.shape for n, t in zip(names, (A0, B0), strict=True)):
@@ -87,13 +91,17 @@ def with_start(
     return {**config, "r": 2 * r, "lora_alpha": s * root(2 * r), "start_rank": r}, {**tensors, **joined}
 
 
-def _given(site: Site, initial: dict[str, Tensor], tensors: dict[str, Tensor], names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+def _given(
+    site: Site, initial: dict[str, Tensor], tensors: dict[str, Tensor], names: tuple[str, str]
+) -> tuple[Tensor, Tensor]:
     for n in names:
         if n not in initial:
             raise FormatError(f"missing in the initial folder: {site.name}.{n}")
         if n in tensors and tensors[n].shape != initial[n].shape:
             first, then = tuple(initial[n].shape), tuple(tensors[n].shape)
-            raise FormatError(f"wrong shape: {site.name}.{n} is {first} in the initial folder, {then} in the trained one")
+            raise FormatError(
+                f"wrong shape: {site.name}.{n} is {first} in the initial folder, {then} in the trained one"
+            )
     return initial[names[0]], initial[names[1]]
 
 

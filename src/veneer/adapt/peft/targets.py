@@ -16,7 +16,9 @@ def at(config: Mapping[str, Any], name: str) -> Config:
     """The settings of one layer: rank and alpha by PEFT's rule, the first pattern that ends the layer's name."""
     found = dict(config)
     for key, pattern in PATTERNS.items():
-        hit = next((v for k, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", name)), None)
+        hit = next(
+            (v for k, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", name)), None
+        )
         if hit is not None:
             found[key] = hit
     return {k: v for k, v in found.items() if k not in PATTERNS.values()}

@@ -47,7 +47,9 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
         config["fan_in_fan_out"] = any(s.kind == "transposed" for s, _ in changes)
     tensors = {f"{PREFIX}{n}.{end}": t for n, f in known.items() for end, t in f.tensors.items()}
     own = {n: {k: v for k, v in f.config.items() if k not in settings.every} for n, f in known.items()}
-    return Written(config, {**tensors, **{f"{TOP}{n}": t for n, t in shared.items()}}, _saved(model, saved, whole), own)
+    return Written(
+        config, {**tensors, **{f"{TOP}{n}": t for n, t in shared.items()}}, _saved(model, saved, whole), own
+    )
 
 
 def _shared(found: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
@@ -63,7 +65,9 @@ def _shared(found: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
     return whole
 
 
-def _settings(model: nn.Module, forms: dict[str, PeftForm], saved: list[str], settings: Table) -> Config | None:
+def _settings(
+    model: nn.Module, forms: dict[str, PeftForm], saved: list[str], settings: Table
+) -> Config | None:
     """adapter_config.json, or None where PEFT would apply it to other layers, or with other ranks, than ours."""
     patterns = {key: pattern for key, pattern in PATTERNS.items() if pattern in settings.every}
     per_site = {n: {k: v for k, v in f.config.items() if k in settings.every} for n, f in forms.items()}
@@ -93,7 +97,9 @@ def origin(model: nn.Module, saved: list[str]) -> Config:
     return {
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "task_type": task,
-        "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "auto_mapping": None
+        if task
+        else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
     }
 
 
@@ -125,10 +131,19 @@ def outermost(names: Iterable[str]) -> list[str]:
 
 def _saved(model: nn.Module, saved: list[str], whole: Changes) -> dict[str, Tensor]:
     """All that the modules hold, buffers too, with their changes applied."""
-    own = {f"{n}.{k}": t for n in saved for k, t in model.get_submodule(n).state_dict().items() if ".deltas." not in f".{k}"}
+    own = {
+        f"{n}.{k}": t
+        for n in saved
+        for k, t in model.get_submodule(n).state_dict().items()
+        if ".deltas." not in f".{k}"
+    }
     for site, delta in whole:
         assert isinstance(site, LeafSite)
         parts = {n: site.module.get_parameter(n) for n in site.parameters}
-        changed = (site.weight() + delta.delta(site)).detach().flatten().split([p.numel() for p in parts.values()])
-        own.update({f"{site.name}.{n}": t.view_as(p) for (n, p), t in zip(parts.items(), changed, strict=True)})
+        changed = (
+            (site.weight() + delta.delta(site)).detach().flatten().split([p.numel() for p in parts.values()])
+        )
+        own.update(
+            {f"{site.name}.{n}": t.view_as(p) for (n, p), t in zip(parts.items(), changed, strict=True)}
+        )
     return {f"{PREFIX}{k}": t for k, t in own.items()}

@@ -34,8 +34,15 @@ def _of(name: str, p: Tensor) -> Record:
     if rounded.is_floating_point():
         rounded = rounded.to(torch.bfloat16).view(torch.int16)  # numpy has no bfloat16
     seen = hashlib.sha256(f"{name} {tuple(p.shape)} ".encode() + rounded.cpu().numpy().tobytes())
-    kept = [float(f"{v:.9g}") for v in _sample(p, KEPT).float().nan_to_num(0.0).tolist()]  # 9 digits hold a float32
-    return {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "sha256": seen.hexdigest()[:32], "sample": kept}
+    kept = [
+        float(f"{v:.9g}") for v in _sample(p, KEPT).float().nan_to_num(0.0).tolist()
+    ]  # 9 digits hold a float32
+    return {
+        "shape": list(p.shape),
+        "dtype": str(p.dtype).removeprefix("torch."),
+        "sha256": seen.hexdigest()[:32],
+        "sample": kept,
+    }
 
 
 def _sample(p: Tensor, most: int) -> Tensor:
@@ -57,7 +64,11 @@ def differences(model: nn.Module, saved: Record) -> list[str]:
         return [ways]
     here, there = now["tensors"], saved["tensors"]
     both = [n for n in here if n in there]
-    shapes = [f"{n} {tuple(there[n]['shape'])} -> {tuple(here[n]['shape'])}" for n in both if there[n]["shape"] != here[n]["shape"]]
+    shapes = [
+        f"{n} {tuple(there[n]['shape'])} -> {tuple(here[n]['shape'])}"
+        for n in both
+        if there[n]["shape"] != here[n]["shape"]
+    ]
     values = [n for n in both if there[n]["shape"] == here[n]["shape"] and not _same(there[n], here[n])]
     kinds = {
         f"{len(values)} of {len(there)} weights have other values": values,
@@ -73,7 +84,11 @@ def _ways(there: list[str], here: list[str]) -> str | None:
     if there == here:
         return None
     then, now = ("in " + " and ".join(formats) if formats else None for formats in (there, here))
-    do = f"veneer.quantise(model, {there[0]!r}) first" if len(there) == 1 and not here else "load the model without, or as it was then"
+    do = (
+        f"veneer.quantise(model, {there[0]!r}) first"
+        if len(there) == 1 and not here
+        else "load the model without, or as it was then"
+    )
     return f"another base: its layers are {then or 'plain'}, those of this model are {now or 'not'}; {do}"
 
 

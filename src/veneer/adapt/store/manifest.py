@@ -19,7 +19,11 @@ from veneer.version import __version__
 NAME, FORMAT = "veneer.json", 1
 PEFT, NATIVE = "peft", "native"
 REQUIRED = ("layout", "method", "options", "sites", "base", "tensors", "probe", "allow")
-INSIDE = {"base": ("sha256", "tensors"), "tensors": ("sha256",), "probe": ("inputs", "shape", "where", "off", "on", "dtype")}
+INSIDE = {
+    "base": ("sha256", "tensors"),
+    "tensors": ("sha256",),
+    "probe": ("inputs", "shape", "where", "off", "on", "dtype"),
+}
 
 
 def method_of(delta: Delta) -> str:
@@ -27,7 +31,9 @@ def method_of(delta: Delta) -> str:
     return type(delta).__module__.rsplit(".", 1)[-1]
 
 
-def describe(changes: Changes, sizes: Mapping[str, Size], own: Mapping[str, Config], config: Config | None) -> dict[str, Any]:
+def describe(
+    changes: Changes, sizes: Mapping[str, Size], own: Mapping[str, Config], config: Config | None
+) -> dict[str, Any]:
     """The part of the manifest that the changes say themselves.
 
     own: by site, what a reader needs beside the tensors. config: PEFT's settings by site, where they express the adapter.
@@ -88,10 +94,14 @@ def read(folder: Path) -> dict[str, Any] | None:
     found = read_json(path)
     version = found.get("format")
     if version != FORMAT:
-        raise FormatError(f"{path} has format {version!r}, not {FORMAT}; read it with Veneer {found.get('veneer')}, which wrote it")
+        raise FormatError(
+            f"{path} has format {version!r}, not {FORMAT}; read it with Veneer {found.get('veneer')}, which wrote it"
+        )
     missing = [k for k in REQUIRED if k not in found]
     if missing:
-        raise FormatError(f"{path} lacks {', '.join(missing)}; restore it from a copy, or remove it to read the folder as PEFT's own")
+        raise FormatError(
+            f"{path} lacks {', '.join(missing)}; restore it from a copy, or remove it to read the folder as PEFT's own"
+        )
     damaged = [k for k, inner in INSIDE.items() if found[k] is not None and not _holds(found[k], inner)]
     if found["base"] is None or found["tensors"] is None or not isinstance(found["sites"], dict):
         damaged += [k for k in ("base", "tensors", "sites") if k not in damaged]
@@ -99,5 +109,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         damaged.append("probe")
     if damaged:
         at = ", ".join(damaged)
-        raise FormatError(f"{path} is damaged at {at}; restore it from a copy, or remove it to read the folder as PEFT's own")
+        raise FormatError(
+            f"{path} is damaged at {at}; restore it from a copy, or remove it to read the folder as PEFT's own"
+        )
     return found

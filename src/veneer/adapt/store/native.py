@@ -27,7 +27,9 @@ def homeless(changes: Changes) -> list[Problem]:
     return [Problem("fit", text)] if odd else []
 
 
-def read(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Changes, list[Problem]]:
+def read(
+    model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Changes, list[Problem]]:
     """The changes that veneer.json describes, not attached, and all that is wrong with them."""
     layers = dict(model.named_modules())
     changes: Changes = []
@@ -43,7 +45,9 @@ def read(model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Te
         try:
             site = site_of_kind(entry["kind"], name, layers[name])
             kind = methods.get(entry["method"])
-            start = methods.unseen(site) if methods.takes_stats(kind) else None  # the true one is among the tensors
+            start = (
+                methods.unseen(site) if methods.takes_stats(kind) else None
+            )  # the true one is among the tensors
             delta = methods.build(kind, site, site_options(manifest, name), start)
         except VeneerError as e:
             problems.append(Problem("fit", str(e)))

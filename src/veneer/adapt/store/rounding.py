@@ -36,7 +36,9 @@ def as_saved(changes: Changes, dtype: torch.dtype, in_peft: bool) -> Changes:
     worst = sorted((n for n, share in lost.items() if not share <= MOST_LOST), key=lambda n: -lost[n])
     if worst:
         some = first_few(f"{n} ({lost[n]:.0%})" for n in worst)
-        raise FormatError(f"in {dtype} these changes would lose more than {MOST_LOST:.0%} of themselves: {some}; save in float32")
+        raise FormatError(
+            f"in {dtype} these changes would lose more than {MOST_LOST:.0%} of themselves: {some}; save in float32"
+        )
     return saved
 
 
@@ -44,7 +46,9 @@ def _through_peft(site: Site, delta: Delta, dtype: torch.dtype) -> Delta:
     form = None if isinstance(delta, Full) else delta.to_peft(site)
     if form is None:
         return delta
-    return type(delta).from_peft(site, form.config, {k: rounded(t, dtype) for k, t in {**form.shared, **form.tensors}.items()})
+    return type(delta).from_peft(
+        site, form.config, {k: rounded(t, dtype) for k, t in {**form.shared, **form.tensors}.items()}
+    )
 
 
 def _through_state(delta: Delta, dtype: torch.dtype) -> Delta:

@@ -64,7 +64,12 @@ def save(
         "allow": sorted(used.union(*(_let_through(delta) for _, delta in changes))),
     }
     tensors = {n: rounding.rounded(t, dtype) for n, t in (written.tensors if written else state).items()}
-    _write(folder, {**tensors, **(written.whole if written else {})}, written.config if written else None, content)
+    _write(
+        folder,
+        {**tensors, **(written.whole if written else {})},
+        written.config if written else None,
+        content,
+    )
     return folder
 
 
@@ -74,7 +79,11 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: Config | None, cont
     paths = [target, *([] if config is None else [folder / settings.CONFIG]), folder / manifest.NAME]
     with files.replacing(*paths) as temporary:
         files.write_tensors(temporary[0], tensors)
-        content["tensors"] = {"file": target.name, "sha256": files.sha256(temporary[0]), "bytes": temporary[0].stat().st_size}
+        content["tensors"] = {
+            "file": target.name,
+            "sha256": files.sha256(temporary[0]),
+            "bytes": temporary[0].stat().st_size,
+        }
         if config is not None:
             files.write_json(temporary[1], config)
         files.write_json(temporary[-1], content)
@@ -106,8 +115,12 @@ def load(
     changes, problems = _read(model, found, _initial(found, initial))
     sizes = {site.name: size(site, delta) for site, delta in changes}
     record = found.manifest
-    other = [Problem("base", text) for text in fingerprint.differences(model, record["base"])] if record else []
-    problems = other + found.problems + problems + not_finite(found.tensors) + clash(changes) + dead(changes, sizes)
+    other = (
+        [Problem("base", text) for text in fingerprint.differences(model, record["base"])] if record else []
+    )
+    problems = (
+        other + found.problems + problems + not_finite(found.tensors) + clash(changes) + dead(changes, sizes)
+    )
     if record and not other and set(sizes) <= set(record["sites"]):
         problems += resized(sizes, record["sites"])
     used = refuse(f"{folder} was not loaded", problems, allowed)
@@ -139,7 +152,9 @@ def _open(folder: Path) -> Opened:
     if record is None and not (folder / settings.CONFIG).is_file():
         inner = sorted(p.parent.name for p in folder.glob(f"*/{settings.CONFIG}"))
         hint = f"; it holds the adapters {first_few(inner)}: name one of these folders" if inner else ""
-        raise FormatError(f"{folder} is no adapter: it has neither {manifest.NAME} nor {settings.CONFIG}{hint}")
+        raise FormatError(
+            f"{folder} is no adapter: it has neither {manifest.NAME} nor {settings.CONFIG}{hint}"
+        )
     own = record is not None and record["layout"] == manifest.NATIVE
     path = folder / (native.TENSORS if own else settings.TENSORS)
     config = None if own else files.read_json(folder / settings.CONFIG)
@@ -170,7 +185,9 @@ def _refuse_settings(config: Config, others: Iterable[Problem] = (), *, has_init
     refuse("the adapter cannot be read", [*wrong, *others] if wrong else [])
 
 
-def _read(model: nn.Module, found: Opened, initial: dict[str, Tensor] | None) -> tuple[Changes, list[Problem]]:
+def _read(
+    model: nn.Module, found: Opened, initial: dict[str, Tensor] | None
+) -> tuple[Changes, list[Problem]]:
     record = found.manifest
     if found.config is None:
         assert record is not None
@@ -184,7 +201,12 @@ def _read(model: nn.Module, found: Opened, initial: dict[str, Tensor] | None) ->
         return changes, problems
     odd = {site.name for site, _ in changes} ^ set(record["sites"])
     if odd:
-        return changes, [Problem("fit", f"{manifest.NAME} and {settings.CONFIG} name different layers: {first_few(sorted(odd))}")]
+        return changes, [
+            Problem(
+                "fit",
+                f"{manifest.NAME} and {settings.CONFIG} name different layers: {first_few(sorted(odd))}",
+            )
+        ]
     for site, delta in changes:
         delta.options = manifest.site_options(record, site.name)
     return changes, []
@@ -194,10 +216,16 @@ def _let_through(delta: nn.Module) -> list[str]:
     return list(vars(delta).get("let_through", []))
 
 
-def _prove(model: nn.Module, name: str, kept: dict[str, Any] | None, allowed: set[str], folder: Path) -> set[str]:
+def _prove(
+    model: nn.Module, name: str, kept: dict[str, Any] | None, allowed: set[str], folder: Path
+) -> set[str]:
     """The outputs are those that were kept with the adapter; where another program kept none, at least not the base's."""
     try:
-        problems = [Problem("probe", text) for text in golden.check(model, name, kept)] if kept else golden.idle(model, name)
+        problems = (
+            [Problem("probe", text) for text in golden.check(model, name, kept)]
+            if kept
+            else golden.idle(model, name)
+        )
         return refuse(f"{folder} was not loaded", problems, allowed)
     except BaseException:
         attach.detach(model, name)

@@ -60,7 +60,9 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.products = self.attention = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = str(func)
         if "_scaled_dot_product" in name:
@@ -93,7 +95,11 @@ def counting(model: nn.Module, passes: int) -> Iterator[Count]:
 
 def _is_product(module: nn.Module, own: set[int]) -> bool:
     kind = kind_of(module)
-    return kind is not None and kind.kind in ROWWISE and any(id(p) in own for p in module.parameters(recurse=False))
+    return (
+        kind is not None
+        and kind.kind in ROWWISE
+        and any(id(p) in own for p in module.parameters(recurse=False))
+    )
 
 
 def _look(count: Count) -> Any:

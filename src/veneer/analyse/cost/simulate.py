@@ -73,12 +73,17 @@ def step(
     states: bytes that the optimiser keeps, AdamW's unless given.
     """
     own = base_parameters(model)
-    trained = set(own) if full else {n for n, p in model.named_parameters() if n not in own and _acts(model, n)}
+    trained = (
+        set(own) if full else {n for n, p in model.named_parameters() if n not in own and _acts(model, n)}
+    )
     training = model.training
     device = next(iter(own.values())).device
     with FakeTensorMode():
         tensors = {
-            **{n: _fake(p, base if n in own else None, n in trained, device) for n, p in model.named_parameters()},
+            **{
+                n: _fake(p, base if n in own else None, n in trained, device)
+                for n, p in model.named_parameters()
+            },
             **{n: _fake(b, None, False, device) for n, b in model.named_buffers() if n},
         }
         masters = {n: t for n, t in tensors.items() if n not in own and _acts(model, n)}
@@ -119,7 +124,9 @@ class _Found(NamedTuple):
     flops: Flops
 
 
-def _run(model: nn.Module, tensors: dict[str, Tensor], shape: Shape, device: torch.device, autocast: bool) -> _Found:
+def _run(
+    model: nn.Module, tensors: dict[str, Tensor], shape: Shape, device: torch.device, autocast: bool
+) -> _Found:
     live, saved = Live(), Saved(tensors.values())
     named = {f"model.{n}": t for n, t in tensors.items()}
     with counting(model, shape.passes) as flops, live, saved.watching():
@@ -147,11 +154,15 @@ class _Pass(nn.Module):
         ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64, device=device)
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if shape.packed:
-            inputs["attention_mask"] = torch.ones(shape.rows, 1, shape.tokens, shape.tokens, dtype=torch.bool, device=device)
+            inputs["attention_mask"] = torch.ones(
+                shape.rows, 1, shape.tokens, shape.tokens, dtype=torch.bool, device=device
+            )
         targets = ids.new_zeros(shape.labels)
         head = cut(self.model)
         if head is None:
-            return F.cross_entropy(self.model(**inputs).logits.flatten(0, 1)[: shape.labels].float(), targets, reduction="sum")
+            return F.cross_entropy(
+                self.model(**inputs).logits.flatten(0, 1)[: shape.labels].float(), targets, reduction="sum"
+            )
         features = head.features(inputs).flatten(0, 1).index_select(0, targets)
         return cross_entropy(features, targets, head.logits, head.parameters())
 

@@ -20,7 +20,9 @@ def write(folder: Path) -> list[str]:
     results = read_json(folder / RESULTS)
     by_target = _by_target(results["methods"])
     noise = results["noise_bpb"]
-    wanted: run_report.Pictures = {f"dial-{t}": partial(plots.one_target, rows, noise) for t, rows in by_target.items()}
+    wanted: run_report.Pictures = {
+        f"dial-{t}": partial(plots.one_target, rows, noise) for t, rows in by_target.items()
+    }
     drawn, missing = run_report.draw(folder, wanted)
     title = "Learning and forgetting, method by method"
     ways = len({r["method"] for r in results["methods"]})
@@ -48,12 +50,27 @@ def _target(target: str, rows: Rows, svg: str | None, noise: float) -> str:
     """One text: the picture, the table, and samples."""
     name = plots.TITLES.get(target, target)
     caption = "Each line dials one adapter from off (star) past full strength (large dot). Down is learned, right is forgotten."
-    picture = elements.picture(svg, f"What methods learned of {name} and forgot, at several strengths", caption) if svg else ""
-    tables = [elements.table([make(r) for r in rows], head, numbers=1) for make, head in ((_moves, MOVES), (_use, USE))]
+    picture = (
+        elements.picture(svg, f"What methods learned of {name} and forgot, at several strengths", caption)
+        if svg
+        else ""
+    )
+    tables = [
+        elements.table([make(r) for r in rows], head, numbers=1)
+        for make, head in ((_moves, MOVES), (_use, USE))
+    ]
     table = elements.card(tables[0], elements.paragraph(_ties(rows, noise), "small"), tables[1])
     first = rows[0]
-    beside = elements.continued(first["prompt"], [("base", first["samples"]["before"]), *((_title(r), r["samples"]["after"]) for r in rows)])
-    return elements.section(f"Learning {name}", elements.pair(picture, table), elements.paragraph("One prompt, continued:", "sub"), beside)
+    beside = elements.continued(
+        first["prompt"],
+        [("base", first["samples"]["before"]), *((_title(r), r["samples"]["after"]) for r in rows)],
+    )
+    return elements.section(
+        f"Learning {name}",
+        elements.pair(picture, table),
+        elements.paragraph("One prompt, continued:", "sub"),
+        beside,
+    )
 
 
 MOVES = ["method", "learned", "", "forgotten", ""]
@@ -68,7 +85,13 @@ def _moves(r: Mapping[str, Any]) -> list[str]:
 def _use(r: Mapping[str, Any]) -> list[str]:
     at = next(p for p in r["dial"] if p["strength"] == r["recommended_strength"])
     dialled = [f"{at['strength']:g}", f"{at['target_bpb']:.3f}, {at['known_bpb']:.3f}"]
-    return [_title(r), *dialled, amount(r["trainable_parameters"], ""), amount(r["adapter_bytes"]), seconds(r["seconds"])]
+    return [
+        _title(r),
+        *dialled,
+        amount(r["trainable_parameters"], ""),
+        amount(r["adapter_bytes"]),
+        seconds(r["seconds"]),
+    ]
 
 
 def _ties(rows: Rows, noise: float) -> str:
@@ -80,7 +103,11 @@ def _ties(rows: Rows, noise: float) -> str:
         for word, key in (("learned", "target_bpb_after"), ("forgot", "known_bpb_after"))
         if abs(a[key] - b[key]) < noise
     ]
-    return f"Not to be told apart at one seed: {'; '.join(close)}." if close else "All differences are larger than the noise of one seed."
+    return (
+        f"Not to be told apart at one seed: {'; '.join(close)}."
+        if close
+        else "All differences are larger than the noise of one seed."
+    )
 
 
 def _title(r: Mapping[str, Any]) -> str:

@@ -20,7 +20,9 @@ def whole(name: str, parts: Iterable[str]) -> str:
     """A page that needs nothing but itself."""
     own = files("veneer.analyse.page")
     frame, css = (own.joinpath(name).read_text(encoding="utf-8") for name in ("report.html", "report.css"))
-    return Template(frame).substitute(title=escape(name), css=css.rstrip(), body="\n".join(part for part in parts if part))
+    return Template(frame).substitute(
+        title=escape(name), css=css.rstrip(), body="\n".join(part for part in parts if part)
+    )
 
 
 def title(text: str, above: str) -> str:
@@ -76,10 +78,24 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), *, numbers: i
     at = len(head) if numbers is None else numbers
 
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}{_class('n' if i >= at else 'wrap')}>{escape(c)}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{_class('n' if i >= at else 'wrap')}>{escape(c)}</{tag}>" for i, c in enumerate(cells)
+            )
+            + "</tr>"
+        )
 
     top = f"<thead>{line(head, 'th')}</thead>" if head else ""
-    return "\n".join(['<div class="scroll"><table>', top, "<tbody>", *(line(r, "td") for r in rows), "</tbody></table></div>"])
+    return "\n".join(
+        [
+            '<div class="scroll"><table>',
+            top,
+            "<tbody>",
+            *(line(r, "td") for r in rows),
+            "</tbody></table></div>",
+        ]
+    )
 
 
 def facts(entries: Mapping[str, str]) -> str:
@@ -114,7 +130,9 @@ def tokens(pieces: Iterable[Sequence[object]]) -> str:
     made = []
     for text, learned in pieces:
         shown = escape(str(text).replace("\n", "↵\n"))
-        made.append(f'<mark class="token">{shown}</mark>' if learned else f'<span class="token">{shown}</span>')
+        made.append(
+            f'<mark class="token">{shown}</mark>' if learned else f'<span class="token">{shown}</span>'
+        )
     return f'<div class="text">{"".join(made)}</div>'
 
 

@@ -76,7 +76,9 @@ def keep(figure: Any, file: Path) -> str:
         figure.savefig(temporary, dpi=150, format="png")
     figure.set_layout_engine("none")  # all is in its place
     drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": file.stem}):  # names inside differ from those of the page's other pictures
+    with matplotlib.rc_context(
+        {"svg.hashsalt": file.stem}
+    ):  # names inside differ from those of the page's other pictures
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(drawn.getvalue(), file.stem)
 
@@ -86,7 +88,12 @@ def _inline(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
+        count=1,
+    )
     svg = re.sub(r' id="([\w.]*_\d+)"', rf' id="{name}-\1"', svg)
     for word, colour in PALETTE.items():
         svg = svg.replace(colour, f"var(--{word})")

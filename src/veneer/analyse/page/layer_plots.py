@@ -36,7 +36,9 @@ def singular_values(layers: Layers) -> Any:
     kinds = list(by_kind(layers).items())[:KINDS]
     figure = figures.blank()
     panel = figure.subplots()
-    styles = [(colour, line) for line in ("-", "--") for colour in ("learned", "forgotten", "lora", "loraplus")]
+    styles = [
+        (colour, line) for line in ("-", "--") for colour in ("learned", "forgotten", "lora", "loraplus")
+    ]
     for (kind, some), (colour, line) in zip(kinds, styles, strict=False):
         n = min(len(layer["values"]) for layer in some)
         middle = [median(layer["values"][i] for layer in some) for i in range(n)]
@@ -45,7 +47,9 @@ def singular_values(layers: Layers) -> Any:
     panel.set_yscale("log")
     low, high = panel.get_ylim()
     panel.yaxis.set_major_formatter(_plain)
-    panel.yaxis.set_minor_formatter(_plain if high < 10 * low else "")  # less than a decade may hold no power of ten
+    panel.yaxis.set_minor_formatter(
+        _plain if high < 10 * low else ""
+    )  # less than a decade may hold no power of ten
     panel.set_xlabel("number of the singular value")
     panel.set_title("singular values, median over blocks")
     panel.legend(ncols=2, fontsize=8)
@@ -72,11 +76,20 @@ def effective_ranks(layers: Layers) -> Any:
             look = {"color": PALETTE["learned"], "alpha": 0.08 + 0.6 * share, "linewidth": 0}
             panel.add_patch(Rectangle((column + 0.03, row + 0.05), 0.94, 0.9, **look))
             if len(columns) <= BLOCKS // 2:
-                panel.text(column + 0.5, row + 0.5, f"{layer['effective_rank']:.1f}", ha="center", va="center", fontsize=9)
+                panel.text(
+                    column + 0.5,
+                    row + 0.5,
+                    f"{layer['effective_rank']:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                )
     panel.set(xlim=(0, len(columns)), ylim=(len(kinds), 0))
     panel.set_yticks([i + 0.5 for i in range(len(kinds))], list(kinds))
     every = max(1, len(columns) // 12)
-    panel.set_xticks([i + 0.5 for i in range(0, len(columns), every)], ["-" if c < 0 else str(c) for c in columns[::every]])
+    panel.set_xticks(
+        [i + 0.5 for i in range(0, len(columns), every)], ["-" if c < 0 else str(c) for c in columns[::every]]
+    )
     panel.set_xlabel("block")
     panel.set_title("effective rank; darker: larger beside its weight")
     panel.grid(False)

@@ -9,7 +9,14 @@ from typing import Any
 from veneer.analyse.page import figures
 from veneer.analyse.page.figures import PALETTE
 
-TITLES = {"full": "full fine-tuning", "lora": "LoRA", "loraplus": "LoRA+", "dora": "DoRA", "prose": "English prose", "c": "C headers"}
+TITLES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "loraplus": "LoRA+",
+    "dora": "DoRA",
+    "prose": "English prose",
+    "c": "C headers",
+}
 COLOURS = {name: PALETTE[name] for name in ("full", "lora", "loraplus")}
 MARKED = 160  # points of a curve of training losses: more are taken together
 
@@ -26,7 +33,9 @@ def learning_vs_forgetting(rows: Sequence[Mapping[str, Any]], file: Path, noise:
         for panel, target in zip(figure.subplots(1, len(targets), squeeze=False)[0], targets, strict=True):
             dialled(panel, [row for row in rows if row["target"] == target], noise)
             panel.set_title(f"learning {TITLES.get(target, target)}")
-        figure.suptitle("Each line dials one adapter from off (star) to full strength (large dot) and beyond", fontsize=10)
+        figure.suptitle(
+            "Each line dials one adapter from off (star) to full strength (large dot) and beyond", fontsize=10
+        )
         figures.keep(figure, file)
     return file
 
@@ -44,12 +53,21 @@ def dialled(panel: Any, rows: Sequence[Mapping[str, Any]], noise: float) -> None
         dial = sorted(row["dial"], key=lambda point: point["strength"])
         x, y = [p["known_bpb"] for p in dial], [p["target_bpb"] for p in dial]
         colour = COLOURS.get(row["method"], PALETTE["muted"])
-        panel.plot(x, y, "-", color=colour, linewidth=1.5, label=f"{TITLES.get(row['method'], row['method'])}")
+        panel.plot(
+            x, y, "-", color=colour, linewidth=1.5, label=f"{TITLES.get(row['method'], row['method'])}"
+        )
         panel.scatter(x, y, s=[70 if p["strength"] == 1 else 14 for p in dial], color=colour, zorder=3)
         for point in dial:
             if point["strength"] in (0.5, 1):
                 at = (point["known_bpb"], point["target_bpb"])
-                panel.annotate(f"{point['strength']:g}", at, textcoords="offset points", xytext=(6, 4), fontsize=8, color=colour)
+                panel.annotate(
+                    f"{point['strength']:g}",
+                    at,
+                    textcoords="offset points",
+                    xytext=(6, 4),
+                    fontsize=8,
+                    color=colour,
+                )
     base = (rows[0]["known_bpb_before"], rows[0]["target_bpb_before"])
     panel.errorbar(*base, xerr=noise, yerr=noise, color=PALETTE["quiet"], linewidth=1)
     panel.scatter(*base, marker="*", s=160, color=PALETTE["ink"], zorder=4, label="base model")
@@ -66,7 +84,13 @@ def training_loss(lines: Sequence[Mapping[str, Any]]) -> Any:
     figure = figures.blank()
     panel = figure.subplots()
     bins = [_mean(y[i : i + every]) for i in range(0, len(y), every)]
-    panel.plot(x[::every], bins, color=PALETTE["quiet"], linewidth=0.9, label="each step" if every == 1 else f"each {every} steps")
+    panel.plot(
+        x[::every],
+        bins,
+        color=PALETTE["quiet"],
+        linewidth=0.9,
+        label="each step" if every == 1 else f"each {every} steps",
+    )
     half = max(2, len(y) // 20)
     smooth = [_mean(y[max(0, i - half) : i + half + 1]) for i in range(0, len(y), every)]
     panel.plot(x[::every], smooth, color=PALETTE["ink"], label=f"mean of {2 * half + 1} steps")
@@ -87,7 +111,9 @@ def evaluations(lines: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) 
     panel = figure.subplots()
     for word, colour in (("valid", "learned"), ("known", "forgotten")):
         points = [(line["step"], line[f"{word}_bpb"]) for line in measured if f"{word}_bpb" in line]
-        panel.plot(*zip(*points, strict=True), "o-", color=PALETTE[colour], markersize=4, label=f"{word} text") if points else None
+        panel.plot(
+            *zip(*points, strict=True), "o-", color=PALETTE[colour], markersize=4, label=f"{word} text"
+        ) if points else None
     best = results.get("best_step")
     if "test" in results.get("after", {}) and best is not None:
         ends = [results[k]["test"] for k in ("before", "after")]
@@ -102,7 +128,12 @@ def evaluations(lines: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) 
 
 
 def _hollow(colour: str) -> dict[str, Any]:
-    return {"markerfacecolor": PALETTE["paper"], "markeredgecolor": PALETTE[colour], "markersize": 7, "linestyle": "none"}
+    return {
+        "markerfacecolor": PALETTE["paper"],
+        "markeredgecolor": PALETTE[colour],
+        "markersize": 7,
+        "linestyle": "none",
+    }
 
 
 def training_path(lines: Sequence[Mapping[str, Any]]) -> Any:
@@ -115,7 +146,9 @@ def training_path(lines: Sequence[Mapping[str, Any]]) -> Any:
     panel.scatter(x[:1], y[:1], marker="*", s=160, color=PALETTE["ink"], zorder=4)
     for i in sorted({0, len(x) // 2, len(x) - 1}):
         word = "base" if i == 0 else f"step {measured[i]['step']}"
-        panel.annotate(word, (x[i], y[i]), textcoords="offset points", xytext=(8, 5), fontsize=9, color=PALETTE["muted"])
+        panel.annotate(
+            word, (x[i], y[i]), textcoords="offset points", xytext=(8, 5), fontsize=9, color=PALETTE["muted"]
+        )
     panel.set_xlabel("known text, bits per byte  (right: forgotten)")
     panel.set_ylabel("valid text, bits per byte")
     panel.set_title("lower is learned, further right is forgotten")
@@ -129,10 +162,15 @@ def dial(points: Sequence[Mapping[str, Any]], chosen: float) -> Any:
     figure = figures.blank()
     panel = figure.subplots()
     panel.axhline(0, color=PALETTE["muted"], linewidth=1)
-    for key, word, colour in (("target_bpb", "new text", "learned"), ("known_bpb", "known text", "forgotten")):
+    for key, word, colour in (
+        ("target_bpb", "new text", "learned"),
+        ("known_bpb", "known text", "forgotten"),
+    ):
         if base.get(key):
             y = [100 * (p[key] / base[key] - 1) for p in points]
-            panel.plot([p["strength"] for p in points], y, "o-", color=PALETTE[colour], markersize=4, label=word)
+            panel.plot(
+                [p["strength"] for p in points], y, "o-", color=PALETTE[colour], markersize=4, label=word
+            )
     panel.axvline(chosen, color=PALETTE["muted"], linestyle=":", linewidth=1)
     panel.set_xticks([p["strength"] for p in points])
     panel.set_xlabel(f"strength of the adapter  (dotted: {chosen:g}, the one to use)")

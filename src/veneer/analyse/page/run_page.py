@@ -21,14 +21,20 @@ class Told(NamedTuple):
 
 
 Drawn = Mapping[str, str]
-NO_TEST = "No test text was given, so what was learned is reported on the same text, which flatters it a little."
+NO_TEST = (
+    "No test text was given, so what was learned is reported on the same text, which flatters it a little."
+)
 PARTS = ("train", "valid", "test", "known")
 
 
 def page_of(run: Told, drawn: Drawn, missing: Sequence[str]) -> str:
     """The whole page. drawn: pictures by name; missing: what could not be drawn, as sentences."""
     settings = run.config["run"]
-    method = "loraplus" if (settings["method"], settings["optimiser"]) == ("lora", "loraplus") else settings["method"]
+    method = (
+        "loraplus"
+        if (settings["method"], settings["optimiser"]) == ("lora", "loraplus")
+        else settings["method"]
+    )
     title = f"{plots.TITLES.get(method, method)} on {settings['model']}"
     above = f"Veneer {run.config.get('veneer', '')} · {', '.join(settings['data'])} · {run.folder}"
     parts = [
@@ -42,7 +48,12 @@ def page_of(run: Told, drawn: Drawn, missing: Sequence[str]) -> str:
         _layers(run, drawn),
         _data(run),
         _cost(run),
-        elements.section("Configuration", elements.details("every setting as it was resolved", elements.card(elements.facts(_settings(settings))))),
+        elements.section(
+            "Configuration",
+            elements.details(
+                "every setting as it was resolved", elements.card(elements.facts(_settings(settings)))
+            ),
+        ),
         elements.section("What the run said", elements.card(elements.listed(_notes(run)))),
         elements.section("Versions", elements.card(elements.facts(run.results.get("versions", {})))),
     ]
@@ -63,11 +74,32 @@ def lead(run: Told) -> str:
 
 def _tiles(run: Told) -> list[tuple[str, str, str, str]]:
     r, best = run.results, run.results["best_step"]
-    rows = [(f"learned ({r['learned']['text']} text)", percent(r["learned"]), f"{moved(r['learned'])} bits/byte", "learned")]
+    rows = [
+        (
+            f"learned ({r['learned']['text']} text)",
+            percent(r["learned"]),
+            f"{moved(r['learned'])} bits/byte",
+            "learned",
+        )
+    ]
     if r["forgotten"]:
-        rows.append(("forgotten (known text)", percent(r["forgotten"]), f"{moved(r['forgotten'])} bits/byte", "forgotten"))
+        rows.append(
+            (
+                "forgotten (known text)",
+                percent(r["forgotten"]),
+                f"{moved(r['forgotten'])} bits/byte",
+                "forgotten",
+            )
+        )
     total, n = r.get("base_parameters"), r["trainable_parameters"]
-    rows.append(("trained parameters", amount(n, ""), f"{n / total:.2%} of {amount(total, '')}" if total else f"{n:,}", ""))
+    rows.append(
+        (
+            "trained parameters",
+            amount(n, ""),
+            f"{n / total:.2%} of {amount(total, '')}" if total else f"{n:,}",
+            "",
+        )
+    )
     rows.append(("adapter on disk", amount(r["adapter_bytes"]), "safetensors", ""))
     kept = f", step {best} kept" if best not in (None, r["steps"]) else ""
     rows.append(("training", seconds(r["seconds"]), f"{r['steps']} steps{kept}", ""))
@@ -90,7 +122,9 @@ def _memory_of(run: Told) -> str:
 
 def _curves(run: Told, drawn: Drawn) -> str:
     skipped = run.results.get("skipped_steps")
-    loss = "Loss on the batch of each step, before the step is taken." + (f" {skipped} steps were skipped." if skipped else "")
+    loss = "Loss on the batch of each step, before the step is taken." + (
+        f" {skipped} steps were skipped." if skipped else ""
+    )
     windows = run.config["run"]["eval_windows"]
     part = f"on {windows} evenly spaced windows of each text" if windows else "on all of each text"
     apart = "Test text is measured before and after only." if "test" in run.results["after"] else NO_TEST
@@ -114,11 +148,18 @@ def _dial(run: Told, drawn: Drawn) -> str:
     dial = run.results.get("dial")
     title = "The strength dial"
     if not dial:
-        return elements.section(title, elements.paragraph(f"Not measured in this run: veneer report {run.folder} --measure does it.", "sub"))
+        return elements.section(
+            title,
+            elements.paragraph(
+                f"Not measured in this run: veneer report {run.folder} --measure does it.", "sub"
+            ),
+        )
     at = {p["strength"]: p for p in dial["points"]}
     chosen, full = at[dial["recommended"]], at.get(1.0)
     best = f"{chosen['strength']:g}"
-    says = [f"An adapter can be used at any strength without training again. Chosen on {dial['chosen_on']}: strength {best}."]
+    says = [
+        f"An adapter can be used at any strength without training again. Chosen on {dial['chosen_on']}: strength {best}."
+    ]
     if full and chosen is not full:
         says.append(f"On {dial['text']} it gives {_at(chosen)}; full strength gives {_at(full)}.")
     elif full:
@@ -132,7 +173,11 @@ def _dial(run: Told, drawn: Drawn) -> str:
         elements.paragraph(" ".join(says)),
         elements.pair(
             _shown(drawn, "dial", "Bits per byte at every strength", caption),
-            elements.card(elements.table(rows, head, numbers=0), elements.paragraph("Use it so:", "small"), elements.command(use)),
+            elements.card(
+                elements.table(rows, head, numbers=0),
+                elements.paragraph("Use it so:", "small"),
+                elements.command(use),
+            ),
         ),
     )
 
@@ -144,20 +189,32 @@ def _at(point: Mapping[str, Any]) -> str:
 
 def _dial_rows(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     head = ["strength", "new text", "known text"]
-    rows = [[f"{p['strength']:g}", *(f"{p[k]:.3f}" for k in ("target_bpb", "known_bpb") if p.get(k) is not None)] for p in points]
+    rows = [
+        [f"{p['strength']:g}", *(f"{p[k]:.3f}" for k in ("target_bpb", "known_bpb") if p.get(k) is not None)]
+        for p in points
+    ]
     return head[: len(rows[0])], rows
 
 
 def _samples(run: Told) -> str:
     found = run.results.get("samples")
     if not found:
-        return elements.section("Before and after", elements.paragraph(f"Not measured: veneer report {run.folder} --measure does it.", "sub"))
+        return elements.section(
+            "Before and after",
+            elements.paragraph(f"Not measured: veneer report {run.folder} --measure does it.", "sub"),
+        )
     cards = []
     for row in found["rows"]:
         truth = [("the text itself", row["truth"])] if row.get("truth") else []
-        cards.append(elements.continued(row["prompt"], [("base", row["before"]), ("adapted", row["after"]), *truth]))
+        cards.append(
+            elements.continued(row["prompt"], [("base", row["before"]), ("adapted", row["after"]), *truth])
+        )
     how = f"Drawn at temperature {found['temperature']:g} with the same random numbers, {found['tokens']} tokens at most"
-    return elements.section("Before and after", elements.paragraph(f"{found['source']}. {how}; single samples, not a measure.", "sub"), *cards)
+    return elements.section(
+        "Before and after",
+        elements.paragraph(f"{found['source']}. {how}; single samples, not a measure.", "sub"),
+        *cards,
+    )
 
 
 def _layers(run: Told, drawn: Drawn) -> str:
@@ -168,7 +225,14 @@ def _layers(run: Told, drawn: Drawn) -> str:
     ranks = "Effective rank: exp of the entropy of the singular values. Colour: the norm of the change over the norm of the weight."
     head = ["layer", "rank", "effective", "for 90 %", "norm", "of W"]
     rows = [
-        [s["site"], str(s["rank"]), f"{s['effective_rank']:.1f}", str(s["energy_rank"]), f"{s['norm']:.3g}", f"{s['relative']:.2%}"]
+        [
+            s["site"],
+            str(s["rank"]),
+            f"{s['effective_rank']:.1f}",
+            str(s["energy_rank"]),
+            f"{s['norm']:.3g}",
+            f"{s['relative']:.2%}",
+        ]
         for s in layers
     ]
     start = run.results.get("start")
@@ -179,7 +243,9 @@ def _layers(run: Told, drawn: Drawn) -> str:
             _shown(drawn, "singular-values", "Singular values of the change", values),
             _shown(drawn, "effective-ranks", "Effective rank of the change, layer by layer", ranks),
         ),
-        elements.details(f"all {len(layers)} matrices as numbers", elements.card(elements.table(rows, head, numbers=1))),
+        elements.details(
+            f"all {len(layers)} matrices as numbers", elements.card(elements.table(rows, head, numbers=1))
+        ),
     )
 
 
@@ -191,11 +257,19 @@ def _data(run: Told) -> str:
             *(f"{f[k]:,}" for k in ("rows", "windows", "tokens", "learned_tokens")),
             f"{f['learned_tokens'] / f['tokens']:.1%}",
         ]
-        for part, f in sorted(run.config["data"].items(), key=lambda item: PARTS.index(item[0]) if item[0] in PARTS else len(PARTS))
+        for part, f in sorted(
+            run.config["data"].items(),
+            key=lambda item: PARTS.index(item[0]) if item[0] in PARTS else len(PARTS),
+        )
     ]
     preview = [elements.card(elements.tokens(pieces)) for pieces in run.results.get("preview") or ()]
     says = "The beginning of what is trained on, token by token: marked tokens are learned, the others are only read."
-    return elements.section("Data", elements.card(elements.table(rows, head, numbers=1)), elements.paragraph(says, "sub") if preview else "", *preview)
+    return elements.section(
+        "Data",
+        elements.card(elements.table(rows, head, numbers=1)),
+        elements.paragraph(says, "sub") if preview else "",
+        *preview,
+    )
 
 
 def _cost(run: Told) -> str:
@@ -204,14 +278,20 @@ def _cost(run: Told) -> str:
         "trained parameters": f"{r['trainable_parameters']:,}",
         "parameters of the base": f"{r['base_parameters']:,}" if "base_parameters" in r else "",
         "adapter on disk": f"{r['adapter_bytes']:,} bytes",
-        "peak memory": f"{amount(r['peak_memory_bytes'])} {_memory_of(run)}" if r["peak_memory_bytes"] else "",
+        "peak memory": f"{amount(r['peak_memory_bytes'])} {_memory_of(run)}"
+        if r["peak_memory_bytes"]
+        else "",
         "tokens trained on": f"{r['tokens']:,}",
         "time": f"{seconds(r['seconds'])} with evaluations and checkpoints; {r['seconds'] / max(1, r['steps']):.3g} s a step",
-        "speed": f"{speed:,.0f} tokens per second in the median step" if (speed := _speed(run)) is not None else "",
+        "speed": f"{speed:,.0f} tokens per second in the median step"
+        if (speed := _speed(run)) is not None
+        else "",
         "computed on": f"{settings['device']}, {settings['precision']}",
         "this report": f"{seconds(r['report_seconds'])} of measuring" if "report_seconds" in r else "",
     }
-    return elements.section("Parameters, memory, speed", elements.card(elements.facts({k: v for k, v in entries.items() if v})))
+    return elements.section(
+        "Parameters, memory, speed", elements.card(elements.facts({k: v for k, v in entries.items() if v}))
+    )
 
 
 def _settings(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -221,4 +301,6 @@ def _settings(settings: Mapping[str, Any]) -> dict[str, str]:
 def _notes(run: Told) -> list[str]:
     """Everything that was said, once, in order; what was allowed when the run went on first."""
     allowed = [f"allowed: {a}" for a in run.config.get("allowed", ())]
-    return list(dict.fromkeys([*allowed, *run.config.get("notes", ()), *run.results.get("notes", ())])) or ["nothing"]
+    return list(dict.fromkeys([*allowed, *run.config.get("notes", ()), *run.results.get("notes", ())])) or [
+        "nothing"
+    ]

@@ -31,7 +31,9 @@ def write(folder: Path) -> list[str]:
 def put(folder: Path, text: str) -> Path:
     """The page, whole or not there."""
     with replacing(folder / REPORT) as (temporary,):
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # halves of letters, which JSON may hold
+        temporary.write_text(
+            text, encoding="utf-8", errors="backslashreplace"
+        )  # halves of letters, which JSON may hold
     return folder / REPORT
 
 
@@ -49,7 +51,9 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as e:
-        raise FormatError(f"{file} cannot be read as one JSON object a line: {e}; restore it from a copy") from None
+        raise FormatError(
+            f"{file} cannot be read as one JSON object a line: {e}; restore it from a copy"
+        ) from None
 
 
 def _pictures(run: Told) -> Pictures:

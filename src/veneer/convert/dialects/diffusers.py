@@ -43,7 +43,9 @@ ENDINGS = {
 }
 # What of PEFT's settings goes into the header: what LoraConfig needs to know of the tensors.
 SAID = ("r", "lora_alpha", "target_modules", "use_dora", "lora_dropout", "bias")
-PART = re.compile(r"(unet|transformer|transformer_2|prior|controlnet|text_encoder|text_encoder_2|text_encoder_3)\.")
+PART = re.compile(
+    r"(unet|transformer|transformer_2|prior|controlnet|text_encoder|text_encoder_2|text_encoder_3)\."
+)
 
 
 def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
@@ -55,7 +57,9 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
     sites = {n: _pair(n, roles, settings) for n, roles in modules.items()}
     odd = [n for n in sites if not PART.match(n)]
     if odd and parts:
-        raise FormatError(f"{found.file}: {len(odd)} modules belong to no part of a pipeline, e.g. {odd[0]}, while others do")
+        raise FormatError(
+            f"{found.file}: {len(odd)} modules belong to no part of a pipeline, e.g. {odd[0]}, while others do"
+        )
     return Pairs(sites, tuple(parts))
 
 
@@ -121,5 +125,9 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
         notes += [f"{part}: {n}" for n in said]
     text = json.dumps(header, sort_keys=True)
     with files.replacing(folder / FILE) as (path,):
-        save_file({n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}, path, {"format": "pt", HEADER: text})
+        save_file(
+            {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()},
+            path,
+            {"format": "pt", HEADER: text},
+        )
     return notes

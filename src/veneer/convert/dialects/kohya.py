@@ -74,10 +74,18 @@ def _resolve(modules: Iterable[str], names: tuple[str, ...]) -> dict[str, str]:
         else:
             (several if fits else lost).append(f"{flat} ({' or '.join(fits)})" if fits else flat)
     if several:
-        raise ConfigError(f"underscores stand for dots, and more than one module could be meant: {first_few(several)}")
+        raise ConfigError(
+            f"underscores stand for dots, and more than one module could be meant: {first_few(several)}"
+        )
     if lost:
-        hint = "the model that was given has none such" if names else "give the base model with model=, or its modules' names with names="
-        raise ConfigError(f"underscores stand for dots, and {len(lost)} modules cannot be told from their names: {first_few(lost)}; {hint}")
+        hint = (
+            "the model that was given has none such"
+            if names
+            else "give the base model with model=, or its modules' names with names="
+        )
+        raise ConfigError(
+            f"underscores stand for dots, and {len(lost)} modules cannot be told from their names: {first_few(lost)}; {hint}"
+        )
     return found
 
 
@@ -88,7 +96,9 @@ def _pair(name: str, roles: Roles) -> Pair:
     alpha = float(roles["alpha"]) if "alpha" in roles else float(A.shape[0])  # without one the scaling is 1
     if "scalar" in roles:
         alpha *= float(roles["scalar"])
-    return Pair(A, B, alpha / A.shape[0], _magnitude(name, roles.get("m"), B), "conv" if A.ndim > 2 else "linear")
+    return Pair(
+        A, B, alpha / A.shape[0], _magnitude(name, roles.get("m"), B), "conv" if A.ndim > 2 else "linear"
+    )
 
 
 def _magnitude(name: str, m: Tensor | None, B: Tensor) -> Tensor | None:
@@ -97,7 +107,9 @@ def _magnitude(name: str, m: Tensor | None, B: Tensor) -> Tensor | None:
         return None
     if m.shape[0] != B.shape[0] or m.numel() != B.shape[0]:
         shape = tuple(m.shape)
-        raise FormatError(f"{name}: dora_scale {shape} scales input columns (wd_on_output=False), which is not DoRA; merge it with LyCORIS")
+        raise FormatError(
+            f"{name}: dora_scale {shape} scales input columns (wd_on_output=False), which is not DoRA; merge it with LyCORIS"
+        )
     return m.flatten()
 
 
@@ -112,7 +124,11 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
         flat, ones = _flat(name, pairs.parts), (1,) * (p.A.ndim - 2)
         if f"{flat}.alpha" in tensors:
             raise FormatError(f"{name} and another layer are both called {flat} in kohya's format")
-        own = {"lora_down.weight": p.A, "lora_up.weight": p.B.reshape(*p.B.shape, *ones), "alpha": torch.tensor(p.scaling * p.rank)}
+        own = {
+            "lora_down.weight": p.A,
+            "lora_up.weight": p.B.reshape(*p.B.shape, *ones),
+            "alpha": torch.tensor(p.scaling * p.rank),
+        }
         if p.magnitude is not None:
             own["dora_scale"] = p.magnitude.reshape(-1, 1, *ones)
         tensors |= {f"{flat}.{k}": t for k, t in own.items()}

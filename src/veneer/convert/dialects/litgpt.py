@@ -27,7 +27,12 @@ from veneer.errors import FormatError, first_few
 
 FILE, SETTINGS, MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"
 FUSED = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"}
-PLAIN = {"attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+PLAIN = {
+    "attn.proj": "self_attn.o_proj",
+    "mlp.fc_1": "mlp.gate_proj",
+    "mlp.fc_2": "mlp.up_proj",
+    "mlp.proj": "mlp.down_proj",
+}
 FLAGS = {"lora_projection": ("attn.proj",), "lora_mlp": ("mlp.fc_1", "mlp.fc_2", "mlp.proj")}
 LLAMA_LIKE = ("LLaMAMLP", "GemmaMLP")
 WHY = "LitGPT holds q, k and v in one layer"
@@ -54,9 +59,16 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
             unknown.append(module)
     if unknown:
         raise FormatError(f"{found.file} is of a model that is not of Llama's kind: {first_few(unknown)}")
-    empty = tuple(n for n, p in sites.items() if not p.A.any() and not p.B.any())  # layers that were not adapted, see write
+    empty = tuple(
+        n for n, p in sites.items() if not p.A.any() and not p.B.any()
+    )  # layers that were not adapted, see write
     kept = {n: p for n, p in sites.items() if n not in empty}
-    return Pairs(kept, dropout=float(settings.get("lora_dropout") or 0.0), origin=_origin(settings.get("checkpoint_dir")), left_out=empty)
+    return Pairs(
+        kept,
+        dropout=float(settings.get("lora_dropout") or 0.0),
+        origin=_origin(settings.get("checkpoint_dir")),
+        left_out=empty,
+    )
 
 
 def _origin(folder: str | None) -> str | None:
@@ -87,14 +99,26 @@ def _sizes(path: Path) -> Base:
         return Base()
     c = _yaml(path)
     name = str(c.get("name", ""))
-    if c.get("mlp_class_name", LLAMA_LIKE[0]) not in LLAMA_LIKE or name.lower().startswith(("phi-3", "phi-4")):
-        raise FormatError(f"{path}: {name or 'the model'} is not of Llama's kind, whose layers alone are known here")
+    if c.get("mlp_class_name", LLAMA_LIKE[0]) not in LLAMA_LIKE or name.lower().startswith(
+        ("phi-3", "phi-4")
+    ):
+        raise FormatError(
+            f"{path}: {name or 'the model'} is not of Llama's kind, whose layers alone are known here"
+        )
     heads, width = c.get("n_head"), c.get("n_embd")
     head = c.get("head_size") or (width // heads if heads and width else None)
-    return Base(heads=heads, kv_heads=c.get("n_query_groups") or heads, head=head, width=width, layers=c.get("n_layer"))
+    return Base(
+        heads=heads,
+        kv_heads=c.get("n_query_groups") or heads,
+        head=head,
+        width=width,
+        layers=c.get("n_layer"),
+    )
 
 
-def _split(module: str, roles: Roles, settings: Mapping[str, Any], base: Base) -> dict[str, tuple[Tensor, Tensor]]:
+def _split(
+    module: str, roles: Roles, settings: Mapping[str, Any], base: Base
+) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of the adapted ones of q, k and v by their name in a layer."""
     on = [w for w in FUSED if settings.get(f"lora_{w}", w != "key")]  # LitGPT's defaults: query and value
     sizes = {w: n * head for w, n, head in zip(FUSED, *_heads(base), strict=True)}
@@ -102,7 +126,9 @@ def _split(module: str, roles: Roles, settings: Mapping[str, Any], base: Base) -
     rows = [sizes[w] for w in on]
     if A.shape[0] != r * len(on) or tuple(B.shape) != (sum(rows), r):
         asked = f"{' and '.join(on)} at rank {r} ask for {(r * len(on), '..')} and {(sum(rows), r)}"
-        raise FormatError(f"{module}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, but {asked}; is it of another base?")
+        raise FormatError(
+            f"{module}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, but {asked}; is it of another base?"
+        )
     if module.endswith("attn.attn") and len(on) == len(FUSED):
         return _grouped(A, B, base)
     return {FUSED[w]: (a, b) for w, a, b in zip(on, A.chunk(len(on)), B.split(rows), strict=True)}
@@ -118,7 +144,9 @@ def _grouped(A: Tensor, B: Tensor, base: Base) -> dict[str, tuple[Tensor, Tensor
     """Of a fused layer in groups: row i of B goes with the block of A that its place says, to the projection its head says."""
     counts, (head, *_) = _heads(base)
     each = counts[0] // counts[1]
-    block = torch.arange(3).repeat_interleave(torch.tensor([n * head for n in counts]))  # (rows,): which third of A
+    block = torch.arange(3).repeat_interleave(
+        torch.tensor([n * head for n in counts])
+    )  # (rows,): which third of A
     slot = torch.arange(B.shape[0]) // head % (each + 2)
     of = {"query": slot < each, "key": slot == each, "value": slot == each + 1}
     r = B.shape[1]
@@ -127,7 +155,10 @@ def _grouped(A: Tensor, B: Tensor, base: Base) -> dict[str, tuple[Tensor, Tensor
     found = {}
     for which, mine in of.items():
         used = [j for j in range(3) if bool((block[mine] == j).any())]
-        found[FUSED[which]] = (torch.cat([A[j * r : (j + 1) * r] for j in used]), wide[mine][:, used].reshape(-1, r * len(used)))
+        found[FUSED[which]] = (
+            torch.cat([A[j * r : (j + 1) * r] for j in used]),
+            wide[mine][:, used].reshape(-1, r * len(used)),
+        )
     return found
 
 
@@ -145,12 +176,26 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
     tensors, flags, filled = _fused(ready.sites, base)
     some = next(iter(ready.sites.values()))
     alpha = some.scaling * some.rank
-    settings = {"lora_r": some.rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "lora_dropout": ready.dropout, **flags}
+    settings = {
+        "lora_r": some.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": ready.dropout,
+        **flags,
+    }
     with files.replacing(folder / FILE, folder / SETTINGS) as (path, hyper):
         torch.save({"model": {n: t.detach().clone() for n, t in tensors.items()}}, path)
-        hyper.write_text(yaml.safe_dump({"checkpoint_dir": pairs.origin, "precision": None, **settings}), encoding="utf-8")
-    notes += [f"{filled} layers without a change were filled with zeros: LitGPT adapts all layers of a kind"] if filled else []
-    return [*notes, f"{FILE} is a torch file, as LitGPT asks; put {MODEL} and the tokenizer of the base beside it"]
+        hyper.write_text(
+            yaml.safe_dump({"checkpoint_dir": pairs.origin, "precision": None, **settings}), encoding="utf-8"
+        )
+    notes += (
+        [f"{filled} layers without a change were filled with zeros: LitGPT adapts all layers of a kind"]
+        if filled
+        else []
+    )
+    return [
+        *notes,
+        f"{FILE} is a torch file, as LitGPT asks; put {MODEL} and the tokenizer of the base beside it",
+    ]
 
 
 def _fused(sites: Mapping[str, Pair], base: Base) -> tuple[dict[str, Tensor], dict[str, bool], int]:
@@ -184,7 +229,9 @@ def _fused(sites: Mapping[str, Pair], base: Base) -> tuple[dict[str, Tensor], di
             tensors |= {f"{lead}.{module}.lora_A": A, f"{lead}.{module}.lora_B": B}
     if "lm_head" in sites:
         tensors |= {"lm_head.lora_A": sites["lm_head"].A, "lm_head.lora_B": sites["lm_head"].B}
-    flags = {f"lora_{w}": on for w, on in switch.items()} | {f: any(m in kinds for m in own) for f, own in FLAGS.items()}
+    flags = {f"lora_{w}": on for w, on in switch.items()} | {
+        f: any(m in kinds for m in own) for f, own in FLAGS.items()
+    }
     return tensors, {**flags, "lora_head": "lm_head" in sites}, filled
 
 
@@ -203,7 +250,9 @@ def _shapes(sites: Mapping[str, Pair], base: Base) -> dict[str, tuple[int, int]]
         if layer and int(layer[1]) >= base.layers:
             wrong.append(f"{n}: the base ends before {last}")
         elif layer and (p.B.shape[0], p.A.shape[1]) != found[layer[2]]:
-            wrong.append(f"{n} is {p.B.shape[0]} x {p.A.shape[1]}, in the base {' x '.join(map(str, found[layer[2]]))}")
+            wrong.append(
+                f"{n} is {p.B.shape[0]} x {p.A.shape[1]}, in the base {' x '.join(map(str, found[layer[2]]))}"
+            )
     if wrong:
         raise FormatError(f"the adapter is not one of this base: {first_few(wrong)}")
     return found

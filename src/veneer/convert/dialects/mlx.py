@@ -28,18 +28,28 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
     """The pairs in an mlx-lm folder."""
     kind = found.config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
-        raise FormatError(f"{found.folder} was fine-tuned with fine_tune_type {kind!r}; only lora and dora are adapters")
+        raise FormatError(
+            f"{found.folder} was fine-tuned with fine_tune_type {kind!r}; only lora and dora are adapters"
+        )
     given = found.config.get("lora_parameters") or {}
     if "scale" not in given:
-        raise FormatError(f"{found.folder / CONFIG} lacks lora_parameters.scale, without which the change is not known")
+        raise FormatError(
+            f"{found.folder / CONFIG} lacks lora_parameters.scale, without which the change is not known"
+        )
     modules = by_module(tensor_files.tensors(found.file), ENDINGS, rest)
     experts = [m for m, roles in modules.items() if roles["A"].ndim != 2]
     if experts:
         raise FormatError(f"changes of stacked experts are no pairs of matrices: {first_few(experts)}")
     ranks = {m: roles["A"].shape[1] for m, roles in modules.items()}
-    wrong = [f"{m}: rank {r} in the file, {given.get('rank')} in the settings" for m, r in ranks.items() if r != given.get("rank")]
+    wrong = [
+        f"{m}: rank {r} in the file, {given.get('rank')} in the settings"
+        for m, r in ranks.items()
+        if r != given.get("rank")
+    ]
     odd = [m for m, roles in modules.items() if ("m" in roles) != (kind == "dora")]
-    wrong += [f"{m} has {'no' if kind == 'dora' else 'a'} magnitude, but fine_tune_type is {kind}" for m in odd]
+    wrong += [
+        f"{m} has {'no' if kind == 'dora' else 'a'} magnitude, but fine_tune_type is {kind}" for m in odd
+    ]
     if wrong:
         raise FormatError(f"{CONFIG} and the tensors do not agree: {first_few(wrong)}")
     return Pairs(
@@ -51,7 +61,13 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
 
 def _pair(name: str, roles: Roles, scale: float, base: Base) -> Pair:
     embedding = name in base.embeddings if base.names else name.rsplit(".", 1)[-1] in EMBEDDINGS
-    return Pair(roles["A"].mT.contiguous(), roles["B"].mT.contiguous(), scale, roles.get("m"), "embedding" if embedding else "linear")
+    return Pair(
+        roles["A"].mT.contiguous(),
+        roles["B"].mT.contiguous(),
+        scale,
+        roles.get("m"),
+        "embedding" if embedding else "linear",
+    )
 
 
 def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
@@ -63,8 +79,14 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
     only(ready, ("linear", "embedding"), "mlx-lm", magnitude=True)
     dora = {p.magnitude is not None for p in ready.sites.values()}
     if len(dora) > 1:
-        raise FormatError("some layers have a magnitude (DoRA) and others have none; mlx-lm has one method for all")
-    other = [n for n in ready.sites if not re.fullmatch(r"((language_model\.)?model\.(layers\.\d+\..+|embed_tokens)|lm_head)", n)]
+        raise FormatError(
+            "some layers have a magnitude (DoRA) and others have none; mlx-lm has one method for all"
+        )
+    other = [
+        n
+        for n in ready.sites
+        if not re.fullmatch(r"((language_model\.)?model\.(layers\.\d+\..+|embed_tokens)|lm_head)", n)
+    ]
     if other:
         raise FormatError(f"mlx-lm has other names for the modules of this model: {first_few(other)}")
     some = next(iter(ready.sites.values()))
@@ -72,9 +94,16 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
         "model": pairs.origin,
         "fine_tune_type": "dora" if dora == {True} else "lora",
         "num_layers": _layers(ready, base),
-        "lora_parameters": {"rank": some.rank, "scale": some.scaling, "dropout": ready.dropout, "keys": _keys(ready)},
+        "lora_parameters": {
+            "rank": some.rank,
+            "scale": some.scaling,
+            "dropout": ready.dropout,
+            "keys": _keys(ready),
+        },
     }
-    tensors = {f"{n}.lora_a": p.A.mT for n, p in ready.sites.items()} | {f"{n}.lora_b": p.B.mT for n, p in ready.sites.items()}
+    tensors = {f"{n}.lora_a": p.A.mT for n, p in ready.sites.items()} | {
+        f"{n}.lora_b": p.B.mT for n, p in ready.sites.items()
+    }
     tensors |= {f"{n}.m": p.magnitude for n, p in ready.sites.items() if p.magnitude is not None}
     with files.replacing(folder / TENSORS, folder / CONFIG) as (path, settings):
         files.write_tensors(path, tensors)

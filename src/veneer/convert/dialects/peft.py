@@ -28,7 +28,12 @@ from veneer.errors import FormatError, first_few
 LINEAR = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 EMBEDDING = {".lora_embedding_A": "eA", ".lora_embedding_B": "eB"}
 MAGNITUDE = ".lora_magnitude_vector"
-NAMES = {**LINEAR, **EMBEDDING, MAGNITUDE: "m", f"{MAGNITUDE}.weight": "m"}  # before 0.12 the magnitude was a layer
+NAMES = {
+    **LINEAR,
+    **EMBEDDING,
+    MAGNITUDE: "m",
+    f"{MAGNITUDE}.weight": "m",
+}  # before 0.12 the magnitude was a layer
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
@@ -60,14 +65,26 @@ def _check(found: Found, config: Mapping[str, Any]) -> None:
     wrong = settings_problems(found.config, has_initial=False)
     start = config["init_lora_weights"]
     if not wrong and config["peft_type"] != "LORA":
-        wrong = [f"peft_type {config['peft_type']!r}: the file has no factors of LoRA, which the base's layers make of it: give model="]
+        wrong = [
+            f"peft_type {config['peft_type']!r}: the file has no factors of LoRA, which the base's layers make of it: give model="
+        ]
     if not wrong and (start.lower() if isinstance(start, str) else start) not in PLAIN:
-        wrong = [f"init_lora_weights {start!r} moved the base, which must be loaded to say what the adapter changes: give it with model="]
+        wrong = [
+            f"init_lora_weights {start!r} moved the base, which must be loaded to say what the adapter changes: give it with model="
+        ]
     if wrong:
-        raise FormatError(f"{found.folder / CONFIG} cannot be carried:\n" + "\n".join(f"- {w}" for w in wrong))
+        raise FormatError(
+            f"{found.folder / CONFIG} cannot be carried:\n" + "\n".join(f"- {w}" for w in wrong)
+        )
     record = manifest.read(found.folder)
-    if record and record["tensors"]["file"] == found.file.name and files.sha256(found.file) != record["tensors"]["sha256"]:
-        raise FormatError(f"{found.file} is not the file that {manifest.NAME} was written with; it was changed, or a save was cut off")
+    if (
+        record
+        and record["tensors"]["file"] == found.file.name
+        and files.sha256(found.file) != record["tensors"]["sha256"]
+    ):
+        raise FormatError(
+            f"{found.file} is not the file that {manifest.NAME} was written with; it was changed, or a save was cut off"
+        )
 
 
 def _pair(name: str, config: Mapping[str, Any], roles: Roles) -> Pair:
@@ -85,12 +102,22 @@ def _pair(name: str, config: Mapping[str, Any], roles: Roles) -> Pair:
 def _agree(config: Mapping[str, Any], sites: Mapping[str, Pair]) -> None:
     """Raises FormatError where the settings say another rank, other layers or another method than the tensors show."""
     ranks = {n: at(config, n)["r"] for n in sites}
-    wrong = [f"{n}: rank {p.rank} in the file, {ranks[n]} in the settings" for n, p in sites.items() if p.rank != ranks[n]]
+    wrong = [
+        f"{n}: rank {p.rank} in the file, {ranks[n]} in the settings"
+        for n, p in sites.items()
+        if p.rank != ranks[n]
+    ]
     if config["target_modules"] not in (None, "all-linear"):
-        wrong += [f"{n} is in the file, but no target of the settings" for n in sites if not targeted(dict(config), n)]
+        wrong += [
+            f"{n} is in the file, but no target of the settings"
+            for n in sites
+            if not targeted(dict(config), n)
+        ]
     n_dora = sum(p.magnitude is not None for p in sites.values())
     if n_dora != (len(sites) if config["use_dora"] else 0):
-        wrong.append(f"use_dora is {bool(config['use_dora'])}, but {n_dora} of {len(sites)} layers have a magnitude")
+        wrong.append(
+            f"use_dora is {bool(config['use_dora'])}, but {n_dora} of {len(sites)} layers have a magnitude"
+        )
     if wrong:
         raise FormatError(f"{CONFIG} and the tensors do not agree: {first_few(wrong)}")
 
@@ -116,7 +143,9 @@ def named(pairs: Pairs) -> dict[str, Tensor]:
     for n, p in pairs.sites.items():
         ones = (1,) * (p.A.ndim - 2)
         ends = EMBEDDING if p.kind == "embedding" else LINEAR
-        found |= {f"{PREFIX}{n}{end}": t for end, t in zip(ends, (p.A, p.B.reshape(*p.B.shape, *ones)), strict=True)}
+        found |= {
+            f"{PREFIX}{n}{end}": t for end, t in zip(ends, (p.A, p.B.reshape(*p.B.shape, *ones)), strict=True)
+        }
         if p.magnitude is not None:
             found[f"{PREFIX}{n}{MAGNITUDE}"] = p.magnitude.reshape(1, -1, *ones) if ones else p.magnitude
     return found
@@ -126,7 +155,9 @@ def settings(pairs: Pairs, base: Base) -> dict[str, Any]:
     """adapter_config.json. Raises FormatError for a mixture of LoRA and DoRA, which PEFT does not have."""
     dora = {p.magnitude is not None for p in pairs.sites.values()}
     if len(dora) > 1:
-        raise FormatError("some layers have a magnitude (DoRA) and others have none; PEFT has one method for all")
+        raise FormatError(
+            "some layers have a magnitude (DoRA) and others have none; PEFT has one method for all"
+        )
     only(pairs, ("linear", "conv", "embedding"), "PEFT", magnitude=True)
     config = {
         **LONG_KNOWN,

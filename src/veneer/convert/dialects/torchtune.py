@@ -54,7 +54,11 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
         name = _name(module)
         pair = Pair(roles["A"], roles["B"], settings["lora_alpha"] / settings["r"], roles.get("m"))
         sites[name] = turn(name, pair, base, to_meta=False)
-    wrong = [f"{n}: rank {p.rank} in the file, {settings['r']} in the settings" for n, p in sites.items() if p.rank != settings["r"]]
+    wrong = [
+        f"{n}: rank {p.rank} in the file, {settings['r']} in the settings"
+        for n, p in sites.items()
+        if p.rank != settings["r"]
+    ]
     if wrong:
         raise FormatError(f"{CONFIG} and the tensors do not agree: {first_few(wrong)}")
     return Pairs(sites, origin=settings.get("base_model_name_or_path"))
@@ -63,16 +67,26 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
 def _settings(found: Found) -> dict[str, Any]:
     missing = [k for k in ("r", "lora_alpha") if k not in found.config]
     if missing:
-        raise FormatError(f"{found.folder / CONFIG} lacks {' and '.join(missing)}, without which the scaling is not known")
+        raise FormatError(
+            f"{found.folder / CONFIG} lacks {' and '.join(missing)}, without which the scaling is not known"
+        )
     return found.config
 
 
 def _exported(found: Found, base: Base, tensors: Mapping[str, Tensor], rest: Leftovers) -> Pairs:
     better = f"read the folder with adapter_model.pt in it, which torchtune wrote beside {found.file.name}"
     if any(re.search(r"\.[qk]_proj\.lora_magnitude_vector", k) for k in tensors):
-        raise FormatError(f"{found.file}: torchtune's export has the magnitudes of q and k in another order than the rows; {better}")
-    if base.kind and TURNED.get(base.kind) is False and any(re.search(r"\.[qk]_proj\.lora_B", k) for k in tensors):
-        raise FormatError(f"{found.file}: torchtune's export turns the rows of q and k of {base.kind} models, which never were; {better}")
+        raise FormatError(
+            f"{found.file}: torchtune's export has the magnitudes of q and k in another order than the rows; {better}"
+        )
+    if (
+        base.kind
+        and TURNED.get(base.kind) is False
+        and any(re.search(r"\.[qk]_proj\.lora_B", k) for k in tensors)
+    ):
+        raise FormatError(
+            f"{found.file}: torchtune's export turns the rows of q and k of {base.kind} models, which never were; {better}"
+        )
     dora = any("lora_magnitude_vector" in k for k in tensors)
     # torchtune's settings hold its own module names where a training was cut off, so that the tensors are what counts.
     config = {**found.config, "peft_type": "LORA", "use_dora": dora, "target_modules": None}
@@ -96,15 +110,21 @@ def turn(name: str, pair: Pair, base: Base, *, to_meta: bool) -> Pair:
     which = re.search(r"\.([qk])_proj$", name)
     if which is None:
         return pair
-    base.need("kind", "heads", "kv_heads", "head", why="torchtune orders the rows of q and k by attention heads")
+    base.need(
+        "kind", "heads", "kv_heads", "head", why="torchtune orders the rows of q and k by attention heads"
+    )
     if base.kind not in TURNED:
         known = ", ".join(TURNED)
-        raise FormatError(f"whether torchtune turns the rows of q and k of {base.kind} models is not known here; known: {known}")
+        raise FormatError(
+            f"whether torchtune turns the rows of q and k of {base.kind} models is not known here; known: {known}"
+        )
     heads, head = base.heads if which[1] == "q" else base.kv_heads, base.head
     assert heads and head
     if pair.B.shape[0] != heads * head:
         asked = f"{heads} heads of {head} ask for {heads * head}"
-        raise FormatError(f"{name} has {pair.B.shape[0]} rows, but the base model's {asked}; is it another base?")
+        raise FormatError(
+            f"{name} has {pair.B.shape[0]} rows, but the base model's {asked}; is it another base?"
+        )
     if not TURNED[base.kind]:
         return pair
 

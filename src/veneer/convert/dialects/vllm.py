@@ -38,5 +38,7 @@ def legal_rank(rank: int) -> int:
     """The smallest rank of vLLM's that is not below `rank`. Raises FormatError above the largest."""
     legal = next((r for r in RANKS if r >= rank), None)
     if legal is None:
-        raise FormatError(f"rank {rank} > {RANKS[-1]}, the largest that vLLM serves; cut it with rank={RANKS[-1]}")
+        raise FormatError(
+            f"rank {rank} > {RANKS[-1]}, the largest that vLLM serves; cut it with rank={RANKS[-1]}"
+        )
     return legal

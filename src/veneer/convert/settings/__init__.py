@@ -21,11 +21,15 @@ def tool_of(values: Mapping[str, Any]) -> str:
     found = {name: sum(sign in keys for sign in tool.SIGNS) for name, tool in TOOLS.items()}
     best = max(found, key=lambda name: found[name])
     if not found[best] or list(found.values()).count(found[best]) > 1:
-        raise ConfigError(f"these settings are not clearly of one program; name it with tool=: {', '.join(TOOLS)}")
+        raise ConfigError(
+            f"these settings are not clearly of one program; name it with tool=: {', '.join(TOOLS)}"
+        )
     return best
 
 
-def translate(values: Mapping[str, Any], tool: str | None = None, *, folder: Path = Path(), layers: int | None = None) -> Translation:
+def translate(
+    values: Mapping[str, Any], tool: str | None = None, *, folder: Path = Path(), layers: int | None = None
+) -> Translation:
     """Our settings for those of `tool`, or of the program that they look like.
 
     folder: against which the file's own paths are read. layers: of the base model, for programs that count from the last

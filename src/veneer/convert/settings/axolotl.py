@@ -61,7 +61,11 @@ def translate(values: Mapping[str, Any]) -> Translation:
             f"axolotl's rl: {given.take('rl') or 'reward_model'} trains on preferences; only supervised training is translated"
         )
     out.settings |= without_nothing(
-        {"model": given.take("base_model"), "lr": _number(given.take("learning_rate")), "out": given.take("output_dir")}
+        {
+            "model": given.take("base_model"),
+            "lr": _number(given.take("learning_rate")),
+            "out": given.take("output_dir"),
+        }
     )
     _data(given, out)
     _method(given, out)
@@ -91,7 +95,11 @@ def _carried_out(given: Given, out: Translation) -> None:
     execution.recomputed(given, out, "gradient_checkpointing")
     execution.compiled(given, out, "torch_compile")
     execution.streamed(given, out, given.has("pretraining_dataset") or given.take("streaming") is True)
-    switched_on = [n for n in execution.TRACKERS if given.take(f"use_{n}") is True or (n == "wandb" and given.has("wandb_project"))]
+    switched_on = [
+        n
+        for n in execution.TRACKERS
+        if given.take(f"use_{n}") is True or (n == "wandb" and given.has("wandb_project"))
+    ]
     execution.track(out, switched_on)
 
 
@@ -107,7 +115,11 @@ def _data(given: Given, out: Translation) -> None:
                 out.settings[ours] = (*out.settings.get(ours, ()), str(table["path"]))
             for key, value in table.items():
                 if key != "path" and value not in NOTHING:
-                    out.uncarried.append(Uncarried(f"{theirs}[{i}].{key}", value, "what a row means is told from its columns here"))
+                    out.uncarried.append(
+                        Uncarried(
+                            f"{theirs}[{i}].{key}", value, "what a row means is told from its columns here"
+                        )
+                    )
 
 
 def _method(given: Given, out: Translation) -> None:
@@ -123,8 +135,14 @@ def _method(given: Given, out: Translation) -> None:
     if eight or four or adapter == "qlora":
         out.settings["quantise"] = "nf4" if four or adapter == "qlora" else "int8"
     out.settings["method"] = "dora" if given.take("peft_use_dora") else "lora"
-    options = {"rank": given.take("lora_r"), "alpha": given.take("lora_alpha"), "dropout": given.take("lora_dropout")}
-    out.settings["options"] = without_nothing({**options, "stabilised": given.take("peft_use_rslora") or None})
+    options = {
+        "rank": given.take("lora_r"),
+        "alpha": given.take("lora_alpha"),
+        "dropout": given.take("lora_dropout"),
+    }
+    out.settings["options"] = without_nothing(
+        {**options, "stabilised": given.take("peft_use_rslora") or None}
+    )
     trainer.start(given, out, "peft_init_lora_weights")
     targets = given.take("lora_target_modules")
     if given.take("lora_target_linear"):

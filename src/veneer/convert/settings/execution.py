@@ -34,7 +34,9 @@ def streamed(given: Given, out: Translation, wanted: bool) -> None:
     if wanted and out.settings.get("steps"):
         out.settings["stream"] = True
     elif wanted:
-        out.notes.append("data is read as a whole: streaming needs a number of steps, which the file does not have; set stream and steps")
+        out.notes.append(
+            "data is read as a whole: streaming needs a number of steps, which the file does not have; set stream and steps"
+        )
 
 
 def tracked(given: Given, out: Translation, key: str) -> None:

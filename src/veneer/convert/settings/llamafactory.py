@@ -66,7 +66,9 @@ def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
         raise ConfigError(f"LLaMA-Factory's stage {stage!r} is not translated; sft and pt are")
     if kind not in ("lora", "full"):
         raise ConfigError(f"LLaMA-Factory's finetuning_type {kind!r} is not translated; lora and full are")
-    out.settings |= without_nothing({"model": given.take("model_name_or_path"), "out": given.take("output_dir")})
+    out.settings |= without_nothing(
+        {"model": given.take("model_name_or_path"), "out": given.take("output_dir")}
+    )
     _data(given, out, folder)
     if kind == "full":
         out.settings["method"] = "full"
@@ -90,7 +92,11 @@ def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
     smoothing = given.take("label_smoothing_factor")
     out.settings |= {"label_smoothing": float(smoothing)} if smoothing else {}
     execution.recomputed(given, out, "gradient_checkpointing")
-    given.leave("disable_gradient_checkpointing", "nothing is computed again here unless gradient_checkpointing is set", (True, False))
+    given.leave(
+        "disable_gradient_checkpointing",
+        "nothing is computed again here unless gradient_checkpointing is set",
+        (True, False),
+    )
     execution.compiled(given, out, "torch_compile")
     execution.streamed(given, out, given.take("streaming") is True)
     execution.tracked(given, out, "report_to")
@@ -103,18 +109,26 @@ def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
 def _packing(given: Given, out: Translation, stage: str) -> bool:
     neat, packing = given.take("neat_packing"), given.take("packing")
     if packing and not neat:
-        out.notes.append("packing: texts in one window do not see each other here, as with neat_packing there")
+        out.notes.append(
+            "packing: texts in one window do not see each other here, as with neat_packing there"
+        )
     return bool(neat or (stage == "pt" if packing is None else packing))
 
 
 def _method(given: Given, out: Translation) -> None:
     out.settings["method"] = "dora" if given.take("use_dora") else "lora"
     rank, alpha = given.take("lora_rank"), given.take("lora_alpha")
-    options = {"rank": rank, "alpha": 2 * rank if alpha is None else alpha, "dropout": given.take("lora_dropout")}
+    options = {
+        "rank": rank,
+        "alpha": 2 * rank if alpha is None else alpha,
+        "dropout": given.take("lora_dropout"),
+    }
     out.settings["options"] = without_nothing({**options, "stabilised": given.take("use_rslora") or None})
     if given.take("pissa_init"):
         out.settings["options"]["init"] = "pissa"
-        given.leave("pissa_iter", "PiSSA's randomised SVD has its own number of iterations here", harmless=(-1,))
+        given.leave(
+            "pissa_iter", "PiSSA's randomised SVD has its own number of iterations here", harmless=(-1,)
+        )
     else:
         given.take("pissa_iter")
     target = given.take("lora_target")
@@ -143,4 +157,6 @@ def _data(given: Given, out: Translation, folder: Path) -> None:
             elif "hf_hub_url" in entry:
                 out.settings[ours] = (*out.settings.get(ours, ()), str(entry["hf_hub_url"]))
             else:
-                out.uncarried.append(Uncarried(theirs, name, f"{where / 'dataset_info.json'} does not say which file this is"))
+                out.uncarried.append(
+                    Uncarried(theirs, name, f"{where / 'dataset_info.json'} does not say which file this is")
+                )

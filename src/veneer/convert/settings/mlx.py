@@ -103,7 +103,9 @@ def _targets(given: Given, out: Translation, kind: str, layers: int | None) -> N
     keys, number = given.take("lora_parameters.keys"), int(given.take("num_layers"))
     if kind == "full":
         return
-    out.settings["options"] = without_nothing({"rank": rank, "alpha": float(scale) * rank, "dropout": dropout})
+    out.settings["options"] = without_nothing(
+        {"rank": rank, "alpha": float(scale) * rank, "dropout": dropout}
+    )
     if layers is not None and 0 <= number < layers:
         inner = "|".join(k.replace(".", r"\.") for k in keys) if keys else r".*"
         wanted = "|".join(map(str, range(layers - number, layers)))
@@ -119,13 +121,19 @@ def _optimiser(given: Given, out: Translation, steps: int) -> None:
     if name not in ("adam", "adamw"):
         given.leave("optimizer", "AdamW is used in its place; `veneer methods` lists the others here")
     decay = given.take(f"optimizer_config.{name}.weight_decay") if name == "adamw" else 0.0
-    out.settings["weight_decay"] = 0.01 if decay is None else float(decay)  # mlx's AdamW decays unless told not to
+    out.settings["weight_decay"] = (
+        0.01 if decay is None else float(decay)
+    )  # mlx's AdamW decays unless told not to
     betas = given.take(f"optimizer_config.{name}.betas")
     out.settings |= without_nothing({"betas": tuple(betas) if betas else None})
     schedule = given.take("lr_schedule.name")
     arguments = given.take("lr_schedule.arguments") or [given.take("learning_rate")]
     given.take("learning_rate")
-    out.settings |= {"lr": float(arguments[0]), "schedule": SCHEDULES.get(schedule, "constant"), "warmup": 0.0}
+    out.settings |= {
+        "lr": float(arguments[0]),
+        "schedule": SCHEDULES.get(schedule, "constant"),
+        "warmup": 0.0,
+    }
     if schedule is not None and schedule not in SCHEDULES:
         given.leave("lr_schedule.name", "not a schedule here; cosine, linear and constant are")
     if number := given.take("lr_schedule.warmup"):

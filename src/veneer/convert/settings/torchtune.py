@@ -49,7 +49,9 @@ def translate(values: Mapping[str, Any]) -> Translation:
     builder = str(given.take("model._component_") or "")
     if any(word in str(given.values) for word in ("DPOLoss", "ppo_", "PPOLoss")):
         raise ConfigError("torchtune's preference recipes are not translated; supervised fine-tuning is")
-    out.settings |= without_nothing({"model": given.take("checkpointer.checkpoint_dir"), "out": given.take("output_dir")})
+    out.settings |= without_nothing(
+        {"model": given.take("checkpointer.checkpoint_dir"), "out": given.take("output_dir")}
+    )
     files = given.take("dataset.data_files")
     out.settings |= without_nothing({"data": (files,) if isinstance(files, str) else tuple(files or ())})
     given.leave("dataset.source", "name files in data=", harmless=("json", "text") if files else ())
@@ -87,12 +89,18 @@ def _method(given: Given, out: Translation, builder: str) -> None:
     if given.take("model.quantize_base") or ".qlora_" in builder:
         out.settings["quantise"] = "nf4"
     out.settings["method"] = "dora" if given.take("model.use_dora") else "lora"
-    options = {"rank": given.take("model.lora_rank"), "alpha": given.take("model.lora_alpha"), "dropout": given.take("model.lora_dropout")}
+    options = {
+        "rank": given.take("model.lora_rank"),
+        "alpha": given.take("model.lora_alpha"),
+        "dropout": given.take("model.lora_dropout"),
+    }
     out.settings["options"] = without_nothing(options)
     own = given.take("model.lora_attn_modules") or ()
     unknown = [m for m in own if f"attn.{m}" not in MODULES]
     if unknown:
-        raise ConfigError(f"model.lora_attn_modules: torchtune has no attention module {unknown[0]!r}{suggest(unknown[0], _attention())}")
+        raise ConfigError(
+            f"model.lora_attn_modules: torchtune has no attention module {unknown[0]!r}{suggest(unknown[0], _attention())}"
+        )
     names = [MODULES[f"attn.{m}"] for m in own]
     if given.take("model.apply_lora_to_mlp"):
         names += [n for n in MODULES.values() if n.startswith("mlp.")]
@@ -107,7 +115,9 @@ def _attention() -> list[str]:
 
 def _training(given: Given, out: Translation) -> None:
     if "adamw" not in str(given.take("optimizer._component_") or "AdamW").lower():
-        given.leave("optimizer._component_", "AdamW is used in its place; `veneer methods` lists the others here")
+        given.leave(
+            "optimizer._component_", "AdamW is used in its place; `veneer methods` lists the others here"
+        )
     elif "8bit" in str(given.take("optimizer._component_")):
         given.leave("optimizer._component_", "AdamW keeps its state in 32 bits here")
     if given.take("optimizer.weight_decay"):
@@ -117,7 +127,9 @@ def _training(given: Given, out: Translation) -> None:
     out.settings |= {"steps": steps} if steps else {"epochs": float(epochs)}
     clip, train_on_input = given.take("clip_grad_norm"), given.take("dataset.train_on_input")
     if train_on_input is None:
-        train_on_input = "alpaca" in str(given.take("dataset._component_"))  # torchtune's alpaca datasets learn the prompt too
+        train_on_input = "alpaca" in str(
+            given.take("dataset._component_")
+        )  # torchtune's alpaca datasets learn the prompt too
     lr = given.take("optimizer.lr")
     out.settings |= {
         "weight_decay": float(given.take("optimizer.weight_decay") or 0.0),
@@ -128,13 +140,21 @@ def _training(given: Given, out: Translation) -> None:
         "train_on": "all" if train_on_input else "completion",
     }
     out.settings |= without_nothing(
-        {"length": given.take("tokenizer.max_seq_len"), "lr": None if lr is None else float(lr), "seed": given.take("seed")}
+        {
+            "length": given.take("tokenizer.max_seq_len"),
+            "lr": None if lr is None else float(lr),
+            "seed": given.take("seed"),
+        }
     )
     if "length" not in out.settings:
-        out.notes.append("tokenizer.max_seq_len is not set, so that no text is cut there; set length to that of the longest")
+        out.notes.append(
+            "tokenizer.max_seq_len is not set, so that no text is cut there; set length to that of the longest"
+        )
     _schedule(given, out, steps)
     dtype, device = given.take("dtype"), given.take("device")
-    out.settings |= without_nothing({"precision": {"bf16": "bf16", "fp32": "fp32"}.get(dtype), "device": device})
+    out.settings |= without_nothing(
+        {"precision": {"bf16": "bf16", "fp32": "fp32"}.get(dtype), "device": device}
+    )
     if dtype not in ("bf16", "fp32"):
         given.leave("dtype", "bf16 and fp32 are trained in here")
     if given.take("resume_from_checkpoint"):
@@ -143,12 +163,16 @@ def _training(given: Given, out: Translation) -> None:
 
 
 def _schedule(given: Given, out: Translation, steps: int | None) -> None:
-    name, number = str(given.take("lr_scheduler._component_") or ""), given.take("lr_scheduler.num_warmup_steps")
+    name, number = (
+        str(given.take("lr_scheduler._component_") or ""),
+        given.take("lr_scheduler.num_warmup_steps"),
+    )
     out.settings["schedule"] = "cosine" if "cosine" in name else "constant"
     if name and "cosine" not in name:
         given.leave("lr_scheduler._component_", "not a schedule here; cosine, linear and constant are")
     out.settings["warmup"] = min(float(number) / steps, 0.99) if number and steps else 0.0
     if number and not steps:
         given.leave(
-            "lr_scheduler.num_warmup_steps", "warm-up is a share of the steps here, and the number of steps is not in the file; set warmup"
+            "lr_scheduler.num_warmup_steps",
+            "warm-up is a share of the steps here, and the number of steps is not in the file; set warmup",
         )

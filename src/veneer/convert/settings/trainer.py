@@ -45,7 +45,10 @@ def schedule(given: Given, out: Translation, key: str) -> None:
         out.settings["schedule"] = SCHEDULES[name]
     else:
         given.leave(key, f"not a schedule here; {', '.join(sorted(set(SCHEDULES.values())))} are")
-    steps, epochs = given.take("max_steps"), given.take("num_epochs" if "num_epochs" in given.defaults else "num_train_epochs")
+    steps, epochs = (
+        given.take("max_steps"),
+        given.take("num_epochs" if "num_epochs" in given.defaults else "num_train_epochs"),
+    )
     steps = int(steps) if steps and int(steps) > 0 else None
     out.settings |= {"steps": steps} if steps else {"epochs": float(epochs)}
     out.settings["warmup"] = warmup(given, out, "warmup_steps", steps)
@@ -59,7 +62,10 @@ def warmup(given: Given, out: Translation, key: str, steps: int | None) -> float
     if number and 0 < float(number) < 1:  # the Trainer takes a share here too
         return float(number)
     if number:
-        given.leave(key, "warm-up is a share of the steps here, and the number of steps is not in the file; set warmup")
+        given.leave(
+            key,
+            "warm-up is a share of the steps here, and the number of steps is not in the file; set warmup",
+        )
     return float(ratio or 0.0)
 
 
@@ -70,7 +76,10 @@ def rhythm(given: Given, out: Translation) -> None:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             out.settings[ours] = value
         else:
-            given.leave(theirs, "evaluations and checkpoints come every so many steps here; set eval_every and save_every")
+            given.leave(
+                theirs,
+                "evaluations and checkpoints come every so many steps here; set eval_every and save_every",
+            )
     for key in ("eval_strategy", "save_strategy"):
         given.leave(key, "evaluations and checkpoints come every so many steps here", harmless=("steps",))
     keep = given.take("save_total_limit")
@@ -80,12 +89,18 @@ def rhythm(given: Given, out: Translation) -> None:
             out.notes.append("keep is 2, so that a checkpoint is left if the newest is damaged")
     if given.take("resume_from_checkpoint") not in (None, False, "false"):
         out.settings["resume"] = True
-        out.notes.append("resume goes on in the folder out= from its newest checkpoint, not from a folder that is named")
+        out.notes.append(
+            "resume goes on in the folder out= from its newest checkpoint, not from a folder that is named"
+        )
 
 
 def precision(given: Given, out: Translation) -> None:
     """bf16, or float32 where it is asked for; half precision in float16 is not trained here."""
-    if given.take("bf16") in (True, "true") or given.take("bfloat16") is True or given.take("pure_bf16") is True:
+    if (
+        given.take("bf16") in (True, "true")
+        or given.take("bfloat16") is True
+        or given.take("pure_bf16") is True
+    ):
         out.settings["precision"] = "bf16"
     elif given.take("float32") is True or given.take("bf16") is False:
         out.settings["precision"] = "fp32"
@@ -101,6 +116,8 @@ def start(given: Given, out: Translation, key: str) -> None:
         out.settings["options"]["init"] = STARTS[name]
     elif isinstance(name, str) and name.startswith("pissa_niter"):
         out.settings["options"]["init"] = "pissa"
-        out.notes.append(f"{key} {name}: PiSSA's randomised SVD is seeded here, with its own number of iterations")
+        out.notes.append(
+            f"{key} {name}: PiSSA's randomised SVD is seeded here, with its own number of iterations"
+        )
     else:
         given.leave(key, "not a start here")

@@ -64,8 +64,6 @@ class Stats(NamedTuple):
     leading: Svd | None = None
 
 
-
-
 class Delta(nn.Module, ABC):
     """A trainable change of one site. A method overrides factors() or delta(), or forward() for what is neither.
 
@@ -84,7 +82,13 @@ class Delta(nn.Module, ABC):
 
     @classmethod
     def find(
-        cls, model: nn.Module, to: Target | None, exclude: Target = (), untie: bool = False, *, options: Mapping[str, Any] | None = None
+        cls,
+        model: nn.Module,
+        to: Target | None,
+        exclude: Target = (),
+        untie: bool = False,
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
         """The places of the model that this method, with these options, changes: those of `to`, or its own choice if that is None."""
         return find(model, "all-linear" if to is None else to, exclude, untie)
@@ -114,7 +118,11 @@ class Delta(nn.Module, ABC):
 
     def normal_form(self, site: Site) -> Factors | None:
         """factors() where forward() is nothing but that, on a layer that maps vectors one by one; else None."""
-        if type(self).forward is not Delta.forward or (self.training and self.dropout) or site.kind not in ROWWISE:
+        if (
+            type(self).forward is not Delta.forward
+            or (self.training and self.dropout)
+            or site.kind not in ROWWISE
+        ):
             return None
         return self.factors(site)
 
@@ -174,22 +182,6 @@ class Delta(nn.Module, ABC):
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
         """The change that PEFT wrote as `tensors` for this site, whose rank and alpha stand in `config`."""
         raise TypeError(f"{cls.__name__} is not read from PEFT's format")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def master_dtype(site: Site) -> torch.dtype:

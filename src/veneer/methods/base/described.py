@@ -42,5 +42,10 @@ def helps_of(function: Callable[..., Any], names: Collection[str]) -> dict[str, 
     """What the `name: text` lines of a docstring say, by name; a text goes on to the next name or an empty line."""
     if not names:
         return {}
-    parts = re.split(rf"^({'|'.join(map(re.escape, names))}): ", inspect.getdoc(function) or "", flags=re.MULTILINE)
-    return {name: " ".join(text.split("\n\n")[0].split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    parts = re.split(
+        rf"^({'|'.join(map(re.escape, names))}): ", inspect.getdoc(function) or "", flags=re.MULTILINE
+    )
+    return {
+        name: " ".join(text.split("\n\n")[0].split())
+        for name, text in zip(parts[1::2], parts[2::2], strict=True)
+    }

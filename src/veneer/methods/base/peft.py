@@ -17,7 +17,9 @@ def peft_same_map(site: Site) -> bool:
     padding mode, and whose A reads all groups: there its forward is another map than its own merge.
     """
     layer = site.module
-    return site.kind != "conv" or (layer.groups == 1 and layer.padding_mode == "zeros" and set(layer.dilation) == {1})
+    return site.kind != "conv" or (
+        layer.groups == 1 and layer.padding_mode == "zeros" and set(layer.dilation) == {1}
+    )
 
 
 def peft_shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
@@ -41,7 +43,9 @@ def check_peft_tensors(site: Site, tensors: dict[str, Tensor], shapes: dict[str,
         if name not in tensors:
             wrong.append(f"missing: {site.name}.{name} {shape}")
         elif tuple(tensors[name].shape) != shape:
-            wrong.append(f"wrong shape: {site.name}.{name} is {tuple(tensors[name].shape)}, the model and the settings ask for {shape}")
+            wrong.append(
+                f"wrong shape: {site.name}.{name} is {tuple(tensors[name].shape)}, the model and the settings ask for {shape}"
+            )
     if wrong:
         raise FormatError("\n".join(wrong))
 

@@ -53,9 +53,13 @@ class Start(NamedTuple):
         found, wanted = self.stats.gradient, min(rank, *self.W.shape)
         there = (len(found.U), found.Vh.shape[1])
         if there != self.W.shape:
-            raise ConfigError(f"the statistics are of a layer {there}, this one is {tuple(self.W.shape)}; calibrate on this model")
+            raise ConfigError(
+                f"the statistics are of a layer {there}, this one is {tuple(self.W.shape)}; calibrate on this model"
+            )
         if len(found.S) < wanted:
-            raise ConfigError(f"calibrated for rank {len(found.S) // 2}, but the rank here is {self.rank}; calibrate with rank={self.rank}")
+            raise ConfigError(
+                f"calibrated for rank {len(found.S) // 2}, but the rank here is {self.rank}; calibrate with rank={self.rank}"
+            )
         return Svd(*(t.to(self.W) for t in (found.U[:, :rank], found.S[:rank], found.Vh[:rank])))
 
     def leading(self) -> Svd:
@@ -73,7 +77,9 @@ class Start(NamedTuple):
             )
         U, S, Vh = (t.to(self.W) for t in self.stats.residual)
         if (len(U), len(S), Vh.shape[1]) != (len(self.W), self.rank, self.W.shape[1]):
-            raise ConfigError(f"the base was quantised for rank {len(S)} on {len(U)} x {Vh.shape[1]}, not for {self.rank}; use that rank")
+            raise ConfigError(
+                f"the base was quantised for rank {len(S)} on {len(U)} x {Vh.shape[1]}, not for {self.rank}; use that rank"
+            )
         root = (S / self.scaling).sqrt()
         return root[:, None] * Vh, U * root
 

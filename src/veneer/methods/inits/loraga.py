@@ -49,9 +49,13 @@ def start(s: Start, *, gamma: float = 16.0, direction: str = "ArB2r") -> tuple[T
         raise ConfigError(f"init_options: unknown direction {direction!r}{suggest(direction, DIRECTIONS)}")
     r, most = s.rank, min(s.W.shape)
     if direction == "ArBr" and 2 * r > most:
-        raise ShapeError(f"direction 'ArBr' needs 2 x {r} directions, and a layer {tuple(s.W.shape)} has {most}; use 'ArB2r'")
+        raise ShapeError(
+            f"direction 'ArBr' needs 2 x {r} directions, and a layer {tuple(s.W.shape)} has {most}; use 'ArB2r'"
+        )
     U, _, Vh = s.gradient(2 * r)
-    missing = 2 * r - len(Vh)  # where 2r > min(out, in): then the rest of B is zero, and the first step is G itself
+    missing = 2 * r - len(
+        Vh
+    )  # where 2r > min(out, in): then the rest of B is zero, and the first step is G itself
     rows, columns = (i.to(s.W.device) for i in DIRECTIONS[direction](r))
     c = s.W.shape[0] ** 0.25 / math.sqrt(gamma)
     return c * F.pad(Vh, (0, 0, 0, missing))[rows], c * F.pad(U, (0, missing))[:, columns]

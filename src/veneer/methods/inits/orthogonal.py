@@ -32,6 +32,8 @@ def start(s: Start, *, size: float = 0.1) -> tuple[Tensor, Tensor]:
     if not size > 0:
         raise ConfigError(f"init_options: size must be a number above 0, not {size}")
     (out, in_), r = s.W.shape, s.rank
-    square, G, H = (torch.randn(shape, generator=s.draw).to(s.W) for shape in ((r, r), ((r + 1) // 2, in_), (out, r // 2)))
+    square, G, H = (
+        torch.randn(shape, generator=s.draw).to(s.W) for shape in ((r, r), ((r + 1) // 2, in_), (out, r // 2))
+    )
     Q = torch.linalg.qr(square).Q
     return size * Q[0::2].mT @ G, size * H @ Q[1::2]

@@ -46,7 +46,9 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) ->
     out, total = _empty(q)
     for row, own in _spans(starts):
         part = (t[row, :, own] for t in (q, k, v))
-        out[row, :, own], total[row, :, own] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, True, scale=scale)
+        out[row, :, own], total[row, :, own] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *part, 0.0, True, scale=scale
+        )
     return out, total
 
 
@@ -69,7 +71,9 @@ def _documents_backward(
     for row, own in _spans(starts):
         part = [t[row, :, own] for t in (do, q, k, v, out, total)]
         fused = q.dtype != torch.bfloat16 or part[0].shape[2] > FUSED
-        dq[row, :, own], dk[row, :, own], dv[row, :, own] = (_by_kernel if fused else _by_products)(*part, scale=scale)
+        dq[row, :, own], dk[row, :, own], dv[row, :, own] = (_by_kernel if fused else _by_products)(
+            *part, scale=scale
+        )
     return dq, dk, dv
 
 
@@ -80,8 +84,12 @@ def _(
     return _empty(q)[0], _empty(q)[0], _empty(q)[0]
 
 
-def _by_kernel(do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, *, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, out, total, 0.0, True, scale=scale)
+def _by_kernel(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, q, k, v, out, total, 0.0, True, scale=scale
+    )
     return found  # type: ignore[no-any-return, unused-ignore]
 
 
@@ -90,7 +98,9 @@ def _by_products(
 ) -> tuple[Tensor, Tensor, Tensor]:
     t = q.shape[-2]
     later = torch.ones(t, t, dtype=torch.bool).triu_(1)
-    p = (q @ k.mT).float().mul_(scale).sub_(total[..., None]).masked_fill_(later, -torch.inf).exp_()  # (1, heads, t, t)
+    p = (
+        (q @ k.mT).float().mul_(scale).sub_(total[..., None]).masked_fill_(later, -torch.inf).exp_()
+    )  # (1, heads, t, t)
     inner = (do.float() * out).sum(-1, keepdim=True)
     ds = (do @ v.mT).float().sub_(inner).mul_(p).mul_(scale).to(q.dtype)
     return ds @ k, ds.mT @ q, p.to(q.dtype).mT @ do

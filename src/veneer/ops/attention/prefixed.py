@@ -15,7 +15,9 @@ from torch.autograd import Function
 from veneer.ops.lowrank import refuse_second_order
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, K: Tensor, V: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, K: Tensor, V: Tensor, *, scale: float, mask: Tensor | None = None
+) -> Tensor:
     """softmax(scale q [K k]') [V v]: q, k, v (b, heads, t, d) and K, V (heads, p, d) -> (b, heads, t, d).
 
     mask: (b or 1, heads or 1, t, p + t), True where a position may look, and so at all of K.
@@ -37,8 +39,12 @@ def behind(keys: Tensor, own: Tensor) -> Tensor:
 
 class _Prefixed(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, K: Tensor, V: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, K: Tensor, V: Tensor, scale: float, mask: Tensor | None
+    ) -> Tensor:
+        bias = (
+            None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        )
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, total = attend(q, behind(k, K), behind(v, V), 0.0, False, attn_mask=bias, scale=scale)
         ctx.save_for_backward(q, K, V, out, total)

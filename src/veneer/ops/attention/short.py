@@ -35,8 +35,12 @@ def suits(q: Tensor, k: Tensor) -> bool:
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=bias, scale=scale)
+        bias = (
+            None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        )
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, mask is None, attn_mask=bias, scale=scale
+        )
         ctx.save_for_backward(q, k, v, out, total, mask)
         ctx.scale = scale
         return out  # type: ignore[no-any-return, unused-ignore]

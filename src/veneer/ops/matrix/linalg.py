@@ -15,7 +15,9 @@ def multiplies_bf16(where: torch.device) -> bool:
     """Whether the device has instructions for products of bfloat16 matrices."""
     if where.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    ask: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # older versions of torch cannot say
+    ask: Callable[[], dict[str, Any]] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )  # older versions of torch cannot say
     capabilities = ask()
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
@@ -61,7 +63,9 @@ def _orthonormal(Y: Tensor) -> Tensor:
     return Q
 
 
-def leading_svd(W: Tensor, rank: int, draw: torch.Generator, iterations: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def leading_svd(
+    W: Tensor, rank: int, draw: torch.Generator, iterations: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, r), S (r,), Vh (r, in): the leading singular triplets of W in float32 (float64 for a float64 W).
 
     Randomised, with as many extra directions as the rank asks for (a sketch of 2 x rank + 8 columns), which on slowly
@@ -72,7 +76,9 @@ def leading_svd(W: Tensor, rank: int, draw: torch.Generator, iterations: int = 3
     return _leading(W, rank, [draw], iterations)
 
 
-def leading_svds(Ws: Sequence[Tensor], rank: int, draws: Sequence[torch.Generator]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def leading_svds(
+    Ws: Sequence[Tensor], rank: int, draws: Sequence[torch.Generator]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """leading_svd of matrices of one shape, dtype and device, each with its own draw, as one stack. Raises ShapeError.
 
     The same numbers as one at a time up to rounding. It takes 6 bytes for every number of the matrices at once, 16 in float64.
@@ -82,14 +88,18 @@ def leading_svds(Ws: Sequence[Tensor], rank: int, draws: Sequence[torch.Generato
     return list(zip(U, S, Vh, strict=True))
 
 
-def _leading(W: Tensor, rank: int, draws: Sequence[torch.Generator], iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def _leading(
+    W: Tensor, rank: int, draws: Sequence[torch.Generator], iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The triplets of W (out, in) with one draw, or of a stack W (n, out, in) with n."""
     out, in_ = W.shape[-2:]
     width = 2 * rank + 8
     if width >= min(out, in_):
         U, S, Vh = torch.linalg.svd(precise(W), full_matrices=False)
     else:
-        drawn = torch.stack([torch.randn(in_, width, generator=d) for d in draws])  # on the CPU: the same on every device
+        drawn = torch.stack(
+            [torch.randn(in_, width, generator=d) for d in draws]
+        )  # on the CPU: the same on every device
         Q = range_finder(W, drawn.view(*W.shape[:-2], in_, width).to(W.device), iterations)
         U, S, Vh = torch.linalg.svd(Q.mT @ precise(W), full_matrices=False)
         U = Q @ U

@@ -20,7 +20,9 @@ class Split(NamedTuple):
     error: float
 
 
-def split(W: Tensor, format: quant.Format, rank: int, *, iterations: int, draw: torch.Generator, whole_first: bool) -> Split:
+def split(
+    W: Tensor, format: quant.Format, rank: int, *, iterations: int, draw: torch.Generator, whole_first: bool
+) -> Split:
     """The best of `iterations` alternations of Q = q(W - U S V') and U S V' = the rank-`rank` part of W - Q.
 
     W: (out, in). whole_first: whether the first U S V' is that of W itself (QPiSSA), and not zero (LoftQ).

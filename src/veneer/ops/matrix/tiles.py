@@ -41,6 +41,8 @@ class _Product(Function):
         if not ctx.needs_input_grad[2]:
             return dx, None, None
         n, r, _ = B.shape
-        D = dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])  # (out, in): the gradient of the change
+        D = dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(
+            -1, x.shape[-1]
+        )  # (out, in): the gradient of the change
         dB = W.reshape(n, -1, r).mT @ D.view(n, -1, r) + D.view(n, r, -1, r).sum(2)
         return dx, None, dB.to(B.dtype)

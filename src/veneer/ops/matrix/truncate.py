@@ -31,7 +31,9 @@ def choose_rank(spectrum: Tensor, rank: int | None, energy: float | None) -> int
     real = int((spectrum > len(spectrum) * torch.finfo(spectrum.dtype).eps * spectrum[0]).sum())
     keep = real if rank is None else min(rank, real)
     if energy is not None and energy < 1:
-        share = spectrum.square().cumsum(0) / spectrum.square().sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
+        share = spectrum.square().cumsum(0) / spectrum.square().sum().clamp_min(
+            torch.finfo(spectrum.dtype).tiny
+        )
         keep = min(keep, int((share < energy).sum()) + 1)
     return max(1, keep)
 

@@ -44,13 +44,23 @@ def of_adapter(model: nn.Module, adapter: str) -> list[Part]:
             path, _, own = name.rpartition(".")
             owner = delta.get_submodule(path)
             role = delta.roles.get(own, _shape(p))
-            found.append(Part(f"{site.name}.{name}", p, role, site.kind == "embedding", owner if isinstance(owner, Delta) else None))
+            found.append(
+                Part(
+                    f"{site.name}.{name}",
+                    p,
+                    role,
+                    site.kind == "embedding",
+                    owner if isinstance(owner, Delta) else None,
+                )
+            )
     return _trained(found)
 
 
 def of_base(model: nn.Module) -> list[Part]:
     """The trained parameters of the model itself; a tied one once. Raises ConfigError if there are none."""
-    tables = {id(p) for m in model.modules() if kind_of(m) is EmbeddingSite for p in m.parameters(recurse=False)}
+    tables = {
+        id(p) for m in model.modules() if kind_of(m) is EmbeddingSite for p in m.parameters(recurse=False)
+    }
     return _trained(Part(n, p, _shape(p), id(p) in tables) for n, p in model.named_parameters())
 
 
@@ -61,7 +71,9 @@ def _shape(p: nn.Parameter) -> str:
 def _trained(parts: Iterable[Part]) -> list[Part]:
     found = [p for p in parts if p.parameter.requires_grad]
     if not sum(p.parameter.numel() for p in found):
-        raise ConfigError("nothing would be trained: no parameter takes a gradient; choose a method with parameters, or other layers")
+        raise ConfigError(
+            "nothing would be trained: no parameter takes a gradient; choose a method with parameters, or other layers"
+        )
     return found
 
 
@@ -73,10 +85,14 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
     """AdamW with a group for every role; rates are set before each step by `set_rates`."""
-    return torch.optim.AdamW(by_rate(parts, scales, embedding), lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(
+        by_rate(parts, scales, embedding), lr=0.0, betas=betas, weight_decay=0.0, fused=True
+    )
 
 
-def by_rate(parts: Iterable[Part], scales: Mapping[str, float], embedding: float = 1.0) -> list[dict[str, Any]]:
+def by_rate(
+    parts: Iterable[Part], scales: Mapping[str, float], embedding: float = 1.0
+) -> list[dict[str, Any]]:
     """Groups as `set_rates` knows them, one for every rate and decay.
 
     scales: multiples of the run's rate by role. embedding: the multiple for what changes embeddings, in place of these.

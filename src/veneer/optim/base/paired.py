@@ -26,7 +26,9 @@ class Paired(torch.optim.Optimizer, ABC):
     `groups.set_rates`: A and B both shrink by sqrt(1 - rate * decay), so that B A shrinks by it as a whole.
     """
 
-    mixes: ClassVar[bool] = False  # whether, on a CPU, `steps` takes pairs of one rank and several shapes together
+    mixes: ClassVar[bool] = (
+        False  # whether, on a CPU, `steps` takes pairs of one rank and several shapes together
+    )
 
     def __init__(self, trained: Trained) -> None:
         found, others = pairs.of(trained.parts)
@@ -35,7 +37,15 @@ class Paired(torch.optim.Optimizer, ABC):
         for bucket in pairs.by_shape(found, mixed=self.mixes):
             scale = trained.embedding if bucket[0].embedding else 1.0
             names = {"where": tuple(p.where for p in bucket), "scaling": tuple(p.scaling for p in bucket)}
-            listed.append({"params": [t for p in bucket for t in (p.A, p.B)], "scale": scale, "base": scale, "share": 0.5, **names})
+            listed.append(
+                {
+                    "params": [t for p in bucket for t in (p.A, p.B)],
+                    "scale": scale,
+                    "base": scale,
+                    "share": 0.5,
+                    **names,
+                }
+            )
         listed += [{**group, "where": (), "scaling": ()} for group in by_rate(others, {}, trained.embedding)]
         super().__init__(listed, {"lr": 0.0, "weight_decay": 0.0})
 
@@ -83,7 +93,11 @@ class Paired(torch.optim.Optimizer, ABC):
             yield from zip((A for A, *_ in present), dA, strict=True)
             yield from zip((B for _, B, *_ in present), dB, strict=True)
         elif not group["where"]:
-            yield from ((p, direction(self.state[p], p.grad, self.betas)) for p in group["params"] if p.grad is not None)
+            yield from (
+                (p, direction(self.state[p], p.grad, self.betas))
+                for p in group["params"]
+                if p.grad is not None
+            )
 
 
 class Rule(Optimiser, ABC):
@@ -111,5 +125,9 @@ class Ruled(Paired):
 
 
 def _present(group: dict[str, Any]) -> list[Present]:
-    every = zip(group["params"][::2], group["params"][1::2], group["where"], group["scaling"], strict=True) if group["where"] else ()
+    every = (
+        zip(group["params"][::2], group["params"][1::2], group["where"], group["scaling"], strict=True)
+        if group["where"]
+        else ()
+    )
     return [found for found in every if found[0].grad is not None and found[1].grad is not None]

@@ -43,9 +43,13 @@ def of(parts: Iterable[Part]) -> tuple[list[Pair], list[Part]]:
             others.append(part)
     odd = [found[0].name for found in owned.values() if not _is_pair(found)]
     if odd:
-        raise ConfigError(f"this optimiser works on pairs A (r, in), B (out, r), and at {first_few(odd)} is none; use optimiser 'adamw'")
+        raise ConfigError(
+            f"this optimiser works on pairs A (r, in), B (out, r), and at {first_few(odd)} is none; use optimiser 'adamw'"
+        )
     if not owned:
-        raise ConfigError("this optimiser works on pairs A (r, in), B (out, r), and none is trained; use optimiser 'adamw'")
+        raise ConfigError(
+            "this optimiser works on pairs A (r, in), B (out, r), and none is trained; use optimiser 'adamw'"
+        )
     return [_pair(found) for found in owned.values()], others
 
 
@@ -60,7 +64,9 @@ def _is_pair(found: list[Part]) -> bool:
 def _pair(found: list[Part]) -> Pair:
     by_role, first = {p.role: p.parameter for p in found}, found[0]
     assert first.owner is not None
-    return Pair(first.name.rpartition(".")[0], by_role["A"], by_role["B"], first.owner.scaling, first.embedding)
+    return Pair(
+        first.name.rpartition(".")[0], by_role["A"], by_role["B"], first.owner.scaling, first.embedding
+    )
 
 
 def by_shape(pairs: Iterable[Pair], *, mixed: bool = False) -> list[list[Pair]]:
@@ -124,11 +130,17 @@ class Bucket:
     def products(self) -> Tensor:
         """A A' and B'B (2, L, r, r). Raises NotFinite, naming the layers, where one is not finite."""
         rows = [*self.every_A, *(B.t() for B in self.every_B)]
-        S = inner(rows, rows).unflatten(0, (2, -1)) if self.one_by_one else torch.stack([self.A @ self.A.mT, self.B.mT @ self.B])
+        S = (
+            inner(rows, rows).unflatten(0, (2, -1))
+            if self.one_by_one
+            else torch.stack([self.A @ self.A.mT, self.B.mT @ self.B])
+        )
         fine = S.isfinite().flatten(2).all(-1).all(0)
         if not fine.all():
             wrong = [name for name, ok in zip(self.where, fine.tolist(), strict=True) if not ok]
-            raise NotFinite(f"A A' or B'B is not finite at {first_few(wrong)}; go on from a checkpoint with a lower lr")
+            raise NotFinite(
+                f"A A' or B'B is not finite at {first_few(wrong)}; go on from a checkpoint with a lower lr"
+            )
         return S
 
 

@@ -43,7 +43,11 @@ class LoRAPro(Optimiser):
     needs = frozenset({"A", "B"})
 
     def __init__(
-        self, *, form: Literal["full", "factored", "sgd"] = "factored", x: Choice = "sylvester", damping: float = 1e-2
+        self,
+        *,
+        form: Literal["full", "factored", "sgd"] = "factored",
+        x: Choice = "sylvester",
+        damping: float = 1e-2,
     ) -> None:
         """
         form: full (the published one, with moments as large as the weights), factored (moments as large as the adapter), sgd (none)

@@ -28,7 +28,10 @@ class Factored(Projected):
         A, B, s = bucket.A, bucket.B, bucket.s
         dA, dB = adjust(at, bucket.gA, bucket.gB, "zero")
         times = [count(state) for state in bucket.states_a]
-        first, second = (torch.tensor([1 - beta**t for t in times], dtype=torch.float64).to(A)[:, None, None] for beta in self.betas)
+        first, second = (
+            torch.tensor([1 - beta**t for t in times], dtype=torch.float64).to(A)[:, None, None]
+            for beta in self.betas
+        )
         mA, mB = self._carried(bucket, at, dA, dB)
         row, col = self._spread(bucket, *sums(torch.cat([B, dB], 2), torch.cat([dA, A], 1), s))
         row, col = floored(row / second), floored(col / second)
@@ -41,9 +44,14 @@ class Factored(Projected):
 
     def _carried(self, bucket: Bucket, at: Point, dA: Tensor, dB: Tensor) -> tuple[Tensor, Tensor]:
         """The running means of the factors (L, r, n), (L, m, r) after they were carried here from the last point."""
-        for a, b, iA, iB in zip(bucket.states_a, bucket.states_b, at.inverses.of_a, at.inverses.of_b, strict=True):
+        for a, b, iA, iB in zip(
+            bucket.states_a, bucket.states_b, at.inverses.of_a, at.inverses.of_b, strict=True
+        ):
             if "crossed" in a:
-                a["exp_avg"], b["exp_avg"] = iB @ b["crossed"] @ a["exp_avg"], b["exp_avg"] @ (a["crossed"] @ iA)
+                a["exp_avg"], b["exp_avg"] = (
+                    iB @ b["crossed"] @ a["exp_avg"],
+                    b["exp_avg"] @ (a["crossed"] @ iA),
+                )
         beta = self.betas[0]
         mA = [mean(state, "exp_avg", d, beta) for state, d in zip(bucket.states_a, dA, strict=True)]
         mB = [mean(state, "exp_avg", d, beta) for state, d in zip(bucket.states_b, dB, strict=True)]

@@ -33,7 +33,13 @@ class Projected(Paired):
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
         """As for any optimiser, by the norm that the projected gradient of the whole matrices has, with all others' own."""
         squares = [self._square(b) for b in self.buckets()]
-        others = [p for group in self.param_groups if not group["where"] for p in group["params"] if p.grad is not None]
+        others = [
+            p
+            for group in self.param_groups
+            if not group["where"]
+            for p in group["params"]
+            if p.grad is not None
+        ]
         norm = torch.stack([*squares, *(p.grad.square().sum() for p in others)]).sum().sqrt()
         factor = (most / (norm + 1e-6)).clamp(max=1.0)
         for p in parameters:
@@ -54,11 +60,20 @@ class Plain(Projected):
     def steps(self, bucket: Bucket) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
         if not bucket.one_by_one:
             return adjust(self.point(bucket), bucket.gA, bucket.gB, self.x)
-        sides = [*zip(bucket.every_A, bucket.every_gA, strict=True)], [*zip(bucket.every_B, bucket.every_gB, strict=True)]
+        sides = (
+            [*zip(bucket.every_A, bucket.every_gA, strict=True)],
+            [*zip(bucket.every_B, bucket.every_gB, strict=True)],
+        )
         BgB = inner([B.t() for B in bucket.every_B], [g.t() for g in bucket.every_gB])
         m = mix(self.inverses(bucket), inner(bucket.every_gA, bucket.every_A), BgB, self.x)
-        dA = [torch.mm(on_g, g).addmm_(on_A, A) for (A, g), on_g, on_A in zip(sides[0], m.on_gA, m.on_A, strict=True)]
-        return dA, [torch.mm(g, on_g).addmm_(B, on_B) for (B, g), on_g, on_B in zip(sides[1], m.on_gB, m.on_B, strict=True)]
+        dA = [
+            torch.mm(on_g, g).addmm_(on_A, A)
+            for (A, g), on_g, on_A in zip(sides[0], m.on_gA, m.on_A, strict=True)
+        ]
+        return dA, [
+            torch.mm(g, on_g).addmm_(B, on_B)
+            for (B, g), on_g, on_B in zip(sides[1], m.on_gB, m.on_B, strict=True)
+        ]
 
 
 class Full(Projected):

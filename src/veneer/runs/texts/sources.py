@@ -15,7 +15,14 @@ from veneer.errors import DataError, suggest
 
 NAMES = (*texts.DOMAINS, "known")
 WEIGHTED = re.compile(r"(?P<name>.+)@(?P<weight>\d+(\.\d+)?)")
-FILES = (".txt", ".md", ".jsonl", *tables.WRITTEN, *tables.ARROW, *REFUSED)  # endings that no dataset's name is taken to have
+FILES = (
+    ".txt",
+    ".md",
+    ".jsonl",
+    *tables.WRITTEN,
+    *tables.ARROW,
+    *REFUSED,
+)  # endings that no dataset's name is taken to have
 
 
 def rows(names: Iterable[str], split: str, seed: int = 0) -> list[Row]:
@@ -69,7 +76,15 @@ def stream(name: str, split: str) -> Iterator[Row]:
         return iter(_builtin(name, split))
     if kind == "file":
         return row_files_streamed.file(Path(name))
-    return row_files_streamed.rows(hub.entries(*(hub.folder(*_folder(name), split) if kind == "folder" else hub.on_hub(name, split, streaming=True))))
+    return row_files_streamed.rows(
+        hub.entries(
+            *(
+                hub.folder(*_folder(name), split)
+                if kind == "folder"
+                else hub.on_hub(name, split, streaming=True)
+            )
+        )
+    )
 
 
 def _kind(name: str) -> str:
@@ -79,7 +94,11 @@ def _kind(name: str) -> str:
         return "builtin"
     if (path.is_dir() and hub.is_folder(path)) or (head and hub.is_folder(Path(head))):
         return "folder"
-    return "hub" if hub.NAME.fullmatch(name) and not path.parent.is_dir() and path.suffix.lower() not in FILES else "file"
+    return (
+        "hub"
+        if hub.NAME.fullmatch(name) and not path.parent.is_dir() and path.suffix.lower() not in FILES
+        else "file"
+    )
 
 
 def _folder(name: str) -> tuple[Path, str]:

@@ -25,7 +25,9 @@ def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
     """Rows of what is measured, by part; the training text is not read yet. Raises one DataError for all that cannot be read."""
     weighted = [name for name in run.data if sources.weight(name) != 1]
     if weighted:
-        raise DataError(f"{' '.join(weighted)}: the sources of a stream take turns and have no weight; leave @ and what follows out")
+        raise DataError(
+            f"{' '.join(weighted)}: the sources of a stream take turns and have no weight; leave @ and what follows out"
+        )
     found = texts.read(run, ("valid", "test", "known"))
     texts.say_what_is_left_out(found, voice)
     return {part: rows for part, rows in found.items() if rows}
@@ -46,7 +48,9 @@ def begin(found: dict[str, Text], run: Run, tokenizer: Any, voice: Voice) -> dic
     left_out = _keys(aside)
     head = _first((row for row in _all(run) if _is_learned(row, left_out)), LOOKED, run, tokenizer)
     if not head:
-        raise DataError(f"{' '.join(run.data)}: the rows set aside as valid text leave nothing to learn; give valid= or more data")
+        raise DataError(
+            f"{' '.join(run.data)}: the rows set aside as valid text leave nothing to learn; give valid= or more data"
+        )
     texts.check_roles(head, run.train_roles)
     train = texts.prepare(head, run, tokenizer, voice)
     sizes = {name: Path(name).stat().st_size for name in run.data if Path(name).is_file()}
@@ -106,7 +110,9 @@ def _is_learned(row: Row, left_out: set[str]) -> bool:
     return not left_out or key(row, 0) not in left_out
 
 
-def _reading(run: Run, tokenizer: Any, left_out: set[str], place: Place, voice: Voice) -> Iterator[tuple[Place, Segment]]:
+def _reading(
+    run: Run, tokenizer: Any, left_out: set[str], place: Place, voice: Voice
+) -> Iterator[tuple[Place, Segment]]:
     """From a place on, what is learned of the stream, which begins again where it ends."""
     while True:
         rows = enumerate(_all(run))
@@ -115,9 +121,13 @@ def _reading(run: Run, tokenizer: Any, left_out: set[str], place: Place, voice: 
             if _is_learned(row, left_out):
                 learned += 1
                 made = _segments(row, run, tokenizer)[place.segments if n == place.row else 0 :]
-                yield from ((Place(n, place.segments * (n == place.row) + i), s) for i, s in enumerate(made, 1))
+                yield from (
+                    (Place(n, place.segments * (n == place.row) + i), s) for i, s in enumerate(made, 1)
+                )
         if not learned and not place.row:
-            raise DataError(f"{' '.join(run.data)}: there is nothing left to learn; the data has changed since the run began")
+            raise DataError(
+                f"{' '.join(run.data)}: there is nothing left to learn; the data has changed since the run began"
+            )
         again = f"all {n + 1} rows of the stream have been read; it begins again"
         if again not in voice.said:
             voice.say(again)

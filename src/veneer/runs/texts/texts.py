@@ -30,7 +30,9 @@ class Text(NamedTuple):
 def named(run: Run) -> Run:
     """The run with the texts that it leaves open: those that belong to built-in data, and the built-in model's known text."""
     builtin = all(sources.is_builtin(name) for name in run.data)
-    own = tuple(sources.plain(name) for name in run.data if name.count(":") == 1) if builtin else ()  # without a part of their own
+    own = (
+        tuple(sources.plain(name) for name in run.data if name.count(":") == 1) if builtin else ()
+    )  # without a part of their own
     known = run.known or (("builtin:known",) if run.model == embedded.PREFIX else ("none",))
     return replace(run, valid=run.valid or own, test=run.test or own, known=known)
 
@@ -42,26 +44,39 @@ def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
     if not found["valid"]:
         n = len(found["train"])
         found["train"], found["valid"] = split.split_off(found["train"], run.seed)
-        part = f"{len(found['valid'])} of {n} rows are" if len(found["train"]) < n else "the last tenth of each text is"
+        part = (
+            f"{len(found['valid'])} of {n} rows are"
+            if len(found["train"]) < n
+            else "the last tenth of each text is"
+        )
         voice.say(f"no valid text is given: {part} set aside to choose the best step by")
     found["valid"] = [replace(row, times=1) for row in found["valid"]]
     if any(sources.weight(name) != 1 for name in run.data):
         each = sum(row.times for row in found["train"])
-        voice.say(f"by the weights of {' '.join(run.data)}, an epoch has {each} rows, of {len(found['train'])} different places")
+        voice.say(
+            f"by the weights of {' '.join(run.data)}, an epoch has {each} rows, of {len(found['train'])} different places"
+        )
     say_what_is_left_out(found, voice)
     return {part: rows for part, rows in found.items() if rows}
 
 
 def read(run: Run, parts: Sequence[str]) -> dict[str, list[Row]]:
     """Rows of the parts of a run. Raises one DataError for all that cannot be read."""
-    wanted = {"train": run.data, "valid": run.valid, "test": run.test, "known": () if run.known == ("none",) else run.known}
+    wanted = {
+        "train": run.data,
+        "valid": run.valid,
+        "test": run.test,
+        "known": () if run.known == ("none",) else run.known,
+    }
     found: dict[str, list[Row]] = {}
     problems: list[str] = []
     for part in parts:
         names = wanted[part]
         try:
             if part != "train" and any(sources.weight(name) != 1 for name in names):
-                raise DataError(f"{part}: {' '.join(names)}: a text that is measured has no weight; leave @ and what follows out")
+                raise DataError(
+                    f"{part}: {' '.join(names)}: a text that is measured has no weight; leave @ and what follows out"
+                )
             found[part] = sources.rows(names, "test" if part == "known" else part, run.seed)
         except DataError as e:
             problems.append(str(e))
@@ -121,13 +136,17 @@ def by_row(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> list[
     """The segments of every row, at least one each. Raises as `prepare`."""
     encoded = [encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer) for row in rows]
     if endless := sum(is_endless(row, t, tokenizer, run) for row, t in zip(rows, encoded, strict=True)):
-        voice.say(f"in {endless} conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out")
+        voice.say(
+            f"in {endless} conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out"
+        )
     long = [(row.where, len(t.ids) - 1) for row, t in zip(rows, encoded, strict=True) if row.kind != "text"]
     if "truncate" not in run.allow:
         checks.check_overlong(long, run.length)
     elif n_long := sum(n > run.length for _, n in long):
         voice.say(f"{n_long} rows are cut off at length={run.length} tokens")
-        encoded = [t if row.kind == "text" else t.first(run.length + 1) for row, t in zip(rows, encoded, strict=True)]
+        encoded = [
+            t if row.kind == "text" else t.first(run.length + 1) for row, t in zip(rows, encoded, strict=True)
+        ]
     found = [segments(t, run.length) for t in encoded]
     idle = [row.where for row, own in zip(rows, found, strict=True) if not own]
     if idle:
@@ -142,7 +161,11 @@ def _facts(rows: Sequence[Row], windows: Sequence[Window], every: Sequence[Segme
     digest = hashlib.sha256()
     for s in every:
         digest.update(s.inputs.numpy().tobytes() + s.labels.numpy().tobytes())
-    counts = {"tokens": n_tokens(windows), "learned_tokens": n_labels(windows), "learned_bytes": n_bytes(windows)}
+    counts = {
+        "tokens": n_tokens(windows),
+        "learned_tokens": n_labels(windows),
+        "learned_bytes": n_bytes(windows),
+    }
     talks = sum(row.kind == "messages" for row in rows)
     own = {"conversations": talks} if talks else {}
     return {"rows": len(rows), **own, "windows": len(windows), **counts, "sha256": digest.hexdigest()}

@@ -51,12 +51,17 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, An
     except Exception as e:  # safetensors raises its own error on a full disk, not OSError
         shutil.rmtree(temporary, ignore_errors=True)
         left = ", ".join(p.name for p in reversed(found(folder))) or "none"
-        raise NotSaved(f"the checkpoint of step {step} ({n_bytes:,} bytes) could not be written to {target}: {e}; kept: {left}") from e
+        raise NotSaved(
+            f"the checkpoint of step {step} ({n_bytes:,} bytes) could not be written to {target}: {e}; kept: {left}"
+        ) from e
     return target
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in (STATE, META)}
+    files = {
+        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in (STATE, META)
+    }
     (folder / MANIFEST).write_text(json.dumps(files, indent=1, sort_keys=True), encoding="utf-8")
     as_usual(folder / name for name in (STATE, META, MANIFEST))
     for name in (STATE, META, MANIFEST):

@@ -20,7 +20,9 @@ FREE = ("out", "resume", "allow", "keep", "save_every", "report", "track")
 def record(folder: Path) -> dict[str, Any]:
     """The run's config.json; settings that came to Veneer after it was written are at their defaults."""
     config = read_json(folder / CONFIG, ("run", "data", "base"))
-    defaults = {name: s.default for name, s in settings.table(Run).items() if s.default is not settings.REQUIRED}
+    defaults = {
+        name: s.default for name, s in settings.table(Run).items() if s.default is not settings.REQUIRED
+    }
     return {**config, "run": {**defaults, **config["run"]}}
 
 
@@ -31,7 +33,11 @@ def check_drift(folder: Path, now: Mapping[str, Any], allow: Collection[str]) ->
     """
     then = record(folder)
     found = {
-        "config": [d for d in differences(_spelled_out(then["run"]), _spelled_out(now["run"])) if d.split(":")[0] not in FREE],
+        "config": [
+            d
+            for d in differences(_spelled_out(then["run"]), _spelled_out(now["run"]))
+            if d.split(":")[0] not in FREE
+        ],
         "data": differences(then["data"], now["data"]),
         "base": differences(then["base"], now["base"]),
     }
@@ -62,4 +68,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = (json.loads(json.dumps(d, default=list)) for d in (then, now))
     pairs = {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
     inside = {k: isinstance(a, dict) and isinstance(b, dict) for k, (a, b) in pairs.items()}
-    return [f"{k}: {', '.join(differences(a, b)) if inside[k] else f'{a} -> {b}'}" for k, (a, b) in pairs.items()]
+    return [
+        f"{k}: {', '.join(differences(a, b)) if inside[k] else f'{a} -> {b}'}" for k, (a, b) in pairs.items()
+    ]

@@ -16,7 +16,13 @@ from veneer.errors import ConfigError, FormatError
 from veneer.files import replacing, write_json
 from veneer.train.errors import NotSaved
 
-CONFIG, METRICS, RESULTS, ADAPTER, CHECKPOINTS = "config.json", "metrics.jsonl", "results.json", "adapter", "checkpoints"
+CONFIG, METRICS, RESULTS, ADAPTER, CHECKPOINTS = (
+    "config.json",
+    "metrics.jsonl",
+    "results.json",
+    "adapter",
+    "checkpoints",
+)
 BASE = "base"  # quantised layers that no other run has
 
 
@@ -26,10 +32,14 @@ def check_free(folder: Path, resume: bool) -> None:
     if there.exists() and not there.is_dir():
         raise ConfigError(f"out {folder}{'' if there == folder else f': {there}'} is a file; name a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"out {folder} cannot be written: {there} may not be written by this user; choose another folder")
+        raise ConfigError(
+            f"out {folder} cannot be written: {there} may not be written by this user; choose another folder"
+        )
     if (folder / CONFIG).exists() and not resume:
         state = "finished" if (folder / RESULTS).exists() else "unfinished"
-        raise ConfigError(f"out {folder} holds another run ({state}); go on with it by resume=True (--resume), or choose another folder")
+        raise ConfigError(
+            f"out {folder} holds another run ({state}); go on with it by resume=True (--resume), or choose another folder"
+        )
     if folder.is_dir() and not (folder / CONFIG).exists() and any(p.name != "lock" for p in folder.iterdir()):
         raise ConfigError(f"out {folder} is not empty and holds no run; choose another folder")
 
@@ -49,7 +59,9 @@ class Metrics:
         self.path.touch()
         there = self.path.stat().st_size
         if there < n_bytes:
-            raise FormatError(f"{self.path} has {there} bytes, but {n_bytes} when the checkpoint was written; restore it, or begin anew")
+            raise FormatError(
+                f"{self.path} has {there} bytes, but {n_bytes} when the checkpoint was written; restore it, or begin anew"
+            )
         os.truncate(self.path, n_bytes)
         self.file = open(self.path, "a", encoding="utf-8")
 
@@ -60,7 +72,9 @@ class Metrics:
             self.file.write(text)
             self.file.flush()
         except OSError as e:
-            raise NotSaved(f"{len(text)} bytes could not be added to {self.path}: {e}; the checkpoints are untouched") from e
+            raise NotSaved(
+                f"{len(text)} bytes could not be added to {self.path}: {e}; the checkpoints are untouched"
+            ) from e
 
     def sync(self) -> int:
         """Has the file written to the disk: its length in bytes."""

@@ -21,7 +21,9 @@ def held(folder: Path) -> Iterator[None]:
         if not _take(f):
             f.seek(0)
             holder = f.read().strip() or "unknown"
-            raise Busy(f"{folder} is being written by another training ({holder}); wait for it, or choose another folder with out=")
+            raise Busy(
+                f"{folder} is being written by another training ({holder}); wait for it, or choose another folder with out="
+            )
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         f.flush()

@@ -40,11 +40,18 @@ class Result:
         metrics = read_json(folder / run_folder.RESULTS, NEEDED)
         forgotten = metrics["forgotten"]
         learned = Change(metrics["learned"]["before"], metrics["learned"]["after"])
-        return cls(folder, metrics, learned, Change(forgotten["before"], forgotten["after"]) if forgotten else None)
+        return cls(
+            folder, metrics, learned, Change(forgotten["before"], forgotten["after"]) if forgotten else None
+        )
 
 
 def figures(position: Position, after: dict[str, float]) -> dict[str, Any]:
     """before, after, learned and forgotten for results.json; after: bits per byte by text, at the best step."""
     before, reported = position.before, "test" if "test" in after else "valid"
     pair = {name: {"before": before[name], "after": after[name]} for name in after}
-    return {"before": before, "after": after, "learned": {"text": reported, **pair[reported]}, "forgotten": pair.get("known")}
+    return {
+        "before": before,
+        "after": after,
+        "learned": {"text": reported, **pair[reported]},
+        "forgotten": pair.get("known"),
+    }

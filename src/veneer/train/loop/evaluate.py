@@ -49,7 +49,9 @@ def bits_per_byte(
     return nats / math.log(2) / total
 
 
-def nats_by_window(model: nn.Module, windows: Sequence[Window], *, batch: int, between: Callable[[], None] = lambda: None) -> Tensor:
+def nats_by_window(
+    model: nn.Module, windows: Sequence[Window], *, batch: int, between: Callable[[], None] = lambda: None
+) -> Tensor:
     """Nats that the model needs for the learned text of each window: (n,) in float64; in eval mode, which is put back.
 
     Windows of like length are read together, as padding costs as much as text.
@@ -62,7 +64,9 @@ def nats_by_window(model: nn.Module, windows: Sequence[Window], *, batch: int, b
             between()
             some = order[at : at + batch]
             inputs = collate([windows[i] for i in some], 0)
-            owner = torch.tensor(some)[(inputs["labels"] != IGNORED).nonzero()[:, 0]]  # the window of every label
+            owner = torch.tensor(some)[
+                (inputs["labels"] != IGNORED).nonzero()[:, 0]
+            ]  # the window of every label
             nats = causal_lm.nats(model, {k: v.to(device) for k, v in inputs.items()})
             found.index_add_(0, owner, nats.double().cpu())
     return found

@@ -82,8 +82,16 @@ class Loop:
                 state.restore(self.learner, found)
                 self.order.restore(found.tensors)
                 self.position, n_bytes = Position.from_meta(found.meta)
-                self.saved = found.step if self.position.evaluated == found.step or not self.pace.evaluates(found.step) else None
-            self.voice.say(f"goes on from step {self.position.step}" if found else "found no checkpoint to go on from; begins at step 0")
+                self.saved = (
+                    found.step
+                    if self.position.evaluated == found.step or not self.pace.evaluates(found.step)
+                    else None
+                )
+            self.voice.say(
+                f"goes on from step {self.position.step}"
+                if found
+                else "found no checkpoint to go on from; begins at step 0"
+            )
         self.metrics = Metrics(self.folder, n_bytes)
         self.feed.start(self.position.step)
 
@@ -109,7 +117,9 @@ class Loop:
         self.save()
         number, p = self.wish.number or 0, self.position
         where = f"stopped by signal {number} after step {p.step} of {self.pace.steps}"
-        return Interrupted(f"{where}; all is saved in {self.folder}: go on with resume=True (--resume)", number)
+        return Interrupted(
+            f"{where}; all is saved in {self.folder}: go on with resume=True (--resume)", number
+        )
 
     def goes_on(self) -> bool:
         """Evaluates and saves what is due before the next step; whether there is one."""
@@ -127,8 +137,14 @@ class Loop:
             return self.order.step(p.step), self.pace.rate(p.step)
         except DataError as e:
             kept = [path.name for path in checkpoint.found(self.checkpoints)]
-            then = f"go on from {kept[-1]} with resume=True (--resume), allowing 'data'" if kept else "begin anew"
-            raise DataError(f"{e}\nthis ended the training after step {p.step} of {self.pace.steps}; put it right, and {then}") from e
+            then = (
+                f"go on from {kept[-1]} with resume=True (--resume), allowing 'data'"
+                if kept
+                else "begin anew"
+            )
+            raise DataError(
+                f"{e}\nthis ended the training after step {p.step} of {self.pace.steps}; put it right, and {then}"
+            ) from e
 
     def take(self, outcome: Outcome, before: float, started: float) -> None:
         """Counts and writes down a step that was made. before, started: clock seconds of the step's and the training's beginning."""
@@ -160,7 +176,9 @@ class Loop:
     def _evaluate(self) -> bool:
         p = self.position
         figures = self.measure([name for name in self.texts if name != "test" or p.step == 0])
-        self._write({"step": p.step, **{f"{name}_bpb": v for name, v in figures.items()}, "seconds": p.seconds})
+        self._write(
+            {"step": p.step, **{f"{name}_bpb": v for name, v in figures.items()}, "seconds": p.seconds}
+        )
         p.evaluated = p.step
         if p.step == 0:
             p.before = figures
@@ -176,7 +194,11 @@ class Loop:
             self.voice.show(self.position.step, f"on {name} text", "measuring")
             with eagerly():
                 figures[name] = bits_per_byte(
-                    self.learner.model, self.texts[name], self.learner.objective, batch=self.order.batch, between=self.wish.check
+                    self.learner.model,
+                    self.texts[name],
+                    self.learner.objective,
+                    batch=self.order.batch,
+                    between=self.wish.check,
                 )
         return figures
 
@@ -199,7 +221,9 @@ class Loop:
         path = self.checkpoints / f"step-{p.best_step:06d}"
         problem = checkpoint.damage(path)
         if problem:
-            self.voice.say(f"the best checkpoint, of step {p.best_step}, is damaged ({problem}); the last step's weights are used")
+            self.voice.say(
+                f"the best checkpoint, of step {p.best_step}, is damaged ({problem}); the last step's weights are used"
+            )
             p.best_step, p.best = p.step, self.measure([n for n in self.texts if n != "test"])
             return
         state.put_back(self.learner, checkpoint.load(path))

@@ -62,11 +62,16 @@ def tensors(learner: Learner) -> dict[str, Tensor]:
 def restore(learner: Learner, saved: Checkpoint) -> None:
     """Puts everything back. Raises FormatError, before anything is changed, if the checkpoint is of other parameters."""
     held = fixed(learner)
-    wanted = {**{f"p.{p.name}": tuple(p.parameter.shape) for p in learner.parts}, **{n: tuple(t.shape) for n, t in held.items()}}
+    wanted = {
+        **{f"p.{p.name}": tuple(p.parameter.shape) for p in learner.parts},
+        **{n: tuple(t.shape) for n, t in held.items()},
+    }
     there = {n: tuple(t.shape) for n, t in saved.tensors.items() if n.startswith(("p.", "b."))}
     wrong = sorted(n for n in {*wanted, *there} if wanted.get(n) != there.get(n))
     if wrong:
-        raise FormatError(f"the checkpoint of step {saved.step} is of other parameters: {first_few(wrong)}; begin anew in another folder")
+        raise FormatError(
+            f"the checkpoint of step {saved.step} is of other parameters: {first_few(wrong)}; begin anew in another folder"
+        )
     put_back(learner, saved)
     for name, t in held.items():
         t.copy_(saved.tensors[name])

@@ -68,7 +68,9 @@ class Learner(NamedTuple):
         """Gets ready to learn from the micro-batches: the number of their labels. Raises DataError if there is none."""
         labels = sum(n_labels(windows) for windows in micro)
         if not labels:
-            raise DataError("no token of this batch is learned (every label is masked); give rows with a completion, or train_on='all'")
+            raise DataError(
+                "no token of this batch is learned (every label is masked); give rows with a completion, or train_on='all'"
+            )
         self.model.train()
         self.optimiser.zero_grad(set_to_none=True)
         return labels
@@ -76,7 +78,10 @@ class Learner(NamedTuple):
     def finish(self, micro: Sequence[Sequence[Window]], loss: float, rate: float) -> Outcome:
         """The update with the gradient that is there, unless it or the loss is not finite."""
         norm = self._clip()
-        skipped = next((f"{what} is {v}" for what, v in (("loss", loss), ("gradient", norm)) if not math.isfinite(v)), None)
+        skipped = next(
+            (f"{what} is {v}" for what, v in (("loss", loss), ("gradient", norm)) if not math.isfinite(v)),
+            None,
+        )
         if skipped is None:
             set_rates(self.optimiser, rate, self.decay)
             self.optimiser.step()
@@ -96,7 +101,10 @@ class Learner(NamedTuple):
         total = torch.zeros((), dtype=torch.float64)
         for windows in micro:
             short = self.shapes is not None and len(windows) != self.shapes.rows
-            with eagerly(short), self.kept.passing(windows, width(windows, self._widths())) if self.kept else nullcontext():
+            with (
+                eagerly(short),
+                self.kept.passing(windows, width(windows, self._widths())) if self.kept else nullcontext(),
+            ):
                 loss, _ = self.objective(self.model, self.batch(windows, device), smoothing=self.smoothing)
                 (loss / labels).backward()
             total += loss.detach().cpu()

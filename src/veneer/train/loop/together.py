@@ -55,14 +55,18 @@ def check(models: Mapping[str, nn.Module], adapter: str) -> None:
     for name, model in models.items():
         heads = sorted({site.name for site, _ in attached.changes(model, adapter)} & output_head(model))
         if heads:
-            raise ConfigError(f"{name!r} changes {first_few(heads)}, which sees the rows of all runs as one; leave it out with exclude=")
+            raise ConfigError(
+                f"{name!r} changes {first_few(heads)}, which sees the rows of all runs as one; leave it out with exclude="
+            )
 
 
 def carry(models: Sequence[nn.Module], adapter: str) -> Bank:
     """The bank of a copy of the first model that holds the very same base; its adapter i + 1 is `adapter` of models[i]."""
     found = {str(i): attached.changes(model, adapter) for i, model in enumerate(models)}
     first = models[0]
-    carrier = copy.deepcopy(first, {id(t): t for t in [*attached.base_parameters(first).values(), *first.buffers()]})
+    carrier = copy.deepcopy(
+        first, {id(t): t for t in [*attached.base_parameters(first).values(), *first.buffers()]}
+    )
     kinds = {site.name: site.kind for changes in found.values() for site, _ in changes}
     sites = {name: site_of_kind(kind, name, carrier.get_submodule(name)) for name, kind in kinds.items()}
     attach.hang(carrier, "bank", living(found, sites))

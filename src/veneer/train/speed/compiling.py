@@ -52,7 +52,9 @@ class Shapes(NamedTuple):
     widths: tuple[int, ...]
 
 
-def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False, with_graphs: bool = False) -> Objective:
+def prepare(
+    model: nn.Module, batch: Batch, *, compiled: bool = False, with_graphs: bool = False
+) -> Objective:
     """The objective to train this model with, as fast as it goes; the model is changed in nothing but its speed.
 
     batch: any one of the training's, for a dry run that finds the layers with a common input. compiled: the model's
@@ -69,7 +71,9 @@ def prepare(model: nn.Module, batch: Batch, *, compiled: bool = False, with_grap
     body = model if head is None else head.body
     options: dict[str, Any] = {"options": graphs.OPTIONS} if with_graphs else {}
     for block in blocks(body) or [body]:
-        block.compile(dynamic=False, **options)  # a graph for each shape, whatever came before: a resumed training computes the same
+        block.compile(
+            dynamic=False, **options
+        )  # a graph for each shape, whatever came before: a resumed training computes the same
     objective = lean(functools.partial(causal_lm.loss, kernel=compiled_kernel()))
     return graphs.on_graphs(objective) if with_graphs else objective
 
@@ -128,17 +132,19 @@ def restore(model: nn.Module) -> None:
         module._compiled_call_impl = None
 
 
-
-
 def recompute(model: Any, wanted: bool) -> None:
     """Has the model keep only what enters its blocks, and compute the rest again in the backward. Raises ConfigError."""
     if not wanted:
         return
     try:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its older name
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )  # its older name
         enable({"use_reentrant": False})
     except (AttributeError, ValueError):
-        raise ConfigError(f"a {type(model).__name__} cannot compute its blocks again; use gradient_checkpointing=False") from None
+        raise ConfigError(
+            f"a {type(model).__name__} cannot compute its blocks again; use gradient_checkpointing=False"
+        ) from None
 
 
 @contextmanager

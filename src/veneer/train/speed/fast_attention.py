@@ -39,7 +39,10 @@ def use_faster(model: Any, ids: Tensor, *, compiled: bool) -> bool:
     for name, function in ((SHORT, short), (DOCUMENTS, documents)):
         ALL_ATTENTION_FUNCTIONS.register(name, function)
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
-    name, long = SHORT if compiled and first.dtype in FASTER else DOCUMENTS, (context(model) or math.inf) > LONGEST
+    name, long = (
+        SHORT if compiled and first.dtype in FASTER else DOCUMENTS,
+        (context(model) or math.inf) > LONGEST,
+    )
     if name == SHORT or long:
         expected = _features(model, ids) if long else None
         model.set_attn_implementation(name)
@@ -64,7 +67,10 @@ def _features(model: Any, ids: Tensor) -> Tensor:
 
 def _near(found: Tensor, expected: Tensor) -> bool:
     """Whether the two differ by what rounding adds up to over a model's layers; texts that see each other differ by far more."""
-    return bool((found - expected).float().norm() <= max(1e-4, 8 * torch.finfo(expected.dtype).eps) * expected.float().norm())
+    return bool(
+        (found - expected).float().norm()
+        <= max(1e-4, 8 * torch.finfo(expected.dtype).eps) * expected.float().norm()
+    )
 
 
 def use_own(model: Any) -> None:
@@ -73,7 +79,9 @@ def use_own(model: Any) -> None:
         model.set_attn_implementation(OWN)
 
 
-def mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0, **options: Any) -> Tensor | None:
+def mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0, **options: Any
+) -> Tensor | None:
     """transformers' interface: its own mask, or where each position's document begins, (b, 1, t, 1) in whole numbers.
 
     The latter in training on long windows whose positions see all of their document up to themselves and nothing else.
@@ -81,7 +89,13 @@ def mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_o
     from transformers.masking_utils import sdpa_mask
 
     plain = options.get("attention_mask") is None and q_length == kv_length
-    if plain and q_length > LONGEST and torch.is_grad_enabled() and isinstance(q_offset, int) and q_offset == kv_offset == 0:
+    if (
+        plain
+        and q_length > LONGEST
+        and torch.is_grad_enabled()
+        and isinstance(q_offset, int)
+        and q_offset == kv_offset == 0
+    ):
         starts = _starts(options["mask_function"], batch_size, q_length, options.get("device", "cpu"))
         if starts is not None and bool(starts.any()):
             return starts[:, None, :, None]
@@ -109,23 +123,39 @@ def _starts(may: Callable[..., Tensor], b: int, t: int, device: Any) -> Tensor |
 
 
 def documents(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' interface: query (b, heads, t, d), key and value with as many heads or a divisor -> (b, t, heads, d)."""
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     if attention_mask is None or attention_mask.dtype != torch.int64:
-        own: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **options)
+        own: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, **options
+        )
         return own
     if dropout or not _knows(options):
         return documents(module, query, key, value, as_mask(attention_mask[:, 0, :, 0]), dropout, **options)
     times, scale = query.shape[1] // key.shape[1], options.get("scaling") or query.shape[-1] ** -0.5
-    out = attend_within(query, repeat_kv(key, times), repeat_kv(value, times), attention_mask[:, 0, :, 0], scale=scale)
+    out = attend_within(
+        query, repeat_kv(key, times), repeat_kv(value, times), attention_mask[:, 0, :, 0], scale=scale
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
 def short(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """As `documents`, with a backward of its own for short sequences."""
     from transformers.integrations.sdpa_attention import repeat_kv
@@ -143,4 +173,9 @@ def short(
 
 def _knows(options: dict[str, Any]) -> bool:
     """Whether nothing is asked for but these."""
-    return {n for n, v in options.items() if v is not None} <= {"scaling", "is_causal", "position_ids", "use_cache"}
+    return {n for n, v in options.items() if v is not None} <= {
+        "scaling",
+        "is_causal",
+        "position_ids",
+        "use_cache",
+    }

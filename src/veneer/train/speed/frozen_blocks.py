@@ -35,8 +35,6 @@ class Prefix(NamedTuple):
         return tokens * self.width * self.dtype.itemsize
 
 
-
-
 def look(model: nn.Module, ids: Tensor) -> Prefix:
     """The blocks of this model in which nothing is trained, found out on ids (1, t). Raises ConfigError where they cannot be kept."""
     stack, first = _lowest_trained(model)
@@ -56,7 +54,9 @@ def look(model: nn.Module, ids: Tensor) -> Prefix:
     if one.requires_grad:
         raise _refused(model, f"something below block {first} is trained (an embedding?)")
     if not torch.equal(one, two):
-        raise _refused(model, f"what leaves block {first - 1} is not twice the same; is there dropout in the base?")
+        raise _refused(
+            model, f"what leaves block {first - 1} is not twice the same; is there dropout in the base?"
+        )
     found = Prefix(stack, first, tuple(wraps[i] for i in range(first)), one.shape[-1], one.dtype)
     _check_equal(model, found, inputs)
     return found
@@ -68,7 +68,9 @@ def _refused(model: nn.Module, why: str) -> ConfigError:
 
 def _lowest_trained(model: nn.Module) -> tuple[nn.ModuleList, int]:
     found = blocks(model)
-    stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and found and list(m) == found), None)
+    stack = next(
+        (m for m in model.modules() if isinstance(m, nn.ModuleList) and found and list(m) == found), None
+    )
     if stack is None:
         raise _refused(model, "it has no stack of like blocks")
     trained = [i for i, block in enumerate(found) if any(p.requires_grad for p in block.parameters())]
@@ -86,10 +88,12 @@ def _note(wraps: dict[int, bool], i: int, module: nn.Module, args: Any, output: 
     """Writes down how block i returns its hidden states, if it returns nothing else."""
     if isinstance(output, Tensor):
         wraps[i] = False
-    elif isinstance(output, tuple) and isinstance(output[0], Tensor) and all(rest is None for rest in output[1:]):
+    elif (
+        isinstance(output, tuple)
+        and isinstance(output[0], Tensor)
+        and all(rest is None for rest in output[1:])
+    ):
         wraps[i] = True
-
-
 
 
 @contextmanager
@@ -127,4 +131,6 @@ def _check_equal(model: nn.Module, prefix: Prefix, inputs: Mapping[str, Any]) ->
         model.train(training)
     eps = torch.finfo(prefix.dtype).eps
     if not float((whole - short).abs().max()) <= 32 * eps * float(whole.abs().max()):
-        raise _refused(model, "its upper blocks take more from the lower ones than what leaves the last of them")
+        raise _refused(
+            model, "its upper blocks take more from the lower ones than what leaves the last of them"
+        )

@@ -28,7 +28,9 @@ def check_room(out: Path, needed: int) -> None:
     free, held = shutil.disk_usage(there).free, _held(out / FOLDER)
     if needed - held > free:
         needs = f"cache_frozen needs {needed / 1e9:.2f} GB in {out}"
-        raise ConfigError(f"{needs}, and {free / 1e9:.2f} GB are free there; choose another out, or leave cache_frozen out")
+        raise ConfigError(
+            f"{needs}, and {free / 1e9:.2f} GB are free there; choose another out, or leave cache_frozen out"
+        )
 
 
 def _held(folder: Path) -> int:
@@ -47,13 +49,22 @@ class Kept:
     a training that is resumed has the same bits, from the disk or computed once more."""
 
     def __init__(
-        self, model: nn.Module, prefix: Prefix, windows: Sequence[Window], out: Path, key: Mapping[str, Any], *, pad: int = 0
+        self,
+        model: nn.Module,
+        prefix: Prefix,
+        windows: Sequence[Window],
+        out: Path,
+        key: Mapping[str, Any],
+        *,
+        pad: int = 0,
     ) -> None:
         """key: all that the hidden states depend on; what lies in out for another key is deleted. Raises ConfigError."""
         lengths = [n_tokens([w]) for w in windows]
         ends = torch.tensor(lengths).cumsum(0).tolist()
         self.model, self.prefix, self.pad = model, prefix, pad
-        self._places = {id(w): (i, end - n, end) for i, (w, n, end) in enumerate(zip(windows, lengths, ends, strict=True))}
+        self._places = {
+            id(w): (i, end - n, end) for i, (w, n, end) in enumerate(zip(windows, lengths, ends, strict=True))
+        }
         self._windows = windows  # held, so that no other window gets the identity of one of them
         folder, size = out / FOLDER, prefix.bytes(ends[-1])
         own = {**key, "first": prefix.first, "width": prefix.width, "dtype": str(prefix.dtype), "bytes": size}
@@ -71,7 +82,9 @@ class Kept:
     def passing(self, windows: Sequence[Window], width: int) -> Iterator[None]:
         """Within the block the model reads a batch of these windows, `width` positions wide, without its frozen blocks."""
         device = next(self.model.parameters()).device
-        hidden = torch.zeros(len(windows), width, self.prefix.width, dtype=self.prefix.dtype)  # nothing that is learned sees padding
+        hidden = torch.zeros(
+            len(windows), width, self.prefix.width, dtype=self.prefix.dtype
+        )  # nothing that is learned sees padding
         for row, window in enumerate(windows):
             own = self.of(window)
             hidden[row, : len(own)] = own
@@ -92,7 +105,9 @@ class Kept:
         device = next(self.model.parameters()).device
         inputs = {k: v.to(device) for k, v in collate([window], self.pad).items() if k != "labels"}
         with eagerly():
-            found: Tensor = reach(self.model, self.prefix.stack[self.prefix.first], {**inputs, "use_cache": False})
+            found: Tensor = reach(
+                self.model, self.prefix.stack[self.prefix.first], {**inputs, "use_cache": False}
+            )
         return found[0]
 
 

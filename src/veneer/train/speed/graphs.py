@@ -15,7 +15,11 @@ OPTIONS: dict[str, bool] = {"triton.cudagraphs": True}  # of torch.compile
 
 def reason_against(device: torch.device) -> str | None:
     """Why there are no CUDA graphs on this device, or None."""
-    return None if device.type == "cuda" else f"compile='graphs' is for GPUs, and this run computes on {device}; use compile='on'"
+    return (
+        None
+        if device.type == "cuda"
+        else f"compile='graphs' is for GPUs, and this run computes on {device}; use compile='on'"
+    )
 
 
 def on_graphs(objective: Objective) -> Objective:

@@ -48,7 +48,11 @@ def get(name: str) -> type[Tracker]:
 def check_installed(names: Iterable[str]) -> None:
     """Raises ConfigError that names the extra of every tracker whose library is not installed."""
     missing = {n: [p for p in get(n).packages if find_spec(p) is None] for n in names}
-    lines = [f"track: {n} needs the package {', '.join(p)}: pip install 'veneer[{n}]'" for n, p in missing.items() if p]
+    lines = [
+        f"track: {n} needs the package {', '.join(p)}: pip install 'veneer[{n}]'"
+        for n, p in missing.items()
+        if p
+    ]
     if lines:
         raise ConfigError("\n".join(lines))
 

@@ -36,7 +36,9 @@ class Feed:
         try:
             layout.put(self.folder / KEPT, known)
         except OSError as e:
-            self.voice.say(f"{self.folder / KEPT} could not be written: {e}; a resumed run would begin anew in its trackers")
+            self.voice.say(
+                f"{self.folder / KEPT} could not be written: {e}; a resumed run would begin anew in its trackers"
+            )
 
     def _known(self) -> dict[str, Any]:
         try:
@@ -63,10 +65,14 @@ class Feed:
             except Exception as e:  # whatever a library raises: no training is lost by it
                 del self.at_work[name]
                 what = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-                self.voice.say(f"tracker {name} failed ({what}) and gets no more figures; the run goes on, and metrics.jsonl has them all")
+                self.voice.say(
+                    f"tracker {name} failed ({what}) and gets no more figures; the run goes on, and metrics.jsonl has them all"
+                )
 
     def __enter__(self) -> Feed:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.finish(None)

@@ -35,7 +35,11 @@ class MLflow(Tracker):
             return known
         found = self.client.get_experiment_by_name(EXPERIMENT)
         artifacts = (place / "mlflow").as_uri()
-        experiment = found.experiment_id if found else self.client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+        experiment = (
+            found.experiment_id
+            if found
+            else self.client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+        )
         self.id = str(self.client.create_run(experiment, run_name=title(folder)).info.run_id)
         self._keep_settings(config)
         return self.id

@@ -34,4 +34,6 @@ class TensorBoard(Tracker):
 
 
 def _block(content: Mapping[str, Any]) -> str:
-    return "\n".join(f"    {line}" for line in json.dumps(content, indent=2, default=list).splitlines())  # as code in Markdown
+    return "\n".join(
+        f"    {line}" for line in json.dumps(content, indent=2, default=list).splitlines()
+    )  # as code in Markdown

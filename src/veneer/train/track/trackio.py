@@ -13,7 +13,11 @@ from typing import Any
 from veneer.train.track.base import Tracker, numbers, title
 
 PROJECT = "veneer"
-ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_WEBHOOK_URL")  # each would send figures over the network
+ELSEWHERE = (
+    "TRACKIO_SPACE_ID",
+    "TRACKIO_SERVER_URL",
+    "TRACKIO_WEBHOOK_URL",
+)  # each would send figures over the network
 
 
 class Trackio(Tracker):
@@ -27,7 +31,13 @@ class Trackio(Tracker):
         name = known or f"{title(folder)}-{uuid.uuid4().hex[:6]}"  # its runs are found by their names
         with _local():
             self.run: Any = trackio.init(
-                project=PROJECT, name=name, config=dict(config), resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
+                project=PROJECT,
+                name=name,
+                config=dict(config),
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
             )
         return name
 
@@ -36,7 +46,9 @@ class Trackio(Tracker):
 
     def finish(self, results: Mapping[str, Any] | None) -> None:
         if results is not None:
-            self.run.log({f"results.{name}": value for name, value in numbers(results).items()}, step=results["steps"])
+            self.run.log(
+                {f"results.{name}": value for name, value in numbers(results).items()}, step=results["steps"]
+            )
         with redirect_stdout(sys.stderr):
             self.run.finish()
 

@@ -19,10 +19,19 @@ class WeightsAndBiases(Tracker):
     packages = ("wandb",)
 
     def start(self, folder: Path, config: Mapping[str, Any], *, step: int, known: str | None) -> str:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read on import; its crash reports need a network
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # read on import; its crash reports need a network
         import wandb
 
-        quiet = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True, init_timeout=60)
+        quiet = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            save_code=False,
+            x_disable_stats=True,
+            init_timeout=60,
+        )
         self.run: Any = wandb.init(
             project=PROJECT,
             id=known or uuid.uuid4().hex[:8],

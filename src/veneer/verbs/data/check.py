@@ -43,7 +43,9 @@ def check(run: Run) -> Check:
     rows = texts.gather(run, voice)
     tokenizer = pretrained.tokenizer(run.model)
     read = {
-        part: Read((row, encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer)) for row in some)
+        part: Read(
+            (row, encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer)) for row in some
+        )
         for part, some in rows.items()
     }
     figures = {part: _figures(found, run, tokenizer) for part, found in read.items()}
@@ -51,15 +53,27 @@ def check(run: Run) -> Check:
     found_leaks = _leaks(read, tokenizer)
     for part, found in found_leaks.items():
         figures[part]["leaks"] = {"equal": len(found.equal), "alike": len(found.alike)}
-        wrong += [f"{part}: {len(w)} rows {what}: {first_few(w)}" for w, what in zip(found, LEAKS, strict=True) if w]
-    notes = [*voice.said, *(f"{p}: {f['duplicates']} rows are there more than once" for p, f in figures.items() if f["duplicates"])]
+        wrong += [
+            f"{part}: {len(w)} rows {what}: {first_few(w)}" for w, what in zip(found, LEAKS, strict=True) if w
+        ]
+    notes = [
+        *voice.said,
+        *(
+            f"{p}: {f['duplicates']} rows are there more than once"
+            for p, f in figures.items()
+            if f["duplicates"]
+        ),
+    ]
     for f in figures.values():
         for name in ("too_long", "unlabelled", "endless"):
             f[name] = len(f[name])
     return Check(figures, _epoch(read["train"], run), wrong, notes)
 
 
-LEAKS = ("are learned from too", f"share at least half of what is learned of them, in runs of {leaks.N} words, with the training text")
+LEAKS = (
+    "are learned from too",
+    f"share at least half of what is learned of them, in runs of {leaks.N} words, with the training text",
+)
 
 
 def _figures(read: Read, run: Run, tokenizer: Any) -> dict[str, Any]:
@@ -96,9 +110,13 @@ def _content(tokens: Tokens) -> bytes:
 def _problems(part: str, found: Mapping[str, Any], run: Run) -> list[str]:
     told = []
     if found["too_long"] and "truncate" not in run.allow:
-        told.append(f"{part}: {len(found['too_long'])} rows are longer than length={run.length} tokens: {first_few(found['too_long'])}")
+        told.append(
+            f"{part}: {len(found['too_long'])} rows are longer than length={run.length} tokens: {first_few(found['too_long'])}"
+        )
     if found["unlabelled"]:
-        told.append(f"{part}: {len(found['unlabelled'])} rows have no token to learn: {first_few(found['unlabelled'])}")
+        told.append(
+            f"{part}: {len(found['unlabelled'])} rows have no token to learn: {first_few(found['unlabelled'])}"
+        )
     if found["endless"]:
         told.append(
             f"{part}: in {len(found['endless'])} conversations no end of a turn is learned: {first_few(found['endless'])};"
@@ -113,7 +131,10 @@ def _leaks(read: Mapping[str, Read], tokenizer: Any) -> dict[str, leaks.Leaks]:
 
     train = [(_content(t), learned(t)) for _, t in read["train"]]
     measured = (part for part in ("valid", "test") if part in read)
-    return {part: leaks.find(train, [(row.where, _content(t), learned(t)) for row, t in read[part]]) for part in measured}
+    return {
+        part: leaks.find(train, [(row.where, _content(t), learned(t)) for row, t in read[part]])
+        for part in measured
+    }
 
 
 def _epoch(read: Read, run: Run) -> dict[str, Any]:
@@ -133,13 +154,27 @@ def text(found: Check) -> str:
     """The check for people."""
     lines = []
     for part, f in found.parts.items():
-        span = f"{f['length']['least']} to {f['length']['most']} tokens a row, median {f['length']['median']:g}"
-        lines.append(f"{part}: {f['rows']:,} rows, {f['tokens']:,} tokens, {f['learned']:,} of them learned; {span}")
+        span = (
+            f"{f['length']['least']} to {f['length']['most']} tokens a row, median {f['length']['median']:g}"
+        )
+        lines.append(
+            f"{part}: {f['rows']:,} rows, {f['tokens']:,} tokens, {f['learned']:,} of them learned; {span}"
+        )
         widest = max(f["lengths"].values())
-        lines += [f"  to {bound:>7,} {'#' * math.ceil(40 * n / widest):<40} {n:,}" for bound, n in f["lengths"].items()]
+        lines += [
+            f"  to {bound:>7,} {'#' * math.ceil(40 * n / widest):<40} {n:,}"
+            for bound, n in f["lengths"].items()
+        ]
     e = found.epoch
     lines.append(
         f"an epoch: {e['tokens']:,} tokens, {e['learned']:,} learned, in {e['windows']:,} windows ({e['filled']:.0%} filled),"
         f" {e['steps']:,} steps"
     )
-    return "\n".join([*lines, *found.notes, *(f"WRONG {w}" for w in found.wrong), *([] if found.wrong else ["nothing is wrong"])])
+    return "\n".join(
+        [
+            *lines,
+            *found.notes,
+            *(f"WRONG {w}" for w in found.wrong),
+            *([] if found.wrong else ["nothing is wrong"]),
+        ]
+    )

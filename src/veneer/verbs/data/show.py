@@ -53,7 +53,9 @@ def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
     ends = [0]  # places where no character is open
     for i in range(len(ids)):
         begin = next((e for e in reversed(ends) if e <= ends[-1] - BACK), 0)
-        before, now = (tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False) for end in (ends[-1], i + 1))
+        before, now = (
+            tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False) for end in (ends[-1], i + 1)
+        )
         if now.endswith("\ufffd") and i + 1 < len(ids) and i - ends[-1] < MOST:
             found.append("")
         else:

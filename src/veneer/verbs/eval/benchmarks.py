@@ -62,7 +62,9 @@ def find(names: Sequence[str], folder: str | None) -> Known:
             manager = TaskManager(include_path=folder)  # takes seconds: there are more than ten thousand
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
-        raise UnknownTask("\n".join(f"there is no benchmark {name!r}{_near(name, manager.all_tasks)}" for name in unknown))
+        raise UnknownTask(
+            "\n".join(f"there is no benchmark {name!r}{_near(name, manager.all_tasks)}" for name in unknown)
+        )
     return Known(list(dict.fromkeys(n for name in names for n in manager.match_tasks([name]))), manager)
 
 
@@ -88,7 +90,9 @@ def ask(model: nn.Module, tokenizer: Any, known: Known, options: Options) -> lis
                 task_manager=known.manager,
                 bootstrap_iters=0,
             )
-        except ValueError as e:  # a task that runs code, a prompt beyond the context, a tokenizer without a template
+        except (
+            ValueError
+        ) as e:  # a task that runs code, a prompt beyond the context, a tokenizer without a template
             raise ConfigError(f"lm-eval refuses {', '.join(known.names)}: {e}") from e
     return list(_figures(found))
 
@@ -97,12 +101,16 @@ def _loaded(known: Known) -> list[Any]:
     tasks, problems = [], []
     for name in known.names:
         try:
-            tasks += [*known.manager.load(name)["groups"].values()] or [*known.manager.load(name)["tasks"].values()]
+            tasks += [*known.manager.load(name)["groups"].values()] or [
+                *known.manager.load(name)["tasks"].values()
+            ]
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as e:
             reason = (str(e).splitlines() or [""])[0][:200]
             problems.append(f"benchmark {name}: its examples could not be had ({type(e).__name__}: {reason})")
     if problems:
-        problems.append("examples come from the Hugging Face hub or its cache; task_folder takes tasks with files of your own")
+        problems.append(
+            "examples come from the Hugging Face hub or its cache; task_folder takes tasks with files of your own"
+        )
         raise DataError("\n".join(problems))
     return tasks
 
@@ -128,7 +136,9 @@ def _parts(examples: Sequence[Any], value: float) -> tuple[Tensor, Tensor] | tup
         found = torch.tensor(pairs, dtype=torch.float64)  # (n, 2)
     except (TypeError, ValueError, IndexError):  # what a corpus measure keeps of an example
         return None, None
-    if not len(found) or not math.isclose(float(found[:, 0].sum() / found[:, 1].sum()), value, rel_tol=1e-6, abs_tol=1e-9):
+    if not len(found) or not math.isclose(
+        float(found[:, 0].sum() / found[:, 1].sum()), value, rel_tol=1e-6, abs_tol=1e-9
+    ):
         return None, None
     return found[:, 0], found[:, 1]
 

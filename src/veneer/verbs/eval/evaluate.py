@@ -110,7 +110,14 @@ def evaluate(
     seed: decides the draws of the intervals
     allow: what to let through when loading, see veneer.load
     """
-    _check(data, tasks, length=1 if length is None else length, documents=documents, examples=examples, batch=batch)
+    _check(
+        data,
+        tasks,
+        length=1 if length is None else length,
+        documents=documents,
+        examples=examples,
+        batch=batch,
+    )
     voice, kept = Voice(progress), Voice(False)  # the one tells how far it is, the other what to keep in mind
     known = benchmarks.find(tasks, task_folder) if tasks else None  # the cheap refusals first
     wanted = adapted.there(adapter)
@@ -119,7 +126,9 @@ def evaluate(
     length = length or min(LENGTH, checks.context(opened.model) or LENGTH)
     checks.check_length(opened.model, length)
     adapted.check(opened.model, wanted, allow)
-    reading = Run(data=("-",), length=length, packing=False, train_on=train_on, allow=("truncate",) if truncate else ())
+    reading = Run(
+        data=("-",), length=length, packing=False, train_on=train_on, allow=("truncate",) if truncate else ()
+    )
     read = [_Text.of(name, some, reading, opened, kept) for name, some in rows.items()]
     options = benchmarks.Options(shots, chat, examples or None, batch)
     nats: dict[str, list[Tensor]] = {}
@@ -132,15 +141,23 @@ def evaluate(
     lines = [t.line({title: found[i] for title, found in nats.items()}, seed) for i, t in enumerate(read)]
     lines += _benchmark_lines(figures, seed, kept)
     if any(a.low is not None for line in lines for a in line.adapters.values()):
-        kept.say("intervals hold 95 % of other texts like these; they do not cover trainings from other seeds")
+        kept.say(
+            "intervals hold 95 % of other texts like these; they do not cover trainings from other seeds"
+        )
     return Evaluation(base, lines, kept.said)
 
 
 def _check(data: Sequence[str], tasks: Sequence[str], **numbers: int) -> None:
     problems = [] if data or tasks else ["nothing to measure: give texts by --data, or benchmarks by --tasks"]
-    problems += [f"{name} {n} must be {least} or more" for name, n in numbers.items() if n < (least := int(name in ("length", "batch")))]
+    problems += [
+        f"{name} {n} must be {least} or more"
+        for name, n in numbers.items()
+        if n < (least := int(name in ("length", "batch")))
+    ]
     weighted = [name for name in data if sources.weight(name) != 1]
-    problems += [f"{name}: a text that is measured has no weight; leave @ and what follows out" for name in weighted]
+    problems += [
+        f"{name}: a text that is measured has no weight; leave @ and what follows out" for name in weighted
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -162,19 +179,25 @@ class _Text(NamedTuple):
         owner = torch.tensor([i for i, some in enumerate(whole) for _ in some])
         if len(whole) >= bootstrap.FEWEST or len(windows) == len(whole):
             return cls(name, windows, owner, "documents")
-        kept.say(f"{name}: {len(whole)} documents are too few for an interval; it is over their windows, which are less independent")
+        kept.say(
+            f"{name}: {len(whole)} documents are too few for an interval; it is over their windows, which are less independent"
+        )
         return cls(name, windows, torch.arange(len(windows)), "windows")
 
     def line(self, nats: Mapping[str, Tensor], seed: int) -> Line:
         """The line of the text from the nats of every window (n,) by model."""
         n = int(self.owner.max()) + 1
-        weights = _summed(torch.tensor([n_bytes([w]) for w in self.windows], dtype=torch.float64), self.owner, n)
+        weights = _summed(
+            torch.tensor([n_bytes([w]) for w in self.windows], dtype=torch.float64), self.owner, n
+        )
         if not float(weights.sum()):
             raise DataError(f"{self.name}: the text has no byte that is measured")
         bits = {title: _summed(x, self.owner, n) / math.log(2) for title, x in nats.items()}
         base = bits.pop(BASE)
         against = {title: compare(x, base, weights, seed) for title, x in bits.items()}
-        return Line(self.name, "bits per byte", True, self.units, n, float(base.sum() / weights.sum()), against)
+        return Line(
+            self.name, "bits per byte", True, self.units, n, float(base.sum() / weights.sum()), against
+        )
 
 
 def _summed(x: Tensor, owner: Tensor, n: int) -> Tensor:
@@ -185,12 +208,16 @@ def compare(adapted: Tensor, base: Tensor, weights: Tensor, seed: int) -> Agains
     """Two models on the same units: their amounts (n,) over the units' weights (n,), and the difference with its interval."""
     total, apart = float(weights.sum()), adapted - base
     found = bootstrap.interval(apart, weights, seed=seed)
-    low, high = found if found and bool(apart.any()) else (None, None)  # where nothing differs, drawing again says nothing
+    low, high = (
+        found if found and bool(apart.any()) else (None, None)
+    )  # where nothing differs, drawing again says nothing
     return Against(float(adapted.sum()) / total, float(apart.sum()) / total, low, high)
 
 
 def _benchmark_lines(found: Mapping[str, list[benchmarks.Figure]], seed: int, kept: Voice) -> Iterator[Line]:
-    others = {title: {(f.task, f.metric): f for f in figures} for title, figures in found.items() if title != BASE}
+    others = {
+        title: {(f.task, f.metric): f for f in figures} for title, figures in found.items() if title != BASE
+    }
     for base in found[BASE]:
         against = {}
         for title, figures in others.items():
@@ -200,7 +227,9 @@ def _benchmark_lines(found: Mapping[str, list[benchmarks.Figure]], seed: int, ke
             else:
                 against[title] = compare(own.parts, base.parts, base.weights, seed)
         if against and base.parts is None:
-            kept.say(f"{base.task} {base.metric}: no interval, as it is made of more than a mean over examples")
+            kept.say(
+                f"{base.task} {base.metric}: no interval, as it is made of more than a mean over examples"
+            )
         yield Line(base.task, base.metric, base.lower_is_better, "examples", base.n, base.value, against)
 
 
@@ -212,12 +241,20 @@ def text(found: Evaluation) -> str:
         better = "lower" if line.lower_is_better else "higher"
         told = f"{line.name:<{wide}}  {line.metric} ({better} is better; {line.n:,} {line.units}): base {line.base:.4f}"
         rows.append(told)
-        rows += [f"{'':<{wide}}    {title} {_told(a, line.lower_is_better)}" for title, a in line.adapters.items()]
+        rows += [
+            f"{'':<{wide}}    {title} {_told(a, line.lower_is_better)}" for title, a in line.adapters.items()
+        ]
     return "\n".join([*rows, *found.notes])
 
 
 def _told(a: Against, lower_is_better: bool) -> str:
     if a.low is None or a.high is None:
         return f"{a.value:.4f}  difference {a.difference:+.4f}{'' if a.difference else '  nothing differs'}"
-    seen = "no difference seen" if a.low <= 0 <= a.high else "better" if (a.high < 0) == lower_is_better else "worse"
+    seen = (
+        "no difference seen"
+        if a.low <= 0 <= a.high
+        else "better"
+        if (a.high < 0) == lower_is_better
+        else "worse"
+    )
     return f"{a.value:.4f}  difference {a.difference:+.4f} [{a.low:+.4f}, {a.high:+.4f}]  {seen}"

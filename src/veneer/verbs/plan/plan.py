@@ -91,22 +91,36 @@ class Plan:
         """Of the whole training, its evaluations included; None without a probe."""
         if self.measured is None:
             return None
-        return self.length.steps * self.measured.seconds + self.length.batches * self.measured.evaluation_seconds
+        return (
+            self.length.steps * self.measured.seconds + self.length.batches * self.measured.evaluation_seconds
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         run = self.run
         return {
-            **{name: getattr(run, name) for name in ("model", "method", "device", "precision", "batch", "accumulate", "length")},
-            "layers": [{("in" if k == "in_" else k): v for k, v in layer._asdict().items()} for layer in self.layers],
+            **{
+                name: getattr(run, name)
+                for name in ("model", "method", "device", "precision", "batch", "accumulate", "length")
+            },
+            "layers": [
+                {("in" if k == "in_" else k): v for k, v in layer._asdict().items()} for layer in self.layers
+            ],
             "trained_parameters": self.trained,
             "base_parameters": self.base,
             "share": self.share,
-            "memory_bytes": {run.method: self.memory._asdict(), **({} if run.method == FULL else {FULL: self.full._asdict()})},
+            "memory_bytes": {
+                run.method: self.memory._asdict(),
+                **({} if run.method == FULL else {FULL: self.full._asdict()}),
+            },
             "memory_is": "measured" if self.measured else "estimated from shapes",
             "growth_bytes": self.growth,
             "available_bytes": self.available,
-            "flops_per_step": {**self.flops._asdict(), "total": self.flops.total, "full_total": self.full_flops.total},
+            "flops_per_step": {
+                **self.flops._asdict(),
+                "total": self.flops.total,
+                "full_total": self.full_flops.total,
+            },
             **self.length._asdict(),
             "probe": self.measured._asdict() if self.measured else None,
             "seconds": self.seconds,
@@ -135,7 +149,9 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
         room = process_memory.available(device)
         problem = _problem(ready.run, own.memory.growth, room, device)
         measured = measure(ready, order, pace, held=held) if probe and problem is None else None
-        trials = halving(ready, shape, own.memory)  # afterwards: what it leaves free in the process is no growth of the probe's
+        trials = halving(
+            ready, shape, own.memory
+        )  # afterwards: what it leaves free in the process is no growth of the probe's
     if measured:
         own = own._replace(memory=measured.corrected(own.memory))
     return Plan(
@@ -180,7 +196,9 @@ def pretrained_size(name: str) -> int | None:
 
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained.source(name)))
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(pretrained.source(name))
+            )
     except (OSError, ValueError, KeyError):  # said better where the model is loaded
         return None
     return sum(p.numel() for p in model.parameters())
@@ -191,7 +209,13 @@ def _shape(run: Run, windows: Sequence[Window], order: Order) -> Shape:
     rows = min(run.batch, order.total)
     tokens = max(n_tokens([w]) for w in windows)
     labels = min(rows * tokens, math.ceil(rows * n_labels(windows) / len(windows)))
-    return Shape(rows, tokens, labels, min(run.accumulate, math.ceil(order.total / rows)), any(len(w) > 1 for w in windows))
+    return Shape(
+        rows,
+        tokens,
+        labels,
+        min(run.accumulate, math.ceil(order.total / rows)),
+        any(len(w) > 1 for w in windows),
+    )
 
 
 def _simulated(ready: Ready, shape: Shape) -> tuple[simulate.Step, simulate.Step]:
@@ -218,7 +242,10 @@ def _problem(run: Run, growth: int, room: int | None, device: torch.device) -> s
 def layers(ready: Ready) -> list[Layer]:
     """The adapted layers, or the parameters that full fine-tuning trains."""
     if ready.run.method == FULL:
-        return [Layer(p.name, p.parameter.shape[0], p.parameter[0].numel(), None, p.parameter.numel(), 1.0) for p in ready.parts]
+        return [
+            Layer(p.name, p.parameter.shape[0], p.parameter[0].numel(), None, p.parameter.numel(), 1.0)
+            for p in ready.parts
+        ]
     found = []
     for site, delta in changes(ready.model, NAME):
         trained = sum(p.numel() for p in delta.parameters())
@@ -231,7 +258,12 @@ def layers(ready: Ready) -> list[Layer]:
 def _length(ready: Ready, order: Order, pace: Pace) -> Length:
     run, windows = ready.run, ready.texts["train"].windows
     evaluations = sum(pace.evaluates(step) for step in range(pace.steps + 1))
-    batches = {part: math.ceil(min(run.eval_windows or math.inf, len(t.windows)) / run.batch) for part, t in ready.texts.items()}
-    often = {part: 2 if part == "test" else evaluations for part in batches if part != "train"}  # test text: before and after
+    batches = {
+        part: math.ceil(min(run.eval_windows or math.inf, len(t.windows)) / run.batch)
+        for part, t in ready.texts.items()
+    }
+    often = {
+        part: 2 if part == "test" else evaluations for part in batches if part != "train"
+    }  # test text: before and after
     tokens = round(order.total * n_tokens(windows) / len(windows))
     return Length(order.steps, tokens, evaluations, sum(n * batches[part] for part, n in often.items()))

@@ -37,7 +37,9 @@ class Measured(NamedTuple):
 
     def corrected(self, estimate: Memory) -> Memory:
         """The estimate with what was measured in its place."""
-        return estimate._replace(activations=self.activations, peak=estimate.weights + estimate.adapter + self.live)
+        return estimate._replace(
+            activations=self.activations, peak=estimate.weights + estimate.adapter + self.live
+        )
 
 
 def measure(ready: Ready, order: Order, pace: Pace, *, held: int | None) -> Measured:

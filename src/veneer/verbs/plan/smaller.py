@@ -58,7 +58,10 @@ def _recompute(ready: Ready, shape: Shape, now: Memory) -> Trials:
     if ready.run.gradient_checkpointing or not ready.model.supports_gradient_checkpointing:
         return
     with compiling.recomputing(ready.model):
-        yield Trial("gradient_checkpointing", "gradient_checkpointing, which takes a third more time", 1.0), _memory(ready, shape)
+        yield (
+            Trial("gradient_checkpointing", "gradient_checkpointing, which takes a third more time", 1.0),
+            _memory(ready, shape),
+        )
 
 
 def _batch(ready: Ready, shape: Shape, now: Memory) -> Trials:
@@ -93,9 +96,13 @@ def _rank(ready: Ready, shape: Shape, now: Memory) -> Trials:
     rank = int(run.options.get("rank", known["rank"].default))
     most = min(MOST, rank.bit_length() - 1)
     hopeful = 2 * (now.adapter + now.gradients + now.optimiser) > now.peak
-    for i in range(1 if hopeful else max(1, most), most + 1):  # what cannot halve the memory is tried once, at its smallest
+    for i in range(
+        1 if hopeful else max(1, most), most + 1
+    ):  # what cannot halve the memory is tried once, at its smallest
         smaller = replace(
-            run, options={**run.options, "rank": rank >> i}, rank_pattern={k: max(1, r >> i) for k, r in run.rank_pattern.items()}
+            run,
+            options={**run.options, "rank": rank >> i},
+            rank_pattern={k: max(1, r >> i) for k, r in run.rank_pattern.items()},
         )
         with _instead(ready.model, smaller):
             memory = _memory(ready._replace(parts=of_adapter(ready.model, TRIAL)), shape)
@@ -106,15 +113,21 @@ def _memory(ready: Ready, shape: Shape, *, narrow: bool = False) -> Memory:
     full, bf16 = ready.run.method == FULL, narrow or ready.run.precision == "bf16"
     base = torch.bfloat16 if narrow and not full else None
     states = ready.optimiser.state_bytes(ready.trained)
-    return simulate.step(ready.model, shape, full=full, base=base, autocast=full and bf16, states=states).memory
+    return simulate.step(
+        ready.model, shape, full=full, base=base, autocast=full and bf16, states=states
+    ).memory
 
 
 @contextmanager
 def _instead(model: nn.Module, run: Run) -> Iterator[None]:
     """Within the block another adapter acts, that of `run`."""
-    layers: dict[str, Any] = {name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")}
+    layers: dict[str, Any] = {
+        name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")
+    }
     stats = start_calibration.unseen(model, run) if start_calibration.needed(run) else None
-    options = {k: v for k, v in run.options.items() if k != "init" or base_model.start_of(run) is None}  # as large with any start
+    options = {
+        k: v for k, v in run.options.items() if k != "init" or base_model.start_of(run) is None
+    }  # as large with any start
     attach.attach(model, run.method, name=TRIAL, stats=stats, **layers, **options)
     try:
         with attach.using(model, TRIAL):
