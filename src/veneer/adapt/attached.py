@@ -10,12 +10,13 @@ from veneer.adapt.forward import Deltas
 from veneer.errors import ConfigError, suggest
 from veneer.methods import Delta
 from veneer.sites import Site
+from veneer.sites.own import child_of, is_own
 from veneer.sites.quantised import packed_kind
 
 
 def deltas_of(module: nn.Module) -> Deltas | None:
     """The changes of one layer, or None if it has none."""
-    child = module._modules.get("deltas")
+    child = child_of(module)
     return child if isinstance(child, Deltas) else None
 
 
@@ -26,7 +27,7 @@ def layers(model: nn.Module) -> list[Deltas]:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own parameters by name, without those of adapters."""
-    return {n: p for n, p in model.named_parameters() if ".deltas." not in f".{n}"}
+    return {n: p for n, p in model.named_parameters() if not is_own(n)}
 
 
 def n_base_parameters(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from veneer.errors import ConfigError
+from veneer.sites import own
 
 CALLED = {  # our name -> the names in config.json of transformers' models
     "heads": ("num_attention_heads", "n_head"),
@@ -63,7 +64,7 @@ def of_config(config: Mapping[str, Any]) -> Base:
 
 def of_model(model: nn.Module) -> Base:
     """What the model itself says; it may lie on the meta device."""
-    modules = {n: m for n, m in model.named_modules() if n and ".deltas" not in f".{n}"}
+    modules = own.base_modules(model)
     config = getattr(model, "config", None)
     known = of_config(config.to_dict()) if config is not None else Base()
     return replace(

@@ -19,6 +19,7 @@ from veneer.errors import SiteError
 from veneer.methods.base.delta import Delta, master_dtype
 from veneer.sites import LeafSite, Site, find
 from veneer.sites.find import Target, named
+from veneer.sites.own import is_own
 
 
 class Full(Delta):
@@ -54,8 +55,7 @@ class Full(Delta):
         leaves = [
             n
             for n in inside
-            if ".deltas" not in f".{n}"
-            and any(True for _ in model.get_submodule(n).parameters(recurse=False))
+            if not is_own(n) and any(True for _ in model.get_submodule(n).parameters(recurse=False))
         ]
         return [LeafSite(n, model.get_submodule(n)) for n in leaves]
 

@@ -33,6 +33,7 @@ from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import AttentionSite, Site
 from veneer.sites.attention import is_self_attention
 from veneer.sites.find import Target, named
+from veneer.sites.own import child_of
 
 NAME, OWN = "veneer_prefix", "sdpa"  # our attention in transformers' registry, and what it calls
 
@@ -133,7 +134,7 @@ def attention(
     """transformers' interface: query (b, heads, t, d), key and value (b, kv_heads, ..) -> (b, t, heads, d)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    deltas = module._modules.get("deltas")
+    deltas: Any = child_of(module)
     acting = [] if deltas is None else [(deltas[name], strength) for name, strength in deltas.active.items()]
     if acting and not torch.compiler.is_compiling():
         deltas.called = True

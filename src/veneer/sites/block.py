@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from veneer.errors import NotMergeable, SiteError
 from veneer.sites.base import Site
 from veneer.sites.find import kind_of
+from veneer.sites.own import base_modules
 
 
 class BlockSite(Site):
@@ -16,7 +17,7 @@ class BlockSite(Site):
     is_matrix = False
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        layers = [m for n, m in module.named_modules() if ".deltas" not in f".{n}" and kind_of(m)]
+        layers = [m for m in base_modules(module).values() if kind_of(m)]
         sites = [kind(name, m) for m in (layers[0], layers[-1]) if (kind := kind_of(m))] if layers else []
         if not sites:
             raise SiteError(

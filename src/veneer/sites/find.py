@@ -13,6 +13,7 @@ from veneer.sites.base import Site
 from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.linear import LinearSite, TransposedSite
+from veneer.sites.own import base_modules
 from veneer.sites.quantised import packed_kind
 
 Target = str | Sequence[str]
@@ -62,7 +63,7 @@ def find(
     Raises SiteError, before anything is changed, for an entry that matches nothing, a layer of an unknown kind, a
     layer whose owner reads its weight directly, and (unless `untie`) a layer that shares its weight with another.
     """
-    layers = {n: m for n, m in model.named_modules() if n and ".deltas" not in f".{n}"}
+    layers = base_modules(model)
     wanted = _match(model, layers, to)
     _check_exclude(wanted, exclude)
     names = [n for n in wanted if not _meant(n, exclude)]
@@ -83,7 +84,7 @@ def named(
 
     to, exclude: as in find, less "all-linear". Raises SiteError for an entry that names none of them.
     """
-    modules = [n for n, m in model.named_modules() if n and ".deltas" not in f".{n}" and fits(m)]
+    modules = [n for n, m in base_modules(model).items() if fits(m)]
     entries = [] if to is None else [to] if isinstance(to, str) else list(to)
     idle = [e for e in entries if not any(_chosen(n, to if isinstance(to, str) else [e]) for n in modules)]
     if idle:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from veneer.errors import SiteError
+from veneer.sites.own import base_modules
 
 KEYS_AND_VALUES = (
     "k_proj",
@@ -51,7 +52,7 @@ def called(model: nn.Module, *what: str, hint: str) -> list[str]:
 
     Raises SiteError, which ends with the hint, if one of them is not known in this model.
     """
-    names = [n for n, _ in model.named_modules() if n and ".deltas" not in f".{n}"]
+    names = list(base_modules(model))
     found = {w: [n for n in names if _does(n, w)] for w in what}
     unknown = [w for w, hits in found.items() if not hits]
     if unknown:

@@ -20,6 +20,7 @@ from veneer.errors import FormatError, SiteError, first_few
 from veneer.methods import Delta
 from veneer.sites import LeafSite, Site, find
 from veneer.sites.find import kind_of
+from veneer.sites.own import base_modules, is_own
 
 # Settings that make the adapter more than a change of the targeted layers' weights.
 BEYOND = {
@@ -98,7 +99,7 @@ class Source(NamedTuple):
 
 def read(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]]:
     """The changes of the model's sites, not attached, and all that is wrong with them."""
-    names = [n for n, _ in model.named_modules() if n and ".deltas" not in f".{n}"]
+    names = list(base_modules(model))
     kind = method_of(source.config)
     assert kind is not None
     config, tensors = {**table(kind).every, **source.config}, source.tensors
@@ -201,7 +202,7 @@ def _whole(
 ) -> Changes:
     """A module that PEFT kept whole (modules_to_save), as changes of its parameters."""
     module = model.get_submodule(name)
-    state = {f"{name}.{k}": t for k, t in module.state_dict().items() if ".deltas." not in f".{k}"}
+    state = {f"{name}.{k}": t for k, t in module.state_dict().items() if not is_own(k)}
     used |= {f"{PREFIX}{k}" for k in state}
     wrong = [*_misfits(state, tensors)]
     if wrong:
@@ -209,7 +210,7 @@ def _whole(
         return []
     changes: Changes = []
     for inner, m in module.named_modules(prefix=name):
-        if ".deltas" not in f".{inner}" and next(m.parameters(recurse=False), None) is not None:
+        if not is_own(inner) and next(m.parameters(recurse=False), None) is not None:
             changes.append(_full(LeafSite(inner, m), tensors))
     parameters = {f"{name}.{k}" for k, _ in module.named_parameters(remove_duplicate=False)}
     fixed = [k for k, t in state.items() if k not in parameters and not _equal(tensors[f"{PREFIX}{k}"], t)]
@@ -243,7 +244,7 @@ def _full(site: LeafSite, tensors: Mapping[str, Tensor]) -> tuple[Site, Delta]:
 
 def _left_over(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
     """What nothing asked for. PEFT puts copies of the base's embeddings into the file: those that are the base's say nothing."""
-    base = {n: p for n, p in model.named_parameters(remove_duplicate=False) if ".deltas." not in f".{n}"}
+    base = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not is_own(n)}
     unused = []
     for key, t in tensors.items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")

@@ -16,6 +16,7 @@ from veneer.adapt.peft.targets import PATTERNS, Config, at, ends, targeted, wrap
 from veneer.methods import PeftForm
 from veneer.methods.full import Full
 from veneer.sites import LeafSite
+from veneer.sites.own import is_own, without_own
 
 
 class Written(NamedTuple):
@@ -77,7 +78,7 @@ def _settings(
     config = {**settings.always, **shared[0], "modules_to_save": saved or None, **origin(model, saved)}
     for key, pattern in patterns.items():
         config[key], config[pattern] = _pattern({n: _whole(own[key]) for n, own in per_site.items()})
-    names = [n for n, m in model.named_modules() if ".deltas" not in f".{n}"]
+    names = list(without_own(n for n, _ in model.named_modules()))
     for targets in (_endings(forms, names), "|".join(re.escape(n) for n in forms)):
         config["target_modules"] = targets
         exact = [n for n in names if targeted(config, n)] == [n for n in names if n in forms]
@@ -132,10 +133,7 @@ def outermost(names: Iterable[str]) -> list[str]:
 def _saved(model: nn.Module, saved: list[str], whole: Changes) -> dict[str, Tensor]:
     """All that the modules hold, buffers too, with their changes applied."""
     own = {
-        f"{n}.{k}": t
-        for n in saved
-        for k, t in model.get_submodule(n).state_dict().items()
-        if ".deltas." not in f".{k}"
+        f"{n}.{k}": t for n in saved for k, t in model.get_submodule(n).state_dict().items() if not is_own(k)
     }
     for site, delta in whole:
         assert isinstance(site, LeafSite)

@@ -16,6 +16,7 @@ from veneer.adapt.attached import base_parameters
 from veneer.analyse.cost.flops import Flops, counting
 from veneer.analyse.cost.memory import Live, Saved, n_bytes
 from veneer.ops.chunked import CHUNK, cross_entropy
+from veneer.sites.own import CHILD, is_own, split
 from veneer.tasks.head import cut
 
 LOOK = "find_packed_sequence_indices"
@@ -87,7 +88,7 @@ def step(
             **{n: _fake(b, None, False, device) for n, b in model.named_buffers() if n},
         }
         masters = {n: t for n, t in tensors.items() if n not in own and _acts(model, n)}
-        kept = {n: t for n, t in tensors.items() if n not in masters and ".deltas." not in f".{n}"}
+        kept = {n: t for n, t in tensors.items() if n not in masters and not is_own(n)}
         learned = [t for n, t in tensors.items() if n in trained]
         try:
             model.train()
@@ -169,8 +170,8 @@ class _Pass(nn.Module):
 
 def _acts(model: nn.Module, name: str) -> bool:
     """Whether a tensor of this name belongs to a change that acts now."""
-    owner, _, rest = name.partition(".deltas.")
-    return bool(rest) and rest.split(".")[0] in model.get_submodule(f"{owner}.deltas").active  # type: ignore[operator]
+    place = split(name)
+    return place is not None and place[1].split(".")[0] in model.get_submodule(f"{place[0]}.{CHILD}").active  # type: ignore[operator]
 
 
 def _fake(t: Tensor, dtype: torch.dtype | None, trained: bool, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veneer.adapt.attached import layers
 from veneer.errors import FormatError, first_few
+from veneer.sites.own import is_own
 from veneer.train.folder.checkpoint import Checkpoint
 from veneer.train.loop.step import Learner
 
@@ -43,7 +44,7 @@ def fixed(learner: Learner) -> dict[str, Tensor]:
     """b.<name>: what the adapters hold beside their parameters, such as a start that is subtracted."""
     trained = {id(p) for d in layers(learner.model) for p in d.parameters()}
     held = learner.model.state_dict(keep_vars=True)
-    return {f"b.{n}": t for n, t in held.items() if ".deltas." in f".{n}" and id(t) not in trained}
+    return {f"b.{n}": t for n, t in held.items() if is_own(n) and id(t) not in trained}
 
 
 def tensors(learner: Learner) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from veneer.data.pack import Window
 from veneer.errors import ConfigError, first_few
 from veneer.sites import site_of_kind
 from veneer.sites.find import output_head
+from veneer.sites.own import is_own
 from veneer.tasks import causal_lm
 from veneer.train.errors import Diverged
 from veneer.train.loop.loop import Loop
@@ -44,7 +45,7 @@ def share_base(models: Sequence[nn.Module]) -> None:
     for model in models[1:]:
         for name, p in attached.base_parameters(model).items():
             p.data = first.get_parameter(name).data
-        for name in [n for n, _ in model.named_buffers() if ".deltas." not in f".{n}"]:
+        for name in [n for n, _ in model.named_buffers() if not is_own(n)]:
             path, _, own = name.rpartition(".")
             model.get_submodule(path)._buffers[own] = first.get_buffer(name)
 
