@@ -13,11 +13,13 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH
 
-.PHONY: help demo test lint docs bench bench-check mutants clean
+.PHONY: real real-clean test-real help demo test lint docs bench bench-check mutants clean
 
 help:
 	@echo "make demo    adapt the built-in model in three ways and see what was learned and forgotten"
 	@echo "make test    run the tests"
+	@echo "make real    fetch real pretrained models and data into .real (KEYS=\"smollm2 minilm\" for some; 600 MB in all)"
+	@echo "make test-real  run the tests that use them"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation into site/ and check its links"
 	@echo "make bench   run every script in bench/; make bench-check compares with the figures in bench/results"
@@ -34,6 +36,16 @@ demo: $(STAMP)
 # Two processes of one thread each: tiny tensors gain nothing from more threads.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+real: $(STAMP)
+	PYTHONPATH=tools HF_HUB_OFFLINE=1 $(BIN)/python -m real $(KEYS)
+
+real-clean:
+	rm -rf $${VENEER_REAL:-.real}
+
+# Skipped tests fail here: the models of `make real` have to be there.
+test-real: real
+	OMP_NUM_THREADS=1 VENEER_REAL_REQUIRED=1 $(BIN)/python -m pytest -m real $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
