@@ -430,13 +430,11 @@ def test_adapters_know_the_quantised_base_that_they_were_made_on(tmp_path):
     veneer.save(model, tmp_path / "a")
     again = veneer.load(veneer.quantise(models.llama(), "nf4"), tmp_path / "a")
     assert torch.equal(models.output(again), y)
-    told = r"another base: its layers are in nf4, those of this model are not; veneer\.quantise\(model, 'nf4'\) first"
+    told = r"another base: the adapter's is quantised \(nf4\), this model is plain; veneer\.quantise\(model, 'nf4'\) first"
     with pytest.raises(FormatError, match=told):
         veneer.load(models.llama(), tmp_path / "a")
-    as_it_was = "are in int8; load the model without, or as it was then"
-    with pytest.raises(
-        FormatError, match=f"another base: its layers are in nf4, those of this model {as_it_was}"
-    ):
+    told = r"another base: the adapter's is quantised \(nf4\), this model is quantised \(int8\); open it as it was then"
+    with pytest.raises(FormatError, match=told):
         veneer.load(veneer.quantise(models.llama(), "int8"), tmp_path / "a")
     allowed = veneer.load(models.llama(), tmp_path / "a", allow="base")
     assert torch.isfinite(models.output(allowed)).all()
@@ -449,7 +447,7 @@ def test_adapters_know_the_quantised_base_that_they_were_made_on(tmp_path):
     veneer.save(plain, tmp_path / "b")
     with pytest.raises(
         FormatError,
-        match="another base: its layers are plain, those of this model are in nf4; load the model without",
+        match=r"another base: the adapter's is plain, this model is quantised \(nf4\); open it as it was then",
     ):
         veneer.load(veneer.quantise(models.llama(), "nf4"), tmp_path / "b")
 

@@ -205,6 +205,6 @@ def test_adapters_of_different_bases_are_not_opened_together(folder):
         fit(Run(**tiny.settings(folder, out=str(folder / "plainly"), steps=4)), progress=False)
     with pytest.raises(
         ConfigError,
-        match=r"made for a base in different formats: .*nf4 in nf4, .*plainly in its own dtype; use them one",
+        match=r"bases have different forms \(.*nf4: quantised \(nf4\), .*plainly: plain\); use the adapters one",
     ):
         adapted.open_all([str(out), str(folder / "plainly")])

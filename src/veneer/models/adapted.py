@@ -15,10 +15,10 @@ from veneer.adapt.attach import NAME, detach, using
 from veneer.adapt.peft.settings import CONFIG as PEFT_CONFIG
 from veneer.adapt.peft.settings import TENSORS as PEFT_TENSORS
 from veneer.adapt.store import manifest, store
-from veneer.compress import store as packed_store
 from veneer.errors import ConfigError, first_few
 from veneer.files import read_json
 from veneer.models import pretrained
+from veneer.sites import changed
 from veneer.train.folder.layout import ADAPTER, BASE, CONFIG, METRICS
 
 SPEC = re.compile(r"(?:(?P<name>[^=@/]+)=)?(?P<folder>[^@]+?)(?:@(?P<strength>[-+.\de]+))?")
@@ -107,28 +107,31 @@ def base_of(wanted: Sequence[Wanted]) -> str:
 
 
 def format_of(wanted: Sequence[Wanted], base: str) -> str | None:
-    """The format that the adapters' base was quantised to, None for a plain one or where `base` holds the quantised layers itself.
+    """Returns the format to quantise the plain base to, or None where it stays as it is or `base` holds changed layers.
 
-    Raises ConfigError if the adapters were made for bases of different formats.
+    Raises ConfigError if the adapters were made for bases in different forms, or in one that only a folder holds.
     """
-    if packed_store.description(base) is not None:
+    if changed.kind_of_folder(base) is not None:
         return None
     records = {w.folder: manifest.read(adapter_folder(w.folder)) for w in wanted}
-    found = {f: tuple(r["base"].get("quantised", ())) if r else () for f, r in records.items()}
-    if len(set(found.values())) > 1:
-        told = first_few(
-            f"{folder} in {' and '.join(formats) or 'its own dtype'}" for folder, formats in found.items()
-        )
+    found = {f: changed.recorded(r["base"]) if r else {} for f, r in records.items()}
+    forms = next(iter(found.values()), {})
+    if any(other != forms for other in found.values()):
+        told = first_few(f"{folder}: {changed.in_words(each)}" for folder, each in found.items())
         raise ConfigError(
-            f"the adapters were made for a base in different formats: {told}; use them one at a time"
+            f"the adapters' bases have different forms ({told}); use the adapters one at a time"
         )
-    formats = next(iter(found.values()), ())
+    formats = forms.get("quantised", [])
+    if forms.keys() - {"quantised"}:
+        raise ConfigError(
+            f"model: the adapters' base is {changed.in_words(forms)}, {base!r} is plain; give the base's folder (--model)"
+        )
     return formats[0] if len(formats) == 1 else None
 
 
 def _base(folder: Path) -> str | None:
     for run in (folder, folder.parent):
-        if packed_store.description(run / BASE) is not None:
+        if changed.kind_of_folder(run / BASE) is not None:
             return str(run / BASE)
         if (
             (run / CONFIG).is_file()

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from veneer import embedded
-from veneer.compress import store
 from veneer.compress.quantise import quantise
 from veneer.errors import ConfigError, first_few
+from veneer.sites import changed
 
 
 def source(name: str) -> str:
@@ -21,14 +21,8 @@ def source(name: str) -> str:
 
     A folder of quantised layers stands for the model that they belong into.
     """
-    name = origin(name)
+    name = changed.origin(name)
     return str(embedded.folder()) if name == embedded.PREFIX else name
-
-
-def origin(name: str) -> str:
-    """The model that a folder of quantised layers belongs into, or the name itself for any other."""
-    packed = store.description(name)
-    return name if packed is None else str(packed["model"])
 
 
 def tokenizer(name: str) -> Any:
@@ -65,10 +59,10 @@ def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: st
         raise ConfigError(
             f"model {name!r} lacks {len(missing)} weights of a {kind}, which would be random: {first_few(missing)}"
         )
-    if origin(name) == embedded.PREFIX:
+    if changed.origin(name) == embedded.PREFIX:
         model.name_or_path = name  # what adapters record; the folder is this machine's own
-    if store.description(name) is not None:
-        store.load_quantised(model, name)
+    if changed.kind_of_folder(name) is not None:
+        changed.load(model, name)
         model.name_or_path = name
     if quantised is not None:
         quantise(model, quantised)

@@ -11,10 +11,10 @@ from torch import nn
 
 from veneer import methods
 from veneer.compress.quantise import quantise, quantise_around
-from veneer.compress.store import description
 from veneer.methods import Stats, inits
 from veneer.methods.base.options import option
 from veneer.models import pretrained
+from veneer.sites import changed
 from veneer.train.folder.layout import BASE
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
@@ -62,7 +62,7 @@ def base(
 
 def base_again(run: Run, out: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The base that the run in folder `out` had: its own where it kept one. Raises what reading it raises."""
-    if description(out / BASE) is not None:
+    if changed.kind_of_folder(out / BASE) is not None:
         return pretrained.causal_lm(str(out / BASE), dtype, device)
     return pretrained.causal_lm(run.model, dtype, device, run.quantise)
 

@@ -11,6 +11,7 @@ from veneer.compress import quantise
 from veneer.convert.dialects import vllm
 from veneer.embedded import PREFIX
 from veneer.errors import FormatError
+from veneer.sites import changed
 
 FOLDER = "$(python -c 'from veneer import embedded; print(embedded.folder())')"  # of the built-in model
 SERVED = ("linear", "transposed", "embedding")  # kinds of layers that vLLM adapts
@@ -48,7 +49,7 @@ def ways(model: str, record: Mapping[str, Any], peft: Mapping[str, Any] | None) 
     imports = "\nfrom veneer import embedded\n" if builtin else ""
     allow = f", allow={record['allow']!r}" if record["allow"] else ""
     own = record["options"].get("init") in quantise.STARTS
-    packed = record["base"].get("quantised", [])
+    packed = changed.recorded(record["base"]).get("quantised", [])
     quantised = (
         '\nveneer.load_quantised(model, "../base")'
         if own

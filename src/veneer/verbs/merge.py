@@ -18,6 +18,7 @@ from veneer.errors import ConfigError, NotMergeable, first_few, suggest
 from veneer.files import making, write_json
 from veneer.models import adapted, pretrained
 from veneer.ops.quant import FORMATS
+from veneer.sites import changed
 from veneer.sites.quantised import formats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,7 +83,7 @@ def _check_packed(model: nn.Module, format: str) -> None:
 def _save(opened: adapted.Opened, folder: Path, record: dict[str, Any]) -> None:
     with making(folder) as temporary:
         if formats(opened.model):
-            store.save_quantised(opened.model, temporary, pretrained.origin(opened.base))
+            store.save_quantised(opened.model, temporary, changed.origin(opened.base))
         else:
             with pretrained.no_bars():
                 opened.model.save_pretrained(temporary)  # type: ignore[operator]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from veneer.adapt.attached import base_parameters
 from veneer.errors import first_few
-from veneer.sites.quantised import formats, plain
+from veneer.sites import changed
+from veneer.sites.quantised import plain
 
 HASHED, KEPT = 4096, 32
 SPREAD = 2_654_435_761  # a prime near 2^32 / golden ratio
@@ -25,8 +26,7 @@ def measure(model: nn.Module) -> Record:
     """The fingerprint of the model without its adapters: a SHA-256 of all, and one, with a few numbers, of each parameter."""
     tensors = {name: _of(name, plain(p.detach())) for name, p in base_parameters(model).items()}
     whole = hashlib.sha256("".join(f"{n} {t['sha256']}\n" for n, t in sorted(tensors.items())).encode())
-    packed = sorted(set(formats(model).values()))
-    return {"sha256": whole.hexdigest(), "tensors": tensors, **({"quantised": packed} if packed else {})}
+    return {"sha256": whole.hexdigest(), "tensors": tensors, **changed.forms_of(model)}
 
 
 def _of(name: str, p: Tensor) -> Record:
@@ -57,11 +57,14 @@ def _sample(p: Tensor, most: int) -> Tensor:
 def differences(model: nn.Module, saved: Record) -> list[str]:
     """What tells `model` from the base that was measured as `saved`, a line a kind; empty if it is that base."""
     now = measure(model)
+    there_as, here_as = changed.recorded(saved), changed.recorded(now)
+    if there_as != here_as:
+        return [
+            f"another base: the adapter's is {changed.in_words(there_as)}, this model is {changed.in_words(here_as)};"
+            f" {'open it as it was then' if here_as else changed.advice(there_as)}"
+        ]
     if now["sha256"] == saved["sha256"]:
         return []
-    ways = _ways(saved.get("quantised", []), now.get("quantised", []))
-    if ways:
-        return [ways]
     here, there = now["tensors"], saved["tensors"]
     both = [n for n in here if n in there]
     shapes = [
@@ -77,19 +80,6 @@ def differences(model: nn.Module, saved: Record) -> list[str]:
         "weights were not in the adapter's base": [n for n in here if n not in there],
     }
     return [f"another base: {what}: {first_few(names)}" for what, names in kinds.items() if names]
-
-
-def _ways(there: list[str], here: list[str]) -> str | None:
-    """What is wrong if only one of two bases is quantised, or each in another way."""
-    if there == here:
-        return None
-    then, now = ("in " + " and ".join(formats) if formats else None for formats in (there, here))
-    do = (
-        f"veneer.quantise(model, {there[0]!r}) first"
-        if len(there) == 1 and not here
-        else "load the model without, or as it was then"
-    )
-    return f"another base: its layers are {then or 'plain'}, those of this model are {now or 'not'}; {do}"
 
 
 def _same(a: Record, b: Record) -> bool:
