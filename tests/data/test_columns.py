@@ -116,47 +116,44 @@ def test_rows_of_other_programs_become_messages(tmp_path, given, columns):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"instruction": "x"}, "no column 'output'; it has 'instruction'"),
+        ({"instruction": "x"}, "column 'output' is missing, got 'instruction'"),
         (
             {"instruction": "x", "outptu": "y"},
-            "no column 'output'; did you mean 'outptu'?; it has 'instruction', 'outptu'",
+            "column 'output' is missing, got 'instruction', 'outptu'; did you mean 'outptu'?",
         ),
-        (
-            {"instruction": "x", "output": "", "history": [["a", "b"]]},
-            "'output' is empty: there would be nothing to learn",
-        ),
-        ({"instruction": "x", "output": 5}, "'output' is 5, not text"),
-        ({"instruction": "x", "output": "y", "input": 5}, "'input' is 5, not text"),
-        ({"instruction": "x", "output": "y", "system": 5}, "'system' is 5, not text"),
+        ({"instruction": "x", "output": "", "history": [["a", "b"]]}, "'output' is empty: nothing to learn"),
+        ({"instruction": "x", "output": 5}, "'output' must be text, got 5"),
+        ({"instruction": "x", "output": "y", "input": 5}, "'input' must be text, got 5"),
+        ({"instruction": "x", "output": "y", "system": 5}, "'system' must be text, got 5"),
         (
             {"instruction": "x", "output": "y", "history": [["a"]]},
-            "'history' 1 is [\"a\"], not a question and an answer",
+            "'history' 1 must be a question and an answer, got [\"a\"]",
         ),
-        ({"conversations": []}, "'conversations' is not a list with at least one message"),
-        ({"conversations": [{"from": "gpt"}]}, "message 1 has no text 'value'"),
+        ({"conversations": []}, "'conversations' must be a list of at least one message"),
+        ({"conversations": [{"from": "gpt"}]}, "message 1: 'value' must be text"),
         (
             {"conversations": [{"from": "humn", "value": "x"}]},
-            "message 1: 'from' is 'humn'; did you mean 'human'?",
+            "message 1: unknown 'from' 'humn'; did you mean 'human'?",
         ),
         (
             {"conversations": [{"from": "human", "value": "x"}]},
-            "no message of role 'assistant' with content: there would be nothing to learn",
+            "no assistant message has content: nothing to learn",
         ),
         (
             {"conversations": [{"from": "function_call", "value": "add"}]},
-            "message 1: a call in 'tool_calls' has no function name",
+            "message 1: a call in 'tool_calls' lacks a function name",
         ),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "add", "arguments": "2, 3"}]}]},
-            "message 1: the arguments of 'add' are \"2, 3\", not an object",
+            "message 1: the arguments of 'add' must be an object, got \"2, 3\"",
         ),
         (
             {"messages": said(("assistant", "x")), "tools": "add"},
-            "'tools' is \"add\", not a list of descriptions",
+            "'tools' must be a list of descriptions, got \"add\"",
         ),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},
-            "message 1 has no text 'content'",
+            "message 1: 'content' must be text",
         ),
     ],
 )

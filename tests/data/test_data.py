@@ -42,61 +42,61 @@ def refused(path: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"", "FILE is empty"),
-        ("a.jsonl", b" \n\n", "FILE is empty"),
+        ("a.txt", b"", "FILE: the file is empty"),
+        ("a.jsonl", b" \n\n", "FILE: the file is empty"),
         (
             "a.txt",
             b"ab\ncd\xff\n",
-            "FILE is not UTF-8 (byte 0xff at offset 5, line 2); convert it first, for instance with iconv",
+            "FILE: not UTF-8 (byte 0xff at offset 5, line 2); convert it, for instance with iconv",
         ),
         (
             "a.xlsx",
             b"PK",
-            "FILE: .xlsx is not read; write it as .csv, .parquet, or .jsonl with one JSON object a line",
+            "FILE: unsupported format .xlsx; convert it to .csv, .parquet, or .jsonl with one JSON object a line",
         ),
         (
             "a.jsonl",
             b'{"text": "x"}\n{"text": "y"\n',
             "FILE line 2: not JSON at column 13 (Expecting ',' delimiter)",
         ),
-        ("a.jsonl", b"[1]\n", "FILE line 1: a JSON list, not an object with columns"),
+        ("a.jsonl", b"[1]\n", "FILE line 1: must be a JSON object with columns, got a list"),
         (
             "a.jsonl",
             b'{"promt": "x", "id": 1}\n',
-            "FILE line 1: no column 'text', 'prompt' with 'completion', 'messages', 'conversations', or 'instruction' with 'output'; did"
-            " you mean 'prompt'?; it has 'promt', 'id'",
+            "FILE line 1: columns must be text, prompt and completion, messages, conversations, or"
+            " instruction and output, got 'promt', 'id'; did you mean 'prompt'?",
         ),
         (
             "a.jsonl",
             b'{"prompt": "x", "complection": "y"}\n',
-            "FILE line 1: no column 'completion'; did you mean 'complection'?; it has 'prompt', 'complection'",
+            "FILE line 1: column 'completion' is missing, got 'prompt', 'complection'; did you mean 'complection'?",
         ),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "FILE line 2: no column 'text'; it has 'body'"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "FILE line 2: column 'text' is missing, got 'body'"),
         (
             "a.jsonl",
             b'{"text": "x"}\n{"text": null}\n{"text": 3}\n',
-            "FILE line 2: 'text' is null, not text\nFILE line 3: 'text' is 3, not text",
+            "FILE line 2: 'text' must be text, got null\nFILE line 3: 'text' must be text, got 3",
         ),
         (
             "a.jsonl",
             b'{"prompt": "x", "completion": ""}\n',
-            "FILE line 1: 'completion' is empty: there would be nothing to learn",
+            "FILE line 1: 'completion' is empty: nothing to learn",
         ),
         (
             "a.jsonl",
             b'{"text": "x", "messages": []}\n',
-            "FILE line 1: has the columns of 2 kinds of example (messages, text); keep those of one",
+            "FILE line 1: the columns must be of one kind of example, got messages, text; keep those of one",
         ),
         (
             "a.jsonl",
             b'{"messages": "hello"}\n',
-            "FILE line 1: 'messages' is not a list with at least one message",
+            "FILE line 1: 'messages' must be a list of at least one message",
         ),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "FILE line 1: message 1 has no text 'content'"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "FILE line 1: message 1: 'content' must be text"),
         (
             "a.jsonl",
             b'{"messages": [{"role": "user", "content": "x"}]}\n',
-            "FILE line 1: no message of role 'assistant' with content: there would be nothing to learn",
+            "FILE line 1: no assistant message has content: nothing to learn",
         ),
     ],
 )
@@ -107,9 +107,9 @@ def test_a_file_that_is_not_as_it_should_be_is_refused(tmp_path, name, content, 
 
 def test_a_missing_file_and_a_folder_are_refused_with_what_is_there(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    assert refused(tmp_path / "nodes.txt") == "FILE does not exist; did you mean 'notes.txt'?"
+    assert refused(tmp_path / "nodes.txt") == "FILE: the file does not exist; did you mean 'notes.txt'?"
     assert refused(tmp_path).startswith(
-        "FILE is a folder; name the files in it that are to be read (notes.txt)"
+        "FILE: must be a file, got a folder; name the files in it (notes.txt)"
     )
 
 
@@ -117,10 +117,10 @@ def test_many_wrong_rows_are_counted_and_all_files_are_named(tmp_path):
     many = tmp_path / "many.jsonl"
     many.write_text('{"text": "x"}\n' + '{"text": 1}\n' * 9)
     with pytest.raises(DataError) as e:
-        row_files.read([many, tmp_path / "gone.txt"])
+        row_files.read_files([many, tmp_path / "gone.txt"])
     lines = str(e.value).splitlines()
     assert lines[5] == f"and 4 more in {many}" and lines[6].startswith(
-        f"{tmp_path / 'gone.txt'} does not exist"
+        f"{tmp_path / 'gone.txt'}: the file does not exist"
     )
 
 
@@ -235,8 +235,7 @@ def test_a_tokenizer_without_an_end_token_is_refused():
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.eos_token = None
     with pytest.raises(
-        DataError,
-        match="the tokenizer has no end-of-text token, without which the model cannot learn where a text ends",
+        DataError, match="the tokenizer has no end-of-text token, so the model could not learn to stop"
     ):
         encode([Part("x", True), Part(None, True)], tokenizer)
 
@@ -430,17 +429,14 @@ def test_few_texts_give_their_last_tenth_at_a_line_end():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (
-            Row("text", {"text": "x"}, "a.txt"),
-            "a.txt is too short (1 characters) to take validation text from it",
-        ),
+        (Row("text", {"text": "x"}, "a.txt"), "a.txt: 1 characters are too few to split off validation text"),
         (
             Row("pair", {"prompt": "", "completion": "y"}, "line 1"),
-            "line 1: a single example leaves none for validation",
+            "line 1: a single example cannot be split",
         ),
     ],
 )
 def test_too_little_to_split_is_refused(row, message):
     with pytest.raises(DataError) as e:
         split.split_off([row], 0)
-    assert str(e.value) == f"{message}; give valid= or more data"
+    assert str(e.value) == f"{message}; give valid or more data"

@@ -18,7 +18,7 @@ from support.resuming import assert_same
 from support.tiny import jsonl
 
 from veneer.data import hub, row_files_streamed
-from veneer.data.order_streamed import Place, Reading, Stream
+from veneer.data.order_streamed import Place, SegmentsFrom, Stream
 from veneer.data.pack import OPEN, Packer, Segment, pack
 from veneer.data.row_files import Row, read_file
 from veneer.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def settings(place: Path, **changed: Any) -> dict[str, Any]:
 # -- order ------------------------------------------------------------------------------------------------------------
 
 
-def endless(length: int = 3) -> Reading:
+def endless(length: int = 3) -> SegmentsFrom:
     """Rows without an end, of one, two or three segments, which are numbered through."""
 
     def read(place: Place) -> Iterator[tuple[Place, Segment]]:
@@ -106,7 +106,7 @@ def test_a_saved_state_goes_on_with_the_same_bits(tmp_path, length, stop):
     second.restore({"p.other": torch.zeros(1), **load_file(tmp_path / "state.safetensors")})
     assert [tensors(second.step(n)) for n in range(stop, 30)] == steps[stop:]
     assert {t.dtype for w in second.held for s in w for t in s} == {torch.int64}
-    with pytest.raises(ValueError, match="step 3 of a stream was asked for, but the next one is 30"):
+    with pytest.raises(ValueError, match="a stream's steps must be in order: the next one is 30, got 3"):
         second.step(3)
 
 
@@ -188,7 +188,7 @@ def test_what_is_learned_is_what_a_run_in_memory_learns(place):
     run = Run.from_dict(settings(place))
     held = texts.prepare(read_file(place / "rows.jsonl"), run, tiny.tokenizer(), Voice(False)).windows
     wanted = sorted(s.inputs.tolist() for w in held for s in w)
-    source = streamed.order(run, tiny.tokenizer(), Voice(False)).reading(Place())
+    source = streamed.order(run, tiny.tokenizer(), Voice(False)).segments_from(Place())
     first = itertools.islice(source, len(wanted))
     assert sorted(s.inputs.tolist() for _, s in first) == wanted
     assert next(source)[0].row == 0  # and begins again
@@ -253,7 +253,7 @@ def test_a_bad_row_ends_the_training_when_it_comes_and_a_mended_one_goes_on(plac
         fit(Run.from_dict(given), progress=False)
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
     why, then = str(e.value).splitlines()
-    assert why.startswith(f"{data} line 56: no column 'text'")
+    assert why.startswith(f"{data} line 56: column 'text' is missing")
     assert then == (
         f"this ended the training after step {int(kept[-1].name[5:])} of 14; put it right, and go on from {kept[-1].name} with resume=True"
         " (--resume), allowing 'data'"
@@ -288,7 +288,7 @@ def test_a_row_at_a_time_is_the_same_rows(tmp_path, name):
         )(table, path)
     if suffix == "txt":
         path.write_text("one text\nof two lines", encoding="utf-8")
-    found = list(row_files_streamed.file(path))
+    found = list(row_files_streamed.stream_file(path))
     assert found == read_file(path) and len(found) == (1 if suffix == "txt" else 2500)
 
 
@@ -312,7 +312,7 @@ def test_datasets_and_built_in_texts_stream_too(tmp_path, monkeypatch):
     found = list(sources.stream("someone/notes", "train"))
     assert found == sources.rows(["someone/notes"], "train") and found[4].where == "someone/notes:train row 5"
     assert list(sources.stream("builtin:prose", "valid")) == sources.rows(["builtin:prose"], "valid")
-    assert hub.on_hub("someone/notes", "train")[1] is held
+    assert hub.open_on_hub("someone/notes", "train")[1] is held
 
 
 def test_sources_take_turns_until_each_has_ended(place):
@@ -330,20 +330,20 @@ def test_sources_take_turns_until_each_has_ended(place):
         (
             "a.json",
             b'[{"text": "x"}]',
-            "a.json: a JSON list cannot be read a row at a time; write it as .jsonl, with one object a line",
+            "a.json: a JSON list cannot be streamed; write it as .jsonl, with one object a line",
         ),
-        ("a.jsonl", b"", "a.jsonl is empty"),
-        ("a.jsonl", b'{"text": "x"}\n\xff\n', "a.jsonl is not UTF-8 (byte 0xff after line "),
-        ("a.jsonl", b'{"text": "x"}\n[]\n', "a.jsonl line 2: a JSON list, not an object with columns"),
-        ("a.csv", b"text\n", "a.csv has a line of column names and no rows"),
-        ("a.parquet", b"not one", "a.parquet is no parquet file that can be read ("),
-        ("a.xlsx", b"", "a.xlsx: .xlsx is not read;"),
+        ("a.jsonl", b"", "a.jsonl: the file is empty"),
+        ("a.jsonl", b'{"text": "x"}\n\xff\n', "a.jsonl: not UTF-8 (byte 0xff after line "),
+        ("a.jsonl", b'{"text": "x"}\n[]\n', "a.jsonl line 2: must be a JSON object with columns, got a list"),
+        ("a.csv", b"text\n", "a.csv: the table has column names but no rows"),
+        ("a.parquet", b"not one", "a.parquet: unreadable as parquet ("),
+        ("a.xlsx", b"", "a.xlsx: unsupported format .xlsx;"),
     ],
 )
 def test_what_cannot_be_streamed_is_refused(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as e:
-        list(row_files_streamed.file(tmp_path / name))
+        list(row_files_streamed.stream_file(tmp_path / name))
     assert str(e.value).startswith(f"{tmp_path}/{says}")
 
 

@@ -117,31 +117,31 @@ def test_a_field_may_be_long(tmp_path):
         (
             "a.csv",
             "prompt,completion\nx,y\nz\n",
-            "FILE row 2: 1 fields, but 2 columns; a field with a separator or a line break in it needs",
+            "FILE row 2: the row must have 2 fields, got 1; put fields with a separator or a line break in",
         ),
-        ("a.csv", 'text\n"x\n', "FILE: unexpected end of data; quotes within a quoted field are doubled"),
+        ("a.csv", 'text\n"x\n', "FILE: unexpected end of data; double the quotes inside a quoted field"),
         (
             "a.csv",
             "text,text\nx,y\n",
-            "FILE: several columns are called 'text'; the first line must name them apart",
+            "FILE: column names must differ, got 'text' more than once; rename them in the first line",
         ),
-        ("a.csv", "text\n", "FILE has a line of column names and no rows"),
-        ("a.csv", "text\n\n\n", "FILE has a line of column names and no rows"),
-        ("a.csv", "prompt;completion\nx;y\n", "FILE row 1: no column 'text', 'prompt' with 'completion', "),
+        ("a.csv", "text\n", "FILE: the table has column names but no rows"),
+        ("a.csv", "text\n\n\n", "FILE: the table has column names but no rows"),
+        ("a.csv", "prompt;completion\nx;y\n", "FILE row 1: columns must be text, prompt and completion, "),
         (
             "a.json",
             '{"text": "x"}\n{"text": "y"}\n',
-            "FILE line 2: not JSON at column 1 (Extra data); a file with one object a line is a .jsonl",
+            "FILE line 2: not JSON at column 1 (Extra data); name a file with one object a line .jsonl",
         ),
         (
             "a.json",
             '{"train": []}',
-            "FILE holds a JSON dict with 'train'; write a list of objects, one a row",
+            "FILE: must be a JSON list of objects, one a row, got a dict with 'train'",
         ),
-        ("a.json", "[]", "FILE holds a JSON list without rows; write a list of objects, one a row"),
-        ("a.json", "[1]", "FILE row 1: a JSON int, not an object with columns"),
-        ("a.parquet", "x", "FILE is no parquet file that can be read ("),
-        ("a.arrow", "x", "FILE is no arrow file that can be read ("),
+        ("a.json", "[]", "FILE: must be a JSON list of objects, one a row, got a list without rows"),
+        ("a.json", "[1]", "FILE row 1: must be a JSON object with columns, got a int"),
+        ("a.parquet", "x", "FILE: unreadable as parquet ("),
+        ("a.arrow", "x", "FILE: unreadable as arrow ("),
     ],
 )
 def test_tables_that_are_not_as_they_should_be_are_refused(tmp_path, name, content, message):
@@ -155,7 +155,7 @@ def test_a_table_without_rows_is_refused(tmp_path):
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": []}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet has no rows"):
+    with pytest.raises(DataError, match=r"a\.parquet: the table has no rows"):
         row_files.read_file(tmp_path / "a.parquet")
 
 
@@ -198,20 +198,20 @@ def test_folders_of_datasets_are_read_by_split(saved):
 @pytest.mark.parametrize(
     ("name", "part", "message"),
     [
-        ("splits:trian", "train", "splits has no split 'trian'; did you mean 'train'?"),
+        ("splits:trian", "train", "splits: unknown split 'trian'; did you mean 'train'?"),
         (
             "splits",
             "test",
-            "splits has no split for test; name one of its splits: FOLDER/splits:extra, FOLDER/splits:train, FOLDER/splits:va",
+            "splits: no split is named for test; choose one: FOLDER/splits:extra, FOLDER/splits:train, FOLDER/splits:va",
         ),
-        ("one:train", "train", "one is one dataset without splits; leave :train out"),
+        ("one:train", "train", "one: the dataset has no splits; remove :train"),
     ],
 )
 def test_splits_that_are_not_there_are_refused(saved, name, part, message):
     with pytest.raises(DataError) as e:
         sources.rows([str(saved / name)], part)
     said = str(e.value).replace(str(saved), "FOLDER")
-    head, _, listed = message.partition("splits: ")
+    head, _, listed = message.partition("choose one: ")
     assert said.startswith(f"FOLDER/{head}") and all(entry in said for entry in listed.split(", "))
 
 
@@ -246,10 +246,8 @@ def test_without_a_network_and_a_cache_a_name_is_refused(datasets, monkeypatch, 
     with pytest.raises(DataError) as e:
         sources.rows(["veneer-nobody/nothing:train"], "train")
     said = str(e.value)
-    assert said.startswith(
-        "veneer-nobody/nothing:train: no such dataset could be had from the Hugging Face hub or its cache ("
-    )
-    assert said.endswith("; if it is a file or folder, there is none of that name")
+    assert said.startswith("veneer-nobody/nothing:train: not found on the Hugging Face hub or in its cache (")
+    assert said.endswith("; no file or folder has that name either")
 
 
 def test_a_missing_file_is_no_name_on_the_hub(tmp_path, monkeypatch):
@@ -257,7 +255,7 @@ def test_a_missing_file_is_no_name_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     for name in ("gone/a.jsonl", "data/gone", "gone.txt"):
-        with pytest.raises(DataError, match=f"{name} does not exist"):
+        with pytest.raises(DataError, match=f"{name}: the file does not exist"):
             sources.rows([name], "train")
 
 

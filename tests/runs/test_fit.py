@@ -270,7 +270,7 @@ def test_texts_that_cannot_be_used_are_refused_all_at_once(given, tmp_path):
         known=str(tmp_path / "gone"),
     )
     short = [line.split(f"{tmp_path}/")[1][:19] for line in said.splitlines()]
-    assert short == ["empty.txt is empty", "latin.txt is not UT", "gone does not exist"]
+    assert short == ["empty.txt: the file", "latin.txt: not UTF-", "gone: the file does"]
 
 
 def test_rows_that_are_too_long_are_refused_or_cut_if_allowed(given, tmp_path):

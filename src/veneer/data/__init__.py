@@ -1,1 +1,1 @@
-"""Text in: files, columns, tokens, masks, packing."""
+"""Reads training text: files to rows, rows to tokens with masks, tokens to packed windows."""

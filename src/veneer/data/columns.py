@@ -1,8 +1,8 @@
-"""Columns into the three kinds of example: text, prompt with completion, and messages, which ShareGPT and alpaca rows become.
+"""Turns columns into examples of three kinds: text, pair (prompt, completion) and messages.
 
 messages       [{role, content[, tool_calls]}], with tools beside it
 conversations  [{from: system|human|gpt|function_call|observation, value}], with system and tools beside it
-instruction    with output, and input, system and history [[question, answer], ..] where there are any;
+instruction    with output; optional input, system and history [[question, answer], ..];
                the user's message is instruction, a newline, and input
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from veneer.errors import DataError, first_few, suggest
 
-# What a row must have to be an example of a form, and what more of it is used.
+# The columns that make a form, and the optional ones it uses.
 FORMS = {
     "messages": ("messages",),
     "conversations": ("conversations",),
@@ -28,18 +28,18 @@ MORE = {
     "alpaca": ("input", "system", "history"),
 }
 SPEAKERS = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "function_call": "assistant",
-    "observation": "tool", "tool": "tool",
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "function_call": "assistant", "observation": "tool", "tool": "tool",
 }  # fmt: skip
 COLUMNS = [c for names in FORMS.values() for c in names]
 
 
 def form_of(columns: Mapping[str, Any]) -> str:
-    """The form whose columns these are, a key of FORMS. Raises DataError if there is none or several, with the nearest name."""
+    """Returns the form of these columns, a key of FORMS. Raises DataError for none or several."""
     found = [form for form, names in FORMS.items() if all(n in columns for n in names)]
     if len(found) > 1:
         raise DataError(
-            f"has the columns of {len(found)} kinds of example ({', '.join(found)}); keep those of one"
+            f"the columns must be of one kind of example, got {', '.join(found)}; keep those of one"
         )
     if found:
         return found[0]
@@ -48,36 +48,36 @@ def form_of(columns: Mapping[str, Any]) -> str:
     if missing:
         raise DataError(_lacks(missing, columns))
     near = next((hint for n in columns if (hint := suggest(n, COLUMNS)).startswith("; did")), "")
-    wanted = "'text', 'prompt' with 'completion', 'messages', 'conversations', or 'instruction' with 'output'"
-    raise DataError(f"no column {wanted}{near}; it has {_named(columns)}")
+    wanted = "text, prompt and completion, messages, conversations, or instruction and output"
+    raise DataError(f"columns must be {wanted}, got {_named(columns)}{near}")
 
 
 def example(form: str, columns: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The kind (messages, pair, text) and columns of a row of this form; columns that are not used stay as they are.
+    """Returns kind (messages, pair or text) and columns of a row of this form; unused columns stay unchanged.
 
-    Raises DataError for a row that lacks a column, or has something else in it, or nothing to learn.
+    Raises DataError if a column is missing or of a wrong type, or if there is nothing to learn.
     """
     for name in FORMS[form]:
         if name not in columns:
             raise DataError(_lacks(name, columns))
         if form not in ("messages", "conversations") and not isinstance(columns[name], str):
-            raise DataError(f"{name!r} is {json.dumps(columns[name], default=str)[:40]}, not text")
+            raise DataError(f"{name!r} must be text, got {json.dumps(columns[name], default=str)[:40]}")
     if form in ("pair", "text"):
         if not columns[FORMS[form][-1]]:
-            raise DataError(f"{FORMS[form][-1]!r} is empty: there would be nothing to learn")
+            raise DataError(f"{FORMS[form][-1]!r} is empty: nothing to learn")
         return form, dict(columns)
     messages = {"messages": _own, "conversations": _sharegpt, "alpaca": _alpaca}[form](columns)
     if not any(m["role"] == "assistant" and (m["content"] or m.get("tool_calls")) for m in messages):
-        raise DataError("no message of role 'assistant' with content: there would be nothing to learn")
+        raise DataError("no assistant message has content: nothing to learn")
     idle = {name: value for name, value in columns.items() if name not in (*FORMS[form], *MORE[form])}
     tools = _opened(columns.get("tools")) if "tools" in MORE[form] else None
     if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise DataError(f"'tools' is {json.dumps(tools)[:40]}, not a list of descriptions")
+        raise DataError(f"'tools' must be a list of descriptions, got {json.dumps(tools)[:40]}")
     return "messages", {**idle, "messages": messages, **({"tools": tools} if tools else {})}
 
 
 def used(kind: str) -> tuple[str, ...]:
-    """The columns of an example that are read."""
+    """Returns the columns that examples of this kind use."""
     return (*FORMS[kind], *MORE.get(kind, ()))
 
 
@@ -100,19 +100,20 @@ def _message(i: int, given: Any) -> dict[str, Any]:
         }
     for name in ("role", "content"):
         if not isinstance(message.get(name), str):
-            raise DataError(f"message {i} has no text {name!r}")
+            raise DataError(f"message {i}: {name!r} must be text")
     return message
 
 
 def _call(i: int, given: Any) -> dict[str, Any]:
-    """A call as chat templates expect it, whether its arguments came as an object or as JSON text."""
+    """Returns a tool call as chat templates expect it; arguments may be an object or JSON text."""
     function = given.get("function", given) if isinstance(given, dict) else {}
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"message {i}: a call in 'tool_calls' has no function name")
+        raise DataError(f"message {i}: a call in 'tool_calls' lacks a function name")
     arguments = _opened(function.get("arguments", {}))
     if not isinstance(arguments, dict):
         raise DataError(
-            f"message {i}: the arguments of {function['name']!r} are {json.dumps(arguments)[:40]}, not an object"
+            f"message {i}: the arguments of {function['name']!r} must be an object,"
+            f" got {json.dumps(arguments)[:40]}"
         )
     known = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
     return {**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -128,10 +129,10 @@ def _turn(i: int, turn: Any) -> dict[str, Any]:
         return _message(i, turn)
     for name in ("from", "value"):
         if not isinstance(turn, dict) or not isinstance(turn.get(name), str):
-            raise DataError(f"message {i} has no text {name!r}")
+            raise DataError(f"message {i}: {name!r} must be text")
     speaker, value = turn["from"], turn["value"]
     if speaker not in SPEAKERS:
-        raise DataError(f"message {i}: 'from' is {speaker!r}{suggest(speaker, SPEAKERS)}")
+        raise DataError(f"message {i}: unknown 'from' {speaker!r}{suggest(speaker, SPEAKERS)}")
     if speaker == "function_call":
         calls = _opened(value)
         return {
@@ -147,15 +148,15 @@ def _alpaca(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     for i, pair in enumerate(_opened(columns.get("history")) or [], 1):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise DataError(
-                f"'history' {i} is {json.dumps(pair, default=str)[:40]}, not a question and an answer"
+                f"'history' {i} must be a question and an answer, got {json.dumps(pair, default=str)[:40]}"
             )
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     given = columns.get("input") or ""
     if not isinstance(given, str):
-        raise DataError(f"'input' is {json.dumps(given, default=str)[:40]}, not text")
+        raise DataError(f"'input' must be text, got {json.dumps(given, default=str)[:40]}")
     asked = f"{columns['instruction']}\n{given}" if given else columns["instruction"]
     if not columns["output"]:
-        raise DataError("'output' is empty: there would be nothing to learn")
+        raise DataError("'output' is empty: nothing to learn")
     return [
         *messages,
         {"role": "user", "content": asked},
@@ -166,19 +167,19 @@ def _alpaca(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _system(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     text = columns.get("system") or ""
     if not isinstance(text, str):
-        raise DataError(f"'system' is {json.dumps(text, default=str)[:40]}, not text")
+        raise DataError(f"'system' must be text, got {json.dumps(text, default=str)[:40]}")
     return [{"role": "system", "content": text}] if text else []
 
 
 def _list(name: str, columns: Mapping[str, Any]) -> list[Any]:
     found = _opened(columns[name])
     if not isinstance(found, list) or not found:
-        raise DataError(f"{name!r} is not a list with at least one message")
+        raise DataError(f"{name!r} must be a list of at least one message")
     return found
 
 
 def _opened(value: Any) -> Any:
-    """What JSON text stands for, as tables have to hold lists; anything else as it is."""
+    """Parses JSON text, which tables hold lists as; returns anything else unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -193,4 +194,4 @@ def _named(columns: Iterable[str]) -> str:
 
 def _lacks(name: str, columns: Mapping[str, Any]) -> str:
     near = suggest(name, columns) if columns else ""
-    return f"no column {name!r}{near if near.startswith('; did') else ''}; it has {_named(columns)}"
+    return f"column {name!r} is missing, got {_named(columns)}{near if near.startswith('; did') else ''}"

@@ -1,4 +1,4 @@
-"""Hugging Face datasets into rows: folders as save_to_disk writes them, and names on the hub, NAME[:CONFIG][:SPLIT]."""
+"""Reads Hugging Face datasets: folders written by save_to_disk, and hub names, NAME[:CONFIG][:SPLIT]."""
 
 from __future__ import annotations
 
@@ -9,59 +9,60 @@ from pathlib import Path
 from typing import Any
 
 from veneer.data.row_files import Row, checked
-from veneer.data.tables import Entry, bare
+from veneer.data.tables import Entry, without_nulls
 from veneer.errors import DataError, suggest
 
 NAME = re.compile(
     r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<one>[^:\[]+(?:\[[^\]]*\])?))?(?::(?P<two>[^:\[]+(?:\[[^\]]*\])?))?"
 )
-# What the splits of a dataset are called that belong to a part of a run.
+# The usual names of the split for each part of a run.
 SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev", "eval"), "test": ("test",)}
 
 
 def is_folder(path: Path) -> bool:
-    """Whether the folder is a dataset, or several as splits, that save_to_disk wrote."""
+    """Tells if save_to_disk wrote the folder, as one dataset or as several splits."""
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def from_folder(path: Path, split: str, part: str) -> list[Row]:
-    """The rows of a split, which is the one that belongs to the part of the run if it is "". Raises DataError."""
-    name, found = folder(path, split, part)
+    """Returns the rows of a split; an empty `split` means the usual one for the part. Raises DataError."""
+    name, found = open_folder(path, split, part)
     return checked(name, entries(name, found))
 
 
-def folder(path: Path, split: str, part: str) -> tuple[str, Any]:
-    """The name and the dataset of that split, whose rows stay on the disk. Raises DataError."""
+def open_folder(path: Path, split: str, part: str) -> tuple[str, Any]:
+    """Returns name and dataset of a split; its rows stay on disk. Raises DataError."""
     import datasets
 
     try:
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, TypeError, KeyError) as e:
-        raise DataError(f"{path} is no dataset that can be read ({_reason(e)})") from None
+        raise DataError(f"{path}: unreadable as a dataset ({_reason(e)})") from None
     if isinstance(found, datasets.DatasetDict):
         name = _split(str(path), found, split, part)
         return f"{path}:{name}", found[name]
     if split:
-        raise DataError(f"{path} is one dataset without splits; leave :{split} out")
+        raise DataError(f"{path}: the dataset has no splits; remove :{split}")
     return str(path), found
 
 
 def from_hub(name: str, part: str) -> list[Row]:
-    """The rows of a dataset on the Hugging Face hub, or of it in the hub's cache. Raises DataError."""
-    own, found = on_hub(name, part)
+    """Returns the rows of a dataset of the Hugging Face hub or its local cache. Raises DataError."""
+    own, found = open_on_hub(name, part)
     return checked(own, entries(own, found))
 
 
-def on_hub(name: str, part: str, **options: bool) -> tuple[str, Any]:
-    """The name with its split, and the dataset. options: of datasets.load_dataset, such as streaming=True. Raises DataError.
+def open_on_hub(name: str, part: str, **options: bool) -> tuple[str, Any]:
+    """Returns the name with its split, and the dataset. Raises DataError.
 
-    Of NAME:X, X is a split if a part of a run usually has that name, such as train or test, and a configuration otherwise.
+    In NAME:X, X is a split if it is a usual name of one (train, test, ..), else a configuration.
+    options: of datasets.load_dataset, such as streaming=True.
     """
     import datasets
 
     given = NAME.fullmatch(name)
     if given is None:
-        raise DataError(f"{name!r} names no dataset; write NAME, NAME:SPLIT or NAME:CONFIG:SPLIT")
+        raise DataError(f"a dataset must be NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got {name!r}")
     one, two = given["one"], given["two"]
     usual = {s for names in SPLITS.values() for s in names}
     config, split = (
@@ -70,9 +71,9 @@ def on_hub(name: str, part: str, **options: bool) -> tuple[str, Any]:
     try:
         found = datasets.load_dataset(given["id"], config, split=split, **options)
     except (OSError, ValueError, RuntimeError) as e:
-        what = f"{name}: no such dataset could be had from the Hugging Face hub or its cache"
         raise DataError(
-            f"{what} ({_reason(e)}); if it is a file or folder, there is none of that name"
+            f"{name}: not found on the Hugging Face hub or in its cache ({_reason(e)});"
+            f" no file or folder has that name either"
         ) from None
     if split:
         return name, found
@@ -82,22 +83,22 @@ def on_hub(name: str, part: str, **options: bool) -> tuple[str, Any]:
 
 def _split(name: str, found: Mapping[str, Any], split: str, part: str) -> str:
     if split and split not in found:
-        raise DataError(f"{name} has no split {split!r}{suggest(split, found)}")
+        raise DataError(f"{name}: unknown split {split!r}{suggest(split, found)}")
     own = split or next((s for s in SPLITS.get(part, ()) if s in found), None)
     if own is None:
         raise DataError(
-            f"{name} has no split for {part}; name one of its splits: {', '.join(f'{name}:{s}' for s in found)}"
+            f"{name}: no split is named for {part}; choose one: {', '.join(f'{name}:{s}' for s in found)}"
         )
     return own
 
 
 def entries(name: str, dataset: Any) -> Iterator[Entry]:
-    """The rows of a dataset, whether it is held or streamed. Raises DataError for one without rows."""
+    """Yields the rows of a dataset in memory or a streamed one. Raises DataError if it is empty."""
     n = 0
     for n, row in enumerate(dataset.with_format(None), 1):
-        yield f"{name} row {n}", partial(bare, row)
+        yield f"{name} row {n}", partial(without_nulls, row)
     if not n:
-        raise DataError(f"{name} has no rows")
+        raise DataError(f"{name}: the dataset has no rows")
 
 
 def _reason(e: Exception) -> str:

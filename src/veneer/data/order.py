@@ -1,4 +1,4 @@
-"""What a training step sees: a pure function of (seed, epoch, index), whatever was run before."""
+"""Chooses the windows of each training step: a pure function of (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -13,51 +13,47 @@ from torch import Tensor
 from veneer.data.pack import Window, n_tokens
 from veneer.ops.draws import keyed
 
-STRETCH = (
-    50  # batches that are sorted by length together: enough for little padding, few enough for a mixed order
-)
+STRETCH = 50  # batches sorted by length together: enough for little padding, few enough for a mixed order
 
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, n: int) -> list[int]:
-    """The order of n windows in an epoch."""
+    """Returns the order of n windows in an epoch."""
     found: list[int] = torch.randperm(n, generator=keyed(seed, f"order of epoch {epoch}")).tolist()
     return found
 
 
 def by_length(order: Sequence[int], lengths: Sequence[int], batch: int, draw: torch.Generator) -> list[int]:
-    """The order with windows of like length side by side: sorted within every 50 batches, which are then shuffled."""
+    """Returns the order sorted by length within every 50 batches; the batches are then shuffled."""
     found: list[int] = []
     for at in range(0, len(order), STRETCH * batch):
         stretch = sorted(order[at : at + STRETCH * batch], key=lambda i: lengths[i])
-        whole = (
-            len(stretch) // batch
-        )  # a shorter batch stays last, or all that follow would be of mixed lengths
+        whole = len(stretch) // batch  # a partial batch stays last, or later batches would mix lengths
         turns = [*torch.randperm(whole, generator=draw).tolist(), whole]
         found += [i for turn in turns for i in stretch[turn * batch : (turn + 1) * batch]]
     return found
 
 
 class Steps(Protocol):
-    """What a training asks for its windows."""
+    """Provides a training with windows, step by step."""
 
     batch: int
 
     def step(self, step: int) -> list[list[Window]]:
-        """The micro-batches of a step, counted from 0."""
+        """Returns the micro-batches of a step, counted from 0."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs of it."""
+        """Returns the tensors that a checkpoint stores."""
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Goes on where `state` was taken, of the tensors of a checkpoint."""
+        """Restores `state` from the tensors of a checkpoint."""
 
 
 class Order:
-    """`total` windows in steps of `accumulate` micro-batches of `batch`; only the last step may be smaller.
+    """Orders `total` windows in steps of `accumulate` micro-batches of `batch`; only the last may be smaller.
 
-    Epochs follow each other without a gap, each in an order of its own. grouped: windows of a batch are of like length,
-    for windows that are not packed.
+    Epochs follow each other without a gap, each in its own order.
+    grouped: puts windows of similar length in one batch, for windows that are not packed.
     """
 
     def __init__(
@@ -77,7 +73,7 @@ class Order:
         self._orders: dict[int, list[int]] = {}
 
     def step(self, step: int) -> list[list[Window]]:
-        """The micro-batches of a step, counted from 0."""
+        """Returns the micro-batches of a step, counted from 0."""
         first = step * self.per_step
         last = min(first + self.per_step, self.total)
         return [
@@ -86,11 +82,11 @@ class Order:
         ]
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing: a step depends on its number alone."""
+        """Returns no tensors: a step depends on its number alone."""
         return {}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Nothing has to be put back."""
+        """Does nothing: a step depends on its number alone."""
 
     def _window(self, i: int) -> Window:
         epoch, index = divmod(i, len(self.windows))

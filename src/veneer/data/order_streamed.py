@@ -1,4 +1,4 @@
-"""What training steps see of a text that is read while it is learned from, in an order that depends on seed and data alone."""
+"""Chooses the windows of each step of a stream, in an order that depends on seed and data alone."""
 
 from __future__ import annotations
 
@@ -12,41 +12,53 @@ from torch import Tensor
 from veneer.data.pack import Packer, Segment, Window
 from veneer.ops.draws import keyed
 
-PREFIX = "stream."  # of the names of a stream's tensors in a checkpoint
+PREFIX = "stream."  # of the stream's tensors in a checkpoint
 
 
 class Place(NamedTuple):
-    """Where a reading stands: the row in the data, counted from 0, and how many of its segments have been read."""
+    """A position in the data: the row, counted from 0, and how many of its segments have been read."""
 
     row: int = 0
     segments: int = 0
 
 
-# From a place on, the segments that follow, without an end, each with the place after it.
-Reading = Callable[[Place], Iterator[tuple[Place, Segment]]]
+# Yields the segments from a place on, without end, each with the place after it.
+SegmentsFrom = Callable[[Place], Iterator[tuple[Place, Segment]]]
 
 
 class Stream:
-    """Steps of `accumulate` micro-batches of `batch` windows, one after the other; no more windows are held than `buffer`
-    and those that are being packed.
+    """Steps of `accumulate` micro-batches of `batch` windows, read as needed.
 
-    Every window is drawn from the `buffer` next ones, so that neighbours in the data come apart by about that much.
+    Holds `buffer` windows and those still being packed. Each window is drawn from the next `buffer` ones,
+    which separates neighbours in the data by about that distance.
     """
 
     def __init__(
-        self, reading: Reading, length: int | None, batch: int, accumulate: int, *, buffer: int, seed: int
+        self,
+        segments_from: SegmentsFrom,
+        length: int | None,
+        batch: int,
+        accumulate: int,
+        *,
+        buffer: int,
+        seed: int,
     ) -> None:
-        """length: of the windows that segments are packed into; None: not packed."""
-        self.reading, self.length, self.batch, self.accumulate = reading, length, batch, accumulate
+        """length: of the packed windows, in tokens; None: without packing."""
+        self.segments_from, self.length, self.batch, self.accumulate = (
+            segments_from,
+            length,
+            batch,
+            accumulate,
+        )
         self.buffer = buffer
         self.draw = keyed(seed, "order of a stream")
         self.made, self.place, self.held, self.packer = 0, Place(), list[Window](), Packer(length or 0)
         self._source: Iterator[tuple[Place, Segment]] | None = None
 
     def step(self, step: int) -> list[list[Window]]:
-        """The micro-batches of the step that follows the one before, counted from 0. Raises what reading raises."""
+        """Returns the micro-batches of the next step, counted from 0. Raises the errors of reading."""
         if step != self.made:
-            raise ValueError(f"step {step} of a stream was asked for, but the next one is {self.made}")
+            raise ValueError(f"a stream's steps must be in order: the next one is {self.made}, got {step}")
         found = [[self._window() for _ in range(self.batch)] for _ in range(self.accumulate)]
         self.made += 1
         return found
@@ -59,7 +71,7 @@ class Stream:
         return taken
 
     def _read(self) -> Window:
-        self._source = self._source or self.reading(self.place)
+        self._source = self._source or self.segments_from(self.place)
         while True:
             self.place, segment = next(self._source)
             window = (segment,) if self.length is None else self.packer.add(segment)
@@ -67,7 +79,7 @@ class Stream:
                 return window
 
     def state(self) -> dict[str, Tensor]:
-        """All that the steps to come depend on beside the data, to be saved between two steps."""
+        """Returns all that later steps depend on beside the data. Call it between two steps."""
         counts = torch.tensor([self.made, *self.place, len(self.held)])
         windows = [*self.held, *map(tuple, self.packer.open)]
         return {
@@ -76,7 +88,7 @@ class Stream:
         }
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Goes on where `state` was taken; the rows before are read past."""
+        """Restores `state`; earlier rows are skipped."""
         own = {name.removeprefix(PREFIX): t for name, t in saved.items() if name.startswith(PREFIX)}
         self.draw.set_state(own["draw"])
         self.made, row, segments, n = own["counts"].tolist()
@@ -90,7 +102,7 @@ class Stream:
 
 
 def _flat(windows: Sequence[Window]) -> dict[str, Tensor]:
-    """Windows as tensors: fields of all segments end to end, in 32 bits; segments' lengths; segments in each window."""
+    """Returns windows as tensors: fields of all segments end to end (int32), lengths, segments per window."""
     segments = [s for w in windows for s in w]
     empty = torch.zeros(0, dtype=torch.int64)
     fields = {

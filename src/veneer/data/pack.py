@@ -1,4 +1,4 @@
-"""Tokens into windows: a row's predictions as segments, and several segments in a window, none of which sees another."""
+"""Packs tokens: a row becomes segments, and several segments share a window without seeing each other."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from veneer.data.tokens import Tokens
 
-IGNORED = -100  # a position whose prediction is not learned, as torch's cross_entropy has it
-OPEN = 64  # windows that are still looked at for a place
+IGNORED = -100  # the label of a position without a loss, as in torch's cross_entropy
+OPEN = 64  # unfinished windows that are searched for room
 
 
 class Segment(NamedTuple):
-    """Predictions in a row of text: inputs (n,) and the token that follows each, labels (n,), IGNORED where it is not
-    learned; n_bytes (n,) of the labels."""
+    """Predictions in a row: inputs (n,); labels (n,), the next tokens, IGNORED without a loss; n_bytes (n,).
+
+    n_bytes counts the UTF-8 bytes of the labels.
+    """
 
     inputs: Tensor
     labels: Tensor
@@ -27,9 +29,9 @@ Window = tuple[Segment, ...]
 
 
 def segments(tokens: Tokens, length: int) -> list[Segment]:
-    """A row as segments of at most `length` predictions. Every token but the first is predicted exactly once.
+    """Returns a row as segments of at most `length` predictions; each token but the first is predicted once.
 
-    Stretches without anything to learn are left out.
+    Segments without a label are left out.
     """
     labels = torch.where(tokens.learned[1:], tokens.ids[1:], IGNORED)
     whole = Segment(tokens.ids[:-1], labels, tokens.n_bytes[1:] * tokens.learned[1:])
@@ -38,14 +40,14 @@ def segments(tokens: Tokens, length: int) -> list[Segment]:
 
 
 def pack(found: Iterable[Segment], length: int) -> list[Window]:
-    """Segments in windows of at most `length` tokens, each in the first of the last 64 windows with room for it."""
+    """Packs segments into windows of at most `length` tokens: first fit over the last 64 windows."""
     packer = Packer(length)
     closed = [window for segment in found if (window := packer.add(segment)) is not None]
     return [*closed, *map(tuple, packer.open)]
 
 
 class Packer:
-    """What `pack` does, a segment at a time. open: the windows that something may still be added to, the oldest first."""
+    """Packs one segment at a time, as `pack` does. open: the unfinished windows, oldest first."""
 
     def __init__(self, length: int, still_open: Iterable[Window] = ()) -> None:
         self.length = length
@@ -53,7 +55,7 @@ class Packer:
         self._room = [length - n_tokens([window]) for window in still_open]
 
     def add(self, segment: Segment) -> Window | None:
-        """Puts the segment into a window, and gives back the one that this closes, if it does."""
+        """Adds the segment to a window. Returns the window that this closes, if any."""
         n = len(segment.inputs)
         place = next((i for i, room in enumerate(self._room) if room >= n), None)
         if place is not None:
@@ -69,17 +71,16 @@ class Packer:
 
 
 def width(windows: Sequence[Window], widths: Sequence[int] = ()) -> int:
-    """Positions in each row of a batch: the longest window's, or the least of `widths` that holds it."""
+    """Returns the batch's length: the longest window's, or the smallest of `widths` that holds it."""
     longest = max(n_tokens([w]) for w in windows)
     return min((w for w in widths if w >= longest), default=longest)
 
 
 def collate(windows: Sequence[Window], pad: int, widths: Sequence[int] = ()) -> dict[str, Tensor]:
-    """input_ids and labels (b, t), and position_ids (b, t) where a window holds several segments.
+    """Returns input_ids and labels (b, t), and position_ids (b, t) if a window holds several segments.
 
-    t is their width(): with few widths there are few shapes, so that a compiler meets them all soon.
-    Positions begin anew with each segment: that is what transformers makes a block-diagonal mask from. Padding comes
-    last, as a segment of its own, so that nothing that is learned can see it, with or without positions.
+    t is width(windows, widths): few widths mean few shapes to compile. Positions restart with each segment;
+    transformers builds a block-diagonal mask from them. Padding comes last, as a segment no label sees.
     """
     t = width(windows, widths)
     input_ids = torch.full((len(windows), t), pad)
@@ -101,15 +102,15 @@ def collate(windows: Sequence[Window], pad: int, widths: Sequence[int] = ()) -> 
 
 
 def n_labels(windows: Iterable[Window]) -> int:
-    """Learned tokens in the windows."""
+    """Counts the labels in the windows."""
     return sum(int((s.labels != IGNORED).sum()) for w in windows for s in w)
 
 
 def n_tokens(windows: Iterable[Window]) -> int:
-    """Tokens read in the windows, padding not counted."""
+    """Counts the tokens in the windows, without padding."""
     return sum(len(s.inputs) for w in windows for s in w)
 
 
 def n_bytes(windows: Iterable[Window]) -> int:
-    """Bytes of text that the learned tokens stand for."""
+    """Counts the UTF-8 bytes of the labels."""
     return sum(int(s.n_bytes.sum()) for w in windows for s in w)

@@ -1,4 +1,4 @@
-"""A source with a weight: how often an epoch has each of its rows."""
+"""Repeats the rows of a weighted source within an epoch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from veneer.data.split import key
 
 
 def weigh(rows: Sequence[Row], weight: float, seed: int) -> list[Row]:
-    """The rows with `times` set: each floor(weight) times, and round(share * n) of n rows once more for the share that is left.
+    """Returns the rows with `times` set: floor(weight), plus one for the fraction's share of the rows.
 
-    Which rows those are is decided by a hash of their content and the seed, not by their place; rows of 0 times are left out.
+    A hash of content and seed chooses these rows, not their place. Rows with times = 0 are left out.
     """
     whole, share = int(weight), weight % 1
     order = sorted(range(len(rows)), key=lambda i: key(rows[i], f"weight {seed}"))

@@ -1,4 +1,4 @@
-"""Files into rows: plain text is one row a file, jsonl one row a line, a table its rows; what is not as it should be is refused."""
+"""Reads files as rows: a plain text is one row, a .jsonl one row a line, a table its rows."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ REFUSED = (
     ".zst",
     ".pdf",
     ".docx",
-)  # that would be taken for a text in a wrong encoding
+)  # known formats that would otherwise fail as text in a wrong encoding
 SHOWN = 5  # problems of one file that are listed before "and 12 more"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example; `kind` is messages, pair or text, `where` names it for people, `times` is how often an epoch has it."""
+    """One example: its kind (messages, pair or text), a name for people, and its repeats in an epoch."""
 
     kind: str
     columns: dict[str, Any]
@@ -36,8 +36,8 @@ class Row:
     times: int = 1
 
 
-def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of all files, in their order. Raises one DataError for all files that cannot be used."""
+def read_files(paths: Iterable[Path]) -> list[Row]:
+    """Returns the rows of all files, in order. Raises one DataError for all unusable files."""
     rows: list[Row] = []
     problems: list[str] = []
     for path in paths:
@@ -51,9 +51,9 @@ def read(paths: Iterable[Path]) -> list[Row]:
 
 
 def read_file(path: Path) -> list[Row]:
-    """The rows of one file: .jsonl and tables by their columns, anything else as one text.
+    """Returns the rows of one file: .jsonl and tables by their columns, anything else as one text.
 
-    Raises DataError for a file that is missing, empty, not UTF-8, of a format that is not read, or has rows that do not fit.
+    Raises DataError if the file is missing, empty, not UTF-8, of an unsupported format, or has bad rows.
     """
     check_file(path)
     suffix = path.suffix.lower()
@@ -61,30 +61,31 @@ def read_file(path: Path) -> list[Row]:
         return checked(str(path), tables.arrow(path))
     text = decode(path)
     if not text.strip():
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path}: the file is empty")
     if suffix in tables.WRITTEN:
         return checked(str(path), tables.written(path, text))
     return _lines(path, text) if suffix == ".jsonl" else [Row("text", {"text": text}, str(path))]
 
 
 def check_file(path: Path) -> None:
-    """Raises DataError for what is not there, or of a format that is not read."""
+    """Raises DataError if the file is missing, a folder, or of an unsupported format."""
     if path.is_dir():
         inside = first_few(sorted(p.name for p in path.iterdir() if p.is_file()), 3)
         raise DataError(
-            f"{path} is a folder; name the files in it that are to be read ({inside or 'it has none'})"
+            f"{path}: must be a file, got a folder; name the files in it ({inside or 'it is empty'})"
         )
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{path} does not exist{suggest(path.name, beside, listed=False)}")
+        raise DataError(f"{path}: the file does not exist{suggest(path.name, beside, listed=False)}")
     if path.suffix.lower() in REFUSED:
         raise DataError(
-            f"{path}: {path.suffix} is not read; write it as .csv, .parquet, or .jsonl with one JSON object a line"
+            f"{path}: unsupported format {path.suffix};"
+            f" convert it to .csv, .parquet, or .jsonl with one JSON object a line"
         )
 
 
 def decode(path: Path) -> str:
-    """A file's text, without the byte order mark. Raises DataError with the offset of the first byte that is not UTF-8."""
+    """Returns a file's text without the byte order mark. Raises DataError naming the first non-UTF-8 byte."""
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -92,7 +93,7 @@ def decode(path: Path) -> str:
         at = e.start + (3 if raw.startswith(b"\xef\xbb\xbf") else 0)
         line = raw[:at].count(b"\n") + 1
         where = f"byte 0x{raw[at]:02x} at offset {at}, line {line}"
-        raise DataError(f"{path} is not UTF-8 ({where}); convert it first, for instance with iconv") from None
+        raise DataError(f"{path}: not UTF-8 ({where}); convert it, for instance with iconv") from None
 
 
 def _lines(path: Path, text: str) -> list[Row]:
@@ -103,9 +104,9 @@ def _lines(path: Path, text: str) -> list[Row]:
 
 
 def checked(name: str, found: Iterable[tuple[str, Callable[[], dict[str, Any]]]]) -> list[Row]:
-    """Rows of one source from (where, what reads its columns). The first row's columns decide what all of them must have.
+    """Returns the rows of one source from (where, reader of its columns).
 
-    Raises one DataError for all rows that cannot be used, naming the first few.
+    The first row's columns decide the form of all. Raises one DataError for all bad rows, naming a few.
     """
     rows, problems, form = [], [], None
     for where, read_columns in found:
@@ -115,7 +116,7 @@ def checked(name: str, found: Iterable[tuple[str, Callable[[], dict[str, Any]]]]
             rows.append(Row(*example(form, columns), where))
         except DataError as e:
             problems.append(f"{where}: {e}")
-            if form is None:  # without the first row's columns every other row would be wrong too
+            if form is None:  # an unknown form of the first row would make every other row wrong too
                 break
     if problems:
         more = [f"and {len(problems) - SHOWN} more in {name}"] if len(problems) > SHOWN else []
@@ -124,16 +125,16 @@ def checked(name: str, found: Iterable[tuple[str, Callable[[], dict[str, Any]]]]
 
 
 def json_object(line: str) -> dict[str, Any]:
-    """The object that a line of JSON holds. Raises DataError for anything else."""
+    """Returns the JSON object in a line. Raises DataError for anything else."""
     try:
         found = json.loads(line)
     except json.JSONDecodeError as e:
         raise DataError(f"not JSON at column {e.colno} ({e.msg})") from None
     if not isinstance(found, dict):
-        raise DataError(f"a JSON {type(found).__name__}, not an object with columns")
+        raise DataError(f"must be a JSON object with columns, got a {type(found).__name__}")
     return found
 
 
 def unused(rows: Iterable[Row]) -> list[str]:
-    """Columns that rows have and no kind of example uses."""
+    """Returns the names of columns that no kind of example uses."""
     return sorted({name for row in rows for name in row.columns if name not in used(row.kind)})

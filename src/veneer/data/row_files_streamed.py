@@ -1,4 +1,4 @@
-"""Files into rows one at a time: nothing of a row is kept once it has been handed on, and a bad row is refused when it comes."""
+"""Reads files one row at a time; a bad row raises when its turn comes."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from veneer.data.tables import Entry
 from veneer.errors import DataError
 
 
-def file(path: Path) -> Iterator[Row]:
-    """The rows of a file in their order, as `read_file` has them; a plain text is one row, which is read when its turn comes.
+def stream_file(path: Path) -> Iterator[Row]:
+    """Yields the rows of a file in the order of `read_file`; a plain text is one row.
 
-    Raises DataError at once for a file that is missing or cannot be read so, and later for the first row that does not fit.
+    Raises DataError at once if the file is missing or cannot be streamed, later for the first bad row.
     """
     check_file(path)
     suffix = path.suffix.lower()
     if suffix == ".json":
-        raise DataError(
-            f"{path}: a JSON list cannot be read a row at a time; write it as .jsonl, with one object a line"
-        )
+        raise DataError(f"{path}: a JSON list cannot be streamed; write it as .jsonl, with one object a line")
     if suffix in tables.ARROW:
-        return rows(tables.arrow(path))
+        return stream_rows(tables.arrow(path))
     if suffix in tables.WRITTEN:
-        return rows(tables.separated(path, _lines(path, "")))
-    return rows(_objects(path)) if suffix == ".jsonl" else (row for _ in (0,) for row in read_file(path))
+        return stream_rows(tables.separated(path, _lines(path, "")))
+    return (
+        stream_rows(_objects(path)) if suffix == ".jsonl" else (row for _ in (0,) for row in read_file(path))
+    )
 
 
-def rows(entries: Iterator[Entry]) -> Iterator[Row]:
-    """The rows of one source. The first row's columns decide what all of them must have."""
+def stream_rows(entries: Iterator[Entry]) -> Iterator[Row]:
+    """Yields the rows of one source. The first row's columns decide the form of all."""
     form = None
     for where, read_columns in entries:
         try:
@@ -54,10 +54,10 @@ def _lines(path: Path, newline: str) -> Iterator[str]:
     n = 0
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as lines:
-            for n, line in enumerate(lines, 1):  # noqa: B007  (told where it fails)
+            for n, line in enumerate(lines, 1):  # noqa: B007  (the except clause needs n)
                 yield line
     except UnicodeDecodeError as e:
         where = f"byte 0x{e.object[e.start]:02x} after line {n}"
-        raise DataError(f"{path} is not UTF-8 ({where}); convert it first, for instance with iconv") from None
+        raise DataError(f"{path}: not UTF-8 ({where}); convert it, for instance with iconv") from None
     if not n:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path}: the file is empty")

@@ -1,4 +1,4 @@
-"""A tenth of the rows set aside for validation, when no text is given for it."""
+"""Sets a tenth of the rows aside for validation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from veneer.data.row_files import Row
 from veneer.errors import DataError
 
 SHARE = 0.1
-FEW = 10  # below this many different rows, texts are cut instead
+FEW = 10  # different rows; with fewer, texts are cut instead
 
 
 def split_off(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """(for training, for validation): a tenth of the rows by a hash of their content, so that equal rows stay together.
+    """Returns (training, validation) rows: a tenth goes to validation, chosen by a hash of its content.
 
-    Of fewer than ten texts, each gives its last tenth, cut at a line's end. Raises DataError where there is too little.
+    Equal rows stay together. Fewer than ten texts give their last tenth each, cut at a line's end.
+    Raises DataError if a part would be empty.
     """
     keys = [key(row, seed) for row in rows]
     order = sorted(set(keys))
@@ -24,9 +25,7 @@ def split_off(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
         halves = [_cut(r) for r in rows]
         return [h for h, _ in halves], [t for _, t in halves]
     if len(order) < 2:
-        raise DataError(
-            f"{rows[0].where}: a single example leaves none for validation; give valid= or more data"
-        )
+        raise DataError(f"{rows[0].where}: a single example cannot be split; give valid or more data")
     chosen = set(order[: max(1, round(SHARE * len(order)))])
     return [r for r, k in zip(rows, keys, strict=True) if k not in chosen], [
         r for r, k in zip(rows, keys, strict=True) if k in chosen
@@ -34,7 +33,7 @@ def split_off(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def key(row: Row, seed: int | str) -> str:
-    """A hash of the row's columns and the seed: equal rows have equal ones."""
+    """Returns a hash of the row's columns and the seed."""
     content = json.dumps(row.columns, sort_keys=True, default=str)
     return hashlib.sha256(f"{seed}\0{content}".encode()).hexdigest()
 
@@ -46,7 +45,8 @@ def _cut(row: Row) -> tuple[Row, Row]:
     head, tail = text[:at], text[at:]
     if not (head.strip() and tail.strip()):
         raise DataError(
-            f"{row.where} is too short ({len(text)} characters) to take validation text from it; give valid= or more data"
+            f"{row.where}: {len(text)} characters are too few to split off validation text;"
+            f" give valid or more data"
         )
     first, last = ({**row.columns, "text": part} for part in (head, tail))
     return replace(row, columns=first), replace(row, columns=last, where=f"{row.where} (end)")

@@ -1,4 +1,4 @@
-"""Tables into rows: csv, tsv, a JSON list, parquet, arrow and feather; each row's place beside what reads its columns."""
+"""Reads tables: csv, tsv, a JSON list, parquet, arrow and feather, as pairs (place, column reader)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 
 from veneer.errors import DataError, first_few
 
+# Where a row stands, and a function that reads its columns.
 Entry = tuple[str, Callable[[], dict[str, Any]]]
-WRITTEN = (".csv", ".tsv", ".json")  # as text
+WRITTEN = (".csv", ".tsv", ".json")  # tables written as text
 ARROW = (".parquet", ".arrow", ".feather")
 
 
 def written(path: Path, text: str) -> Iterator[Entry]:
-    """The rows of a table that is text. Raises DataError for one without rows, or that is none."""
+    """Yields the rows of a .csv, .tsv or .json file. Raises DataError if it is empty or not a table."""
     return (
         _listed(path, text)
         if path.suffix.lower() == ".json"
@@ -31,24 +32,24 @@ def _listed(path: Path, text: str) -> Iterator[Entry]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as e:
-        lines = "; a file with one object a line is a .jsonl" if e.msg == "Extra data" else ""
+        lines = "; name a file with one object a line .jsonl" if e.msg == "Extra data" else ""
         raise DataError(f"{path} line {e.lineno}: not JSON at column {e.colno} ({e.msg}){lines}") from None
     if not isinstance(found, list) or not found:
-        what = f"with {first_few(map(repr, found))}" if isinstance(found, dict) else "without rows"
+        inside = f"with {first_few(map(repr, found))}" if isinstance(found, dict) else "without rows"
         raise DataError(
-            f"{path} holds a JSON {type(found).__name__} {what}; write a list of objects, one a row"
+            f"{path}: must be a JSON list of objects, one a row, got a {type(found).__name__} {inside}"
         )
     return ((f"{path} row {n}", partial(_object, row)) for n, row in enumerate(found, 1))
 
 
 def _object(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"a JSON {type(row).__name__}, not an object with columns")
+        raise DataError(f"must be a JSON object with columns, got a {type(row).__name__}")
     return row
 
 
 def separated(path: Path, lines: Iterable[str]) -> Iterator[Entry]:
-    """The rows of a .csv or .tsv from its lines, which are read as the rows are. Raises DataError for one that is none."""
+    """Yields the rows of a .csv or .tsv, reading `lines` as needed. Raises DataError if it is not a table."""
     before = csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's 131072 characters
     reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     empty = True
@@ -57,30 +58,35 @@ def separated(path: Path, lines: Iterable[str]) -> Iterator[Entry]:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise DataError(
-                f"{path}: several columns are called {first_few(map(repr, twice))}; the first line must name them apart"
+                f"{path}: column names must differ, got {first_few(map(repr, twice))} more than once;"
+                f" rename them in the first line"
             )
         for n, row in enumerate(reader, 1):
             if row:
                 empty = False
                 yield f"{path} row {n}", partial(_fields, names, row)
     except csv.Error as e:
-        raise DataError(f"{path}: {e}; quotes within a quoted field are doubled") from None
+        raise DataError(f"{path}: {e}; double the quotes inside a quoted field") from None
     finally:
         csv.field_size_limit(before)
     if empty:
-        raise DataError(f"{path} has a line of column names and no rows")
+        raise DataError(f"{path}: the table has column names but no rows")
 
 
 def _fields(names: list[str], row: list[str]) -> dict[str, Any]:
     if len(row) != len(names):
         raise DataError(
-            f"{len(row)} fields, but {len(names)} columns; a field with a separator or a line break in it needs quotes"
+            f"the row must have {len(names)} fields, got {len(row)};"
+            f" put fields with a separator or a line break in quotes"
         )
     return dict(zip(names, row, strict=True))
 
 
 def arrow(path: Path) -> Iterator[Entry]:
-    """The rows of a parquet, arrow or feather file, read in pieces. Raises DataError for a file without rows, or that is none."""
+    """Yields the rows of a parquet, arrow or feather file, read in batches.
+
+    Raises DataError if the file is empty or not of its format.
+    """
     import pyarrow
 
     n = 0
@@ -88,13 +94,13 @@ def arrow(path: Path) -> Iterator[Entry]:
         for batch in _batches(path):
             for row in batch.to_pylist():
                 n += 1
-                yield f"{path} row {n}", partial(bare, row)
+                yield f"{path} row {n}", partial(without_nulls, row)
     except (pyarrow.ArrowInvalid, OSError) as e:
         raise DataError(
-            f"{path} is no {path.suffix[1:].lower()} file that can be read ({str(e).splitlines()[0]})"
+            f"{path}: unreadable as {path.suffix[1:].lower()} ({str(e).splitlines()[0]})"
         ) from None
     if not n:
-        raise DataError(f"{path} has no rows")
+        raise DataError(f"{path}: the table has no rows")
 
 
 def _batches(path: Path) -> Iterator[Any]:
@@ -108,26 +114,29 @@ def _batches(path: Path) -> Iterator[Any]:
     with pyarrow.memory_map(str(path)) as file:
         mark = file.read(6)
         file.seek(0)
-        if mark[:4] == b"FEA1":  # feather's first version, which cannot be read in pieces
+        if mark[:4] == b"FEA1":  # feather version 1 has no batches
             yield from feather.read_table(path).to_batches(1000)
             return
         reader = ipc.open_file(file) if mark == b"ARROW1" else ipc.open_stream(file)
         batches = (
             (reader.get_batch(i) for i in range(reader.num_record_batches)) if mark == b"ARROW1" else reader
         )
-        yield from (part for batch in batches for part in _cut(batch))
+        yield from (part for batch in batches for part in _sliced(batch))
 
 
-def _cut(batch: Any) -> Iterator[Any]:
+def _sliced(batch: Any) -> Iterator[Any]:
     return (batch.slice(at, 1000) for at in range(0, batch.num_rows, 1000))
 
 
-def bare(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without what is null inside its lists and objects: a column of a table gives all its objects the same names."""
-    return {name: _bare(value) for name, value in row.items()}
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the row without nulls inside its lists and objects.
+
+    Arrow gives every object of a column the same keys and fills those it lacks with null.
+    """
+    return {name: _without_nulls(value) for name, value in row.items()}
 
 
-def _bare(value: Any) -> Any:
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _bare(v) for k, v in value.items() if v is not None}
-    return [_bare(v) for v in value] if isinstance(value, list) else value
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value

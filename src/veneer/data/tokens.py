@@ -1,4 +1,4 @@
-"""Parts into tokens: ids, which of them are learned, and how many bytes of text each stands for."""
+"""Encodes parts as tokens: ids, which of them are learned, and the bytes of text each adds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from veneer.errors import DataError
 
 
 class Tokens(NamedTuple):
-    """ids (n,) int64, learned (n,) bool, n_bytes (n,) int64: the UTF-8 bytes by which a token extends the text."""
+    """ids (n,) int64; learned (n,) bool; n_bytes (n,) int64, the UTF-8 bytes each token adds to the text."""
 
     ids: Tensor
     learned: Tensor
     n_bytes: Tensor
 
     def first(self, n: int) -> Tokens:
-        """The first n tokens."""
+        """Returns the first n tokens."""
         return Tokens(*(t[:n] for t in self))
 
 
@@ -29,7 +29,7 @@ Token = tuple[int, bool, int]
 
 
 def encode(parts: Sequence[Part], tokenizer: Any) -> Tokens:
-    """The tokens of one row: the tokenizer's beginning token where it has one to begin with, then the parts."""
+    """Returns the tokens of one row: the tokenizer's beginning token, if it has one, then the parts."""
     found: list[Token] = [(i, False, 0) for i in beginning(tokenizer)]
     if parts and parts[0].special:
         found = []  # a chat template writes its own
@@ -49,9 +49,10 @@ def encode(parts: Sequence[Part], tokenizer: Any) -> Tokens:
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """What a document begins with: the token that the tokenizer itself puts first, or the one that separates documents.
+    """Returns the token ids that a document begins with.
 
-    A tokenizer whose beginning token is its end token (GPT-2, the built-in model) was trained with it between documents.
+    That is the beginning token if the tokenizer adds it itself, or if it is also the end token: such
+    models (GPT-2, the built-in one) were trained with it between documents.
     """
     own = list(tokenizer("")["input_ids"])
     bos = tokenizer.bos_token_id
@@ -61,19 +62,19 @@ def beginning(tokenizer: Any) -> list[int]:
 
 
 def end_token(tokenizer: Any) -> int:
-    """The id of the end-of-text token. Raises DataError for a tokenizer without one."""
+    """Returns the id of the end-of-text token. Raises DataError if its eos_token is unset."""
     end: int | None = tokenizer.eos_token_id
     if end is None:
         raise DataError(
-            "the tokenizer has no end-of-text token, without which the model cannot learn where a text ends; set its eos_token"
+            "the tokenizer has no end-of-text token, so the model could not learn to stop; set its eos_token"
         )
     return end
 
 
 def _stretch(parts: list[Part], tokenizer: Any) -> Iterator[Token]:
-    """The tokens of the parts' text as a whole; apart where a token would reach from what is read into what is learned.
+    """Yields the tokens of the joined text; of each part if a token would cross a border of what is learned.
 
-    Generation starts exactly at that border, so training must too.
+    Generation starts at that border, so training must split there too.
     """
     text = "".join(p.text or "" for p in parts)
     ids, spans = _spans(text, tokenizer, parts[0].special)
@@ -91,11 +92,12 @@ def _stretch(parts: list[Part], tokenizer: Any) -> Iterator[Token]:
 
 
 def _spans(text: str, tokenizer: Any, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids and the characters (from, to) that each comes from."""
+    """Returns token ids and the characters (from, to) of each."""
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise DataError(
-            f"{kind} does not say which characters a token comes from; use the tokenizer's fast form, a tokenizer.json"
+            f"the tokenizer must be a fast one that reports character offsets, got {kind};"
+            f" provide a tokenizer.json"
         )
     found = tokenizer(
         text,

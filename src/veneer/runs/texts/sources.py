@@ -9,7 +9,7 @@ from pathlib import Path
 from veneer import embedded
 from veneer.data import hub, row_files_streamed, tables
 from veneer.data.repeats import weigh
-from veneer.data.row_files import REFUSED, Row, read
+from veneer.data.row_files import REFUSED, Row, read_files
 from veneer.embedded import texts
 from veneer.errors import DataError, suggest
 
@@ -66,7 +66,7 @@ def _read(name: str, split: str) -> list[Row]:
         return _builtin(name, split)
     if kind == "folder":
         return hub.from_folder(*_folder(name), split)
-    return hub.from_hub(name, split) if kind == "hub" else read([Path(name)])
+    return hub.from_hub(name, split) if kind == "hub" else read_files([Path(name)])
 
 
 def stream(name: str, split: str) -> Iterator[Row]:
@@ -75,13 +75,13 @@ def stream(name: str, split: str) -> Iterator[Row]:
     if kind == "builtin":
         return iter(_builtin(name, split))
     if kind == "file":
-        return row_files_streamed.file(Path(name))
-    return row_files_streamed.rows(
+        return row_files_streamed.stream_file(Path(name))
+    return row_files_streamed.stream_rows(
         hub.entries(
             *(
-                hub.folder(*_folder(name), split)
+                hub.open_folder(*_folder(name), split)
                 if kind == "folder"
-                else hub.on_hub(name, split, streaming=True)
+                else hub.open_on_hub(name, split, streaming=True)
             )
         )
     )
