@@ -17,12 +17,13 @@ from veneer.adapt.attached import changes
 from veneer.adapt.combine import to_lora
 from veneer.adapt.merge import merge
 from veneer.adapt.shared_inputs import discover, groups
-from veneer.methods import Delta
-from veneer.methods.base.delta import Factors, master_dtype
+from veneer.methods import FactoredDelta, Factors
+from veneer.methods.base.delta import master_dtype
+from veneer.methods.base.protocols import GainsInput
 from veneer.sites import site_for
 
 
-class Gains(Delta):
+class Gains(FactoredDelta, GainsInput):
     """All four parts of the form, each of which can be left out."""
 
     def __init__(self, site, *, parts: str = "ABgc"):
@@ -95,7 +96,7 @@ def test_beside_other_changes_it_is_the_sum_of_changes_of_the_weight(parts):
 
 def test_alone_it_multiplies_the_input_and_makes_no_matrix_of_the_bases_size(monkeypatch):
     _, model, x = made("linear", "ABgc")
-    monkeypatch.setattr(Gains, "delta", lambda *a: pytest.fail("W' - W was made"))
+    monkeypatch.setattr(Factors, "dense", lambda *a: pytest.fail("W' - W was made"))
     model(x)
     with pytest.raises(pytest.fail.Exception, match="W' - W was made"), veneer.using(model, {"default": 0.5}):
         model(x)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import veneer
 from veneer import optim
 from veneer.errors import ConfigError
-from veneer.methods import Delta
+from veneer.methods import DenseDelta
 from veneer.optim.base import groups
 from veneer.train import rates
 from veneer.train.loop import schedule
@@ -72,7 +72,7 @@ def test_of_the_base_every_parameter_once_tied_or_not():
     assert {p.role for p in found if "norm" in p.name} == {"vector"}
 
 
-class Nothing(Delta):
+class Nothing(DenseDelta):
     """A change without parameters."""
 
     def __init__(self, site):

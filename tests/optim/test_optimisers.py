@@ -17,7 +17,7 @@ from veneer.adapt.attached import changes
 from veneer.data import pack
 from veneer.data.tokens import Tokens
 from veneer.errors import ConfigError, NotFinite
-from veneer.methods import Delta
+from veneer.methods import DenseDelta
 from veneer.methods.lora import LoRA
 from veneer.ops.matrix.grams import gram
 from veneer.optim.balanced import over, product_norm
@@ -122,7 +122,7 @@ def test_the_order_of_what_is_trained_does_not_matter():
     }
 
 
-class OneSided(Delta):
+class OneSided(DenseDelta):
     """A change with a factor in the role B and none in the role A."""
 
     roles = {"B": "B"}

@@ -146,7 +146,7 @@ def test_the_entries_have_the_same_headings():
 
 def test_a_new_method_is_there_as_soon_as_its_file_is(tools, tmp_path, monkeypatch):
     code = '"""Nil: W\' = W * 1, for nothing.  Nobody 2026, https://example.org/nil\n\nUse: never.\n"""\n'
-    code += "from veneer.methods.base.delta import Delta\n\n\nclass Nil(Delta):\n    def __init__(self, site, *, depth: int = 3) -> None:\n"
+    code += "from veneer.methods.base.delta import DenseDelta\n\n\nclass Nil(DenseDelta):\n    def __init__(self, site, *, depth: int = 3) -> None:\n"
     code += '        """\n        depth: how deep\n        """\n'
     (tmp_path / "nil.py").write_text(code, encoding="utf-8")
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pages.markdown import escaped, prose, table
 from veneer import methods, optim
 from veneer.cli.flags import flag_of_method, shown_default
-from veneer.methods import Delta, inits
+from veneer.methods import Delta, PeftKind, inits
 from veneer.methods.base.described import Described, helps_of, of_module, option_helps
 
 HEAD = """# Methods, starts and optimisers
@@ -72,12 +72,9 @@ def _methods() -> list[Entry]:
 
 
 def _method(name: str, kind: type[Delta]) -> Entry:
-    plain = kind.to_peft is not Delta.to_peft or any(
-        "reads_peft" in vars(c) for c in kind.__mro__ if c is not Delta
-    )
     file = (
         "PEFT's files, wherever PEFT can express the layer"
-        if plain
+        if issubclass(kind, PeftKind)
         else "Veneer's own file, [`delta.safetensors`](../format.md#the-tensors)"
     )
     roles = ", ".join(f"`{p}`" for p in kind.roles) or "none that optimisers treat apart"

@@ -17,6 +17,7 @@ from veneer.adapt.forward import Deltas, act, forget, input_gain, is_private
 from veneer.adapt.per_layer import build_all, check_patterns, options_at
 from veneer.errors import ConfigError, SiteError, first_few
 from veneer.methods import Delta, Stats
+from veneer.methods.base.protocols import GainsInput, OpensModel
 from veneer.sites import Site
 from veneer.sites.find import Target
 
@@ -158,7 +159,8 @@ def check_name(model: nn.Module, name: str) -> None:
 def hang(model: nn.Module, name: str, changes: list[tuple[Site, Delta]]) -> None:
     """Adds ready-made changes as adapter `name`, acting at strength 1."""
     for kind in {type(delta) for _, delta in changes}:
-        kind.open(model)
+        if issubclass(kind, OpensModel):
+            kind.open(model)
     for site, delta in changes:
         deltas = deltas_of(site.module)
         if deltas is None:
@@ -173,7 +175,7 @@ def hang(model: nn.Module, name: str, changes: list[tuple[Site, Delta]]) -> None
 
 @torch.no_grad()
 def _gains_input(site: Site, delta: Delta) -> bool:
-    return delta.gains_input(site)
+    return isinstance(delta, GainsInput) and delta.gains_input(site)
 
 
 def strengths(names: tuple[str | Mapping[str, float], ...]) -> dict[str, float]:
@@ -244,7 +246,8 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
             _remove(module._forward_hooks, _apply)
             _remove(module._forward_pre_hooks, _scale_input)
     for kind in before - _kinds(model):
-        kind.close(model)
+        if issubclass(kind, OpensModel):
+            kind.close(model)
     if not layers(model):
         _remove(model._forward_hooks, _check_called)
         trained = model.__dict__.pop(TRAINED_BEFORE, None)

@@ -18,7 +18,8 @@ from veneer.adapt.attach import check_called, check_name, detach, hang, refuse_c
 from veneer.adapt.attached import layers
 from veneer.adapt.probe import evaluating
 from veneer.errors import ConfigError, DataError, SiteError, first_few
-from veneer.methods.base.delta import Delta, Factors, Stats, master_dtype
+from veneer.methods import Delta, Factors, Stats
+from veneer.methods.base.delta import master_dtype
 from veneer.ops.draws import keyed
 from veneer.ops.matrix import sketch
 from veneer.sites import Site, find
@@ -50,7 +51,12 @@ class Sketched(Delta):
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """Zero, computed in the sketch's own precision whatever the model computes in."""
         with torch.autocast(y.device.type, enabled=False):
-            return super().forward(x.detach(), y.to(self.Y.dtype), site).to(y.dtype)
+            wide = y.to(self.Y.dtype)
+            x = self.dropped(x.detach(), wide, site)
+            return self.factors(site).added(x, wide, site).to(y.dtype)
+
+    def delta(self, site: Site) -> Tensor:
+        return self.factors(site).dense(site)
 
     def collect(self) -> None:
         """Adds the gradients of the batch to the sums, and forgets them."""

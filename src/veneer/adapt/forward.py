@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.methods.base.delta import Delta
+from veneer.methods import Delta, Factors
+from veneer.methods.base.protocols import AddsInPlace, GainsInput, Served
 from veneer.ops.lowrank import expand, project
 from veneer.sites import Site
 from veneer.sites.quantised_linear import QuantisedLinear
@@ -101,11 +102,24 @@ class Group:
         return same and held.versions == tuple(t._version for t in held.sources)
 
 
+def normal_form(delta: Delta, site: Site) -> Factors | None:
+    """Returns the change as factors that can be summed with others, or None for a change without."""
+    return delta.normal_form(site) if isinstance(delta, Served) else None
+
+
+def _onto(delta: Delta, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
+    """Returns y plus the change, which acts alone in full."""
+    if isinstance(delta, AddsInPlace):
+        return delta.onto(x, y, site, writable=writable)
+    change: Tensor = delta(x, y, site)
+    return y + change
+
+
 def acting(deltas: Deltas) -> Acting:
     """The acting changes of one layer, those in normal form summed into one."""
     As, Bs, gains, others = [], [], [], []
     for name, strength in deltas.active.items():
-        form = deltas[name].normal_form(deltas.site)
+        form = normal_form(deltas[name], deltas.site)
         if form is None or (form.c is not None and not _is_whole(deltas)):
             others.append((deltas[name], strength))
             continue
@@ -122,7 +136,8 @@ def input_gain(deltas: Deltas, x: Tensor) -> Tensor | None:
     if not _is_whole(deltas):
         return None
     (name,) = deltas.active
-    return deltas[name].input_gain(x, deltas.site)
+    delta = deltas[name]
+    return delta.input_gain(x, deltas.site) if isinstance(delta, GainsInput) else None
 
 
 def _is_whole(deltas: Deltas) -> bool:
@@ -145,7 +160,7 @@ def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
     part = deltas.group.part(deltas, x, y.dtype) if deltas.group is not None else None
     now = part.acting if part is not None else acting(deltas)
     if now.others and _is_whole(deltas):
-        return now.others[0][0].onto(x, y, deltas.site, writable=writable)
+        return _onto(now.others[0][0], x, y, deltas.site, writable=writable)
     changes = [_times(delta(x, y, deltas.site), strength) for delta, strength in now.others]
     out = y
     if now.excess is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.adapt.attached import deltas_of, layers
 from veneer.adapt.forward import Deltas, Group, forget
-from veneer.methods.base.delta import ROWWISE
+from veneer.methods.base.factors import ROWWISE
 
 
 class _Watch:

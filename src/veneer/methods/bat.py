@@ -14,21 +14,24 @@ Against: no comparison at learning rates tuned for each method; r must divide bo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import ShapeError
-from veneer.methods.base.delta import ROWWISE, Delta, master_dtype
+from veneer.methods.base.delta import Delta, DenseDelta, master_dtype
+from veneer.methods.base.factors import ROWWISE
 from veneer.methods.base.options import build
-from veneer.methods.base.peft import PeftForm, check_peft_tensors
+from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
+from veneer.ops import recomputed
 from veneer.ops.matrix.linalg import check_rank
-from veneer.ops.matrix.tiles import affine, product
+from veneer.ops.matrix.tiles import affine
 from veneer.sites import Site
 
 
-class Bat(Delta):
+@final
+class Bat(DenseDelta, PeftStored):
     """B (out / r, r, r), a block for every row of tiles, starts at zero."""
 
     peft_settings = {"r": 64, "miss_dropout": 0.0, "mini_r": 1, "init_weights": True, "bias": "none"}
@@ -54,7 +57,11 @@ class Bat(Delta):
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         if site.kind not in ROWWISE:
             return super().forward(x, y, site)
-        return product(x.to(y.dtype), site.weight(), self.B)
+
+        def change(B: Tensor) -> Tensor:
+            return affine(site.weight().detach().to(y.dtype), B.to(y.dtype))
+
+        return recomputed.product(x.to(y.dtype), change, (self.B,))
 
     def to_peft(self, site: Site) -> PeftForm | None:
         if site.kind != "linear":

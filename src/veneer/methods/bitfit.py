@@ -13,7 +13,7 @@ Against: below LoRA on all but small tasks in the LoRA paper; PEFT has no such m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from veneer.sites import BiasSite, Site, find
 from veneer.sites.find import Target, kind_of, named
 
 
+@final
 class BitFit(Delta):
     """d (out,) starts at zero."""
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NotMergeable, SiteError, suggest
-from veneer.methods.base.delta import ROWWISE, Delta, master_dtype
+from veneer.methods.base.delta import Delta, master_dtype
+from veneer.methods.base.factors import ROWWISE
 from veneer.methods.base.options import option
 from veneer.ops.draws import keyed
 from veneer.ops.matrix.linalg import check_at_most
@@ -43,6 +44,7 @@ PLACES = {
 }
 
 
+@final
 class Bottleneck(Delta):
     """U and u start at zero: the model starts as it was."""
 

@@ -12,19 +12,23 @@ read it. Where rates were tuned for each, variants of LoRA ended within 1 to 2 %
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from veneer.methods.base.delta import Delta, Factors, Stats, master_dtype
-from veneer.methods.base.peft import PeftForm, check_peft_tensors, peft_shapes
+from veneer.methods.base.delta import FactoredDelta, master_dtype
+from veneer.methods.base.factors import Factors
+from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors, peft_shapes
+from veneer.methods.base.protocols import SubtractsStart
+from veneer.methods.base.stats import Stats
 from veneer.methods.lora import LoRA
 from veneer.ops.matrix.linalg import row_norms, row_norms_of_sum
 from veneer.sites import Site
 
 
-class DoRA(Delta):
+@final
+class DoRA(FactoredDelta, SubtractsStart, PeftStored):
     """A LoRA pair and a magnitude m (out,). The norm is a constant in the backward (section 4.3 of the paper)."""
 
     roles = {"A": "A", "B": "B", "m": "magnitude"}

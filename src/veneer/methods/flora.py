@@ -17,10 +17,14 @@ rank 1 it costs more than a batched LoRA of the same rank wherever a product of 
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor, nn
 
-from veneer.methods.base.delta import ROWWISE, Delta, Factors, Products, master_dtype
+from veneer.methods.base.delta import DenseDelta, master_dtype
+from veneer.methods.base.factors import ROWWISE, Factors, Products
+from veneer.methods.base.protocols import GainsInput
 from veneer.ops.draws import keyed
 from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import Site
@@ -28,7 +32,8 @@ from veneer.sites import Site
 FEW_ROWS = 128  # r products with W cost less than making W' - W up to 100 to 250 rows (r of 2 and 4, layers of 512 and 2048)
 
 
-class FLoRA(Delta):
+@final
+class FLoRA(DenseDelta, GainsInput):
     """A (r, in), B (out, r)."""
 
     roles = {"A": "gain", "B": "gain"}

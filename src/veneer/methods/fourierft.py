@@ -19,15 +19,17 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, ShapeError
-from veneer.methods.base.delta import ROWWISE, Delta, Factors, master_dtype
+from veneer.methods.base.delta import Delta, DenseDelta, master_dtype
+from veneer.methods.base.factors import ROWWISE, Factors
 from veneer.methods.base.options import build
-from veneer.methods.base.peft import PeftForm, check_peft_tensors
+from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
+from veneer.methods.base.protocols import AddsInPlace, Served
 from veneer.ops import fourier
 from veneer.ops.draws import keyed
 from veneer.sites import Site
@@ -35,7 +37,8 @@ from veneer.sites import Site
 PEFT_SCALING = 150.0
 
 
-class FourierFT(Delta):
+@final
+class FourierFT(DenseDelta, Served, AddsInPlace, PeftStored):
     """c (n,), or (p, q) on a grid, starts at zero; rows and columns hold the frequencies."""
 
     peft_settings = {
@@ -107,17 +110,20 @@ class FourierFT(Delta):
         return self.c * (self.scaling / (out * in_))
 
     def factors(self, site: Site) -> Factors | None:
-        if not self.grid:
-            return None
+        return self._waves() if self.grid else None
+
+    def _waves(self) -> Factors:
         return Factors(self.A, torch.cat(list(self.out_waves @ self._coefficients()), 1))
 
     def delta(self, site: Site) -> Tensor:
         if self.grid:
-            return super().delta(site)
+            return self._waves().dense(site)
         return fourier.dense(self._coefficients(), self.rows, self.columns, *self.size)
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        if self.grid or site.kind not in ROWWISE:
+        if self.grid:
+            return self._waves().added(self.dropped(x, y, site), y, site)
+        if site.kind not in ROWWISE:
             return super().forward(x, y, site)
         return fourier.added(
             torch.zeros_like(y), x.to(y.dtype), self._coefficients(), self.rows, self.columns, writable=True
@@ -125,7 +131,7 @@ class FourierFT(Delta):
 
     def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
         if self.grid or site.kind not in ROWWISE:
-            return super().onto(x, y, site, writable=writable)
+            return y + self(x, y, site)  # type: ignore[no-any-return]
         W = _frozen(site, x, y) if writable else None
         return fourier.added(
             y, x.to(y.dtype), self._coefficients(), self.rows, self.columns, writable=writable, frozen=W

@@ -10,7 +10,7 @@ Against: with AdamW four times the memory of the weights, and a file of the mode
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from veneer.sites.find import Target, named
 from veneer.sites.own import is_own
 
 
+@final
 class Full(Delta):
     """D (n, 1), all parameters of one module as `LeafSite` lays them out. Used after training, to dial and to merge.
 

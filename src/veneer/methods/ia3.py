@@ -16,21 +16,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import NotMergeable
-from veneer.methods.base.delta import ROWWISE, Delta, Factors, master_dtype
+from veneer.methods.base.delta import Delta, master_dtype
+from veneer.methods.base.factors import ROWWISE, Factors
 from veneer.methods.base.options import build
-from veneer.methods.base.peft import PeftForm, check_peft_tensors
+from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
+from veneer.methods.base.protocols import GainsInput
 from veneer.sites import Site, find
 from veneer.sites.find import Target
 from veneer.sites.roles import FEEDFORWARD_END, called
 
 
-class IA3(Delta):
+@final
+class IA3(Delta, GainsInput, PeftStored):
     """l starts at one: (in,) on a feed-forward layer, else (out,)."""
 
     peft_settings = {"feedforward_modules": None, "fan_in_fan_out": False, "init_ia3_weights": True}
@@ -65,8 +68,9 @@ class IA3(Delta):
         return not self.reads and site.shift() is not None
 
     def factors(self, site: Site) -> Factors | None:
-        if self._scales_bias(site):
-            return None
+        return None if self._scales_bias(site) else self._gain(site)
+
+    def _gain(self, site: Site) -> Factors:
         A, B = self.l.new_empty(0, site.in_), self.l.new_empty(site.out, 0)
         return Factors(A, B, c=self.l) if self.reads else Factors(A, B, g=self.l)
 
@@ -79,12 +83,12 @@ class IA3(Delta):
                 f"(IA)3 multiplies the bias of {site.name!r} too, which no change of its weight does; keep it as an adapter, or leave"
                 f" layers with a bias out"
             )
-        return super().delta(site)
+        return self._gain(site).dense(site)
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         if self._scales_bias(site):
             return site.rows((self.l - 1).to(y.dtype)) * y
-        return super().forward(x, y, site)
+        return self._gain(site).added(self.dropped(x, y, site), y, site)
 
     def to_peft(self, site: Site) -> PeftForm | None:
         if site.kind not in ROWWISE:

@@ -16,12 +16,14 @@ orthogonal although the paper says so, and the released code saves neither sigma
 from __future__ import annotations
 
 import math
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, suggest
-from veneer.methods.base.delta import Delta, Factors, master_dtype
+from veneer.methods.base.delta import FactoredDelta, master_dtype
+from veneer.methods.base.factors import Factors
 from veneer.ops.draws import keyed
 from veneer.ops.matrix.linalg import check_rank, leading_svd, precise
 from veneer.sites import Site
@@ -29,7 +31,8 @@ from veneer.sites import Site
 BASES = ("lu", "svd")
 
 
-class LoLDU(Delta):
+@final
+class LoLDU(FactoredDelta):
     """z (r,) and sigma () start as z0 and sigma0; L (out, r) is P L, U (r, in)."""
 
     L: Tensor

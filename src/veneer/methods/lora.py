@@ -13,21 +13,32 @@ Against: a change of rank r at most, which is little where there is much to lear
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, FormatError
 from veneer.methods import inits
-from veneer.methods.base.delta import Delta, Factors, Stats, master_dtype
-from veneer.methods.base.peft import PeftForm, check_peft_tensors, peft_same_map, peft_shapes, peft_tensors
+from veneer.methods.base.delta import FactoredDelta, master_dtype
+from veneer.methods.base.factors import Factors
+from veneer.methods.base.peft import (
+    PeftForm,
+    PeftStored,
+    check_peft_tensors,
+    peft_same_map,
+    peft_shapes,
+    peft_tensors,
+)
+from veneer.methods.base.protocols import SubtractsStart
+from veneer.methods.base.stats import Stats
 from veneer.ops.draws import keyed
 from veneer.ops.matrix.linalg import check_rank
 from veneer.sites import Site
 
 
-class LoRA(Delta):
+@final
+class LoRA(FactoredDelta, SubtractsStart, PeftStored):
     """A (r, in) and B (out, r). A start with B0 A0 != 0 (PiSSA, OLoRA, LoRA-GA) is kept and subtracted: W is never written."""
 
     roles = {"A": "A", "B": "B"}

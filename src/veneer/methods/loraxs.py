@@ -13,18 +13,21 @@ Against: W can only change within its leading directions; what lies outside, whi
 from __future__ import annotations
 
 import math
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError
-from veneer.methods.base.delta import Delta, Factors, master_dtype
+from veneer.methods.base.delta import FactoredDelta, master_dtype
+from veneer.methods.base.factors import Factors
 from veneer.ops.draws import keyed
 from veneer.ops.matrix.linalg import check_rank, leading_svd
 from veneer.sites import Site
 
 
-class LoRAXS(Delta):
+@final
+class LoRAXS(FactoredDelta):
     """R (r, r) starts at zero; A (r, in) = V', L (out, r) = U S."""
 
     A: Tensor

@@ -15,20 +15,22 @@ LoRA in its first steps; a sweep for each method has not been published. Rank at
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, ShapeError
-from veneer.methods.base.delta import Delta, Factors, master_dtype
+from veneer.methods.base.delta import Delta, FactoredDelta, master_dtype
+from veneer.methods.base.factors import Factors
 from veneer.methods.base.options import build
-from veneer.methods.base.peft import PeftForm, check_peft_tensors
+from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
 from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import Site
 
 
-class MiSS(Delta):
+@final
+class MiSS(FactoredDelta, PeftStored):
     """D (out, r), or (mini, r), starts at zero."""
 
     peft_settings = {"r": 64, "miss_dropout": 0.0, "mini_r": 1, "init_weights": True, "bias": "none"}

@@ -20,13 +20,15 @@ layer do worse in the LoRA paper.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NotMergeable, SiteError
 from veneer.methods.base.delta import Delta, master_dtype
+from veneer.methods.base.peft import PeftKind
+from veneer.methods.base.protocols import OpensModel
 from veneer.ops.attention import prefixed
 from veneer.ops.draws import keyed
 from veneer.ops.matrix.linalg import check_at_most
@@ -38,7 +40,8 @@ from veneer.sites.own import child_of
 NAME, OWN = "veneer_prefix", "sdpa"  # our attention in transformers' registry, and what it calls
 
 
-class Prefix(Delta):
+@final
+class Prefix(Delta, OpensModel, PeftKind):
     """K and V (kv_heads, p, head_dim) start as small noise."""
 
     peft_settings = {

@@ -16,21 +16,23 @@ the data, so that it wants a larger rate and more steps.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, FormatError
-from veneer.methods.base.delta import ROWWISE, Delta, Factors, master_dtype
+from veneer.methods.base.delta import Delta, FactoredDelta, master_dtype
+from veneer.methods.base.factors import ROWWISE, Factors
 from veneer.methods.base.options import build
-from veneer.methods.base.peft import PeftForm, check_peft_tensors
+from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
 from veneer.ops.draws import keyed
 from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import Site
 
 
-class VeRA(Delta):
+@final
+class VeRA(FactoredDelta, PeftStored):
     """b (out,) starts at zero, d (r,) at `start`."""
 
     peft_settings = {

@@ -211,7 +211,8 @@ def _described(model: nn.Module, run: Run, parts: list[groups.Part]) -> str:
     if run.method == FULL:
         return f"full fine-tuning: all {n:,} parameters are trained, at lr {run.lr:g}"
     found = attached.changes(model, NAME)
-    scales = sorted({round(s, 6) for site, delta in found if (s := _scale(delta.to_peft(site))) is not None})
+    forms = [d.to_peft(site) for site, d in found if isinstance(d, methods.PeftStored)]
+    scales = sorted({round(s, 6) for form in forms if (s := _scale(form)) is not None})
     scale = (
         f"; scale {' to '.join(f'{s:g}' for s in (scales[:1] + scales[-1:] if len(scales) > 1 else scales))}"
         if scales

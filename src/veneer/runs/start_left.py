@@ -13,6 +13,7 @@ from veneer import methods
 from veneer.adapt.attached import changes
 from veneer.methods import Stats, inits
 from veneer.methods.base.options import option
+from veneer.methods.base.protocols import SubtractsStart
 from veneer.ops.matrix.linalg import norm_without
 from veneer.train.run import Run
 
@@ -36,7 +37,7 @@ def left(model: nn.Module, name: str, stats: Mapping[str, Stats] | None) -> dict
     found = {}
     for site, delta in changes(model, name):
         known = stats[site.name].left if stats else None
-        start = delta.taken()
+        start = delta.taken() if isinstance(delta, SubtractsStart) else None
         if known is None and start is not None:
             known = norm_without(site.weight().detach(), start.B, start.A)
         if known is not None:

@@ -17,7 +17,7 @@ from veneer.adapt.store import store
 from veneer.adapt.store.manifest import method_of
 from veneer.errors import ConfigError, first_few, suggest
 from veneer.methods import Delta
-from veneer.methods.base.delta import ROWWISE
+from veneer.methods.base.factors import ROWWISE
 from veneer.sites import Site
 
 Forms: TypeAlias = "dict[str, tuple[Site, Form]]"  # one adapter's, by layer

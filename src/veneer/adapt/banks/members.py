@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.adapt.banks.rows import Form, Router, Rows, Stacks, form_of
+from veneer.adapt.banks.rows import Form, Router, Rows, Stacks, form_of, products_of
 from veneer.methods import Delta, Factors
+from veneer.methods.base.protocols import GainsInput
 from veneer.sites import Site
 
 
@@ -110,7 +111,7 @@ class Live(Rows):
         return [None if d is None else form_of(self.site, d) for d in self.changes]
 
     def multiplying(self) -> list[int]:
-        return [i for i, d in enumerate(self.changes) if d is not None and d.products(self.site) is not None]
+        return [i for i, d in enumerate(self.changes) if products_of(self.site, d) is not None]
 
     def stacks(self, dtype: torch.dtype) -> Stacks:
         given = self._forms()
@@ -142,7 +143,7 @@ class Live(Rows):
         return like.new_zeros(0, dtype=dtype)
 
     def gains_input(self, site: Site) -> bool:
-        return any(d is not None and d.gains_input(site) for d in self.changes)
+        return any(isinstance(d, GainsInput) and d.gains_input(site) for d in self.changes if d is not None)
 
 
 def _folded(form: Factors) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NotMergeable, ShapeError
-from veneer.methods.base.delta import Delta, Factors, Products
+from veneer.methods import Delta, Factors, Products
+from veneer.methods.base.protocols import AddsInPlace, GainsInput, Served
 from veneer.ops import batched
 from veneer.sites import Site
 
@@ -71,11 +72,18 @@ class Form(NamedTuple):
 
 def form_of(site: Site, delta: Delta) -> Form | None:
     """The change as a bank serves it, or None where it cannot."""
+    if not isinstance(delta, Served):
+        return None
     normal = delta.normal_form(site)
     if normal is not None:
         return Form(normal)
     own = delta.products(site)
     return None if own is None else Form(Factors(own.a[:0], own.b[:0].mT, g=own.g), own)
+
+
+def products_of(site: Site, delta: Delta | None) -> Products | None:
+    """Returns the change as products with W, or None for a change without."""
+    return delta.products(site) if isinstance(delta, Served) else None
 
 
 class Stacks(NamedTuple):
@@ -89,7 +97,7 @@ class Stacks(NamedTuple):
     b: Tensor | None = None
 
 
-class Rows(Delta, ABC):
+class Rows(Delta, GainsInput, AddsInPlace):
     """What adds each row's own change to a layer's output, and scales each row's input by its own gain."""
 
     router: Router
@@ -105,6 +113,9 @@ class Rows(Delta, ABC):
     @abstractmethod
     def multiplying(self) -> list[int]:
         """The adapters that have products with W."""
+
+    def normal_form(self, site: Site) -> Factors | None:
+        return None  # each row has another one
 
     def is_finite(self) -> bool:
         """Whether all numbers in the stacks are known to be finite."""

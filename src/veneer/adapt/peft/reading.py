@@ -17,7 +17,7 @@ from veneer.adapt.peft.targets import Config, at, targeted, wrapped
 from veneer.adapt.peft.writing import outermost
 from veneer.adapt.problems import Problem
 from veneer.errors import FormatError, SiteError, first_few
-from veneer.methods import Delta
+from veneer.methods import Delta, PeftStored
 from veneer.sites import LeafSite, Site, find
 from veneer.sites.find import kind_of
 from veneer.sites.own import base_modules, is_own
@@ -101,7 +101,7 @@ def read(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]]:
     """The changes of the model's sites, not attached, and all that is wrong with them."""
     names = list(base_modules(model))
     kind = method_of(source.config)
-    assert kind is not None
+    assert kind is not None and issubclass(kind, PeftStored)
     config, tensors = {**table(kind).every, **source.config}, source.tensors
     if config["target_modules"] in (
         None,
@@ -134,7 +134,7 @@ def idle_targets(config: Config, names: Sequence[str]) -> list[str]:
 
 
 def _adapted(
-    kind: type[Delta], sites: list[Site], source: Source, problems: list[Problem]
+    kind: type[PeftStored], sites: list[Site], source: Source, problems: list[Problem]
 ) -> tuple[Changes, set[str]]:
     """The changes of the sites, and the names of the tensors that made them (or are to blame)."""
     shared = {
@@ -156,7 +156,7 @@ def _adapted(
                 f"{PREFIX}{site.name}.{k}" for k in _of_site(source.tensors, site) if not _is_base(k)
             } | {f"{TOP}{k}" for k in shared}
             continue
-        form = delta.to_peft(site)
+        form = delta.to_peft(site) if isinstance(delta, PeftStored) else None
         used |= {f"{PREFIX}{site.name}.{end}" for end in (form.tensors if form else ())}
         used |= {f"{TOP}{end}" for end in (form.shared if form else ())}
         changes.append((site, delta))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from veneer import methods
 from veneer.adapt.peft.targets import Config
-from veneer.methods import Delta
+from veneer.methods import Delta, PeftKind
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -116,7 +116,7 @@ class Table(NamedTuple):
 
 def table(kind: type[Delta]) -> Table:
     """The settings of the method's kind."""
-    if not kind.peft_settings:
+    if not issubclass(kind, PeftKind) or not kind.peft_settings:
         return Table(LONG_KNOWN, NEWER)
     general = {k: v for k, v in KEYS.items() if k in GENERAL}
     always = {
@@ -127,4 +127,5 @@ def table(kind: type[Delta]) -> Table:
 
 def method_of(config: Config) -> type[Delta] | None:
     """The method that reads adapters of this adapter_config.json, or None."""
-    return next((m for m in map(methods.get, methods.available()) if m.reads_peft(config)), None)
+    known = map(methods.get, methods.available())
+    return next((m for m in known if issubclass(m, PeftKind) and m.reads_peft(config)), None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.adapt.attached import Changes
 from veneer.adapt.peft.settings import HEADS, PREFIX, TASKS, TOP, Table, table
 from veneer.adapt.peft.targets import PATTERNS, Config, at, ends, targeted, wrapped
-from veneer.methods import PeftForm
+from veneer.methods import PeftForm, PeftStored
 from veneer.methods.full import Full
 from veneer.sites import LeafSite
 from veneer.sites.own import is_own, without_own
@@ -35,7 +35,11 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
     Changes of whole modules (method full) become modules_to_save, if there are others beside them.
     """
     whole: Changes = [(s, d) for s, d in changes if isinstance(d, Full)]
-    forms = {s.name: d.to_peft(s) for s, d in changes if not isinstance(d, Full)}
+    forms = {
+        s.name: d.to_peft(s) if isinstance(d, PeftStored) else None
+        for s, d in changes
+        if not isinstance(d, Full)
+    }
     known = {n: f for n, f in forms.items() if f is not None}
     if not known or len(known) < len(forms) or len({f.config["peft_type"] for f in known.values()}) > 1:
         return None

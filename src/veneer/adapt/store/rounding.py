@@ -10,8 +10,7 @@ from torch import Tensor
 from veneer.adapt.attached import Changes
 from veneer.adapt.sizes import dense
 from veneer.errors import ConfigError, FormatError, first_few
-from veneer.methods import Delta
-from veneer.methods.full import Full
+from veneer.methods import Delta, PeftStored
 from veneer.sites import Site
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,8 +42,8 @@ def as_saved(changes: Changes, dtype: torch.dtype, in_peft: bool) -> Changes:
 
 
 def _through_peft(site: Site, delta: Delta, dtype: torch.dtype) -> Delta:
-    form = None if isinstance(delta, Full) else delta.to_peft(site)
-    if form is None:
+    form = delta.to_peft(site) if isinstance(delta, PeftStored) else None
+    if form is None or not isinstance(delta, PeftStored):
         return delta
     return type(delta).from_peft(
         site, form.config, {k: rounded(t, dtype) for k, t in {**form.shared, **form.tensors}.items()}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from veneer.errors import ConfigError, suggest
-from veneer.methods.base.delta import Delta, Stats, master_dtype
+from veneer.methods.base.delta import Delta, master_dtype
+from veneer.methods.base.stats import Stats
 from veneer.ops.matrix.sketch import Svd
 from veneer.registry import Registry
 from veneer.sites import Site
@@ -24,7 +25,7 @@ def available() -> list[str]:
 
 def get(name: str) -> type[Delta]:
     """The method called `name`. Raises ConfigError with the nearest name for an unknown one."""
-    return METHODS.own_class(name, Delta)
+    return METHODS.own_class(name, Delta)  # type: ignore[type-abstract]
 
 
 def options_of(method: type[Delta]) -> dict[str, inspect.Parameter]:

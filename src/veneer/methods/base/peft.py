@@ -1,20 +1,61 @@
-"""Names and shapes of the tensors in PEFT adapter files that hold a pair of factors."""
+"""A change as PEFT stores it: settings and tensors, and the names and shapes of a pair of factors there."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from veneer.errors import FormatError
+from veneer.methods.base.delta import Delta
 from veneer.sites import Site
 
 
-def peft_same_map(site: Site) -> bool:
-    """Whether PEFT's forward is s B A on this site.
+class PeftForm(NamedTuple):
+    """One site's change as PEFT writes it: entries of adapter_config.json, and tensors by the end of their names.
 
-    PEFT puts a convolution in front that keeps the layer's kernel, stride and padding, but neither its dilation nor its
-    padding mode, and whose A reads all groups: there its forward is another map than its own merge.
+    shared: tensors that PEFT keeps once for all layers; each layer uses the rows and columns that it needs.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    shared: dict[str, Tensor] = {}
+
+
+class PeftKind(ABC):
+    """A method that PEFT has too."""
+
+    # Entries of adapter_config.json beside the general ones, with PEFT's defaults. LoRA's are in adapt/peft/settings.
+    peft_settings: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    @abstractmethod
+    def reads_peft(cls, config: dict[str, Any]) -> bool:
+        """True if an adapter with this adapter_config.json is of this method."""
+
+
+class PeftStored(PeftKind):
+    """A method whose changes PEFT stores site by site."""
+
+    @abstractmethod
+    def to_peft(self, site: Site) -> PeftForm | None:
+        """Returns the change as PEFT expresses it exactly on the untouched base, or None if PEFT cannot."""
+
+    @classmethod
+    @abstractmethod
+    def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
+        """Returns the change that PEFT wrote as `tensors` for this site; config: the settings at this site.
+
+        Raises FormatError for tensors that are missing, misshaped or not expressible here.
+        """
+
+
+def peft_same_map(site: Site) -> bool:
+    """True if PEFT's forward is s B A on this site.
+
+    For a convolution PEFT runs A as a convolution with the layer's kernel, stride and padding. It drops dilation and
+    padding mode, and A reads all groups: in these cases its forward differs from its own merge.
     """
     layer = site.module
     return site.kind != "conv" or (
@@ -23,7 +64,7 @@ def peft_same_map(site: Site) -> bool:
 
 
 def peft_shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
-    """PEFT's names of A and B at this kind of layer, A first, with their shapes."""
+    """Returns PEFT's names of A and B for this kind of layer, A first, with their shapes."""
     if site.kind == "embedding":
         return {"lora_embedding_A": (rank, site.in_), "lora_embedding_B": (site.out, rank)}
     A = site.pack(site.weight().new_empty(rank, site.in_, device="meta"))
@@ -31,31 +72,21 @@ def peft_shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def peft_tensors(site: Site, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """A (r, in) and B (out, r) under PEFT's names and in its shapes."""
+    """Returns A (r, in) and B (out, r) under PEFT's names and in its shapes."""
     shapes = peft_shapes(site, A.shape[0])
     return {name: t.reshape(shapes[name]) for name, t in zip(shapes, (A, B), strict=True)}
 
 
 def check_peft_tensors(site: Site, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises FormatError with a line for every tensor of the site that is missing or of another shape."""
+    """Raises FormatError with a line for every tensor of the site that is missing or misshaped."""
     wrong = []
     for name, shape in shapes.items():
         if name not in tensors:
             wrong.append(f"missing: {site.name}.{name} {shape}")
         elif tuple(tensors[name].shape) != shape:
             wrong.append(
-                f"wrong shape: {site.name}.{name} is {tuple(tensors[name].shape)}, the model and the settings ask for {shape}"
+                f"wrong shape: {site.name}.{name} is {tuple(tensors[name].shape)},"
+                f" the model and the settings ask for {shape}"
             )
     if wrong:
         raise FormatError("\n".join(wrong))
-
-
-class PeftForm(NamedTuple):
-    """One site's change as PEFT writes it: entries of adapter_config.json, and tensors by the end of their names.
-
-    shared: tensors that PEFT keeps once for all layers, each of which uses the first rows and columns that it needs.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    shared: dict[str, Tensor] = {}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError, suggest
-from veneer.methods.base.delta import Stats
+from veneer.methods.base.stats import Stats
 from veneer.ops.matrix.linalg import leading_svd
 from veneer.ops.matrix.sketch import Svd
 from veneer.registry import Registry

@@ -1,0 +1,66 @@
+"""Optional abilities of a method; the code that needs one asks with isinstance."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from veneer.methods.base.factors import Factors, Products
+from veneer.sites import Site
+
+
+class Served(ABC):
+    """A change that hooks sum with others and that a bank serves row by row, on sites where it has such a form."""
+
+    @abstractmethod
+    def normal_form(self, site: Site) -> Factors | None:
+        """Returns the factors if forward() computes exactly these now, on vectors one by one; else None."""
+
+    def products(self, site: Site) -> Products | None:
+        """Returns the change as products with W, differentiable, for a change without a normal form; else None."""
+        return None
+
+
+class GainsInput(Served):
+    """A change that may multiply the layer's input, by a hook in front of the layer."""
+
+    def gains_input(self, site: Site) -> bool:
+        """True if the change may multiply the input of this site."""
+        form = self.normal_form(site)
+        return form is not None and form.c is not None
+
+    def input_gain(self, x: Tensor, site: Site) -> Tensor | None:
+        """Returns the factor for the layer's input x, broadcastable to it, for a change that acts alone in full."""
+        form = self.normal_form(site)
+        return None if form is None else form.c
+
+
+class SubtractsStart(ABC):
+    """A change whose B A may start away from zero and has that start subtracted."""
+
+    @abstractmethod
+    def taken(self) -> Factors | None:
+        """Returns the subtracted start B0 A0, or None if the start is zero."""
+
+
+class AddsInPlace(ABC):
+    """A change that adds itself to the layer's output more cheaply than by a separate tensor."""
+
+    @abstractmethod
+    def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
+        """Returns y plus the change, which acts alone in full. writable: y may be overwritten."""
+
+
+class OpensModel(ABC):
+    """A method that prepares the whole model before its first change is attached, and restores it after the last."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, model: nn.Module) -> None:
+        """Prepares the model."""
+
+    @classmethod
+    @abstractmethod
+    def close(cls, model: nn.Module) -> None:
+        """Restores the model."""
