@@ -18,7 +18,8 @@ from veneer.adapt.banks.program import Apart, Program, Terms
 from veneer.adapt.banks.rows import Form
 from veneer.adapt.banks.stacks import PLACES, Layer, Placed, Stack, rank_class
 from veneer.errors import ConfigError, NotMergeable, ShapeError
-from veneer.methods.base.delta import Delta
+from veneer.methods import Delta, Factors
+from veneer.methods.base.protocols import AddsInPlace, GainsInput
 from veneer.ops import segmented
 from veneer.ops.segmented import Run
 from veneer.sites import Site
@@ -92,7 +93,7 @@ class SegmentBank:
         self.layers, self.stacks, self.programs = {}, {}, ()
 
 
-class SegmentLayer(Delta):
+class SegmentLayer(Delta, GainsInput, AddsInPlace):
     """What adds each row's own adapters to one layer's output."""
 
     def __init__(self, bank: SegmentBank, site: Site) -> None:
@@ -115,6 +116,9 @@ class SegmentLayer(Delta):
 
     def _layer(self, stack: int) -> Layer | None:
         return self.bank.stacks[stack].layers.get(self.site.name)
+
+    def normal_form(self, site: Site) -> Factors | None:
+        return None  # each row has another one
 
     def gains_input(self, site: Site) -> bool:
         return self.scales

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapt.banks.rows import Form
-from veneer.methods.base.delta import Products
+from veneer.methods import Products
 from veneer.sites import Site
 
 PLACES = 16  # adapters in a stack: neighbours share one batched product
