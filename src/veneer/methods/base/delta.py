@@ -19,12 +19,14 @@ from veneer.sites.find import Target
 
 
 class Delta(nn.Module, ABC):
-    """A trainable change of one site. Methods derive from FactoredDelta or DenseDelta, or from Delta if neither fits.
+    """A trainable change of one site. Methods derive from FactoredDelta or DenseDelta, or from Delta if
+    neither fits.
 
-    The keyword parameters of __init__(self, site, *, ..) are the method's options: the command line and files follow
-    that signature. A method that can start from calibration takes `stats` by position: (self, site, stats, *, ..).
-    `roles` names the parameters that optimisers treat apart: "A" for a factor on the input side, "B" on the output
-    side, "magnitude" for a row magnitude, "gain" for a factor of weights. Further pairs are "A2", "B2" and so on.
+    The keyword parameters of __init__(self, site, *, ..) are the method's options: the command line and files
+    follow that signature. A method that can start from calibration takes `stats` by position: (self, site,
+    stats, *, ..). `roles` names the parameters that optimisers treat apart: "A" for a factor on the input
+    side, "B" on the output side, "magnitude" for a row magnitude, "gain" for a factor of weights. Further
+    pairs are "A2", "B2" and so on.
     """
 
     roles: ClassVar[dict[str, str]] = {}
@@ -55,7 +57,8 @@ class Delta(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """Returns the term to add to the layer's own output y for its input x; several changes of one site sum."""
+        """Returns the term to add to the layer's own output y for its input x; several changes of one site
+        sum."""
 
     def dropped(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """Returns x after the adapter's dropout, in y's dtype unless x holds token ids."""

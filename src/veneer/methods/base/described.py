@@ -1,4 +1,5 @@
-"""What docstrings say of methods, starts, optimisers and their options: help, model cards and documentation are made of it."""
+"""What docstrings say of methods, starts, optimisers and their options: help, model cards and documentation
+are made of it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from veneer.methods import Delta, options_of
 
 
 class Described(NamedTuple):
-    """summary: what it is, with its formula; paper: the address, or None; rest: the paragraphs after the first."""
+    """summary: what it is, with its formula; paper: the address, or None; rest: the paragraphs after the
+    first."""
 
     summary: str
     paper: str | None
@@ -39,7 +41,8 @@ def option_helps(method: type[Delta]) -> dict[str, str]:
 
 
 def helps_of(function: Callable[..., Any], names: Collection[str]) -> dict[str, str]:
-    """What the `name: text` lines of a docstring say, by name; a text goes on to the next name or an empty line."""
+    """What the `name: text` lines of a docstring say, by name; a text goes on to the next name or an empty
+    line."""
     if not names:
         return {}
     parts = re.split(

@@ -15,13 +15,14 @@ ROWWISE = ("linear", "transposed")  # kinds of site that map vectors one by one,
 class Factors(NamedTuple):
     """The normal form  y = g * (W (c * x) + B A (c * x)) + bias.
 
-    A: (r, in); B: (out, r) with all scaling folded in, r = 0 if there are only gains; g: (out,) or None for 1;
+    A: (r, in); B: (out, r) with all scaling folded in, r = 0 if there are only gains; g: (out,) or None for
+    1;
     c: (in,) or None for 1.
 
-    At strength t an adapter is W + t (W' - W). Several adapters add up their W' - W, whatever their gains. A change
-    with c that acts alone at strength 1 costs one product of x with c in front of the layer. At any other strength,
-    beside other changes and on layers that do not map vectors one by one, its W' - W is built and applied: equally
-    exact, for another product of the base's size.
+    At strength t an adapter is W + t (W' - W). Several adapters add up their W' - W, whatever their gains. A
+    change with c that acts alone at strength 1 costs one product of x with c in front of the layer. At any
+    other strength, beside other changes and on layers that do not map vectors one by one, its W' - W is built
+    and applied: equally exact, for another product of the base's size.
     """
 
     A: Tensor
@@ -43,7 +44,8 @@ class Factors(NamedTuple):
         return D if gain is None else (gain - 1) * site.weight().to(D.dtype) + gain * D
 
     def added(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """Returns the change of the layer's own output y for its input x, which has y's dtype or holds token ids."""
+        """Returns the change of the layer's own output y for its input x, which has y's dtype or holds token
+        ids."""
         if self.c is not None:
             return site.apply(x, self.dense(site).to(y.dtype))
         if not self.A.shape[0]:
@@ -60,7 +62,8 @@ class Factors(NamedTuple):
 
 
 class Products(NamedTuple):
-    """y = g * W x + sum_k b_k * W (a_k * x) + bias: a bank serves it by products with W of each row's own inputs.
+    """y = g * W x + sum_k b_k * W (a_k * x) + bias: a bank serves it by products with W of each row's own
+    inputs.
 
     g: (out,); a: (s, in); b: (s, out).
     """

@@ -49,7 +49,8 @@ def check_options(method: type[Delta], options: dict[str, Any]) -> None:
 
 
 def unseen(site: Site) -> Stats:
-    """Statistics of the right shapes that say nothing: for a change whose start is put in place afterwards, or never used."""
+    """Statistics of the right shapes that say nothing: for a change whose start is put in place afterwards,
+    or never used."""
     W = site.weight()
     one, q = torch.ones((), dtype=master_dtype(site), device=W.device), min(W.shape)
     return Stats(Svd(one.expand(site.out, q), one.expand(q), one.expand(q, site.in_)))

@@ -13,7 +13,8 @@ from veneer.sites import Site
 
 
 class PeftForm(NamedTuple):
-    """One site's change as PEFT writes it: entries of adapter_config.json, and tensors by the end of their names.
+    """One site's change as PEFT writes it: entries of adapter_config.json, and tensors by the end of their
+    names.
 
     shared: tensors that PEFT keeps once for all layers; each layer uses the rows and columns that it needs.
     """
@@ -26,7 +27,8 @@ class PeftForm(NamedTuple):
 class PeftKind(ABC):
     """A method that PEFT has too."""
 
-    # Entries of adapter_config.json beside the general ones, with PEFT's defaults. LoRA's are in adapt/peft/settings.
+    # Entries of adapter_config.json beside the general ones, with PEFT's defaults. LoRA's are in
+    # adapt/peft/settings.
     peft_settings: ClassVar[dict[str, Any]] = {}
 
     @classmethod
@@ -54,8 +56,8 @@ class PeftStored(PeftKind):
 def peft_same_map(site: Site) -> bool:
     """True if PEFT's forward is s B A on this site.
 
-    For a convolution PEFT runs A as a convolution with the layer's kernel, stride and padding. It drops dilation and
-    padding mode, and A reads all groups: in these cases its forward differs from its own merge.
+    For a convolution PEFT runs A as a convolution with the layer's kernel, stride and padding. It drops
+    dilation and padding mode, and A reads all groups: in these cases its forward differs from its own merge.
     """
     layer = site.module
     return site.kind != "conv" or (

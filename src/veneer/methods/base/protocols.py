@@ -11,14 +11,16 @@ from veneer.sites import Site
 
 
 class Served(ABC):
-    """A change that hooks sum with others and that a bank serves row by row, on sites where it has such a form."""
+    """A change that hooks sum with others and that a bank serves row by row, on sites where it has such a
+    form."""
 
     @abstractmethod
     def normal_form(self, site: Site) -> Factors | None:
         """Returns the factors if forward() computes exactly these now, on vectors one by one; else None."""
 
     def products(self, site: Site) -> Products | None:
-        """Returns the change as products with W, differentiable, for a change without a normal form; else None."""
+        """Returns the change as products with W, differentiable, for a change without a normal form; else
+        None."""
         return None
 
 
@@ -31,7 +33,8 @@ class GainsInput(Served):
         return form is not None and form.c is not None
 
     def input_gain(self, x: Tensor, site: Site) -> Tensor | None:
-        """Returns the factor for the layer's input x, broadcastable to it, for a change that acts alone in full."""
+        """Returns the factor for the layer's input x, broadcastable to it, for a change that acts alone in
+        full."""
         form = self.normal_form(site)
         return None if form is None else form.c
 
@@ -53,7 +56,8 @@ class AddsInPlace(ABC):
 
 
 class OpensModel(ABC):
-    """A method that prepares the whole model before its first change is attached, and restores it after the last."""
+    """A method that prepares the whole model before its first change is attached, and restores it after the
+    last."""
 
     @classmethod
     @abstractmethod

@@ -10,8 +10,8 @@ from veneer.ops.matrix.sketch import Svd
 class Stats(NamedTuple):
     """Statistics of one layer, each for a matrix of the size of W (out, in).
 
-    gradient: leading part of the loss's gradient in W, from calibration; residual: leading part of the quantisation
-    error of W, and left: the share of W's norm in neither; leading: leading part of W itself.
+    gradient: leading part of the loss's gradient in W, from calibration; residual: leading part of the
+    quantisation error of W, and left: the share of W's norm in neither; leading: leading part of W itself.
     """
 
     gradient: Svd | None = None
