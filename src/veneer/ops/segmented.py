@@ -1,8 +1,9 @@
 """y + (x A') B for rows that lie sorted by adapter: factors are read where they are stored, and never copied.
 
-Factors of several adapters lie side by side in stacks A (n, r, in) and B (n, r, out). A run is a stretch of rows whose adapters
-are neighbours in a stack, with the same number of rows each: one batched product over views of the stacks serves all of them.
-Punica's SGMV (Chen et al. 2023, https://arxiv.org/abs/2310.18547) computes the same segments in one kernel.
+Factors of several adapters lie side by side in stacks A (n, r, in) and B (n, r, out). A run is a stretch of
+rows whose adapters are neighbours in a stack, with the same number of rows each: one batched product over
+views of the stacks serves all of them. Punica's SGMV (Chen et al. 2023, https://arxiv.org/abs/2310.18547)
+computes the same segments in one kernel.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Lists the kinds of bases whose layers were changed after loading: how to recognise, describe and open each.
 
-A kind is one entry of KINDS. Its functions that write or read such layers belong to higher rooms and are called by
-their public names in `veneer`.
+A kind is one entry of KINDS. Its functions that write or read such layers belong to higher rooms and are
+called by their public names in `veneer`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from veneer.sites.quantised import formats
 class Kind(NamedTuple):
     """One way in which a base differs from the model that it was made from.
 
-    name: the key in veneer.json's "base", an adjective. forms: the form of every changed layer by the layer's name,
-    such as "nf4"; empty for a plain model. marker: the JSON file by which a folder of such layers is recognised, whose
-    entry "model" names the model that they belong to. load: `veneer.<load>(model, folder)` puts them in place.
-    make: `veneer.<make>(model, form)` changes a plain model so, or None where only a folder can hold the layers.
+    name: the key in veneer.json's "base", an adjective. forms: the form of every changed layer by the layer's
+    name, such as "nf4"; empty for a plain model. marker: the JSON file by which a folder of such layers is
+    recognised, whose entry "model" names the model that they belong to. load: `veneer.<load>(model, folder)`
+    puts them in place.
+    make: `veneer.<make>(model, form)` changes a plain model so, or None where only a folder can hold the
+    layers.
     """
 
     name: str
@@ -39,7 +41,8 @@ Forms = dict[str, list[str]]  # kind -> forms, sorted; kinds that do not occur a
 
 
 def forms_of(model: nn.Module) -> Forms:
-    """Returns the forms of the model's changed layers by kind, as veneer.json keeps them; {} for a plain model."""
+    """Returns the forms of the model's changed layers by kind, as veneer.json keeps them; {} for a plain
+    model."""
     found = {kind.name: sorted(set(kind.forms(model).values())) for kind in KINDS}
     return {name: forms for name, forms in found.items() if forms}
 
@@ -55,7 +58,8 @@ def in_words(forms: Forms) -> str:
 
 
 def advice(forms: Forms) -> str:
-    """Returns the call that turns the plain base into one with these forms, or the way to open one from its folder."""
+    """Returns the call that turns the plain base into one with these forms, or the way to open one from its
+    folder."""
     ((name, each),) = forms.items() if len(forms) == 1 else (("", []),)
     kind = next((k for k in KINDS if k.name == name), None)
     if kind is not None and kind.make is not None and len(each) == 1:

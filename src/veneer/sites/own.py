@@ -1,4 +1,5 @@
-"""Tells what adapters put into a model from what the model holds itself, by one name: the child `CHILD` of a layer."""
+"""Tells what adapters put into a model from what the model holds itself, by one name: the child `CHILD` of a
+layer."""
 
 from __future__ import annotations
 
