@@ -22,7 +22,7 @@ ROWS = [
     ("adapt",),
     ("data", "optim", "convert"),
     ("tasks",),
-    ("compress", "train"),
+    ("compress", "train", "integrations"),
     ("analyse", "embedded"),
     ("models",),
     ("runs",),

@@ -1,0 +1,1 @@
+"""Puts adapters into other programs' training loops: transformers' Trainer and TRL's trainers."""

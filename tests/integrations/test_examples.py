@@ -1,0 +1,23 @@
+"""Every example runs to its end, is short, and leaves a folder that holds an adapter."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_and_saves_an_adapter(example, tmp_path, monkeypatch):
+    if "trl" in example.read_text():
+        pytest.importorskip("trl")
+    assert len(example.read_text().splitlines()) <= 40
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEPS", "2")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    runpy.run_path(str(example))
+    assert list(tmp_path.rglob("adapter_model.safetensors"))
+    assert not list(tmp_path.rglob("model.safetensors"))
