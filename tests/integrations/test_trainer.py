@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's trainers on adapted models: checkpoints, resuming, optimisers, references."""
+"""Trainers of transformers and TRL on adapted models: checkpoints, resuming, optimisers, references."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_the_best_checkpoint_comes_back(tmp_path):
             assert ".deltas." not in name or torch.equal(t, f.get_tensor(name))
 
 
-# -- the reference ----------------------------------------------------------------------------------------------------
+# -- the reference ---------------------------------------------------------------------------------
 
 
 def test_a_reference_is_the_base_and_shares_its_memory():
@@ -185,7 +185,7 @@ def test_a_reference_puts_adapters_back_after_an_error():
     assert veneer.adapt.attached.active(model) == {"default": 1.0}
 
 
-# -- TRL --------------------------------------------------------------------------------------------------------------
+# -- TRL -------------------------------------------------------------------------------------------
 
 
 def chat(**columns):

@@ -9,7 +9,7 @@ from veneer.errors import ConfigError
 
 
 def check_head(model: nn.Module) -> None:
-    """Raises ConfigError if the output head is adapted: TRL multiplies by its weight, so a hook would never act."""
+    """Raises ConfigError if the output head is adapted: TRL reads its weight, so a hook never acts."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find else None
     if head is not None and deltas_of(head) is not None:

@@ -1,4 +1,4 @@
-"""The reference of preference training: the same model with its adapters off, without a second copy of the weights."""
+"""Gives preference training its reference: the same model with its adapters off, without a second copy."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class _Off(nn.Module):
 
 
 def reference(model: nn.Module) -> nn.Module:
-    """Returns a view of a transformers model that computes as the base; it shares every parameter with `model`.
+    """Returns a view of a transformers model that computes as the base and shares every parameter.
 
-    Give it as `ref_model` to TRL's DPO or KTO trainer. The adapters are switched off inside the backbone, because
-    TRL replaces the forward of the whole model. Raises ConfigError for a model without a named backbone.
+    Give it as `ref_model` to TRL's DPO or KTO trainer. The adapters are switched off inside the backbone,
+    because TRL replaces the forward of the whole model. Raises ConfigError for a model without a backbone.
     """
     name = getattr(model, "base_model_prefix", "")
     backbone = getattr(model, name, None) if name else None

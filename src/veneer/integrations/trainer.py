@@ -27,10 +27,10 @@ STATE = (
 
 
 class AdapterTrainer:
-    """A mixin to put before a Trainer: `class My(AdapterTrainer, SFTTrainer)`, or `adapter_trainer(SFTTrainer)`.
+    """A mixin to put before a Trainer, as `adapter_trainer` does: `class My(AdapterTrainer, SFTTrainer)`.
 
-    A checkpoint holds the adapter in PEFT's layout, its exact state, and the optimiser, scheduler and generators
-    of the Trainer. optimiser: the name of one of Veneer's optimisers, or None for the one in the arguments.
+    A checkpoint holds the adapter in PEFT's layout, its exact state, and the Trainer's optimiser, scheduler and
+    generators. optimiser: the name of one of Veneer's optimisers, or None for the one in the arguments.
     """
 
     optimiser: str | None = None
@@ -53,7 +53,7 @@ class AdapterTrainer:
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Returns Veneer's optimiser by roles, whose decay follows the rate of each step; or the Trainer's own."""
+        """Returns Veneer's optimiser by roles, or the Trainer's own without a name."""
         if self.optimiser is None:
             return super().create_optimizer(model)  # type: ignore[misc, no-any-return]
         if getattr(self, "optimizer", None) is None:
@@ -79,7 +79,8 @@ class AdapterTrainer:
 def adapter_trainer(kind: type, optimiser: str | None = None, **options: Any) -> type:
     """Returns the trainer class `kind` with checkpoints that hold adapters only.
 
-    optimiser: one of `veneer methods`, such as "loraplus"; options: its own. Raises ConfigError for unknown ones.
+    optimiser: a name that `veneer methods` lists, such as "loraplus"; options: its own. Raises ConfigError for
+    unknown ones.
 
         trainer = adapter_trainer(SFTTrainer, "loraplus", ratio=8)(model=model, args=args, train_dataset=rows)
     """
@@ -90,7 +91,7 @@ def adapter_trainer(kind: type, optimiser: str | None = None, **options: Any) ->
 
 
 def build(model: nn.Module, name: str, args: Any, **options: Any) -> torch.optim.Optimizer:
-    """Returns the optimiser `name` for the trained adapters of the model, with the arguments' rate, betas and decay.
+    """Returns the optimiser `name` for the trained adapters, with the arguments' rate, betas and decay.
 
     Schedulers multiply the rate of each group; the decay that belongs to the rate is set before every step.
     """
@@ -120,7 +121,7 @@ def trained(model: nn.Module) -> list[str]:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns every tensor that training may change, by name: adapters with their buffers, and trained parameters."""
+    """Returns the tensors that training may change: adapters with buffers, and trained parameters."""
     learned = {n for n, p in model.named_parameters() if p.requires_grad}
     return {n: t for n, t in model.state_dict().items() if is_own(n) or n in learned}
 
@@ -136,7 +137,7 @@ def save_checkpoint(model: nn.Module, folder: Path) -> None:
 
 
 def load_checkpoint(model: nn.Module, folder: Path) -> None:
-    """Puts the exact state of a checkpoint into the model. Raises FormatError if its tensors differ from the model's."""
+    """Loads the exact state of a checkpoint. Raises FormatError if its tensors differ from the model's."""
     path = folder / STATE
     if not path.is_file():
         raise FormatError(f"{folder}: {STATE} is missing; resume from a checkpoint of an adapter trainer")
