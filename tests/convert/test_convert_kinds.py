@@ -1,4 +1,6 @@
-"""PEFT's other kinds of adapters, and Veneer's own, as the plain LoRA that other programs read: against PEFT's own outputs."""
+"""PEFT's other kinds of adapters, and Veneer's own, as the plain LoRA that other programs read: against
+PEFT's own outputs.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def test_what_is_a_product_is_written_exactly(tmp_path, base, kind):
     with pytest.raises(FormatError) as refused:
         convert(str(tmp_path / "a"), out=str(tmp_path / "o"), to="vllm")
     assert str(refused.value) == (
-        f"{tmp_path / 'a' / 'adapter_model.safetensors'} is PEFT's {name}: the file has no factors of LoRA, but its base's layers make"
+        f"{tmp_path / 'a' / 'adapter_model.safetensors'} is PEFT's {name}: the file has no factors of LoRA,"
+        " but its base's layers make"
         f" some of it:\n  {command}"
     )
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "o"), to="vllm", model=base)
@@ -69,7 +72,8 @@ def test_what_is_a_product_is_written_exactly(tmp_path, base, kind):
     torch.testing.assert_close(as_lora(tmp_path / "o"), want, **CLOSE)
     assert not torch.allclose(want, models.output(models.llama()), atol=1e-2)
     with pytest.raises(
-        FormatError, match=f"peft_type '{name}': the file has no factors of LoRA, .*: give model="
+        FormatError,
+        match=f"peft_type '{name}' is not LoRA; its change must be factored on the base: give model=",
     ):
         read(tmp_path / "a")
 
@@ -79,8 +83,10 @@ def test_gains_are_no_product_and_can_be_cut_to_one(tmp_path, base):
     with pytest.raises(FormatError) as refused:
         convert(str(tmp_path / "a"), out=str(tmp_path / "o"), to="vllm", model=base)
     assert str(refused.value) == (
-        f"{tmp_path / 'a' / 'adapter_model.safetensors'} changes 'model.layers.0.self_attn.q_proj' by no product of two factors; cut it to"
-        f" the nearest one of a rank:\n  veneer convert {tmp_path / 'a'} --to vllm --out OUT --model BASE --rank 64"
+        f"{tmp_path / 'a' / 'adapter_model.safetensors'} changes 'model.layers.0.self_attn.q_proj' by no"
+        " product of two factors; cut it to"
+        f" the nearest one of a rank:\n  veneer convert {tmp_path / 'a'} --to vllm --out OUT --model BASE"
+        " --rank 64"
     )
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "o"), to="vllm", model=base, rank=32)
     assert "100.0% of its energy" in done.notes[1]

@@ -87,12 +87,12 @@ AXOLOTL_SETTINGS = {
     "track": ("wandb",),
 }
 AXOLOTL_LEFT = {
-    "datasets[0].type": "what a row means is told from its columns here",
-    "optimizer": "AdamW keeps its state in 32 bits here",
-    "lora_modules_to_save": "modules are not trained whole beside adapters here",
-    "saves_per_epoch": "checkpoints come every so many steps here; set save_every",
-    "wandb_project": "a run is called like its folder",
-    "lora_fan_in_fan_outt": "not known here; did you mean 'lora_fan_in_fan_out'?",
+    "datasets[0].type": "Veneer infers the format of rows from columns",
+    "optimizer": "Veneer's AdamW keeps its state in 32 bits",
+    "lora_modules_to_save": "Veneer does not fully train modules beside adapters",
+    "saves_per_epoch": "Veneer saves every save_every steps; set save_every",
+    "wandb_project": "a run is named after its folder",
+    "lora_fan_in_fan_outt": "unknown setting; did you mean 'lora_fan_in_fan_out'?",
 }
 
 LLAMAFACTORY = """
@@ -144,9 +144,9 @@ LLAMAFACTORY_SETTINGS = {
     "save_every": 500,
 }
 LLAMAFACTORY_LEFT = {
-    "dataset": "{folder}/data/dataset_info.json does not say which file this is",
-    "pissa_iter": "PiSSA's randomised SVD has its own number of iterations here",
-    "fp16": "float16 is not trained in here; bf16 and fp32 are",
+    "dataset": "{folder}/data/dataset_info.json does not list this name",
+    "pissa_iter": "the iterations of PiSSA's randomised SVD are fixed",
+    "fp16": "Veneer trains in bf16 or fp32",
     "template": "the tokenizer's own chat template is used",
 }
 
@@ -220,7 +220,7 @@ TORCHTUNE_SETTINGS = {
     "device": "cuda",
 }
 TORCHTUNE_LEFT = {
-    "dataset._component_": "what a row means is told from its columns; name files in data=",
+    "dataset._component_": "Veneer infers the format of rows from columns; name files in data=",
     "tokenizer._component_": "the base model's own tokenizer is used",
     "tokenizer.path": "the base model's own tokenizer is used",
 }
@@ -282,8 +282,8 @@ MLX_SETTINGS = {
     "track": ("wandb",),
 }
 MLX_LEFT = {
-    "num_layers": "which layers are the last ones depends on the model; choose them by an expression in to=",
-    "lr_schedule.warmup_init": "warm-up starts at 0 here",
+    "num_layers": "the last layers depend on the model; choose them by an expression in to=",
+    "lr_schedule.warmup_init": "Veneer's warm-up starts at 0",
 }
 
 FILES = {
@@ -372,36 +372,30 @@ def test_the_last_layers_of_mlx(folder):
     [
         (
             {"base_model": "m", "micro_batch_size": 1, "rl": "dpo"},
-            "axolotl's rl: dpo trains on preferences; only supervised training is translated",
+            "axolotl: training must be supervised, got rl: dpo",
         ),
         (
             {"base_model": "m", "micro_batch_size": 1, "adapter": "llama-adapter"},
-            "axolotl's adapter 'llama-adapter' is not translated",
+            "axolotl: adapter must be lora, qlora or empty, got 'llama-adapter'",
         ),
-        (
-            {"stage": "dpo", "finetuning_type": "lora"},
-            "LLaMA-Factory's stage 'dpo' is not translated; sft and pt are",
-        ),
+        ({"stage": "dpo", "finetuning_type": "lora"}, "LLaMA-Factory: stage must be sft or pt, got 'dpo'"),
         (
             {"stage": "sft", "finetuning_type": "oft"},
-            "LLaMA-Factory's finetuning_type 'oft' is not translated; lora and full are",
+            "LLaMA-Factory: finetuning_type must be lora or full, got 'oft'",
         ),
         (
             {"fine_tune_type": "lorra", "iters": 1},
-            "mlx-lm has no fine_tune_type 'lorra'; it has lora, dora and full",
+            "mlx-lm: fine_tune_type must be lora, dora or full, got 'lorra'",
         ),
         (
             {"model": {"_component_": "x.lora_y", "lora_attn_modules": ["qproj"]}},
-            "torchtune has no attention module 'qproj'; did you mean 'q_proj'",
+            "unknown attention module 'qproj'; did you mean 'q_proj'",
         ),
         (
             {"model": {"_component_": "x.lora_y"}, "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}},
-            "torchtune's preference recipes are not transl",
+            "torchtune: training must be supervised, got a preference recipe",
         ),
-        (
-            {"rank": 4},
-            "these settings are not clearly of one program; name it with tool=: axolotl, llamafactory, torchtune, mlx",
-        ),
+        ({"rank": 4}, "is ambiguous; name it with tool=: axolotl, llamafactory, torchtune, mlx"),
     ],
 )
 def test_what_is_not_translated(values, text):
@@ -434,9 +428,8 @@ def test_the_new_file_says_what_is_missing_from_it(folder):
 
 
 def test_the_new_file_can_be_run_from(folder):
-    (folder / "theirs.json").write_text(
-        json.dumps(read_yaml(MLX, "mlx"))
-    )  # as mlx-lm leaves it with its adapter
+    # as mlx-lm leaves it with its adapter
+    (folder / "theirs.json").write_text(json.dumps(read_yaml(MLX, "mlx")))
     models.llama().config.to_json_file(folder / "config.json")
     done = convert_config(
         str(folder / "theirs.json"), out=str(folder / "ours.yaml"), tool="mlx", model=str(folder)
@@ -455,7 +448,7 @@ def test_the_new_file_can_be_run_from(folder):
             "gradient_checkpointing 'offload'",
         ),
         ("axolotl", AXOLOTL, {"torch_compile": False}, {"compile": "off"}, None),
-        ("axolotl", AXOLOTL, {"torch_compile": "max"}, {}, "compile is auto, on or off here"),
+        ("axolotl", AXOLOTL, {"torch_compile": "max"}, {}, "compile must be auto, on or off"),
         (
             "axolotl",
             AXOLOTL,
@@ -475,14 +468,14 @@ def test_the_new_file_can_be_run_from(folder):
             AXOLOTL,
             {"use_tensorboard": True},
             {"track": ("tensorboard", "wandb")},
-            "tensorboard, wandb without a network here",
+            "tensorboard, wandb; Veneer logs without a network",
         ),
         (
             "llamafactory",
             LLAMAFACTORY,
             {"report_to": ["swanlab", "mlflow"]},
             {"track": ("mlflow",)},
-            "not shown there from here; mlflow,",
+            "unsupported tracker; supported: mlflow,",
         ),
         (
             "llamafactory",
@@ -505,7 +498,7 @@ def test_how_a_training_is_carried_out(tool, text, given, carried, said, tmp_pat
     found = translate({**yaml.safe_load(text), **given}, tool, folder=tmp_path)
     assert carried.items() <= found.settings.items() and ("stream" in found.settings) == ("stream" in carried)
     assert said is None or any(said in line for line in [*found.notes, *(u.why for u in found.uncarried)])
-    assert not any(u.key in given and u.why.startswith("not known") for u in found.uncarried)
+    assert not any(u.key in given and u.why.startswith("unknown") for u in found.uncarried)
     Run.from_dict({"data": "x", **found.settings})
 
 
@@ -522,7 +515,7 @@ def test_the_trackers_that_are_carried_are_those_there_are():
             AXOLOTL,
             {"adapter": None},
             None,
-            "load_in_4bit: full fine-tuning needs the base as it is",
+            "load_in_4bit: full fine-tuning needs an unquantised base",
         ),
         ("llamafactory", LLAMAFACTORY, {"quantization_bit": 4}, "nf4", None),
         ("llamafactory", LLAMAFACTORY, {"quantization_bit": 8}, "int8", None),
@@ -531,7 +524,7 @@ def test_the_trackers_that_are_carried_are_those_there_are():
             LLAMAFACTORY,
             {"quantization_bit": 2},
             None,
-            "quantization_bit: bases are kept in 4 or 8 bits here",
+            "quantization_bit: Veneer quantises to 4 or 8 bits",
         ),
         (
             "llamafactory",

@@ -216,7 +216,7 @@ def test_convert_and_back(tmp_path, base):
         text(done).splitlines()[0]
         == f"{tmp_path / 'a'}: peft -> kohya in {tmp_path / 'k'}: 14 layers, ranks 2"
     )
-    with pytest.raises(ConfigError, match="cannot be told from their names"):
+    with pytest.raises(ConfigError, match="names match no known module"):
         convert(str(tmp_path / "k"), out=str(tmp_path / "p"))
     assert not (tmp_path / "p").exists()
     convert(str(tmp_path / "k" / "lora.safetensors"), out=str(tmp_path / "p"), model=str(base))
@@ -265,7 +265,7 @@ def test_a_start_that_moved_the_base(tmp_path, base):
     want = models.output(wrapped)
     with pytest.raises(
         FormatError,
-        match="moved the base, which must be loaded to say what the adapter changes: give it with model=",
+        match="changed the base's weights; the original base is needed: give model=",
     ):
         convert(str(tmp_path / "a"), out=str(tmp_path / "v"), to="vllm")
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "v"), to="vllm", model=str(base))
@@ -282,7 +282,7 @@ def test_cutting_and_rounding_are_said(tmp_path):
     saved(tmp_path / "a")
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "m"), to="mlx", rank=1, dtype="float16")
     assert done.ranks == [1] and done.notes[0].startswith(
-        "cut to ranks of at most 1; of no layer's change more than "
+        "truncated to rank <= 1; relative error of a layer's change at most "
     )
     assert done.notes[1] == "factors were converted from float32 to float16"
     assert all(t.dtype == torch.float16 for t in load_file(tmp_path / "m" / "adapters.safetensors").values())

@@ -1,4 +1,4 @@
-"""Adapters and run configurations of other programs: read into one middle form, written from it."""
+"""Adapters and run configurations of other programs: read into one common form and written from it."""
 
 from veneer.convert.base import Base
 from veneer.convert.carry import READERS, WRITERS, read, write

@@ -1,4 +1,4 @@
-"""What a dialect must know of the base model: the names of its modules, and the sizes of its attention."""
+"""Facts about the base model that dialects need: names of modules and sizes of the attention."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ CALLED = {  # our name -> the names in config.json of transformers' models
 
 @dataclass(frozen=True)
 class Base:
-    """names: of all modules. heads, kv_heads: of queries, and of keys and values; head: the width of one; width: of the
-    residual stream. What is unknown is None, or empty.
+    """Facts about a base model; unknown ones are None or empty.
+
+    names: of all modules. heads, kv_heads: numbers of query heads and of key-value heads. head: width of one
+    head. width: of the residual stream. kind: transformers' model_type. transposed: layers are stored as (in,
+    out).
     """
 
     names: tuple[str, ...] = ()
@@ -32,24 +35,25 @@ class Base:
     head: int | None = None
     width: int | None = None
     layers: int | None = None
-    kind: str | None = None  # transformers' model_type
+    kind: str | None = None
     transposed: bool = False
 
     def need(self, *fields: str, why: str) -> None:
-        """Raises ConfigError naming those of `fields` that are unknown."""
+        """Raises ConfigError with those of `fields` that are unknown."""
         missing = [f for f in fields if not getattr(self, f)]
         if missing:
             raise ConfigError(
-                f"{why}, and the base model's {', '.join(missing)} are not known; give the base model with model="
+                f"{why}; {', '.join(missing)} of the base model must be known; give the base model with"
+                " model="
             )
 
     def also(self, other: Base) -> Base:
-        """What is known here, and where nothing is, what `other` knows."""
+        """Returns these facts, completed by those of `other`."""
         return replace(other, **{k: v for k, v in vars(self).items() if v})
 
 
 def of_config(config: Mapping[str, Any]) -> Base:
-    """What config.json says."""
+    """Returns the facts in a config.json."""
     config = config.get("text_config") or config
     sizes: dict[str, Any] = {}
     for ours, theirs in CALLED.items():
@@ -63,7 +67,7 @@ def of_config(config: Mapping[str, Any]) -> Base:
 
 
 def of_model(model: nn.Module) -> Base:
-    """What the model itself says; it may lie on the meta device."""
+    """Returns the facts about a model, which may be on the meta device."""
     modules = own.base_modules(model)
     config = getattr(model, "config", None)
     known = of_config(config.to_dict()) if config is not None else Base()

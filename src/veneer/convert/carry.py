@@ -1,4 +1,4 @@
-"""The table of dialects: each is read into pairs and written from them, so that any can become any other."""
+"""Reads any dialect into pairs and writes pairs in any dialect."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ WRITERS: dict[str, ModuleType] = {**READERS, "vllm": vllm}
 
 
 def read(path: str | Path, *, base: Base | None = None, allow: str | Iterable[str] = ()) -> Pairs:
-    """The adapter at `path`, a folder or a file of tensors, of whatever dialect.
+    """Returns the adapter at `path`, a folder or a file of tensors; the dialect is detected.
 
-    base: what the dialect needs to know of the base model. allow: names of tensors and settings that may be left out,
-    with * for any text. Raises FormatError for what is not understood, all of one kind together.
+    base: names and sizes of the base model, which some dialects need. allow: names of tensors and settings
+    that may be dropped; * matches any text. Raises FormatError for unsupported content, all problems of one
+    kind together.
     """
     return read_found(detect(Path(path)), base or Base(), allow)
 
 
 def read_found(found: Found, base: Base, allow: str | Iterable[str] = ()) -> Pairs:
-    """The adapter that `detect` found; see `read`."""
+    """Returns the adapter that `detect` found; see `read`."""
     if found.dialect not in READERS:
         raise FormatError(
-            f"{found.file} holds changes that are no pairs of factors; they become some with model= and rank= or energy="
+            f"{found.file} holds changes that are not pairs of factors; give model= and rank= or energy= to"
+            " factor them"
         )
     rest = Leftovers(allow)
     pairs: Pairs = READERS[found.dialect].read(found, base, rest)
@@ -49,25 +51,28 @@ def read_found(found: Found, base: Base, allow: str | Iterable[str] = ()) -> Pai
 
 
 def check_names(pairs: Pairs, base: Base) -> None:
-    """Raises FormatError for sites that are no modules of the base, where its names are known."""
+    """Raises FormatError for sites that are not modules of the base; skipped if its names are unknown."""
     known = {*base.names, *(f"{part}.{n}" for part in pairs.parts for n in base.names)}
     strange = [n for n in pairs.sites if n not in known]
     if base.names and strange:
         some = first_few(base.names[-3:])
         raise FormatError(
-            f"{len(strange)} of {len(pairs.sites)} layers are not in the base model: {first_few(strange)}; it has e.g. {some}"
+            f"{len(strange)} of {len(pairs.sites)} layers are missing in the base model:"
+            f" {first_few(strange)};"
+            f" it has e.g. {some}; give the model that the adapter was trained on"
         )
 
 
 def write(pairs: Pairs, folder: str | Path, to: str, *, base: Base | None = None) -> list[str]:
-    """Writes the adapter into `folder` in the dialect `to`, whole or not at all; what was rounded or added, in words.
+    """Writes the adapter into `folder` in the dialect `to`, completely or not at all.
 
-    Raises ConfigError for an unknown dialect and a folder that is not empty, FormatError for what the dialect cannot hold.
+    Returns sentences about values that were rounded or added. Raises ConfigError for an unknown dialect and
+    for a folder that is not empty, FormatError for changes that the dialect cannot hold.
     """
     if to not in WRITERS:
         raise ConfigError(f"unknown dialect {to!r}{suggest(to, WRITERS)}")
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
-        raise ConfigError(f"{folder} holds something already; choose another folder or empty it")
+        raise ConfigError(f"{folder} is not empty; choose another folder or empty it")
     writer: Any = WRITERS[to]
     notes: list[str] = writer.write(pairs, Path(folder), base or Base())
     return notes

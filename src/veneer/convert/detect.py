@@ -1,4 +1,4 @@
-"""Which dialect an adapter is written in: by the keys of its settings and tensors, not by the names of its files."""
+"""Detects the dialect of an adapter by the keys of its settings and tensors, not by file names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.files import read_json
 
 NATIVE = "veneer"  # our own layout, for changes that no other dialect can express
 
-# The dialect is that of the first expression that the whole name of any tensor matches.
+# The first expression that matches the whole name of any tensor decides.
 SIGNS = [
     ("peft", r"base_model\.model\..*"),
     ("kohya", r"(lora_(unet|te\d?|transformer)|lycoris)_[^.]+\..+"),
@@ -29,7 +29,10 @@ TEXTS = {"peft": "PEFT", "torchtune": "torchtune", "mlx": "mlx-lm"}
 
 
 class Found(NamedTuple):
-    """dialect: its name here; file: of the tensors; folder: where its settings lie; config: adapter_config.json, or {}."""
+    """A detected adapter.
+
+    dialect: its name here. file: of the tensors. folder: of the settings. config: adapter_config.json, or {}.
+    """
 
     dialect: str
     file: Path
@@ -38,7 +41,7 @@ class Found(NamedTuple):
 
 
 def of_settings(config: Mapping[str, Any]) -> str | None:
-    """Which of the four dialects that call their settings adapter_config.json has written this one."""
+    """Returns which of the four programs that write an adapter_config.json wrote this one, or None."""
     if "fine_tune_type" in config or "lora_parameters" in config:
         return "mlx"
     if {"r", "lora_alpha", "target_modules"} <= set(config) <= THREE:
@@ -51,57 +54,68 @@ def of_settings(config: Mapping[str, Any]) -> str | None:
 
 
 def of_names(names: Iterable[str]) -> str | None:
-    """The dialect whose tensors are called like these, or None."""
+    """Returns the dialect whose tensors have names like these, or None."""
     every = list(names)
     return next((dialect for dialect, sign in SIGNS if any(re.fullmatch(sign, n) for n in every)), None)
 
 
 def detect(path: Path) -> Found:
-    """What adapter lies at `path`, a folder or a file of tensors.
+    """Returns the adapter at `path`, a folder or a file of tensors.
 
-    Raises FormatError where there is none, where settings and tensors are of different dialects, and where several
-    files could be meant.
+    Raises FormatError if no adapter is found, if settings and tensors are of different dialects, and if
+    several files could be meant.
     """
     if not path.exists():
-        raise FormatError(f"there is nothing at {path}")
+        raise FormatError(f"{path} does not exist; give a folder or a file of tensors")
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    said = of_settings(config) if config else None
-    if said == "hub":
+    program = of_settings(config) if config else None
+    if program == "hub":
         raise FormatError(
-            f"{folder / CONFIG} is of the adapters library, which has names of its own; merge it there, keep the merged model"
+            f"{folder / CONFIG} is written by AdapterHub's adapters library, which is not supported;"
+            " merge the adapter there and keep the merged model"
         )
     own = folder / native.TENSORS
-    if (
-        path in (folder, own)
-        and own.is_file()
-        and (manifest.read(folder) or {}).get("layout") == manifest.NATIVE
-    ):
+    if path in (folder, own) and own.is_file() and _is_native(folder):
         return Found(NATIVE, own, folder, {})
-    files = [f for f in ([path] if path.is_file() else sorted(folder.iterdir())) if tensor_files.kind_of(f)]
+    file, dialect = _adapter_file(path)
+    if program and {program, dialect} == {"torchtune", "peft"}:
+        # torchtune exports PEFT's names with three settings; later versions add peft_type
+        dialect = "torchtune"
+    elif program and program != dialect:
+        raise FormatError(
+            f"{folder / CONFIG} is written by {TEXTS[program]}, but the tensors in {file.name} have names of"
+            f" {dialect}"
+        )
+    return Found(dialect, file, folder, config)
+
+
+def _is_native(folder: Path) -> bool:
+    return (manifest.read(folder) or {}).get("layout") == manifest.NATIVE
+
+
+def _adapter_file(path: Path) -> tuple[Path, str]:
+    """Returns the file of tensors at `path` and its dialect.
+
+    Raises FormatError unless there is exactly one.
+    """
+    files = [f for f in ([path] if path.is_file() else sorted(path.iterdir())) if tensor_files.kind_of(f)]
     known, unread = _dialects(files)
     if not known and unread:
         raise unread[0]
     if not known:
         if not files:
-            raise FormatError(f"{path} holds no adapter: no file of tensors lies there")
+            raise FormatError(f"{path} holds no adapter: it has no file of tensors")
         there = first_few(f.name for f in files)
         raise FormatError(
-            f"{path} holds no adapter of a dialect known here: no tensor in {there} is called like one's"
+            f"{path} holds no adapter of a supported dialect: no tensor in {there} has a name of one"
         )
-    file = _choose(folder, known)
-    dialect = known[file]
-    if said and {said, dialect} == {"torchtune", "peft"}:
-        dialect = "torchtune"  # which exports PEFT's names with three settings; later versions add peft_type
-    elif said and said != dialect:
-        raise FormatError(
-            f"{folder / CONFIG} is {TEXTS[said]}'s, but the tensors in {file.name} are called like those of {dialect}"
-        )
-    return Found(dialect, file, folder, config)
+    file = _choose(path, known)
+    return file, known[file]
 
 
 def _dialects(files: Iterable[Path]) -> tuple[dict[Path, str], list[FormatError]]:
-    """The dialect of every file that is an adapter's, and why others, such as a trainer's state, could not be read."""
+    """Returns the dialects of adapter files, and the errors of unreadable files (a trainer's state)."""
     known, unread = {}, []
     for file in files:
         try:
@@ -115,7 +129,7 @@ def _dialects(files: Iterable[Path]) -> tuple[dict[Path, str], list[FormatError]
 
 
 def _choose(folder: Path, known: Mapping[Path, str]) -> Path:
-    """The one file of tensors. torchtune writes the same adapter twice or thrice: its own form is the one without faults."""
+    """Returns the file to read; of torchtune's up to three copies its own form, the only correct one."""
     files = list(known)
     own = [f for f in files if known[f] == "torchtune"]
     if len(own) == 1 and set(known.values()) <= {"torchtune", "peft"}:
@@ -125,6 +139,6 @@ def _choose(folder: Path, known: Mapping[Path, str]) -> Path:
         return safe[0]
     if len(files) > 1:
         raise FormatError(
-            f"{folder} holds several adapters; name the file of one: {first_few(f.name for f in files)}"
+            f"{folder} holds several adapters; give the file of one: {first_few(f.name for f in files)}"
         )
     return files[0]

@@ -1,4 +1,4 @@
-"""What a reader did not understand: an error that names all of it, unless the user lets it be left out by name."""
+"""Collects tensors and settings that a reader does not support; one error names them all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from veneer.errors import FormatError, first_few
 
 
 class Leftovers:
-    """Collects tensors and settings that no pair holds; `allow` are names, with * for any text, that may be left out."""
+    """Tensors and settings that cannot be expressed as pairs.
+
+    allow: names that may be dropped; * matches any text.
+    """
 
     def __init__(self, allow: Iterable[str] = ()) -> None:
         self.allow = (allow,) if isinstance(allow, str) else tuple(allow)
@@ -17,16 +20,16 @@ class Leftovers:
         self.refused: dict[str, list[str]] = {}
 
     def add(self, name: str, why: str) -> None:
-        """`name` is not carried, for the reason `why`."""
+        """Records that `name` is dropped or refused, for the reason `why`."""
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.allow):
             self.left_out.append(name)
         else:
             self.refused.setdefault(why, []).append(name)
 
     def settle(self, where: object) -> tuple[str, ...]:
-        """What was left out by permission. Raises FormatError for the rest."""
+        """Returns the names dropped by permission. Raises FormatError for the rest."""
         if self.refused:
             lines = [f"- {why}: {first_few(names)}" for why, names in self.refused.items()]
-            hint = "to leave something out, name it: allow=('..',), with * for any text"
-            raise FormatError("\n".join([f"{where} holds what cannot be carried:", *lines, hint]))
+            hint = "to drop entries, name them: allow=('..',); * matches any text"
+            raise FormatError("\n".join([f"{where} holds entries that cannot be converted:", *lines, hint]))
         return tuple(self.left_out)

@@ -1,4 +1,4 @@
-"""The common middle form of all dialects: plain LoRA pairs by the Hugging Face name of their module."""
+"""The common form of all dialects: plain LoRA pairs by the Hugging Face name of their module."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Kind = Literal["linear", "conv", "embedding"]
 
 @dataclass(frozen=True)
 class Pair:
-    """W' = W + scaling * B A; with a magnitude m (out,) DoRA's m * W' / ||W'||, norms of rows.
+    """W' = W + scaling * B A; with a magnitude m (out,) DoRA's m * W' / ||W'||, with row norms.
 
-    A: (r, in), or (r, in, kernel..) for a convolution; B: (out, r) always. kind "embedding": in is the vocabulary.
+    A: (r, in), or (r, in, kernel..) for a convolution. B: (out, r). kind "embedding": in is the vocabulary.
     """
 
     A: Tensor
@@ -35,17 +35,17 @@ class Pair:
         return self.A.shape[0]
 
     def product(self) -> Tensor:
-        """scaling * B A (out, in), the kernel flattened into in, in float32 at least."""
+        """Returns scaling * B A (out, in) in at least float32, the kernel flattened into in."""
         return self.scaling * (precise(self.B) @ precise(self.A).flatten(1))
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """An adapter in no dialect.
+    """An adapter without a dialect.
 
-    parts: the parts of a diffusers pipeline that begin the names of sites ("unet", "text_encoder"), none for a single
-    model. origin: the base model's id or folder; task: PEFT's task_type; transposed: whether the base holds its layers
-    as (in, out), like GPT-2. left_out: what the file held and these pairs do not, by permission.
+    parts: parts of a diffusers pipeline that begin the names of sites ("unet", "text_encoder"); empty for a
+    single model. origin: id or folder of the base model. task: PEFT's task_type. transposed: the base stores
+    its layers as (in, out), like GPT-2. left_out: names in the file that these pairs dropped by permission.
     """
 
     sites: Mapping[str, Pair]
@@ -62,18 +62,18 @@ class Pairs:
         ]
         if wrong:
             raise FormatError(
-                f"factors that do not fit together, A must be (r, in..) and B (out, r): {first_few(wrong)}"
+                f"A must be (r, in, ..) and B (out, r), with sizes that fit, got {first_few(wrong)}"
             )
         lost = [n for n in self.sites if self.parts and not n.startswith(tuple(f"{p}." for p in self.parts))]
         if lost:
             raise FormatError(
-                f"modules that belong to none of the parts {', '.join(self.parts)}: {first_few(lost)}"
+                f"modules must belong to one of the parts {', '.join(self.parts)}, got {first_few(lost)}"
             )
         if not self.sites:
-            raise FormatError("there is no pair of factors A and B in this adapter")
+            raise FormatError("the adapter must hold at least one pair of factors A and B, got none")
 
     def each(self, change: Callable[[Pair], Pair]) -> Pairs:
-        """The same adapter with every pair changed."""
+        """Returns the adapter with `change` applied to every pair."""
         return replace(self, sites={n: change(p) for n, p in self.sites.items()})
 
 
@@ -87,14 +87,17 @@ def _fits(p: Pair) -> bool:
 
 
 class Changed(NamedTuple):
-    """Pairs, and what was done to them in words."""
+    """Pairs and sentences about the changes made to them."""
 
     pairs: Pairs
     notes: list[str]
 
 
 def folded(pairs: Pairs) -> Changed:
-    """The scaling multiplied into B. Exact for powers of two, rounded to B's dtype otherwise; how much is in the notes."""
+    """Returns pairs with the scaling multiplied into B, scaling 1.
+
+    Exact for powers of two. Otherwise B is rounded to its dtype, and a note gives the relative error.
+    """
     ready = pairs.each(lambda p: replace(p, B=(p.scaling * precise(p.B)).to(p.B.dtype), scaling=1.0))
     rounded = [n for n, p in pairs.sites.items() if math.frexp(p.scaling)[0] not in (0.5, -0.5, 0.0)]
     if not rounded:
@@ -105,7 +108,8 @@ def folded(pairs: Pairs) -> Changed:
     return Changed(
         ready,
         [
-            f"the scaling was folded into B at {len(rounded)} layers; rounding moved no B by more than {worst:.1g} of itself"
+            f"the scaling was folded into B at {len(rounded)} layers; relative rounding error at most"
+            f" {worst:.1g}"
         ],
     )
 
@@ -115,7 +119,10 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def padded(pairs: Pairs, rank: int) -> Pairs:
-    """All pairs with rows of zeros in A and columns of zeros in B up to `rank`: the same change."""
+    """Returns pairs of rank `rank`: A padded with rows of zeros, B with columns of zeros.
+
+    The change is the same.
+    """
 
     def pad(p: Pair) -> Pair:
         more = rank - p.rank
@@ -129,12 +136,14 @@ def padded(pairs: Pairs, rank: int) -> Pairs:
 
 
 def uniform(pairs: Pairs) -> Changed:
-    """One rank and one scaling for all, for dialects that have no others: padded with zeros, folded where scalings differ."""
+    """Returns pairs with one rank and one scaling, for dialects that store one of each.
+
+    Lower ranks are padded with zeros. Scalings that differ are folded into B.
+    """
     notes: list[str] = []
     scalings = [p.scaling for p in pairs.sites.values()]
-    if max(scalings) - min(scalings) > 1e-12 * max(
-        map(abs, scalings)
-    ):  # alpha / r of the same scaling may differ in the last digit
+    # alpha / r of the same scaling may differ in the last digit
+    if max(scalings) - min(scalings) > 1e-12 * max(map(abs, scalings)):
         pairs, notes = folded(pairs)
     ranks = {p.rank for p in pairs.sites.values()}
     if len(ranks) > 1:
@@ -143,14 +152,16 @@ def uniform(pairs: Pairs) -> Changed:
 
 
 def cut(pairs: Pairs, rank: int | None = None, energy: float | None = None) -> Changed:
-    """The best pairs of a lower rank, or with a share `energy` of the squared norm; the error is in the notes.
+    """Returns the best pairs of at most `rank`, or with the share `energy` of the squared norm.
 
-    Raises FormatError for pairs with a magnitude, whose change has no low rank.
+    A note gives the relative error. Raises FormatError for pairs with a magnitude: their change is not
+    low-rank.
     """
     magnitudes = [n for n, p in pairs.sites.items() if p.magnitude is not None]
     if magnitudes:
         raise FormatError(
-            f"DoRA's change has no low rank without the base's weights: {first_few(magnitudes)}"
+            f"DoRA's change is not low-rank; truncating it needs the base model: {first_few(magnitudes)};"
+            " give model="
         )
     found, worst = {}, 0.0
     for n, p in pairs.sites.items():
@@ -160,12 +171,12 @@ def cut(pairs: Pairs, rank: int | None = None, energy: float | None = None) -> C
     most = max(p.rank for p in found.values())
     return Changed(
         replace(pairs, sites=found),
-        [f"cut to ranks of at most {most}; of no layer's change more than {worst:.2%} was lost"],
+        [f"truncated to rank <= {most}; relative error of a layer's change at most {worst:.2%}"],
     )
 
 
 def to_dtype(pairs: Pairs, dtype: torch.dtype) -> Changed:
-    """The factors in `dtype`. Magnitudes stay as they are: rounding one moves a whole row."""
+    """Returns the factors in `dtype`. Magnitudes keep their dtype: rounding one moves a whole row."""
     before = sorted(
         {str(p.A.dtype).removeprefix("torch.") for p in pairs.sites.values()}
         - {str(dtype).removeprefix("torch.")}
@@ -179,14 +190,14 @@ def to_dtype(pairs: Pairs, dtype: torch.dtype) -> Changed:
 
 
 def take_part(pairs: Pairs, part: str) -> Pairs:
-    """The pairs of one part of a pipeline, under names without it; of an adapter without parts, those of the part `part`.
+    """Returns the pairs of one part of a pipeline.
 
-    Raises ConfigError for a part that the adapter does not have.
+    For an adapter without parts, all pairs become pairs of `part`. Raises ConfigError for an unknown part.
     """
     if not pairs.parts:
         return replace(pairs, sites={f"{part}.{n}": p for n, p in pairs.sites.items()}, parts=(part,))
     if part not in pairs.parts:
-        raise ConfigError(f"the adapter has no part {part!r}{suggest(part, pairs.parts)}")
+        raise ConfigError(f"unknown part {part!r} of the adapter{suggest(part, pairs.parts)}")
     lead = f"{part}."
     others = [n for n in pairs.sites if not n.startswith(lead)]
     kept = {n: p for n, p in pairs.sites.items() if n.startswith(lead)}
@@ -194,13 +205,14 @@ def take_part(pairs: Pairs, part: str) -> Pairs:
 
 
 def bare(pairs: Pairs) -> Pairs:
-    """The pairs under the names that the model itself has, for dialects of single models.
+    """Returns the pairs under the model's own names, for dialects of single models.
 
     Raises ConfigError for an adapter of several models.
     """
     if len(pairs.parts) > 1:
         raise ConfigError(
-            f"the adapter changes {' and '.join(pairs.parts)}, and this dialect holds one model; choose one with part="
+            f"the adapter changes {' and '.join(pairs.parts)}, but this dialect holds one model; choose one"
+            " with part="
         )
     if not pairs.parts:
         return pairs
@@ -210,13 +222,12 @@ def bare(pairs: Pairs) -> Pairs:
 
 
 def only(pairs: Pairs, kinds: tuple[Kind, ...], dialect: str, magnitude: bool) -> None:
-    """Raises FormatError, naming the layers, where a dialect cannot hold a kind of layer, or no magnitude."""
+    """Raises FormatError with the layers whose kind or magnitude the dialect cannot hold."""
     other = [f"{n} ({p.kind})" for n, p in pairs.sites.items() if p.kind not in kinds]
     if other:
-        raise FormatError(
-            f"{dialect} holds changes of {' and '.join(kinds)} layers only, not {first_few(other)}"
-        )
+        raise FormatError(f"{dialect} supports {' and '.join(kinds)} layers only, got {first_few(other)}")
     if not magnitude and any(p.magnitude is not None for p in pairs.sites.values()):
         raise FormatError(
-            f"{dialect} has no magnitudes (DoRA); the adapter must become plain LoRA, which needs the base model"
+            f"{dialect} cannot hold DoRA's magnitudes; give model= and rank= to convert the adapter to plain"
+            " LoRA"
         )

@@ -1,4 +1,7 @@
-"""Files of tensors, told by their first bytes: safetensors, and torch's archives, of which only plain tensors are read."""
+"""Reads files of tensors: safetensors, and torch archives that hold plain tensors only.
+
+Told apart by first bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ SAFETENSORS, TORCH = "safetensors", "torch"
 
 
 def kind_of(path: Path) -> str | None:
-    """What the file is by its first bytes; None for anything else."""
+    """Returns SAFETENSORS or TORCH by the first bytes of the file, or None for any other file."""
     if not path.is_file():
         return None
     with path.open("rb") as f:
@@ -28,19 +31,25 @@ def kind_of(path: Path) -> str | None:
 
 
 def keys(path: Path) -> list[str]:
-    """Names of the tensors in a file, without reading them. Raises FormatError for a damaged file."""
+    """Returns the names of the tensors in a file without reading the tensors.
+
+    Raises FormatError for a damaged file.
+    """
     if kind_of(path) == TORCH:
         return list(_torch(path, mmap=True))
     return _safe(path)[0]
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The texts in a safetensors file's header."""
+    """Returns the text entries of a safetensors header; empty for other files."""
     return _safe(path)[1] if kind_of(path) == SAFETENSORS else {}
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name. Raises FormatError for a damaged file, and for a torch file with anything but tensors."""
+    """Returns all tensors of a file by name.
+
+    Raises FormatError for a damaged file and for a torch file that holds anything but tensors.
+    """
     return _torch(path, mmap=False) if kind_of(path) == TORCH else read_tensors(path)
 
 
@@ -49,21 +58,24 @@ def _safe(path: Path) -> tuple[list[str], dict[str, str]]:
         with safe_open(path, "pt") as f:
             return list(f.keys()), dict(f.metadata() or {})
     except (SafetensorError, OSError) as e:
-        raise FormatError(f"{path} is not a whole safetensors file ({e}); restore it from a copy") from None
+        raise FormatError(
+            f"{path} is damaged or not a safetensors file ({e}); restore it from a copy"
+        ) from None
 
 
 def _torch(path: Path, *, mmap: bool) -> dict[str, Tensor]:
-    """weights_only: nothing but tensors, numbers, texts and containers of them is built, so that no code can run."""
+    """Loads with weights_only, so that no code in the file can run."""
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as e:
         raise FormatError(
-            f"{path} is no whole torch file of plain tensors, and nothing else is read ({str(e).splitlines()[0]})"
+            f"{path} is damaged or not a torch file of plain tensors; only plain tensors are read"
+            f" ({str(e).splitlines()[0]})"
         ) from None
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
         found = found["model"]  # LitGPT, Lightning
     if not isinstance(found, dict) or not all(
         isinstance(k, str) and isinstance(t, Tensor) for k, t in found.items()
     ):
-        raise FormatError(f"{path} is a torch file, but not a table of names and tensors")
+        raise FormatError(f"{path} must hold a dict of names and tensors, got another object")
     return found

@@ -1,4 +1,4 @@
-"""Tensors by module and role, told by how their names end."""
+"""Groups tensors by module and role, by the endings of their names."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def by_module(
     rest: Leftovers,
     needed: tuple[str, ...] = NEEDED,
 ) -> dict[str, Roles]:
-    """{module: {role: tensor}} by `endings` {end of the name: role}; what ends otherwise goes to `rest`.
+    """Returns {module: {role: tensor}} by `endings` {end of the name: role}; other tensors go to `rest`.
 
-    Raises FormatError naming the modules that lack one of the roles `needed`.
+    Raises FormatError with the modules that lack one of the roles `needed`.
     """
     found: dict[str, Roles] = {}
     for name, tensor in tensors.items():
         end = next((e for e in endings if name.endswith(e)), None)
         if end is None:
-            rest.add(name, "tensors of another kind than factors of plain LoRA")
+            rest.add(name, "tensors other than factors of plain LoRA")
         else:
             found.setdefault(name.removesuffix(end), {})[endings[end]] = tensor
     half = [
@@ -36,5 +36,5 @@ def by_module(
         if not set(needed) <= set(roles)
     ]
     if half:
-        raise FormatError(f"factors without the other: {first_few(half)}")
+        raise FormatError(f"incomplete factors: {first_few(half)}")
     return found

@@ -1,7 +1,7 @@
 """diffusers: one file, names that begin with a part of the pipeline, settings as JSON in the file's header.
 
-https://huggingface.co/docs/diffusers/api/loaders/lora. Without settings alpha is the rank; `.alpha` tensors are of older
-files. A file with PEFT's own prefix would be read as holding nothing, without an error.
+https://huggingface.co/docs/diffusers/api/loaders/lora. Without settings, alpha equals the rank. Older files
+hold `.alpha` tensors. diffusers silently reads nothing from a file with PEFT's own prefix.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ ENDINGS = {
     ".lora_magnitude_vector.weight": "m",
     ".alpha": "alpha",
 }
-# What of PEFT's settings goes into the header: what LoraConfig needs to know of the tensors.
-SAID = ("r", "lora_alpha", "target_modules", "use_dora", "lora_dropout", "bias")
+# PEFT's settings in the header: those that LoraConfig needs to load the tensors.
+IN_HEADER = ("r", "lora_alpha", "target_modules", "use_dora", "lora_dropout", "bias")
 PART = re.compile(
     r"(unet|transformer|transformer_2|prior|controlnet|text_encoder|text_encoder_2|text_encoder_3)\."
 )
 
 
 def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
-    """The pairs in a file of any age."""
+    """Returns the pairs in a file written by any version of diffusers."""
     tensors = {_modern(k): t for k, t in tensor_files.tensors(found.file).items()}
     modules = by_module(tensors, ENDINGS, rest)
     parts = sorted({m[1] for n in modules if (m := PART.match(n))})
@@ -58,13 +58,16 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
     odd = [n for n in sites if not PART.match(n)]
     if odd and parts:
         raise FormatError(
-            f"{found.file}: {len(odd)} modules belong to no part of a pipeline, e.g. {odd[0]}, while others do"
+            f"{found.file}: all modules must belong to a part of the pipeline, but {len(odd)} do not, e.g."
+            f" {odd[0]}"
         )
     return Pairs(sites, tuple(parts))
 
 
 def _modern(name: str) -> str:
-    """The name of before 0.17, `attn1.processor.to_q_lora.down.weight`, as it is today: `attn1.to_q.lora_A.weight`."""
+    """Returns `attn1.to_q.lora_A.weight` for `attn1.processor.to_q_lora.down.weight`, a name from before
+    0.17.
+    """
     old = re.fullmatch(r"(.*?\.)(?:processor\.)?to_(q|k|v|out)_lora\.(down|up)\.weight", name)
     if old is None:
         return name
@@ -76,7 +79,7 @@ def _modern(name: str) -> str:
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """PEFT's settings by part. Raises FormatError for a header that is no JSON object."""
+    """Returns PEFT's settings by part. Raises FormatError if the header is not a JSON object."""
     try:
         flat = json.loads(tensor_files.metadata(file).get(HEADER, "{}"))
         found: defaultdict[str, dict[str, Any]] = defaultdict(dict)
@@ -89,7 +92,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _pair(name: str, roles: Roles, settings: Mapping[str, dict[str, Any]]) -> Pair:
-    """Settings rule over `.alpha` tensors, as in diffusers; with neither the scaling is 1."""
+    """Returns a pair. Settings override `.alpha` tensors, as in diffusers; without both the scaling is 1."""
     A, B, m = roles["A"], roles["B"].flatten(1), roles.get("m")
     part, _, inner = name.partition(".")
     scaling = float(roles["alpha"]) / A.shape[0] if "alpha" in roles else 1.0
@@ -105,24 +108,25 @@ def _pair(name: str, roles: Roles, settings: Mapping[str, dict[str, Any]]) -> Pa
 def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
     """Writes pytorch_lora_weights.safetensors with its settings in the header.
 
-    Ranks and scalings are made one for each part, because diffusers took mixed ones wrongly for years. Raises
-    ConfigError for an adapter of a single model whose part of the pipeline is not said.
+    Each part gets one rank and one scaling, because older versions of diffusers misread mixed ones. Raises
+    ConfigError for an adapter of a single model without part=.
     """
     only(pairs, ("linear", "conv"), "diffusers", magnitude=True)
     if not pairs.parts:
         raise ConfigError(
-            "in diffusers' files names begin with a part of the pipeline; say which one this adapter changes: part='unet', .."
+            "diffusers' files name the part of the pipeline; give the part that this adapter changes:"
+            " part='unet', .."
         )
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {}
     notes: list[str] = []
     for part in pairs.parts:
-        ready, said = uniform(take_part(pairs, part))
+        ready, done = uniform(take_part(pairs, part))
         own = {n.removeprefix(f"{part}."): p for n, p in ready.sites.items()}
         alone = Pairs(own, dropout=pairs.dropout)
         tensors |= {f"{part}.{k.removeprefix(PREFIX)}": t for k, t in peft.named(alone).items()}
-        header |= {f"{part}.{k}": v for k, v in peft.settings(alone, base).items() if k in SAID}
-        notes += [f"{part}: {n}" for n in said]
+        header |= {f"{part}.{k}": v for k, v in peft.settings(alone, base).items() if k in IN_HEADER}
+        notes += [f"{part}: {n}" for n in done]
     text = json.dumps(header, sort_keys=True)
     with files.replacing(folder / FILE) as (path,):
         save_file(

@@ -1,6 +1,7 @@
-"""kohya's sd-scripts and LyCORIS: one file, names with underscores for dots, lora_down (A), lora_up (B), alpha, dora_scale.
+"""kohya's sd-scripts and LyCORIS: one file, underscores for dots, lora_down (A), lora_up (B), alpha,
+dora_scale.
 
-https://github.com/KohakuBlueleaf/LyCORIS. Only plain LoRA, its Tucker form and DoRA by output rows are pairs of factors.
+https://github.com/KohakuBlueleaf/LyCORIS. Plain LoRA, its Tucker form and DoRA by output rows are read.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ PARTS = {
 
 
 def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
-    """The pairs in a file. `base.names` resolve the flattened names: of the model, or of a pipeline's models by part."""
+    """Returns the pairs in a file.
+
+    `base.names` resolve the flattened names: those of the model, or of a pipeline's models by part.
+    """
     modules = by_module(tensor_files.tensors(found.file), ENDINGS, rest)
     names = _resolve(modules, base.names)
     parts = tuple(sorted({p for flat in modules if (p := _split(flat)[0])}))
@@ -51,15 +55,15 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
 
 
 def _split(flat: str) -> tuple[str, str]:
-    """("unet", "down_blocks_0_..") of "lora_unet_down_blocks_0_.."."""
+    """Returns ("unet", "down_blocks_0_..") for "lora_unet_down_blocks_0_.."."""
     prefix = next((p for p in sorted(PARTS, key=len, reverse=True) if flat.startswith(f"{p}_")), None)
     if prefix is None:
-        raise FormatError(f"{flat!r} begins with none of {', '.join(PARTS)}")
+        raise FormatError(f"name must begin with one of {', '.join(PARTS)}, got {flat!r}")
     return PARTS[prefix], flat.removeprefix(f"{prefix}_")
 
 
 def _resolve(modules: Iterable[str], names: tuple[str, ...]) -> dict[str, str]:
-    """The real name of every flattened one. Raises ConfigError with those that no name, or more than one, flattens to."""
+    """Returns {flattened name: real name}. Raises ConfigError for names with no match or several matches."""
     flattened: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
         flattened[name.replace(".", "_")].append(name)
@@ -75,16 +79,16 @@ def _resolve(modules: Iterable[str], names: tuple[str, ...]) -> dict[str, str]:
             (several if fits else lost).append(f"{flat} ({' or '.join(fits)})" if fits else flat)
     if several:
         raise ConfigError(
-            f"underscores stand for dots, and more than one module could be meant: {first_few(several)}"
+            f"underscores stand for dots; names that match several modules: {first_few(several)}"
         )
     if lost:
         hint = (
-            "the model that was given has none such"
+            "the given model has no such modules"
             if names
             else "give the base model with model=, or its modules' names with names="
         )
         raise ConfigError(
-            f"underscores stand for dots, and {len(lost)} modules cannot be told from their names: {first_few(lost)}; {hint}"
+            f"underscores stand for dots; {len(lost)} names match no known module: {first_few(lost)}; {hint}"
         )
     return found
 
@@ -93,7 +97,7 @@ def _pair(name: str, roles: Roles) -> Pair:
     A, B = roles["A"], roles["B"].flatten(1)
     if "mid" in roles:  # down (r, in, 1, 1), then mid (r, r, kh, kw)
         A = torch.einsum("rs...,si->ri...", roles["mid"], A.flatten(1))
-    alpha = float(roles["alpha"]) if "alpha" in roles else float(A.shape[0])  # without one the scaling is 1
+    alpha = float(roles["alpha"]) if "alpha" in roles else float(A.shape[0])  # default scaling: 1
     if "scalar" in roles:
         alpha *= float(roles["scalar"])
     return Pair(
@@ -102,28 +106,30 @@ def _pair(name: str, roles: Roles) -> Pair:
 
 
 def _magnitude(name: str, m: Tensor | None, B: Tensor) -> Tensor | None:
-    """m (out,). LyCORIS once scaled input columns (wd_on_output=False), which is another method."""
+    """Returns m (out,). Refuses LyCORIS's scales of input columns (wd_on_output=False): another method."""
     if m is None:
         return None
     if m.shape[0] != B.shape[0] or m.numel() != B.shape[0]:
         shape = tuple(m.shape)
         raise FormatError(
-            f"{name}: dora_scale {shape} scales input columns (wd_on_output=False), which is not DoRA; merge it with LyCORIS"
+            f"{name}: dora_scale {shape} scales input columns (wd_on_output=False), which is not DoRA;"
+            " merge it with LyCORIS"
         )
     return m.flatten()
 
 
 def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
-    """Writes lora.safetensors into `folder`; nothing is rounded but alpha, to float32.
+    """Writes lora.safetensors into `folder`; rounds alpha to float32 and nothing else.
 
-    Raises FormatError for embeddings, which the dialect has none of, and for names that flatten to the same.
+    Raises FormatError for embeddings, which the dialect cannot hold, and for names that flatten to the same
+    name.
     """
     only(pairs, ("linear", "conv"), "kohya's format", magnitude=True)
     tensors: dict[str, Tensor] = {}
     for name, p in pairs.sites.items():
         flat, ones = _flat(name, pairs.parts), (1,) * (p.A.ndim - 2)
         if f"{flat}.alpha" in tensors:
-            raise FormatError(f"{name} and another layer are both called {flat} in kohya's format")
+            raise FormatError(f"{name} and another layer are both named {flat} in kohya's format")
         own = {
             "lora_down.weight": p.A,
             "lora_up.weight": p.B.reshape(*p.B.shape, *ones),
@@ -134,15 +140,20 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
         tensors |= {f"{flat}.{k}": t for k, t in own.items()}
     with files.replacing(folder / FILE) as (path,):
         files.write_tensors(path, tensors)
-    return [] if pairs.parts else ["layers are called lycoris_..; for a part of a pipeline give part="]
+    return [] if pairs.parts else ["layers are named lycoris_..; for a part of a pipeline give part="]
 
 
 def _flat(name: str, parts: tuple[str, ...]) -> str:
-    """ "lora_unet_.." for a layer of a pipeline's part, "lycoris_.." for one of a single model. Two text encoders are te1 and te2."""
+    """Returns "lora_unet_.." for a layer of a pipeline's part, "lycoris_.." for a layer of a single model.
+
+    With two text encoders the names begin with lora_te1 and lora_te2.
+    """
     part = next((p for p in parts if name.startswith(f"{p}.")), "")
     prefix = next((k for k, v in PARTS.items() if v == part), None)
     if prefix is None:
-        raise ConfigError(f"kohya's format has no part {part!r}{suggest(part, filter(None, PARTS.values()))}")
+        raise ConfigError(
+            f"unknown part {part!r} of kohya's format{suggest(part, filter(None, PARTS.values()))}"
+        )
     if prefix == "lora_te" and any(re.fullmatch(r"text_encoder_\d", p) for p in parts):
         prefix = "lora_te1"
     return f"{prefix}_{name.removeprefix(f'{part}.') if part else name}".replace(".", "_")

@@ -1,4 +1,4 @@
-"""mlx-lm: lora_a (in, r) and lora_b (r, out), the scale as it acts, layers counted from the last.
+"""mlx-lm: lora_a (in, r), lora_b (r, out), a scale not divided by the rank, layers counted from the last.
 
 https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md
 """
@@ -25,21 +25,22 @@ LAYER = re.compile(r"(.*\.(?:layers|h|blocks))\.(\d+)\.(.+)")
 
 
 def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
-    """The pairs in an mlx-lm folder."""
+    """Returns the pairs in an mlx-lm folder."""
     kind = found.config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise FormatError(
-            f"{found.folder} was fine-tuned with fine_tune_type {kind!r}; only lora and dora are adapters"
+            f"{found.folder}: fine_tune_type must be 'lora' or 'dora', got {kind!r}; other types are not"
+            " adapters"
         )
     given = found.config.get("lora_parameters") or {}
     if "scale" not in given:
         raise FormatError(
-            f"{found.folder / CONFIG} lacks lora_parameters.scale, without which the change is not known"
+            f"{found.folder / CONFIG} lacks lora_parameters.scale, which the change depends on; add it"
         )
     modules = by_module(tensor_files.tensors(found.file), ENDINGS, rest)
     experts = [m for m, roles in modules.items() if roles["A"].ndim != 2]
     if experts:
-        raise FormatError(f"changes of stacked experts are no pairs of matrices: {first_few(experts)}")
+        raise FormatError(f"adapters of stacked experts are not supported: {first_few(experts)}")
     ranks = {m: roles["A"].shape[1] for m, roles in modules.items()}
     wrong = [
         f"{m}: rank {r} in the file, {given.get('rank')} in the settings"
@@ -51,7 +52,7 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
         f"{m} has {'no' if kind == 'dora' else 'a'} magnitude, but fine_tune_type is {kind}" for m in odd
     ]
     if wrong:
-        raise FormatError(f"{CONFIG} and the tensors do not agree: {first_few(wrong)}")
+        raise FormatError(f"{CONFIG} contradicts the tensors: {first_few(wrong)}")
     return Pairs(
         {m: _pair(m, roles, float(given["scale"]), base) for m, roles in modules.items()},
         dropout=float(given.get("dropout") or 0.0),
@@ -71,16 +72,17 @@ def _pair(name: str, roles: Roles, scale: float, base: Base) -> Pair:
 
 
 def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
-    """Writes the folder, whole or not at all. mlx-lm calls modules as transformers does where they lie under `model.layers`.
+    """Writes the folder, completely or not at all.
 
-    Raises FormatError for other modules, convolutions, and a mixture of LoRA and DoRA.
+    Module names under `model.layers` are those of transformers. Raises FormatError for other modules,
+    convolutions, and a mixture of LoRA and DoRA.
     """
     ready, notes = uniform(bare(pairs))
     only(ready, ("linear", "embedding"), "mlx-lm", magnitude=True)
     dora = {p.magnitude is not None for p in ready.sites.values()}
     if len(dora) > 1:
         raise FormatError(
-            "some layers have a magnitude (DoRA) and others have none; mlx-lm has one method for all"
+            "only some layers have a magnitude (DoRA); mlx-lm supports one method for all layers"
         )
     other = [
         n
@@ -88,7 +90,7 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
         if not re.fullmatch(r"((language_model\.)?model\.(layers\.\d+\..+|embed_tokens)|lm_head)", n)
     ]
     if other:
-        raise FormatError(f"mlx-lm has other names for the modules of this model: {first_few(other)}")
+        raise FormatError(f"mlx-lm names the modules of this model differently: {first_few(other)}")
     some = next(iter(ready.sites.values()))
     config = {
         "model": pairs.origin,
@@ -112,11 +114,14 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
 
 
 def _keys(pairs: Pairs) -> list[str]:
-    """Names within a layer; whole names for what lies in none."""
+    """Returns names within a layer; full names for modules outside layers."""
     return sorted({m[3] if (m := LAYER.fullmatch(n)) else n for n in pairs.sites})
 
 
 def _layers(pairs: Pairs, base: Base) -> int:
-    """How many layers from the last are adapted; -1 stands for all, which does no harm: what has no tensor starts as no change."""
+    """Returns the number of adapted layers, counted from the last, or -1 for all.
+
+    -1 is always safe: mlx-lm starts layers without tensors as no change.
+    """
     first = min((int(m[2]) for n in pairs.sites if (m := LAYER.fullmatch(n))), default=None)
     return base.layers - first if base.layers and first is not None else -1

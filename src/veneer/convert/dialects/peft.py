@@ -1,4 +1,6 @@
-"""PEFT's folder: adapter_config.json, and adapter_model.safetensors with base_model.model.<module>.lora_A.weight."""
+"""PEFT's folder: adapter_config.json, and adapter_model.safetensors with
+base_model.model.<module>.lora_A.weight.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,13 @@ from veneer.errors import FormatError, first_few
 LINEAR = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 EMBEDDING = {".lora_embedding_A": "eA", ".lora_embedding_B": "eB"}
 MAGNITUDE = ".lora_magnitude_vector"
-NAMES = {
-    **LINEAR,
-    **EMBEDDING,
-    MAGNITUDE: "m",
-    f"{MAGNITUDE}.weight": "m",
-}  # before 0.12 the magnitude was a layer
+# The second form of the magnitude is PEFT's before 0.12.
+NAMES = {**LINEAR, **EMBEDDING, MAGNITUDE: "m", f"{MAGNITUDE}.weight": "m"}
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
-    """The pairs in a PEFT folder whose adapter is relative to the untouched base."""
+    """Returns the pairs in a PEFT folder whose adapter is relative to the unchanged base."""
     config = {**KEYS, **found.config}
     _check(found, config)
     tensors = tensor_files.tensors(found.file)
@@ -50,7 +48,7 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
     _agree(config, sites)
     for entry in _entries(config):
         if not any(n == entry or n.endswith(f".{entry}") for n in sites):
-            rest.add(entry, "targets in the settings without a tensor in the file")
+            rest.add(entry, "target_modules without tensors in the file")
     return Pairs(
         sites,
         dropout=float(config["lora_dropout"] or 0.0),
@@ -61,20 +59,22 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
 
 
 def _check(found: Found, config: Mapping[str, Any]) -> None:
-    """Raises FormatError for settings that make the adapter more than pairs on the untouched base."""
+    """Raises FormatError for settings under which the adapter is not just pairs on the unchanged base."""
     wrong = settings_problems(found.config, has_initial=False)
     start = config["init_lora_weights"]
     if not wrong and config["peft_type"] != "LORA":
         wrong = [
-            f"peft_type {config['peft_type']!r}: the file has no factors of LoRA, which the base's layers make of it: give model="
+            f"peft_type {config['peft_type']!r} is not LoRA; its change must be factored on the base: give"
+            " model="
         ]
     if not wrong and (start.lower() if isinstance(start, str) else start) not in PLAIN:
         wrong = [
-            f"init_lora_weights {start!r} moved the base, which must be loaded to say what the adapter changes: give it with model="
+            f"init_lora_weights {start!r} changed the base's weights; the original base is needed: give"
+            " model="
         ]
     if wrong:
         raise FormatError(
-            f"{found.folder / CONFIG} cannot be carried:\n" + "\n".join(f"- {w}" for w in wrong)
+            f"{found.folder / CONFIG} cannot be converted:\n" + "\n".join(f"- {w}" for w in wrong)
         )
     record = manifest.read(found.folder)
     if (
@@ -83,7 +83,8 @@ def _check(found: Found, config: Mapping[str, Any]) -> None:
         and files.sha256(found.file) != record["tensors"]["sha256"]
     ):
         raise FormatError(
-            f"{found.file} is not the file that {manifest.NAME} was written with; it was changed, or a save was cut off"
+            f"{found.file} does not match {manifest.NAME}; the file was changed or a save was interrupted;"
+            " restore it from a copy"
         )
 
 
@@ -91,7 +92,9 @@ def _pair(name: str, config: Mapping[str, Any], roles: Roles) -> Pair:
     embedding = "eA" in roles or "eB" in roles
     A, B = (roles.get("eA"), roles.get("eB")) if embedding else (roles.get("A"), roles.get("B"))
     if A is None or B is None:
-        raise FormatError(f"{name} has only {', '.join(sorted(roles))} of its factors; the file is not whole")
+        raise FormatError(
+            f"{name} must have factors A and B, got only {', '.join(sorted(roles))}; the file is incomplete"
+        )
     own, m = at(config, name), roles.get("m")
     r = own["r"]
     scaling = own["lora_alpha"] / (math.sqrt(r) if config["use_rslora"] else r)
@@ -100,7 +103,7 @@ def _pair(name: str, config: Mapping[str, Any], roles: Roles) -> Pair:
 
 
 def _agree(config: Mapping[str, Any], sites: Mapping[str, Pair]) -> None:
-    """Raises FormatError where the settings say another rank, other layers or another method than the tensors show."""
+    """Raises FormatError if rank, layers or method in the settings contradict the tensors."""
     ranks = {n: at(config, n)["r"] for n in sites}
     wrong = [
         f"{n}: rank {p.rank} in the file, {ranks[n]} in the settings"
@@ -109,9 +112,7 @@ def _agree(config: Mapping[str, Any], sites: Mapping[str, Pair]) -> None:
     ]
     if config["target_modules"] not in (None, "all-linear"):
         wrong += [
-            f"{n} is in the file, but no target of the settings"
-            for n in sites
-            if not targeted(dict(config), n)
+            f"{n} is in the file, but not in target_modules" for n in sites if not targeted(dict(config), n)
         ]
     n_dora = sum(p.magnitude is not None for p in sites.values())
     if n_dora != (len(sites) if config["use_dora"] else 0):
@@ -119,7 +120,7 @@ def _agree(config: Mapping[str, Any], sites: Mapping[str, Pair]) -> None:
             f"use_dora is {bool(config['use_dora'])}, but {n_dora} of {len(sites)} layers have a magnitude"
         )
     if wrong:
-        raise FormatError(f"{CONFIG} and the tensors do not agree: {first_few(wrong)}")
+        raise FormatError(f"{CONFIG} contradicts the tensors: {first_few(wrong)}")
 
 
 def _entries(config: Mapping[str, Any]) -> list[str]:
@@ -128,7 +129,7 @@ def _entries(config: Mapping[str, Any]) -> list[str]:
 
 
 def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
-    """Writes the folder, whole or not at all; nothing is rounded."""
+    """Writes the folder, completely or not at all; rounds nothing."""
     pairs = bare(pairs)
     content = settings(pairs, base)
     with files.replacing(folder / TENSORS, folder / CONFIG) as (tensors, config):
@@ -138,7 +139,7 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
 
 
 def named(pairs: Pairs) -> dict[str, Tensor]:
-    """The tensors under PEFT's names and in its shapes."""
+    """Returns the tensors under PEFT's names and in its shapes."""
     found: dict[str, Tensor] = {}
     for n, p in pairs.sites.items():
         ones = (1,) * (p.A.ndim - 2)
@@ -152,12 +153,10 @@ def named(pairs: Pairs) -> dict[str, Tensor]:
 
 
 def settings(pairs: Pairs, base: Base) -> dict[str, Any]:
-    """adapter_config.json. Raises FormatError for a mixture of LoRA and DoRA, which PEFT does not have."""
+    """Returns adapter_config.json. Raises FormatError for a mixture of LoRA and DoRA: PEFT has one method."""
     dora = {p.magnitude is not None for p in pairs.sites.values()}
     if len(dora) > 1:
-        raise FormatError(
-            "some layers have a magnitude (DoRA) and others have none; PEFT has one method for all"
-        )
+        raise FormatError("only some layers have a magnitude (DoRA); PEFT supports one method for all layers")
     only(pairs, ("linear", "conv", "embedding"), "PEFT", magnitude=True)
     config = {
         **LONG_KNOWN,
@@ -176,7 +175,7 @@ def settings(pairs: Pairs, base: Base) -> dict[str, Any]:
 
 
 def _targets(sites: Iterable[str], names: tuple[str, ...]) -> list[str]:
-    """Endings that mean these layers and no others of the model; whole names where there are none, or the model is unknown."""
+    """Returns name endings that match exactly these layers of the model; full names if no endings do."""
     wanted = set(sites)
     short = sorted({n.rsplit(".", 1)[-1] for n in wanted})
     meant = {n for n in names if any(n == e or n.endswith(f".{e}") for e in short)}
@@ -184,7 +183,10 @@ def _targets(sites: Iterable[str], names: tuple[str, ...]) -> list[str]:
 
 
 def _pattern(key: str, values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The most common value, and the others by name: by an expression where a plain name would match other layers too."""
+    """Returns the most common value and {name: value} of the others.
+
+    A name becomes a regular expression if the plain name would match other layers too.
+    """
     whole = {n: int(v) if float(v).is_integer() else v for n, v in values.items()}
     common = Counter(whole.values()).most_common(1)[0][0]
     others = {n: v for n, v in whole.items() if v != common}

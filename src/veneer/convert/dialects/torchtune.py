@@ -1,8 +1,9 @@
 """torchtune: lora_a, lora_b and magnitude under its own module names, rows of q and k in Meta's rotary order.
 
-https://github.com/pytorch/torchtune, no longer maintained. Beside that form (adapter_model.pt) it exports PEFT's names
-with three settings; that export turns the rows of q and k back for every model, also for those whose rows were never
-turned, and leaves magnitudes as they are, so that its own form is preferred and the export refused where it is wrong.
+https://github.com/pytorch/torchtune, no longer maintained. Besides its own form (adapter_model.pt) it exports
+PEFT's names with three settings. That export reorders the rows of q and k of every model, even if they never
+were in Meta's order, and never those of magnitudes. So the own form is preferred, and a wrong export is
+refused.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from veneer.convert.tensor_roles import by_module
 from veneer.errors import FormatError, first_few, suggest
 
 ENDINGS = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "m"}
-MODULES = {  # torchtune's name in a layer -> transformers'
+MODULES = {  # torchtune's name in a layer -> transformers' name
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",
     "attn.v_proj": "self_attn.v_proj",
@@ -37,12 +38,15 @@ MODULES = {  # torchtune's name in a layer -> transformers'
     "mlp.w3": "mlp.up_proj",
 }
 HEAD = {"output": "lm_head"}
-# Whether torchtune turns the rows of q and k of a model of this kind (transformers' model_type).
+# True if torchtune reorders the rows of q and k, by transformers' model_type.
 TURNED = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False, "qwen3": False}
 
 
 def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
-    """The pairs in torchtune's own form, or in its export. Sizes of the attention come from `base` or config.json beside it."""
+    """Returns the pairs in torchtune's own form or in its export.
+
+    Sizes of the attention come from `base` or from a config.json in the folder.
+    """
     if (found.folder / "config.json").is_file():
         base = base.also(of_config(files.read_json(found.folder / "config.json")))
     tensors = tensor_files.tensors(found.file)
@@ -60,7 +64,7 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
         if p.rank != settings["r"]
     ]
     if wrong:
-        raise FormatError(f"{CONFIG} and the tensors do not agree: {first_few(wrong)}")
+        raise FormatError(f"{CONFIG} contradicts the tensors: {first_few(wrong)}")
     return Pairs(sites, origin=settings.get("base_model_name_or_path"))
 
 
@@ -68,16 +72,16 @@ def _settings(found: Found) -> dict[str, Any]:
     missing = [k for k in ("r", "lora_alpha") if k not in found.config]
     if missing:
         raise FormatError(
-            f"{found.folder / CONFIG} lacks {' and '.join(missing)}, without which the scaling is not known"
+            f"{found.folder / CONFIG} lacks {' and '.join(missing)}, which the scaling depends on; add them"
         )
     return found.config
 
 
 def _exported(found: Found, base: Base, tensors: Mapping[str, Tensor], rest: Leftovers) -> Pairs:
-    better = f"read the folder with adapter_model.pt in it, which torchtune wrote beside {found.file.name}"
+    better = f"read the folder with adapter_model.pt, which torchtune wrote beside {found.file.name}"
     if any(re.search(r"\.[qk]_proj\.lora_magnitude_vector", k) for k in tensors):
         raise FormatError(
-            f"{found.file}: torchtune's export has the magnitudes of q and k in another order than the rows; {better}"
+            f"{found.file}: torchtune's export orders the magnitudes of q and k unlike the rows; {better}"
         )
     if (
         base.kind
@@ -85,27 +89,32 @@ def _exported(found: Found, base: Base, tensors: Mapping[str, Tensor], rest: Lef
         and any(re.search(r"\.[qk]_proj\.lora_B", k) for k in tensors)
     ):
         raise FormatError(
-            f"{found.file}: torchtune's export turns the rows of q and k of {base.kind} models, which never were; {better}"
+            f"{found.file}: torchtune's export reorders the rows of q and k of {base.kind} models wrongly;"
+            f" {better}"
         )
     dora = any("lora_magnitude_vector" in k for k in tensors)
-    # torchtune's settings hold its own module names where a training was cut off, so that the tensors are what counts.
+    # After an interrupted training the settings hold torchtune's module names, so target_modules is ignored.
     config = {**found.config, "peft_type": "LORA", "use_dora": dora, "target_modules": None}
     return peft.read(found._replace(config=config), base, rest)
 
 
 def _name(module: str) -> str:
-    """ "model.layers.0.self_attn.q_proj" for "layers.0.attn.q_proj". Raises FormatError for a module it does not know."""
+    """Returns "model.layers.0.self_attn.q_proj" for "layers.0.attn.q_proj".
+
+    Raises FormatError for an unknown module.
+    """
     layer, inner = re.fullmatch(r"(layers\.\d+\.)?(.*)", module).groups()  # type: ignore[union-attr]
     table = MODULES if layer else HEAD
     if inner not in table:
-        raise FormatError(f"torchtune's module {module!r} is not known here{suggest(inner, table)}")
+        raise FormatError(f"unknown torchtune module {module!r}{suggest(inner, table)}")
     return f"model.{layer}{table[inner]}" if layer else table[inner]
 
 
 def turn(name: str, pair: Pair, base: Base, *, to_meta: bool) -> Pair:
-    """The pair of q or k with its rows in the other rotary order; of any other module the pair itself.
+    """Returns the pair of q or k with its rows in the other rotary order; other pairs unchanged.
 
-    transformers rotates row i of a head with row i + head/2, Meta's code (and torchtune) row 2i with row 2i + 1.
+    transformers rotates row i of a head with row i + head/2; Meta's code and torchtune rotate row 2i with row
+    2i + 1.
     """
     which = re.search(r"\.([qk])_proj$", name)
     if which is None:
@@ -116,14 +125,14 @@ def turn(name: str, pair: Pair, base: Base, *, to_meta: bool) -> Pair:
     if base.kind not in TURNED:
         known = ", ".join(TURNED)
         raise FormatError(
-            f"whether torchtune turns the rows of q and k of {base.kind} models is not known here; known: {known}"
+            f"torchtune's order of the rows of q and k is unknown for {base.kind} models; known: {known}"
         )
     heads, head = base.heads if which[1] == "q" else base.kv_heads, base.head
     assert heads and head
     if pair.B.shape[0] != heads * head:
-        asked = f"{heads} heads of {head} ask for {heads * head}"
+        wanted = f"{heads * head} rows ({heads} heads of {head})"
         raise FormatError(
-            f"{name} has {pair.B.shape[0]} rows, but the base model's {asked}; is it another base?"
+            f"{name} must have {wanted} to fit the base model, got {pair.B.shape[0]}; give the right base"
         )
     if not TURNED[base.kind]:
         return pair
@@ -136,7 +145,8 @@ def turn(name: str, pair: Pair, base: Base, *, to_meta: bool) -> Pair:
 
 
 def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
-    """Writes torchtune's own form as safetensors, which its checkpointer reads as adapter_checkpoint: adapter_model.safetensors.
+    """Writes torchtune's own form as adapter_model.safetensors, which its checkpointer reads as
+    adapter_checkpoint.
 
     Raises FormatError for layers that torchtune does not adapt.
     """
@@ -148,15 +158,15 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
     targets: set[str] = set()
     unknown: list[str] = []
     for name, p in ready.sites.items():
-        layer, inner = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.*)", name).groups()  # type: ignore[union-attr]
-        module = own.get(inner) if layer else heads.get(inner)
+        inside = re.fullmatch(r"model\.(layers\.\d+\.)(.*)", name)
+        layer, module = (inside[1], own.get(inside[2])) if inside else ("", heads.get(name))
         if module is None:
             unknown.append(name)
             continue
         targets.add(module.rsplit(".", 1)[-1])
         turned = turn(name, p, base, to_meta=True)
         own_tensors = zip(ENDINGS, (turned.A, turned.B, turned.magnitude), strict=True)
-        tensors |= {f"{layer or ''}{module}{end}": t for end, t in own_tensors if t is not None}
+        tensors |= {f"{layer}{module}{end}": t for end, t in own_tensors if t is not None}
     if unknown:
         raise FormatError(f"torchtune does not adapt {first_few(unknown)}")
     some = next(iter(ready.sites.values()))

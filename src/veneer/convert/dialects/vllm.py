@@ -1,6 +1,6 @@
-"""Plain LoRA as vLLM, and with it LoRAX, llama.cpp and PEFT, all read it: scale in B, one rank, nothing else.
+"""Plain LoRA that vLLM, LoRAX, llama.cpp and PEFT read: the scaling folded into B, one rank.
 
-The rules are those of vLLM 0.33's loader: https://docs.vllm.ai/en/latest/features/lora/
+Rules of vLLM 0.33's loader: https://docs.vllm.ai/en/latest/features/lora/
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from veneer.convert.dialects import peft
 from veneer.convert.pairs import Pairs, bare, folded, only, padded
 from veneer.errors import FormatError
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # allowed values of --max-lora-rank
 
 
 def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
-    """Writes the folder, whole or not at all. Raises FormatError for magnitudes, convolutions and ranks beyond 512."""
+    """Writes the folder, completely or not at all.
+
+    Raises FormatError for magnitudes, convolutions and ranks over 512.
+    """
     only(pairs, ("linear", "embedding"), "vLLM", magnitude=False)
     ready, notes = folded(bare(pairs))
     most = max(p.rank for p in ready.sites.values())
@@ -35,10 +38,10 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
 
 
 def legal_rank(rank: int) -> int:
-    """The smallest rank of vLLM's that is not below `rank`. Raises FormatError above the largest."""
+    """Returns the smallest rank >= `rank` that vLLM serves. Raises FormatError above the largest."""
     legal = next((r for r in RANKS if r >= rank), None)
     if legal is None:
         raise FormatError(
-            f"rank {rank} > {RANKS[-1]}, the largest that vLLM serves; cut it with rank={RANKS[-1]}"
+            f"rank {rank} > {RANKS[-1]}, the largest that vLLM serves; truncate it with rank={RANKS[-1]}"
         )
     return legal

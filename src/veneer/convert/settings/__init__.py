@@ -1,4 +1,6 @@
-"""Run configurations of other programs as settings of our Run, with a list of what could not be carried."""
+"""Translates run configurations of other programs into Veneer's, with a list of settings that have no
+counterpart.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ __all__ = ["TOOLS", "Translation", "Uncarried", "tool_of", "translate"]
 
 
 def tool_of(values: Mapping[str, Any]) -> str:
-    """The program whose settings these are: the one most of whose own words are there. Raises ConfigError for none."""
+    """Returns the program with the most of its own keys in `values`.
+
+    Raises ConfigError if that is ambiguous.
+    """
     keys = {*values, *Given(values, {}).values}
     found = {name: sum(sign in keys for sign in tool.SIGNS) for name, tool in TOOLS.items()}
     best = max(found, key=lambda name: found[name])
     if not found[best] or list(found.values()).count(found[best]) > 1:
         raise ConfigError(
-            f"these settings are not clearly of one program; name it with tool=: {', '.join(TOOLS)}"
+            "the program that these settings are written for is ambiguous; name it with tool=:"
+            f" {', '.join(TOOLS)}"
         )
     return best
 
@@ -30,10 +36,10 @@ def tool_of(values: Mapping[str, Any]) -> str:
 def translate(
     values: Mapping[str, Any], tool: str | None = None, *, folder: Path = Path(), layers: int | None = None
 ) -> Translation:
-    """Our settings for those of `tool`, or of the program that they look like.
+    """Returns Veneer's settings for those of `tool`; by default the program is detected.
 
-    folder: against which the file's own paths are read. layers: of the base model, for programs that count from the last
-    one. Raises ConfigError for an unknown program, and for trainings that are not done here.
+    folder: the file's paths are relative to it. layers: number of layers of the base model, for programs that
+    count from the last one. Raises ConfigError for an unknown program and for unsupported kinds of training.
     """
     name = tool or tool_of(values)
     if name not in TOOLS:

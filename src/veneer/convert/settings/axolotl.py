@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.convert.settings import execution, trainer
-from veneer.convert.settings.given import NOTHING, Given, Translation, Uncarried, without_nothing
+from veneer.convert.settings.given import NOTHING, UNSUPPORTED, Given, Translation, Uncarried, without_nothing
 from veneer.errors import ConfigError
 
 SIGNS = ("base_model", "micro_batch_size", "sequence_len", "lora_target_linear", "sample_packing")
@@ -21,7 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 42,
     "warmup_ratio": 0.03,
 }
-# What is done, or not needed, here anyway, and the values that say so.
+# Values that ask for what Veneer does anyway.
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "strict": (False,),
     "group_by_length": (False,),
@@ -33,32 +33,32 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "val_set_size": (0,),
 }
 ELSEWHERE = {
-    "lora_modules_to_save": "modules are not trained whole beside adapters here",
-    "lora_model_dir": "a training starts with a fresh adapter here",
+    "lora_modules_to_save": "Veneer does not fully train modules beside adapters",
+    "lora_model_dir": "Veneer starts every training with a new adapter",
     "peft_layers_to_transform": "choose layers by an expression in to=",
-    "val_set_size": "a tenth of the data is set aside here unless valid= is given",
-    "wandb_project": "a run is called like its folder",
-    "wandb_name": "a run is called like its folder",
-    "special_tokens": "the tokenizer is used as it is",
-    "tokens": "the tokenizer is used as it is",
+    "val_set_size": "Veneer holds out a tenth of the data unless valid= is given",
+    "wandb_project": "a run is named after its folder",
+    "wandb_name": "a run is named after its folder",
+    "special_tokens": "the tokenizer is used unchanged",
+    "tokens": "the tokenizer is used unchanged",
     "chat_template": "the tokenizer's own template is used",
     "model_type": "the base model's own class is used",
     "tokenizer_type": "the base model's own tokenizer is used",
     "flash_attention": "transformers chooses the kernel",
     "sdp_attention": "transformers chooses the kernel",
-    "evals_per_epoch": "evaluations come every so many steps here; set eval_every",
-    "saves_per_epoch": "checkpoints come every so many steps here; set save_every",
-    "logging_steps": "every step is logged here",
-    "pad_to_sequence_len": "windows are padded to the longest of a batch here",
+    "evals_per_epoch": "Veneer evaluates every eval_every steps; set eval_every",
+    "saves_per_epoch": "Veneer saves every save_every steps; set save_every",
+    "logging_steps": "Veneer logs every step",
+    "pad_to_sequence_len": "Veneer pads windows to the longest of a batch",
 }
 
 
 def translate(values: Mapping[str, Any]) -> Translation:
-    """Our settings for an axolotl file. Raises ConfigError for a training that is not supervised."""
+    """Returns Veneer's settings for an axolotl file. Raises ConfigError unless the training is supervised."""
     given, out = Given(values, DEFAULTS), Translation("axolotl")
     if given.has("rl") or given.has("reward_model"):
         raise ConfigError(
-            f"axolotl's rl: {given.take('rl') or 'reward_model'} trains on preferences; only supervised training is translated"
+            f"axolotl: training must be supervised, got rl: {given.take('rl') or 'reward_model'}"
         )
     out.settings |= without_nothing(
         {
@@ -85,7 +85,7 @@ def translate(values: Mapping[str, Any]) -> Translation:
     if given.take("auto_resume_from_checkpoints"):
         out.settings["resume"] = True
     out.settings |= without_nothing({"embedding_lr": given.take("embedding_lr")})
-    for key, why in {**dict.fromkeys(HARMLESS, "not done here"), **ELSEWHERE}.items():
+    for key, why in {**dict.fromkeys(HARMLESS, UNSUPPORTED), **ELSEWHERE}.items():
         given.leave(key, why, HARMLESS.get(key, ()))
     out.uncarried += given.uncarried()
     return out
@@ -117,7 +117,7 @@ def _data(given: Given, out: Translation) -> None:
                 if key != "path" and value not in NOTHING:
                     out.uncarried.append(
                         Uncarried(
-                            f"{theirs}[{i}].{key}", value, "what a row means is told from its columns here"
+                            f"{theirs}[{i}].{key}", value, "Veneer infers the format of rows from columns"
                         )
                     )
 
@@ -127,10 +127,10 @@ def _method(given: Given, out: Translation) -> None:
     if adapter is None:
         out.settings["method"] = "full"
         for key in ("load_in_8bit", "load_in_4bit"):
-            given.leave(key, "full fine-tuning needs the base as it is", (False,))
+            given.leave(key, "full fine-tuning needs an unquantised base", (False,))
         return
     if adapter not in ("lora", "qlora"):
-        raise ConfigError(f"axolotl's adapter {adapter!r} is not translated; lora, qlora and none are")
+        raise ConfigError(f"axolotl: adapter must be lora, qlora or empty, got {adapter!r}")
     eight, four = given.take("load_in_8bit"), given.take("load_in_4bit")
     if eight or four or adapter == "qlora":
         out.settings["quantise"] = "nf4" if four or adapter == "qlora" else "int8"

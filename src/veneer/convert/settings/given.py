@@ -1,4 +1,6 @@
-"""Another program's settings, taken one by one: what nobody took is listed, never dropped silently."""
+"""Settings of another program, taken one by one; settings that nobody takes are listed, never dropped
+silently.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,11 @@ from typing import Any, NamedTuple
 from veneer.errors import suggest
 
 NOTHING: tuple[Any, ...] = (None, "", [], {}, ())
+UNSUPPORTED = "not supported by Veneer"
 
 
 class Uncarried(NamedTuple):
-    """A setting that has no counterpart here, and why."""
+    """A setting without a counterpart in Veneer, and the reason."""
 
     key: str
     value: Any
@@ -21,7 +24,10 @@ class Uncarried(NamedTuple):
 
 @dataclass
 class Translation:
-    """settings: of our Run, by name. uncarried: what could not be carried. notes: what means something a little else here."""
+    """A translated configuration.
+
+    settings: Veneer's, by name. uncarried: settings without a counterpart. notes: differences in meaning.
+    """
 
     tool: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +38,7 @@ class Translation:
 class Given:
     """The settings of a file. Keys with dots reach into tables: "lora_parameters.rank".
 
-    defaults: what the other program does where the file is silent.
+    defaults: the other program's values for settings that the file does not set.
     """
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -41,34 +47,34 @@ class Given:
         self.left: list[Uncarried] = []
 
     def take(self, key: str) -> Any:
-        """The value in the file, or the program's default; None where there is neither."""
+        """Returns the value in the file, else the program's default, else None."""
         self.taken.add(key)
         value = self.values.get(key)
         return self.defaults.get(key) if value in NOTHING else value
 
     def leave(self, key: str, why: str, harmless: tuple[Any, ...] = ()) -> None:
-        """The setting is not carried, for the reason `why`; the values `harmless` say what is done here anyway."""
+        """Records a setting without a counterpart and the reason; values in `harmless` need none."""
         value = self.take(key)
         if value not in NOTHING and value not in harmless:
             self.left.append(Uncarried(key, value, why))
 
     def has(self, key: str) -> bool:
-        """Whether the file itself sets the key."""
+        """Returns True if the file itself sets the key."""
         return self.values.get(key) not in NOTHING
 
     def uncarried(self) -> list[Uncarried]:
-        """All that was left, and all that nobody took."""
+        """Returns the settings without a counterpart, those that nobody took included."""
         rest = {k: v for k, v in self.values.items() if k not in self.taken and v not in NOTHING}
-        return [*self.left, *(Uncarried(k, v, f"not known here{self._typo(k)}") for k, v in rest.items())]
+        return [*self.left, *(Uncarried(k, v, f"unknown setting{self._typo(k)}") for k, v in rest.items())]
 
     def _typo(self, key: str) -> str:
-        """A question where the file lacks a setting of nearly this name: most programs drop such a one silently."""
+        """Returns a hint if the key resembles a setting that the file lacks: programs often ignore typos."""
         hint = suggest(key, (k for k in self.taken if k not in self.values))
         return hint if hint.startswith("; did") else ""
 
 
 def _leaves(values: Mapping[str, Any], lead: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value); lists stay whole."""
+    """Yields (dotted key, value); lists stay unsplit."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{lead}{key}.")
@@ -77,5 +83,5 @@ def _leaves(values: Mapping[str, Any], lead: str = "") -> Iterator[tuple[str, An
 
 
 def without_nothing(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that have a value."""
+    """Returns the settings that have a value."""
     return {k: v for k, v in settings.items() if v not in NOTHING}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.convert.settings import execution, trainer
-from veneer.convert.settings.given import Given, Translation, Uncarried, without_nothing
+from veneer.convert.settings.given import UNSUPPORTED, Given, Translation, Uncarried, without_nothing
 from veneer.errors import ConfigError
 from veneer.files import read_json
 
@@ -44,38 +44,47 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 ELSEWHERE = {
     "template": "the tokenizer's own chat template is used",
-    "additional_target": "modules are not trained whole beside adapters here",
-    "val_size": "a tenth of the data is set aside here unless valid= is given",
-    "mask_history": "every assistant turn is learned here",
+    "additional_target": "Veneer does not fully train modules beside adapters",
+    "val_size": "Veneer holds out a tenth of the data unless valid= is given",
+    "mask_history": "Veneer trains on every assistant turn",
     "max_samples": "all rows are read",
-    "adapter_name_or_path": "a training starts with a fresh adapter here",
-    "deepspeed": "training is on one device here",
-    "logging_steps": "every step is logged here",
-    "buffer_size": "a stream holds windows here, not rows; set buffer",
+    "adapter_name_or_path": "Veneer starts every training with a new adapter",
+    "deepspeed": "Veneer trains on one device",
+    "logging_steps": "Veneer logs every step",
+    "buffer_size": "Veneer's stream holds windows, not rows; set buffer",
 }
 
 
 def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
-    """Our settings for a LLaMA-Factory file, whose data names are looked up in dataset_info.json under `folder`.
+    """Returns Veneer's settings for a LLaMA-Factory file.
 
-    Raises ConfigError for a training that is not supervised, and for methods that are not here.
+    folder: holds dataset_info.json, which resolves names of data. Raises ConfigError for a stage or method
+    that has no counterpart.
     """
     given, out = Given(values, DEFAULTS), Translation("llamafactory")
     stage, kind = given.take("stage"), given.take("finetuning_type")
     if stage not in ("sft", "pt"):
-        raise ConfigError(f"LLaMA-Factory's stage {stage!r} is not translated; sft and pt are")
+        raise ConfigError(f"LLaMA-Factory: stage must be sft or pt, got {stage!r}")
     if kind not in ("lora", "full"):
-        raise ConfigError(f"LLaMA-Factory's finetuning_type {kind!r} is not translated; lora and full are")
+        raise ConfigError(f"LLaMA-Factory: finetuning_type must be lora or full, got {kind!r}")
     out.settings |= without_nothing(
         {"model": given.take("model_name_or_path"), "out": given.take("output_dir")}
     )
     _data(given, out, folder)
     if kind == "full":
         out.settings["method"] = "full"
-        given.leave("quantization_bit", "full fine-tuning needs the base as it is")
+        given.leave("quantization_bit", "full fine-tuning needs an unquantised base")
     else:
         _method(given, out)
         _quantised(given, out)
+    _training(given, out, stage)
+    for key, why in {**dict.fromkeys(HARMLESS, UNSUPPORTED), **ELSEWHERE}.items():
+        given.leave(key, why, HARMLESS.get(key, ()))
+    out.uncarried += given.uncarried()
+    return out
+
+
+def _training(given: Given, out: Translation, stage: str) -> None:
     out.settings |= {
         "lr": float(given.take("learning_rate")),
         "batch": given.take("per_device_train_batch_size"),
@@ -94,23 +103,19 @@ def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
     execution.recomputed(given, out, "gradient_checkpointing")
     given.leave(
         "disable_gradient_checkpointing",
-        "nothing is computed again here unless gradient_checkpointing is set",
+        "Veneer recomputes activations only if gradient_checkpointing is set",
         (True, False),
     )
     execution.compiled(given, out, "torch_compile")
     execution.streamed(given, out, given.take("streaming") is True)
     execution.tracked(given, out, "report_to")
-    for key, why in {**dict.fromkeys(HARMLESS, "not done here"), **ELSEWHERE}.items():
-        given.leave(key, why, HARMLESS.get(key, ()))
-    out.uncarried += given.uncarried()
-    return out
 
 
 def _packing(given: Given, out: Translation, stage: str) -> bool:
     neat, packing = given.take("neat_packing"), given.take("packing")
     if packing and not neat:
         out.notes.append(
-            "packing: texts in one window do not see each other here, as with neat_packing there"
+            "packing: texts in one window never attend to each other, as with LLaMA-Factory's neat_packing"
         )
     return bool(neat or (stage == "pt" if packing is None else packing))
 
@@ -126,9 +131,7 @@ def _method(given: Given, out: Translation) -> None:
     out.settings["options"] = without_nothing({**options, "stabilised": given.take("use_rslora") or None})
     if given.take("pissa_init"):
         out.settings["options"]["init"] = "pissa"
-        given.leave(
-            "pissa_iter", "PiSSA's randomised SVD has its own number of iterations here", harmless=(-1,)
-        )
+        given.leave("pissa_iter", "the iterations of PiSSA's randomised SVD are fixed", harmless=(-1,))
     else:
         given.take("pissa_iter")
     target = given.take("lora_target")
@@ -141,11 +144,11 @@ def _quantised(given: Given, out: Translation) -> None:
     if given.values.get("quantization_bit") in bits:
         out.settings["quantise"] = bits[given.take("quantization_bit")]
     else:
-        given.leave("quantization_bit", "bases are kept in 4 or 8 bits here")
+        given.leave("quantization_bit", "Veneer quantises to 4 or 8 bits")
 
 
 def _data(given: Given, out: Translation, folder: Path) -> None:
-    """Files behind the names, where dataset_info.json says them; else the names as they are, said so."""
+    """Translates names of data into files by dataset_info.json; lists unknown names as not carried."""
     where = folder / str(given.take("dataset_dir"))
     known = read_json(where / "dataset_info.json") if (where / "dataset_info.json").is_file() else {}
     for theirs, ours in (("dataset", "data"), ("eval_dataset", "valid")):
@@ -158,5 +161,5 @@ def _data(given: Given, out: Translation, folder: Path) -> None:
                 out.settings[ours] = (*out.settings.get(ours, ()), str(entry["hf_hub_url"]))
             else:
                 out.uncarried.append(
-                    Uncarried(theirs, name, f"{where / 'dataset_info.json'} does not say which file this is")
+                    Uncarried(theirs, name, f"{where / 'dataset_info.json'} does not list this name")
                 )

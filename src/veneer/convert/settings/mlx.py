@@ -1,4 +1,7 @@
-"""mlx-lm's YAML, and the adapter_config.json that it leaves: https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md"""
+"""mlx-lm's YAML and its adapter_config.json.
+
+https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.convert.settings import execution
-from veneer.convert.settings.given import Given, Translation, without_nothing
+from veneer.convert.settings.given import UNSUPPORTED, Given, Translation, without_nothing
+from veneer.convert.settings.trainer import OTHER_OPTIMISER
 from veneer.errors import ConfigError
 
 SIGNS = ("fine_tune_type", "num_layers", "iters", "lora_parameters", "adapter_path", "mask_prompt")
@@ -40,8 +44,8 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "config": (),
 }
 ELSEWHERE = {
-    "num_layers": "which layers are the last ones depends on the model; choose them by an expression in to=",
-    "resume_adapter_file": "a training starts with a fresh adapter here",
+    "num_layers": "the last layers depend on the model; choose them by an expression in to=",
+    "resume_adapter_file": "Veneer starts every training with a new adapter",
     "config": "the file itself",
     "val_batches": "set eval_windows",
 }
@@ -49,14 +53,15 @@ SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
 
 
 def translate(values: Mapping[str, Any], folder: Path = Path(), layers: int | None = None) -> Translation:
-    """Our settings for an mlx-lm file. layers: of the base model, by which "the last 16" become an expression.
+    """Returns Veneer's settings for an mlx-lm file.
 
-    Raises ConfigError for a fine_tune_type that mlx-lm does not have.
+    layers: number of layers of the base model, which turns "the last 16" into an expression. Raises
+    ConfigError for an unknown fine_tune_type.
     """
     given, out = Given(values, DEFAULTS), Translation("mlx")
     kind = given.take("fine_tune_type")
     if kind not in ("lora", "dora", "full"):
-        raise ConfigError(f"mlx-lm has no fine_tune_type {kind!r}; it has lora, dora and full")
+        raise ConfigError(f"mlx-lm: fine_tune_type must be lora, dora or full, got {kind!r}")
     accumulate = int(given.take("grad_accumulation_steps"))
     steps = max(1, int(given.take("iters")) // accumulate)
     out.settings |= {
@@ -79,14 +84,16 @@ def translate(values: Mapping[str, Any], folder: Path = Path(), layers: int | No
     _optimiser(given, out, steps)
     execution.recomputed(given, out, "grad_checkpoint")
     execution.tracked(given, out, "report_to")
-    for key, why in {**dict.fromkeys(HARMLESS, "not done here"), **ELSEWHERE}.items():
+    for key, why in {**dict.fromkeys(HARMLESS, UNSUPPORTED), **ELSEWHERE}.items():
         given.leave(key, why, HARMLESS.get(key, ()) + ((-1,) if key == "num_layers" else ()))
     out.uncarried += given.uncarried()
     return out
 
 
 def _data(given: Given, out: Translation, folder: Path) -> None:
-    """A folder's train.jsonl, valid.jsonl and test.jsonl, as far as they are there; else the name of a dataset."""
+    """Translates a folder into its existing train.jsonl, valid.jsonl and test.jsonl; keeps names of data
+    sets.
+    """
     name = str(given.take("data"))
     where = folder / name
     if not where.is_dir():
@@ -98,7 +105,7 @@ def _data(given: Given, out: Translation, folder: Path) -> None:
 
 
 def _targets(given: Given, out: Translation, kind: str, layers: int | None) -> None:
-    """Their scale acts as it is: alpha = scale * rank. Layers are counted from the last."""
+    """Translates rank, scale and layers: mlx-lm does not divide by the rank, so alpha = scale * rank."""
     rank, scale, dropout = (given.take(f"lora_parameters.{k}") for k in ("rank", "scale", "dropout"))
     keys, number = given.take("lora_parameters.keys"), int(given.take("num_layers"))
     if kind == "full":
@@ -119,11 +126,9 @@ def _targets(given: Given, out: Translation, kind: str, layers: int | None) -> N
 def _optimiser(given: Given, out: Translation, steps: int) -> None:
     name = str(given.take("optimizer")).lower()
     if name not in ("adam", "adamw"):
-        given.leave("optimizer", "AdamW is used in its place; `veneer methods` lists the others here")
+        given.leave("optimizer", OTHER_OPTIMISER)
     decay = given.take(f"optimizer_config.{name}.weight_decay") if name == "adamw" else 0.0
-    out.settings["weight_decay"] = (
-        0.01 if decay is None else float(decay)
-    )  # mlx's AdamW decays unless told not to
+    out.settings["weight_decay"] = 0.01 if decay is None else float(decay)  # mlx's AdamW decays by default
     betas = given.take(f"optimizer_config.{name}.betas")
     out.settings |= without_nothing({"betas": tuple(betas) if betas else None})
     schedule = given.take("lr_schedule.name")
@@ -135,7 +140,7 @@ def _optimiser(given: Given, out: Translation, steps: int) -> None:
         "warmup": 0.0,
     }
     if schedule is not None and schedule not in SCHEDULES:
-        given.leave("lr_schedule.name", "not a schedule here; cosine, linear and constant are")
+        given.leave("lr_schedule.name", "unsupported schedule; supported: constant, cosine, linear")
     if number := given.take("lr_schedule.warmup"):
         out.settings["warmup"] = min(float(number) / steps, 0.99)
-    given.leave("lr_schedule.warmup_init", "warm-up starts at 0 here", harmless=(0, 0.0))
+    given.leave("lr_schedule.warmup_init", "Veneer's warm-up starts at 0", harmless=(0, 0.0))

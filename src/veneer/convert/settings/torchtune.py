@@ -8,7 +8,8 @@ from typing import Any
 
 from veneer.convert.dialects.torchtune import HEAD, MODULES
 from veneer.convert.settings import execution
-from veneer.convert.settings.given import Given, Translation, without_nothing
+from veneer.convert.settings.given import UNSUPPORTED, Given, Translation, without_nothing
+from veneer.convert.settings.trainer import DECAY, OTHER_OPTIMISER, STATE_BITS, WARMUP
 from veneer.errors import ConfigError, suggest
 
 SIGNS = ("model._component_", "tokenizer._component_", "checkpointer._component_", "optimizer._component_")
@@ -31,24 +32,28 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "optimizer_in_bwd": (False,),
 }
 ELSEWHERE = {
-    "dataset._component_": "what a row means is told from its columns; name files in data=",
+    "dataset._component_": "Veneer infers the format of rows from columns; name files in data=",
     "tokenizer._component_": "the base model's own tokenizer is used",
     "tokenizer.path": "the base model's own tokenizer is used",
     "tokenizer.merges_file": "the base model's own tokenizer is used",
     "tokenizer.prompt_template": "the tokenizer's own chat template is used",
 }
-# Settings about files, logs and profiles that change nothing in what is learned.
+# Settings of files, logs and profiles that do not change the training.
 SILENT = re.compile(
-    r"profiler\..*|metric_logger\..*|checkpointer\.(_component_|checkpoint_files|recipe_checkpoint|output_dir|model_type|adapter_checkpoint)"
+    r"profiler\..*|metric_logger\..*|checkpointer\."
+    r"(_component_|checkpoint_files|recipe_checkpoint|output_dir|model_type|adapter_checkpoint)"
 )
 
 
 def translate(values: Mapping[str, Any]) -> Translation:
-    """Our settings for a torchtune file. Raises ConfigError for recipes that are not supervised fine-tuning with LoRA or in full."""
+    """Returns Veneer's settings for a torchtune file.
+
+    Raises ConfigError for recipes other than supervised fine-tuning, with LoRA or in full.
+    """
     given, out = Given(_resolved(values), DEFAULTS), Translation("torchtune")
     builder = str(given.take("model._component_") or "")
     if any(word in str(given.values) for word in ("DPOLoss", "ppo_", "PPOLoss")):
-        raise ConfigError("torchtune's preference recipes are not translated; supervised fine-tuning is")
+        raise ConfigError("torchtune: training must be supervised, got a preference recipe")
     out.settings |= without_nothing(
         {"model": given.take("checkpointer.checkpoint_dir"), "out": given.take("output_dir")}
     )
@@ -65,15 +70,15 @@ def translate(values: Mapping[str, Any]) -> Translation:
     for key in [k for k in given.values if SILENT.fullmatch(k)]:
         given.take(key)
     if re.search(r"CrossEntropy|CEWith", str(given.take("loss._component_") or "CrossEntropy")) is None:
-        given.leave("loss._component_", "cross entropy is the loss here")
-    for key, why in {**dict.fromkeys(HARMLESS, "not done here"), **ELSEWHERE}.items():
+        given.leave("loss._component_", "Veneer's loss is cross entropy")
+    for key, why in {**dict.fromkeys(HARMLESS, UNSUPPORTED), **ELSEWHERE}.items():
         given.leave(key, why, HARMLESS.get(key, ()))
     out.uncarried += given.uncarried()
     return out
 
 
 def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The file with ${key} replaced by the value of the key at the top."""
+    """Returns the settings with ${key} replaced by the value of the top-level key."""
 
     def put(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -99,7 +104,8 @@ def _method(given: Given, out: Translation, builder: str) -> None:
     unknown = [m for m in own if f"attn.{m}" not in MODULES]
     if unknown:
         raise ConfigError(
-            f"model.lora_attn_modules: torchtune has no attention module {unknown[0]!r}{suggest(unknown[0], _attention())}"
+            "model.lora_attn_modules: unknown attention module"
+            f" {unknown[0]!r}{suggest(unknown[0], _attention())}"
         )
     names = [MODULES[f"attn.{m}"] for m in own]
     if given.take("model.apply_lora_to_mlp"):
@@ -114,41 +120,25 @@ def _attention() -> list[str]:
 
 
 def _training(given: Given, out: Translation) -> None:
-    if "adamw" not in str(given.take("optimizer._component_") or "AdamW").lower():
-        given.leave(
-            "optimizer._component_", "AdamW is used in its place; `veneer methods` lists the others here"
-        )
-    elif "8bit" in str(given.take("optimizer._component_")):
-        given.leave("optimizer._component_", "AdamW keeps its state in 32 bits here")
-    if given.take("optimizer.weight_decay"):
-        out.notes.append("weight_decay shrinks the product B A here, and A and B apart there")
+    _optimiser(given, out)
     epochs, per_epoch = given.take("epochs"), given.take("max_steps_per_epoch")
     steps = int(epochs) * int(per_epoch) if per_epoch else None
     out.settings |= {"steps": steps} if steps else {"epochs": float(epochs)}
-    clip, train_on_input = given.take("clip_grad_norm"), given.take("dataset.train_on_input")
-    if train_on_input is None:
-        train_on_input = "alpaca" in str(
-            given.take("dataset._component_")
-        )  # torchtune's alpaca datasets learn the prompt too
-    lr = given.take("optimizer.lr")
+    train_on_input = given.take("dataset.train_on_input")
+    if train_on_input is None:  # torchtune's alpaca data sets train on the prompt too
+        train_on_input = "alpaca" in str(given.take("dataset._component_"))
     out.settings |= {
-        "weight_decay": float(given.take("optimizer.weight_decay") or 0.0),
-        "clip": 0.0 if clip is None else float(clip),
         "batch": given.take("batch_size"),
         "accumulate": given.take("gradient_accumulation_steps"),
         "packing": bool(given.take("dataset.packed")),
         "train_on": "all" if train_on_input else "completion",
     }
-    out.settings |= without_nothing(
-        {
-            "length": given.take("tokenizer.max_seq_len"),
-            "lr": None if lr is None else float(lr),
-            "seed": given.take("seed"),
-        }
-    )
+    length, seed = given.take("tokenizer.max_seq_len"), given.take("seed")
+    out.settings |= without_nothing({"length": length, "seed": seed})
     if "length" not in out.settings:
         out.notes.append(
-            "tokenizer.max_seq_len is not set, so that no text is cut there; set length to that of the longest"
+            "tokenizer.max_seq_len is not set, so torchtune truncates no text; set length to that of the"
+            " longest"
         )
     _schedule(given, out, steps)
     dtype, device = given.take("dtype"), given.take("device")
@@ -156,23 +146,33 @@ def _training(given: Given, out: Translation) -> None:
         {"precision": {"bf16": "bf16", "fp32": "fp32"}.get(dtype), "device": device}
     )
     if dtype not in ("bf16", "fp32"):
-        given.leave("dtype", "bf16 and fp32 are trained in here")
+        given.leave("dtype", "Veneer trains in bf16 or fp32")
     if given.take("resume_from_checkpoint"):
         out.settings["resume"] = True
-        out.notes.append("resume goes on in the folder out= from its newest checkpoint, not from torchtune's")
+        out.notes.append(
+            "resume continues from the newest checkpoint in the folder out=, not from torchtune's"
+        )
+
+
+def _optimiser(given: Given, out: Translation) -> None:
+    if "adamw" not in str(given.take("optimizer._component_") or "AdamW").lower():
+        given.leave("optimizer._component_", OTHER_OPTIMISER)
+    elif "8bit" in str(given.take("optimizer._component_")):
+        given.leave("optimizer._component_", STATE_BITS)
+    if given.take("optimizer.weight_decay"):
+        out.notes.append(DECAY)
+    lr, clip = given.take("optimizer.lr"), given.take("clip_grad_norm")
+    out.settings["weight_decay"] = float(given.take("optimizer.weight_decay") or 0.0)
+    out.settings["clip"] = 0.0 if clip is None else float(clip)
+    out.settings |= without_nothing({"lr": None if lr is None else float(lr)})
 
 
 def _schedule(given: Given, out: Translation, steps: int | None) -> None:
-    name, number = (
-        str(given.take("lr_scheduler._component_") or ""),
-        given.take("lr_scheduler.num_warmup_steps"),
-    )
+    name = str(given.take("lr_scheduler._component_") or "")
+    number = given.take("lr_scheduler.num_warmup_steps")
     out.settings["schedule"] = "cosine" if "cosine" in name else "constant"
     if name and "cosine" not in name:
-        given.leave("lr_scheduler._component_", "not a schedule here; cosine, linear and constant are")
+        given.leave("lr_scheduler._component_", "unsupported schedule; supported: constant, cosine, linear")
     out.settings["warmup"] = min(float(number) / steps, 0.99) if number and steps else 0.0
     if number and not steps:
-        given.leave(
-            "lr_scheduler.num_warmup_steps",
-            "warm-up is a share of the steps here, and the number of steps is not in the file; set warmup",
-        )
+        given.leave("lr_scheduler.num_warmup_steps", WARMUP)
