@@ -199,9 +199,7 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path):
         FormatError, match=r"wrong shape: prompt_embeddings is \(3, 64\), the model asks for \(p, 96\)"
     ):
         veneer.load(llama(num_hidden_layers=3), tmp_path)
-    with pytest.raises(
-        FormatError, match="prefix needs attn_implementation='sdpa', and the model has 'eager'"
-    ):
+    with pytest.raises(FormatError, match="prefix needs attn_implementation='sdpa', the model has 'eager'"):
         veneer.load(llama(attn_implementation="eager"), tmp_path)
     save_file({"other": torch.ones(2)}, tmp_path / TENSORS)
     with pytest.raises(FormatError) as e:

@@ -342,7 +342,7 @@ def test_an_option_says_of_each_method_what_it_is_there():
         and "loraxs: r, at most min(out, in) (default: 32)" in rank
     )
     assert made["stabilised"].owners == ("dora", "lora")
-    assert made["init_options"].help == "the start's own options by name, such as gamma=64"
+    assert made["init_options"].help == "options of the start by name, such as gamma=64"
     for flag in made.values():
         for owner in flag.owners:
             default = flags.shown_default(methods.options_of(methods.get(owner))[flag.key].default)
@@ -354,7 +354,7 @@ def test_an_option_that_is_called_like_a_setting_bears_its_methods_name(started,
     assert main("fit --data a.txt --method prefix --length 64 --prefix-length 4 --seed 5".split()) == 0
     assert started == [Run(data=("a.txt",), method="prefix", length=64, seed=5, options={"length": 4})]
     assert main(["methods"]) == 0
-    assert "  --prefix-length: p, the positions" in capsys.readouterr().out
+    assert "  --prefix-length: p, the number of positions" in capsys.readouterr().out
 
 
 def test_an_optimisers_option_is_told_without_the_next_one():

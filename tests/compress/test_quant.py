@@ -509,7 +509,7 @@ def test_what_cannot_be_is_said_before_anything_is_changed():
     refused(
         ConfigError, "quantise for it first", lambda m: veneer.attach(veneer.quantise(m), init="loftq"), 14
     )
-    wrong = "the base was quantised for rank 4 on 32 x 32, not for 3; use that rank"
+    wrong = "the base was quantised for rank 4 on 32 x 32, the rank here is 3; use that rank"
     refused(ConfigError, wrong, lambda m: veneer.attach(m, init="loftq", rank=3, stats=around(m, rank=4)), 14)
 
     def broken(m):

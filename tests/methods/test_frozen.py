@@ -110,10 +110,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         with pytest.raises(ShapeError, match=r"rank 17 > min\(out, in\) = 16 at '.*k_proj'"):
             veneer.attach(llama(), method, rank=17, to=["k_proj"])
         for alpha in (-1, 0, float("inf"), float("nan")):
-            with pytest.raises(ConfigError, match=f"alpha must be a number above 0, not {alpha}"):
+            with pytest.raises(ConfigError, match=f"alpha must be a number above 0, got {alpha}"):
                 veneer.attach(llama(), method, rank=4, alpha=alpha)
     for method in ("vera", "loraxs"):
-        with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), not 2"):
+        with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), got 2"):
             veneer.attach(llama(), method, rank=4, dropout=2)
     with pytest.raises(ShapeError, match="rank 0 < 1 at"):
         veneer.attach(llama(), "vera", rank=0)
@@ -121,6 +121,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
     peft.get_peft_model(llama(), config).save_pretrained(tmp_path)
     with pytest.raises(
         FormatError,
-        match=r"the file holds no vera_A and vera_B, .* save it in PEFT with save_projection=True",
+        match=r"vera_A and vera_B are missing in the file, .* save it in PEFT with save_projection=True",
     ):
         veneer.load(llama(), tmp_path)

@@ -42,7 +42,10 @@ def test_outputs_are_multiplied_bias_and_all(bias):
             model(x), (1 + (gain - 1) / 2) * (x @ plain.mT + (layer.bias if bias else 0))
         )
     if bias:
-        with pytest.raises(NotMergeable, match=r"multiplies the bias of '0' too, .* keep it as an adapter"):
+        with pytest.raises(
+            NotMergeable,
+            match=r"multiplies the bias of '0' too, so it cannot be merged .* keep it as an adapter",
+        ):
             merge(model, probe={})
         assert torch.equal(layer.weight, plain)
     else:

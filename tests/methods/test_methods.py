@@ -282,5 +282,5 @@ def test_every_method_is_asked_for_its_layers_in_the_same_way(name):
 def test_dropout_outside_its_range_is_refused():
     from veneer.errors import ConfigError
 
-    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), not 1.0"):
+    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), got 1.0"):
         veneer.attach(nn.Sequential(nn.Linear(3, 3)), "lora", rank=1, dropout=1.0)

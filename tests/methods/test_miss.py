@@ -75,11 +75,10 @@ def test_what_does_not_fit_is_refused_with_what_would():
     ):
         veneer.attach(llama(), "miss")
     with pytest.raises(
-        ShapeError,
-        match=r"mini 5 does not divide out = 32 at 'model.layers.0.self_attn.q_proj'; use a divisor",
+        ShapeError, match=r"mini 5 does not divide out = 32 at 'model.layers.0.self_attn.q_proj'; use e.g. 4"
     ):
         veneer.attach(llama(), "miss", rank=8, mini=5)
-    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), not 1.0"):
+    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), got 1.0"):
         veneer.attach(llama(), "miss", rank=8, dropout=1.0)
     with pytest.raises(
         ShapeError,

@@ -391,7 +391,7 @@ def refused(error: type[Exception], call: Any) -> str:
 def test_without_statistics_it_is_no_plain_lora():
     text = refused(ConfigError, lambda: veneer.attach(models.llama(), "lora", init="loraga", rank=2))
     assert text == (
-        "this init starts from the loss's gradient, of which nothing is known; take it first:"
+        "this init starts from the loss's gradient, which is missing; calibrate first:"
         " stats = veneer.calibrate(model, batches, rank=..), then veneer.attach(.., stats=stats)"
     )
 
@@ -405,7 +405,7 @@ def test_statistics_that_do_not_fit_are_refused():
 
     assert (
         refused(ConfigError, lambda: attach(rank=4))
-        == "calibrated for rank 2, but the rank here is 4; calibrate with rank=4"
+        == "calibrated for rank 2, the rank here is 4; calibrate with rank=4"
     )
     assert refused(ConfigError, lambda: attach(to=["q_proj", "k_proj"], rank=2)) == (
         "stats= says nothing of 2 layers: model.layers.0.self_attn.k_proj, model.layers.1.self_attn.k_proj;"
@@ -414,13 +414,15 @@ def test_statistics_that_do_not_fit_are_refused():
     other = {n.replace("q_proj", "up_proj"): s for n, s in stats.items()}
     swapped = {n.replace("self_attn", "mlp"): s for n, s in other.items()}
     assert refused(ConfigError, lambda: attach(to=["up_proj"], rank=2, stats=swapped)) == (
-        "the statistics are of a layer (32, 32), this one is (48, 32); calibrate on this model"
+        "the statistics are of a layer (32, 32), this layer is (48, 32); calibrate on this model"
     )
 
     text = refused(
         ConfigError, lambda: attach(init="loftq", rank=2)
     )  # which knows the gradient, and not what quantisation took
-    assert text.startswith("this init makes up for what quantisation takes from W; quantise for it first:")
+    assert text.startswith(
+        "this init starts from the quantisation error of W, which is missing; quantise for it first:"
+    )
 
     class Plain(veneer.methods.Delta):
         pass
@@ -438,26 +440,26 @@ def test_options_of_a_start_are_checked():
         return veneer.attach(layer, "lora", to=["0"], stats=stats, **{"rank": 2, "init": "loraga", **options})
 
     assert refused(ConfigError, lambda: attach(init_options={"gama": 3, "direction": 5})) == (
-        "init 'loraga' has no option 'gama'; did you mean 'gamma'?\ninit_options: direction 5 is not a word"
+        "init 'loraga' has no option 'gama'; did you mean 'gamma'?\ninit_options: direction must be a word, got 5"
     )
     none = refused(ConfigError, lambda: attach(init="pissa", init_options={"gamma": 3}))
-    assert none == "init 'pissa' has no option 'gamma'; it has none"
+    assert none == "init 'pissa' has no option 'gamma'; it takes no options"
     assert (
         refused(ConfigError, lambda: attach(init_options={"gamma": "x"}))
-        == "init_options: gamma 'x' is not a number"
+        == "init_options: gamma must be a number, got 'x'"
     )
     assert (
         refused(ConfigError, lambda: attach(init_options={"gamma": 0}))
-        == "init_options: gamma must be a number above 0, not 0"
+        == "init_options: gamma must be a number above 0, got 0"
     )
     assert refused(ConfigError, lambda: attach(init_options={"direction": "ArBr2"})) == (
         "init_options: unknown direction 'ArBr2'; did you mean 'ArBr'?"
     )
     assert refused(ConfigError, lambda: attach(init="orthogonal", init_options={"size": -1})) == (
-        "init_options: size must be a number above 0, not -1"
+        "init_options: size must be a number above 0, got -1"
     )
     assert refused(ShapeError, lambda: attach(init_options={"direction": "ArBr"}, rank=3)) == (
-        "direction 'ArBr' needs 2 x 3 directions, and a layer (5, 6) has 5; use 'ArB2r'"
+        "direction 'ArBr' needs 2 x 3 directions, a layer (5, 6) has 5; use 'ArB2r'"
     )
 
 

@@ -229,7 +229,7 @@ def door_says(given: dict[str, Any], kind: type[errors.VeneerError], **changed: 
             ShapeError,
             "rank 64 > min(out, in) = 32 at 'model.layers.0.self_attn.q_proj'",
         ),
-        ({"options": {"dropout": 1.5}}, ConfigError, "dropout must be in [0, 1), not 1.5"),
+        ({"options": {"dropout": 1.5}}, ConfigError, "dropout must be in [0, 1), got 1.5"),
         (
             {"embedding_lr": 0.1},
             ConfigError,

@@ -1,14 +1,15 @@
-"""Bat: W'_ij = W_ij + W_ij B_i + B_i for every tile W_ij (r, r) of W.  Kang & Yin 2024, https://arxiv.org/abs/2409.15371
+"""Bat: W'_ij = W_ij + W_ij B_i + B_i for every tile W_ij (r, r) of W.  Kang & Yin 2024,
+https://arxiv.org/abs/2409.15371
 
-W is cut into square tiles; all tiles of one row of tiles share one block B_i. The paper's first three versions call this
-Bone, its later ones Bat, and "Bone" something else (see miss): a number quoted for Bone may mean either. PEFT has it as
-MiSS with init_weights "bat".
+W is cut into square tiles. All tiles of one row of tiles share one block B_i. The paper's first three
+versions call this method Bone, its later ones Bat, and both use Bone for another method (see miss): a
+published number for "Bone" may mean either. PEFT has it as MiSS with init_weights "bat".
 
 Parameters: r x out a layer, as many as MiSS of that rank.
 State: B.
-Cost: W' - W is computed in every pass, out x in x r products, and multiplied like another weight; it is computed again in
-the backward and not kept. Merged: none. On a quantised base W is unpacked in every pass.
-Use: to repeat what was published under that name; its change has full rank, but depends on W itself.
+Cost: every pass builds W' - W by out x in x r products and multiplies by it like by another weight. The
+backward builds it again instead of keeping it. Merged: none. A quantised W is unpacked in every pass.
+Use: to repeat results published under that name. The change has full rank, but depends on W itself.
 Against: no comparison at learning rates tuned for each method; r must divide both sides of every layer.
 """
 
@@ -19,20 +20,19 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ShapeError
+from veneer.methods.base.checks import check_divides, check_rank
 from veneer.methods.base.delta import Delta, DenseDelta, master_dtype
 from veneer.methods.base.factors import ROWWISE
 from veneer.methods.base.options import build
 from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
 from veneer.ops import recomputed
-from veneer.ops.matrix.linalg import check_rank
 from veneer.ops.matrix.tiles import affine
 from veneer.sites import Site
 
 
 @final
 class Bat(DenseDelta, PeftStored):
-    """B (out / r, r, r), a block for every row of tiles, starts at zero."""
+    """B (out / r, r, r), one block for every row of tiles, starts at zero."""
 
     peft_settings = {"r": 64, "miss_dropout": 0.0, "mini_r": 1, "init_weights": True, "bias": "none"}
 
@@ -41,13 +41,8 @@ class Bat(DenseDelta, PeftStored):
         rank: r, the side of a tile; a divisor of `in` and `out`
         """
         super().__init__()
-        check_rank(rank, site.weight(), site.name)
-        odd = [f"{what} = {size}" for what, size in (("in", site.in_), ("out", site.out)) if size % rank]
-        if odd:
-            fitting = max(r for r in range(1, rank + 1) if site.in_ % r == site.out % r == 0)
-            raise ShapeError(
-                f"rank {rank} does not divide {' and '.join(odd)} at {site.name!r}; use e.g. {fitting}, or exclude the layer"
-            )
+        check_rank(rank, site)
+        check_divides("rank", rank, {"in": site.in_, "out": site.out}, site)
         blocks = torch.zeros(site.out // rank, rank, rank, dtype=master_dtype(site), device=site.device)
         self.B = nn.Parameter(blocks)
 

@@ -1,11 +1,11 @@
 """BitFit: b' = b + d, every bias and nothing else.  Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199
 
-Of linear layers, convolutions and norms alike; not of norms without a bias. Many of today's models have no bias at all: with
-`to` naming linear layers they are given one, which acts as long as the adapter does and has nothing to be merged into.
+Covers linear layers, convolutions and norms with a bias. Many current models have no bias at all. If `to`
+names linear layers without one, these get a bias while the adapter acts; it cannot be merged.
 
 Parameters: every bias, about a thousandth of the model.
 State: the changes of the biases.
-Cost: one addition a number; merged: none. Nothing of a layer's input is kept for the backward.
+Cost: one addition per number. Merged: none. The backward keeps nothing of a layer's input.
 Use: a baseline; the smallest change that reaches all layers.
 Against: below LoRA on all but small tasks in the LoRA paper; PEFT has no such method.
 """
@@ -44,7 +44,8 @@ class BitFit(Delta):
         *,
         options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
-        """Every module with a bias; or those of `to`: modules with a bias, and linear maps without."""
+        """Returns every module with a bias, or the modules in `to`: any with a bias, and linear maps
+        without."""
         if to == "all-linear":
             return [BiasSite(s.name, s.module) for s in find(model, to, exclude, untie=True)]
         names = named(
@@ -52,7 +53,7 @@ class BitFit(Delta):
         )
         if not names:
             raise SiteError(
-                f"no bias is left to train in a {type(model).__name__}; to='all-linear' gives every linear layer one"
+                f"{type(model).__name__} has no bias to train; to='all-linear' gives every linear layer one"
             )
         return [BiasSite(n, model.get_submodule(n)) for n in names]
 
@@ -64,6 +65,6 @@ class BitFit(Delta):
 
 
 def has_bias(module: nn.Module) -> bool:
-    """Whether the module adds a bias of its own to its outputs."""
+    """True if the module adds a bias of its own to its outputs."""
     bias = module._parameters.get("bias")
     return bias is not None and bias.ndim == 1

@@ -1,15 +1,18 @@
-"""Bottleneck adapter: h' = h + s (U f(D h + a) + u), D (r, d), U (d, r).  Houlsby et al. 2019, https://arxiv.org/abs/1902.00751
+"""Bottleneck adapter: h' = h + s (U f(D h + a) + u), D (r, d), U (d, r).  Houlsby et al. 2019,
+https://arxiv.org/abs/1902.00751
 
-A small network behind a part of each block. Placements: "houlsby" behind the attention and behind the feed-forward part,
-before they are added to what they read; "pfeiffer" behind the feed-forward part alone (https://arxiv.org/abs/2005.00247);
-"parallel" beside the feed-forward part, of whose input it is made (He et al. 2021, https://arxiv.org/abs/2110.04366).
+A small network behind a part of each block. Placements: "houlsby" behind the attention and behind the
+feed-forward part, before the residual sum; "pfeiffer" behind the feed-forward part alone
+(https://arxiv.org/abs/2005.00247); "parallel" beside the feed-forward part and with its input (He et al.
+2021, https://arxiv.org/abs/2110.04366).
 
 Parameters: 2 d r + r + d a place.
 State: the small networks.
-Cost: two more products a place, one after the other, forward and backward; it can never be merged, and at batch 1 it delays
-every token.
-Use: as the baseline that LoRA was compared with, and where a change must not be linear.
-Against: that delay, 20 to 30 % on GPT-2 medium in the LoRA paper; at equal size it learns about as much as LoRA.
+Cost: two more products at each place, in sequence, forward and backward. It can never be merged, and at batch
+1 it delays every token.
+Use: as the baseline of the LoRA paper, and for a nonlinear change.
+Against: that delay, 20 to 30 % on GPT-2 medium in the LoRA paper; at equal size it learns about as much as
+LoRA.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError, NotMergeable, SiteError, suggest
+from veneer.errors import NotMergeable, SiteError
+from veneer.methods.base.checks import check_choice, check_dropout, check_free_rank
 from veneer.methods.base.delta import Delta, master_dtype
 from veneer.methods.base.factors import ROWWISE
 from veneer.methods.base.options import option
 from veneer.ops.draws import keyed
-from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import BlockSite, Site, find
 from veneer.sites.find import Target, named
 from veneer.sites.roles import called
@@ -36,7 +39,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
     "silu": nn.functional.silu,
 }
-# Where the adapters of a placement go, and the size of what they add (the parallel paper's 4).
+# The places of each placement.
 PLACES = {
     "houlsby": ("the end of the attention block", "the end of the feed-forward block"),
     "pfeiffer": ("the end of the feed-forward block",),
@@ -46,7 +49,7 @@ PLACES = {
 
 @final
 class Bottleneck(Delta):
-    """U and u start at zero: the model starts as it was."""
+    """U and u start at zero: the start is the base."""
 
     def __init__(
         self,
@@ -63,25 +66,23 @@ class Bottleneck(Delta):
         rank: r, the width of the bottleneck
         placement: houlsby, pfeiffer or parallel
         activation: f: relu, gelu or silu
-        scaling: s; 4 for parallel and 1 else unless given
+        scaling: s; default 4 for parallel, as in its paper, and 1 otherwise
         dropout: share of the adapter's inputs dropped in training
-        seed: draws the start of D, keyed by (seed, layer name)
+        seed: key of the start of D, together with the layer's name
         """
         super().__init__()
-        for what, value, known in (("placement", placement, PLACES), ("activation", activation, ACTIVATIONS)):
-            if value not in known:
-                raise ConfigError(f"unknown {what} {value!r}{suggest(value, known)}")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), not {dropout}")
+        check_choice("placement", placement, PLACES)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_dropout(dropout)
         self.parallel = placement == "parallel"
         if site.kind not in ROWWISE and not (self.parallel and isinstance(site, BlockSite)):
             raise SiteError(
-                f"a {placement} adapter needs vectors, and {site.name!r} is a layer of kind {site.kind!r}; leave it out"
+                f"a {placement} adapter needs vectors; {site.name!r} is of kind {site.kind!r}: exclude it"
             )
         self.activation, self.dropout = activation, dropout
         self.scaling = (4.0 if self.parallel else 1.0) if scaling is None else scaling
         width = site.in_ if self.parallel else site.out
-        check_at_most(rank, 1 << 20, "2^20", site.name)
+        check_free_rank(rank, site)
         D = (torch.rand(rank, width, generator=keyed(seed, site.name)) * 2 - 1) / math.sqrt(width)
         like = torch.empty(0, dtype=master_dtype(site), device=site.device)
         self.D, self.a = nn.Parameter(D.to(like)), nn.Parameter(like.new_zeros(rank))
@@ -97,10 +98,10 @@ class Bottleneck(Delta):
         *,
         options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
-        """Those of `to`, or the ends of the blocks (the feed-forward blocks themselves if parallel)."""
+        """Returns the sites in `to`, or the ends of the blocks (the feed-forward blocks themselves if
+        parallel)."""
         placement = option(cls, "placement", options)
-        if placement not in PLACES:
-            raise ConfigError(f"unknown placement {placement!r}{suggest(placement, PLACES)}")
+        check_choice("placement", placement, PLACES)
         chosen = called(model, *PLACES[placement], hint="name them with to=") if to is None else to
         if placement != "parallel":
             return find(model, chosen, exclude, untie)
@@ -111,8 +112,7 @@ class Bottleneck(Delta):
 
     def delta(self, site: Site) -> Tensor:
         raise NotMergeable(
-            f"a bottleneck adapter at {site.name!r} is no change of a weight: there is an activation between its two products; keep it as"
-            f" an adapter"
+            f"the bottleneck at {site.name!r} is nonlinear and cannot be merged; keep it as an adapter"
         )
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:

@@ -1,13 +1,16 @@
-"""DoRA: W' = m * (W + s B A) / ||W + s B A||, norms of rows.  Liu et al. 2024, https://arxiv.org/abs/2402.09353
+"""DoRA: W' = m * (W + s B A) / ||W + s B A||, norms of rows.  Liu et al. 2024,
+https://arxiv.org/abs/2402.09353
 
-What the layer puts out is turned by B A and stretched by m, row by row.
+B A turns each row of the weight, m sets its length.
 
 Parameters: LoRA's, and out.
 State: LoRA's, and m.
-Cost: LoRA's, and a product W A' of rank r a pass for the norms, whatever the number of tokens; merged: none.
-Use: in LoRA's place at low ranks, where the paper finds most of its gain.
-Against: slower than LoRA in training; its change has no low rank, so that it must be cut to become plain LoRA; vLLM does not
-read it. Where rates were tuned for each, variants of LoRA ended within 1 to 2 % of each other (https://arxiv.org/abs/2602.04998).
+Cost: LoRA's, and a product W A' of rank r in every pass for the norms, whatever the number of tokens. Merged:
+none.
+Use: in place of LoRA at low ranks, where the paper finds most of its gain.
+Against: slower than LoRA in training. The change has full rank, so converting it to plain LoRA truncates it.
+vLLM does not read it. Variants of LoRA with tuned learning rates ended within 1 to 2 % of each other
+(https://arxiv.org/abs/2602.04998).
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from veneer.sites import Site
 
 @final
 class DoRA(FactoredDelta, SubtractsStart, PeftStored):
-    """A LoRA pair and a magnitude m (out,). The norm is a constant in the backward (section 4.3 of the paper)."""
+    """A LoRA pair and a magnitude m (out,). The norm is a constant in the backward (section 4.3 of the
+    paper)."""
 
     roles = {"A": "A", "B": "B", "m": "magnitude"}
     norms: Tensor
@@ -49,12 +53,14 @@ class DoRA(FactoredDelta, SubtractsStart, PeftStored):
     ) -> None:
         """
         rank: r, at most min(out, in)
-        alpha: scale numerator; 2 x rank unless given, rank for pissa, qpissa and olora, 16 sqrt(rank) for loraga
+        alpha: numerator of the scale s; default 2 x rank, rank for pissa, qpissa and olora, 16 sqrt(rank) for
+        loraga
         stabilised: s = alpha / sqrt(r) instead of alpha / r
         dropout: share of the low-rank branch's inputs dropped in training
-        init: how A and B start: kaiming, gaussian, pissa, olora, orthogonal; loraga looks at the loss; qpissa, loftq on a quantised base
-        init_options: the start's own options by name, such as gamma=64
-        seed: draws are keyed by (seed, layer name)
+        init: start of A and B: kaiming, gaussian, pissa, olora, orthogonal; loraga needs the loss's gradient;
+        qpissa and loftq need a quantised base
+        init_options: options of the start by name, such as gamma=64
+        seed: key of the random draws, together with the layer's name
         """
         super().__init__()
         pair: dict[str, Any] = dict(
@@ -66,13 +72,12 @@ class DoRA(FactoredDelta, SubtractsStart, PeftStored):
         self.lora, self.dropout = lora, lora.dropout
         norms = row_norms(site.weight().detach()).to(master_dtype(site))
         start = norms
-        if (
-            lora.A0 is None and not lora.B.is_meta and bool(lora.B.any())
-        ):  # what makes up for quantisation acts from the first step on
+        # A start that replaces the quantisation error acts from the first step on.
+        if lora.A0 is None and not lora.B.is_meta and bool(lora.B.any()):
             low = lora.factors(site)
             start = row_norms_of_sum(site.weight(), norms.square(), low.A.detach(), low.B.detach())
         self.m = nn.Parameter(start.clone())
-        # Of the base as it was attached: attached changes never write it.
+        # Constant: attached changes never write the base.
         self.register_buffer("norms", norms, persistent=False)
 
     def factors(self, site: Site) -> Factors:
@@ -109,5 +114,5 @@ class DoRA(FactoredDelta, SubtractsStart, PeftStored):
 
 
 def peft_magnitude(site: Site) -> dict[str, tuple[int, ...]]:
-    """PEFT's name and shape of the magnitudes: (out,), or (1, out, 1, ..) for a convolution."""
+    """Returns PEFT's name and shape of the magnitudes: (out,), or (1, out, 1, ..) for a convolution."""
     return {"lora_magnitude_vector": (1, site.out, *(1,) * site.spatial) if site.spatial else (site.out,)}

@@ -1,18 +1,22 @@
 """FLoRA: W' = W * (B A), number by number.  Wen & Chaudhuri 2023, https://arxiv.org/abs/2312.05677
 
-y = sum_k b_k * W (a_k * x) + bias with the columns b_k of B and the rows a_k of A: one product with W for every rank, in which
-every example may have an A and a B of its own. At rank 1 that is a gain of inputs and one of outputs around a single product,
-which the bank (veneer.bank) serves for each row of a batch; above, by the products of the rows that have such an adapter.
+y = sum_k b_k * W (a_k * x) + bias with the columns b_k of B and the rows a_k of A: one product with W for
+every rank, in which every example may have its own A and B. At rank 1 these are gains of inputs and outputs
+around one product, and the bank (veneer.bank) serves them row by row. Above rank 1 the bank computes products
+for the rows with such an adapter.
 
 Parameters: r (out + in) a layer.
-State: A and B. The first row of A and column of B start at one, further columns of B at zero and rows of A at random signs:
-the model starts as it was, and no two ranks alike. (From ones everywhere, as in the paper, all ranks stay equal for ever.)
-Cost: two multiplications a number at rank 1. Above, r more products with W for few rows; for many, W' - W is made and kept for
-the backward, as large as W, and applied in one. Merged: none.
-Use: rank 1, another adapter for every example.
-Against: cannot change a weight that is zero, and no LoRA can express it: "the same expressive power" is true neither way. Above
-rank 1 it costs more than a batched LoRA of the same rank wherever a product of small matrices runs at a fair speed
-(bench/bank.py has the paper's inequality beside the crossover). The paper's code takes the mean over ranks, here it is the sum.
+State: A and B. The first row of A and column of B start at one, further columns of B at zero, further rows of
+A at random
+signs: the start is the base, and no two ranks are alike. (The paper starts with ones everywhere; then all
+ranks stay equal for ever.)
+Cost: two multiplications per number at rank 1. Above rank 1, r more products with W for few rows; for many
+rows, W' - W is built in every pass and applied in one product, and built again in the backward. Merged: none.
+Use: rank 1, with another adapter for every example.
+Against: cannot change a weight that is zero, and LoRA cannot express it: the two have different expressive
+power. Above rank 1 it costs more than a batched LoRA of the same rank wherever products of small matrices run
+at a fair speed (bench/bank.py has the paper's inequality beside the crossover). The paper's code takes the
+mean over ranks, here it is the sum.
 """
 
 from __future__ import annotations
@@ -22,14 +26,16 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from veneer.methods.base.checks import check_free_rank
 from veneer.methods.base.delta import DenseDelta, master_dtype
 from veneer.methods.base.factors import ROWWISE, Factors, Products
 from veneer.methods.base.protocols import GainsInput
 from veneer.ops.draws import keyed
-from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import Site
 
-FEW_ROWS = 128  # r products with W cost less than making W' - W up to 100 to 250 rows (r of 2 and 4, layers of 512 and 2048)
+# Up to 100 to 250 rows, r products with W cost less than building W' - W (r of 2 and 4, layers of 512 and
+# 2048).
+FEW_ROWS = 128
 
 
 @final
@@ -40,11 +46,11 @@ class FLoRA(DenseDelta, GainsInput):
 
     def __init__(self, site: Site, *, rank: int = 1, seed: int = 0) -> None:
         """
-        rank: r; above 1 with a cost of r products with W
-        seed: draws the signs of further ranks, keyed by (seed, layer name)
+        rank: r; above 1 it costs r products with W
+        seed: key of the signs of further ranks, together with the layer's name
         """
         super().__init__()
-        check_at_most(rank, 1 << 20, "2^20", site.name)
+        check_free_rank(rank, site)
         like = torch.empty(0, dtype=master_dtype(site), device=site.weight().device)
         A, B = torch.ones(rank, site.in_), torch.zeros(site.out, rank)
         A[1:] = 2 * torch.randint(0, 2, (rank - 1, site.in_), generator=keyed(seed, site.name)) - 1
@@ -60,7 +66,8 @@ class FLoRA(DenseDelta, GainsInput):
         return self.factors(site) if site.kind in ROWWISE else None
 
     def products(self, site: Site) -> Products | None:
-        """The layer's own output stands for the ones in a_1: exact where little has changed."""
+        """Returns products in which the layer's own output stands for the ones in a_1: exact if little has
+        changed."""
         if self.A.shape[0] == 1 or site.kind not in ROWWISE:
             return None
         return Products(self.B[:, 0], torch.cat([self.A[:1] - 1, self.A[1:]]), self.B.mT)

@@ -1,18 +1,19 @@
-"""FourierFT: W' = W + scaling Re(ifft2(F)), F zero but for n trained coefficients.  Gao et al. 2024, https://arxiv.org/abs/2405.03003
+"""FourierFT: W' = W + scaling Re(ifft2(F)), F zero but for n trained coefficients.  Gao et al. 2024,
+https://arxiv.org/abs/2405.03003
 
-The frequencies are drawn once, as PEFT draws them, the same for all layers of one shape. scaling counts with
-1 / (out in), as in PEFT, so that a fixed one means less on wider layers; here it follows the shape, such that
-coefficients of norm 1 change W by a root mean square of `rms`, and a learning rate carries over from one width to another.
-With `grid` the frequencies are all pairs of a few rows and columns, and the change a product of frozen waves with a small
-trained core between them: a LoRA of frozen A. The grid is not in the paper.
+The frequencies are drawn once, by PEFT's rule, the same for all layers of one shape. As in PEFT, scaling is
+multiplied by 1 / (out in), so a fixed scaling means less on wider layers. By default the scaling follows the
+shape: coefficients of norm 1 change W by a root mean square of `rms`, and a learning rate carries over from
+one width to another. With `grid` the frequencies are all pairs of a few rows and columns. The change is then
+a trained core between frozen waves, a LoRA with frozen A. The grid is not in the paper.
 
 Parameters: n a layer.
-State: the coefficients, and the frequencies: they are not drawn again.
-Cost: fast transforms of the layer's inputs and outputs, forward and backward, or, where W is small beside them, of the
-coefficients; no matrix of the size of W is kept. The grid costs as much as a LoRA of twice its columns. Merged: none.
-Use: very small files; the grid where speed matters.
-Against: in PEFT's comparison on MetaMathQA it learned next to nothing at its defaults; a change of n random frequencies has
-no structure that text would prefer, and many more steps or a larger rate are needed than for LoRA.
+State: the coefficients and the frequencies, which are not drawn again.
+Cost: fast transforms of the layer's inputs and outputs, forward and backward; if W is smaller than these, of
+the coefficients. No matrix of W's size is kept. The grid costs a LoRA of twice its columns. Merged: none.
+Use: very small files; the grid if speed matters.
+Against: learned next to nothing at its defaults in PEFT's comparison on MetaMathQA. Random frequencies have
+no structure in common with text: it needs many more steps or a larger rate than LoRA.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError, ShapeError
+from veneer.errors import ShapeError
+from veneer.methods.base.checks import check_above_zero
 from veneer.methods.base.delta import Delta, DenseDelta, master_dtype
 from veneer.methods.base.factors import ROWWISE, Factors
 from veneer.methods.base.options import build
@@ -66,19 +68,20 @@ class FourierFT(DenseDelta, Served, AddsInPlace, PeftStored):
         seed: int = 0,
     ) -> None:
         """
-        frequencies: n, trained coefficients of a layer; on a grid at most so many
+        frequencies: n, the number of trained coefficients of a layer; on a grid an upper bound
         grid: use all pairs of a few row and column frequencies
-        rms: root mean square of the change by coefficients of norm 1; the paper's scaling of 150 at a width of 768
-        scaling: a fixed scaling instead, as in the paper and PEFT
-        seed: draws the frequencies
+        rms: root mean square of the change for coefficients of norm 1; the default is the paper's at width
+        768
+        scaling: a fixed scaling in place of rms, as in the paper and PEFT (150 there)
+        seed: key of the frequencies
         """
         super().__init__()
         if frequencies < 1 or frequencies > site.out * site.in_:
             raise ShapeError(
-                f"frequencies {frequencies} are not in 1 to out * in = {site.out * site.in_} at {site.name!r}; use fewer"
+                f"frequencies must be from 1 to out * in = {site.out * site.in_} at {site.name!r},"
+                f" got {frequencies}; use fewer"
             )
-        if not all(0 < s < math.inf for s in (rms, 1.0 if scaling is None else scaling)):
-            raise ConfigError(f"rms and scaling must be numbers above 0, not {rms} and {scaling}")
+        check_above_zero(rms=rms, scaling=scaling)
         self.grid, self.seed = grid, seed
         self.scaling = scaling if scaling is not None else rms * math.sqrt(2) * site.out * site.in_
         device = site.device
@@ -92,7 +95,7 @@ class FourierFT(DenseDelta, Served, AddsInPlace, PeftStored):
         self._follow()
 
     def _follow(self) -> None:
-        """What follows from the frequencies, which a file may have replaced."""
+        """Sets the waves that follow from the frequencies; a loaded file may have replaced these."""
         if self.grid:
             out, in_ = self.size
             self.register_buffer(
@@ -141,9 +144,10 @@ class FourierFT(DenseDelta, Served, AddsInPlace, PeftStored):
         return self.factors(site) if site.kind in ROWWISE else None
 
     def to_peft(self, site: Site) -> PeftForm | None:
-        """PEFT draws the frequencies again from a seed; they are in the file all the same, for those who read it here.
+        """Returns PEFT's form. PEFT draws the frequencies again from a seed; the file holds them for Veneer's
+        reader.
 
-        One scaling stands for all layers: what is ours beside it goes into the coefficients.
+        PEFT has one scaling for all layers: the ratio to this layer's goes into the coefficients.
         """
         if self.grid or site.kind not in ROWWISE:
             return None
@@ -182,7 +186,7 @@ class FourierFT(DenseDelta, Served, AddsInPlace, PeftStored):
 
 
 def _frozen(site: Site, x: Tensor, y: Tensor) -> Tensor | None:
-    """W where y, which nobody has changed, is x W' and perhaps a bias, of which only x takes a gradient; else None."""
+    """Returns W if y is x W' (+ bias), unchanged so far, and only x takes a gradient; else None."""
     layer = site.module
     trained = any(p.requires_grad for p in layer.parameters(recurse=False))
     return (
@@ -194,13 +198,15 @@ def _frozen(site: Site, x: Tensor, y: Tensor) -> Tensor | None:
 
 @functools.lru_cache(maxsize=32)
 def _scattered(out: int, in_: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """n different places of an (out, in) spectrum, the same for all layers of that shape; PEFT's draw of them."""
+    """Returns n different places of an (out, in) spectrum by PEFT's draw, the same for all layers of that
+    shape."""
     places = torch.randperm(out * in_, generator=torch.Generator().manual_seed(seed))[:n].clone()
     return places // in_, places % in_
 
 
 def _crossed(out: int, in_: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """p row and q column frequencies with p q <= n, near a square; columns of the lower half, as the others repeat them."""
+    """Returns p row and q column frequencies with p q <= n, near a square. The upper half of columns repeats
+    the lower."""
     draw, q = keyed(seed, f"{out} {in_}"), min(math.isqrt(n), in_ // 2 + 1)
     columns = torch.randperm(in_ // 2 + 1, generator=draw)[:q]
     return torch.randperm(out, generator=draw)[: n // q], columns

@@ -1,9 +1,10 @@
 """Full fine-tuning kept as a change: W' = W + D for every parameter, norms and biases included.
 
 Parameters: all of the model's, or those of the modules that `to` names and of all inside them.
-State: W' - W in float32, as large as what is trained.
-Cost: the gradient and the optimiser's state of every parameter; used as an adapter, W + D is made in every pass. Merged: none.
-Use: where there is much to learn and the memory for it; as what the others are compared with.
+State: W' - W in float32, of the size of the trained parameters.
+Cost: gradient and optimiser state of every parameter. As an adapter, W + D is built in every pass. Merged:
+none.
+Use: much to learn, and enough memory; the reference for other methods.
 Against: with AdamW four times the memory of the weights, and a file of the model's size for every task.
 """
 
@@ -24,10 +25,11 @@ from veneer.sites.own import is_own
 
 @final
 class Full(Delta):
-    """D (n, 1), all parameters of one module as `LeafSite` lays them out. Used after training, to dial and to merge.
+    """D (n, 1), all parameters of one module as `LeafSite` lays them out. It serves after training, to scale
+    and merge.
 
-    Training itself writes the base (`train_only(model, "base")`): a copy of every weight beside the base would double
-    the memory of the most expensive method there is.
+    Training itself writes the base (`train_only(model, "base")`): a copy of every weight beside the base
+    would double the memory of the most expensive method.
     """
 
     def __init__(self, site: Site) -> None:
@@ -48,7 +50,8 @@ class Full(Delta):
         *,
         options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
-        """Every module with parameters of its own; with `to` those of the modules it names and all inside them, such as last layers."""
+        """Returns every module with parameters of its own, or those in `to` and all inside them, such as last
+        layers."""
         if to == "all-linear":
             return [LeafSite(s.name, s.module) for s in find(model, to, exclude, untie)]
         chosen = named(model, to, exclude, lambda m: any(True for _ in m.parameters()))
@@ -64,5 +67,5 @@ class Full(Delta):
         return self.D
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """The module's output with W + D, less its output with W."""
+        """Returns the module's output with W + D minus its output with W."""
         return site.apply(x, site.weight().to(self.D.dtype) + self.D).to(y.dtype) - y

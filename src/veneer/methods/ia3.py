@@ -1,15 +1,16 @@
-"""(IA)3: k' = l_k * k, v' = l_v * v, and l_ff * h in the feed-forward layer.  Liu et al. 2022, https://arxiv.org/abs/2205.05638
+"""(IA)3: k' = l_k * k, v' = l_v * v, and l_ff * h in the feed-forward layer.  Liu et al. 2022,
+https://arxiv.org/abs/2205.05638
 
-Keys and values are multiplied number by number, and so is what the last feed-forward layer reads: a gain g on the outputs of
-the first two, a gain c on the inputs of the third.
+Keys, values and the input of the last feed-forward layer are multiplied number by number: a gain g of outputs
+on the first two layers, a gain c of inputs on the third.
 
 Parameters: out or in of each of these layers.
 State: the gains.
-Cost: one multiplication a number; merged: none. A layer's bias is multiplied too, as in the paper, so that keys and values
-of layers with a bias (BERT, GPT-2, Qwen 2) cannot be merged into the weight alone.
+Cost: one multiplication per number. Merged: none. As in the paper a layer's bias is multiplied too, so keys
+and values of layers with a bias (BERT, GPT-2, Qwen 2) cannot be merged into the weight alone.
 Use: thousands of adapters; few examples.
-Against: can only turn up and down what is there; below LoRA wherever there is enough to learn. Numbers in PEFT multiply when
-several are active; here they add as changes of W.
+Against: only scales existing features; below LoRA if there is enough data to learn from. Several active
+adapters multiply in PEFT; here they add up as changes of W.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class IA3(Delta, GainsInput, PeftStored):
 
     def __init__(self, site: Site, *, feedforward: str | tuple[str, ...] = FEEDFORWARD_END) -> None:
         """
-        feedforward: which layers have a gain of inputs and not of outputs: a regular expression, or endings of names
+        feedforward: layers with a gain of inputs instead of outputs: a regular expression, or endings of
+        names
         """
         super().__init__()
         self.reads = _named(site.name, feedforward)
@@ -57,7 +59,8 @@ class IA3(Delta, GainsInput, PeftStored):
         *,
         options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
-        """Those of `to`, or every layer that is known to make keys or values, or to end a feed-forward block."""
+        """Returns the sites in `to`, or every known layer of keys or values and every end of a feed-forward
+        block."""
         known = ("keys and values", "the end of the feed-forward block")
         chosen = (
             called(model, *known, hint="name all of them with to= and feedforward=") if to is None else to
@@ -80,8 +83,8 @@ class IA3(Delta, GainsInput, PeftStored):
     def delta(self, site: Site) -> Tensor:
         if self._scales_bias(site):
             raise NotMergeable(
-                f"(IA)3 multiplies the bias of {site.name!r} too, which no change of its weight does; keep it as an adapter, or leave"
-                f" layers with a bias out"
+                f"(IA)3 multiplies the bias of {site.name!r} too, so it cannot be merged into the weight;"
+                f" keep it as an adapter, or exclude layers with a bias"
             )
         return self._gain(site).dense(site)
 

@@ -1,31 +1,32 @@
-"""LoLDU: W' = W + P L (sigma diag(z) - sigma_0 diag(z_0)) U, P L D U = W, D trained.  Shi et al. 2024, https://arxiv.org/abs/2410.13618
+"""LoLDU: W' = W + P L (sigma diag(z) - sigma_0 diag(z_0)) U, P L D U = W, D trained.  Shi et al. 2024,
+https://arxiv.org/abs/2410.13618
 
-W is factored once; the first r pivots z, and one sigma for all of them, are trained between the frozen columns of P L and
-rows of U. P is applied to L's rows when they are made, so that no matrix stands for it, and the start is subtracted, so
-that the base is never written. `basis="svd"` puts the leading singular vectors in the place of L and U.
+W is factored once. The first r pivots z and one sigma for all of them are trained, between the frozen columns
+of P L and rows of U. P permutes the rows of L at the start. The start is subtracted, so the base is never
+written. `basis="svd"` replaces L and U by the leading singular vectors.
 
 Parameters: r + 1 a layer.
-State: z, sigma, and the frozen factors with their start, r (in + out) numbers: factoring again, elsewhere, could choose other pivots.
-Cost: that of a LoRA of rank r, less its gradients; keeps r numbers a token for the backward. Merged: none.
-Use: with basis "svd" where very few trained numbers are wanted, at a rate some 60 times that of "lu" (on the built-in model 0.128,
-and 0.002, the default there); with "lu" to repeat the paper.
-Against: the first r pivots of an LU are no approximation of W (the singular vectors are the best), L and U are not
-orthogonal although the paper says so, and the released code saves neither sigma nor the factors.
+State: z, sigma, and the frozen factors with their start, r (in + out) numbers: another machine could pivot
+differently.
+Cost: a LoRA of rank r without its gradients. The backward keeps r numbers per token. Merged: none.
+Use: very few trained numbers, with basis "svd", at about 60 times the rate of "lu" (on the built-in model
+0.128 against 0.002, the default there). Basis "lu" repeats the paper.
+Against: the first r pivots of an LU do not approximate W; the singular vectors are the best. L and U are not
+orthogonal, although the paper says so. The released code saves neither sigma nor the factors.
 """
 
 from __future__ import annotations
 
-import math
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError, suggest
+from veneer.methods.base.checks import check_choice, check_rank, scaling_of
 from veneer.methods.base.delta import FactoredDelta, master_dtype
 from veneer.methods.base.factors import Factors
 from veneer.ops.draws import keyed
-from veneer.ops.matrix.linalg import check_rank, leading_svd, precise
+from veneer.ops.matrix.linalg import leading_svd, precise
 from veneer.sites import Site
 
 BASES = ("lu", "svd")
@@ -44,21 +45,19 @@ class LoLDU(FactoredDelta):
         self, site: Site, *, rank: int = 64, alpha: float | None = None, basis: str = "lu", seed: int = 0
     ) -> None:
         """
-        rank: r, the pivots that are trained, at most min(out, in)
-        alpha: sigma starts as alpha / r; at 1 unless given
-        basis: between which frozen factors: lu or svd
-        seed: draws the sketch of a large layer's svd
+        rank: r, the number of trained pivots, at most min(out, in)
+        alpha: sigma starts at alpha / r (default: at 1)
+        basis: frozen factors: lu or svd
+        seed: key of the sketch for the svd of large layers
         """
         super().__init__()
-        check_rank(rank, site.weight(), site.name)
-        if basis not in BASES:
-            raise ConfigError(f"unknown basis {basis!r}{suggest(basis, BASES)}")
-        if alpha is not None and not 0 < alpha < math.inf:
-            raise ConfigError(f"alpha must be a number above 0, not {alpha}")
+        check_rank(rank, site)
+        check_choice("basis", basis, BASES)
+        scaling = scaling_of(alpha, rank, default=1.0)
         W = precise(site.weight().detach())
         L, z, U = leading_svd(W, rank, keyed(seed, site.name)) if basis == "svd" else _ldu(W, rank)
         dtype = master_dtype(site)
-        sigma = torch.tensor(1.0 if alpha is None else alpha / rank, dtype=dtype, device=W.device)
+        sigma = torch.tensor(scaling, dtype=dtype, device=W.device)
         for name, t in (("L", L), ("U", U), ("z0", z), ("sigma0", sigma)):
             self.register_buffer(name, t.to(dtype).clone())
         self.z, self.sigma = nn.Parameter(self.z0.clone()), nn.Parameter(self.sigma0.clone())
@@ -68,7 +67,8 @@ class LoLDU(FactoredDelta):
 
 
 def _ldu(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """P L[:, :r] (out, r), D[:r] and U[:r] (r, in) of W = P L D U with ones on the diagonals of L and U."""
+    """Returns P L[:, :r] (out, r), D[:r] and U[:r] (r, in) of W = P L D U with ones on the diagonals of L and
+    U."""
     P, L, U = torch.linalg.lu(W)
     pivots = U.diagonal()[:rank]
     unit = torch.where(pivots[:, None] == 0, 0, U[:rank] / torch.where(pivots == 0, 1, pivots)[:, None])

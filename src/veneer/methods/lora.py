@@ -1,13 +1,13 @@
 """LoRA: W' = W + s (B A - B0 A0), s = alpha / r.  Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
-B0 A0 is where B A starts, zero for most starts.
+B0 A0 is the start of B A. It is zero for most starts.
 
 Parameters: r (in + out) a layer.
-State: A and B, and A0 and B0 where the start is not zero.
-Cost: two products of rank r a token, of 2 r with such a start; keeps the layer's input for the backward, which A's gradient
-needs, and r numbers a token. Merged: none.
-Use: before anything else. What other methods gain over it is small next to what a rate that was looked for gains.
-Against: a change of rank r at most, which is little where there is much to learn.
+State: A and B. A start other than zero adds A0 and B0.
+Cost: two products of rank r per token, of rank 2 r with a start other than zero. The backward keeps the
+layer's input, for A's gradient, and r numbers per token. Merged: none.
+Use: first. A tuned learning rate gains more than the choice among LoRA's relatives.
+Against: the change has rank r at most, too little for large amounts of new material.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import FormatError
 from veneer.methods import inits
+from veneer.methods.base.checks import check_above_zero, check_dropout, check_rank
 from veneer.methods.base.delta import FactoredDelta, master_dtype
 from veneer.methods.base.factors import Factors
 from veneer.methods.base.peft import (
@@ -33,13 +34,15 @@ from veneer.methods.base.peft import (
 from veneer.methods.base.protocols import SubtractsStart
 from veneer.methods.base.stats import Stats
 from veneer.ops.draws import keyed
-from veneer.ops.matrix.linalg import check_rank
 from veneer.sites import Site
 
 
 @final
 class LoRA(FactoredDelta, SubtractsStart, PeftStored):
-    """A (r, in) and B (out, r). A start with B0 A0 != 0 (PiSSA, OLoRA, LoRA-GA) is kept and subtracted: W is never written."""
+    """A pair A (r, in), B (out, r), and the start A0, B0 that is subtracted because W is never written.
+
+    Starts with B0 A0 != 0 are PiSSA, OLoRA and LoRA-GA.
+    """
 
     roles = {"A": "A", "B": "B"}
     A0: Tensor | None
@@ -60,19 +63,19 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
     ) -> None:
         """
         rank: r, at most min(out, in)
-        alpha: scale numerator; 2 x rank unless given, rank for pissa, qpissa and olora, 16 sqrt(rank) for loraga
+        alpha: numerator of the scale s; default 2 x rank, rank for pissa, qpissa and olora, 16 sqrt(rank) for
+        loraga
         stabilised: s = alpha / sqrt(r) instead of alpha / r (rsLoRA, https://arxiv.org/abs/2312.03732)
         dropout: share of the adapter's inputs dropped in training; the base path keeps all
-        init: how A and B start: kaiming, gaussian, pissa, olora, orthogonal; loraga looks at the loss; qpissa, loftq on a quantised base
-        init_options: the start's own options by name, such as gamma=64
-        seed: draws are keyed by (seed, layer name)
+        init: start of A and B: kaiming, gaussian, pissa, olora, orthogonal; loraga needs the loss's gradient;
+        qpissa and loftq need a quantised base
+        init_options: options of the start by name, such as gamma=64
+        seed: key of the random draws, together with the layer's name
         """
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), not {dropout}")
-        if alpha is not None and not 0 < alpha < math.inf:
-            raise ConfigError(f"alpha must be a number above 0, not {alpha}")
-        check_rank(rank, site.weight(), site.name)
+        check_dropout(dropout)
+        check_above_zero(alpha=alpha)
+        check_rank(rank, site)
         chosen = inits.get(init)
         inits.check(init, init_options)
         self.alpha = float(alpha if alpha is not None else chosen.alpha(rank, stabilised))
@@ -101,11 +104,13 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
         dropout: float = 0.0,
         start: int = 0,
     ) -> LoRA:
-        """The change s B A with these factors (k, in), (out, k), of any rank k, where s is that of alpha and k.
+        """Returns the change s B A with the factors A (k, in), B (out, k) of any rank k; s follows from alpha
+        and k.
 
-        start: how many of the ranks stand for a start A0, B0 that is subtracted; A and B are then laid out as by pair().
+        start: number of the ranks that stand for a subtracted start A0, B0; A and B are then laid out as by
+        pair().
         """
-        delta = cls.__new__(cls)  # __init__ would draw a start, from a copy of W
+        delta = cls.__new__(cls)  # __init__ would draw a start, and copy W for it
         nn.Module.__init__(delta)
         k, r = A.shape[0], A.shape[0] - start
         like = torch.empty(0, dtype=master_dtype(site), device=site.device)
@@ -132,19 +137,19 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
         return None if self.A0 is None or self.B0 is None else Factors(self.A0, self.scaling * self.B0)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A (k, in), B (out, k) with B A the unscaled change; k = r, or 2r where a start is subtracted.
+        """Returns A (k, in), B (out, k) with B A the unscaled change; k = r, or 2r if a start is subtracted.
 
-        B A - B0 A0 = (B - B0) A + B0 (A - A0): the differences are taken in float32, so that neither the start
-        (exactly zero) nor a small step is lost when the factors are rounded to bfloat16 for the product.
+        B A - B0 A0 = (B - B0) A + B0 (A - A0). The differences are taken in float32: rounding the factors to
+        bfloat16 for the product then keeps the start at exactly zero, and keeps small steps.
         """
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
         return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
 
     def to_peft(self, site: Site) -> PeftForm | None:
-        """Plain LoRA on the untouched base; rank 2r with the same scaling where a start was subtracted.
+        """Returns plain LoRA on the untouched base: rank 2r at the same scaling if a start was subtracted.
 
-        `start_rank`, which is none of PEFT's settings, then says that the ranks are those of pair().
+        The setting `start_rank`, unknown to PEFT, then marks the layout of pair().
         """
         if not peft_same_map(site):
             return None
@@ -170,8 +175,8 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> LoRA:
         if not peft_same_map(site):
             raise FormatError(
-                f"{site.name}: PEFT's forward ignores this convolution's groups, dilation or padding mode, so that what was"
-                f" trained there is no change of its weight; train it again without this layer"
+                f"{site.name}: PEFT's forward ignores this convolution's groups, dilation or padding mode,"
+                f" so the trained adapter is not a change of its weight; train it again without this layer"
             )
         check_peft_tensors(site, tensors, peft_shapes(site, config["r"]))
         A, B = (tensors[n].flatten(1) for n in peft_shapes(site, config["r"]))

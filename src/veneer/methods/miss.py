@@ -1,16 +1,19 @@
-"""MiSS: W' = W + D A with A = [I I .. I], the identity of size r laid side by side.  Kang & Yin 2024, https://arxiv.org/abs/2409.15371
+"""MiSS: W' = W + D A with A = [I I .. I], the identity of size r laid side by side.  Kang & Yin 2024,
+https://arxiv.org/abs/2409.15371
 
-The column variant that PEFT ships: the input is cut into pieces of r numbers, the pieces are added up, and D (out, r) reads
-the sum. It is LoRA with a frozen A of zeros and ones; r need not divide the width. With `mini` the rows of D repeat: row o
-is row o mod mini of the trained ones. (The paper's first versions called this, and another method, Bone: see bat.)
+This is the column variant, as in PEFT: the input is cut into pieces of r numbers, the pieces are summed, and
+D (out, r) reads the sum. It equals a LoRA with a frozen A of zeros and ones; r need not divide the width.
+With `mini` the rows of D repeat: row o is row o mod mini of the trained ones. The paper's first versions used
+the name Bone for this method and for another one (see bat).
 
-Parameters: r x out a layer, or r x mini; a LoRA of half the rank has as many in all.
-State: D alone; A follows from the shapes.
-Cost: the products of a LoRA of this rank without a gradient of A, so that training keeps r numbers a token of the layer's
-input for the backward instead of all; merged: none.
-Use: where the memory of activations is what limits a training.
-Against: the paper compares all methods at one learning rate, at which MiSS moves the weights several times as far as
-LoRA in its first steps; a sweep for each method has not been published. Rank at most r, as LoRA's.
+Parameters: r x out a layer, or r x mini; about as many as a LoRA of half the rank.
+State: D; A follows from the shapes.
+Cost: the products of a LoRA of this rank without A's gradient, so the backward keeps r numbers per token
+instead of the layer's whole input. Merged: none.
+Use: if activations limit the memory of a training.
+Against: the paper compares all methods at one learning rate, at which MiSS moves the weights several times as
+far as LoRA in its first steps; a sweep for each method is not published. The change has rank r at most, as
+LoRA's.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError, ShapeError
+from veneer.methods.base.checks import check_divides, check_dropout
 from veneer.methods.base.delta import Delta, FactoredDelta, master_dtype
 from veneer.methods.base.factors import Factors
 from veneer.methods.base.options import build
@@ -39,17 +42,14 @@ class MiSS(FactoredDelta, PeftStored):
     def __init__(self, site: Site, *, rank: int = 64, mini: int | None = None, dropout: float = 0.0) -> None:
         """
         rank: r, the length of a piece of the input, at most `in`
-        mini: trained rows of D, which repeat over the outputs; a divisor of `out`
+        mini: number of trained rows of D, which repeat over the outputs; a divisor of `out` (default: out)
         dropout: share of the adapter's inputs dropped in training; the base path keeps all
         """
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), not {dropout}")
+        check_dropout(dropout)
         check_at_most(rank, site.in_, "in", site.name)
-        if mini is not None and (mini < 1 or site.out % mini):
-            raise ShapeError(
-                f"mini {mini} does not divide out = {site.out} at {site.name!r}; use a divisor, or leave it out"
-            )
+        if mini is not None:
+            check_divides("mini", mini, {"out": site.out}, site)
         self.dropout = dropout
         dtype, device = master_dtype(site), site.device
         self.D = nn.Parameter(torch.zeros(mini or site.out, rank, dtype=dtype, device=device))

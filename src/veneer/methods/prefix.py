@@ -1,20 +1,22 @@
-"""Prefix-tuning: every attention sees p more keys and values, which are trained.  Li & Liang 2021, https://arxiv.org/abs/2101.00190
+"""Prefix-tuning: every attention sees p more keys and values, which are trained.  Li & Liang 2021,
+https://arxiv.org/abs/2101.00190
 
-No token stands for them: positions of the text, caches and masks are as they were, so that generation works with and without
-a cache and with padding on the left. With rotary positions the trained keys are seen from everywhere as at the distance
-at which they were trained, turned as they are. The paper trains them through a network that is thrown away; here they
-are trained themselves, as one does for large models.
+The prefix has no tokens: positions of the text, caches and masks stay as they were, so generation works with
+and without a cache and with padding on the left. With rotary positions every query sees the trained keys at
+the distance at which they were trained. The paper trains them through a network that is dropped afterwards.
+Here they are trained directly, as is usual for large models.
 
-PEFT moves the text p positions on, behind the keys. With rotary positions that is the same as turned keys, and files go both ways;
-with learned positions, and where layers see a part of the text only, it is another text, and such files are refused.
+PEFT shifts the text by p positions, behind the keys. With rotary positions that equals rotated keys, and
+files go both ways. With learned positions, and in layers with a sliding window, the text itself differs, and
+such files are refused.
 
 Parameters: 2 p d a layer (d: kv_heads * head_dim).
 State: keys and values.
-Cost: p more positions in every attention; it cannot be merged. At strengths other than 1 and beside other prefixes each costs an
-attention of its own: changes add up as changes of the attention's output.
-Use: as the baseline that LoRA was compared with.
-Against: hard to train: it starts as noise that takes some of the attention away, not as the base; more than 32 positions a
-layer do worse in the LoRA paper.
+Cost: p more positions in every attention. It cannot be merged. At strengths other than 1 and beside other
+prefixes each prefix costs a second attention: changes add up as changes of the attention's output.
+Use: as the baseline of the LoRA paper.
+Against: hard to train. It starts as noise that takes some of the attention away, not as the base. More than
+32 positions a layer do worse in the LoRA paper.
 """
 
 from __future__ import annotations
@@ -26,18 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NotMergeable, SiteError
+from veneer.methods.base.checks import check_free_rank
 from veneer.methods.base.delta import Delta, master_dtype
 from veneer.methods.base.peft import PeftKind
 from veneer.methods.base.protocols import OpensModel
 from veneer.ops.attention import prefixed
 from veneer.ops.draws import keyed
-from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import AttentionSite, Site
 from veneer.sites.attention import is_self_attention
 from veneer.sites.find import Target, named
 from veneer.sites.own import child_of
 
-NAME, OWN = "veneer_prefix", "sdpa"  # our attention in transformers' registry, and what it calls
+NAME, OWN = "veneer_prefix", "sdpa"  # our attention in transformers' registry, and the one that it calls
 
 
 @final
@@ -61,14 +63,14 @@ class Prefix(Delta, OpensModel, PeftKind):
 
     def __init__(self, site: Site, *, length: int = 16, start: float = 0.1, seed: int = 0) -> None:
         """
-        length: p, the positions that are added to every attention
-        start: size of the noise that keys and values start as
-        seed: draws it, keyed by (seed, layer name)
+        length: p, the number of positions added to every attention
+        start: size of the initial noise of keys and values
+        seed: key of the noise, together with the layer's name
         """
         super().__init__()
         if not isinstance(site, AttentionSite):
             raise SiteError(f"prefix adds to attentions; {site.name!r} was given as a matrix")
-        check_at_most(length, 1 << 16, "2^16", site.name)
+        check_free_rank(length, site, 1 << 16)
         draw, like = keyed(seed, site.name), site.weight()
         K, V = (start * torch.randn(2, site.heads, length, site.head_dim, generator=draw)).to(
             like.device, master_dtype(site)
@@ -85,18 +87,18 @@ class Prefix(Delta, OpensModel, PeftKind):
         *,
         options: Mapping[str, Any] | None = None,
     ) -> list[Site]:
-        """Every self-attention, or those of `to`."""
+        """Returns every self-attention, or those in `to`."""
         names = named(model, None if to == "all-linear" else to, exclude, is_self_attention)
         if not names:
             raise SiteError(
-                f"no self-attention is known in a {type(model).__name__}; prefix works on transformers' models"
+                f"{type(model).__name__} has no known self-attention; prefix works on transformers' models"
             )
         _check_attention(model)
         return [AttentionSite(n, model.get_submodule(n)) for n in names]
 
     @classmethod
     def open(cls, model: Any) -> None:
-        """The model's attentions, whose kind `find` has checked, go through `attention` from now on."""
+        """Routes the model's attentions through `attention`; find() has checked their kind."""
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -106,7 +108,7 @@ class Prefix(Delta, OpensModel, PeftKind):
 
     @classmethod
     def close(cls, model: Any) -> None:
-        """The model's own attention again."""
+        """Restores the model's own attention."""
         model.set_attn_implementation(OWN)
 
     @classmethod
@@ -115,11 +117,11 @@ class Prefix(Delta, OpensModel, PeftKind):
 
     def delta(self, site: Site) -> Tensor:
         raise NotMergeable(
-            f"the prefix of {site.name!r} is no change of a weight, but keys and values; keep it as an adapter"
+            f"the prefix of {site.name!r} holds keys and values and cannot be merged; keep it as an adapter"
         )
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        raise SiteError(f"the attention {site.name!r} was called outside of its model")
+        raise SiteError(f"the attention {site.name!r} was called outside of its model; call the model")
 
 
 def _check_attention(model: Any) -> None:
@@ -127,14 +129,16 @@ def _check_attention(model: Any) -> None:
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if own not in (OWN, NAME):
         raise ConfigError(
-            f"prefix needs attn_implementation={OWN!r}, and the model has {own!r}; load it with attn_implementation={OWN!r}"
+            f"prefix needs attn_implementation={OWN!r}, the model has {own!r};"
+            f" load it with attn_implementation={OWN!r}"
         )
 
 
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' interface: query (b, heads, t, d), key and value (b, kv_heads, ..) -> (b, t, heads, d)."""
+    """Computes attention by transformers' interface: query (b, heads, t, d), key and value (b, kv_heads, ..)
+    -> (b, t, heads, d)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     deltas: Any = child_of(module)
@@ -160,17 +164,15 @@ def _attend(
     mask: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """The attention with one prefix in front: (b, t, heads, d)."""
+    """Returns the attention with one prefix in front: (b, t, heads, d)."""
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     t, p, causal = query.shape[2], delta.K.shape[1], options.get("is_causal")
     if mask is not None:
         mask = nn.functional.pad(mask, (p, 0), value=True if mask.dtype == torch.bool else 0.0)
     elif (module.is_causal if causal is None else causal) and t > 1:
-        key, value = (
-            key[:, :, :t],
-            value[:, :, :t],
-        )  # of a static cache that is longer than what is in it, as PyTorch's attention does
+        # A static cache may be longer than its content; PyTorch's attention cuts it the same way.
+        key, value = key[:, :, :t], value[:, :, :t]
         mask = torch.ones(t, p + t, dtype=torch.bool, device=key.device).tril_(p)[None, None]
     K, V = delta.K.to(key.dtype), delta.V.to(key.dtype)
     plain = (mask is None or mask.dtype == torch.bool) and not options.get("dropout")

@@ -1,16 +1,18 @@
-"""VeRA: W' = W + diag(b) B diag(d) A, A and B random and frozen.  Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454
+"""VeRA: W' = W + diag(b) B diag(d) A, A and B random and frozen.  Kopiczko et al. 2023,
+https://arxiv.org/abs/2310.11454
 
-All layers read one random A (r, in) and B (out, r), each as many columns and rows of them as it has; what is trained is a
-vector on each side. A and B are kept with variance 1, and d counts with 2 / sqrt(in r), which is Kaiming's scale for each
-layer's own width; PEFT scales all layers by the widest.
+All layers share one random A and one random B and use as many of their columns and rows as they have. One
+vector on each side is trained. A and B have variance 1, and d is scaled by 2 / sqrt(in r), Kaiming's scale
+for the width of each layer. PEFT scales all layers by the widest one.
 
 Parameters: r + out a layer.
-State: b and d, and A and B once for all layers (in PEFT's layout; beside changes that PEFT cannot express, for every layer).
-Cost: that of a LoRA of rank r, which here is large, less the gradients of its factors; keeps r numbers a token for the
-backward. In memory every layer holds its part of A and B. Merged: none.
+State: b and d, and A and B once for all layers (in PEFT's layout; beside changes that PEFT cannot express, in
+every layer).
+Cost: a LoRA of the same rank, which is large here, without the gradients of its factors. The backward keeps r
+numbers per token. Every layer holds its part of A and B in memory. Merged: none.
 Use: many adapters of one base with small files.
-Against: as much computing as a LoRA of a rank many times larger than one would choose; random directions are not those of
-the data, so that it wants a larger rate and more steps.
+Against: as much computation as a LoRA of a rank far above the usual one. Random directions are not those of
+the data: a larger rate and more steps are needed.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import FormatError
+from veneer.methods.base.checks import check_dropout, check_free_rank
 from veneer.methods.base.delta import Delta, FactoredDelta, master_dtype
 from veneer.methods.base.factors import ROWWISE, Factors
 from veneer.methods.base.options import build
 from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
 from veneer.ops.draws import keyed
-from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import Site
 
 
@@ -52,15 +54,14 @@ class VeRA(FactoredDelta, PeftStored):
         self, site: Site, *, rank: int = 256, start: float = 0.1, dropout: float = 0.0, seed: int = 0
     ) -> None:
         """
-        rank: r, as large as one likes
-        start: what d starts at; 0.1 and less do best in the paper
+        rank: r, of any size
+        start: initial value of d; 0.1 and less do best in the paper
         dropout: share of the adapter's inputs dropped in training; the base path keeps all
-        seed: draws A and B, the same for all layers
+        seed: key of A and B, the same for all layers
         """
         super().__init__()
-        check_at_most(rank, 1 << 20, "2^20", site.name)
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), not {dropout}")
+        check_free_rank(rank, site)
+        check_dropout(dropout)
         self.dropout, self.scale = dropout, 2 / math.sqrt(site.in_ * rank)
         dtype, device = master_dtype(site), site.device
         self.register_buffer("A", _draw(site.in_, rank, seed, "A").mT.to(device, dtype).contiguous())
@@ -93,8 +94,8 @@ class VeRA(FactoredDelta, PeftStored):
         r = config["r"]
         if not {"vera_A", "vera_B"} <= tensors.keys():
             raise FormatError(
-                f"{site.name}: the file holds no vera_A and vera_B, which would have to be drawn again as another machine drew them;"
-                f" save it in PEFT with save_projection=True"
+                f"{site.name}: vera_A and vera_B are missing in the file, and another machine's draw"
+                f" cannot be repeated; save it in PEFT with save_projection=True"
             )
         check_peft_tensors(site, tensors, {"vera_lambda_b": (site.out,), "vera_lambda_d": (r,)})
         A, B = tensors["vera_A"][:r, : site.in_], tensors["vera_B"][: site.out, :r]
@@ -118,5 +119,6 @@ class VeRA(FactoredDelta, PeftStored):
 
 
 def _draw(rows: int, rank: int, seed: int, which: str) -> Tensor:
-    """(rows, r) of variance 1, the first rows of an endless matrix: numbers are drawn one after the other."""
+    """Returns (rows, r) numbers of variance 1: the first rows of an endless matrix that is drawn row by
+    row."""
     return (torch.rand(rows, rank, generator=keyed(seed, f"vera {which} {rank}")) * 2 - 1) * math.sqrt(3)

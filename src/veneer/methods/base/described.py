@@ -1,5 +1,5 @@
-"""What docstrings say of methods, starts, optimisers and their options: help, model cards and documentation
-are made of it."""
+"""Reads the docstrings of methods, starts, optimisers and their options, for help, model cards and
+documentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.methods import Delta, options_of
 
 
 class Described(NamedTuple):
-    """summary: what it is, with its formula; paper: the address, or None; rest: the paragraphs after the
+    """summary: the name with its formula; paper: the address, or None; rest: the paragraphs after the
     first."""
 
     summary: str
@@ -21,7 +21,7 @@ class Described(NamedTuple):
 
 
 def of_doc(doc: str) -> Described:
-    """A docstring, whose first paragraph ends with the paper's address where there is a paper."""
+    """Returns the parts of a docstring whose first paragraph may end with a paper's address."""
     first, _, rest = doc.partition("\n\n")
     text = " ".join(first.split())
     found = re.search(r"https?://\S+", text)
@@ -31,17 +31,17 @@ def of_doc(doc: str) -> Described:
 
 
 def of_module(kind: Any) -> Described:
-    """What the file says in which a method, start or optimiser stands."""
+    """Returns the docstring of the file that holds a method, start or optimiser."""
     return of_doc(inspect.getdoc(inspect.getmodule(kind)) or "")
 
 
 def option_helps(method: type[Delta]) -> dict[str, str]:
-    """What the docstring of a method's __init__ says of its options."""
+    """Returns the help texts of a method's options, from the docstring of its __init__."""
     return helps_of(method.__init__, options_of(method))
 
 
 def helps_of(function: Callable[..., Any], names: Collection[str]) -> dict[str, str]:
-    """What the `name: text` lines of a docstring say, by name; a text goes on to the next name or an empty
+    """Returns the texts of the `name: text` lines of a docstring; each extends to the next name or empty
     line."""
     if not names:
         return {}

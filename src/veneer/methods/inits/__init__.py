@@ -1,9 +1,9 @@
 """Starts of a low-rank pair: one file, one function `start`; the file's name is the start's name.
 
-The options of a start are the keyword parameters of its `start(s, *, ..)`, given together as `init_options`. Beside it
-stand `alpha(rank, stabilised)`, alpha where none is given, and `NEEDS`: "weight" if s B A is a part of W, "leading" if it is
-the leading one, "gradient" if it looks at calibration's, "residual" if it makes up for what quantisation took (it then acts
-from the first step on, and is not subtracted), or "".
+The options of a start are the keyword parameters of its `start(s, *, ..)`, given together as `init_options`.
+The file also has `alpha(rank, stabilised)`, the default alpha, and `NEEDS`: "weight" if s B A is a part of W,
+"leading" if it is the leading part, "gradient" if it needs the loss's gradient from calibration, "residual"
+if it replaces the quantisation error (it then acts from the first step on and is not subtracted), or "".
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ OF_WEIGHT = ("weight", "leading", "residual")  # what a start NEEDS that takes B
 
 
 class Start(NamedTuple):
-    """What a start may look at: W (out, in), the rank, the scaling s, its own draw, whether x holds token ids, and what
-    calibration saw."""
+    """The inputs of a start.
+
+    W: (out, in); scaling: s; draw: its own random generator; lookup: True if x holds token ids; stats: from
+    calibration.
+    """
 
     W: Tensor
     rank: int
@@ -39,46 +42,53 @@ class Start(NamedTuple):
     stats: Stats | None = None
 
     def of_tokens(self) -> tuple[Tensor, Tensor]:
-        """A = 0 (r, in), B (out, r) drawn: where x holds token ids, so that every token can learn."""
+        """Returns A = 0 (r, in) and a drawn B (out, r): the start for token ids, of which every one can
+        learn."""
         out, in_ = self.W.shape
         return self.W.new_zeros(self.rank, in_), torch.randn(out, self.rank, generator=self.draw).to(self.W)
 
     def gradient(self, rank: int) -> Svd:
-        """The leading `rank` triplets (or all there are) of the loss's gradient in W. Raises ConfigError where they are not known."""
+        """Returns the leading `rank` triplets (at most all) of the loss's gradient in W. Raises ConfigError
+        without them."""
         if self.stats is None or self.stats.gradient is None:
             raise ConfigError(
-                "this init starts from the loss's gradient, of which nothing is known; take it first:"
+                "this init starts from the loss's gradient, which is missing; calibrate first:"
                 " stats = veneer.calibrate(model, batches, rank=..), then veneer.attach(.., stats=stats)"
             )
         found, wanted = self.stats.gradient, min(rank, *self.W.shape)
         there = (len(found.U), found.Vh.shape[1])
         if there != self.W.shape:
             raise ConfigError(
-                f"the statistics are of a layer {there}, this one is {tuple(self.W.shape)}; calibrate on this model"
+                f"the statistics are of a layer {there}, this layer is {tuple(self.W.shape)};"
+                f" calibrate on this model"
             )
         if len(found.S) < wanted:
             raise ConfigError(
-                f"calibrated for rank {len(found.S) // 2}, but the rank here is {self.rank}; calibrate with rank={self.rank}"
+                f"calibrated for rank {len(found.S) // 2}, the rank here is {self.rank};"
+                f" calibrate with rank={self.rank}"
             )
         return Svd(*(t.to(self.W) for t in (found.U[:, :rank], found.S[:rank], found.Vh[:rank])))
 
     def leading(self) -> Svd:
-        """The leading triplets of W, as many as the rank."""
+        """Returns the leading triplets of W, as many as the rank."""
         if self.stats is not None and self.stats.leading is not None:
             return self.stats.leading
         return Svd(*leading_svd(self.W, self.rank, self.draw))
 
     def residual(self) -> tuple[Tensor, Tensor]:
-        """A (r, in), B (out, r) with s B A the part of W that quantisation took apart for them. Raises ConfigError where it did not."""
+        """Returns A (r, in), B (out, r) with s B A the quantisation residual. Raises ConfigError without
+        one."""
         if self.stats is None or self.stats.residual is None:
             raise ConfigError(
-                "this init makes up for what quantisation takes from W; quantise for it first:"
-                " stats = veneer.quantise_around(model, 'nf4', start=.., rank=..), then veneer.attach(.., stats=stats)"
+                "this init starts from the quantisation error of W, which is missing; quantise for it first:"
+                " stats = veneer.quantise_around(model, 'nf4', start=.., rank=..),"
+                " then veneer.attach(.., stats=stats)"
             )
         U, S, Vh = (t.to(self.W) for t in self.stats.residual)
         if (len(U), len(S), Vh.shape[1]) != (len(self.W), self.rank, self.W.shape[1]):
             raise ConfigError(
-                f"the base was quantised for rank {len(S)} on {len(U)} x {Vh.shape[1]}, not for {self.rank}; use that rank"
+                f"the base was quantised for rank {len(S)} on {len(U)} x {Vh.shape[1]},"
+                f" the rank here is {self.rank}; use that rank"
             )
         root = (S / self.scaling).sqrt()
         return root[:, None] * Vh, U * root
@@ -88,30 +98,30 @@ Init = Callable[..., tuple[Tensor, Tensor]]  # (Start, *, options) -> A (r, in),
 
 
 def available() -> list[str]:
-    """Names of all starts."""
+    """Returns the names of all starts."""
     return STARTS.names()
 
 
 def get(name: str) -> ModuleType:
-    """The module of a start. Raises ConfigError for an unknown one."""
+    """Returns the module of a start. Raises ConfigError for an unknown one."""
     return STARTS.module(name)
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a start with their types, float or str, and defaults."""
+    """Returns the options of a start with their types, float or str, and defaults."""
     parameters = inspect.signature(get(name).start, eval_str=True).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def check(name: str, options: Options | None) -> None:
-    """Raises ConfigError for an unknown start, and for all options that it does not have or that are of another type."""
+    """Raises ConfigError for an unknown start, and for all unknown options and values of the wrong type."""
     known, problems = options_of(name), []
     for option, value in (options or {}).items():
         if option not in known:
-            hint = suggest(option, known) if known else "; it has none"
+            hint = suggest(option, known) if known else "; it takes no options"
             problems.append(f"init {name!r} has no option {option!r}{hint}")
         elif (known[option].annotation is str) != isinstance(value, str):
             kind = "a word" if known[option].annotation is str else "a number"
-            problems.append(f"init_options: {option} {value!r} is not {kind}")
+            problems.append(f"init_options: {option} must be {kind}, got {value!r}")
     if problems:
         raise ConfigError("\n".join(problems))

@@ -1,7 +1,7 @@
 """A normal, B = 0, as LoRA's paper has it (section 4.1), with the variance of the uniform start, 1/(3 in).
 
-PEFT's start of this name has variance 1/r^2 whatever the width, so that its best learning rate differs from the
-default's by the ratio of the two; here only the shape of the distribution differs.
+PEFT's start of this name has variance 1/r^2 at every width, so its best learning rate differs from the
+default start's by the ratio of the two. Here only the shape of the distribution differs.
 """
 
 import math
@@ -19,7 +19,7 @@ def alpha(rank: int, stabilised: bool) -> float:
 
 
 def start(s: Start) -> tuple[Tensor, Tensor]:
-    """A (r, in), B (out, r) with B A = 0. For token ids A is zero and B is drawn."""
+    """Returns A (r, in), B (out, r) with B A = 0. For token ids A is zero and B is drawn."""
     out, in_ = s.W.shape
     if s.lookup:
         return s.of_tokens()

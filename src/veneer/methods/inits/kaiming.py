@@ -1,4 +1,5 @@
-"""A uniform in +-1/sqrt(in), B = 0: the start of LoRA's own code.  Hu et al. 2021, https://arxiv.org/abs/2106.09685"""
+"""A uniform in +-1/sqrt(in), B = 0: the start of LoRA's own code.  Hu et al. 2021,
+https://arxiv.org/abs/2106.09685"""
 
 import math
 
@@ -15,7 +16,7 @@ def alpha(rank: int, stabilised: bool) -> float:
 
 
 def start(s: Start) -> tuple[Tensor, Tensor]:
-    """A (r, in), B (out, r) with B A = 0. For token ids A is zero and B is drawn."""
+    """Returns A (r, in), B (out, r) with B A = 0. For token ids A is zero and B is drawn."""
     out, in_ = s.W.shape
     if s.lookup:
         return s.of_tokens()

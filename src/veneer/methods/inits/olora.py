@@ -1,4 +1,5 @@
-"""B, A = the leading columns of Q and rows of R in W = Q R.  Buyukakyuz 2024, https://arxiv.org/abs/2406.01775"""
+"""B, A = the leading columns of Q and rows of R in W = Q R.  Buyukakyuz 2024,
+https://arxiv.org/abs/2406.01775"""
 
 import torch
 from torch import Tensor
@@ -14,10 +15,10 @@ def alpha(rank: int, stabilised: bool) -> float:
 
 
 def start(s: Start) -> tuple[Tensor, Tensor]:
-    """A = Q' W (r, in), B = Q (out, r), where Q spans the first r columns of W: the same as from the whole QR.
+    """Returns A = Q' W (r, in), B = Q (out, r); Q spans the first r columns of W, as in the whole QR.
 
-    Q of W's leading r columns is the leading part of W's own Q, and R[:r] = Q[:, :r]' W (section 3 of the paper has
-    the whole decomposition, which costs in/r times as much).
+    Q of W's leading r columns is the leading part of W's own Q, and R[:r] = Q[:, :r]' W. The whole
+    decomposition of the paper (section 3) costs in/r times as much.
     """
     check_rank(s.rank, s.W)
     W = precise(s.W)

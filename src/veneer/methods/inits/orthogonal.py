@@ -1,14 +1,15 @@
-"""B A = 0 with neither factor zero: A = Q[::2]' G, B = H Q[1::2] for a random orthogonal Q (r, r) and Gaussian G, H.
-Datta 2024, https://datta0.github.io/posts/rethink-lora-init/
+"""B A = 0 with neither factor zero: A = Q[::2]' G, B = H Q[1::2] for a random orthogonal Q (r, r) and
+Gaussian G, H. Datta 2024, https://datta0.github.io/posts/rethink-lora-init/
 
-Both factors learn from the first step on, and the layer starts as it was because odd and even rows of Q are orthogonal. As
-in PEFT the numbers in G and H have one size whatever the layer's width, so that wide layers start with long factors: `size`
-is to be lowered with the width, and the learning rate compared with LoRA's own best one.
+Both factors learn from the first step on. Odd and even rows of Q are orthogonal, so the start is the base. As
+in PEFT the numbers in G and H have one size at every width, so wide layers start with long factors: lower
+`size` as the width grows, and compare the learning rate with LoRA's own best one.
 
-State: the fixed start beside A and B: what rounding leaves of B A is subtracted, so that the layer starts as the base bit for bit.
+State: the fixed start beside A and B: rounding errors of B A are subtracted, so the start is the base bit for
+bit.
 Cost: a product of rank 2r.
-Use: to try whether two factors that learn from the first step on help.
-Against: there is no paper on it, and no result beyond the author's own.
+Use: to test whether two factors that learn from the first step on help.
+Against: without a paper; the only results are the author's own.
 """
 
 import torch
@@ -25,12 +26,12 @@ def alpha(rank: int, stabilised: bool) -> float:
 
 
 def start(s: Start, *, size: float = 0.1) -> tuple[Tensor, Tensor]:
-    """A (r, in), B (out, r), each of rank r/2. At rank 1 there is no room for both: A is drawn, B = 0.
+    """Returns A (r, in), B (out, r), each of rank r/2. At rank 1 only A is drawn, and B = 0.
 
     size: standard deviation of the numbers in G and H
     """
     if not size > 0:
-        raise ConfigError(f"init_options: size must be a number above 0, not {size}")
+        raise ConfigError(f"init_options: size must be a number above 0, got {size}")
     (out, in_), r = s.W.shape, s.rank
     square, G, H = (
         torch.randn(shape, generator=s.draw).to(s.W) for shape in ((r, r), ((r + 1) // 2, in_), (out, r // 2))

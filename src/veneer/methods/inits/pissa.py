@@ -12,7 +12,7 @@ def alpha(rank: int, stabilised: bool) -> float:
 
 
 def start(s: Start) -> tuple[Tensor, Tensor]:
-    """A = (S/s)^1/2 V' (r, in), B = U (S/s)^1/2 (out, r), by a seeded, oversampled randomised SVD."""
+    """Returns A = (S/s)^1/2 V' (r, in), B = U (S/s)^1/2 (out, r), by a seeded, oversampled randomised SVD."""
     U, S, Vh = s.leading()
     root = (S / s.scaling).sqrt()
     return root[:, None] * Vh, U * root

@@ -1,6 +1,7 @@
-"""Q + s B A ~ W from the leading part of W: PiSSA on a quantised residual.  Meng et al. 2024, https://arxiv.org/abs/2404.02948
+"""Q + s B A ~ W from the leading part of W: PiSSA on a quantised residual.  Meng et al. 2024,
+https://arxiv.org/abs/2404.02948
 
-The base has been changed for it: see veneer.compress.quantise, which is where A and B come from, its formulas and its cost.
+The quantised base belongs to it: veneer.compress.quantise computes A and B and has the formulas and the cost.
 """
 
 from torch import Tensor
@@ -15,5 +16,5 @@ def alpha(rank: int, stabilised: bool) -> float:
 
 
 def start(s: Start) -> tuple[Tensor, Tensor]:
-    """A = (S/s)^1/2 V' (r, in), B = U (S/s)^1/2 (out, r) of what quantisation took apart."""
+    """Returns A = (S/s)^1/2 V' (r, in), B = U (S/s)^1/2 (out, r) of the residual that quantisation found."""
     return s.residual()

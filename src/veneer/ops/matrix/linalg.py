@@ -33,9 +33,9 @@ def check_rank(rank: int, W: Tensor, where: str = "") -> None:
 
 
 def check_at_most(rank: int, most: int, what: str, where: str = "") -> None:
-    """Raises ShapeError unless rank is a whole number from 1 to `most`, which the message calls `what`."""
+    """Raises ShapeError unless rank is an integer from 1 to `most`, which the message calls `what`."""
     if isinstance(rank, bool) or not isinstance(rank, int):
-        raise ShapeError(f"rank {rank!r} is no whole number; use 1 or more")
+        raise ShapeError(f"rank must be an integer >= 1, got {rank!r}")
     at = f" at {where!r}" if where else ""
     if rank < 1:
         raise ShapeError(f"rank {rank} < 1{at}; use 1 or more")
