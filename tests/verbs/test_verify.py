@@ -264,8 +264,7 @@ def test_a_start_that_moved_the_base(tmp_path, base):
     wrapped.save_pretrained(tmp_path / "a")
     want = models.output(wrapped)
     with pytest.raises(
-        FormatError,
-        match="changed the base's weights; the original base is needed: give model=",
+        FormatError, match="changed the base's weights; the original base is needed: give model="
     ):
         convert(str(tmp_path / "a"), out=str(tmp_path / "v"), to="vllm")
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "v"), to="vllm", model=str(base))
