@@ -1,4 +1,5 @@
-"""BitFit, bottleneck adapters and prefix-tuning on a whole model: outputs and gradients are those of the papers' formulas."""
+"""BitFit, bottleneck adapters and prefix-tuning on a whole model: outputs and gradients are those of the
+papers' formulas."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def adapted(method: str, **options) -> nn.Module:
 
 
 def assert_agrees(model: nn.Module, logits: Callable[[Trained], Tensor]) -> None:
-    """The model's logits, and the gradient of every trained number, are those of `logits`, which depends on the trained tensors."""
+    """The model's logits, and the gradient of every trained number, are those of `logits`, which depends on
+    the trained tensors."""
     own = {
         (site.name, name): p
         for site, delta in changes(model, "default")

@@ -1,8 +1,10 @@
-"""Trained parameters of every baseline on the models of the LoRA paper, against its tables 2 to 4, by shapes alone.
+"""Trained parameters of every baseline on the models of the LoRA paper, against its tables 2 to 4, by shapes
+alone.
 
-Where the paper prints another number than its own formula gives, the formula holds: its GPT-2 medium LoRA of rank 4 on queries
-and values has 393,216 parameters, not 0.35M, and GPT-3's prefix-layer tuning with 8 + 8 positions 18.9M, not 20.2M. The
-released code's 0.8M for RoBERTa base counts the classifier, which trains in every row.
+Where the paper prints another number than its own formula gives, the formula holds: its GPT-2 medium LoRA of
+rank 4 on queries and values has 393,216 parameters, not 0.35M, and GPT-3's prefix-layer tuning with 8 + 8
+positions 18.9M, not 20.2M. The released code's 0.8M for RoBERTa base counts the classifier, which trains in
+every row.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def count(name: str, method: str, **options) -> int:
 
 
 QV = {"to": ["query", "value"]}
-# model, method and options, what the formula gives, and what the paper prints in millions (None where it is not in its tables)
+# model, method and options, what the formula gives, and what the paper prints in millions (None where it is
+# not in its tables)
 COUNTS = [
     ("roberta-base", "lora", {"rank": 8, **QV}, 12 * 4 * 768 * 8, 0.3),
     ("roberta-large", "lora", {"rank": 8, **QV}, 24 * 4 * 1024 * 8, 0.8),

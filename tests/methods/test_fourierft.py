@@ -1,4 +1,5 @@
-"""FourierFT against PEFT and a dense transform; its size, its memory, and frequencies that are saved and not drawn again."""
+"""FourierFT against PEFT and a dense transform; its size, its memory, and frequencies that are saved and not
+drawn again."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def test_every_parity_of_sizes_and_every_frequency_by_both_ways(out, in_, small,
 @pytest.mark.parametrize("trained", [(), ("base",)])
 @pytest.mark.parametrize("grad", [True, False])
 def test_gradients_beside_a_frozen_and_a_trained_layer(trained, grad):
-    """Beside a frozen W one product makes the gradient of x for both; a trained one keeps its own backward."""
+    """Beside a frozen W one product makes the gradient of x for both; a trained one keeps its own
+    backward."""
     model = veneer.attach(nn.Sequential(nn.Linear(8, 6).double()), "fourierft", frequencies=20, scaling=30.0)
     randomise(model, size=1.0)
     veneer.train_only(model, "default", *trained)

@@ -1,4 +1,5 @@
-"""The whole normal form, gains of inputs and outputs around a low-rank product, alone and beside other changes."""
+"""The whole normal form, gains of inputs and outputs around a low-rank product, alone and beside other
+changes."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def made(place, parts, size=0.3):
 
 
 def written(base, delta):
-    """W' by the definition, one number at a time where it matters: W'[o, i] = g[o] (W[o, i] + sum_r B[o, r] A[r, i]) c[i]."""
+    """W' by the definition, one number at a time where it matters: W'[o, i] = g[o] (W[o, i] + sum_r B[o, r]
+    A[r, i]) c[i]."""
     site = site_for("0", copy.deepcopy(base)[0])
     W = site.weight().detach() + (delta.B @ delta.A if "AB" in delta.parts else 0)
     for o in range(W.shape[0]):

@@ -79,7 +79,7 @@ def test_a_rank_that_does_not_fit_is_refused_by_every_layer_that_it_does_not_fit
     assert len(str(e.value).splitlines()) == 4
 
 
-# -- in a run ---------------------------------------------------------------------------------------------------------
+# -- in a run ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

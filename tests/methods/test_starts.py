@@ -1,4 +1,5 @@
-"""Starts that look at the loss, and the pass over a few batches that tells them: against dense gradients in float64."""
+"""Starts that look at the loss, and the pass over a few batches that tells them: against dense gradients in
+float64."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def some(model: nn.Module, n: int = 3) -> list[dict[str, Tensor]]:
 
 
 def dense(model: nn.Module, batches: list[Any], names: list[str]) -> dict[str, np.ndarray]:
-    """The gradient (out, in) of the summed loss in every layer's own weight, without a change that hangs on it."""
+    """The gradient (out, in) of the summed loss in every layer's own weight, without a change that hangs on
+    it."""
     twin = copy.deepcopy(model)
     for p in twin.parameters():
         p.requires_grad_(True)
@@ -83,12 +85,13 @@ def pair(G: np.ndarray, r: int, **options: Any) -> tuple[np.ndarray, np.ndarray]
     return A.numpy(), B.numpy()
 
 
-# -- the pass over the batches ----------------------------------------------------------------------------------------
+# -- the pass over the batches -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", BUILDS)
 def test_the_gradient_is_that_of_the_weight(kind):
-    """At a rank where nothing is left out, on Linear, Conv1D, convolutions and embeddings, over several batches."""
+    """At a rank where nothing is left out, on Linear, Conv1D, convolutions and embeddings, over several
+    batches."""
     model = BUILDS[kind]().double()
     to = {
         "gpt2": r".*(wte|c_attn|c_fc|c_proj)",
@@ -114,7 +117,8 @@ def test_a_sketch_of_a_matrix_of_low_rank_gives_it_back():
 
 
 def test_a_sketch_is_small_and_close():
-    """On a falling spectrum the first step from the sketch is nearly the best one; the sketch has a fraction of G's numbers."""
+    """On a falling spectrum the first step from the sketch is nearly the best one; the sketch has a fraction
+    of G's numbers."""
     G, r = matrix(300, 200, 1.0), 3
     t = sketch.tests(300, 200, 4 * r, keyed(0, "test"))
     Y, Z = torch.from_numpy(G) @ t.Omega.double(), t.Psi.double() @ torch.from_numpy(G)
@@ -126,7 +130,8 @@ def test_a_sketch_is_small_and_close():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_narrow_base_the_sums_are_wide(dtype):
-    """In bfloat16 the layers' own rounding is all that differs: 200 equal batches are as far from exact as one."""
+    """In bfloat16 the layers' own rounding is all that differs: 200 equal batches are as far from exact as
+    one."""
     model = models.llama().to(dtype)
     name = "model.layers.0.mlp.up_proj"
     G = starts.best(dense(models.llama().double(), some(model, 1), [name])[name], 4)
@@ -170,7 +175,7 @@ def test_the_model_is_left_as_it_was():
     assert hooks == [len(m._forward_hooks) for m in model.modules()] and veneer.adapters(model) == ["other"]
 
 
-# -- LoRA-GA ----------------------------------------------------------------------------------------------------------
+# -- LoRA-GA -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
@@ -217,11 +222,13 @@ def test_another_scale_of_the_loss_is_the_same_start(factor):
 
 
 def test_pefts_start_of_this_name_is_another_one():
-    """PEFT 0.21.2 multiplies B by the gradient's singular values, and scales only B by c (tuners/lora/layer.py, lora_ga_init).
+    """PEFT 0.21.2 multiplies B by the gradient's singular values, and scales only B by c
+    (tuners/lora/layer.py, lora_ga_init).
 
-    Here, in its own code, m = 48, n = 40, r = 4, gamma 16, rsLoRA alpha 16, at a gradient with singular values 1 / sqrt(k): its
-    ||B|| is 0.524 and falls to 5.24e-4 when the loss is multiplied by 1e-3, where the paper's is 1.316 for any multiple (and so
-    is ||A||, which PEFT leaves at 2); its first step has cosine 0.88 with the best one of rank 2r, where the paper's has 1.
+    Here, in its own code, m = 48, n = 40, r = 4, gamma 16, rsLoRA alpha 16, at a gradient with singular
+    values 1 / sqrt(k): its ||B|| is 0.524 and falls to 5.24e-4 when the loss is multiplied by 1e-3, where the
+    paper's is 1.316 for any multiple (and so is ||A||, which PEFT leaves at 2); its first step has cosine
+    0.88 with the best one of rank 2r, where the paper's has 1.
     """
     peft = pytest.importorskip("peft")
     m, n, r = 48, 40, 4
@@ -251,7 +258,7 @@ def test_pefts_start_of_this_name_is_another_one():
     assert cosines == pytest.approx([0.88, 0.88], abs=0.03)
 
 
-# -- orthogonal -------------------------------------------------------------------------------------------------------
+# -- orthogonal ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("r", [2, 5, 8])
@@ -265,7 +272,7 @@ def test_orthogonal_factors_multiply_to_zero_and_are_not(r):
         assert float(factor.square().mean()) == pytest.approx(0.04 * half / r, rel=0.15)
 
 
-# -- as adapters ------------------------------------------------------------------------------------------------------
+# -- as adapters ---------------------------------------------------------------------------------------------
 
 
 def attached(build: Any, method: str = "lora", **options: Any) -> nn.Module:
@@ -302,7 +309,8 @@ def test_peft_opens_it_at_twice_the_rank(tmp_path):
 
 
 def test_a_change_of_our_own_layout_comes_back_without_statistics(tmp_path):
-    """Where PEFT cannot express it (a grouped convolution), the change is built again before its tensors are read."""
+    """Where PEFT cannot express it (a grouped convolution), the change is built again before its tensors are
+    read."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -325,7 +333,7 @@ def test_the_default_scale_is_rslora_with_alpha_16():
     assert all(s == pytest.approx(16 / math.sqrt(2), rel=1e-12) for s in scales)
 
 
-# -- in a training ----------------------------------------------------------------------------------------------------
+# -- in a training -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +387,7 @@ def test_its_default_rate_is_that_of_full_fine_tuning():
         )
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------
 
 
 def refused(error: type[Exception], call: Any) -> str:
@@ -440,7 +448,8 @@ def test_options_of_a_start_are_checked():
         return veneer.attach(layer, "lora", to=["0"], stats=stats, **{"rank": 2, "init": "loraga", **options})
 
     assert refused(ConfigError, lambda: attach(init_options={"gama": 3, "direction": 5})) == (
-        "init 'loraga' has no option 'gama'; did you mean 'gamma'?\ninit_options: direction must be a word, got 5"
+        "init 'loraga' has no option 'gama'; did you mean 'gamma'?\ninit_options: direction must be a word,"
+        " got 5"
     )
     none = refused(ConfigError, lambda: attach(init="pissa", init_options={"gamma": 3}))
     assert none == "init 'pissa' has no option 'gamma'; it takes no options"
@@ -476,7 +485,8 @@ def test_a_calibration_that_cannot_tell_anything_says_so():
         "rank 0 must be 1 or more\nwidth 1 must be 2 or more: a start of rank r needs 2 r directions"
     )
     assert refused(ConfigError, lambda: calibrate(some(model), loss=None)) == (
-        "calibration needs one number to differentiate for each batch, not None; put labels into the batches, or pass loss="
+        "calibration needs one number to differentiate for each batch, not None; put labels into the"
+        " batches, or pass loss="
     )
     wide = refused(ConfigError, lambda: calibrate(some(model), loss=lambda m, b: m(**b).logits))
     assert "not a tensor (2, 7, 97);" in wide
@@ -484,7 +494,8 @@ def test_a_calibration_that_cannot_tell_anything_says_so():
         SiteError, lambda: calibrate(some(model), loss=lambda m, b: 0.0 * squares(m, b), to=["q_proj"])
     )
     assert nothing == (
-        "the loss has no gradient at 2 layers: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj; is every label"
+        "the loss has no gradient at 2 layers: model.layers.0.self_attn.q_proj,"
+        " model.layers.1.self_attn.q_proj; is every label"
         " masked? Or leave them out with exclude="
     )
     wild = refused(

@@ -1,4 +1,5 @@
-"""Attention with a backward of its own: equal to PyTorch's, plain and compiled, and used only where it is exact."""
+"""Attention with a backward of its own: equal to PyTorch's, plain and compiled, and used only where it is
+exact."""
 
 from __future__ import annotations
 

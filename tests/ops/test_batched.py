@@ -1,4 +1,5 @@
-"""The ways to y + (x A') B for rows of many adapters: one sum, whatever the ids, and a bad adapter kept to its rows."""
+"""The ways to y + (x A') B for rows of many adapters: one sum, whatever the ids, and a bad adapter kept to
+its rows."""
 
 from __future__ import annotations
 

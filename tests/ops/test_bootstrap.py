@@ -1,4 +1,5 @@
-"""The interval of a ratio: that it holds what it says, on samples whose truth is known, and is the one by the book on a mean."""
+"""The interval of a ratio: that it holds what it says, on samples whose truth is known, and is the one by the
+book on a mean."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def test_the_interval_of_a_mean_is_the_one_by_the_book():
 
 @pytest.mark.parametrize("n", [10, 40])
 def test_it_holds_the_truth_as_often_as_it_says(n, monkeypatch):
-    """Documents of very different length with a true difference of 0.1 bits a byte: 95 of 100 intervals should hold it."""
+    """Documents of very different length with a true difference of 0.1 bits a byte: 95 of 100 intervals
+    should hold it."""
     monkeypatch.setattr(bootstrap, "DRAWS", 1000)
     draw, inside, trials = torch.Generator().manual_seed(0), 0, 300
     for trial in range(trials):

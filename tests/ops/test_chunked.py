@@ -1,4 +1,5 @@
-"""The chunked loss: equal to the plain one in value and in every gradient, for every kind of head, and small."""
+"""The chunked loss: equal to the plain one in value and in every gradient, for every kind of head, and
+small."""
 
 from __future__ import annotations
 

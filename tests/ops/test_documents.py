@@ -1,4 +1,5 @@
-"""Attention within documents that share a window: equal to PyTorch's with a mask, and used only where the mask is just that."""
+"""Attention within documents that share a window: equal to PyTorch's with a mask, and used only where the
+mask is just that."""
 
 from __future__ import annotations
 

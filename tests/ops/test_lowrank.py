@@ -1,4 +1,5 @@
-"""The two-step low-rank product: equal to plain operations in value and gradient, keeping little, writing only where it may."""
+"""The two-step low-rank product: equal to plain operations in value and gradient, keeping little, writing
+only where it may."""
 
 from __future__ import annotations
 

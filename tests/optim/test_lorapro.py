@@ -1,4 +1,5 @@
-"""LoRA-Pro against the paper written naively: the thirteen properties of its steps, on random matrices in float64."""
+"""LoRA-Pro against the paper written naively: the thirteen properties of its steps, on random matrices in
+float64."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def product(dA: Tensor, dB: Tensor) -> Tensor:
     return S * (B @ dA + dB @ A)
 
 
-# -- the thirteen properties ------------------------------------------------------------------------------------------
+# -- the thirteen properties ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("x", CHOICES)
@@ -223,7 +224,7 @@ def size(parts: list[groups.Part], **options: str) -> float:
     return rule.state_bytes(optim.Trained(parts)) / 2**30
 
 
-# -- one step after another -------------------------------------------------------------------------------------------
+# -- one step after another ----------------------------------------------------------------------------------
 
 
 def owner_of(s: float) -> LoRA:

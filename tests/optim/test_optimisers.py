@@ -1,4 +1,5 @@
-"""What holds of every optimiser: it finds its pairs by role, learns, goes on bit for bit, and one batch is many micro-batches."""
+"""What holds of every optimiser: it finds its pairs by role, learns, goes on bit for bit, and one batch is
+many micro-batches."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from veneer.train.loop.step import Learner
 
 
 class Rule(NamedTuple):
-    """An optimiser with options, a rate at which a tiny model learns in a few steps, and whether it minds how B A is split."""
+    """An optimiser with options, a rate at which a tiny model learns in a few steps, and whether it minds how
+    B A is split."""
 
     name: str
     options: dict[str, Any]
@@ -85,7 +87,7 @@ def test_every_optimiser_is_tested_here():
     }  # steps weights, not factors: test_scratch.py
 
 
-# -- pairs ------------------------------------------------------------------------------------------------------------
+# -- pairs ---------------------------------------------------------------------------------------------------
 
 
 def test_pairs_are_found_by_role_with_the_scaling_of_their_module():
@@ -163,7 +165,7 @@ def test_numbers_that_are_not_finite_are_reported_with_the_layer(name):
     assert str(e.value) == told and all(torch.equal(a, b) for a, b in zip(before, trained(made), strict=True))
 
 
-# -- learning ---------------------------------------------------------------------------------------------------------
+# -- learning ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
@@ -264,7 +266,7 @@ def test_the_product_decays_as_a_whole(name):
         torch.testing.assert_close((d.B @ d.A).detach(), (1 - 0.03 * 0.2) * before, rtol=1e-12, atol=0)
 
 
-# -- one pair ---------------------------------------------------------------------------------------------------------
+# -- one pair ------------------------------------------------------------------------------------------------
 
 M, N, R, S = 24, 18, 3, 1.5
 

@@ -1,4 +1,5 @@
-"""BitFit (Ben Zaken et al. 2021, section 3): every bias is trained, of linear layers and of norms, and nothing else."""
+"""BitFit (Ben Zaken et al. 2021, section 3): every bias is trained, of linear layers and of norms, and
+nothing else."""
 
 
 def weights(t, d):

@@ -1,4 +1,5 @@
-"""Bottleneck adapters: Houlsby et al. 2019 (section 2.1), Pfeiffer et al. 2020, parallel: He et al. 2022 (3.3 and table 1).
+"""Bottleneck adapters: Houlsby et al. 2019 (section 2.1), Pfeiffer et al. 2020, parallel: He et al. 2022 (3.3
+and table 1).
 
 D goes down to the bottleneck and U comes up again, each with a bias (a and u).
 """
@@ -21,6 +22,7 @@ PARTS = {
 
 
 def changed(t, placement, curve, x, h):
-    """What becomes of the output h of a part that read x: a sequential adapter reads h, and a parallel one x, four times as large."""
+    """What becomes of the output h of a part that read x: a sequential adapter reads h, and a parallel one x,
+    four times as large."""
     read, s = (x, 4) if placement == "parallel" else (h, 1)
     return h + s * (CURVES[curve](read @ t["D"].T + t["a"]) @ t["U"].T + t["u"])

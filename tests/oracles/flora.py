@@ -1,4 +1,5 @@
-"""FLoRA (Wen & Chaudhuri 2023, the layer of one example): the pretrained weight times a low-rank matrix, number by number."""
+"""FLoRA (Wen & Chaudhuri 2023, the layer of one example): the pretrained weight times a low-rank matrix,
+number by number."""
 
 
 def weight(W, t, options):

@@ -1,4 +1,5 @@
-"""FourierFT (Gao et al. 2024, section 3.2), as sums of cosines: the real part of an inverse transform, written out."""
+"""FourierFT (Gao et al. 2024, section 3.2), as sums of cosines: the real part of an inverse transform,
+written out."""
 
 import numpy as np
 

@@ -10,7 +10,8 @@ def loldu(W, t, options):
 
 
 def loraxs(W, t, options):
-    """Balazy et al. 2024, equation 1, with A and B taken from numpy's SVD: signs of vectors cancel in A' R B' only if they agree."""
+    """Balazy et al. 2024, equation 1, with A and B taken from numpy's SVD: signs of vectors cancel in A' R B'
+    only if they agree."""
     r = len(t["R"])
     U, S, V = np.linalg.svd(W)
     signs = np.sign((t["A"] * V[:r]).sum(1))

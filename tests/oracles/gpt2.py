@@ -1,4 +1,5 @@
-"""The logits of a GPT-2 (Radford et al. 2019, section 2.3: norms come first) in float64, and where baselines change them."""
+"""The logits of a GPT-2 (Radford et al. 2019, section 2.3: norms come first) in float64, and where baselines
+change them."""
 
 import math
 
@@ -16,8 +17,9 @@ def unchanged(part, layer, x, h):
 def logits(t, ids, change=unchanged, front=None):
     """ids (n,) of one text -> (n, vocabulary). t: the model's parameters by name.
 
-    change: what becomes of the output h of the "attention" or "feed-forward" part of a layer, which read x, before it is added
-    to the stream. front: by layer, the keys and values (heads, p, d) that stand in front of the text's own.
+    change: what becomes of the output h of the "attention" or "feed-forward" part of a layer, which read x,
+    before it is added to the stream. front: by layer, the keys and values (heads, p, d) that stand in front
+    of the text's own.
     """
     h = t["transformer.wte.weight"][ids] + t["transformer.wpe.weight"][: len(ids)]
     layers = len({name.split(".")[2] for name in t if name.startswith("transformer.h.")})

@@ -14,7 +14,8 @@ def weight(W, t, options):
 
 
 def weight_from_pissa(W, t, options):
-    """Meng et al. 2024: trained factors on the residual W - s B0 A0, where s B0 A0 is W's best rank-r part."""
+    """Meng et al. 2024: trained factors on the residual W - s B0 A0, where s B0 A0 is W's best rank-r
+    part."""
     s, r = scale(options, 1), options["rank"]
     U, S, V = np.linalg.svd(W)
     residual = W - (U[:, :r] * S[:r]) @ V[:r]

@@ -1,4 +1,5 @@
-"""LoRA-Pro (Wang et al. 2024) written naively in float64: dense matrices, pseudo-inverses, a Sylvester equation as a linear system."""
+"""LoRA-Pro (Wang et al. 2024) written naively in float64: dense matrices, pseudo-inverses, a Sylvester
+equation as a linear system."""
 
 import numpy as np
 
@@ -52,7 +53,8 @@ def published(A, B, gradients, s, rates, betas=(0.9, 0.999), eps=1e-8):
 
 
 def factored(A, B, gradients, s, rates, betas=(0.9, 0.999)):
-    """The low-memory form, written with whole matrices: the mean is carried by its factors, the second moment is separable."""
+    """The low-memory form, written with whole matrices: the mean is carried by its factors, the second moment
+    is separable."""
     row, col, mA, mB = np.zeros(len(B)), np.zeros(A.shape[1]), np.zeros_like(A), np.zeros_like(B)
     old = A, B
     for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):

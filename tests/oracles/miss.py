@@ -1,4 +1,5 @@
-"""MiSS and Bat (Kang & Yin 2024, arXiv 2409.15371, sections 3 and the appendix on Bat), written number by number."""
+"""MiSS and Bat (Kang & Yin 2024, arXiv 2409.15371, sections 3 and the appendix on Bat), written number by
+number."""
 
 import numpy as np
 

@@ -6,9 +6,11 @@ import torch
 
 
 def head(Q, K, V, P_k, P_v):
-    """One head of a causal attention: Q, K, V (n, d) of the text, P_k and P_v (p, d) that every token sees -> (n, d).
+    """One head of a causal attention: Q, K, V (n, d) of the text, P_k and P_v (p, d) that every token sees ->
+    (n, d).
 
-    The weights of the text and those of the prefix are summed apart: the output is a mixture of both attentions.
+    The weights of the text and those of the prefix are summed apart: the output is a mixture of both
+    attentions.
     """
     rows = []
     for i, q in enumerate(Q):

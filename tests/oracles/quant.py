@@ -1,4 +1,5 @@
-"""NF4 and int8 from QLoRA's words (sections 2 and 3, appendix E) in numpy: levels from the normal distribution, nearest level."""
+"""NF4 and int8 from QLoRA's words (sections 2 and 3, appendix E) in numpy: levels from the normal
+distribution, nearest level."""
 
 from statistics import NormalDist
 

@@ -1,4 +1,5 @@
-"""Rotary positions (Su et al. 2021, section 3.2.2) as complex numbers: pair i at position n is multiplied by exp(i n base^(-2i/d))."""
+"""Rotary positions (Su et al. 2021, section 3.2.2) as complex numbers: pair i at position n is multiplied by
+exp(i n base^(-2i/d))."""
 
 import torch
 

@@ -10,7 +10,8 @@ def best(G, k):
 
 
 def first_step(G, A, B, s):
-    """What one step of gradient descent at rate 1 does to s B A, to first order: B moves along s G A', A along s B' G."""
+    """What one step of gradient descent at rate 1 does to s B A, to first order: B moves along s G A', A
+    along s B' G."""
     return -s * ((s * G @ A.T) @ A + B @ (s * B.T @ G))
 
 

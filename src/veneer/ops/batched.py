@@ -1,16 +1,16 @@
 """y + (x A') B for rows of many adapters: every row of a batch with the factors of its own adapter.
 
-x (b, t, in), y (b, t, out), A (n, r, in), B (n, r, out), ids (b,): row i is given adapter ids[i]. Adapter 0 is the base, whose
-factors are zero. Four ways to the same sum:
+x (b, t, in), y (b, t, out), A (n, r, in), B (n, r, out), ids (b,): row i is given adapter ids[i]. Adapter 0
+is the base, whose factors are zero. Four ways to the same sum:
 
-gather   each row's factors are copied side by side; two batched products
-bucket   rows are sorted into buckets by adapter, as many as the fullest needs, and no factor is copied: for batches in which
-         the resident adapters have nearly as many rows each; the gradient at an empty place is 0 times a factor, and goes to
-         some row, so that learning wants finite factors
-masked   one product with all factors stacked, of which each row keeps its own adapter's part, and one back: for few numbers
-         of rank in all; a number of another adapter that is not finite would spoil every row, so it wants finite factors
-grouped  rows sorted by adapter in one grouped product (F.grouped_mm), or a product for each adapter that has rows; slowest on
-         a CPU, and meant for GPUs, on which none of this was measured
+gather   each row's factors are copied side by side; two batched products bucket   rows are sorted into
+buckets by adapter, as many as the fullest needs, and no factor is copied: for batches in which the resident
+adapters have nearly as many rows each; the gradient at an empty place is 0 times a factor, and goes to some
+row, so that learning wants finite factors masked   one product with all factors stacked, of which each row
+keeps its own adapter's part, and one back: for few numbers of rank in all; a number of another adapter that
+is not finite would spoil every row, so it wants finite factors grouped  rows sorted by adapter in one grouped
+product (F.grouped_mm), or a product for each adapter that has rows; slowest on a CPU, and meant for GPUs, on
+which none of this was measured
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ SHORT = 8  # tokens a row up to which it is
 class Layout(NamedTuple):
     """What can be known of ids (b,) once for all layers.
 
-    Buckets: of the rows that have an adapter, `rows`, the k-th lies at place[k] of n - 1 buckets of `size`; filled: the row that
-    lies at each place, any row where none does. others: by r, where in (b, (n - 1) r) a number is not its row's own, as they are asked for.
+    Buckets: of the rows that have an adapter, `rows`, the k-th lies at place[k] of n - 1 buckets of `size`;
+    filled: the row that lies at each place, any row where none does. others: by r, where in (b, (n - 1) r) a
+    number is not its row's own, as they are asked for.
     """
 
     rows: Tensor
@@ -146,8 +147,8 @@ def _grouped(x: Tensor, y: Tensor, A: Tensor, B: Tensor, ids: Tensor) -> Tensor:
 
 
 def _groupable(x: Tensor, A: Tensor) -> bool:
-    """Whether F.grouped_mm is there (torch 2.10) and takes these: not float64, strides in multiples of 16 bytes, and under
-    compilation bfloat16 alone."""
+    """Whether F.grouped_mm is there (torch 2.10) and takes these: not float64, strides in multiples of 16
+    bytes, and under compilation bfloat16 alone."""
     if not hasattr(F, "grouped_mm") or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:

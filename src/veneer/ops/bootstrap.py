@@ -1,6 +1,7 @@
 """How sure a difference is that was measured on a sample: an interval from drawing the sample's units again.
 
-Hesterberg 2014, What Teachers Should Know about the Bootstrap, section 3.2 and 4.5, https://arxiv.org/abs/1411.5279
+Hesterberg 2014, What Teachers Should Know about the Bootstrap, section 3.2 and 4.5,
+https://arxiv.org/abs/1411.5279
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ FEWEST = 8  # units below which drawing them again says little about others
 def interval(
     parts: Tensor, weights: Tensor, *, seed: int = 0, level: float = LEVEL
 ) -> tuple[float, float] | None:
-    """Where sum(parts) / sum(weights) lies in `level` of all samples like this one; None of fewer than 8 units.
+    """Where sum(parts) / sum(weights) lies in `level` of all samples like this one; None of fewer than 8
+    units.
 
-    parts, weights: (n,), of the units that were drawn independently, such as documents. Percentiles of the ratio in 4000
-    samples drawn from these, taken as far out as Student's t asks for: without that the interval of a small sample is too narrow.
+    parts, weights: (n,), of the units that were drawn independently, such as documents. Percentiles of the
+    ratio in 4000 samples drawn from these, taken as far out as Student's t asks for: without that the
+    interval of a small sample is too narrow.
     """
     n = len(parts)
     if n < FEWEST:

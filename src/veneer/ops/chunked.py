@@ -1,4 +1,5 @@
-"""Cross-entropy behind any output head without ever holding all logits: chunk by chunk, forward and backward at once."""
+"""Cross-entropy behind any output head without ever holding all logits: chunk by chunk, forward and backward
+at once."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from torch.autograd import Function
 from veneer.ops.lowrank import refuse_second_order
 
 Head = Callable[[Tensor], Tensor]  # features (n, width) -> logits (n, vocabulary)
-# logits (n, vocabulary), labels (n,), smoothing -> sum of the losses, and its gradient in two parts: a matrix, which may be
-# that of the logits, written over, and a number for each of its rows (n, 1), or None for 1
+# logits (n, vocabulary), labels (n,), smoothing -> sum of the losses, and its gradient in two parts: a
+# matrix, which may be that of the logits, written over, and a number for each of its rows (n, 1), or None for
+# 1
 Kernel = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor | None]]
 
 CHUNK = 256  # positions: the fastest of 128 to 1024 on a CPU, and at 32,000 tokens 16 MB of bf16 logits
@@ -33,10 +35,11 @@ def cross_entropy(
 ) -> Tensor:
     """Sum of the cross-entropies in nats, in float32 (float64 for such features); exact in its gradients.
 
-    features: (n, width), those of positions with a label; labels: (n,). parameters: all leaves that head(features)
-    depends on and that take a gradient: what is not listed gets none. smoothing: share of every label that is spread
-    evenly over the vocabulary. chunk: positions whose logits exist at a time. kernel: what turns logits into the loss
-    and its gradient, `blocked` unless given; `whole` is faster with the two parts of it that are long compiled.
+    features: (n, width), those of positions with a label; labels: (n,). parameters: all leaves that
+    head(features) depends on and that take a gradient: what is not listed gets none. smoothing: share of
+    every label that is spread evenly over the vocabulary. chunk: positions whose logits exist at a time.
+    kernel: what turns logits into the loss and its gradient, `blocked` unless given; `whole` is faster with
+    the two parts of it that are long compiled.
     """
     run = _Run(head, labels, smoothing, chunk, kernel or blocked)
     if torch.is_grad_enabled():
@@ -53,8 +56,9 @@ def whole(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss and gradient in a few formulas; `compiled` turns a function of the logits into a faster one.
 
-    Where a label is all of its position's target, the gradient is left as exp(logits - max) over its sum: the division
-    by the sum waits for the product with the head, which makes the rows many times shorter. float16 could not hold that.
+    Where a label is all of its position's target, the gradient is left as exp(logits - max) over its sum: the
+    division by the sum waits for the product with the head, which makes the rows many times shorter. float16
+    could not hold that.
     """
     if smoothing or logits.dtype == torch.float16:
         return finish(logits, labels, smoothing, *compiled(softmax)(logits, smoothing))
@@ -68,7 +72,8 @@ def whole(
 
 
 def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(logits - the largest of their row), written over the logits; the largest (n, 1), and their exact sum (n, 1)."""
+    """exp(logits - the largest of their row), written over the logits; the largest (n, 1), and their exact
+    sum (n, 1)."""
     top = logits.amax(-1, keepdim=True)
     wide = _wide(logits.dtype)
     exact = (logits.to(wide) - top.to(wide)).exp()
@@ -77,7 +82,8 @@ def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def softmax(logits: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """log sum exp (n, 1) and the sum of all logits, exact, and the gradient as it is where the label is not: all that is long."""
+    """log sum exp (n, 1) and the sum of all logits, exact, and the gradient as it is where the label is not:
+    all that is long."""
     exact = logits.to(_wide(logits.dtype))
     total = torch.logsumexp(exact, -1, keepdim=True)
     gradient = (exact - total).exp()
@@ -89,7 +95,8 @@ def softmax(logits: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
 def finish(
     logits: Tensor, labels: Tensor, smoothing: float, total: Tensor, every: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, None]:
-    """The loss, and the gradient put right at the labels: one number a row, which in a compiled loop would cost a pass."""
+    """The loss, and the gradient put right at the labels: one number a row, which in a compiled loop would
+    cost a pass."""
     vocabulary, rows = logits.shape[-1], torch.arange(len(labels), device=labels.device)
     right = logits[rows, labels].to(total.dtype)
     gradient[rows, labels] = ((right - total[:, 0]).exp() - (1 - smoothing) - smoothing / vocabulary).to(
@@ -99,7 +106,8 @@ def finish(
 
 
 def blocked(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor, None]:
-    """The same as `whole` without a compiler: few rows at a time, so that what is in float32 stays in the cache."""
+    """The same as `whole` without a compiler: few rows at a time, so that what is in float32 stays in the
+    cache."""
     vocabulary = logits.shape[-1]
     gradient, loss = torch.empty_like(logits), logits.new_zeros((), dtype=_wide(logits.dtype))
     rows = max(1, BLOCK // vocabulary)
@@ -142,7 +150,8 @@ class _Run(NamedTuple):
         return total
 
     def loss(self, logits: Tensor, read: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The kernel's, which may write over logits that nobody reads again: new ones, and no result that is kept for the backward."""
+        """The kernel's, which may write over logits that nobody reads again: new ones, and no result that is
+        kept for the backward."""
         seen = logits.untyped_storage()._cdata == read.untyped_storage()._cdata or hasattr(
             logits.grad_fn, "_saved_result"
         )

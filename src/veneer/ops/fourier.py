@@ -1,10 +1,11 @@
-"""x times a matrix that has few Fourier coefficients, exactly: by fast transforms of x, or of the coefficients.
+"""x times a matrix that has few Fourier coefficients, exactly: by fast transforms of x, or of the
+coefficients.
 
-The matrix is D[p, q] = sum_l c_l cos(2 pi (p j_l / out + q k_l / in)). With few rows of x on a large matrix x is transformed
-and D never made; with many on a small one D is made in each pass, and again in the backward. Either way only x is kept.
-In the second case (cosines.py has the transform) a frozen layer's own product backward is made together with D's. In the first,
-spectra of real numbers are kept by their first half, as pairs (re, im) that lie apart: (half, 2, n), so that picking
-and adding up frequencies move whole rows.
+The matrix is D[p, q] = sum_l c_l cos(2 pi (p j_l / out + q k_l / in)). With few rows of x on a large matrix x
+is transformed and D never made; with many on a small one D is made in each pass, and again in the backward.
+Either way only x is kept. In the second case (cosines.py has the transform) a frozen layer's own product
+backward is made together with D's. In the first, spectra of real numbers are kept by their first half, as
+pairs (re, im) that lie apart: (half, 2, n), so that picking and adding up frequencies move whole rows.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from veneer.ops.scratch import scratch
 
 
 class Places(NamedTuple):
-    """Where frequencies lie in half spectra: rows in the output's, columns in the input's, and (n, 2, 1) signs.
+    """Where frequencies lie in half spectra: rows in the output's, columns in the input's, and (n, 2, 1)
+    signs.
 
-    Frequency k above half stands at size - k as its conjugate; the sign of the imaginary part says how often that was so.
+    Frequency k above half stands at size - k as its conjugate; the sign of the imaginary part says how often
+    that was so.
     """
 
     rows: Tensor
@@ -50,10 +53,11 @@ def added(
     writable: bool = False,
     frozen: Tensor | None = None,
 ) -> Tensor:
-    """y + x D': y (.., out) and x (.., in) of one dtype, c (n,) for frequencies j, k (n,); transforms in float32 at least.
+    """y + x D': y (.., out) and x (.., in) of one dtype, c (n,) for frequencies j, k (n,); transforms in
+    float32 at least.
 
-    writable: y belongs to the caller, and nobody else reads it before this changes it. frozen: W (out, in) where y is
-    x W' and what takes no gradient; where D is made, one product backward then does for W + D.
+    writable: y belongs to the caller, and nobody else reads it before this changes it. frozen: W (out, in)
+    where y is x W' and what takes no gradient; where D is made, one product backward then does for W + D.
     """
     out, in_, rows = y.shape[-1], x.shape[-1], x.numel() // max(1, x.shape[-1])
     if in_ % 2 == 0 and _small(out, in_, rows, x.dtype):
@@ -70,7 +74,8 @@ def added(
 
 
 def dense(c: Tensor, j: Tensor, k: Tensor, out: int, in_: int, dtype: torch.dtype | None = None) -> Tensor:
-    """D (out, in) itself, in c's dtype or another: the left half is a transform of real numbers, the right one its mirror."""
+    """D (out, in) itself, in c's dtype or another: the left half is a transform of real numbers, the right
+    one its mirror."""
     F = torch.zeros(out, in_, dtype=c.dtype, device=c.device).index_put_((j, k), c)
     left = torch.fft.rfft2(F).real.to(
         dtype or c.dtype
@@ -80,14 +85,15 @@ def dense(c: Tensor, j: Tensor, k: Tensor, out: int, in_: int, dtype: torch.dtyp
 
 
 def _small(out: int, in_: int, rows: int, dtype: torch.dtype) -> bool:
-    """Whether D is made sooner than x is transformed, as measured on one core: its numbers, and products with them, count
-    against the numbers of all rows."""
+    """Whether D is made sooner than x is transformed, as measured on one core: its numbers, and products with
+    them, count against the numbers of all rows."""
     cheap = 4000 if dtype in (torch.bfloat16, torch.float16) else 600
     return out * in_ * (0.5 + rows / cheap) < 1.1 * rows * (out + in_)
 
 
 def _weights(place: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """What a place of a half spectrum stands for: itself alone at both ends, else half of itself and its conjugate."""
+    """What a place of a half spectrum stands for: itself alone at both ends, else half of itself and its
+    conjugate."""
     return torch.where((place == 0) | (2 * place == size), 1.0, 0.5).to(dtype)
 
 
@@ -120,7 +126,8 @@ def _added(picked: Tensor, rows: Tensor, size: int) -> Tensor:
 
 
 def _composed(Z: Tensor, size: int) -> Tensor:
-    """Re sum_j Z_j exp(2 pi i p j / size), (half, 2, n) -> (n, size), for Z with the weights of its places."""
+    """Re sum_j Z_j exp(2 pi i p j / size), (half, 2, n) -> (n, size), for Z with the weights of its
+    places."""
     found: Tensor = torch.fft.irfft(
         torch.view_as_complex(Z.permute(2, 0, 1).contiguous()), n=size, norm="forward"
     )

@@ -1,7 +1,9 @@
-"""y + (x A') B' in two steps, h = x A' and y + h B', that keep for the backward only x and h, and cast the factors once.
+"""y + (x A') B' in two steps, h = x A' and y + h B', that keep for the backward only x and h, and cast the
+factors once.
 
-Several layers that read one x share the first step: one product with their factors stacked, and one for dx. Under
-compilation the same formulas are written plainly: there the compiler decides what is kept, and fuses more than these do.
+Several layers that read one x share the first step: one product with their factors stacked, and one for dx.
+Under compilation the same formulas are written plainly: there the compiler decides what is kept, and fuses
+more than these do.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torch.autograd import Function
 
 
 def project(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """x A' for every A: x (..., in), A (r, in) each -> (..., r) each, in x's dtype whatever the factors are kept in."""
+    """x A' for every A: x (..., in), A (r, in) each -> (..., r) each, in x's dtype whatever the factors are
+    kept in."""
     if is_traced():
         ranks = [A.shape[0] for A in factors]
         h = x @ _stack(factors, x.dtype).mT
@@ -27,8 +30,8 @@ def project(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def expand(y: Tensor, h: Tensor, B: Tensor, *, writable: bool = False) -> Tensor:
     """y + h B': y (..., out), h (..., r), B (out, r).
 
-    writable: y belongs to the caller, and nobody else reads it before this changes it; the sum is then made in place
-    where autograd allows that.
+    writable: y belongs to the caller, and nobody else reads it before this changes it; the sum is then made
+    in place where autograd allows that.
     """
     if is_traced():
         return y + h @ B.to(h.dtype).mT
@@ -57,10 +60,12 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def refuse_second_order() -> None:
-    """Raises RuntimeError in a backward that is itself to be differentiated, as what was kept is not enough for that."""
+    """Raises RuntimeError in a backward that is itself to be differentiated, as what was kept is not enough
+    for that."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "derivatives of second order (create_graph=True) are not supported by Veneer's low-rank product and chunked loss;"
+            "derivatives of second order (create_graph=True) are not supported by Veneer's low-rank product"
+            " and chunked loss;"
             " torch.func.grad and hessian are, and causal_lm.loss(.., chunked=False)"
         )
 

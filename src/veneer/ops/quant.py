@@ -1,19 +1,23 @@
-"""Matrices kept in 8 or 4 bits a number, and products with them that keep no unpacked matrix for the backward.
+"""Matrices kept in 8 or 4 bits a number, and products with them that keep no unpacked matrix for the
+backward.
 
 int8: w ~ c a / 127 with whole c in [-127, 127] and one a, the largest |w|, for each row: 8 bits a number.
-nf4: w ~ L[c] a with 16 levels L, the quantiles of a normal distribution in [-1, 1] with an exact 0, and one a for each block of
-64 numbers; the a's are kept in 8 bits themselves, in blocks of 256 with one float32 each (double quantisation): 4.127 bits a
-number.  Dettmers et al. 2023 (QLoRA), https://arxiv.org/abs/2305.14314, sections 2 and 3.
+nf4: w ~ L[c] a with 16 levels L, the quantiles of a normal distribution in [-1, 1] with an exact 0, and one a
+for each block of 64 numbers; the a's are kept in 8 bits themselves, in blocks of 256 with one float32 each
+(double quantisation): 4.127 bits a number.  Dettmers et al. 2023 (QLoRA), https://arxiv.org/abs/2305.14314,
+sections 2 and 3.
 
-What differs from the paper: a = a_max 2^(-k/24), k in 0..255, where the paper keeps a in 8-bit floats after taking their mean
-off; a is within 1.5 % of the block's largest number wherever that is above a 1500th of a_max, so that one row of outliers does
-not spoil the blocks beside it. A level is chosen for the a that is kept, and the a's are such that packing what was unpacked
-gives the same bytes.
+What differs from the paper: a = a_max 2^(-k/24), k in 0..255, where the paper keeps a in 8-bit floats after
+taking their mean off; a is within 1.5 % of the block's largest number wherever that is above a 1500th of
+a_max, so that one row of outliers does not spoil the blocks beside it. A level is chosen for the a that is
+kept, and the a's are such that packing what was unpacked gives the same bytes.
 
-Cost of a product: the matrix is unpacked once forward and once backward, in the dtype of x, and forgotten; int8's a is multiplied
-into the product and not into the matrix. Error in W, of normal numbers: int8 0.8 %, nf4 9 %.
-Use: int8 halves a bfloat16 base at little cost, nf4 takes nearly a quarter. Against: without a kernel of its own nf4 costs more
-time than it saves in memory traffic; small layers and embeddings suffer most, and are left out by `veneer.quantise`.
+Cost of a product: the matrix is unpacked once forward and once backward, in the dtype of x, and forgotten;
+int8's a is multiplied into the product and not into the matrix. Error in W, of normal numbers: int8 0.8 %,
+nf4 9 %.
+Use: int8 halves a bfloat16 base at little cost, nf4 takes nearly a quarter. Against: without a kernel of its
+own nf4 costs more time than it saves in memory traffic; small layers and embeddings suffer most, and are left
+out by `veneer.quantise`.
 """
 
 from __future__ import annotations
@@ -96,7 +100,8 @@ def _steps(absmax: Tensor) -> Tensor:
 
 
 def _levels() -> tuple[float, ...]:
-    """NF4's 16 levels: 8 quantiles above 0, 7 below, 0 itself, over the largest (QLoRA, section 3 and appendix E)."""
+    """NF4's 16 levels: 8 quantiles above 0, 7 below, 0 itself, over the largest (QLoRA, section 3 and
+    appendix E)."""
     tail = 1 - (1 / 32 + 1 / 30) / 2
     above, below = (
         torch.special.ndtri(torch.linspace(tail, 0.5, n, dtype=torch.float64))[:-1] for n in (9, 8)
@@ -116,7 +121,8 @@ SHARES = tuple(2 ** (-k / 24) for k in range(256))  # of a_max
 
 
 class NF4(Format):
-    """codes (n / 2,) in uint8, two numbers each; absmax (blocks,) in uint8; largest (groups,) in W's dtype, with bfloat16's digits."""
+    """codes (n / 2,) in uint8, two numbers each; absmax (blocks,) in uint8; largest (groups,) in W's dtype,
+    with bfloat16's digits."""
 
     name = "nf4"
     names = ("codes", "absmax", "largest")
@@ -172,7 +178,8 @@ def rounded(W: Tensor, format: Format) -> Tensor:
 
 
 def product(x: Tensor, parts: Parts, format: Format, shape: tuple[int, int]) -> Tensor:
-    """x W' for a packed W (out, in): x (.., in) -> (.., out) in x's dtype; the packed W is all that is kept, and takes no gradient."""
+    """x W' for a packed W (out, in): x (.., in) -> (.., out) in x's dtype; the packed W is all that is kept,
+    and takes no gradient."""
     if torch.compiler.is_compiling():
         made: Tensor = _times(x, list(parts), format.name, *shape)
         return made
@@ -197,7 +204,8 @@ class _Product(Function):
         return dx, None, None, *(None for _ in parts)
 
 
-# For the compiler both products are operations that it does not look into: it would keep the unpacked matrix for the backward.
+# For the compiler both products are operations that it does not look into: it would keep the unpacked matrix
+# for the backward.
 PACKED = "Tensor[] parts, str format, SymInt out, SymInt in_"
 
 

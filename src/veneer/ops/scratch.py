@@ -1,4 +1,5 @@
-"""Working memory that is used again: on a CPU every 4 KiB of fresh memory cost a page fault, often more than what is computed in them."""
+"""Working memory that is used again: on a CPU every 4 KiB of fresh memory cost a page fault, often more than
+what is computed in them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ _own = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor with anything in it, in this thread's memory called `name`: valid until that is asked for again.
+    """A tensor with anything in it, in this thread's memory called `name`: valid until that is asked for
+    again.
 
     New memory where it is larger than LARGEST, and on devices whose allocators keep it anyway.
     """

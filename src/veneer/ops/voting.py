@@ -16,7 +16,8 @@ def trim(D: Tensor, density: float) -> Tensor:
 
 
 def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """Trim, elect a sign for every number by weighted mass, average those that agree (Yadav et al. 2023, section 3).
+    """Trim, elect a sign for every number by weighted mass, average those that agree (Yadav et al. 2023,
+    section 3).
 
     With equal weights this is the paper's mean; the paper's lambda is the strength the result is used at.
     https://arxiv.org/abs/2306.01708

@@ -1,4 +1,5 @@
-"""Optimisers that work by roles on any method: one file, one optimiser; the file's name is the optimiser's, with dashes."""
+"""Optimisers that work by roles on any method: one file, one optimiser; the file's name is the optimiser's,
+with dashes."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
 
 
 def make(name: str, **options: Any) -> Optimiser:
-    """The optimiser with these options. Raises ConfigError for an unknown name or option, or a value that cannot be."""
+    """The optimiser with these options. Raises ConfigError for an unknown name or option, or a value that
+    cannot be."""
     known = options_of(name)
     unknown = [
         f"optimiser {name!r} has no option {o!r}{suggest(o, known)}" for o in options if o not in known

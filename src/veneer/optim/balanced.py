@@ -1,14 +1,16 @@
-"""Balanced LoRA+: AdamW's directions, as long as each moves the product B A equally far.  New here; compare https://arxiv.org/abs/2402.12354
+"""Balanced LoRA+: AdamW's directions, as long as each moves the product B A equally far.  New here; compare
+https://arxiv.org/abs/2402.12354
 
-With Adam's directions u_A, u_B, a = ||B u_A||, b = ||u_B A|| (Frobenius, from (r, r) Gram matrices) and t = sqrt(out in) / (2 s):
-A <- A - lr t u_A / (a + floor b),  B <- B - lr t u_B / (b + floor a).  So lr is about how far a weight of W moves, and the ratio of
-LoRA+ follows ||B|| / ||A|| through the training: below 1 while B is small.
+With Adam's directions u_A, u_B, a = ||B u_A||, b = ||u_B A|| (Frobenius, from (r, r) Gram matrices) and t =
+sqrt(out in) / (2 s): A <- A - lr t u_A / (a + floor b),  B <- B - lr t u_B / (b + floor a).  So lr is about
+how far a weight of W moves, and the ratio of LoRA+ follows ||B|| / ||A|| through the training: below 1 while
+B is small.
 
 State: AdamW's.
 Cost: four products of r^2 (out + in) a layer and step.
 Use: to have LoRA+'s idea without choosing a ratio. The rate is of the size of full fine-tuning's.
-Against: a rule of this project, tried on toys and on the built-in model alone; it depends on how B A is split into factors, as
-Adam's directions do.
+Against: a rule of this project, tried on toys and on the built-in model alone; it depends on how B A is split
+into factors, as Adam's directions do.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Balanced(Rule):
 
     def __init__(self, *, floor: float = 0.1) -> None:
         """
-        floor: what a factor's reach counts at least, in shares of the other's, so that a step stays bounded at B = 0
+        floor: what a factor's reach counts at least, in shares of the other's, so that a step stays bounded
+        at B = 0
         """
         if not 0 < floor <= 1:
             raise ConfigError(f"floor {floor:g} must be in (0, 1]")

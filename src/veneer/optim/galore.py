@@ -1,14 +1,18 @@
-"""GaLore: Adam in the leading subspace of every weight's gradient, for training all weights.  Zhao et al. 2024, https://arxiv.org/abs/2403.03507
+"""GaLore: Adam in the leading subspace of every weight's gradient, for training all weights.  Zhao et al.
+2024, https://arxiv.org/abs/2403.03507
 
-For W (m, n) with m <= n and P (m, r) spanning the leading left singular vectors of its gradient G:  R = P'G (r, n),
-W <- W - lr scale P adam(R); for m > n the right ones, on the other side. Embeddings, norms and biases step as AdamW does. P follows
-the gradient every `period` steps by one warm-started subspace iteration, P <- orth(G G' P), 4 m n r operations where the
-authors' code takes a whole SVD; and the moments follow P: with C = P_new' P_old, M <- C M, and V <- (C o C) V, what the
-squares are if their numbers are independent. (The authors' code leaves both in the old basis.)
+For W (m, n) with m <= n and P (m, r) spanning the leading left singular vectors of its gradient G:  R = P'G
+(r, n), W <- W - lr scale P adam(R); for m > n the right ones, on the other side. Embeddings, norms and biases
+step as AdamW does. P follows the gradient every `period` steps by one warm-started subspace iteration, P <-
+orth(G G' P), 4 m n r operations where the authors' code takes a whole SVD; and the moments follow P: with C =
+P_new' P_old, M <- C M, and V <- (C o C) V, what the squares are if their numbers are independent. (The
+authors' code leaves both in the old basis.)
 
 State: P and two moments, r (m + 2 n) numbers for a weight, where AdamW keeps 2 m n.
-Cost: 4 m n r operations a weight and step for the projections, and as many every `period` steps for the subspace.
-Use: to train all weights, from nothing or from a base, where AdamW's moments do not fit; the whole gradient must.
+Cost: 4 m n r operations a weight and step for the projections, and as many every `period` steps for the
+subspace.
+Use: to train all weights, from nothing or from a base, where AdamW's moments do not fit; the whole gradient
+must.
 Against: behind full-rank Adam at equal tokens in the paper's own tables; every period is a small shock; the
 scale and the rate are one number in two places.
 """
@@ -53,7 +57,8 @@ class GaLore(Optimiser):
         factors = [p.name for p in trained.parts if p.role in FACTORS]
         if factors:
             raise ConfigError(
-                f"optimiser 'galore' projects the gradients of weights, and {first_few(factors, 2)} are factors of rank r already;"
+                f"optimiser 'galore' projects the gradients of weights, and {first_few(factors, 2)} are"
+                f" factors of rank r already;"
                 f" use method 'full', or another optimiser"
             )
         return Projected(trained, self)
@@ -71,7 +76,8 @@ def _is_projected(part: Part) -> bool:
 
 
 class Projected(torch.optim.Optimizer):
-    """The torch optimiser. `names` of a group are those of its projected weights, () for parameters that step as AdamW does."""
+    """The torch optimiser. `names` of a group are those of its projected weights, () for parameters that step
+    as AdamW does."""
 
     def __init__(self, trained: Trained, how: GaLore) -> None:
         self.betas, self.how = trained.betas, how
@@ -118,7 +124,8 @@ class Projected(torch.optim.Optimizer):
 
 
 def follow(state: State, G: Tensor, rank: int, name: str) -> None:
-    """P (short, r) onto the gradient G (short, long), and the moments into its basis; both are kept in the state."""
+    """P (short, r) onto the gradient G (short, long), and the moments into its basis; both are kept in the
+    state."""
     old = state.get("P")
     if old is None:
         state["P"] = leading_svd(G, rank, keyed(0, name))[0].contiguous()

@@ -1,15 +1,17 @@
-"""LoRA-Muon: steps of A and B that move B A equally far in the spectral norm, in all directions alike.  2026, https://arxiv.org/abs/2606.12921
+"""LoRA-Muon: steps of A and B that move B A equally far in the spectral norm, in all directions alike.  2026,
+https://arxiv.org/abs/2606.12921
 
-With running means m_A, m_B of the gradients, R_A = (A A' + d)^-1/2, R_B = (B'B + d)^-1/2, msign(U S V') = U V' and
-t = sqrt(max(out, in)) / s:  A <- A - lr t/2 R_B msign(R_B m_A),  B <- B - lr t/2 msign(m_B R_A) R_A.  Undamped, ||B dA|| = ||dB A||, and
-nothing depends on how B A is split into factors. d = damping (tr A A' + tr B'B) / r and the factor t are added here: without
-d the step of A has no bound where B is near 0, as it is at the start.
+With running means m_A, m_B of the gradients, R_A = (A A' + d)^-1/2, R_B = (B'B + d)^-1/2, msign(U S V') = U
+V' and t = sqrt(max(out, in)) / s:  A <- A - lr t/2 R_B msign(R_B m_A),  B <- B - lr t/2 msign(m_B R_A) R_A.
+Undamped, ||B dA|| = ||dB A||, and nothing depends on how B A is split into factors. d = damping (tr A A' + tr
+B'B) / r and the factor t are added here: without d the step of A has no bound where B is near 0, as it is at
+the start.
 
 State: one number for each that is trained, half of AdamW's.
 Cost: six products of r^2 (out + in) and four eigendecompositions of (r, r) a layer and step.
 Use: for half of AdamW's state, and a rate that, by the paper, carries over between ranks and widths.
-Against: young and little tried; singular values of the mean below about 0.4 % of the largest (r = 16, float32) get no step, as
-msign is computed from a Gram matrix.
+Against: young and little tried; singular values of the mean below about 0.4 % of the largest (r = 16,
+float32) get no step, as msign is computed from a Gram matrix.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Scaled AdamW: AdamW on (B'B + d)^-1 gA and gB (A A' + d)^-1.  Zhang & Pilanci 2024, https://arxiv.org/abs/2402.02347
+"""Scaled AdamW: AdamW on (B'B + d)^-1 gA and gB (A A' + d)^-1.  Zhang & Pilanci 2024,
+https://arxiv.org/abs/2402.02347
 
-Here d = damping (tr A A' + tr B'B) / r, so that it means the same at every size of A and B; the authors' code and PEFT's take
-an absolute number, and the authors' preconditions B by an A that has been stepped already.
+Here d = damping (tr A A' + tr B'B) / r, so that it means the same at every size of A and B; the authors' code
+and PEFT's take an absolute number, and the authors' preconditions B by an A that has been stepped already.
 
 State: AdamW's.
 Cost: two products of r^2 (out + in) and two eigendecompositions of (r, r) a layer and step.
 Use: in place of AdamW, at about its rates, where a step should depend less on the sizes of A and B.
-Against: scaled gradient descent does not depend on how B A is split, but Adam's division, element by element, undoes that;
-what A and B can both change is counted twice.
+Against: scaled gradient descent does not depend on how B A is split, but Adam's division, element by element,
+undoes that; what A and B can both change is counted twice.
 """
 
 from __future__ import annotations

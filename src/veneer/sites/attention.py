@@ -11,7 +11,8 @@ from veneer.sites.base import Site
 
 
 class AttentionSite(Site):
-    """W is (kv_heads head_dim, 0): there is nothing to merge into. Changes act inside the attention, not by a hook on it."""
+    """W is (kv_heads head_dim, 0): there is nothing to merge into. Changes act inside the attention, not by a
+    hook on it."""
 
     kind = "attention"
     is_matrix = False
@@ -34,7 +35,8 @@ class AttentionSite(Site):
 
     def set_weight(self, W: Tensor) -> None:
         raise NotMergeable(
-            f"{self.name!r} is an attention, which has no weight to write keys and values to; keep the adapter"
+            f"{self.name!r} is an attention, which has no weight to write keys and values to; keep the"
+            f" adapter"
         )
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ class AttentionSite(Site):
 
 
 def is_self_attention(module: Any) -> bool:
-    """Whether a module is one, as transformers writes them: it knows its configuration, its heads and whether it is causal."""
+    """Whether a module is one, as transformers writes them: it knows its configuration, its heads and whether
+    it is causal."""
     crossed = getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__
     knows = all(getattr(module, name, None) is not None for name in ("config", "is_causal"))
     return knows and not crossed and _head_dim(module) is not None

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class Site(ABC):
     """A linear map W (out, in) held by `module`, called `name` in its model.
 
-    A method sees this and nothing else of the layer. Channels are the last dimension of the layer's output, or
-    dimension 1 followed by `spatial` dimensions.
+    A method sees this and nothing else of the layer. Channels are the last dimension of the layer's output,
+    or dimension 1 followed by `spatial` dimensions.
     """
 
     kind: ClassVar[str]
@@ -50,7 +50,8 @@ class Site(ABC):
         """x with dropout, or x itself where the layer's input cannot be dropped."""
 
     def stored(self, W: Tensor) -> Tensor:
-        """W (out, in) as it would be if it were written into the layer: rounded to what the layer can hold."""
+        """W (out, in) as it would be if it were written into the layer: rounded to what the layer can
+        hold."""
         return W.to(self.dtype)
 
     @property

@@ -10,7 +10,8 @@ from veneer.sites.base import Site
 
 
 class BiasSite(Site):
-    """W is (n, 1): the bias; a linear map that has none counts as one of zeros, to which nothing can be written."""
+    """W is (n, 1): the bias; a linear map that has none counts as one of zeros, to which nothing can be
+    written."""
 
     kind = "bias"
     is_matrix = False

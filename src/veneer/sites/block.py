@@ -1,4 +1,5 @@
-"""A module as a whole, from its input to its output, with no matrix of its own: a feed-forward block, an attention."""
+"""A module as a whole, from its input to its output, with no matrix of its own: a feed-forward block, an
+attention."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from veneer.sites.own import base_modules
 
 
 class BlockSite(Site):
-    """W is (out, 0): there is nothing to merge into. in and out are those of the first and the last linear layer inside."""
+    """W is (out, 0): there is nothing to merge into. in and out are those of the first and the last linear
+    layer inside."""
 
     kind = "block"
     is_matrix = False

@@ -9,7 +9,8 @@ from torch import nn
 
 
 def blocks(body: nn.Module) -> list[nn.Module]:
-    """The layers of a stack, all of one class: compiled one by one they share one graph, which compiles many times faster."""
+    """The layers of a stack, all of one class: compiled one by one they share one graph, which compiles many
+    times faster."""
     stacks = [list(m) for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     alike = [
         s for s in stacks if len({type(layer) for layer in s}) == 1 and any(True for _ in s[0].children())
@@ -27,7 +28,8 @@ class _Reached(Exception):
 
 
 def reach(model: nn.Module, block: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """What enters the block first, and nothing more of the model is computed than that takes; None where it comes by a keyword."""
+    """What enters the block first, and nothing more of the model is computed than that takes; None where it
+    comes by a keyword."""
 
     def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
         raise _Reached(args[0] if args else None)

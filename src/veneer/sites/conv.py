@@ -1,4 +1,5 @@
-"""nn.Conv1d, 2d and 3d: W is (out, in/groups * kernel); stride, dilation, groups and padding stay the layer's own."""
+"""nn.Conv1d, 2d and 3d: W is (out, in/groups * kernel); stride, dilation, groups and padding stay the layer's
+own."""
 
 from __future__ import annotations
 

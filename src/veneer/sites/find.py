@@ -26,7 +26,8 @@ KINDS: list[tuple[type[nn.Module], type[Site]]] = [
     (nn.Conv3d, ConvSite),
 ]
 
-# Layers whose owner reads `.weight` itself, so that a hook on them would never run: (owner's class, layer, why).
+# Layers whose owner reads `.weight` itself, so that a hook on them would never run: (owner's class, layer,
+# why).
 DIRECT_READERS = [
     ("MultiheadAttention", "out_proj", "torch's attention passes its weight to one fused function"),
     ("MambaMixer", "dt_proj", "the mixer multiplies by its weight itself"),
@@ -58,10 +59,11 @@ def find(
 ) -> list[Site]:
     """The sites that `to` names, in the model's order.
 
-    to: "all-linear" (every Linear and Conv1D but the output head), a regular expression that matches whole names, or
-    a list of names and endings of names ("q_proj"). `exclude` takes a regular expression or a list in the same way.
-    Raises SiteError, before anything is changed, for an entry that matches nothing, a layer of an unknown kind, a
-    layer whose owner reads its weight directly, and (unless `untie`) a layer that shares its weight with another.
+    to: "all-linear" (every Linear and Conv1D but the output head), a regular expression that matches whole
+    names, or a list of names and endings of names ("q_proj"). `exclude` takes a regular expression or a list
+    in the same way. Raises SiteError, before anything is changed, for an entry that matches nothing, a layer
+    of an unknown kind, a layer whose owner reads its weight directly, and (unless `untie`) a layer that
+    shares its weight with another.
     """
     layers = base_modules(model)
     wanted = _match(model, layers, to)
@@ -80,7 +82,8 @@ def find(
 def named(
     model: nn.Module, to: Target | None, exclude: Target, fits: Callable[[nn.Module], bool]
 ) -> list[str]:
-    """Names of the modules of any class that fit and that `to` names (all of them if None), in the model's order.
+    """Names of the modules of any class that fit and that `to` names (all of them if None), in the model's
+    order.
 
     to, exclude: as in find, less "all-linear". Raises SiteError for an entry that names none of them.
     """
@@ -144,7 +147,8 @@ def _ends(name: str, entry: str) -> bool:
 
 
 def _check_exclude(names: Sequence[str], exclude: Target) -> None:
-    """Raises SiteError for an exclude that is no expression, or leaves nothing out that would be adapted without it."""
+    """Raises SiteError for an exclude that is no expression, or leaves nothing out that would be adapted
+    without it."""
     if isinstance(exclude, str):
         try:
             re.compile(exclude)
@@ -171,7 +175,8 @@ def _meant(name: str, target: Target) -> bool:
 
 
 def output_head(model: nn.Module) -> set[str]:
-    """Names of the layers that turn features into outputs: what lies outside a transformers model's base model."""
+    """Names of the layers that turn features into outputs: what lies outside a transformers model's base
+    model."""
     inner = getattr(model, "base_model", None)
     if isinstance(inner, nn.Module) and inner is not model:
         inside = {id(m) for m in inner.modules()}
@@ -199,7 +204,8 @@ def _packed(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]
             and not (weight.is_floating_point() and weight.element_size() > 1)
         ):
             yield (
-                f"{n!r} is a {type(layers[n]).__name__} whose weight is packed ({weight.dtype}), which cannot be read or merged here;"
+                f"{n!r} is a {type(layers[n]).__name__} whose weight is packed ({weight.dtype}), which"
+                f" cannot be read or merged here;"
                 f" load the model in bfloat16 or float32"
             )
 
@@ -228,6 +234,7 @@ def _tied(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
     for n in names:
         if n in ties:
             yield (
-                f"{n!r} shares its weight with {first_few(ties[n])}, and merging a change of one would change both; "
+                f"{n!r} shares its weight with {first_few(ties[n])}, and merging a change of one would"
+                f" change both; "
                 f"leave it out, or pass untie=True to adapt this one alone"
             )

@@ -1,8 +1,9 @@
 """Linear layers whose weight is kept in few bits: our own, bitsandbytes' of 4 and 8 bits, and torchao's of 8.
 
-W is what the layer computes with: the unpacked weight. Writing to it packs again, which rounds to the format; `stored` tells
-beforehand what would be left. bitsandbytes and torchao are asked for by the names of their types and imported when used; they
-are not part of the tests' environment; tests/compress/test_quant_libraries.py passed with bitsandbytes 0.50.2 and torchao 0.18.0 on a CPU.
+W is what the layer computes with: the unpacked weight. Writing to it packs again, which rounds to the format;
+`stored` tells beforehand what would be left. bitsandbytes and torchao are asked for by the names of their
+types and imported when used; they are not part of the tests' environment;
+tests/compress/test_quant_libraries.py passed with bitsandbytes 0.50.2 and torchao 0.18.0 on a CPU.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class QuantisedSite(PackedSite):
 
 
 class FourBitSite(PackedSite):
-    """bitsandbytes' Linear4bit, nf4 or fp4, which on a CPU may lay its weight out in another way after a call."""
+    """bitsandbytes' Linear4bit, nf4 or fp4, which on a CPU may lay its weight out in another way after a
+    call."""
 
     def weight(self) -> Tensor:
         from bitsandbytes import functional
@@ -145,7 +147,8 @@ class TorchaoSite(PackedSite):
         own = self.module.weight
         if list(own.block_size) != [1, self.in_] or (own.zero_point is not None and own.zero_point.any()):
             raise NotMergeable(
-                f"{self.name!r}: torchao's weight is packed again here where it has one scale a row; dequantise the layer"
+                f"{self.name!r}: torchao's weight is packed again here where it has one scale a row;"
+                f" dequantise the layer"
             )
         return type(own).from_hp(W.to(own.dtype), granularity=PerRow(), act_quant_kwargs=own.act_quant_kwargs)
 

@@ -9,9 +9,11 @@ from veneer.ops import quant
 
 
 class QuantisedLinear(nn.Module):
-    """y = x W' + bias. The parts of W are parameters under the format's names, in the state dict as any others.
+    """y = x W' + bias. The parts of W are parameters under the format's names, in the state dict as any
+    others.
 
-    Those of them with fractions have the dtype that the layer's weight would have, and follow model.to(dtype) as it would.
+    Those of them with fractions have the dtype that the layer's weight would have, and follow model.to(dtype)
+    as it would.
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class QuantisedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W (out, in), unpacked anew each time it is asked for: for readers of a layer's weight, not for products."""
+        """W (out, in), unpacked anew each time it is asked for: for readers of a layer's weight, not for
+        products."""
         return self.format.unpack(self.parts, self.shape, self.dtype)
 
     @torch.no_grad()

@@ -1,7 +1,9 @@
-"""Causal attention within documents that lie one after the other in a row, computed document by document on a CPU.
+"""Causal attention within documents that lie one after the other in a row, computed document by document on a
+CPU.
 
-With a mask the whole square of a row is computed, and every layer reads a number for every pair of positions; here it is a
-square for each document. To compilers each direction is one operation, as the documents of every batch are others.
+With a mask the whole square of a row is computed, and every layer reads a number for every pair of positions;
+here it is a square for each document. To compilers each direction is one operation, as the documents of every
+batch are others.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from veneer.ops.lowrank import refuse_second_order
 
-# Positions from which on the fused backward is as fast as products in bfloat16; in float32 it is faster at all lengths.
+# Positions from which on the fused backward is as fast as products in bfloat16; in float32 it is faster at
+# all lengths.
 FUSED = 384
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *, scale: float) -> Tensor:
-    """softmax(scale q k') v over the positions from a document's start to one's own: (b, heads, t, d) each -> (b, heads, t, d).
+    """softmax(scale q k') v over the positions from a document's start to one's own: (b, heads, t, d) each ->
+    (b, heads, t, d).
 
     starts: (b, t), where each position's document begins.
     """
@@ -58,7 +62,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Te
 
 
 def _empty(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the output, laid out (b, t, heads, d) as models go on with it, and for the logarithms of the sums (b, heads, t)."""
+    """Room for the output, laid out (b, t, heads, d) as models go on with it, and for the logarithms of the
+    sums (b, heads, t)."""
     b, heads, t, d = q.shape
     return q.new_empty(b, t, heads, d).transpose(1, 2), q.new_empty(b, heads, t, dtype=torch.float32)
 

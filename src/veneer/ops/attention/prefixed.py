@@ -1,7 +1,7 @@
 """Attention of a text that takes no gradient to trained keys and values in front of it, on a CPU.
 
-So it is in a model's first layer. PyTorch's backward makes the gradients of all keys, of which those of the prefix are a few thin
-products.
+So it is in a model's first layer. PyTorch's backward makes the gradients of all keys, of which those of the
+prefix are a few thin products.
 """
 
 from __future__ import annotations

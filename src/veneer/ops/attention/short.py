@@ -1,7 +1,7 @@
 """Attention for short sequences on a CPU: the fused kernel forward, and a backward made of batched products.
 
-PyTorch's fused backward on CPUs costs three times what its products do at a few hundred positions; the probabilities,
-which make this grow with the square of the length, are small then.
+PyTorch's fused backward on CPUs costs three times what its products do at a few hundred positions; the
+probabilities, which make this grow with the square of the length, are small then.
 """
 
 from __future__ import annotations

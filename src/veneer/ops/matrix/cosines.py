@@ -1,7 +1,9 @@
-"""A matrix that is the sum of a few cosines, and the gradient of their sizes, by one complex transform of half its width.
+"""A matrix that is the sum of a few cosines, and the gradient of their sizes, by one complex transform of
+half its width.
 
-D[p, q] = sum_l c_l cos(2 pi (p j_l / out + q k_l / in)). Neighbours D[p, 2 q] and D[p, 2 q + 1] are the real and the imaginary part of one
-number, so that the transform's result is D as it lies in memory: no half of it is a mirror of the other.
+D[p, q] = sum_l c_l cos(2 pi (p j_l / out + q k_l / in)). Neighbours D[p, 2 q] and D[p, 2 q + 1] are the real
+and the imaginary part of one number, so that the transform's result is D as it lies in memory: no half of it
+is a mirror of the other.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from veneer.ops.scratch import scratch
 
 
 class Spots(NamedTuple):
-    """Where a spectrum (out, in / 2), flattened, is not zero: twice n indices, and what c counts there, (2n, 2) real and imaginary."""
+    """Where a spectrum (out, in / 2), flattened, is not zero: twice n indices, and what c counts there, (2n,
+    2) real and imaginary."""
 
     at: Tensor
     weights: Tensor
@@ -24,7 +27,8 @@ class Spots(NamedTuple):
 def spots(j: Tensor, k: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Spots:
     """Those of the frequencies (j_l, k_l), indices (n,) below out and in; in must be even.
 
-    One cosine is the half sum of exp(i t) and exp(-i t), and i times the same a step of 2 pi k / in further on.
+    One cosine is the half sum of exp(i t) and exp(-i t), and i times the same a step of 2 pi k / in further
+    on.
     """
     out, half = size[0], size[1] // 2
     at = torch.cat([j * half + k % half, (out - j) % out * half + -k % half])
@@ -34,7 +38,8 @@ def spots(j: Tensor, k: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Sp
 
 
 def matrix(c: Tensor, where: Spots, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """D (out, in) in dtype, computed in c's; in working memory, which the next call of either function writes over."""
+    """D (out, in) in dtype, computed in c's; in working memory, which the next call of either function writes
+    over."""
     numbers = where.weights * c.repeat(2)[:, None]
     shape, kind = (size[0], size[1] // 2), c.dtype.to_complex()
     spectrum = scratch("spectrum", shape, kind, c.device).zero_()

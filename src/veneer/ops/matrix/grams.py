@@ -20,9 +20,11 @@ class Gram(NamedTuple):
         return self.w.mean(-1)[..., None, None]
 
     def power(self, exponent: float, damping: Tensor | float = 0.0) -> Tensor:
-        """(S + damping)^exponent (.., r, r) on the range of S and zero elsewhere; damping: a number or (.., 1, 1).
+        """(S + damping)^exponent (.., r, r) on the range of S and zero elsewhere; damping: a number or (..,
+        1, 1).
 
-        The range ends at 10 r eps times the largest eigenvalue: below, a Gram matrix holds rounding errors alone.
+        The range ends at 10 r eps times the largest eigenvalue: below, a Gram matrix holds rounding errors
+        alone.
         """
         w, Q = self
         shift = damping[..., 0] if isinstance(damping, Tensor) else damping
@@ -32,6 +34,7 @@ class Gram(NamedTuple):
 
 
 def gram(S: Tensor) -> Gram:
-    """The spectrum of S (.., r, r), which is made symmetric first; eigenvalues that rounding made negative are 0."""
+    """The spectrum of S (.., r, r), which is made symmetric first; eigenvalues that rounding made negative
+    are 0."""
     w, Q = torch.linalg.eigh((S + S.mT) / 2)
     return Gram(w.clamp_min(0), Q)

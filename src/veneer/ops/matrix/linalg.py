@@ -44,12 +44,14 @@ def check_at_most(rank: int, most: int, what: str, where: str = "") -> None:
 
 
 def range_finder(W: Tensor, sketch: Tensor, iterations: int) -> Tensor:
-    """Q (.., out, width) with orthonormal columns that nearly span W's leading directions, in float32 at least.
+    """Q (.., out, width) with orthonormal columns that nearly span W's leading directions, in float32 at
+    least.
 
-    W: (.., out, in), sketch: (.., in, width) random. Subspace iteration with a QR at every step (Halko, Martinsson & Tropp
-    2011, algorithm 4.4, which has one at every half step too). Where the machine multiplies bfloat16 matrices, these products
-    are such: what they round away of a column is a small direction like any other to the next iteration, and the last product,
-    from which the factors come, is exact.
+    W: (.., out, in), sketch: (.., in, width) random. Subspace iteration with a QR at every step (Halko,
+    Martinsson & Tropp 2011, algorithm 4.4, which has one at every half step too). Where the machine
+    multiplies bfloat16 matrices, these products are such: what they round away of a column is a small
+    direction like any other to the next iteration, and the last product, from which the factors come, is
+    exact.
     """
     narrow = W.to(torch.bfloat16) if W.dtype != torch.float64 and multiplies_bf16(W.device) else precise(W)
     Q = _orthonormal(narrow @ sketch.to(narrow))
@@ -66,11 +68,12 @@ def _orthonormal(Y: Tensor) -> Tensor:
 def leading_svd(
     W: Tensor, rank: int, draw: torch.Generator, iterations: int = 3
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, r), S (r,), Vh (r, in): the leading singular triplets of W in float32 (float64 for a float64 W).
+    """U (out, r), S (r,), Vh (r, in): the leading singular triplets of W in float32 (float64 for a float64
+    W).
 
-    Randomised, with as many extra directions as the rank asks for (a sketch of 2 x rank + 8 columns), which on slowly
-    falling spectra is what accuracy depends on; exact where that sketch would not be smaller than the matrix.
-    Raises ShapeError if rank > min(out, in).
+    Randomised, with as many extra directions as the rank asks for (a sketch of 2 x rank + 8 columns), which
+    on slowly falling spectra is what accuracy depends on; exact where that sketch would not be smaller than
+    the matrix. Raises ShapeError if rank > min(out, in).
     """
     check_rank(rank, W)
     return _leading(W, rank, [draw], iterations)
@@ -79,9 +82,11 @@ def leading_svd(
 def leading_svds(
     Ws: Sequence[Tensor], rank: int, draws: Sequence[torch.Generator]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """leading_svd of matrices of one shape, dtype and device, each with its own draw, as one stack. Raises ShapeError.
+    """leading_svd of matrices of one shape, dtype and device, each with its own draw, as one stack. Raises
+    ShapeError.
 
-    The same numbers as one at a time up to rounding. It takes 6 bytes for every number of the matrices at once, 16 in float64.
+    The same numbers as one at a time up to rounding. It takes 6 bytes for every number of the matrices at
+    once, 16 in float64.
     """
     check_rank(rank, Ws[0])
     U, S, Vh = _leading(torch.stack([precise(W) for W in Ws]), rank, draws, iterations=3)
@@ -107,7 +112,8 @@ def _leading(
 
 
 def norm_without(W: Tensor, B: Tensor, A: Tensor) -> float:
-    """Frobenius norm of W - B A over that of W, from ||W||^2 - 2 <W A', B> + ||B A||^2: one thin product of W. 0 for W = 0.
+    """Frobenius norm of W - B A over that of W, from ||W||^2 - 2 <W A', B> + ||B A||^2: one thin product of
+    W. 0 for W = 0.
 
     Sums are taken in float64, so that shares above a thousandth are told well.
     """
@@ -118,7 +124,8 @@ def norm_without(W: Tensor, B: Tensor, A: Tensor) -> float:
 
 
 def product_spectrum(B: Tensor, A: Tensor) -> Tensor:
-    """Singular values (r,) of B A, largest first, from B (out, r) and A (r, in) without forming the product."""
+    """Singular values (r,) of B A, largest first, from B (out, r) and A (r, in) without forming the
+    product."""
     RB = torch.linalg.qr(precise(B)).R
     RA = torch.linalg.qr(precise(A).mT).R
     spectrum: Tensor = torch.linalg.svdvals(RB @ RA.mT)

@@ -1,4 +1,5 @@
-"""Q + U S V' ~ W with Q in few bits and U S V' of low rank: a quantised matrix and what makes up for its error."""
+"""Q + U S V' ~ W with Q in few bits and U S V' of low rank: a quantised matrix and what makes up for its
+error."""
 
 from __future__ import annotations
 

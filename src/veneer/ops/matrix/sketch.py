@@ -1,8 +1,10 @@
-"""A matrix that is seen once, as a sum of pieces, and never held: two thin products of it, and its leading part from them.
+"""A matrix that is seen once, as a sum of pieces, and never held: two thin products of it, and its leading
+part from them.
 
-Tropp, Yurtsever, Udell & Cevher 2017, https://arxiv.org/abs/1609.00048: of G (m, n) one keeps Y = G Omega (m, k) and
-Z = Psi G (l, n) for fixed random Omega and Psi. Both are linear in G, so that pieces may come in any order and from any
-process. With Q an orthonormal basis of Y's columns, G is nearly Q X where X solves (Psi Q) X = Z.
+Tropp, Yurtsever, Udell & Cevher 2017, https://arxiv.org/abs/1609.00048: of G (m, n) one keeps Y = G Omega (m,
+k) and Z = Psi G (l, n) for fixed random Omega and Psi. Both are linear in G, so that pieces may come in any
+order and from any process. With Q an orthonormal basis of Y's columns, G is nearly Q X where X solves (Psi Q)
+X = Z.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from torch import Tensor
 
 
 class Tests(NamedTuple):
-    """Omega (n, k) and Psi (l, m); Omega is the identity, and Psi empty, where the sketch would not be smaller than G."""
+    """Omega (n, k) and Psi (l, m); Omega is the identity, and Psi empty, where the sketch would not be
+    smaller than G."""
 
     Omega: Tensor
     Psi: Tensor
@@ -29,7 +32,8 @@ class Svd(NamedTuple):
 
 
 def tests(m: int, n: int, k: int, draw: torch.Generator) -> Tests:
-    """Gaussian test matrices for G (m, n), drawn on the CPU: k columns, and l = 2 k + 1 rows, the paper's advice (section 4.5)."""
+    """Gaussian test matrices for G (m, n), drawn on the CPU: k columns, and l = 2 k + 1 rows, the paper's
+    advice (section 4.5)."""
     rows = 2 * k + 1
     if k * m + rows * n >= m * n:
         return Tests(torch.eye(n), torch.empty(0, m))

@@ -1,12 +1,14 @@
-"""Steps of A and B whose first-order change of s B A is the nearest to that of the whole matrix: the maths of LoRA-Pro.
+"""Steps of A and B whose first-order change of s B A is the nearest to that of the whole matrix: the maths of
+LoRA-Pro.
 
-With W = W0 + s B A, A (.., r, n), B (.., m, r), and the gradients gA = s B'G (.., r, n), gB = s G A' (.., m, r), the pair
+With W = W0 + s B A, A (.., r, n), B (.., m, r), and the gradients gA = s B'G (.., r, n), gB = s G A' (.., m,
+r), the pair
 
     dA = (B'B)^+ gA / s^2 + X A,    dB = (1 - B (B'B)^+ B') gB (A A')^+ / s^2 - B X
 
-has s (B dA + dB A) = G - (1 - P_B) G (1 - P_A), the projection of G onto what a change of A and B can reach, for every X
-(r, r).  Wang et al. 2024, https://arxiv.org/abs/2407.18242, theorems 2.1 and 2.3. Any leading dimensions are a batch of layers;
-the cost is O((m + n) r^2 + r^3) a layer, and no (m, n) matrix is made.
+has s (B dA + dB A) = G - (1 - P_B) G (1 - P_A), the projection of G onto what a change of A and B can reach,
+for every X (r, r).  Wang et al. 2024, https://arxiv.org/abs/2407.18242, theorems 2.1 and 2.3. Any leading
+dimensions are a batch of layers; the cost is O((m + n) r^2 + r^3) a layer, and no (m, n) matrix is made.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ Choice = Literal["sylvester", "zero", "symmetric"]
 
 
 class Inverses(NamedTuple):
-    """What a step needs of A and B in (.., r, r): the spectra a, b of A A' and B'B, and their damped pseudo-inverses; s as in point()."""
+    """What a step needs of A and B in (.., r, r): the spectra a, b of A A' and B'B, and their damped
+    pseudo-inverses; s as in point()."""
 
     s: Tensor | float
     a: Gram
@@ -65,10 +68,11 @@ def point(A: Tensor, B: Tensor, s: Tensor | float, damping: float = 0.0) -> Poin
 
 
 def mix(at: Inverses, gAA: Tensor, BgB: Tensor, x: Choice = "sylvester") -> Mix:
-    """How dA and dB are made, from gA A' and B'gB (.., r, r), which are the same where both gradients are of one G.
+    """How dA and dB are made, from gA A' and B'gB (.., r, r), which are the same where both gradients are of
+    one G.
 
-    x: how the freedom X is used. "sylvester": dA and dB are as near to gA and gB as can be; "zero": what both could do, A
-    does; "symmetric": each does half of it.
+    x: how the freedom X is used. "sylvester": dA and dB are as near to gA and gB as can be; "zero": what both
+    could do, A does; "symmetric": each does half of it.
     """
     s, a, b, of_a, of_b = at
     iA, iB = of_a / s**2, of_b / s**2
@@ -99,7 +103,8 @@ def _plus(into: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def squared_norm(at: Inverses, BgB: Tensor, gAgA: Tensor, gBgB: Tensor) -> Tensor:
     """<gA, dA> + <gB, dB> (..) with the pair of X = 0, from B'gB, gA gA' and gB'gB (.., r, r) alone.
 
-    Without damping that is the squared norm of the projected G, and the first-order fall of the loss per unit of rate.
+    Without damping that is the squared norm of the projected G, and the first-order fall of the loss per unit
+    of rate.
     """
     s, _, _, of_a, of_b = at
     both = of_b * (gAgA - BgB @ of_a @ BgB.mT) + of_a * gBgB

@@ -20,9 +20,11 @@ class Truncated(NamedTuple):
 
 
 def choose_rank(spectrum: Tensor, rank: int | None, energy: float | None) -> int:
-    """How many singular values to keep: at most `rank` of those that are not rounding, and enough for `energy`.
+    """How many singular values to keep: at most `rank` of those that are not rounding, and enough for
+    `energy`.
 
-    energy is the share of the squared norm, in (0, 1]. At least one is kept. Raises ConfigError for impossible values.
+    energy is the share of the squared norm, in (0, 1]. At least one is kept. Raises ConfigError for
+    impossible values.
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"rank {rank} < 1; use 1 or more")

@@ -1,9 +1,10 @@
 """What is trained, by the role it plays: rates and weight decay of every parameter group.
 
-Weight decay means the same for every method: what a parameter group does to the weights shrinks by (1 - rate * decay) a
-step. A and B each take the square root of that, so that B A decays by it as a whole, whatever ratio LoRA+ has between
-their rates; AdamW's own rule would decay the product by (1 - rate * decay)(1 - ratio * rate * decay). Vectors (norms,
-biases, magnitudes) do not decay, and neither do gains, which stand for no change at one.
+Weight decay means the same for every method: what a parameter group does to the weights shrinks by (1 - rate
+* decay) a step. A and B each take the square root of that, so that B A decays by it as a whole, whatever
+ratio LoRA+ has between their rates; AdamW's own rule would decay the product by (1 - rate * decay)(1 - ratio
+* rate * decay). Vectors (norms, biases, magnitudes) do not decay, and neither do gains, which stand for no
+change at one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ FACTORS = ("A", "B")
 
 
 class Part(NamedTuple):
-    """One trained parameter. role: what its method calls it, else "matrix" or "vector"; whether it changes an embedding.
+    """One trained parameter. role: what its method calls it, else "matrix" or "vector"; whether it changes an
+    embedding.
 
     owner: the change, or the change within a change, that has it as its own.
     """
@@ -72,7 +74,8 @@ def _trained(parts: Iterable[Part]) -> list[Part]:
     found = [p for p in parts if p.parameter.requires_grad]
     if not sum(p.parameter.numel() for p in found):
         raise ConfigError(
-            "nothing would be trained: no parameter takes a gradient; choose a method with parameters, or other layers"
+            "nothing would be trained: no parameter takes a gradient; choose a method with parameters, or"
+            " other layers"
         )
     return found
 
@@ -95,7 +98,8 @@ def by_rate(
 ) -> list[dict[str, Any]]:
     """Groups as `set_rates` knows them, one for every rate and decay.
 
-    scales: multiples of the run's rate by role. embedding: the multiple for what changes embeddings, in place of these.
+    scales: multiples of the run's rate by role. embedding: the multiple for what changes embeddings, in place
+    of these.
     """
     groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for part in parts:
@@ -109,7 +113,8 @@ def by_rate(
 def set_rates(optimiser: torch.optim.Optimizer, rate: float, decay: float) -> None:
     """The rate of this step and the decay that goes with it, in every group.
 
-    AdamW multiplies by (1 - lr * weight_decay); the weight_decay given to it makes that (1 - base * rate * decay)^share.
+    AdamW multiplies by (1 - lr * weight_decay); the weight_decay given to it makes that (1 - base * rate *
+    decay)^share.
     """
     for group in optimiser.param_groups:
         group["lr"] = rate * group["scale"]

@@ -20,7 +20,8 @@ def count(state: State) -> int:
 
 
 def mean(state: State, name: str, new: Tensor, beta: float) -> Tensor:
-    """The running mean m <- beta m + (1 - beta) new under `name`, as it is kept (without the correction for its start at 0)."""
+    """The running mean m <- beta m + (1 - beta) new under `name`, as it is kept (without the correction for
+    its start at 0)."""
     if name not in state:
         state[name] = torch.zeros_like(precise(new))
     return state[name].lerp_(precise(new), 1 - beta)

@@ -1,4 +1,5 @@
-"""What every optimiser is: options that are checked when it is chosen, and a torch optimiser made for what is trained."""
+"""What every optimiser is: options that are checked when it is chosen, and a torch optimiser made for what is
+trained."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from veneer.optim.base.groups import Part
 
 
 class Trained(NamedTuple):
-    """What an optimiser is made for. betas: decay rates of moments; embedding: the rate of what changes embeddings, in rates."""
+    """What an optimiser is made for. betas: decay rates of moments; embedding: the rate of what changes
+    embeddings, in rates."""
 
     parts: Sequence[Part]
     betas: tuple[float, float] = (0.9, 0.999)
@@ -21,7 +23,8 @@ class Trained(NamedTuple):
 
 
 class Optimiser(ABC):
-    """One way to step. Its options are the keyword parameters of __init__(self, *, ..): flags and files are made from them.
+    """One way to step. Its options are the keyword parameters of __init__(self, *, ..): flags and files are
+    made from them.
 
     needs: the roles that a method must have; doubts: what has to be allowed by name, as {check: sentence}.
     """
@@ -36,10 +39,12 @@ class Optimiser(ABC):
 
     @abstractmethod
     def build(self, trained: Trained) -> torch.optim.Optimizer:
-        """The torch optimiser, whose groups `groups.set_rates` sets before each step and whose state is tensors alone."""
+        """The torch optimiser, whose groups `groups.set_rates` sets before each step and whose state is
+        tensors alone."""
 
     def state_bytes(self, trained: Trained) -> int:
-        """What its state takes: two numbers for each that is trained, and a count of steps for each tensor."""
+        """What its state takes: two numbers for each that is trained, and a count of steps for each
+        tensor."""
         every = [p.parameter for p in trained.parts]
         return sum(2 * p.numel() * p.element_size() + 4 for p in every)
 

@@ -20,10 +20,12 @@ Present = tuple[nn.Parameter, nn.Parameter, str, float]  # A, B, where, scaling
 
 
 class Paired(torch.optim.Optimizer, ABC):
-    """Steps all pairs of a shape at once by `steps`, and every other parameter (norms, biases, magnitudes) as AdamW does.
+    """Steps all pairs of a shape at once by `steps`, and every other parameter (norms, biases, magnitudes) as
+    AdamW does.
 
-    A group of pairs has A and B of each in turn as `params`, with `where` and `scaling` of each; rates and decay are those of
-    `groups.set_rates`: A and B both shrink by sqrt(1 - rate * decay), so that B A shrinks by it as a whole.
+    A group of pairs has A and B of each in turn as `params`, with `where` and `scaling` of each; rates and
+    decay are those of `groups.set_rates`: A and B both shrink by sqrt(1 - rate * decay), so that B A shrinks
+    by it as a whole.
     """
 
     mixes: ClassVar[bool] = (
@@ -51,11 +53,13 @@ class Paired(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def steps(self, bucket: Bucket) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
-        """What every A (r, n) and every B (m, r) moves by at rate 1, downhill being positive; remembers what it needs in the states."""
+        """What every A (r, n) and every B (m, r) moves by at rate 1, downhill being positive; remembers what
+        it needs in the states."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step from the gradients as they are. Raises NotFinite before any parameter of the shape is changed."""
+        """One step from the gradients as they are. Raises NotFinite before any parameter of the shape is
+        changed."""
         for group in self.param_groups:
             for p, change in self._changes(group):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.to(p.dtype), alpha=group["lr"])

@@ -33,7 +33,8 @@ class Pair(NamedTuple):
 
 
 def of(parts: Iterable[Part]) -> tuple[list[Pair], list[Part]]:
-    """The pairs, and what is in none. Raises ConfigError for a layer whose factors are not one A and one B, or where there is no pair."""
+    """The pairs, and what is in none. Raises ConfigError for a layer whose factors are not one A and one B,
+    or where there is no pair."""
     owned: dict[int, list[Part]] = defaultdict(list)
     others = []
     for part in parts:
@@ -44,7 +45,8 @@ def of(parts: Iterable[Part]) -> tuple[list[Pair], list[Part]]:
     odd = [found[0].name for found in owned.values() if not _is_pair(found)]
     if odd:
         raise ConfigError(
-            f"this optimiser works on pairs A (r, in), B (out, r), and at {first_few(odd)} is none; use optimiser 'adamw'"
+            f"this optimiser works on pairs A (r, in), B (out, r), and at {first_few(odd)} is none; use"
+            f" optimiser 'adamw'"
         )
     if not owned:
         raise ConfigError(
@@ -70,7 +72,8 @@ def _pair(found: list[Part]) -> Pair:
 
 
 def by_shape(pairs: Iterable[Pair], *, mixed: bool = False) -> list[list[Pair]]:
-    """The pairs in buckets of one shape, dtype and rate, in the order of their first ones; mixed: on a CPU, of one rank."""
+    """The pairs in buckets of one shape, dtype and rate, in the order of their first ones; mixed: on a CPU,
+    of one rank."""
     buckets: dict[Any, list[Pair]] = defaultdict(list)
     for p in pairs:
         shape = p.shape[2] if mixed and p.A.device.type == "cpu" else p.shape
@@ -80,9 +83,11 @@ def by_shape(pairs: Iterable[Pair], *, mixed: bool = False) -> list[list[Pair]]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The pairs of a shape, or of a rank, that have a gradient: every A (r, n) and B (m, r), float32 at least, and their gradients.
+    """The pairs of a shape, or of a rank, that have a gradient: every A (r, n) and B (m, r), float32 at
+    least, and their gradients.
 
-    A, B, gA, gB: stacks, of a shape alone. s: (L, 1, 1). states_a, states_b: what the optimiser remembers of each factor.
+    A, B, gA, gB: stacks, of a shape alone. s: (L, 1, 1). states_a, states_b: what the optimiser remembers of
+    each factor.
     kept: the share of it that decay leaves.
     """
 
@@ -119,7 +124,8 @@ class Bucket:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether products with whole factors are taken layer by layer: on a CPU, where stacking costs more than it saves."""
+        """Whether products with whole factors are taken layer by layer: on a CPU, where stacking costs more
+        than it saves."""
         return self.s.device.type == "cpu"
 
     def grams(self) -> tuple[Gram, Gram]:

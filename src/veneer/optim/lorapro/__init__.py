@@ -1,24 +1,28 @@
-"""LoRA-Pro: A and B move so that B A follows full fine-tuning's gradient as nearly as it can.  Wang et al. 2024, https://arxiv.org/abs/2407.18242
+"""LoRA-Pro: A and B move so that B A follows full fine-tuning's gradient as nearly as it can.  Wang et al.
+2024, https://arxiv.org/abs/2407.18242
 
-dA = (B'B)^-1 gA / s^2 + X A and dB = (1 - P_B) gB (A A')^-1 / s^2 - B X have s (B dA + dB A) = G - (1 - P_B) G (1 - P_A), the projection
-of the whole matrix's gradient G onto what A and B can change, for every X (r, r).
+dA = (B'B)^-1 gA / s^2 + X A and dB = (1 - P_B) gB (A A')^-1 / s^2 - B X have s (B dA + dB A) = G - (1 - P_B)
+G (1 - P_A), the projection of the whole matrix's gradient G onto what A and B can change, for every X (r, r).
 
-The form `full` is the published one: AdamW's moments of the projected gradient, as large as W, and Adam's direction projected
-again. `factored` approximates it: the mean is kept as a pair of factors, carried along as A and B move, and the second
-moment as sums of rows and columns (as in Adafactor, https://arxiv.org/abs/1804.04235); no (out, in) matrix is made. `sgd`
-steps by dA and dB themselves.
+The form `full` is the published one: AdamW's moments of the projected gradient, as large as W, and Adam's
+direction projected again. `factored` approximates it: the mean is kept as a pair of factors, carried along as
+A and B move, and the second moment as sums of rows and columns (as in Adafactor,
+https://arxiv.org/abs/1804.04235); no (out, in) matrix is made. `sgd` steps by dA and dB themselves.
 
-The gradient is clipped by the norm of the projected one, which <gA, dA> + <gB, dB> gives. Weight decay shrinks B A; the
-authors' code shrinks the frozen W as well.
+The gradient is clipped by the norm of the projected one, which <gA, dA> + <gB, dB> gives. Weight decay
+shrinks B A; the authors' code shrinks the frozen W as well.
 
-State: full: 2 out x in numbers a layer, as full fine-tuning; factored: (out + in)(r + 1) + 2 r^2, about half of AdamW's; sgd: none.
-Cost: O((out + in) r^2 + r^3) a layer and step; full: 8 r out x in operations and a dozen passes over out x in besides.
-Use: to come nearer to full fine-tuning at a low rank. The rate is below LoRA's: the authors use full fine-tuning's, and the
-built-in model wants three times that.
-Against: users could not repeat the published figures (github.com/mrflogs/LoRA-Pro, issues 3, 7 and 9), and where rates were tuned
-for each, variants of LoRA ended within 1 to 2 % of each other (https://arxiv.org/abs/2602.04998). Undamped, the second step from
-B = 0 moves A by most of its length at any rate; damping both Gram matrices by a hundredth of tr(A A') / r, which is not in
-the paper, bounds it by the rate.
+State: full: 2 out x in numbers a layer, as full fine-tuning; factored: (out + in)(r + 1) + 2 r^2, about half
+of AdamW's; sgd: none.
+Cost: O((out + in) r^2 + r^3) a layer and step; full: 8 r out x in operations and a dozen passes over out x in
+besides.
+Use: to come nearer to full fine-tuning at a low rank. The rate is below LoRA's: the authors use full
+fine-tuning's, and the built-in model wants three times that.
+Against: users could not repeat the published figures (github.com/mrflogs/LoRA-Pro, issues 3, 7 and 9), and
+where rates were tuned for each, variants of LoRA ended within 1 to 2 % of each other
+(https://arxiv.org/abs/2602.04998). Undamped, the second step from B = 0 moves A by most of its length at any
+rate; damping both Gram matrices by a hundredth of tr(A A') / r, which is not in the paper, bounds it by the
+rate.
 """
 
 from __future__ import annotations
@@ -50,9 +54,11 @@ class LoRAPro(Optimiser):
         damping: float = 1e-2,
     ) -> None:
         """
-        form: full (the published one, with moments as large as the weights), factored (moments as large as the adapter), sgd (none)
+        form: full (the published one, with moments as large as the weights), factored (moments as large as
+        the adapter), sgd (none)
         x: what A and B can both do goes to: sylvester (the paper's choice), zero (A), symmetric (half each)
-        damping: what is added to both Gram matrices, in shares of the mean eigenvalue of A A'; 0 is the paper's rule
+        damping: what is added to both Gram matrices, in shares of the mean eigenvalue of A A'; 0 is the
+        paper's rule
         """
         for what, value, known in (("form", form, [*FORMS]), ("x", x, [*get_args(Choice)])):
             if value not in known:

@@ -1,10 +1,12 @@
-"""LoRA-Pro with moments of the adapter's size: an approximation of the published form that makes no (m, n) matrix.
+"""LoRA-Pro with moments of the adapter's size: an approximation of the published form that makes no (m, n)
+matrix.
 
-The projected gradient E = s (B dA + dB A) = s L R with L = [B | dB] (m, 2r), R = [dA; A] (2r, n) has rank 2r, so that the sums of
-its squares along rows and columns follow from the factors, and so does Adafactor's direction E / sqrt(row col' / sum row):
-it is k L' R' with L' = L / sqrt(row), R' = R / sqrt(col), k = s sqrt(sum row). The mean of E is kept as factors m_A, m_B and carried
-into the tangent space of each new point: m_A <- (B'B)^+ B'B_old m_A, m_B <- m_B A_old A' (A A')^+. What that loses, and the
-separable second moment, is all in which it differs from the published form.
+The projected gradient E = s (B dA + dB A) = s L R with L = [B | dB] (m, 2r), R = [dA; A] (2r, n) has rank 2r,
+so that the sums of its squares along rows and columns follow from the factors, and so does Adafactor's
+direction E / sqrt(row col' / sum row): it is k L' R' with L' = L / sqrt(row), R' = R / sqrt(col), k = s
+sqrt(sum row). The mean of E is kept as factors m_A, m_B and carried into the tangent space of each new point:
+m_A <- (B'B)^+ B'B_old m_A, m_B <- m_B A_old A' (A A')^+. What that loses, and the separable second moment, is
+all in which it differs from the published form.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Factored(Projected):
         return dA, dB
 
     def _carried(self, bucket: Bucket, at: Point, dA: Tensor, dB: Tensor) -> tuple[Tensor, Tensor]:
-        """The running means of the factors (L, r, n), (L, m, r) after they were carried here from the last point."""
+        """The running means of the factors (L, r, n), (L, m, r) after they were carried here from the last
+        point."""
         for a, b, iA, iB in zip(
             bucket.states_a, bucket.states_b, at.inverses.of_a, at.inverses.of_b, strict=True
         ):
@@ -74,7 +77,8 @@ class Factored(Projected):
 
 
 def sums(left: Tensor, right: Tensor, s: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Sums of (s L R)^2 + EPS^2 along rows (.., m, 1) and columns (.., 1, n), from L (.., m, k), R (.., k, n) alone."""
+    """Sums of (s L R)^2 + EPS^2 along rows (.., m, 1) and columns (.., 1, n), from L (.., m, k), R (.., k, n)
+    alone."""
     row = s * s * ((left @ (right @ right.mT)) * left).sum(-1, keepdim=True)
     col = s * s * (((left.mT @ left) @ right) * right).sum(-2, keepdim=True)
     return row.clamp_min(0) + right.shape[-1] * EPS**2, col.clamp_min(0) + left.shape[-2] * EPS**2

@@ -31,7 +31,8 @@ class Projected(Paired):
 
     @torch.no_grad()
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-        """As for any optimiser, by the norm that the projected gradient of the whole matrices has, with all others' own."""
+        """As for any optimiser, by the norm that the projected gradient of the whole matrices has, with all
+        others' own."""
         squares = [self._square(b) for b in self.buckets()]
         others = [
             p
@@ -77,7 +78,8 @@ class Plain(Projected):
 
 
 class Full(Projected):
-    """AdamW on the projected gradient E = s (B dA + dB A), whose direction is projected again. The moments lie with B."""
+    """AdamW on the projected gradient E = s (B dA + dB A), whose direction is projected again. The moments
+    lie with B."""
 
     def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         at = self.point(bucket)
