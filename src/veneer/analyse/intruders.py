@@ -1,10 +1,10 @@
 """Intruder dimensions: leading directions of W' that W lacks.
 
-Shuttleworth et al. 2024, https://arxiv.org/abs/2410.21228. A left singular vector y_j of W' = W + D, j <= k, is
-an intruder if max_i |cos(y_j, u_i)| < threshold over the left singular vectors u_i of W. Models with fewer of
-them forget less at equal validation scores (section 4). Scaling an intruder by f adds (f - 1) sigma_j y_j v_j'
-to W' (section 5): one more rank each, stored exactly. PEFT's tool truncates to the old rank instead, although an
-intruder need not lie in the span of D.
+Shuttleworth et al. 2024, https://arxiv.org/abs/2410.21228. A left singular vector y_j of W' = W + D, j
+<= k, is an intruder if max_i |cos(y_j, u_i)| < threshold over the left singular vectors u_i of W. Models
+with fewer of them forget less at equal validation scores (section 4). Scaling an intruder by f adds (f -
+1) sigma_j y_j v_j' to W' (section 5): one more rank each, stored exactly. PEFT's tool truncates to the
+old rank instead, although an intruder need not lie in the span of D.
 """
 
 from __future__ import annotations
