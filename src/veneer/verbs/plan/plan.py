@@ -14,7 +14,6 @@ from veneer.adapt.attach import using
 from veneer.adapt.attached import changes, n_base_parameters
 from veneer.analyse.cost import process_memory, simulate
 from veneer.analyse.cost.simulate import Memory, Shape
-from veneer.analyse.numbers import size
 from veneer.compress.quantise import as_plain
 from veneer.data.order import Order
 from veneer.data.pack import Window, n_labels, n_tokens
@@ -26,6 +25,7 @@ from veneer.runs.prepare import FULL, NAME, Ready, prepare
 from veneer.train.loop.loop import Pace
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
+from veneer.units import size
 from veneer.verbs.plan.probe import Measured, measure
 from veneer.verbs.plan.smaller import Trial, halving
 

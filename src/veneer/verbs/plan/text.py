@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from veneer.analyse.numbers import rough_seconds, size
 from veneer.runs.prepare import FULL
+from veneer.units import duration, size
 
 if TYPE_CHECKING:
     from veneer.verbs.plan.plan import Plan
@@ -90,7 +90,7 @@ def _of_time(p: Plan) -> list[str]:
     speed = p.length.tokens / p.length.steps / p.measured.seconds
     return [
         *lines,
-        f"{p.measured.seconds:.3g} s a step ({speed:,.0f} tokens/s): {rough_seconds(p.seconds)} in all, evaluations included",
+        f"{p.measured.seconds:.3g} s a step ({speed:,.0f} tokens/s): {duration(p.seconds)} in all, evaluations included",
     ]
 
 
