@@ -18,14 +18,17 @@ from veneer.adapt.attached import base_parameters
 from veneer.analyse.cost import process_memory, simulate
 from veneer.analyse.cost.memory import Live, Saved, n_bytes
 from veneer.analyse.cost.simulate import Memory
+from veneer.analyse.numbers import rough_seconds, size
 from veneer.cli.frame import main
 from veneer.runs import start_calibration
 from veneer.tasks import causal_lm
 from veneer.train.run import Run
 from veneer.verbs.plan import plan as module
 from veneer.verbs.plan import smaller
-from veneer.verbs.plan.plan import NoRoom, plan
+from veneer.verbs.plan.layers import Layer, kinds
+from veneer.verbs.plan.plan import plan
 from veneer.verbs.plan.probe import measure
+from veneer.verbs.plan.room import NoRoom
 from veneer.verbs.plan.smaller import Trial
 from veneer.verbs.plan.text import text
 
@@ -76,6 +79,24 @@ def test_layers_tell_site_shape_rank_and_share(planned):
         planned.base == sum(p.numel() for p in base.parameters())
         and planned.share == planned.trained / planned.base
     )
+
+
+def test_layers_of_a_kind_are_one_line(planned):
+    lines = text(planned).splitlines()
+    assert lines[1].split() == "2 x self_attn.q_proj 32 x 32 4 512 25.00%".split()
+    assert len([line for line in lines if " x self_attn." in line or " x mlp." in line]) == 7
+    blocks = [
+        Layer(f"model.layers.{i}.mlp.experts.{e}.up", 8, 4, 2, 24, 0.75) for i in range(3) for e in (0, 1)
+    ]
+    others = [
+        Layer("model.layers.3.mlp.experts.0.up", 8, 4, 1, 12, 0.375),
+        Layer("lm_head", 9, 4, 2, 26, 0.72),
+    ]
+    found = [(k.n_layers, k.name, k.layer.rank, k.trained) for k in kinds([*blocks, *others])]
+    name = "mlp.experts.*.up"
+    assert found == [(6, f"{name}", 2, 144), (1, f"{name}", 1, 12), (1, "lm_head", 2, 26)]
+    sides = [Layer(f"{side}.block.0.q", 4, 4, 1, 8, 0.5) for side in ("encoder", "decoder")]
+    assert [k.name for k in kinds(sides)] == ["encoder.block.*.q", "decoder.block.*.q"]
 
 
 def test_a_fraction_of_tied_weights_counts_once():
@@ -222,11 +243,12 @@ def test_the_setting_that_halves_is_tried(planned):
     assert [t.halves for t in planned.halving] == sorted((t.halves for t in planned.halving), reverse=True)
     assert all(0 < t.share < 1 for t in planned.halving)
     assert (
-        tried["length"].change == "length 16"
-        and tried["rank"].change == "rank 2"
+        tried["length"].change == "--length 16"
+        and tried["rank"].change == "--rank 2"
         and tried["rank"].share > 0.9
     )
-    assert tried["batch"].change.startswith("batch 1, accumulate 4")
+    assert tried["batch"].change.startswith("--batch 1 --accumulate 4")
+    assert tried["batch"].share > 0.5  # so half of an even batch is not tried where a quarter can be
 
 
 def test_a_start_that_looks_at_the_loss_is_planned_by_its_shapes(folder, monkeypatch):
@@ -236,13 +258,13 @@ def test_a_start_that_looks_at_the_loss_is_planned_by_its_shapes(folder, monkeyp
     for other in ("_recompute", "_batch", "_precision", "_length"):
         monkeypatch.setattr(smaller, other, lambda *given: iter(()))
     found = plan(run(folder, options={"rank": 2, "init": "loraga"}), probe=False, progress=False)
-    assert {layer.rank for layer in found.layers} == {4} and [t.change for t in found.halving] == ["rank 1"]
+    assert {layer.rank for layer in found.layers} == {4} and [t.change for t in found.halving] == ["--rank 1"]
 
 
 def test_full_fine_tuning_is_planned_alone(folder, untried):
     found = plan(run(folder, method="full", options={}), probe=False, progress=False)
     assert found.memory == found.full and found.share == 1
-    assert "no setting is left that could be halved" in text(found)
+    assert "no setting can be halved any more" in text(found)
     assert "full fine-tuning: estimated" not in text(found) and "full: estimated from shapes" in text(found)
 
 
@@ -271,14 +293,14 @@ def test_what_does_not_fit_is_said_and_exits_3(folder, untried, monkeypatch, cap
     out, _ = capsys.readouterr()
     assert (
         "will not fit: a step takes about" in out
-        and "500 kB are available on cpu; see which setting would halve it" in out
+        and "500.0 kB are available on cpu; see which setting would halve it" in out
     )
     assert "seconds: not measured" in out  # no probe is dared
     monkeypatch.setattr(process_memory, "available", lambda device: 1000)
     assert main(["plan", "--config", str(config)]) == 3
     err = capsys.readouterr().err
     assert (
-        "in 32 bits, and 1 kB of memory are available on cpu; free memory, use a smaller model, or precision bf16"
+        "in 32 bits, and 1.0 kB of memory are available on cpu; free memory, use a smaller model, or --precision bf16"
         in err
     )
 
@@ -323,7 +345,20 @@ def test_the_peak_of_the_process_is_seen():
     assert before is not None and most is not None and 90e6 < most - before < 130e6
 
 
-def test_a_trial_halves_at_one_half():
+def test_numbers_for_people():
+    assert [size(n) for n in (0, 999, 1500, 2_000_000, 3.21e9)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.5 kB",
+        "2.0 MB",
+        "3.2 GB",
+    ]
+    assert [rough_seconds(n) for n in (0.123, 12.3, 200, 7500)] == [
+        "0.12 s",
+        "12 s",
+        "3 min 20 s",
+        "2 h 5 min",
+    ]
     assert Trial("batch", "batch 1", 0.5).halves and not Trial("batch", "batch 1", 0.51).halves
 
 

@@ -32,6 +32,7 @@ def cross_entropy(
     smoothing: float = 0.0,
     chunk: int = CHUNK,
     kernel: Kernel | None = None,
+    chunks: int | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies in nats, in float32 (float64 for such features); exact in its gradients.
 
@@ -39,9 +40,10 @@ def cross_entropy(
     head(features) depends on and that take a gradient: what is not listed gets none. smoothing: share of
     every label that is spread evenly over the vocabulary. chunk: positions whose logits exist at a time.
     kernel: what turns logits into the loss and its gradient, `blocked` unless given; `whole` is faster with
-    the two parts of it that are long compiled.
+    the two parts of it that are long compiled. chunks: stops after so many, for estimates of memory on
+    tensors without content.
     """
-    run = _Run(head, labels, smoothing, chunk, kernel or blocked)
+    run = _Run(head, labels, smoothing, chunk, kernel or blocked, chunks)
     if torch.is_grad_enabled():
         total: Tensor = _Chunked.apply(run, features, *parameters)
         return total
@@ -105,13 +107,17 @@ def finish(
     return total.sum() - (1 - smoothing) * right.sum() - smoothing / vocabulary * every, gradient, None
 
 
-def blocked(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor, None]:
-    """The same as `whole` without a compiler: few rows at a time, so that what is in float32 stays in the
-    cache."""
+def blocked(
+    logits: Tensor, labels: Tensor, smoothing: float, rounds: int | None = None
+) -> tuple[Tensor, Tensor, None]:
+    """Returns the same as `whole` without a compiler, in rounds of rows whose float32 stays in the cache.
+
+    rounds: stops after so many, for estimates of memory on tensors without content.
+    """
     vocabulary = logits.shape[-1]
     gradient, loss = torch.empty_like(logits), logits.new_zeros((), dtype=_wide(logits.dtype))
     rows = max(1, BLOCK // vocabulary)
-    for i in range(0, len(labels), rows):
+    for i in range(0, len(labels) if rounds is None else min(rounds * rows, len(labels)), rows):
         exact, right = logits[i : i + rows].to(loss.dtype, copy=True), labels[i : i + rows, None]
         total = torch.logsumexp(exact, -1, keepdim=True)
         loss += total.sum() - (1 - smoothing) * exact.gather(1, right).sum()
@@ -135,13 +141,13 @@ class _Run(NamedTuple):
     smoothing: float
     chunk: int
     kernel: Kernel
+    chunks: int | None
 
     def parts(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return (
-            list(zip(features.split(self.chunk), self.labels.split(self.chunk), strict=True))
-            if len(features)
-            else []
-        )
+        if not len(features):
+            return []
+        both = zip(features.split(self.chunk), self.labels.split(self.chunk), strict=True)
+        return list(both)[: self.chunks]
 
     def forward(self, features: Tensor) -> Tensor:
         total = features.new_zeros((), dtype=_wide(features.dtype))

@@ -1,5 +1,4 @@
-"""Working memory that is used again: on a CPU every 4 KiB of fresh memory cost a page fault, often more than
-what is computed in them."""
+"""Keeps working memory: fresh memory costs a page fault every 4 KiB, often more than the computation."""
 
 from __future__ import annotations
 
@@ -8,19 +7,21 @@ import threading
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 LARGEST = 1 << 25  # bytes that are held on to
 _own = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor with anything in it, in this thread's memory called `name`: valid until that is asked for
-    again.
+    """Returns a tensor with anything in it, in this thread's memory called `name`: valid until the next call
+    for it.
 
-    New memory where it is larger than LARGEST, and on devices whose allocators keep it anyway.
+    Memory is new where it is larger than LARGEST, on devices whose allocators keep it anyway, and for fake
+    tensors.
     """
     n = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or n > LARGEST:
+    if device.type != "cpu" or n > LARGEST or active_fake_mode() is not None:
         return torch.empty(shape, dtype=dtype, device=device)
     held: dict[str, Tensor] = vars(_own)
     if name not in held or held[name].numel() < n:

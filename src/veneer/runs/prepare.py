@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veneer import embedded, methods, optim
 from veneer.adapt import attach, attached
 from veneer.adapt.store import fingerprint
-from veneer.analyse.numbers import started
+from veneer.analyse.numbers import amount, started
 from veneer.data.pack import collate
 from veneer.errors import ConfigError
 from veneer.methods.full import Full
@@ -29,11 +29,11 @@ from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 from veneer.train.speed import compiling, frozen_blocks, frozen_cache, graphs
 from veneer.train.speed.frozen_blocks import Prefix
-from veneer.units import size
 from veneer.version import __version__
 
 NAME = "default"  # of the adapter
 FULL = "full"  # the method that trains the base itself
+TRIED = 32  # tokens that the model is tried on
 
 
 class Ready(NamedTuple):
@@ -122,14 +122,25 @@ def decided(run: Run, device: torch.device) -> Run:
     if run.compile == "graphs" and (against := graphs.reason_against(device)):
         raise ConfigError(against)
     epochs = None if run.steps else run.epochs or 1.0
-    precision = run.precision if run.precision != "auto" else "bf16" if multiplies_bf16(device) else "fp32"
     options = {
         **{name: p.default for name, p in optim.options_of(run.optimiser).items()},
         **run.optimiser_options,
     }
     return replace(
-        run, lr=lr, optimiser_options=options, epochs=epochs, precision=precision, device=str(device)
+        run,
+        lr=lr,
+        optimiser_options=options,
+        epochs=epochs,
+        precision=training_precision(run, device),
+        device=str(device),
     )
+
+
+def training_precision(run: Run, device: torch.device) -> Literal["bf16", "fp32"]:
+    """Returns the precision that the run would have on the device."""
+    if run.precision != "auto":
+        return run.precision
+    return "bf16" if multiplies_bf16(device) else "fp32"
 
 
 def adapt(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None) -> list[groups.Part]:
@@ -184,9 +195,10 @@ def _trained(run: Run, parts: list[groups.Part]) -> optim.Trained:
 
 
 def _try_out(model: nn.Module, run: Run, ready: Mapping[str, Text]) -> Tensor:
-    """Raises the errors of what the model cannot do. Returns what it was tried on: the first text's token ids (1, t)."""
+    """Returns the first text's first token ids (1, t), on which the model was tried. Raises its errors."""
     windows = [w for t in ready.values() for w in t.windows]
-    ids = collate([w[:1] for w in windows[:1]], 0)["input_ids"].to(next(model.parameters()).device)
+    ids = collate([w[:1] for w in windows[:1]], 0)["input_ids"][:, :TRIED]
+    ids = ids.to(next(model.parameters()).device)
     if run.method == FULL:
         checks.check_leaves(model, ids)
     else:
@@ -202,7 +214,7 @@ def _frozen(model: nn.Module, ids: Tensor, run: Run, train: Text, voice: Voice) 
     needed = found.bytes(train.facts["tokens"])
     frozen_cache.check_room(Path(run.out), needed)
     voice.say(
-        f"what leaves the {found.first} blocks below the first adapted one is kept until the end, in {size(needed)} on disk"
+        f"what leaves the {found.first} blocks below the first adapted one is kept until the end, in {amount(needed)} on disk"
     )
     return found
 

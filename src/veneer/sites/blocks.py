@@ -9,14 +9,19 @@ from torch import nn
 
 
 def blocks(body: nn.Module) -> list[nn.Module]:
-    """The layers of a stack, all of one class: compiled one by one they share one graph, which compiles many
-    times faster."""
-    stacks = [list(m) for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    """Returns the layers of `stack`; compiled one by one they share one graph, which compiles faster."""
+    found = stack(body)
+    return [] if found is None else list(found)
+
+
+def stack(body: nn.Module) -> nn.ModuleList | None:
+    """Returns the list of layers of one class that has most parameters, or None without such a list."""
+    stacks = [m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     alike = [
         s for s in stacks if len({type(layer) for layer in s}) == 1 and any(True for _ in s[0].children())
     ]
     size = {id(s): sum(p.numel() for layer in s for p in layer.parameters()) for s in alike}
-    return max(alike, key=lambda s: size[id(s)], default=[])
+    return max(alike, key=lambda s: size[id(s)], default=None)
 
 
 class _Reached(Exception):

@@ -8,7 +8,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from veneer import dtypes, methods, optim, settings
+from veneer import methods, optim, settings
 from veneer.errors import ConfigError, suggest
 from veneer.methods import inits
 from veneer.settings import REQUIRED, about, setting
@@ -97,7 +97,7 @@ class Run:
     )
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "the rate after warm-up")
     warmup: float = setting(0.05, "straight rise of the rate", unit="share of the steps")
-    precision: Literal["auto", "bf16", "fp32", "bfloat16", "float32"] = setting(
+    precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto",
         "bf16: adapters on a bfloat16 base; full keeps float32 weights under autocast. auto: bf16 where the processor has it",
     )
@@ -148,7 +148,6 @@ class Run:
                 object.__setattr__(self, f.name, settings.suit(getattr(self, f.name), hints[f.name].hint))
             except ValueError as e:
                 problems.append(f"{f.name}: {e}")
-        object.__setattr__(self, "precision", dtypes.in_short(self.precision))
         if isinstance(self.track, tuple):
             object.__setattr__(
                 self, "track", tuple(name for entry in self.track for name in entry.split(","))
@@ -167,7 +166,9 @@ class Run:
         }
         try:
             return settings.from_dict(cls, values, inside)
-        except ConfigError as e:  # add the problems of options, which are checked later
+        except (
+            ConfigError
+        ) as e:  # options are looked at once all else is well: what is wrong in them is said with it
             owners = {"options": f"method {method!r}", "optimiser_options": f"optimiser {optimiser!r}"}
             own = [(owner, values.get(key), inside[key]) for key, owner in owners.items()]
             more = [

@@ -1,26 +1,30 @@
-"""Floating-point operations of a training step, counted from the shapes that layers meet: a product of (n, k) and (k, m) is 2 n k m."""
+"""Counts a training step's floating-point operations: a product of (n, k) and (k, m) takes 2 n k m."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from veneer.adapt.attached import base_parameters
 from veneer.sites.find import kind_of
 
 ROWWISE = ("linear", "transposed")
+FORWARD, BACKWARD = "attention forward", "attention backward"
 
 
 class Flops(NamedTuple):
-    """Of one step. forward, inputs, weights: products with the base's layers, for the gradient of their inputs and of their
-    weights; attention: scores and sums, forward and backward; adapter: all that the changes add."""
+    """Operations of one step.
+
+    forward: products with the base's layers; inputs, weights: products for the gradients of their inputs and
+    weights; attention: scores and sums, forward and backward; adapter: all that the changes add.
+    """
 
     forward: int
     inputs: int
@@ -30,64 +34,63 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Returns the sum of all parts."""
         return sum(self)
 
 
 class Count:
-    """What was counted within `counting`."""
-
-    def __init__(self, times: float) -> None:
-        self.times = times
-        self.forward = self.inputs = self.weights = 0
-        self.operations = Operations()
-
-    def found(self) -> Flops:
-        """Of a whole step. What the layers do not explain of all products is the adapter's."""
-        known = self.forward + self.inputs + self.weights
-        adapter = max(0, self.operations.products - known)
-        numbers = (self.forward, self.inputs, self.weights, self.operations.attention, adapter)
-        return Flops(*(round(n * self.times) for n in numbers))
-
-
-class Operations(TorchDispatchMode):
-    """Within the block: what all products of matrices take, and what fused attention does.
-
-    Attention is 4 b h t s d forward, and five products instead of two backward, which computes the scores again.
-    """
+    """Counts the calls of a model's layers and all matrix products, as `counting` tells it of them."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.products = self.attention = 0
+        self.forward = self.inputs = self.weights = self.products = self.attention = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = str(func)
-        if "_scaled_dot_product" in name:
-            q, k = args[1:3] if "backward" in name else args[:2]
-            self.attention += 2 * (5 if "backward" in name else 2) * math.prod(q.shape) * k.shape[-2]
-        elif (packet := _written_elsewhere(func)) in flop_registry:
-            self.products += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        return out
+    def numbers(self) -> tuple[int, ...]:
+        """Returns the five counts: forward, inputs, weights, products, attention."""
+        return self.forward, self.inputs, self.weights, self.products, self.attention
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Counts one operation; attention has two products, 4 b h t s d, forward and five backward."""
+        kind = _kind(func)
+        if kind is None:
+            return
+        if kind in (FORWARD, BACKWARD):  # the backward computes the scores again
+            q, k = args[1:3] if kind == BACKWARD else args[:2]
+            self.attention += 2 * (5 if kind == BACKWARD else 2) * math.prod(q.shape) * k.shape[-2]
+        else:
+            self.products += flop_registry[kind](*args, **kwargs, out_val=out)
+
+
+def per_step(numbers: Sequence[int], passes: int) -> Flops:
+    """Returns a step's operations from one pass's counts; the adapter's are the unexplained products."""
+    forward, inputs, weights, products, attention = numbers
+    adapter = max(0, products - forward - inputs - weights)
+    return Flops(*(n * passes for n in (forward, inputs, weights, attention, adapter)))
+
+
+@functools.cache
+def _kind(func: Any) -> Any:
+    """Returns FORWARD or BACKWARD for fused attention, a product's key in torch's registry, or None."""
+    name = str(func)
+    if "_scaled_dot_product" in name:
+        return BACKWARD if "backward" in name else FORWARD
+    packet = _written_elsewhere(func)
+    return packet if packet in flop_registry else None
 
 
 def _written_elsewhere(func: Any) -> Any:
-    """The operation that takes the same arguments and writes into none of them: addmm for addmm_."""
+    """Returns the operation with the same arguments that writes into none of them: addmm for addmm_."""
     name = func.overloadpacket.__name__
     return getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else func.overloadpacket
 
 
 @contextmanager
-def counting(model: nn.Module, passes: int) -> Iterator[Count]:
-    """Within the block the layers' calls and all operations are counted, of up to two of a step's passes."""
-    count = Count(passes / min(passes, 2))
+def counting(model: nn.Module) -> Iterator[Count]:
+    """Counts the calls of the model's layers within the block; operations are the caller's to tell."""
+    count = Count()
     own = {id(p) for p in base_parameters(model).values()}
     handles = [m.register_forward_pre_hook(_look(count)) for m in model.modules() if _is_product(m, own)]
     try:
-        with count.operations:
-            yield count
+        yield count
     finally:
         for h in handles:
             h.remove()

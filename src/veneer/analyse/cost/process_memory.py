@@ -42,7 +42,7 @@ def available(device: torch.device) -> int | None:
 
 
 def _of_group() -> int | None:
-    """What the container that the process may run in has left."""
+    """Returns the bytes that the process's container has left, or None outside of one."""
     try:
         limit, used = ((GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:

@@ -1,9 +1,10 @@
-"""A step of training by shapes alone, on tensors without content: its memory and its operations, in no time and no memory."""
+"""Runs a training step by shapes alone, on tensors without content: its memory and its operations."""
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,21 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from veneer.adapt.attached import base_parameters
-from veneer.analyse.cost.flops import Flops, counting
-from veneer.analyse.cost.memory import Live, Saved, n_bytes
-from veneer.ops.chunked import CHUNK, cross_entropy
-from veneer.sites.own import CHILD, is_own, split
+from veneer.adapt.attached import base_parameters, layers
+from veneer.analyse.cost.flops import Count, Flops, counting, per_step
+from veneer.analyse.cost.memory import Live, Saved
+from veneer.analyse.cost.repeats import Repeats, Stretch
+from veneer.analyse.cost.stand_ins import StandIns, stand_ins
+from veneer.ops.chunked import CHUNK, blocked, cross_entropy
+from veneer.sites.blocks import stack
+from veneer.sites.own import is_own
 from veneer.tasks.head import cut
 
 LOOK = "find_packed_sequence_indices"
 
 
 class Shape(NamedTuple):
-    """The batches of a step: windows and tokens of each in one pass, learned tokens of the pass, passes of the step.
+    """Sizes of a step's batches.
 
-    packed: whether a window holds several texts, which takes a mask (rows, 1, tokens, tokens).
+    rows: windows in one pass; tokens: of each window; labels: learned tokens of the pass; passes: of the
+    step; packed: True if a window holds several texts, which takes a mask (rows, 1, tokens, tokens).
     """
 
     rows: int
@@ -36,7 +42,7 @@ class Shape(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes by part; peak: the most that exists at once, which the parts, not all there at the same time, may exceed."""
+    """Bytes by part. peak: the most at once; the parts, not all alive at the same time, may sum to more."""
 
     weights: int
     adapter: int
@@ -48,12 +54,12 @@ class Memory(NamedTuple):
 
     @property
     def growth(self) -> int:
-        """What a step takes on top of the loaded model and its adapter."""
+        """Returns the bytes of a step on top of the loaded model and its adapter."""
         return self.peak - self.weights - self.adapter
 
 
 class Step(NamedTuple):
-    """What one step takes."""
+    """Memory and operations of one step."""
 
     memory: Memory
     flops: Flops
@@ -68,45 +74,68 @@ def step(
     autocast: bool = False,
     states: int | None = None,
 ) -> Step:
-    """The step that trains the acting adapters, or the base alone if `full`.
+    """Returns what a step takes that trains the acting adapters, or the base alone if `full`.
 
-    base: what the model's own floating-point numbers are held in, unless as they are; autocast: products in bfloat16;
-    states: bytes that the optimiser keeps, AdamW's unless given.
+    base: dtype of the model's own floating-point numbers, their present one unless given; autocast: products
+    in bfloat16; states: bytes that the optimiser keeps, AdamW's unless given. Blocks alike run once.
     """
-    own = base_parameters(model)
-    trained = (
-        set(own) if full else {n for n, p in model.named_parameters() if n not in own and _acts(model, n)}
-    )
+    parts = _parts(model, base, full)
     training = model.training
-    device = next(iter(own.values())).device
-    with FakeTensorMode():
-        tensors = {
-            **{
-                n: _fake(p, base if n in own else None, n in trained, device)
-                for n, p in model.named_parameters()
-            },
-            **{n: _fake(b, None, False, device) for n, b in model.named_buffers() if n},
-        }
-        masters = {n: t for n, t in tensors.items() if n not in own and _acts(model, n)}
-        kept = {n: t for n, t in tensors.items() if n not in masters and not is_own(n)}
-        learned = [t for n, t in tensors.items() if n in trained]
-        try:
-            model.train()
-            with _unpacked():
-                found = _run(model, tensors, shape, device, autocast)
-        finally:
-            model.train(training)
-    gradients = sum(t.numel() * t.element_size() for t in learned)
-    states = 2 * gradients + 4 * len(learned) if states is None else states
-    weights, adapter = n_bytes(kept.values()), n_bytes(masters.values())
-    logits = _logits(model, shape, 2 if autocast else _width(kept))
-    peak = weights + adapter + states + found.live
-    return Step(Memory(weights, adapter, gradients, states, found.saved, logits, peak), found.flops)
+    try:
+        model.train()
+        with FakeTensorMode(), _unpacked(), stand_ins(parts.stand_in) as fakes:
+            taken = _pass(model, fakes, shape, parts.device, autocast)
+    finally:
+        model.train(training)
+    weights, adapter, gradients = map(parts.n_bytes, (parts.own, parts.acting, parts.trained))
+    states = 2 * gradients + 4 * len(parts.trained) if states is None else states
+    width = 2 if autocast else max(parts.dtype(t).itemsize for t in parts.own if t.ndim > 1)
+    earlier = gradients if shape.passes > 1 else 0
+    peak = weights + adapter + states + earlier + taken.made.high
+    memory = Memory(weights, adapter, gradients, states, taken.kept.high, _logits(model, shape, width), peak)
+    return Step(memory, per_step(taken.counts, shape.passes))
+
+
+class _Parts(NamedTuple):
+    """Tensors of the base (own) and of the acting adapters; converted: dtypes of those held in another."""
+
+    own: list[Tensor]
+    acting: list[Tensor]
+    trained: list[Tensor]
+    converted: dict[int, torch.dtype]
+    learned: set[int]
+    device: torch.device
+
+    def dtype(self, t: Tensor) -> torch.dtype:
+        """Returns what the step holds the tensor in."""
+        return self.converted.get(id(t), t.dtype)
+
+    def n_bytes(self, tensors: Iterable[Tensor]) -> int:
+        """Returns the bytes of the tensors in the step."""
+        return sum(t.numel() * self.dtype(t).itemsize for t in tensors)
+
+    def stand_in(self, t: Tensor) -> Tensor:
+        """Returns a tensor without content for one of the model's."""
+        device, learned = self.device if t.is_meta else t.device, id(t) in self.learned
+        return torch.empty(t.shape, dtype=self.dtype(t), device=device, requires_grad=learned)
+
+
+def _parts(model: nn.Module, base: torch.dtype | None, full: bool) -> _Parts:
+    parameters: list[Tensor] = list(base_parameters(model).values())
+    changes = [d[name] for d in layers(model) for name in d.active]
+    buffers = [b for name, b in model.named_buffers() if name and not is_own(name)]
+    acting = [t for change in changes for t in (*change.parameters(), *change.buffers())]
+    acting = list({id(t): t for t in acting}.values())
+    masters: list[Tensor] = [t for t in acting if isinstance(t, nn.Parameter)]
+    trained = parameters if full else masters
+    converted = {id(p): base for p in parameters if base is not None and p.is_floating_point()}
+    learned = {id(t) for t in trained}
+    return _Parts([*parameters, *buffers], acting, trained, converted, learned, parameters[0].device)
 
 
 @contextmanager
 def _unpacked() -> Iterator[None]:
-    """Within the block transformers does not look into positions for packed texts, as there is nothing to see in them."""
+    """Keeps transformers from looking for packed texts in positions, which have no content here."""
     masks: Any = sys.modules.get("transformers.masking_utils")
     find = getattr(masks, LOOK, None)
     if find is None:
@@ -119,72 +148,70 @@ def _unpacked() -> Iterator[None]:
         setattr(masks, LOOK, find)
 
 
-class _Found(NamedTuple):
-    live: int
-    saved: int
-    flops: Flops
+class _Meter(TorchDispatchMode):
+    """Counts the memory and the operations of all that is computed within the block."""
 
-
-def _run(
-    model: nn.Module, tensors: dict[str, Tensor], shape: Shape, device: torch.device, autocast: bool
-) -> _Found:
-    live, saved = Live(), Saved(tensors.values())
-    named = {f"model.{n}": t for n, t in tensors.items()}
-    with counting(model, shape.passes) as flops, live, saved.watching():
-        for _ in range(min(shape.passes, 2)):  # from the second pass on the gradients of the first are there
-            torch.func.functional_call(_Pass(model), named, (shape, device, autocast))
-    return _Found(live.made.peak, saved.kept.peak, flops.found())
-
-
-class _Pass(nn.Module):
-    """The objective on a batch of a shape, where no token is looked at, and its gradient.
-
-    Both are one call, so that blocks that are computed again backward find the same tensors as forward.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, live: Live, count: Count) -> None:
         super().__init__()
-        self.model = model
+        self.live, self.count = live, count
+        self.resting = False
 
-    def forward(self, shape: Shape, device: torch.device, autocast: bool) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            total = self._loss(shape, device)
-        total.backward()
-
-    def _loss(self, shape: Shape, device: torch.device) -> Tensor:
-        ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64, device=device)
-        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if shape.packed:
-            inputs["attention_mask"] = torch.ones(
-                shape.rows, 1, shape.tokens, shape.tokens, dtype=torch.bool, device=device
-            )
-        targets = ids.new_zeros(shape.labels)
-        head = cut(self.model)
-        if head is None:
-            return F.cross_entropy(
-                self.model(**inputs).logits.flatten(0, 1)[: shape.labels].float(), targets, reduction="sum"
-            )
-        features = head.features(inputs).flatten(0, 1).index_select(0, targets)
-        return cross_entropy(features, targets, head.logits, head.parameters())
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.resting:
+            self.live.see(args, kwargs or {}, out)
+            self.count.see(func, args, kwargs or {}, out)
+        return out
 
 
-def _acts(model: nn.Module, name: str) -> bool:
-    """Whether a tensor of this name belongs to a change that acts now."""
-    place = split(name)
-    return place is not None and place[1].split(".")[0] in model.get_submodule(f"{place[0]}.{CHILD}").active  # type: ignore[operator]
+def _pass(model: nn.Module, fakes: StandIns, shape: Shape, device: torch.device, autocast: bool) -> Stretch:
+    """Runs the last of the passes of a step. The gradients of earlier ones are there, and not counted."""
+    live, saved = Live(), Saved()
+    with counting(model) as count:
+        meter = _Meter(live, count)
+
+        def ready(module: nn.Module, without: Collection[nn.Module] = ()) -> None:
+            meter.resting = True
+            for t in fakes.put(module, without):
+                saved.leave_out(t)
+                if t.requires_grad and shape.passes > 1:
+                    t.grad = torch.empty_like(t)
+            meter.resting = False
+
+        repeats = Repeats(live.made, saved.kept, count.numbers, ready)
+        blocks = stack(model)
+        ready(model, [] if blocks is None else [blocks])
+        with repeats.watching(model), meter, saved.watching():
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                total = _loss(model, shape, device, repeats)
+            total.backward()
+        return repeats.found()
 
 
-def _fake(t: Tensor, dtype: torch.dtype | None, trained: bool, device: torch.device) -> Tensor:
-    dtype = dtype if dtype is not None and t.is_floating_point() else t.dtype
-    return torch.empty(t.shape, dtype=dtype, device=device if t.is_meta else t.device, requires_grad=trained)
-
-
-def _width(kept: dict[str, Tensor]) -> int:
-    return max(t.element_size() for t in kept.values() if t.ndim > 1)
+def _loss(model: nn.Module, shape: Shape, device: torch.device, repeats: Repeats) -> Tensor:
+    """Returns the objective on a batch of a shape, whose tokens nothing looks at."""
+    ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64, device=device)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if shape.packed:
+        inputs["attention_mask"] = torch.ones(
+            shape.rows, 1, shape.tokens, shape.tokens, dtype=torch.bool, device=device
+        )
+    targets = ids.new_zeros(shape.labels)
+    head = cut(model)
+    if head is None:
+        logits = model(**inputs).logits.flatten(0, 1)[: shape.labels].float()
+        return F.cross_entropy(logits, targets, reduction="sum")
+    features = head.features(inputs).flatten(0, 1).index_select(0, targets)
+    # From the second one on, chunks and the rounds in them meet the numbers of the one before, and are alike.
+    kernel, parameters = functools.partial(blocked, rounds=2), head.parameters()
+    with repeats.counted(shape.labels / min(2 * CHUNK, shape.labels)):
+        return cross_entropy(features, targets, head.logits, parameters, kernel=kernel, chunks=2)
 
 
 def _logits(model: nn.Module, shape: Shape, width: int) -> int:
-    """Bytes of the logits and of their gradient that exist at a time, at `width` bytes a number."""
+    """Returns the bytes of logits and their gradient that exist at a time, at `width` bytes a number."""
     vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     rows = min(CHUNK, shape.labels) if cut(model) is not None else shape.rows * shape.tokens
     return 2 * rows * vocabulary * width

@@ -1,4 +1,4 @@
-"""The seconds and bytes of three steps of a training, taken in memory after two that load and warm up all they need."""
+"""Measures seconds and bytes of three steps of a training, in memory, after two that warm up."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from veneer.train.loop.progress import Voice
 from veneer.train.loop.step import Learner
 from veneer.train.speed.compiling import eagerly
 
-WARM, STEPS = 2, 3  # in the first step kernels are chosen, in the second memory is still asked of the system
+WARM, STEPS = 2, 3  # the first step chooses kernels, the second still asks the system for memory
 
 
 class Measured(NamedTuple):
     """Medians a step: seconds, and processor_seconds, which do not grow while other programs compute.
 
-    evaluation_seconds: of one batch; growth: bytes of the process, or of the GPU, at the peak over the loaded model, None
-    where the system does not tell; live: bytes of all tensors at once over the loaded model; activations: bytes kept.
+    evaluation_seconds: of one batch; growth: bytes of the process, or of the GPU, at the peak over the loaded
+    model, None where the system does not report them; live: bytes of all tensors at once over the loaded
+    model; activations: bytes kept for the backward.
     """
 
     seconds: float
@@ -36,16 +37,16 @@ class Measured(NamedTuple):
     activations: int
 
     def corrected(self, estimate: Memory) -> Memory:
-        """The estimate with what was measured in its place."""
-        return estimate._replace(
-            activations=self.activations, peak=estimate.weights + estimate.adapter + self.live
-        )
+        """Returns the estimate with measured numbers in place of estimated ones."""
+        peak = estimate.weights + estimate.adapter + self.live
+        return estimate._replace(activations=self.activations, peak=peak)
 
 
 def measure(ready: Ready, order: Order, pace: Pace, *, held: int | None) -> Measured:
-    """Trains for a few steps, spread over the run as their batches may differ; the model is not what it was afterwards.
+    """Returns the seconds and bytes of a few steps spread over the run, as batches may differ; trains the
+    model.
 
-    held: bytes of the loaded model, as `resident.forget_peak` told them. Raises what training raises.
+    held: bytes of the loaded model, from `process_memory.forget_peak`. Raises the errors of training.
     """
     device = next(ready.model.parameters()).device
     learner = learner_of(ready, order, Voice(False))
@@ -60,14 +61,14 @@ def measure(ready: Ready, order: Order, pace: Pace, *, held: int | None) -> Meas
 
 
 def _timed(learner: Learner, order: Order, pace: Pace, step: int) -> tuple[float, float]:
-    """Seconds, and processor seconds, of a step."""
+    """Returns the seconds and the processor seconds of a step."""
     started = time.monotonic(), time.process_time()
     learner.step(order.step(step), pace.rate(step))
     return time.monotonic() - started[0], time.process_time() - started[1]
 
 
 def _evaluate(learner: Learner, ready: Ready, order: Order) -> float:
-    """Seconds of one batch of evaluation, which a training begins with too: the last of two of each text, once all is loaded."""
+    """Returns the seconds of one batch of evaluation: the second one of each text, once all is loaded."""
     seconds = 0.0
     for windows in (sample(t.windows, 2 * order.batch) for part, t in ready.texts.items() if part != "train"):
         for batch in (windows[: order.batch], windows[-order.batch :]):
@@ -78,7 +79,7 @@ def _evaluate(learner: Learner, ready: Ready, order: Order) -> float:
 
 
 def _counted(learner: Learner, order: Order) -> tuple[int, int]:
-    """Bytes that exist at once over model and adapter, and bytes kept for the backward of one pass."""
+    """Returns the bytes alive at once over model and adapter, and those kept for one backward pass."""
     state = [t for s in learner.optimiser.state.values() for t in s.values()]
     held = sum(t.numel() * t.element_size() for t in state)
     live, saved = Live(), Saved([*learner.model.parameters(), *learner.model.buffers()])

@@ -1,4 +1,4 @@
-"""Which one setting would halve the memory of a step: each is halved until it does, by shapes alone."""
+"""Finds the settings that would halve a step's memory: halves each until it does, by shapes alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST = 3  # halvings of one setting
 
 
 class Trial(NamedTuple):
-    """A changed setting in words, and its peak as a share of what it was."""
+    """A changed setting, as flags, and the peak over the unchanged one's."""
 
     setting: str
     change: str
@@ -33,16 +33,16 @@ class Trial(NamedTuple):
 
     @property
     def halves(self) -> bool:
-        """Whether half of the memory or less is left."""
+        """Returns True if at most half of the memory is left."""
         return self.share <= 0.5
 
 
 def halving(ready: Ready, shape: Shape, now: Memory) -> list[Trial]:
-    """One trial for every setting that can be made smaller: those that halve the memory by the mildest change first."""
+    """Returns one trial for every setting that can shrink, those that halve by the mildest change first."""
     found = []
     for setting in (_recompute, _batch, _precision, _length, _rank):
         last = None
-        for times, (trial, memory) in enumerate(setting(ready, shape, now), 1):
+        for times, trial, memory in setting(ready, shape, now):
             last = times, trial._replace(share=memory.peak / now.peak)
             if last[1].halves:
                 break
@@ -51,27 +51,27 @@ def halving(ready: Ready, shape: Shape, now: Memory) -> list[Trial]:
     return [t for _, t in sorted(found, key=lambda f: (not f[1].halves, f[0] if f[1].halves else f[1].share))]
 
 
-Trials = Iterator[tuple[Trial, Memory]]
+Trials = Iterator[tuple[int, Trial, Memory]]  # times halved
 
 
 def _recompute(ready: Ready, shape: Shape, now: Memory) -> Trials:
     if ready.run.gradient_checkpointing or not ready.model.supports_gradient_checkpointing:
         return
     with compiling.recomputing(ready.model):
-        yield (
-            Trial("gradient_checkpointing", "gradient_checkpointing, which takes a third more time", 1.0),
-            _memory(ready, shape),
-        )
+        change = "--gradient-checkpointing, a third more time,"
+        yield 1, Trial("gradient_checkpointing", change, 1.0), _memory(ready, shape)
 
 
 def _batch(ready: Ready, shape: Shape, now: Memory) -> Trials:
     run = ready.run
-    for i in range(1, MOST + 1):
+    most = min(MOST, shape.rows.bit_length() - 1)
+    # Weights do not shrink with the batch: half of the rows alone never takes half of the memory.
+    first = 2 if most > 1 and shape.rows % 2 == 0 else 1
+    for i in range(first, most + 1):
         rows, passes = shape.rows >> i, shape.passes << i
-        if not rows:
-            return
         smaller = shape._replace(rows=rows, labels=max(1, shape.labels >> i), passes=passes)
-        yield Trial("batch", f"batch {rows}, accumulate {run.accumulate << i}", 1.0), _memory(ready, smaller)
+        change = f"--batch {rows} --accumulate {run.accumulate << i}"
+        yield i, Trial("batch", change, 1.0), _memory(ready, smaller)
 
 
 def _length(ready: Ready, shape: Shape, now: Memory) -> Trials:
@@ -80,12 +80,12 @@ def _length(ready: Ready, shape: Shape, now: Memory) -> Trials:
         if tokens < 2:
             return
         smaller = shape._replace(tokens=tokens, labels=max(1, shape.labels >> i))
-        yield Trial("length", f"length {tokens}", 1.0), _memory(ready, smaller)
+        yield i, Trial("length", f"--length {tokens}", 1.0), _memory(ready, smaller)
 
 
 def _precision(ready: Ready, shape: Shape, now: Memory) -> Trials:
     if ready.run.precision == "fp32":
-        yield Trial("precision", "precision bf16", 1.0), _memory(ready, shape, narrow=True)
+        yield 1, Trial("precision", "--precision bf16", 1.0), _memory(ready, shape, narrow=True)
 
 
 def _rank(ready: Ready, shape: Shape, now: Memory) -> Trials:
@@ -96,9 +96,8 @@ def _rank(ready: Ready, shape: Shape, now: Memory) -> Trials:
     rank = int(run.options.get("rank", known["rank"].default))
     most = min(MOST, rank.bit_length() - 1)
     hopeful = 2 * (now.adapter + now.gradients + now.optimiser) > now.peak
-    for i in range(
-        1 if hopeful else max(1, most), most + 1
-    ):  # what cannot halve the memory is tried once, at its smallest
+    # A rank that cannot halve the memory is tried once, at its smallest.
+    for i in range(1 if hopeful else max(1, most), most + 1):
         smaller = replace(
             run,
             options={**run.options, "rank": rank >> i},
@@ -106,7 +105,7 @@ def _rank(ready: Ready, shape: Shape, now: Memory) -> Trials:
         )
         with _instead(ready.model, smaller):
             memory = _memory(ready._replace(parts=of_adapter(ready.model, TRIAL)), shape)
-        yield Trial("rank", f"rank {rank >> i}", 1.0), memory
+        yield i, Trial("rank", f"--rank {rank >> i}", 1.0), memory
 
 
 def _memory(ready: Ready, shape: Shape, *, narrow: bool = False) -> Memory:
@@ -120,14 +119,13 @@ def _memory(ready: Ready, shape: Shape, *, narrow: bool = False) -> Memory:
 
 @contextmanager
 def _instead(model: nn.Module, run: Run) -> Iterator[None]:
-    """Within the block another adapter acts, that of `run`."""
+    """Lets another adapter act within the block, that of `run`."""
     layers: dict[str, Any] = {
         name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")
     }
     stats = start_calibration.unseen(model, run) if start_calibration.needed(run) else None
-    options = {
-        k: v for k, v in run.options.items() if k != "init" or base_model.start_of(run) is None
-    }  # as large with any start
+    # The start is left out where it needs a base of its own: the adapter has one size with all of them.
+    options = {k: v for k, v in run.options.items() if k != "init" or base_model.start_of(run) is None}
     attach.attach(model, run.method, name=TRIAL, stats=stats, **layers, **options)
     try:
         with attach.using(model, TRIAL):

@@ -1,25 +1,22 @@
-"""What a plan says to people: tables of layers, memory and time, everything with its unit."""
+"""Writes a plan for people: tables of layers, memory and time, everything with its unit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from veneer.analyse.numbers import rough_seconds, size
 from veneer.runs.prepare import FULL
-from veneer.units import duration, size
-
-if TYPE_CHECKING:
-    from veneer.verbs.plan.plan import Plan
-
+from veneer.verbs.plan.layers import kinds
+from veneer.verbs.plan.result import Plan
 
 PARTS: Mapping[str, str] = {
     "weights": "weights of the base",
-    "adapter": "adapter, and what it keeps",
+    "adapter": "adapter and its buffers",
     "gradients": "gradients",
     "optimiser": "optimiser state",
     "activations": "kept for the backward",
     "logits": "logits and their gradient",
-    "peak": "at most at once",
+    "peak": "peak",
 }
 
 PRODUCTS: Mapping[str, str] = {
@@ -32,72 +29,59 @@ PRODUCTS: Mapping[str, str] = {
 
 
 def text(found: Plan) -> str:
-    """The plan for people."""
-    return "\n".join(
-        [*_of_layers(found), "", *_of_memory(found), "", *_of_time(found), "", *_of_halving(found)]
-    )
+    """Returns the plan for people."""
+    parts = (_of_layers, _of_memory, _of_time, _of_halving)
+    return "\n\n".join("\n".join(part(found)) for part in parts)
 
 
 def _of_layers(p: Plan) -> list[str]:
-    lines = [f"{'layer':<44} {'shape':>13} {'rank':>5} {'trained numbers':>15} {'of W':>7}"]
-    for n in p.layers:
-        rank = "-" if n.rank is None else n.rank
-        lines.append(
-            f"{n.site[-44:]:<44} {f'{n.out} x {n.in_}':>13} {rank:>5} {n.trained:>15,} {n.share:>7.2%}"
-        )
+    lines = [f"{'layers':<44} {'shape':>13} {'rank':>5} {'trained numbers':>15} {'of W':>7}"]
+    for kind in kinds(p.layers):
+        one, name = kind.layer, f"{kind.n_layers} x {kind.name}"
+        shape, rank = f"{one.out} x {one.in_}", "-" if one.rank is None else one.rank
+        lines.append(f"{name[-44:]:<44} {shape:>13} {rank:>5} {kind.trained:>15,} {one.share:>7.2%}")
     return [*lines, f"{p.run.method} trains {p.trained:,} numbers, {p.share:.2%} of the base's {p.base:,}"]
 
 
 def _of_memory(p: Plan) -> list[str]:
-    columns = (
-        {p.run.method: p.memory}
-        if p.run.method == FULL
-        else {p.run.method: p.memory, "full fine-tuning": p.full}
-    )
-    source = "measured" if p.measured else "estimated from shapes"
+    method, alone = p.run.method, p.run.method == FULL
+    columns = {method: p.memory} if alone else {method: p.memory, "full fine-tuning": p.full}
     lines = [f"{'memory':<28}" + "".join(f"{name:>18}" for name in columns)]
     lines += [
-        f"{what:<28}" + "".join(f"{size(getattr(m, part)):>18}" for m in columns.values())
-        for part, what in PARTS.items()
+        f"{name:<28}" + "".join(f"{size(getattr(m, part)):>18}" for m in columns.values())
+        for part, name in PARTS.items()
     ]
-    lines.append(
-        f"{p.run.method}: {source}{'' if p.run.method == FULL else '; full fine-tuning: estimated from shapes'}"
-    )
+    source = "measured" if p.measured else "estimated from shapes"
+    lines.append(f"{method}: {source}{'' if alone else '; full fine-tuning: estimated from shapes'}")
     if p.measured and p.measured.growth is not None:
-        lines.append(
-            f"the process grew by {size(p.measured.growth)} over the loaded model, what libraries and free pieces take included"
-        )
-    room = "not known" if p.available is None else size(p.available)
+        grown = f"the process grew by {size(p.measured.growth)} over the loaded model"
+        lines.append(f"{grown}, libraries and free memory included")
+    room = "unknown" if p.available is None else size(p.available)
     return [*lines, f"available on {p.run.device}: {room}", p.problem or "fits"]
 
 
 def _of_time(p: Plan) -> list[str]:
-    parts = ", ".join(
-        f"{what} {n / 1e9:,.2f}" for part, what in PRODUCTS.items() if (n := getattr(p.flops, part))
-    )
+    shares = {name: getattr(p.flops, part) / 1e9 for part, name in PRODUCTS.items()}
+    parts = ", ".join(f"{name} {n:,.2f}" for name, n in shares.items() if n)
+    own, full = p.flops.total / 1e9, p.full_flops.total / 1e9
+    n = p.length
     lines = [
-        f"10^9 operations a step: {p.flops.total / 1e9:,.2f} ({parts}); full fine-tuning {p.full_flops.total / 1e9:,.2f}"
+        f"10^9 operations a step: {own:,.2f} ({parts}); full fine-tuning {full:,.2f}",
+        f"{n.steps:,} steps, {n.tokens:,} tokens, {n.evaluations:,} evaluations",
     ]
-    lines.append(
-        f"{p.length.steps:,} steps, {p.length.tokens:,} tokens, {p.length.evaluations:,} evaluations"
-    )
     if p.cache_frozen is not None:
-        lines.append(
-            f"cache_frozen: {size(p.cache_frozen)} on disk; steps are counted and measured here with all blocks computed"
-        )
+        frozen = f"--cache-frozen: {size(p.cache_frozen)} on disk"
+        lines.append(f"{frozen}; steps are counted and measured here with all blocks computed")
     if p.measured is None or p.seconds is None:
         return [*lines, "seconds: not measured (no probe)"]
-    speed = p.length.tokens / p.length.steps / p.measured.seconds
-    return [
-        *lines,
-        f"{p.measured.seconds:.3g} s a step ({speed:,.0f} tokens/s): {duration(p.seconds)} in all, evaluations included",
-    ]
+    speed = f"{p.measured.seconds:.3g} s a step ({n.tokens / n.steps / p.measured.seconds:,.0f} tokens/s)"
+    return [*lines, f"{speed}: {rough_seconds(p.seconds)} in all, evaluations included"]
 
 
 def _of_halving(p: Plan) -> list[str]:
     if not p.halving:
-        return ["no setting is left that could be halved"]
-    best = p.halving[0]
-    verb = "halves the memory" if best.halves else "does most, which is not half:"
-    first = f"one setting: {best.change} {verb} {size(p.memory.peak)} -> {size(best.share * p.memory.peak)} (estimated)"
+        return ["no setting can be halved any more"]
+    best, now = p.halving[0], p.memory.peak
+    verb = "halves the memory" if best.halves else "saves most, but less than half:"
+    first = f"one setting: {best.change} {verb} {size(now)} -> {size(best.share * now)} (estimated)"
     return [first, *(f"  {t.change}: {t.share:.0%}" for t in p.halving[1:])]

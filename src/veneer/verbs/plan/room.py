@@ -1,0 +1,56 @@
+"""Compares what a training needs with the memory that is available."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from veneer.analyse.cost import process_memory
+from veneer.analyse.numbers import size
+from veneer.errors import VeneerError
+from veneer.models import pretrained
+from veneer.runs.prepare import FULL, training_precision
+from veneer.train.run import Run
+
+
+class NoRoom(VeneerError):
+    """Raised where the model alone is larger than the available memory."""
+
+    exit_code = 3
+
+
+def check_weights(run: Run, device: torch.device) -> None:
+    """Raises NoRoom if the model's weights alone exceed the available memory; loads nothing to find out."""
+    n, room = pretrained_size(run.model), process_memory.available(device)
+    narrow = run.method != FULL and training_precision(run, device) == "bf16"
+    width = 2 if narrow else 4
+    if n is not None and room is not None and n * width > room:
+        other = "" if narrow or run.method == FULL else ", or --precision bf16"
+        raise NoRoom(
+            f"model {run.model!r} has {n:,} parameters, {size(n * width)} in {8 * width} bits, and"
+            f" {size(room)} of memory are available on {device}; free memory, use a smaller model{other}"
+        )
+
+
+def pretrained_size(name: str) -> int | None:
+    """Returns a model's parameters by its configuration alone, tied ones once; None where that is unknown."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(pretrained.source(name))
+            )
+    except (OSError, ValueError, KeyError):  # loading the model says more
+        return None
+    return sum(p.numel() for p in model.parameters())
+
+
+def problem(growth: int, room: int | None, device: torch.device) -> str | None:
+    """Returns why the training will not fit, or None if it will or the available memory is unknown."""
+    if room is None or growth <= room:
+        return None
+    return (
+        f"will not fit: a step takes about {size(growth)} on top of the loaded model, and {size(room)} are"
+        f" available on {device}; see which setting would halve it"
+    )
