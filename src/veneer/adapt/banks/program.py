@@ -1,4 +1,4 @@
-"""What each row of a batch adds to a layer's output, prepared once for all layers."""
+"""The work of a batch at every layer, by rows that lie sorted by adapter; prepared once for all layers."""
 
 from __future__ import annotations
 
