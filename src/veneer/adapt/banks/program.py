@@ -17,7 +17,8 @@ Terms: TypeAlias = "tuple[tuple[Placed, float], ...]"  # a sum of adapters with 
 class Apart(NamedTuple):
     """A term that is computed by itself, for the rows from `start` on.
 
-    whole: its low-rank part too, because it reads another input than the layer's; gain: its gain of outputs too.
+    whole: its low-rank part too, because it reads another input than the layer's; gain: its gain of outputs
+    too.
     """
 
     placed: Placed
@@ -31,13 +32,15 @@ class Apart(NamedTuple):
 class Program:
     """The work of all layers for rows that lie sorted by their first adapter.
 
-    pairs: low-rank parts of each row's first term; more: those of further terms, with the rows they belong to;
-    gains: gains of outputs where a row has one term; scales: gains of inputs where a row has one term at strength 1;
-    apart: all else.
+    pairs: low-rank parts of each row's first term; more: those of further terms, with the rows they belong
+    to; gains: gains of outputs where a row has one term; scales: gains of inputs where a row has one term at
+    strength 1; apart: all else.
     """
 
     def __init__(self, rows: Sequence[tuple[Terms, int]], like: Tensor) -> None:
-        """rows: (adapters, number of consecutive rows) in their order. like: device and dtype of the strengths."""
+        """rows: (adapters, number of consecutive rows) in their order. like: device and dtype of the
+        strengths.
+        """
         self.rows = sum(n for _, n in rows)
         starts = [0]
         for _, n in rows:

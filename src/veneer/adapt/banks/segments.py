@@ -1,8 +1,10 @@
-"""A bank in segment layout, for serving: rows lie sorted by adapter, any number of adapters come and go, any sum can act.
+"""A bank in segment layout, for serving: rows lie sorted by adapter, any number of adapters come and go, any
+sum can act.
 
-A row's adapters are a sum of W' - W with strengths: low-rank parts are concatenated by adding one after the other, gains of
-outputs act on the layer's own output, and what needs another input (gains of inputs beside others, products with W) costs
-a product of the base's size for those rows alone. Nothing is padded to the largest rank, and no factor is copied.
+A row's adapters are a sum of W' - W with strengths: low-rank parts are concatenated by adding one after the
+other, gains of outputs act on the layer's own output, and what needs another input (gains of inputs beside
+others, products with W) costs a product of the base's size for those rows alone. Nothing is padded to the
+largest rank, and no factor is copied.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ NAME = "bank"
 
 
 class SegmentBank:
-    """The adapters that a served model has at hand. Not safe for threads: one thread writes, and runs the model."""
+    """The adapters that a served model has at hand. Not safe for threads: one thread writes, and runs the
+    model.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """model: gets a hook at each layer that some adapter changes, when the first such adapter comes."""
@@ -81,7 +85,9 @@ class SegmentBank:
             del self.stacks[placed.stack]
 
     def use(self, *batches: Sequence[tuple[Terms, int]]) -> None:
-        """From now on rows have these adapters: (adapters, consecutive rows) in order; several for layers that see fewer rows."""
+        """From now on rows have these adapters: (adapters, consecutive rows) in order; several for layers
+        that see fewer rows.
+        """
         like = next(self.model.parameters())
         programs = tuple(Program(rows, like) for rows in batches)
         self.programs = () if all(p.is_idle for p in programs) else programs
@@ -102,7 +108,9 @@ class SegmentLayer(Delta, GainsInput, AddsInPlace):
         self.options: dict[str, Any] = {}
 
     def _program(self, x: Tensor) -> Program | None:
-        """The program for the rows of x, or None where no row has an adapter. Raises ShapeError for other rows."""
+        """The program for the rows of x, or None where no row has an adapter. Raises ShapeError for other
+        rows.
+        """
         if not self.bank.programs:
             return None
         rows = x.numel() // x.shape[-1]

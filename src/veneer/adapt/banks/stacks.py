@@ -1,4 +1,6 @@
-"""Storage of a bank in segment layout: factors of several adapters side by side, layer by layer, written once and then read."""
+"""Storage of a bank in segment layout: factors of several adapters side by side, layer by layer, written once
+and then read.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ PLACES = 16  # adapters in a stack: neighbours share one batched product
 
 
 class Placed(NamedTuple):
-    """Where an adapter lies, and whether it has gains of outputs, gains of inputs, or products with W anywhere."""
+    """Where an adapter lies, and whether it has gains of outputs, gains of inputs, or products with W
+    anywhere.
+    """
 
     stack: int
     place: int
@@ -28,8 +32,8 @@ class Placed(NamedTuple):
 class Layer:
     """One layer's part of a stack, in the layer's dtype.
 
-    A (n, r, in); B (n, r, out) with output gains folded in; ranks: the rank in use at each place; excess (n, out): g - 1;
-    c (n, in); products by place. Places in use are never written again before they are freed.
+    A (n, r, in); B (n, r, out) with output gains folded in; ranks: the rank in use at each place; excess (n,
+    out): g - 1; c (n, in); products by place. Places in use are never written again before they are freed.
     """
 
     def __init__(self, site: Site, rank: int) -> None:
@@ -42,7 +46,8 @@ class Layer:
 
     @torch.no_grad()
     def write(self, place: int, given: Form) -> bool:
-        """Puts a change into a free place. Returns True if all its numbers are finite in the layer's dtype."""
+        """Puts a change into a free place. Returns True if all its numbers are finite in the layer's dtype.
+        """
         form, r = given.factors, given.factors.A.shape[0]
         self.A[place, :r].copy_(form.A)
         self.B[place, :r].copy_((form.B if form.g is None else form.g[:, None] * form.B).mT)
@@ -74,7 +79,8 @@ class Layer:
         self.products.pop(place, None)
 
     def factors(self, first: int, places: int) -> tuple[Tensor, Tensor] | None:
-        """A (n, r, in) and B (n, r, out) with r the largest rank of these places; None where all are empty."""
+        """A (n, r, in) and B (n, r, out) with r the largest rank of these places; None where all are empty.
+        """
         r = max(self.ranks[first : first + places])
         return (self.A[:, :r], self.B[:, :r]) if r else None
 

@@ -21,14 +21,16 @@ class Slots:
         self.evictions = 0
 
     def acquire(self, mixture: Mixture) -> Terms | None:
-        """Returns the places of all adapters of a sum, and holds them; None while there is no room, and nothing changes.
+        """Returns the places of all adapters of a sum, and holds them.
 
-        Every version must have its forms in memory.
+        Returns None, and changes nothing, while there is too little room or forms are missing in memory.
         """
         versions = [v for v, _ in mixture]
         if any(v.draining for v in versions if v.placed is not None):
             return None
-        missing = [v for v in versions if v.placed is None]
+        missing = {v: v.forms for v in versions if v.placed is None}
+        if any(forms is None for forms in missing.values()):
+            return None
         need = len(self.placed) + len(missing) - self.limit
         idle = [v for v in self.placed.values() if v.is_idle and v not in versions]
         if need > len(idle):
@@ -36,18 +38,14 @@ class Slots:
         for v in idle[: max(need, 0)]:
             self.remove(v)
             self.evictions += 1
-        for v in missing:
-            self.place(v)
+        for v, forms in missing.items():
+            assert forms is not None
+            v.placed, v.finite = self.bank.put(forms)
+            self.placed[id(v)] = v
         for v in versions:
             v.running += 1
             self.placed.move_to_end(id(v))
         return tuple((v.placed, s) for v, s in mixture if v.placed is not None)
-
-    def place(self, version: Version) -> None:
-        """Copies a version into the bank."""
-        assert version.forms is not None
-        version.placed, version.finite = self.bank.put(version.forms)
-        self.placed[id(version)] = version
 
     def release(self, mixture: Mixture) -> None:
         """Ends a request's hold; the place of a retired or draining version is then free."""
@@ -70,7 +68,9 @@ class Slots:
             self.remove(version)
 
     def drain(self, wanted: Sequence[Version]) -> None:
-        """Lets one place become free: no further request takes the least used version, other than `wanted`, until then."""
+        """Lets one place become free: no further request takes the least used version, other than `wanted`,
+        until then.
+        """
         busy = [v for v in self.placed.values() if not v.pinned and v not in wanted]
         if busy and not any(v.draining for v in busy):
             min(busy, key=lambda v: v.running).draining = True

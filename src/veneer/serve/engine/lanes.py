@@ -1,7 +1,8 @@
 """Keys and values of running requests: one private strip while a prompt is read, then a row of a lane.
 
-Rows of a lane have nearly one length, within a factor of two, and lie side by side without holes: attention of all of them
-is one call on a view, and nothing is copied in a step. A row that outgrows its lane moves to the next.
+Rows of a lane have nearly one length, within a factor of two, and lie side by side without holes: attention
+of all of them is one call on a view, and nothing is copied in a step. A row that outgrows its lane moves to
+the next.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Pair(NamedTuple):
 
 
 class Strip:
-    """Keys and values of one sequence by layer, (1, heads, capacity, head_dim), made as the layers are first called."""
+    """Keys and values of one sequence by layer, (1, heads, capacity, head_dim), made as the layers are first
+    called.
+    """
 
     def __init__(self, tokens: int) -> None:
         self.tokens = capacity(tokens)
@@ -55,7 +58,9 @@ class Lane:
         self.rows = 0  # that the tensors have
 
     def enter(self, owner: object, length: int, source: Callable[[int], Pair], layers: list[int]) -> None:
-        """Adds a row.  source: keys and values (1, heads, >= length, head_dim) of a layer, by the layer's number."""
+        """Adds a row.  source: keys and values (1, heads, >= length, head_dim) of a layer, by the layer's
+        number.
+        """
         if len(self.owners) == self.rows:
             self._grow(source, layers)
         row = len(self.owners)
@@ -86,9 +91,9 @@ class Lane:
                 used = max(self.lengths[row], self.lengths[last])
                 t[row, :, :used] = t[last, :, :used]
                 t[last, :, : self.lengths[last]] = 0
-        for of in (self.owners, self.lengths):
-            of[row] = of[last]  # type: ignore[index]
-            of.pop()
+        self.owners[row], self.lengths[row] = self.owners[last], self.lengths[last]
+        self.owners.pop()
+        self.lengths.pop()
         if not self.owners:
             self.layers, self.rows = {}, 0
 
@@ -104,7 +109,8 @@ class Lane:
 
 
 def decode_mask(lengths: list[int], window: int | None, like: Tensor) -> Tensor | None:
-    """(rows, 1, 1, t), True where a row's newest token may look, t the largest length; None where all may look everywhere.
+    """(rows, 1, 1, t), True where a row's newest token may look, t the largest length; None where all may
+    look everywhere.
 
     window: how many positions back a token sees, itself included.
     """
@@ -122,6 +128,9 @@ def chunk_mask(start: int, n: int, window: int | None, like: Tensor) -> Tensor |
     """(n, start + n), True where the tokens from `start` on may look; None for the plain causal square."""
     if start == 0 and (window is None or n <= window):
         return None
-    query, key = torch.arange(start, start + n, device=like.device)[:, None], torch.arange(start + n, device=like.device)
+    query, key = (
+        torch.arange(start, start + n, device=like.device)[:, None],
+        torch.arange(start + n, device=like.device),
+    )
     seen = key <= query
     return seen if window is None else seen & (key > query - window)

@@ -1,4 +1,5 @@
-"""Keys and values of prompt beginnings, kept by content: the adapters' hashes and strengths, the tenant, and the tokens.
+"""Keys and values of prompt beginnings, kept by content: the adapters' hashes and strengths, the tenant, and
+the tokens.
 
 Blocks are copies: a block that is thrown away or replaced is never seen by a request that runs.
 """
@@ -26,7 +27,9 @@ class Prefixes:
         self.asked = self.hit = 0  # prompt tokens
 
     def take(self, namespace: bytes, tokens: Sequence[int], strip: Strip) -> int:
-        """Copies the longest known beginning of a prompt into the strip, less than the whole. Returns its length."""
+        """Copies the longest known beginning of a prompt into the strip, less than the whole. Returns its
+        length.
+        """
         length = 0
         self.asked += len(tokens)
         for key in _keys(namespace, tokens[: len(tokens) - 1]):
@@ -40,8 +43,12 @@ class Prefixes:
         self.hit += length
         return length
 
-    def add(self, namespace: bytes, tokens: Sequence[int], source: Callable[[int], Pair], layers: Sequence[int]) -> None:
-        """Keeps the whole blocks of `tokens`.  source: keys and values (1, heads, >= len(tokens), head_dim) by layer."""
+    def add(
+        self, namespace: bytes, tokens: Sequence[int], source: Callable[[int], Pair], layers: Sequence[int]
+    ) -> None:
+        """Keeps the whole blocks of `tokens`.  source: keys and values (1, heads, >= len(tokens), head_dim)
+        by layer.
+        """
         if not self.limit:
             return
         for n, key in enumerate(_keys(namespace, tokens)):
@@ -65,7 +72,9 @@ class Prefixes:
 
 
 def namespace(adapters: Sequence[tuple[str, float]], tenant: str = "") -> bytes:
-    """Returns the key of an adapter expression, (content hash, strength) each, for one tenant; order does not matter."""
+    """Returns the key of an adapter expression, (content hash, strength) each, for one tenant; order does not
+    matter.
+    """
     content = ";".join(f"{h}@{float(s).hex()}" for h, s in sorted(adapters))
     return hashlib.sha256(f"veneer-prefix\n{len(tenant)}:{tenant}\n{content}".encode()).digest()
 

@@ -14,11 +14,11 @@ MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_BIASES = 16, 256, 20, 1024
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when generation ends.
+    """Rules for choosing tokens and ending an answer.
 
     temperature: 0 takes the likeliest token; top_k: 0 for all tokens; top_p, min_p: bounds on probabilities;
-    logprobs: None, or how many of the likeliest tokens to report beside the chosen one; stop: texts that end the answer
-    and are cut off; prompt_logprobs: report each prompt token's log-probability too.
+    logprobs: None, or how many of the likeliest tokens to report beside the chosen one; stop: texts that end
+    the answer and are cut off; prompt_logprobs: report each prompt token's log-probability too.
     """
 
     max_tokens: int = 16
@@ -106,7 +106,9 @@ class Prompt(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The end of an answer. reason: "stop", "length" or "cancelled"; cached: prompt tokens taken from the prefix cache."""
+    """The end of an answer. reason: "stop", "length" or "cancelled"; cached: prompt tokens taken from the
+    prefix cache.
+    """
 
     reason: str
     prompt_tokens: int

@@ -55,7 +55,10 @@ def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Choice]:
     chosen: list[int] = tokens.tolist()
     logprobs = dict(zip(reported, plain, strict=True)) if plain is not None else {}
     return [
-        Choice(t if ok else None, report(logprobs[i], t, rows[i].sampling.logprobs or 0) if i in logprobs else None)
+        Choice(
+            t if ok else None,
+            report(logprobs[i], t, rows[i].sampling.logprobs or 0) if i in logprobs else None,
+        )
         for i, (t, ok) in enumerate(zip(chosen, finite, strict=True))
     ]
 
@@ -80,7 +83,9 @@ def _adjust(row: Tensor, r: Draws) -> None:
         n = row.new_tensor(list(r.counts.values()))
         row[at] -= s.presence_penalty + s.frequency_penalty * n
     if s.logit_bias:
-        row[torch.tensor(list(s.logit_bias), device=row.device)] += row.new_tensor(list(s.logit_bias.values()))
+        row[torch.tensor(list(s.logit_bias), device=row.device)] += row.new_tensor(
+            list(s.logit_bias.values())
+        )
 
 
 def _draw(logits: Tensor, rows: Sequence[Draws]) -> Tensor:
@@ -106,7 +111,9 @@ def _invert(p: Tensor, u: Tensor) -> Tensor:
     """Returns the first index whose cumulative share of p (rows, n) exceeds u (rows,)."""
     c = p.cumsum(-1)
     index = torch.searchsorted(c, (u * c[:, -1])[:, None], right=True)[:, 0]
-    return torch.minimum(index, (p > 0).long().cumsum(-1).argmax(-1))  # rounding must not reach a token of share 0
+    return torch.minimum(
+        index, (p > 0).long().cumsum(-1).argmax(-1)
+    )  # rounding must not reach a token of share 0
 
 
 def _bounded(p: Tensor, u: Tensor, s: Sampling) -> Tensor:

@@ -22,7 +22,9 @@ class Detokeniser:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Takes a token. Returns the text that became certain; `stopped` is then True if a stop text was reached."""
+        """Takes a token. Returns the text that became certain; `stopped` is then True if a stop text was
+        reached.
+        """
         self.tokens.append(token)
         before = self._decode(self.tokens[self._prefix : self._read])
         after = self._decode(self.tokens[self._prefix :])
@@ -39,20 +41,16 @@ class Detokeniser:
         before = self._decode(self.tokens[self._prefix : self._read])
         rest = self._decode(self.tokens[self._prefix :])[len(before) :]
         self._prefix, self._read = self._read, len(self.tokens)
-        found = self._passed(rest)
-        if self.stopped:
-            return found
-        end, self.sent = self.text[self.sent :], len(self.text)
-        return found + end
+        return self._passed(rest, last=True)
 
-    def _passed(self, new: str) -> str:
+    def _passed(self, new: str, *, last: bool = False) -> str:
         begin = max(self.sent, len(self.text) - max(map(len, self.stops), default=0))
         self.text += new
         hits = [at for stop in self.stops if (at := self.text.find(stop, begin)) >= 0]
         if hits:
             self.text, self.stopped = self.text[: min(hits)], True
             return self._until(len(self.text))
-        return self._until(len(self.text) - self._held())
+        return self._until(len(self.text) - (0 if last else self._held()))
 
     def _until(self, end: int) -> str:
         found = self.text[self.sent : end]

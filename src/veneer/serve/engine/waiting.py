@@ -1,4 +1,5 @@
-"""Requests that wait: in turn between adapters and tenants by the tokens each was served, first come first served within.
+"""Requests that wait: in turn between adapters and tenants by the tokens each was served, first come first
+served within.
 
 The counters are those of the virtual token counter (Sheng et al. 2024, https://arxiv.org/abs/2401.00588).
 """

@@ -1,4 +1,4 @@
-"""A request on its way through the engine."""
+"""A request on its way through the engine, and the answer so far."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veneer.serve.engine.text import Detokeniser
 
 @dataclass
 class Request:
-    """What the engine is asked for.
+    """A text to continue with a sum of adapters.
 
     adapters: versions and strengths; tenant: whose request it is; all_logits: a sink for the prompt's logits
     (tokens, vocabulary), for probes.
@@ -46,7 +46,7 @@ class Request:
         return len(self.prompt) + self.sampling.max_tokens
 
 
-class Sequence_:
+class Reply:
     """A request's state: the tokens so far, the cache, the text, and times for the metrics."""
 
     def __init__(self, request: Request, tokenizer: Any, seed: int) -> None:
@@ -77,7 +77,9 @@ class Sequence_:
         self.request.sink(event)
 
     def take(self, choice: sampler.Choice, ends: Collection[int], context: int) -> bool:
-        """Takes a chosen token, and emits the text that became certain. Returns True if the answer has ended."""
+        """Takes a chosen token, and emits the text that became certain. Returns True if the answer has
+        ended.
+        """
         if choice.token is None:
             self.emit(Failed("not_finite", "the model's output is not finite with these adapters"))
             return True
