@@ -1,4 +1,6 @@
-"""Fixtures of the server's tests: one folder of adapters, one oracle, one server for the tests that leave it alone."""
+"""Fixtures of the server's tests: one folder of adapters, one oracle, one server for the tests that leave it
+alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The bank in segment layout: every row as if its sum of adapters acted alone, and nothing left after an adapter has gone."""
+"""The bank in segment layout: every row as if its sum of adapters acted alone, and nothing left after an
+adapter has gone.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ MIXTURE = {
 
 
 def served():
-    """A float64 model with the mixture attached, the same as places in a bank, and the model without adapters again."""
+    """A float64 model with the mixture attached, the same as places in a bank, and the model without adapters
+    again.
+    """
     model = llama(tie_word_embeddings=False).double()
     for seed, (name, (method, options)) in enumerate(MIXTURE.items()):
         veneer.attach(model, method, name=name, **options)

@@ -1,4 +1,6 @@
-"""A server in this process: every answer is that of its own sum of adapters alone, whatever else runs beside it."""
+"""A server in this process: every answer is that of its own sum of adapters alone, whatever else runs beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_a_mixed_batch_over_few_slots_answers_like_each_sum_alone(server, oracle
     asked = [(served.prompt(i, 5 + 9 * i), *SUMS[i % len(SUMS)]) for i in range(24)]
     with ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(lambda a: server.complete(a[0], a[1], max_tokens=12, temperature=0), asked))
-    assert wrong(oracle, [(p, terms, a.tokens) for (p, _, terms), a in zip(asked, answers, strict=True)]) == []
+    assert (
+        wrong(oracle, [(p, terms, a.tokens) for (p, _, terms), a in zip(asked, answers, strict=True)]) == []
+    )
     assert server.engine.slots.evictions > 0 and len(server.engine.slots.placed) <= 3
     assert all(a.prompt_tokens == len(p) for (p, _, _), a in zip(asked, answers, strict=True))
 
@@ -62,7 +66,10 @@ def test_a_sum_answers_like_the_merged_model(server, folders, terms):
     with torch.no_grad():
         expected = torch.log_softmax(merged(ids).logits[0].double(), -1)
     answer = server.complete(
-        ids[0].tolist(), lora=[{"id": n, "scale": s} for n, s in terms.items()], max_tokens=0, prompt_logprobs=True
+        ids[0].tolist(),
+        lora=[{"id": n, "scale": s} for n, s in terms.items()],
+        max_tokens=0,
+        prompt_logprobs=True,
     )
     got = torch.tensor([one.logprob for one in answer.prompt_logprobs[1:]])
     assert math.isnan(answer.prompt_logprobs[0].logprob)
@@ -90,14 +97,19 @@ def test_a_long_prompt_is_read_in_chunks_beside_answers(folders, oracle):
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(server.complete, short, "french", max_tokens=60, temperature=0)
             second = pool.submit(server.complete, long, "wide", max_tokens=20, temperature=0)
-        asked = [(short, (("french", 1.0),), first.result().tokens), (long, (("wide", 1.0),), second.result().tokens)]
+        asked = [
+            (short, (("french", 1.0),), first.result().tokens),
+            (long, (("wide", 1.0),), second.result().tokens),
+        ]
         assert wrong(oracle, asked) == []
         assert server.engine.stats.steps < 100
 
 
 def test_seeds_decide_draws_whatever_runs_beside(server):
     def ask(seed):
-        return server.complete(served.prompt(3, 9), "french", max_tokens=10, temperature=0.9, top_p=0.9, seed=seed).tokens
+        return server.complete(
+            served.prompt(3, 9), "french", max_tokens=10, temperature=0.9, top_p=0.9, seed=seed
+        ).tokens
 
     alone = [ask(s) for s in range(6)]
     with ThreadPoolExecutor(6) as pool:
@@ -151,7 +163,11 @@ def test_a_left_stream_is_cancelled(server):
     ],
 )
 def test_bad_requests_are_refused_and_the_next_is_answered(server, oracle, given, error, message):
-    prompt, model, lora = given.pop("prompt", served.prompt(1, 4)), given.pop("model", None), given.pop("lora", None)
+    prompt, model, lora = (
+        given.pop("prompt", served.prompt(1, 4)),
+        given.pop("model", None),
+        given.pop("lora", None),
+    )
     with pytest.raises(error, match=message):
         server.complete(prompt, model, lora=lora, **given)
     p = served.prompt(9, 6)
@@ -199,7 +215,9 @@ def test_an_adapter_replaced_under_load_is_old_or_new_and_never_a_mix(tmp_path, 
         thread.start()
         with ThreadPoolExecutor(8) as pool:
             while not done.is_set():
-                answers = pool.map(lambda p: server.complete(p, "it", max_tokens=10, temperature=0).tokens, prompts)
+                answers = pool.map(
+                    lambda p: server.complete(p, "it", max_tokens=10, temperature=0).tokens, prompts
+                )
                 for p, got in zip(prompts, answers, strict=True):
                     assert list(got) in right[p]
                     seen.add(right[p].index(list(got)))
@@ -229,7 +247,9 @@ def test_unloading_lets_a_stream_end_and_frees_its_place(folders, oracle):
 def test_a_folder_that_cannot_be_served_changes_nothing(server, tmp_path, folders):
     bad = tmp_path / "bad"
     bad.mkdir()
-    with pytest.raises(BrokenAdapter, match="'bad' cannot be served: there is|'bad' cannot be served: bad is no adapter"):
+    with pytest.raises(
+        BrokenAdapter, match="'bad' cannot be served: there is|'bad' cannot be served: bad is no adapter"
+    ):
         server.load("bad", bad)
     other = served.models.llama(seed=5, vocab_size=320, max_position_embeddings=256, hidden_size=48)
     veneer.attach(other, "lora", rank=2)
@@ -308,7 +328,13 @@ def test_attached_adapters_are_served_too(folders, oracle):
     veneer.load(model, folders / "french", "mine")
     with veneer.serve(model, {"mine": "mine"}, tokenizer=tiny.tokenizer()) as server:
         p = served.prompt(4, 7)
-        assert wrong(oracle, [(p, (("french", 1.0),), server.complete(p, "mine", max_tokens=8, temperature=0).tokens)]) == []
+        assert (
+            wrong(
+                oracle,
+                [(p, (("french", 1.0),), server.complete(p, "mine", max_tokens=8, temperature=0).tokens)],
+            )
+            == []
+        )
 
 
 @pytest.mark.parametrize(

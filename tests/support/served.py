@@ -32,7 +32,9 @@ def model() -> Any:
     return found.eval()
 
 
-def save(folder: Path, name: str, *, method: str = "lora", seed: int = 0, size: float = 0.1, **options: Any) -> Path:
+def save(
+    folder: Path, name: str, *, method: str = "lora", seed: int = 0, size: float = 0.1, **options: Any
+) -> Path:
     """Writes a random adapter of the base into a folder."""
     base = model()
     veneer.attach(base, method, name="own", **options)
@@ -52,7 +54,9 @@ class Oracle:
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self.model = model()
-        self.model.generation_config.eos_token_id = None  # the server's answers end earlier, and are compared as far
+        self.model.generation_config.eos_token_id = (
+            None  # the server's answers end earlier, and are compared as far
+        )
         for name, where in folders.items():
             veneer.load(self.model, where, name)
         self.answer = functools.cache(self._answer)
@@ -67,8 +71,12 @@ class Oracle:
         return [int(t) for t in out[0, len(prompt) :]]
 
     @torch.no_grad()
-    def differs(self, prompt: tuple[int, ...], terms: tuple[tuple[str, float], ...], got: list[int]) -> str | None:
-        """Returns the first token that is wrong; a tie within 1e-4 of the two largest logits counts as right."""
+    def differs(
+        self, prompt: tuple[int, ...], terms: tuple[tuple[str, float], ...], got: list[int]
+    ) -> str | None:
+        """Returns the first token that is wrong; a tie within 1e-4 of the two largest logits counts as
+        right.
+        """
         expected = self.answer(prompt, terms, len(got))
         if expected[: len(got)] == got:
             return None
