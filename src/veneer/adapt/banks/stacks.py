@@ -46,8 +46,7 @@ class Layer:
 
     @torch.no_grad()
     def write(self, place: int, given: Form) -> bool:
-        """Puts a change into a free place. Returns True if all its numbers are finite in the layer's dtype.
-        """
+        """Puts a change into a free place. Returns True if all its numbers are finite."""
         form, r = given.factors, given.factors.A.shape[0]
         self.A[place, :r].copy_(form.A)
         self.B[place, :r].copy_((form.B if form.g is None else form.g[:, None] * form.B).mT)
@@ -79,8 +78,7 @@ class Layer:
         self.products.pop(place, None)
 
     def factors(self, first: int, places: int) -> tuple[Tensor, Tensor] | None:
-        """A (n, r, in) and B (n, r, out) with r the largest rank of these places; None where all are empty.
-        """
+        """A (n, r, in), B (n, r, out) with r the largest rank of these places; None where all are empty."""
         r = max(self.ranks[first : first + places])
         return (self.A[:, :r], self.B[:, :r]) if r else None
 
