@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from veneer.compress.store import load_quantised, save_quantised
     from veneer.runs.fit import fit
     from veneer.runs.fit_many import fit_many
+    from veneer.serve.start import serve
     from veneer.train.run import Run
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "quantise_around",
     "save",
     "save_quantised",
+    "serve",
     "to_lora",
     "train_only",
     "using",
@@ -59,6 +61,7 @@ _HOMES = {
     "veneer.runs.fit_many": ("fit_many",),
     "veneer.compress.store": ("load_quantised", "save_quantised"),
     "veneer.compress.quantise": ("dequantise", "quantise", "quantise_around"),
+    "veneer.serve.start": ("serve",),
     "veneer.train.run": ("Run",),
 }
 

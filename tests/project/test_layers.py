@@ -33,8 +33,12 @@ ROWS = [
 ]
 HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row}
 NEEDED = {"torch", "safetensors"}
-# Packages of the optional extras that a layer may name at the top of a file: cli is loaded by the command line alone.
-AT_THE_TOP = {"cli": {"typer", "rich"}}
+# Packages of the optional extras that a layer may name at the top of a file: cli is loaded by the command line alone,
+# and the files of serve by a server alone (`import veneer.serve` loads none of them, see tests/serve/test_imports.py).
+AT_THE_TOP = {
+    "cli": {"typer", "rich"},
+    "serve": {"transformers", "fastapi", "starlette", "pydantic", "prometheus_client", "sse_starlette", "uvicorn"},
+}
 MAY_USE_TRANSFORMERS = {"data", "tasks", "train", "embedded", "models", "runs", "search", "serve", "verbs"}
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py"))
 
