@@ -100,7 +100,7 @@ class SegmentBank:
 
 
 class SegmentLayer(Delta, GainsInput, AddsInPlace):
-    """What adds each row's own adapters to one layer's output."""
+    """Adds each row's own adapters to one layer's output."""
 
     def __init__(self, bank: SegmentBank, site: Site) -> None:
         super().__init__()
