@@ -119,7 +119,8 @@ class SegmentLayer(Delta, GainsInput, AddsInPlace):
                 return program
         known = " or ".join(str(p.rows) for p in self.bank.programs)
         raise ShapeError(
-            f"{self.site.name!r} was called with {rows} rows, the batch has {known}; call use() with the adapters of every row"
+            f"{self.site.name!r} was called with {rows} rows, the batch has {known};"
+            " call use() with the adapters of every row"
         )
 
     def _layer(self, stack: int) -> Layer | None:
@@ -200,10 +201,12 @@ class SegmentLayer(Delta, GainsInput, AddsInPlace):
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         raise ConfigError(
-            f"a bank of segments acts alone, and other adapters act at {site.name!r} too; activate only {NAME!r}"
+            f"a bank of segments acts alone, and other adapters act at {site.name!r} too;"
+            f" activate only {NAME!r}"
         )
 
     def delta(self, site: Site) -> Tensor:
         raise NotMergeable(
-            f"a bank holds many adapters, of which {site.name!r} can take one at most; merge or save that one itself"
+            f"a bank holds many adapters, of which {site.name!r} can take one at most;"
+            " merge or save that one itself"
         )
