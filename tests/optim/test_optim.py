@@ -247,7 +247,17 @@ def test_methods_of_other_numbers_have_the_rates_that_a_sweep_chose():
     for method, row in best.items():
         assert rates.default(method, "adamw", True) == pytest.approx(row["rate"])
         assert row["after"] < row["before"] - 0.02  # it has learned something
+    assert all(rates.borrowed(m, rates.default(m, "adamw", True)) == "" for m in (*best, "dora", "full"))
     with pytest.raises(
         ConfigError, match=r"no rate is known for method 'vera' and optimiser 'adamw' on this model; give lr"
     ):
         rates.default("vera", "adamw", False)
+
+
+def test_a_rate_that_was_not_measured_is_marked():
+    for builtin in (True, False):
+        lr = rates.default("nil", "adamw", builtin)
+        assert lr == rates.default("lora", "adamw", builtin)
+        told = " (LoRA's: none was measured for 'nil'; try others with --lr, by factors of 4)"
+        assert rates.borrowed("nil", lr) == told
+        assert rates.borrowed("nil", 3 * lr) == ""  # given by hand

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,12 @@ def agrees_with_peft(
     config: Any,
     build: Callable[[], nn.Module] = models.llama,
     same_numbers: bool = True,
+    names: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Asserts that a change made by PEFT and read here, and one made here and read by PEFT, are the same in both.
 
-    same_numbers: whether both train the same numbers when ours is read by PEFT, and not multiples of them.
+    same_numbers: True if both train the same numbers when PEFT reads ours, and not multiples of them.
+    names: our parameters by PEFT's names of the same numbers, if NAMES does not have them.
     Returns the model that Veneer read PEFT's folder into.
     """
     import peft
@@ -47,13 +49,13 @@ def agrees_with_peft(
     _shake(theirs, [p for p in theirs.parameters() if p.requires_grad])
     theirs.save_pretrained(folder / "theirs")
     ours = veneer.load(build(), folder / "theirs", trainable=True)
-    _same(ours, theirs)
+    _same(ours, theirs, names=names)
     made = veneer.attach(build(), method, to=to, **options)
     models.randomise(made)
     veneer.save(made, folder / "ours")
     assert (folder / "ours" / "adapter_model.safetensors").is_file(), "not in PEFT's layout"
     opened = peft.PeftModel.from_pretrained(build(), folder / "ours", is_trainable=True)
-    _same(made, opened, gradients=same_numbers)
+    _same(made, opened, gradients=same_numbers, names=names)
     again = veneer.load(build(), folder / "ours")
     torch.testing.assert_close(models.output(again), models.output(made), rtol=1e-5, atol=1e-6)
     return ours
@@ -66,27 +68,38 @@ def _shake(model: nn.Module, trained: list[nn.Parameter]) -> None:
             p.add_(0.1 * torch.randn(p.shape, generator=draw))
 
 
-def _same(ours: nn.Module, theirs: nn.Module, gradients: bool = True) -> None:
+def _same(
+    ours: nn.Module, theirs: nn.Module, gradients: bool = True, names: Mapping[str, str] | None = None
+) -> None:
     outputs = []
     for model in (ours, theirs):
         model.zero_grad()
-        y = model(input_ids=IDS)
-        (y.logits.square().mean()).backward()
-        outputs.append(y.logits.detach())
+        y = _logits(model)
+        (y.square().mean()).backward()
+        outputs.append(y.detach())
     with veneer.using(ours):
-        moved = _apart(ours(input_ids=IDS).logits.detach(), outputs[0])
+        moved = _apart(_logits(ours).detach(), outputs[0])
     assert moved > 1e-3, "the adapter changes nothing"
     assert _apart(*outputs) <= TOLERANCE, "outputs"
     if gradients:
-        _same_gradients(ours, theirs)
+        _same_gradients(ours, theirs, names or NAMES)
 
 
-def _same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+def _logits(model: nn.Module) -> torch.Tensor:
+    inner = getattr(getattr(model, "base_model", None), "model", model)
+    if isinstance(inner, models.ConvNet):
+        y: torch.Tensor = model(**models.inputs(inner))
+        return y
+    logits: torch.Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+def _same_gradients(ours: nn.Module, theirs: nn.Module, names: Mapping[str, str]) -> None:
     """That every parameter of every layer has its gradient there, number by number, and that there are no others."""
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     for site, delta in changes(ours, "default"):
         for name, p in delta.named_parameters():
-            own, expected = p.grad, wanted.pop(f"base_model.model.{site.name}.{NAMES[name]}.default")
+            own, expected = p.grad, wanted.pop(f"base_model.model.{site.name}.{names[name]}.default")
             assert own is not None, f"no gradient for {name} of {site.name}"
             expected = expected.mT if name in TURNED else expected
             error = _apart(own, expected.reshape(own.shape))

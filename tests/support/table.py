@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from oracles import dora, flora, fourierft, frozen, ia3, lora, miss, starts
+from oracles import dora, flora, fourierft, frozen, ia3, loha, lora, miss, starts
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -53,6 +53,8 @@ METHODS = {
     "flora": Method("flora", {}, flora.weight),
     "flora of rank 3": Method("flora", {"rank": 3}, flora.weight),
     "ia3": Method("ia3", {"feedforward": ("0",)}, ia3.weight),
+    "loha": Method("loha", {"rank": 1, "alpha": 3.0}, loha.weight),
+    "loha of rank 3": Method("loha", {"rank": 3}, loha.weight),
     "dora": Method("dora", {"rank": 3}, dora.weight, exact_gradient=False),
 }
 

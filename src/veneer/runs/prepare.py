@@ -231,7 +231,9 @@ def _described(model: nn.Module, run: Run, parts: list[groups.Part]) -> str:
         if scales
         else ""
     )
-    return f"{run.method} on {len(found)} layers: {n:,} trained parameters, {n / total:.2%} of the model's {total:,}{scale}; lr {run.lr:g}"
+    lr = f"lr {run.lr:g}{rates.borrowed(run.method, run.lr or 0.0)}"
+    trained = f"{n:,} trained parameters, {n / total:.2%} of the model's {total:,}"
+    return f"{run.method} on {len(found)} layers: {trained}{scale}; {lr}"
 
 
 def _scale(form: methods.PeftForm | None) -> float | None:

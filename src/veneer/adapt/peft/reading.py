@@ -133,6 +133,18 @@ def idle_targets(config: Config, names: Sequence[str]) -> list[str]:
     )
 
 
+class Read(dict[str, Tensor]):
+    """Tensors by name that record which of them were looked up."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.keys_read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.keys_read.add(name)
+        return super().__getitem__(name)
+
+
 def _adapted(
     kind: type[PeftStored], sites: list[Site], source: Source, problems: list[Problem]
 ) -> tuple[Changes, set[str]]:
@@ -149,16 +161,16 @@ def _adapted(
         try:
             start = None if source.initial is None else _of_site(source.initial, site)
             settings, found = starts.with_start(site, settings, _of_site(source.tensors, site), start)
-            delta = kind.from_peft(site, settings, {**shared, **found})
+            read = Read({**shared, **found})
+            delta = kind.from_peft(site, settings, read)
         except FormatError as e:
             problems += [Problem("fit", line) for line in str(e).splitlines()]
             used |= {
                 f"{PREFIX}{site.name}.{k}" for k in _of_site(source.tensors, site) if not _is_base(k)
             } | {f"{TOP}{k}" for k in shared}
             continue
-        form = delta.to_peft(site) if isinstance(delta, PeftStored) else None
-        used |= {f"{PREFIX}{site.name}.{end}" for end in (form.tensors if form else ())}
-        used |= {f"{TOP}{end}" for end in (form.shared if form else ())}
+        used |= {f"{PREFIX}{site.name}.{end}" for end in read.keys_read if end in found}
+        used |= {f"{TOP}{end}" for end in read.keys_read if end in shared}
         changes.append((site, delta))
     return changes, used
 

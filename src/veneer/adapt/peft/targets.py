@@ -9,7 +9,12 @@ from typing import Any
 Config = dict[str, Any]
 
 # Settings that may be another one by layer, and where those stand.
-PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "n_frequency": "n_frequency_pattern"}
+PATTERNS = {
+    "r": "rank_pattern",
+    "lora_alpha": "alpha_pattern",
+    "alpha": "alpha_pattern",
+    "n_frequency": "n_frequency_pattern",
+}
 
 
 def at(config: Mapping[str, Any], name: str) -> Config:
@@ -19,7 +24,7 @@ def at(config: Mapping[str, Any], name: str) -> Config:
         hit = next(
             (v for k, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", name)), None
         )
-        if hit is not None:
+        if hit is not None and key in config:
             found[key] = hit
     return {k: v for k, v in found.items() if k not in PATTERNS.values()}
 

@@ -74,7 +74,7 @@ def _settings(
     model: nn.Module, forms: dict[str, PeftForm], saved: list[str], settings: Table
 ) -> Config | None:
     """adapter_config.json, or None where PEFT would apply it to other layers, or with other ranks, than ours."""
-    patterns = {key: pattern for key, pattern in PATTERNS.items() if pattern in settings.every}
+    patterns = {k: p for k, p in PATTERNS.items() if k in settings.every and p in settings.every}
     per_site = {n: {k: v for k, v in f.config.items() if k in settings.every} for n, f in forms.items()}
     shared = [{k: v for k, v in own.items() if k not in patterns} for own in per_site.values()]
     if any(own != shared[0] for own in shared):

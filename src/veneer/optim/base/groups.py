@@ -1,15 +1,17 @@
-"""What is trained, by the role it plays: rates and weight decay of every parameter group.
+"""Trained parameters by role: rates and weight decay of every parameter group.
 
-Weight decay means the same for every method: what a parameter group does to the weights shrinks by (1 - rate
-* decay) a step. A and B each take the square root of that, so that B A decays by it as a whole, whatever
-ratio LoRA+ has between their rates; AdamW's own rule would decay the product by (1 - rate * decay)(1 - ratio
-* rate * decay). Vectors (norms, biases, magnitudes) do not decay, and neither do gains, which stand for no
-change at one.
+Weight decay means the same for every method: the change of the weights shrinks by (1 - rate * decay) per step.
+A change that is a product of n trained factors shrinks as a whole: each factor takes the n-th root. For B A that
+is the square root each, whatever ratio LoRA+ has between their rates. AdamW's own rule would decay the product
+by (1 - rate * decay)(1 - ratio * rate * decay). Vectors (norms, biases, magnitudes) do not decay. Neither do
+gains, for which one means no change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from string import digits
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +24,15 @@ from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.find import kind_of
 
 FACTORS = ("A", "B")
+PRODUCT = (*FACTORS, "factor")  # roles whose parameters multiply to the change
 
 
 class Part(NamedTuple):
-    """One trained parameter. role: what its method calls it, else "matrix" or "vector"; whether it changes an
-    embedding.
+    """One trained parameter.
 
-    owner: the change, or the change within a change, that has it as its own.
+    role: its role in the method without the number of its pair, else "matrix" or "vector"; pair: that number, ""
+    for the first; embedding: True if it changes an embedding; owner: the change, or the change within a change,
+    whose own parameter it is.
     """
 
     name: str
@@ -36,30 +40,26 @@ class Part(NamedTuple):
     role: str
     embedding: bool = False
     owner: Delta | None = None
+    pair: str = ""
 
 
 def of_adapter(model: nn.Module, adapter: str) -> list[Part]:
-    """The trained parameters of one adapter, in the model's order. Raises ConfigError if there are none."""
+    """Returns the trained parameters of one adapter, in the model's order. Raises ConfigError without any."""
     found = []
     for site, delta in changes(model, adapter):
         for name, p in delta.named_parameters():
             path, _, own = name.rpartition(".")
             owner = delta.get_submodule(path)
-            role = delta.roles.get(own, _shape(p))
-            found.append(
-                Part(
-                    f"{site.name}.{name}",
-                    p,
-                    role,
-                    site.kind == "embedding",
-                    owner if isinstance(owner, Delta) else None,
-                )
-            )
+            given = delta.roles.get(own, _shape(p))
+            role = given.rstrip(digits)
+            owner = owner if isinstance(owner, Delta) else None
+            embedding, pair = site.kind == "embedding", given.removeprefix(role)
+            found.append(Part(f"{site.name}.{name}", p, role, embedding, owner, pair))
     return _trained(found)
 
 
 def of_base(model: nn.Module) -> list[Part]:
-    """The trained parameters of the model itself; a tied one once. Raises ConfigError if there are none."""
+    """Returns the trained parameters of the model itself, a tied one once. Raises ConfigError without any."""
     tables = {
         id(p) for m in model.modules() if kind_of(m) is EmbeddingSite for p in m.parameters(recurse=False)
     }
@@ -80,6 +80,15 @@ def _trained(parts: Iterable[Part]) -> list[Part]:
     return found
 
 
+def decay_shares(parts: Sequence[Part]) -> list[float]:
+    """Returns the exponent of each parameter's weight decay: 1/n for one of n factors, 0 for vectors and gains."""
+    factors = Counter(id(p.owner) for p in parts if p.role in PRODUCT)
+    return [
+        1 / factors[id(p.owner)] if p.role in PRODUCT else float(p.parameter.ndim > 1 and p.role != "gain")
+        for p in parts
+    ]
+
+
 def adamw(
     parts: Iterable[Part],
     scales: Mapping[str, float],
@@ -87,7 +96,7 @@ def adamw(
     embedding: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """AdamW with a group for every role; rates are set before each step by `set_rates`."""
+    """Returns AdamW with a group for every role; `set_rates` sets the rates before each step."""
     return torch.optim.AdamW(
         by_rate(parts, scales, embedding), lr=0.0, betas=betas, weight_decay=0.0, fused=True
     )
@@ -102,10 +111,10 @@ def by_rate(
     of these.
     """
     groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
-    for part in parts:
+    parts = list(parts)
+    for part, share in zip(parts, decay_shares(parts), strict=True):
         scale = embedding if part.embedding else scales.get(part.role, 1.0)
         base = embedding if part.embedding else 1.0
-        share = 0.5 if part.role in FACTORS else float(part.parameter.ndim > 1 and part.role != "gain")
         groups.setdefault((scale, base, share), []).append(part.parameter)
     return [{"params": ps, "scale": s, "base": b, "share": h} for (s, b, h), ps in groups.items()]
 

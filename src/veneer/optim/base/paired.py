@@ -44,7 +44,7 @@ class Paired(torch.optim.Optimizer, ABC):
                     "params": [t for p in bucket for t in (p.A, p.B)],
                     "scale": scale,
                     "base": scale,
-                    "share": 0.5,
+                    "share": bucket[0].share,
                     **names,
                 }
             )

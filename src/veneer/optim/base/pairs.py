@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veneer.errors import ConfigError, NotFinite, first_few
 from veneer.ops.matrix.grams import Gram, gram
 from veneer.ops.matrix.linalg import precise
-from veneer.optim.base.groups import FACTORS, Part
+from veneer.optim.base.groups import FACTORS, Part, decay_shares
 
 
 class Pair(NamedTuple):
@@ -25,6 +25,7 @@ class Pair(NamedTuple):
     B: nn.Parameter
     scaling: float
     embedding: bool
+    share: float = 0.5  # exponent of the weight decay of each factor
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -35,11 +36,12 @@ class Pair(NamedTuple):
 def of(parts: Iterable[Part]) -> tuple[list[Pair], list[Part]]:
     """The pairs, and what is in none. Raises ConfigError for a layer whose factors are not one A and one B,
     or where there is no pair."""
-    owned: dict[int, list[Part]] = defaultdict(list)
-    others = []
-    for part in parts:
+    owned: dict[tuple[int, str], list[Part]] = defaultdict(list)
+    others, shares, parts = [], {}, list(parts)
+    for part, share in zip(parts, decay_shares(parts), strict=True):
         if part.role in FACTORS and part.owner is not None:
-            owned[id(part.owner)].append(part)
+            owned[id(part.owner), part.pair].append(part)
+            shares[id(part.owner), part.pair] = share
         else:
             others.append(part)
     odd = [found[0].name for found in owned.values() if not _is_pair(found)]
@@ -52,7 +54,7 @@ def of(parts: Iterable[Part]) -> tuple[list[Pair], list[Part]]:
         raise ConfigError(
             "this optimiser works on pairs A (r, in), B (out, r), and none is trained; use optimiser 'adamw'"
         )
-    return [_pair(found) for found in owned.values()], others
+    return [_pair(found, shares[key]) for key, found in owned.items()], others
 
 
 def _is_pair(found: list[Part]) -> bool:
@@ -63,12 +65,11 @@ def _is_pair(found: list[Part]) -> bool:
     return A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]
 
 
-def _pair(found: list[Part]) -> Pair:
+def _pair(found: list[Part], share: float) -> Pair:
     by_role, first = {p.role: p.parameter for p in found}, found[0]
     assert first.owner is not None
-    return Pair(
-        first.name.rpartition(".")[0], by_role["A"], by_role["B"], first.owner.scaling, first.embedding
-    )
+    where, A, B = f"{first.name.rpartition('.')[0]}{first.pair}", by_role["A"], by_role["B"]
+    return Pair(where, A, B, first.owner.scaling, first.embedding, share)
 
 
 def by_shape(pairs: Iterable[Pair], *, mixed: bool = False) -> list[list[Pair]]:
@@ -77,7 +78,7 @@ def by_shape(pairs: Iterable[Pair], *, mixed: bool = False) -> list[list[Pair]]:
     buckets: dict[Any, list[Pair]] = defaultdict(list)
     for p in pairs:
         shape = p.shape[2] if mixed and p.A.device.type == "cpu" else p.shape
-        buckets[(shape, p.A.dtype, p.A.device, p.embedding)].append(p)
+        buckets[(shape, p.A.dtype, p.A.device, p.embedding, p.share)].append(p)
     return list(buckets.values())
 
 
