@@ -60,7 +60,7 @@ def test_the_core_of_a_convolution_opens_exactly(config, tmp_path):
     )
     torch.manual_seed(0)
     with torch.no_grad():
-        for n, p in theirs.named_parameters():
+        for p in theirs.parameters():
             if p.requires_grad:
                 p.add_(0.3 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path)
