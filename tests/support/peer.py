@@ -37,7 +37,8 @@ def agrees_with_peft(
     same_numbers: bool = True,
     names: Mapping[str, str] | None = None,
 ) -> nn.Module:
-    """Asserts that a change made by PEFT and read here, and one made here and read by PEFT, are the same in both.
+    """Asserts that a change made by PEFT and read here, and one made here and read by PEFT, are the same in
+    both.
 
     same_numbers: True if both train the same numbers when PEFT reads ours, and not multiples of them.
     names: our parameters by PEFT's names of the same numbers, if NAMES does not have them.
@@ -95,7 +96,8 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def _same_gradients(ours: nn.Module, theirs: nn.Module, names: Mapping[str, str]) -> None:
-    """That every parameter of every layer has its gradient there, number by number, and that there are no others."""
+    """That every parameter of every layer has its gradient there, number by number, and that there are no
+    others."""
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     for site, delta in changes(ours, "default"):
         for name, p in delta.named_parameters():

@@ -1,15 +1,17 @@
-"""LoHa: W' = W + s (B1 A1) * (B2 A2), number by number, s = alpha / r.  Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098
+"""LoHa: W' = W + s (B1 A1) * (B2 A2), number by number, s = alpha / r.  Hyeon-Woo et al. 2021,
+https://arxiv.org/abs/2108.06098
 
-The product of two low-rank matrices, number by number, has rank r^2 at most (FedPara). It equals a plain pair whose rows
-and columns are products: B[o, ij] = B1[o, i] B2[o, j], A[ij, n] = A1[i, n] A2[j, n]. B2 A2 starts at zero.
+The product of two low-rank matrices, number by number, has rank r^2 at most (FedPara). It equals a plain pair
+whose rows and columns are products: B[o, ij] = B1[o, i] B2[o, j], A[ij, n] = A1[i, n] A2[j, n]. B2 A2 starts
+at zero.
 
 Parameters: 2 r (in + out) a layer.
 State: A1, B1, A2, B2.
-Cost: a LoRA of rank r^2 while its factors are smaller than W. Above that every pass builds W' - W, and the backward
-builds it again. Merged: none.
+Cost: a LoRA of rank r^2 while its factors are smaller than W. Above that every pass builds W' - W, and the
+backward builds it again. Merged: none.
 Use: adapters of image models (LyCORIS); a change of higher rank than LoRA's at the same size.
-Against: at r^2 near the width as expensive as another layer. Its numbers are products of four, so it wants a larger
-rate than LoRA's. Published comparisons use one rate for both.
+Against: at r^2 near the width as expensive as another layer. Its numbers are products of four, so it wants a
+larger rate than LoRA's. Published comparisons use one rate for both.
 """
 
 from __future__ import annotations

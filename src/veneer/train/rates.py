@@ -60,7 +60,8 @@ def _own(method: str, optimiser: str, known: dict[str, float]) -> float:
         return known[method]
     hint = f"; AdamW's on the built-in model is {OWN_BUILTIN[method]:g}"
     raise ConfigError(
-        f"no rate is known for method {method!r} and optimiser {optimiser!r} on this model; give lr (--lr){hint}"
+        f"no rate is known for method {method!r} and optimiser {optimiser!r} on this model; give lr"
+        f" (--lr){hint}"
     )
 
 

@@ -1,4 +1,5 @@
-"""PEFT's adapter folder as changes of our sites; whatever it holds that is not understood is a problem with a text."""
+"""PEFT's adapter folder as changes of our sites; whatever it holds that is not understood is a problem with a
+text."""
 
 from __future__ import annotations
 
@@ -53,12 +54,14 @@ def settings_problems(config: Config, has_initial: bool) -> list[str]:
     if "peft_type" not in config:
         other = next((d for k, d in DIALECTS.items() if k in config), "not PEFT's")
         return [
-            f"this adapter_config.json is {other}: it has no peft_type; only PEFT's is read here: `veneer convert` makes one of it"
+            f"this adapter_config.json is {other}: it has no peft_type; only PEFT's is read here: `veneer"
+            f" convert` makes one of it"
         ]
     kind = method_of(config)
     if kind is None:
         return [
-            f"peft_type {config['peft_type']!r} is not read here; convert it with PEFT's own save_as_lora, or merge it there"
+            f"peft_type {config['peft_type']!r} is not read here; convert it with PEFT's own save_as_lora,"
+            f" or merge it there"
         ]
     known = table(kind).every
     beyond = {k: why for k, why in BEYOND.items() if config.get(k) and config[k] != known.get(k)}
@@ -88,8 +91,8 @@ def _compiles(pattern: Any) -> bool:
 
 
 class Source(NamedTuple):
-    """What is read: settings without settings_problems, the tensors, by site what our manifest adds to PEFT's settings,
-    and the tensors of the folder saved before training."""
+    """What is read: settings without settings_problems, the tensors, by site what our manifest adds to PEFT's
+    settings, and the tensors of the folder saved before training."""
 
     config: Config
     tensors: Mapping[str, Tensor]
@@ -192,7 +195,8 @@ def _sites(model: nn.Module, names: list[str], config: Config, problems: list[Pr
         problems.append(
             Problem(
                 "fit",
-                f"no layer of the model matches target_modules={config['target_modules']!r}; it has e.g. {some}",
+                f"no layer of the model matches target_modules={config['target_modules']!r}; it has e.g."
+                f" {some}",
             )
         )
         return []
@@ -230,7 +234,8 @@ def _whole(
         problems.append(
             Problem(
                 "fit",
-                f"{first_few(fixed)}: a buffer of a whole module was changed, which no change of weights expresses",
+                f"{first_few(fixed)}: a buffer of a whole module was changed, which no change of weights"
+                f" expresses",
             )
         )
     return changes
@@ -255,7 +260,8 @@ def _full(site: LeafSite, tensors: Mapping[str, Tensor]) -> tuple[Site, Delta]:
 
 
 def _left_over(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
-    """What nothing asked for. PEFT puts copies of the base's embeddings into the file: those that are the base's say nothing."""
+    """What nothing asked for. PEFT puts copies of the base's embeddings into the file: those that are the
+    base's say nothing."""
     base = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not is_own(n)}
     unused = []
     for key, t in tensors.items():

@@ -18,7 +18,8 @@ PATTERNS = {
 
 
 def at(config: Mapping[str, Any], name: str) -> Config:
-    """The settings of one layer: rank and alpha by PEFT's rule, the first pattern that ends the layer's name."""
+    """The settings of one layer: rank and alpha by PEFT's rule, the first pattern that ends the layer's
+    name."""
     found = dict(config)
     for key, pattern in PATTERNS.items():
         hit = next(
@@ -30,7 +31,8 @@ def at(config: Mapping[str, Any], name: str) -> Config:
 
 
 def wrapped(config: Config, names: Iterable[str]) -> set[str]:
-    """The modules that PEFT keeps whole: their names end with an entry of modules_to_save, wherever it begins."""
+    """The modules that PEFT keeps whole: their names end with an entry of modules_to_save, wherever it
+    begins."""
     entries = tuple(config.get("modules_to_save") or ())
     return {n for n in names if entries and n.endswith(entries)}
 

@@ -1,4 +1,5 @@
-"""PEFT's adapter folder, https://huggingface.co/docs/peft: its settings and names, and our changes written in them."""
+"""PEFT's adapter folder, https://huggingface.co/docs/peft: its settings and names, and our changes written in
+them."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from veneer.sites.own import is_own, without_own
 
 
 class Written(NamedTuple):
-    """An adapter in PEFT's format: its settings, the tensors of its changes, those of modules kept whole, and `own`,
-    by site, what PEFT has no words for."""
+    """An adapter in PEFT's format: its settings, the tensors of its changes, those of modules kept whole, and
+    `own`, by site, what PEFT has no words for."""
 
     config: Config
     tensors: dict[str, Tensor]
@@ -58,7 +59,8 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
 
 
 def _shared(found: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Every shared tensor with as many rows and columns as any layer uses, or None where the layers' parts are no parts of one."""
+    """Every shared tensor with as many rows and columns as any layer uses, or None where the layers' parts
+    are no parts of one."""
     whole: dict[str, Tensor] = {}
     for name in found[0]:
         parts = [own[name] for own in found]
@@ -73,7 +75,8 @@ def _shared(found: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
 def _settings(
     model: nn.Module, forms: dict[str, PeftForm], saved: list[str], settings: Table
 ) -> Config | None:
-    """adapter_config.json, or None where PEFT would apply it to other layers, or with other ranks, than ours."""
+    """adapter_config.json, or None where PEFT would apply it to other layers, or with other ranks, than
+    ours."""
     patterns = {k: p for k, p in PATTERNS.items() if k in settings.every and p in settings.every}
     per_site = {n: {k: v for k, v in f.config.items() if k in settings.every} for n, f in forms.items()}
     shared = [{k: v for k, v in own.items() if k not in patterns} for own in per_site.values()]
@@ -93,7 +96,8 @@ def _settings(
 
 
 def origin(model: nn.Module, saved: list[str]) -> Config:
-    """Where the base came from, and the task by which PEFT chooses its wrapper; without the task's head in it, none."""
+    """Where the base came from, and the task by which PEFT chooses its wrapper; without the task's head in
+    it, none."""
     kind, known = type(model), getattr(getattr(model, "config", None), "model_type", None)
     task = next((t for end, t in TASKS.items() if known and kind.__name__.endswith(end)), None)
     heads = [n for n, _ in model.named_modules() if n.endswith(HEADS.get(task or "", ()))]
@@ -122,7 +126,8 @@ def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
 
 
 def _endings(sites: Iterable[str], names: list[str]) -> list[str]:
-    """The shortest endings of names that mean these layers and no others; whole names where there are none."""
+    """The shortest endings of names that mean these layers and no others; whole names where there are
+    none."""
     sites = list(sites)
     short = sorted({n.rsplit(".", 1)[-1] for n in sites})
     return short if {n for n in names if ends(n, short)} == set(sites) else sorted(sites)

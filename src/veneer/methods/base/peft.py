@@ -66,7 +66,8 @@ def peft_same_map(site: Site) -> bool:
 
 
 def peft_dense_map(site: Site) -> bool:
-    """True if PEFT applies a dense change to this layer by the layer's own operation (its LyCORIS methods)."""
+    """True if PEFT applies a dense change to this layer by the layer's own operation (its LyCORIS
+    methods)."""
     return site.kind == "linear" or (
         site.kind == "conv" and site.spatial < 3 and site.module.padding_mode == "zeros"
     )

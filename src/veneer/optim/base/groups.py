@@ -1,10 +1,10 @@
 """Trained parameters by role: rates and weight decay of every parameter group.
 
-Weight decay means the same for every method: the change of the weights shrinks by (1 - rate * decay) per step.
-A change that is a product of n trained factors shrinks as a whole: each factor takes the n-th root. For B A that
-is the square root each, whatever ratio LoRA+ has between their rates. AdamW's own rule would decay the product
-by (1 - rate * decay)(1 - ratio * rate * decay). Vectors (norms, biases, magnitudes) do not decay. Neither do
-gains, for which one means no change.
+Weight decay means the same for every method: the change of the weights shrinks by (1 - rate * decay) per
+step. A change that is a product of n trained factors shrinks as a whole: each factor takes the n-th root. For
+B A that is the square root each, whatever ratio LoRA+ has between their rates. AdamW's own rule would decay
+the product by (1 - rate * decay)(1 - ratio * rate * decay). Vectors (norms, biases, magnitudes) do not decay.
+Neither do gains, for which one means no change.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PRODUCT = (*FACTORS, "factor")  # roles whose parameters multiply to the change
 class Part(NamedTuple):
     """One trained parameter.
 
-    role: its role in the method without the number of its pair, else "matrix" or "vector"; pair: that number, ""
-    for the first; embedding: True if it changes an embedding; owner: the change, or the change within a change,
-    whose own parameter it is.
+    role: its role in the method without the number of its pair, else "matrix" or "vector"; pair: that number,
+    "" for the first; embedding: True if it changes an embedding; owner: the change, or the change within a
+    change, whose own parameter it is.
     """
 
     name: str
@@ -81,7 +81,8 @@ def _trained(parts: Iterable[Part]) -> list[Part]:
 
 
 def decay_shares(parts: Sequence[Part]) -> list[float]:
-    """Returns the exponent of each parameter's weight decay: 1/n for one of n factors, 0 for vectors and gains."""
+    """Returns the exponent of each parameter's weight decay: 1/n for one of n factors, 0 for vectors and
+    gains."""
     factors = Counter(id(p.owner) for p in parts if p.role in PRODUCT)
     return [
         1 / factors[id(p.owner)] if p.role in PRODUCT else float(p.parameter.ndim > 1 and p.role != "gain")
