@@ -37,7 +37,15 @@ NEEDED = {"torch", "safetensors"}
 # and the files of serve by a server alone (`import veneer.serve` loads none of them, see tests/serve/test_imports.py).
 AT_THE_TOP = {
     "cli": {"typer", "rich"},
-    "serve": {"transformers", "fastapi", "starlette", "pydantic", "prometheus_client", "sse_starlette", "uvicorn"},
+    "serve": {
+        "transformers",
+        "fastapi",
+        "starlette",
+        "pydantic",
+        "prometheus_client",
+        "sse_starlette",
+        "uvicorn",
+    },
 }
 MAY_USE_TRANSFORMERS = {"data", "tasks", "train", "embedded", "models", "runs", "search", "serve", "verbs"}
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py"))
