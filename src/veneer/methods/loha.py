@@ -101,6 +101,7 @@ class LoHa(DenseDelta, Served, PeftStored):
                 a, b = tensors[f"hada_w{k}_a"], tensors[f"hada_w{k}_b"]
                 whole = torch.einsum("ij...,jn->in...", tensors[f"hada_t{k}"], b).flatten(1)
                 tensors |= {f"hada_w{k}_a": a.mT, f"hada_w{k}_b": whole}
+        shapes: dict[str, tuple[int, ...]]
         shapes = {n: (site.out, r) if n.endswith("a") else (r, site.in_) for n in PEFT_NAMES.values()}
         check_peft_tensors(site, tensors, shapes)
         delta = build(cls, site, {"rank": r, "alpha": float(config["alpha"])})

@@ -49,10 +49,10 @@ def of_adapter(model: nn.Module, adapter: str) -> list[Part]:
     for site, delta in changes(model, adapter):
         for name, p in delta.named_parameters():
             path, _, own = name.rpartition(".")
-            owner = delta.get_submodule(path)
+            inner = delta.get_submodule(path)
             given = delta.roles.get(own, _shape(p))
             role = given.rstrip(digits)
-            owner = owner if isinstance(owner, Delta) else None
+            owner = inner if isinstance(inner, Delta) else None
             embedding, pair = site.kind == "embedding", given.removeprefix(role)
             found.append(Part(f"{site.name}.{name}", p, role, embedding, owner, pair))
     return _trained(found)
