@@ -238,15 +238,11 @@ def test_length_counts_steps_tokens_and_evaluations(planned):
 
 def test_the_setting_that_halves_is_tried(planned):
     tried = {t.setting: t for t in planned.halving}
-    assert {"gradient_checkpointing", "batch", "precision", "length", "rank"} == set(tried)
+    assert {"gradient_checkpointing", "batch", "precision", "length"} == set(tried)  # rank 4 takes too little
     assert tried["gradient_checkpointing"].share < 0.97 and not planned.run.gradient_checkpointing
     assert [t.halves for t in planned.halving] == sorted((t.halves for t in planned.halving), reverse=True)
     assert all(0 < t.share < 1 for t in planned.halving)
-    assert (
-        tried["length"].change == "--length 16"
-        and tried["rank"].change == "--rank 2"
-        and tried["rank"].share > 0.9
-    )
+    assert tried["length"].change == "--length 16"
     assert tried["batch"].change.startswith("--batch 1 --accumulate 4")
     assert tried["batch"].share > 0.5  # so half of an even batch is not tried where a quarter can be
 
@@ -257,8 +253,10 @@ def test_a_start_that_looks_at_the_loss_is_planned_by_its_shapes(folder, monkeyp
     )
     for other in ("_recompute", "_batch", "_precision", "_length"):
         monkeypatch.setattr(smaller, other, lambda *given: iter(()))
-    found = plan(run(folder, options={"rank": 2, "init": "loraga"}), probe=False, progress=False)
-    assert {layer.rank for layer in found.layers} == {4} and [t.change for t in found.halving] == ["--rank 1"]
+    loraga = run(folder, options={"rank": 16, "init": "loraga"}, batch=1, length=8)
+    found = plan(loraga, probe=False, progress=False)
+    assert {layer.rank for layer in found.layers} == {16, 32}  # twice the rank, or all of a smaller layer
+    assert found.halving[0].change.startswith("--rank ") and found.halving[0].share < 1
 
 
 def test_full_fine_tuning_is_planned_alone(folder, untried):

@@ -95,9 +95,9 @@ def _rank(ready: Ready, shape: Shape, now: Memory) -> Trials:
         return
     rank = int(run.options.get("rank", known["rank"].default))
     most = min(MOST, rank.bit_length() - 1)
-    hopeful = 2 * (now.adapter + now.gradients + now.optimiser) > now.peak
-    # A rank that cannot halve the memory is tried once, at its smallest.
-    for i in range(1 if hopeful else max(1, most), most + 1):
+    if 2 * (now.adapter + now.gradients + now.optimiser) < now.peak:
+        return  # without any rank more than half of the memory would be left
+    for i in range(1, most + 1):
         smaller = replace(
             run,
             options={**run.options, "rank": rank >> i},
