@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from veneer.adapt.combine import combine, extract, to_lora
     from veneer.adapt.merge import merge
     from veneer.adapt.store.store import load, save
+    from veneer.compress.folder import save_compressed
     from veneer.compress.quantise import dequantise, quantise, quantise_around
     from veneer.compress.store import load_quantised, save_quantised
+    from veneer.models.compressed import load_compressed
+    from veneer.models.expand import expand
     from veneer.runs.fit import fit
     from veneer.runs.fit_many import fit_many
     from veneer.serve.start import serve
@@ -32,15 +35,18 @@ __all__ = [
     "combine",
     "dequantise",
     "detach",
+    "expand",
     "extract",
     "fit",
     "fit_many",
     "load",
+    "load_compressed",
     "load_quantised",
     "merge",
     "quantise",
     "quantise_around",
     "save",
+    "save_compressed",
     "save_quantised",
     "serve",
     "to_lora",
@@ -59,6 +65,9 @@ _HOMES = {
     "veneer.adapt.store.store": ("load", "save"),
     "veneer.runs.fit": ("fit",),
     "veneer.runs.fit_many": ("fit_many",),
+    "veneer.models.expand": ("expand",),
+    "veneer.compress.folder": ("save_compressed",),
+    "veneer.models.compressed": ("load_compressed",),
     "veneer.compress.store": ("load_quantised", "save_quantised"),
     "veneer.compress.quantise": ("dequantise", "quantise", "quantise_around"),
     "veneer.serve.start": ("serve",),

@@ -19,6 +19,7 @@ import veneer
 import veneer.methods
 from veneer.adapt.attached import changes
 from veneer.adapt.merge import merge
+from veneer.sites.factored.layers import Factored, plain_linear
 
 CELLS = list(itertools.product(METHODS, SITES))
 cells = pytest.mark.parametrize(("method", "site"), CELLS)
@@ -51,6 +52,8 @@ def weight_of(model):
 def layer_with(base, W):
     """The plain layer with another matrix, put there without veneer's writer."""
     layer = copy.deepcopy(base)
+    if isinstance(layer[0], Factored):
+        layer[0] = plain_linear(torch.zeros(W.shape, dtype=torch.float64), layer[0].bias)
     weight = layer[0].weight
     W = torch.as_tensor(W)
     transposed = type(layer[0]).__name__ in ("Conv1D", "Embedding")
@@ -156,10 +159,13 @@ def test_bfloat16_is_nearly_as_close_as_the_plain_layer(method, site):
     y = adapted(half)
     assert y.dtype == torch.bfloat16
 
-    def error(other):
+    def error(other, exact=exact):
         return float((other.double() - exact).detach().norm() / exact.detach().norm())
 
-    assert error(y) <= 2 * error(plain(half)) + 2**-9  # one rounding of the output is free
+    allowed = error(plain(half))
+    if isinstance(base[0], Factored):  # which rounds between its products, adapted or not
+        allowed = max(allowed, error(copy.deepcopy(base).bfloat16()(half), base(x)))
+    assert error(y) <= 2 * allowed + 2**-9  # one rounding of the output is free
 
 
 @pytest.mark.parametrize("site", SITES)

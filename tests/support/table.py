@@ -13,6 +13,8 @@ from oracles import dora, flora, fourierft, frozen, ia3, loha, lora, miss, start
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from veneer.sites.factored.layers import holding
+
 
 class Method(NamedTuple):
     """A method with options, and the closed form (W, tensors, options) -> W' that it must equal."""
@@ -67,9 +69,16 @@ def _tokens(*shape: int) -> Tensor:
     return torch.randint(0, 11, shape)
 
 
+def _factored(form: str) -> nn.Module:
+    """A layer (5, 7) of rank 3."""
+    return holding(form, torch.randn(3, 7), torch.randn(5, 3), torch.randn(5))
+
+
 SITES = {
     "linear": Place(lambda: nn.Linear(7, 5), lambda: _numbers(2, 4, 7)),
     "linear without bias": Place(lambda: nn.Linear(7, 5, bias=False), lambda: _numbers(3, 7)),
+    "factored": Place(lambda: _factored("plain"), lambda: _numbers(2, 4, 7)),
+    "factored, pivoted": Place(lambda: _factored("pivoted"), lambda: _numbers(3, 7)),
     "Conv1D": Place(lambda: Conv1D(5, 7), lambda: _numbers(2, 4, 7)),
     "embedding": Place(lambda: nn.Embedding(11, 6), lambda: _tokens(2, 4)),
     "embedding with padding": Place(lambda: nn.Embedding(11, 6, padding_idx=0), lambda: _tokens(2, 9)),

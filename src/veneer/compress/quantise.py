@@ -22,10 +22,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import activate, detach, hang, refuse_compiled, train_only
-from veneer.adapt.attached import active, adapters, changes, layers
+from veneer.adapt.attach import refuse_compiled
+from veneer.adapt.attached import adapters
 from veneer.adapt.per_layer import check_patterns, options_at
 from veneer.compress.places import Places
+from veneer.compress.swap import one_by_one, swap
 from veneer.errors import ConfigError, SiteError, first_few, suggest
 from veneer.methods import Stats
 from veneer.methods.lora import LoRA
@@ -34,6 +35,7 @@ from veneer.ops.draws import keyed
 from veneer.ops.matrix.linalg import check_rank
 from veneer.ops.matrix.residual import split
 from veneer.sites import Site, find, site_for
+from veneer.sites.factored.layers import Factored
 from veneer.sites.find import Target
 from veneer.sites.quantised import packed_kind
 from veneer.sites.quantised_linear import QuantisedLinear
@@ -103,23 +105,8 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     bitsandbytes' and torchao's layers are unpacked too. Adapters stay attached, acting and training as they were.
     """
-    state = {n: changes(model, n) for n in adapters(model)}
-    acting, trained = active(model), {id(p) for p in model.parameters() if p.requires_grad}
-    watched = {d.site.name: d.called for d in layers(model)}
-    detach(model)
-    places = Places(model)
-    for site in [site_for(n, m) for n, m in model.named_modules() if packed_kind(m)]:
-        places.put(site.module, _plain(site, dtype))
-    for name, found in state.items():
-        hang(model, name, [(_again(model, site), delta) for site, delta in found])
-    if state:
-        train_only(model)
-        activate(model, acting)
-        for p in (p for p in model.parameters() if id(p) in trained):
-            p.requires_grad_(True)
-        for d in layers(model):
-            d.called = watched[d.site.name]
-    return model
+    packed = [n for n, m in model.named_modules() if packed_kind(m)]
+    return swap(model, packed, lambda site: _plain(site, dtype))
 
 
 @contextmanager
@@ -145,12 +132,6 @@ def as_plain(model: nn.Module) -> Iterator[None]:
             places.put(module, module)
 
 
-def _again(model: nn.Module, site: Site) -> Site:
-    """The site as it is now, when its module may be another."""
-    module = model.get_submodule(site.name)
-    return site_for(site.name, module) if site.is_packed else type(site)(site.name, module)
-
-
 def _ranks(sites: list[Site], rank: int, pattern: Mapping[str, int]) -> dict[str, int]:
     """The rank of every layer's adapter by its name. Raises ConfigError and ShapeError."""
     check_patterns(sites, pattern)
@@ -160,13 +141,6 @@ def _ranks(sites: list[Site], rank: int, pattern: Mapping[str, int]) -> dict[str
     return ranks
 
 
-def one_by_one(sites: list[Site]) -> Iterator[Site]:
-    """The sites, each of which is forgotten, with its layer, when the next one is asked for."""
-    sites.reverse()
-    while sites:
-        yield sites.pop()
-
-
 def plain_sites(model: nn.Module, exclude: Target = ()) -> list[Site]:
     """The layers to quantise. Raises ConfigError and SiteError where that cannot be done."""
     refuse_compiled(model)
@@ -174,7 +148,7 @@ def plain_sites(model: nn.Module, exclude: Target = ()) -> list[Site]:
         raise ConfigError(
             f"quantise the base first and attach afterwards; attached now: {first_few(adapters(model))}"
         )
-    sites = find(model, "all-linear", exclude)
+    sites = [part for s in find(model, "all-linear", exclude) for part in _parts(s)]
     packed = [s.name for s in sites if s.is_packed]
     if packed:
         raise ConfigError(f"{len(packed)} layers are quantised already: {first_few(packed)}")
@@ -195,6 +169,14 @@ def plain_sites(model: nn.Module, exclude: Target = ()) -> list[Site]:
             f"NaN or infinity in the weights of {first_few(wild)}, which no format can hold; is the checkpoint whole?"
         )
     return sites
+
+
+def _parts(site: Site) -> list[Site]:
+    """The layers that hold the site's matrix: the two inside a factored layer, or the layer itself."""
+    module = site.module
+    names = module.inner if isinstance(module, Factored) else ()
+    held = [site_for(f"{site.name}.{n}", getattr(module, n)) for n in names]
+    return [s for s in held if s.out] or [site]  # a pivoted layer of full rank has no second factor
 
 
 def _as_loaded(site: Site) -> Tensor:

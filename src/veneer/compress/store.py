@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from veneer import files
 from veneer.compress.places import Places
-from veneer.compress.quantise import layer_of, one_by_one, plain_sites
+from veneer.compress.quantise import layer_of, plain_sites
+from veneer.compress.swap import one_by_one
 from veneer.errors import ConfigError, FormatError, first_few
 from veneer.ops import quant
 from veneer.sites.quantised import formats

@@ -111,7 +111,8 @@ def format_of(wanted: Sequence[Wanted], base: str) -> str | None:
 
     Raises ConfigError if the adapters were made for bases in different forms, or in one that only a folder holds.
     """
-    if changed.kind_of_folder(base) is not None:
+    held = changed.kind_of_folder(base)
+    if held is not None and not held.whole:
         return None
     records = {w.folder: manifest.read(adapter_folder(w.folder)) for w in wanted}
     found = {f: changed.recorded(r["base"]) if r else {} for f, r in records.items()}
@@ -122,7 +123,7 @@ def format_of(wanted: Sequence[Wanted], base: str) -> str | None:
             f"the adapters' bases have different forms ({told}); use the adapters one at a time"
         )
     formats = forms.get("quantised", [])
-    if forms.keys() - {"quantised"}:
+    if forms.keys() - {"quantised", held.name if held else "quantised"}:
         raise ConfigError(
             f"model: the adapters' base is {changed.in_words(forms)}, {base!r} is plain; give the base's folder (--model)"
         )

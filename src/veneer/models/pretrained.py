@@ -49,19 +49,30 @@ def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: st
     """
     from transformers import AutoModelForCausalLM
 
+    made_from, kind = changed.origin(name), changed.kind_of_folder(name)
+    if (inner := changed.kind_of_folder(made_from)) is not None and inner.whole:
+        found = changed.open_whole(made_from, dtype)
+        return _finished(found, name, kind, quantised, device)
     with _said_well(name, "causal language model"), no_bars():
         model, info = AutoModelForCausalLM.from_pretrained(
             source(name), dtype=dtype, output_loading_info=True
         )
     missing = sorted(info["missing_keys"])
     if missing:
-        kind = type(model).__name__
         raise ConfigError(
-            f"model {name!r} lacks {len(missing)} weights of a {kind}, which would be random: {first_few(missing)}"
+            f"model {name!r} lacks {len(missing)} weights of a {type(model).__name__}, which would be random:"
+            f" {first_few(missing)}"
         )
-    if changed.origin(name) == embedded.PREFIX:
+    if made_from == embedded.PREFIX:
         model.name_or_path = name  # what adapters record; the folder is this machine's own
-    if changed.kind_of_folder(name) is not None:
+    return _finished(model, name, kind, quantised, device)
+
+
+def _finished(
+    model: Any, name: str, kind: changed.Kind | None, quantised: str | None, device: torch.device
+) -> nn.Module:
+    """The loaded model with the folder's changed layers, quantised if asked, on the device."""
+    if kind is not None and not kind.whole:
         changed.load(model, name)
         model.name_or_path = name
     if quantised is not None:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from veneer import files
 from veneer.errors import FormatError
+from veneer.sites.factored.site import factored_forms
 from veneer.sites.quantised import formats
 
 
@@ -27,6 +29,7 @@ class Kind(NamedTuple):
     puts them in place.
     make: `veneer.<make>(model, form)` changes a plain model so, or None where only a folder can hold the
     layers.
+    whole: the folder holds a whole model; load is then `veneer.<load>(folder)`, which opens it.
     """
 
     name: str
@@ -34,9 +37,13 @@ class Kind(NamedTuple):
     marker: str
     load: str
     make: str | None = None
+    whole: bool = False
 
 
-KINDS = (Kind("quantised", formats, "quantised.json", "load_quantised", "quantise"),)
+KINDS = (
+    Kind("quantised", formats, "quantised.json", "load_quantised", "quantise"),
+    Kind("factored", factored_forms, "factored.json", "load_compressed", whole=True),
+)
 Forms = dict[str, list[str]]  # kind -> forms, sorted; kinds that do not occur are left out
 
 
@@ -73,12 +80,13 @@ def kind_of_folder(folder: str | Path) -> Kind | None:
 
 
 def origin(name: str) -> str:
-    """Returns the model that a folder of changed layers belongs to, or the name itself for any other.
+    """Returns the model that a folder of changed layers belongs to, or the name itself for any other and for
+    a whole model.
 
     Raises FormatError if the folder does not say so.
     """
     kind = kind_of_folder(name)
-    if kind is None:
+    if kind is None or kind.whole:
         return name
     path = Path(name) / kind.marker
     return str(files.read_json(path, ["model"])["model"])
@@ -91,6 +99,15 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         known = ", ".join(k.marker for k in KINDS)
         raise FormatError(f"{folder}: changed layers are missing; expected one of {known}")
     found: nn.Module = _public(kind.load)(model, folder)
+    return found
+
+
+def open_whole(folder: str | Path, dtype: torch.dtype) -> nn.Module:
+    """Returns the model of a folder that holds a whole one. Raises what reading it raises."""
+    kind = kind_of_folder(folder)
+    if kind is None or not kind.whole:
+        raise FormatError(f"{folder}: a whole changed model is missing")
+    found: nn.Module = _public(kind.load)(folder, dtype=dtype)
     return found
 
 

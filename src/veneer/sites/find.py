@@ -12,6 +12,8 @@ from veneer.errors import SiteError, first_few, suggest
 from veneer.sites.base import Site
 from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
+from veneer.sites.factored.layers import Factored
+from veneer.sites.factored.site import FactoredSite
 from veneer.sites.linear import LinearSite, TransposedSite
 from veneer.sites.own import base_modules
 from veneer.sites.quantised import packed_kind
@@ -20,6 +22,7 @@ Target = str | Sequence[str]
 
 KINDS: list[tuple[type[nn.Module], type[Site]]] = [
     (nn.Linear, LinearSite),
+    (Factored, FactoredSite),
     (nn.Embedding, EmbeddingSite),
     (nn.Conv1d, ConvSite),
     (nn.Conv2d, ConvSite),
@@ -65,7 +68,7 @@ def find(
     of an unknown kind, a layer whose owner reads its weight directly, and (unless `untie`) a layer that
     shares its weight with another.
     """
-    layers = base_modules(model)
+    layers = _whole(base_modules(model))
     wanted = _match(model, layers, to)
     _check_exclude(wanted, exclude)
     names = [n for n in wanted if not _meant(n, exclude)]
@@ -77,6 +80,12 @@ def find(
     if problems:
         raise SiteError("\n".join(problems))
     return [site_for(n, layers[n]) for n in names]
+
+
+def _whole(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns the layers without those inside a factored layer, which is adapted as one."""
+    inside = {f"{n}.{k}" for n, m in layers.items() if isinstance(m, Factored) for k in m.inner}
+    return {n: m for n, m in layers.items() if n not in inside}
 
 
 def named(

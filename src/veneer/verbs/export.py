@@ -19,6 +19,7 @@ from veneer.compress.quantise import dequantise
 from veneer.errors import ConfigError, NotMergeable, first_few
 from veneer.files import making, write_json
 from veneer.models import adapted, pretrained
+from veneer.models.expand import expand
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE = re.compile(r"\d+(\.\d+)?([KMGT]i?)?B")  # as save_pretrained reads it
@@ -70,7 +71,7 @@ def export(
     _check(adapter, out, shard_size)
     name = _stored(base) if dtype == "auto" else dtype
     opened, wanted = adapted.open_all(adapter, model=base, allow=allow)
-    dequantise(opened.model)
+    expand(dequantise(opened.model))
     strengths = adapted.summed(wanted)
     verdict = foresee(opened.model, strengths, limit, dtype=DTYPES[name])
     _refuse(verdict, force)

@@ -12,6 +12,7 @@ from torch import nn
 from veneer.adapt.attached import layers
 from veneer.adapt.merge import Verdict, refusal
 from veneer.adapt.merge import merge as merge_into
+from veneer.compress import folder as compressed
 from veneer.compress import store
 from veneer.compress.quantise import dequantise
 from veneer.errors import ConfigError, NotMergeable, first_few, suggest
@@ -19,6 +20,7 @@ from veneer.files import making, write_json
 from veneer.models import adapted, pretrained
 from veneer.ops.quant import FORMATS
 from veneer.sites import changed
+from veneer.sites.factored.site import factored_forms
 from veneer.sites.quantised import formats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,6 +86,8 @@ def _save(opened: adapted.Opened, folder: Path, record: dict[str, Any]) -> None:
     with making(folder) as temporary:
         if formats(opened.model):
             store.save_quantised(opened.model, temporary, changed.origin(opened.base))
+        elif factored_forms(opened.model):
+            compressed.write(opened.model, temporary, tokenizer=opened.tokenizer)
         else:
             with pretrained.no_bars():
                 opened.model.save_pretrained(temporary)  # type: ignore[operator]
