@@ -253,7 +253,7 @@ def test_a_start_that_looks_at_the_loss_is_planned_by_its_shapes(folder, monkeyp
     )
     for other in ("_recompute", "_batch", "_precision", "_length"):
         monkeypatch.setattr(smaller, other, lambda *given: iter(()))
-    loraga = run(folder, options={"rank": 16, "init": "loraga"}, batch=1, length=8)
+    loraga = run(folder, options={"rank": 16, "init": "loraga"}, batch=1, accumulate=1, length=8)
     found = plan(loraga, probe=False, progress=False)
     assert {layer.rank for layer in found.layers} == {16, 32}  # twice the rank, or all of a smaller layer
     assert found.halving[0].change.startswith("--rank ") and found.halving[0].share < 1
