@@ -60,7 +60,7 @@ def said(*pairs: tuple[str, str]) -> list[dict[str, object]]:
             {
                 "messages": [
                     *said(("system", "Be brief."), ("user", "2 and 3?")),
-                    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                    {"role": "assistant", "tool_calls": [CALL]},
                     *said(("tool", "5"), ("assistant", "Five.")),
                 ],
                 "tools": ADD,
@@ -85,7 +85,6 @@ def said(*pairs: tuple[str, str]) -> list[dict[str, object]]:
                 "messages": [
                     {
                         "role": "assistant",
-                        "content": "",
                         "tool_calls": [
                             {"id": "x1", "type": "function", "function": {"name": "now", "arguments": {}}}
                         ],

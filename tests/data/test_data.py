@@ -208,11 +208,11 @@ def test_the_name_of_the_end_token_in_a_text_is_text():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (REFUSES, "talk: the tokenizer's chat template refuses this conversation: roles must alternate"),
+        (REFUSES, "talk: the chat template refuses this conversation: roles must alternate"),
         (
             REWRITES,
-            "talk: the tokenizer's chat template rewrites earlier turns when a conversation goes on, so that turn 3 cannot be marked as"
-            " what is learned; give one conversation a turn, as prompt and completion",
+            "talk: turn 3: the chat template rewrites earlier turns, and nothing shows where this turn begins;"
+            " mark it in the template with {% generation %}, or give it a row of its own",
         ),
     ],
 )

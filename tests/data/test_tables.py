@@ -88,7 +88,7 @@ def test_conversations_come_out_of_tables_without_what_is_null(tmp_path, name):
     }
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
     assert two.columns == {
-        "messages": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+        "messages": [{"role": "assistant", "tool_calls": [call]}],
         "tools": [{"type": "function"}],
     }
 

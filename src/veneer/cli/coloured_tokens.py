@@ -22,7 +22,7 @@ def has_colour() -> bool:
 def text(found: Mapping[str, Any], colour: bool) -> str:
     """What `veneer data show` prints."""
     key = "on green" if colour else "between ⟦ and ⟧"
-    lines = [f"the first {len(found['rows'])} of {found['of']} rows; what is learned is {key}"]
+    lines = [f"the first {found['shown']} of {found['of']} rows; what is learned is {key}"]
     for row in found["rows"]:
         warning = f", longer than length={found['length']}" if row["too_long"] else ""
         lines.append(f"\n{row['where']}: {row['length']} tokens, {row['learned']} learned{warning}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.data import tables
-from veneer.data.columns import example, form_of, used
+from veneer.data.forms.columns import example, form_of, used
 from veneer.errors import DataError, first_few, suggest
 
 REFUSED = (

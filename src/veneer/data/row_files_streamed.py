@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from veneer.data import tables
-from veneer.data.columns import example, form_of
+from veneer.data.forms.columns import example, form_of
 from veneer.data.row_files import Row, check_file, json_object, read_file
 from veneer.data.tables import Entry
 from veneer.errors import DataError

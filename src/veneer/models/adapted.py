@@ -21,6 +21,7 @@ from veneer.models import pretrained
 from veneer.sites import changed
 from veneer.train.folder.layout import ADAPTER, BASE, CONFIG, METRICS
 
+TEMPLATE = "chat_template.jinja"  # as transformers saves it beside a tokenizer
 SPEC = re.compile(r"(?:(?P<name>[^=@/]+)=)?(?P<folder>[^@]+?)(?:@(?P<strength>[-+.\de]+))?")
 
 
@@ -151,6 +152,12 @@ def there(specs: Sequence[str]) -> list[Wanted]:
     return wanted
 
 
+def chat_template(folder: Path) -> str | None:
+    """Returns the chat template saved with an adapter, or None."""
+    path = adapter_folder(folder) / TEMPLATE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
 def check_there(folders: Iterable[Path]) -> None:
     """Raises ConfigError for all folders in which no adapter is."""
     missing = {folder: problem for folder in folders if (problem := _missing(folder))}
@@ -215,8 +222,14 @@ def open_all(
 
 
 def open_base(base: str, wanted: Sequence[Wanted], dtype: torch.dtype, device: str) -> Opened:
-    """The base alone, quantised as it was for these adapters."""
+    """Returns the base alone, in the quantised form that these adapters were trained on.
+
+    Its tokenizer gets the chat template that the adapters were trained with, if all of them name the same.
+    """
     tokenizer = pretrained.tokenizer(base)
+    templates = {chat_template(w.folder) for w in wanted} - {None}
+    if len(templates) == 1:
+        tokenizer.chat_template = templates.pop()
     return Opened(
         pretrained.causal_lm(base, dtype, torch.device(device), format_of(wanted, base)), tokenizer, base
     )

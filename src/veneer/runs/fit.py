@@ -15,6 +15,7 @@ from torch import nn
 from veneer import tasks
 from veneer.adapt.store import store
 from veneer.compress.store import save_quantised
+from veneer.data.chat import templates
 from veneer.data.order import Order
 from veneer.data.pack import Window
 from veneer.errors import FormatError
@@ -177,7 +178,7 @@ def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float]
         if (
             "conversations" in ready.texts["train"].facts
         ):  # they were learned in this template, and are to be asked in it
-            pretrained.tokenizer(run.model).save_pretrained(out / layout.ADAPTER)
+            templates.complete(pretrained.tokenizer(run.model)).save_pretrained(out / layout.ADAPTER)
     except (OSError, SafetensorError) as e:
         where = out / layout.ADAPTER
         raise NotSaved(

@@ -12,11 +12,22 @@ from veneer.errors import ConfigError
 
 @torch.no_grad()
 def continuation(
-    model: nn.Module, tokenizer: Any, prompt: str, *, seed: int = 0, temperature: float = 0.7, **options: Any
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    chat: bool = False,
+    seed: int = 0,
+    temperature: float = 0.7,
+    **options: Any,
 ) -> str:
-    """What the model writes after the prompt. Raises ConfigError if both together are longer than its context."""
+    """Returns what the model writes after the prompt.
+
+    chat: the prompt is a chat template's, which writes the beginning token itself. Raises ConfigError if prompt
+    and continuation together are longer than the model's context.
+    """
     ids = (
-        tokenizer(prompt, return_tensors="pt")["input_ids"]
+        tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
         if prompt
         else torch.tensor([[tokenizer.eos_token_id]])
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from veneer.data.chat import plain, text_of
+from veneer.data.chat.templates import asked
 from veneer.errors import ConfigError
 from veneer.models import adapted
 from veneer.runs.samples import continuation
@@ -37,7 +36,7 @@ def generate(
     temperature: 0 takes the likeliest token each time; higher is more surprising
     top_p: draw from the likeliest tokens that together have this probability
     seed: decides the draws; each model gets the same ones
-    chat: treat the prompt as a user's message
+    chat: treat the prompt as a user's message, written by the chat template of training
     device: where to compute
     allow: what to let through when loading, see veneer.load
     """
@@ -53,16 +52,7 @@ def generate(
     shown: dict[str, adapted.Wanted | None] = {"base": None} if base or not wanted else {}
     for title, acting in {**shown, **{adapted.title(w): w for w in wanted}}.items():
         with adapted.alone(opened.model, acting, allow):
-            found[title] = continuation(
-                opened.model, opened.tokenizer, _prompt(prompt, opened.tokenizer, chat), seed=seed, **options
-            )
+            own = adapted.chat_template(acting.folder) if acting else None
+            text = asked(prompt, opened.tokenizer, own) if chat else prompt
+            found[title] = continuation(opened.model, opened.tokenizer, text, chat=chat, seed=seed, **options)
     return found
-
-
-def _prompt(prompt: str, tokenizer: Any, chat: bool) -> str:
-    if not chat:
-        return prompt
-    messages = [{"role": "user", "content": prompt}]
-    if tokenizer.chat_template:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return text_of(plain(messages, answer=True))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from veneer import embedded
 from veneer.data import row_files, split
-from veneer.data.chat import ASSISTANT, parts
+from veneer.data.chat import ASSISTANT, examples
 from veneer.data.pack import Segment, Window, n_bytes, n_labels, n_tokens, pack, segments
 from veneer.data.row_files import Row
 from veneer.data.tokens import Tokens, encode
@@ -103,11 +103,18 @@ def check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
         raise DataError(f"train_roles: no turn is of role {first_few(map(repr, missing))}{has}")
 
 
-def is_endless(row: Row, tokens: Tokens, tokenizer: Any, run: Run) -> bool:
-    """Whether a conversation's turns end by the end token and it is not learned at any of them: the model would not learn to stop."""
-    end, learned = tokenizer.eos_token_id, tokens.ids[tokens.learned].tolist()
-    asked = row.kind == "messages" and "assistant" in run.train_roles
-    return asked and bool(learned) and end in tokens.ids.tolist() and end not in learned
+def encode_row(row: Row, run: Run, tokenizer: Any) -> list[Tokens]:
+    """Returns the row's examples as tokens; a conversation may have several."""
+    return [encode(one, tokenizer) for one in examples(row, tokenizer, run.train_on, run.train_roles)]
+
+
+def is_endless(row: Row, encoded: Sequence[Tokens], tokenizer: Any, run: Run) -> bool:
+    """Tells if a conversation has end tokens and learns none of them, so that the model would not learn to stop."""
+    if row.kind != "messages" or "assistant" not in run.train_roles:
+        return False
+    end, ids = tokenizer.eos_token_id, [i for t in encoded for i in t.ids.tolist()]
+    learned = [i for t in encoded for i in t.ids[t.learned].tolist()]
+    return bool(learned) and end in ids and end not in learned
 
 
 def prepare_all(rows: Mapping[str, Sequence[Row]], run: Run, tokenizer: Any, voice: Voice) -> dict[str, Text]:
@@ -134,20 +141,25 @@ def prepare(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> Text
 
 def by_row(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> list[list[Segment]]:
     """The segments of every row, at least one each. Raises as `prepare`."""
-    encoded = [encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer) for row in rows]
-    if endless := sum(is_endless(row, t, tokenizer, run) for row, t in zip(rows, encoded, strict=True)):
+    encoded = [encode_row(row, run, tokenizer) for row in rows]
+    if endless := sum(is_endless(row, own, tokenizer, run) for row, own in zip(rows, encoded, strict=True)):
         voice.say(
             f"in {endless} conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out"
         )
-    long = [(row.where, len(t.ids) - 1) for row, t in zip(rows, encoded, strict=True) if row.kind != "text"]
+    long = [
+        (row.where, max(len(t.ids) for t in own) - 1)
+        for row, own in zip(rows, encoded, strict=True)
+        if row.kind != "text"
+    ]
     if "truncate" not in run.allow:
         checks.check_overlong(long, run.length)
     elif n_long := sum(n > run.length for _, n in long):
         voice.say(f"{n_long} rows are cut off at length={run.length} tokens")
         encoded = [
-            t if row.kind == "text" else t.first(run.length + 1) for row, t in zip(rows, encoded, strict=True)
+            own if row.kind == "text" else [t.first(run.length + 1) for t in own]
+            for row, own in zip(rows, encoded, strict=True)
         ]
-    found = [segments(t, run.length) for t in encoded]
+    found = [[s for t in own for s in segments(t, run.length)] for own in encoded]
     idle = [row.where for row, own in zip(rows, found, strict=True) if not own]
     if idle:
         raise DataError(

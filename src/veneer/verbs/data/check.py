@@ -9,10 +9,9 @@ from statistics import median
 from typing import Any
 
 from veneer.data import leaks
-from veneer.data.chat import parts
-from veneer.data.pack import n_labels, n_tokens, pack, segments
+from veneer.data.pack import Segment, n_labels, n_tokens, pack, segments
 from veneer.data.row_files import Row
-from veneer.data.tokens import Tokens, encode
+from veneer.data.tokens import Tokens
 from veneer.errors import first_few
 from veneer.models import pretrained
 from veneer.runs.texts import texts
@@ -33,8 +32,12 @@ class Check:
         return dict(vars(self))
 
 
-class Read(list[tuple[Row, Tokens]]):
-    """The rows of a part with their tokens."""
+class Read(list[tuple[Row, list[Tokens]]]):
+    """The rows of a part, each with the tokens of its examples."""
+
+    @property
+    def examples(self) -> list[Tokens]:
+        return [t for _, own in self for t in own]
 
 
 def check(run: Run) -> Check:
@@ -43,9 +46,7 @@ def check(run: Run) -> Check:
     rows = texts.gather(run, voice)
     tokenizer = pretrained.tokenizer(run.model)
     read = {
-        part: Read(
-            (row, encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer)) for row in some
-        )
+        part: Read((row, texts.encode_row(row, run, tokenizer)) for row in some)
         for part, some in rows.items()
     }
     figures = {part: _figures(found, run, tokenizer) for part, found in read.items()}
@@ -77,23 +78,29 @@ LEAKS = (
 
 
 def _figures(read: Read, run: Run, tokenizer: Any) -> dict[str, Any]:
-    lengths = sorted(len(t.ids) for _, t in read)
-    contents = [_content(t) for _, t in read]
+    lengths = sorted(len(t.ids) for t in read.examples)
+    contents = [_content(own) for _, own in read]
     return {
         "rows": len(read),
+        "examples": len(lengths),
         "tokens": sum(lengths),
-        "learned": sum(int(t.learned[1:].sum()) for _, t in read),
+        "learned": sum(int(t.learned[1:].sum()) for t in read.examples),
         "length": {"least": lengths[0], "median": median(lengths), "most": lengths[-1]},
         "lengths": histogram(lengths),
         "duplicates": len(contents) - len(set(contents)),
-        "too_long": [row.where for row, t in read if row.kind != "text" and len(t.ids) - 1 > run.length],
-        "unlabelled": [row.where for row, t in read if not segments(_cut(row, t, run), run.length)],
-        "endless": [row.where for row, t in read if texts.is_endless(row, t, tokenizer, run)],
+        "too_long": [
+            row.where
+            for row, own in read
+            if row.kind != "text" and max(len(t.ids) for t in own) - 1 > run.length
+        ],
+        "unlabelled": [row.where for row, own in read if not _segments(row, own, run)],
+        "endless": [row.where for row, own in read if texts.is_endless(row, own, tokenizer, run)],
     }
 
 
-def _cut(row: Row, tokens: Tokens, run: Run) -> Tokens:
-    return tokens if row.kind == "text" else tokens.first(run.length + 1)
+def _segments(row: Row, own: Sequence[Tokens], run: Run) -> list[Segment]:
+    cut = own if row.kind == "text" else [t.first(run.length + 1) for t in own]
+    return [s for t in cut for s in segments(t, run.length)]
 
 
 def histogram(lengths: Sequence[int]) -> dict[int, int]:
@@ -103,8 +110,8 @@ def histogram(lengths: Sequence[int]) -> dict[int, int]:
     return {1 << (b - 1): bounds.count(1 << (b - 1)) for b in range(first, last + 1)}
 
 
-def _content(tokens: Tokens) -> bytes:
-    return tokens.ids.numpy().tobytes() + tokens.learned.numpy().tobytes()
+def _content(own: Sequence[Tokens]) -> bytes:
+    return b"".join(t.ids.numpy().tobytes() + t.learned.numpy().tobytes() for t in own)
 
 
 def _problems(part: str, found: Mapping[str, Any], run: Run) -> list[str]:
@@ -126,19 +133,20 @@ def _problems(part: str, found: Mapping[str, Any], run: Run) -> list[str]:
 
 
 def _leaks(read: Mapping[str, Read], tokenizer: Any) -> dict[str, leaks.Leaks]:
-    def learned(t: Tokens) -> str:
-        return str(tokenizer.decode(t.ids[t.learned], skip_special_tokens=True))
+    def learned(own: Sequence[Tokens]) -> str:
+        ids = [i for t in own for i in t.ids[t.learned].tolist()]
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    train = [(_content(t), learned(t)) for _, t in read["train"]]
+    train = [(_content(own), learned(own)) for _, own in read["train"]]
     measured = (part for part in ("valid", "test") if part in read)
     return {
-        part: leaks.find(train, [(row.where, _content(t), learned(t)) for row, t in read[part]])
+        part: leaks.find(train, [(row.where, _content(own), learned(own)) for row, own in read[part]])
         for part in measured
     }
 
 
 def _epoch(read: Read, run: Run) -> dict[str, Any]:
-    every = [s for row, t in read for s in segments(_cut(row, t, run), run.length) * row.times]
+    every = [s for row, own in read for s in _segments(row, own, run) * row.times]
     windows = pack(every, run.length) if run.packing else [(s,) for s in every]
     n = n_tokens(windows)
     return {

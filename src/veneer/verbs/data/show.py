@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from veneer.data.chat import parts
-from veneer.data.tokens import encode
+from veneer.data.row_files import Row
+from veneer.data.tokens import Tokens
 from veneer.errors import ConfigError
 from veneer.models import pretrained
 from veneer.runs.texts import texts
@@ -18,10 +18,11 @@ MOST = 3  # bytes of a character that do not end it
 
 
 def show(run: Run, rows: int = 3) -> dict[str, Any]:
-    """The first rows to learn from: {"rows": [{where, kind, length, learned, too_long, tokens: [{id, text, learned}]}], "notes": [..]}.
+    """Returns the first rows of the training text, token by token.
 
-    notes: what was set aside or left out of the texts before. The first token is never learned: nothing comes before it. Raises the
-    errors of texts that cannot be read.
+    {"shown": rows, "of": all rows, "rows": [{where, kind, length, learned, too_long, tokens: [{id, text, learned}]}],
+    "notes": [..]}; a conversation with several examples has an entry for each. The first token has no label.
+    Raises the errors of unreadable texts.
     """
     if rows < 1:
         raise ConfigError(f"rows {rows} must be 1 or more")
@@ -29,20 +30,36 @@ def show(run: Run, rows: int = 3) -> dict[str, Any]:
     voice = Voice(False)
     found = texts.gather(run, voice)["train"]
     tokenizer = pretrained.tokenizer(run.model)
-    shown = [_row(r, run, tokenizer) for r in found[:rows]]
-    return {"model": run.model, "length": run.length, "of": len(found), "rows": shown, "notes": voice.said}
+    shown = found[:rows]
+    return {
+        "model": run.model,
+        "length": run.length,
+        "shown": len(shown),
+        "of": len(found),
+        "rows": [entry for row in shown for entry in _entries(row, run, tokenizer)],
+        "notes": voice.said,
+    }
 
 
-def _row(row: Any, run: Run, tokenizer: Any) -> dict[str, Any]:
-    found = encode(parts(row, tokenizer, run.train_on, run.train_roles), tokenizer)
+def _entries(row: Row, run: Run, tokenizer: Any) -> list[dict[str, Any]]:
+    own = texts.encode_row(row, run, tokenizer)
+    names = (
+        [row.where]
+        if len(own) == 1
+        else [f"{row.where}, example {i} of {len(own)}" for i in range(1, len(own) + 1)]
+    )
+    return [_entry(where, row.kind, found, run, tokenizer) for where, found in zip(names, own, strict=True)]
+
+
+def _entry(where: str, kind: str, found: Tokens, run: Run, tokenizer: Any) -> dict[str, Any]:
     ids, learned = found.ids.tolist(), [False, *found.learned.tolist()[1:]]
     each = zip(ids, pieces(ids, tokenizer), learned, strict=True)
     return {
-        "where": row.where,
-        "kind": row.kind,
+        "where": where,
+        "kind": kind,
         "length": len(ids),
         "learned": sum(learned),
-        "too_long": row.kind != "text" and len(ids) - 1 > run.length,
+        "too_long": kind != "text" and len(ids) - 1 > run.length,
         "tokens": [{"id": i, "text": text, "learned": is_learned} for i, text, is_learned in each],
     }
 

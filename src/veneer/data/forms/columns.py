@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from veneer.data.forms.flags import FLAGS, check_flags
 from veneer.errors import DataError, first_few, suggest
 
 # The columns that make a form, and the optional ones it uses.
@@ -67,7 +68,7 @@ def example(form: str, columns: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
             raise DataError(f"{FORMS[form][-1]!r} is empty: nothing to learn")
         return form, dict(columns)
     messages = {"messages": _own, "conversations": _sharegpt, "alpaca": _alpaca}[form](columns)
-    if not any(m["role"] == "assistant" and (m["content"] or m.get("tool_calls")) for m in messages):
+    if not any(m["role"] == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages):
         raise DataError("no assistant message has content: nothing to learn")
     idle = {name: value for name, value in columns.items() if name not in (*FORMS[form], *MORE[form])}
     tools = _opened(columns.get("tools")) if "tools" in MORE[form] else None
@@ -93,14 +94,16 @@ def _message(i: int, given: Any) -> dict[str, Any]:
         message["content"] = "".join(str(p.get("text", "")) for p in parts)
     calls = _opened(message.pop("tool_calls", None))
     if calls:
-        message = {
-            "content": "",
-            **message,
-            "tool_calls": [_call(i, c) for c in (calls if isinstance(calls, list) else [calls])],
-        }
+        calls = calls if isinstance(calls, list) else [calls]
+        message = {**message, "tool_calls": [_call(i, c) for c in calls]}
     for name in ("role", "content"):
-        if not isinstance(message.get(name), str):
+        optional = name == "content" and calls and name not in message  # absent content stays absent
+        if not optional and not isinstance(message.get(name), str):
             raise DataError(f"message {i}: {name!r} must be text")
+    try:
+        check_flags(message)
+    except DataError as e:
+        raise DataError(f"message {i}: {e}") from None
     return message
 
 
@@ -137,10 +140,10 @@ def _turn(i: int, turn: Any) -> dict[str, Any]:
         calls = _opened(value)
         return {
             "role": "assistant",
-            "content": "",
             "tool_calls": [_call(i, c) for c in (calls if isinstance(calls, list) else [calls])],
         }
-    return {"role": SPEAKERS[speaker], "content": value}
+    flags = {name: turn[name] for name in FLAGS if name in turn}
+    return _message(i, {"role": SPEAKERS[speaker], "content": value, **flags})
 
 
 def _alpaca(columns: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Turns the columns of rows into examples of three kinds: text, pair and messages."""
