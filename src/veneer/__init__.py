@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from veneer.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from veneer.adapt.attach import activate, attach, detach, train_only, using
+    from veneer.adapt.attach import attach, detach
     from veneer.adapt.attached import active, adapters
-    from veneer.adapt.banks.bank import bank
+    from veneer.adapt.banks.make import bank
     from veneer.adapt.calibrate import calibrate
     from veneer.adapt.combine import combine, extract, to_lora
     from veneer.adapt.merge import merge
-    from veneer.adapt.store.store import load, save
+    from veneer.adapt.store.store import load, read, save
+    from veneer.adapt.switch import activate, train_only, using
     from veneer.compress.folder import save_compressed
     from veneer.compress.quantise import dequantise, quantise, quantise_around
     from veneer.compress.store import load_quantised, save_quantised
@@ -45,6 +46,7 @@ __all__ = [
     "merge",
     "quantise",
     "quantise_around",
+    "read",
     "save",
     "save_compressed",
     "save_quantised",
@@ -57,12 +59,13 @@ __all__ = [
 # Where every name lives. They are imported when they are first used, so that `veneer --help` need not load PyTorch.
 _HOMES = {
     "veneer.adapt.combine": ("combine", "extract", "to_lora"),
-    "veneer.adapt.attach": ("activate", "attach", "detach", "train_only", "using"),
+    "veneer.adapt.attach": ("attach", "detach"),
     "veneer.adapt.attached": ("active", "adapters"),
-    "veneer.adapt.banks.bank": ("bank",),
+    "veneer.adapt.banks.make": ("bank",),
     "veneer.adapt.calibrate": ("calibrate",),
     "veneer.adapt.merge": ("merge",),
-    "veneer.adapt.store.store": ("load", "save"),
+    "veneer.adapt.store.store": ("load", "read", "save"),
+    "veneer.adapt.switch": ("activate", "train_only", "using"),
     "veneer.runs.fit": ("fit",),
     "veneer.runs.fit_many": ("fit_many",),
     "veneer.models.expand": ("expand",),

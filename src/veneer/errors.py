@@ -1,4 +1,4 @@
-"""What Veneer raises: each message says what is wrong, where, and what would do."""
+"""Defines Veneer's errors; a message says where, what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class VeneerError(Exception):
-    """Base of all errors meant for the user; `exit_code` is the command line's."""
+    """The base of all errors meant for the user. exit_code: the command line's."""
 
     exit_code = 1
 
@@ -35,7 +35,7 @@ class FormatError(VeneerError):
 
 
 class NotFinite(VeneerError):
-    """A number that a step needs is infinite or not a number."""
+    """A number that a step needs is infinite or NaN."""
 
 
 class NotMergeable(VeneerError):
@@ -45,7 +45,7 @@ class NotMergeable(VeneerError):
 
 
 def suggest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
-    """ "; did you mean 'rank'?" for the nearest known name, or the known names (if `listed`) where none is near."""
+    """Returns "; did you mean 'rank'?" for the nearest known name, or the known names (if `listed`)."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
@@ -54,6 +54,6 @@ def suggest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
 
 
 def first_few(names: Iterable[str], n: int = 5) -> str:
-    """ "a, b, c and 12 more": enough of a list to recognise it."""
+    """Returns "a, b, c and 12 more", enough of a list to recognise it."""
     every = list(names)
     return ", ".join(every[:n]) + (f" and {len(every) - n} more" if len(every) > n else "")

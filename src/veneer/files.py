@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written under a temporary name beside their own, flushed to the disk, then renamed."""
+"""Writes files and folders whole or not at all: under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @contextmanager
 def replacing(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary names beside `paths`; what the block writes there takes their places, in their order, once all is on the disk.
+    """Yields temporary names beside `paths`; their files replace `paths`, in order, once all are on disk.
 
-    If the block, or anything before the first rename, fails, the old files are as they were and nothing is left over.
+    If the block, or anything before the first rename, fails, the old files are unchanged and nothing is left
+    over.
     """
     temporary = [p.with_name(f".{p.name}.{uuid.uuid4().hex[:8]}") for p in paths]
     try:
@@ -47,7 +48,7 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
 
 @contextmanager
 def making(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`; with what the block writes there it becomes `folder`, once all is on the disk.
+    """Yields a temporary folder beside `folder` that becomes `folder` once all its files are on disk.
 
     If the block, or anything before the rename, fails, nothing is left over.
     """
@@ -65,7 +66,7 @@ def making(folder: Path) -> Iterator[Path]:
 
 
 def as_usual(paths: Iterable[Path]) -> None:
-    """The files get the permissions of any that this user makes there; safetensors makes its own for the user alone."""
+    """Gives the files this user's default permissions; safetensors makes them private to the owner."""
     for path in paths:
         probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         probe.touch()
@@ -74,7 +75,7 @@ def as_usual(paths: Iterable[Path]) -> None:
 
 
 def sync(path: Path) -> None:
-    """To the disk: a file's content, or a folder's names (which Windows cannot, and need not)."""
+    """Flushes a file's content or a folder's names to disk (Windows cannot flush folders and need not)."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -85,7 +86,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
+    """Returns the file's SHA-256 in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(1 << 20):
@@ -94,14 +95,14 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """UTF-8, sorted, two spaces: what PEFT writes. Raises ValueError for NaN and infinity, which JSON has not."""
+    """Writes UTF-8, sorted, indented by two. Raises ValueError for NaN and infinity, which JSON lacks."""
     path.write_text(
         json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False), encoding="utf-8"
     )
 
 
 def read_json(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-    """The object in the file. Raises FormatError for anything else, and for one without the entries that are needed."""
+    """Returns the object in the file. Raises FormatError if it is missing, malformed or incomplete."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -119,14 +120,14 @@ def read_json(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The tensors as safetensors, contiguous, each with its own storage."""
+    """Writes the tensors as safetensors, contiguous, each with its own storage."""
     save_file(
         {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}, path, {"format": "pt"}
     )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises FormatError if it is cut off or something else."""
+    """Returns the tensors of a safetensors file, on the CPU. Raises FormatError if it is damaged."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
@@ -135,13 +136,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def refuse_pickle(folder: Path, wanted: str) -> None:
-    """Raises FormatError, saying what to do, where `folder` lacks the file `wanted`."""
+    """Raises FormatError, with the way out, if `folder` lacks the file `wanted`."""
     if (folder / wanted).is_file():
         return
     there = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES) if folder.is_dir() else []
     if there:
         raise FormatError(
-            f"{folder} holds {there[0]} and no {wanted}; a pickle file can run code when it is read, so it is not read here. "
+            f"{folder} holds {there[0]} and no {wanted}; a pickle file can run code when it is read, so it "
+            "is not read here. "
             f"Open it in PEFT, if you trust it, and save_pretrained() again: that writes safetensors"
         )
     raise FormatError(f"{folder} has no {wanted}")

@@ -1,4 +1,4 @@
-"""Choices that are files: a folder of methods, starts, optimisers, objectives or trackers, each known by its file's name."""
+"""Finds choices that are files: methods, starts, optimisers, objectives, trackers, known by file name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Registry:
-    """What the package `folder` offers. kind: what messages call a choice; apart: its files that are none; dashes: names have
-    dashes where files have underscores."""
+    """The choices that the package `folder` offers.
+
+    kind: the word for a choice in messages. apart: files in the folder that are not choices. dashes: names
+    have dashes where files have underscores.
+    """
 
     folder: str
     kind: str
@@ -24,7 +27,7 @@ class Registry:
     dashes: bool = False
 
     def names(self) -> list[str]:
-        """All choices, sorted."""
+        """Returns all choices, sorted."""
         files = sorted(
             m.name
             for m in pkgutil.iter_modules(importlib.import_module(self.folder).__path__)
@@ -33,13 +36,15 @@ class Registry:
         return [f.replace("_", "-") for f in files] if self.dashes else files
 
     def module(self, name: str) -> ModuleType:
-        """The file of that name. Raises ConfigError with the nearest name for an unknown one."""
+        """Imports the file of that name. Raises ConfigError with the nearest name for an unknown one."""
         if name not in self.names():
             raise ConfigError(f"unknown {self.kind} {name!r}{suggest(name, self.names())}")
         return importlib.import_module(f"{self.folder}.{name.replace('-', '_') if self.dashes else name}")
 
     def own_class(self, name: str, base: type[T]) -> type[T]:
-        """The first subclass of `base` that the file of that name defines. Raises ConfigError for an unknown name."""
+        """Returns the first subclass of `base` in the file of that name. Raises ConfigError for an unknown
+        one.
+        """
         module = self.module(name)
         return next(
             c

@@ -356,7 +356,7 @@ def test_methods_without_a_normal_form_are_refused_by_name_all_at_once():
         "'waves': fourierft has no normal form at model.layers.0.self_attn."
     )
     assert text.splitlines()[2] == (
-        "'words' changes model.embed_tokens of kind 'embedding', and a bank serves linear layers; leave these out"
+        "'words' changes model.embed_tokens of kind 'embedding'; a bank serves linear layers: leave these out"
     )
     assert (
         len(text.splitlines()) == 3
@@ -368,9 +368,7 @@ def test_methods_without_a_normal_form_are_refused_by_name_all_at_once():
 
 def test_convolutions_are_refused():
     model = veneer.attach(conv_net(), "lora", rank=2, to=["first"])
-    assert "of kind 'conv', and a bank serves linear layers" in refusal(
-        lambda: veneer.bank(model, ["default"])
-    )
+    assert "of kind 'conv'; a bank serves linear layers" in refusal(lambda: veneer.bank(model, ["default"]))
 
 
 def test_unknown_adapters_and_ids_are_refused_with_the_nearest():
@@ -431,13 +429,17 @@ def test_other_mistakes_are_said(tmp_path):
     assert "this model has no bank; make one with veneer.bank" in refusal(lambda: veneer.bank(model))
     assert "would be empty" in refusal(lambda: veneer.bank(model, {}))
     assert "would be empty" in refusal(lambda: veneer.bank(model, {}, trainable=True))
-    assert "slots=1 for 2 adapters" in refusal(lambda: veneer.bank(model, ["pissa", "ia3"], slots=1))
-    assert "'base' and '' are no names" in refusal(lambda: veneer.bank(model, {"base": "pissa"}))
-    assert "leave slots, rank, gains, products and to out" in refusal(
+    assert "slots: must be at least 2, the number of adapters, got 1" in refusal(
+        lambda: veneer.bank(model, ["pissa", "ia3"], slots=1)
+    )
+    assert "'base' and '' cannot name adapters of a bank" in refusal(
+        lambda: veneer.bank(model, {"base": "pissa"})
+    )
+    assert "slots, rank, gains, products, to: cannot be set with trainable=True" in refusal(
         lambda: veneer.bank(model, ["pissa"], trainable=True, slots=3)
     )
     veneer.attach(model, "lora", rank=2, dropout=0.1, name="drops")
-    assert "'drops' drops inputs (dropout=0.1), which a bank does not; attach it without" in refusal(
+    assert "'drops' drops inputs (dropout=0.1), which a bank cannot; attach it with dropout=0" in refusal(
         lambda: veneer.bank(model, ["drops"], trainable=True)
     )
     bank = veneer.bank(model, ["pissa", "ia3"], trainable=True)

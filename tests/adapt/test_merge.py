@@ -54,7 +54,7 @@ def test_a_change_that_the_outputs_do_not_show_is_refused_and_said_to_be_that():
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
         NotMergeable,
-        match=r"outputs on the probe are the base's with default too, .*; train it first, give another probe=",
+        match=r"default does not change the outputs on the probe, .*; train it first, give another probe=",
     ):
         merge(model, probe={"input_ids": IDS})
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and veneer.adapters(

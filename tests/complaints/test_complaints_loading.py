@@ -109,7 +109,7 @@ def test_automodel_1755_layers_that_are_never_called_are_noticed_at_loading(fold
     edit(folder, target_modules=[f"{n}.inner" for n in names])
     told = refusal(folder, read_directly())
     assert (
-        "the model's outputs with it are those of the base, bit for bit; does the model call these layers?"
+        "the outputs with it are those of the base, bit for bit; check that the model calls these layers"
         in told
     )
     model = veneer.load(read_directly(), folder, allow="zero", trainable=True).train()

@@ -22,9 +22,9 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 import veneer
-from veneer.adapt.attach import check_called
 from veneer.adapt.attached import changes, n_base_parameters
-from veneer.adapt.probe import default_inputs
+from veneer.adapt.calls import check_called
+from veneer.adapt.probe_inputs import default_inputs
 from veneer.compress.quantise import as_plain
 from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, SiteError
 from veneer.ops import quant

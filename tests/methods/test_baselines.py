@@ -76,7 +76,7 @@ def test_bitfit_on_named_modules_and_beside_others():
     model = veneer.attach(gpt2(), "bitfit", to=["ln_1", "c_fc"], exclude=r".*h\.0\.ln_1")
     assert names(model) == ["transformer.h.0.mlp.c_fc", "transformer.h.1.ln_1", "transformer.h.1.mlp.c_fc"]
     with pytest.raises(
-        SiteError, match=r"another adapter changes transformer.h.0.mlp.c_fc, .* in another way"
+        SiteError, match=r"another adapter holds transformer.h.0.mlp.c_fc, .* as a site of another kind"
     ):
         veneer.attach(model, "lora", to=["c_fc"], rank=2, name="other")
     assert veneer.adapters(model) == ["default"]
@@ -156,7 +156,9 @@ def test_bottlenecks_that_make_no_sense_are_refused():
     ):
         veneer.attach(conv_net(), "bottleneck", to=["first"])
     model = veneer.attach(llama(), "bottleneck", to=["self_attn"], placement="parallel")
-    with pytest.raises(SiteError, match=r"'model.layers.0.self_attn' returns a tuple, not a tensor"):
+    with pytest.raises(
+        SiteError, match=r"'model.layers.0.self_attn' returns a tuple; only layers returning a tensor"
+    ):
         output(model)
 
 

@@ -13,7 +13,7 @@ from support.table import SITES
 from torch import nn
 
 import veneer
-from veneer.adapt import attach as hooks
+from veneer.adapt import hooks
 from veneer.adapt.attached import changes
 from veneer.adapt.combine import to_lora
 from veneer.adapt.merge import merge

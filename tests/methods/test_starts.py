@@ -479,7 +479,7 @@ def test_a_calibration_that_cannot_tell_anything_says_so():
         return veneer.calibrate(model, batches, **{"rank": 2, "loss": squares, **options})
 
     assert refused(DataError, lambda: calibrate([])) == (
-        "calibration got no batch; a start from the loss's gradient needs some of the training's text"
+        "calibration got no batch; pass some of the training's text"
     )
     assert refused(ConfigError, lambda: calibrate(some(model), rank=0, width=1)) == (
         "rank 0 must be 1 or more\nwidth 1 must be 2 or more: a start of rank r needs 2 r directions"
@@ -505,7 +505,7 @@ def test_a_calibration_that_cannot_tell_anything_says_so():
     idle = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     wrapper = torch.compile(nn.Sequential(nn.Linear(4, 4)))
     assert refused(ConfigError, lambda: veneer.calibrate(wrapper, [torch.ones(2, 4)], rank=1)).startswith(
-        "this is torch.compile's wrapper"
+        "model: must not be torch.compile's wrapper"
     )
     assert "1 adapted layers were never called" in refused(
         SiteError, lambda: veneer.calibrate(idle, [torch.ones(2, 4)], rank=1, loss=lambda m, x: m[0](x).sum())

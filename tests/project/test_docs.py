@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support import tiny
 
 from veneer import methods, optim, settings
-from veneer.adapt import problems
+from veneer.adapt.store import problems
 from veneer.cli.commands import VERBS, command
 from veneer.cli.frame import main
 from veneer.methods import inits

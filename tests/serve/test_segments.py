@@ -35,7 +35,7 @@ def served():
     for seed, (name, (method, options)) in enumerate(MIXTURE.items()):
         veneer.attach(model, method, name=name, **options)
         randomise(model, name, seed=seed, size=0.2)
-    forms = entries.read(model, {name: name for name in MIXTURE})
+    forms = {n: e.forms for n, e in entries.entries(model, {name: name for name in MIXTURE}).items()}
     return model, forms
 
 
@@ -145,7 +145,7 @@ def test_a_sum_leaves_biases_as_they_are():
     for name in ("dora", "flora"):
         veneer.attach(model, name, name=name, rank={"dora": 2, "flora": 1}[name])
         randomise(model, name, size=0.3)
-    forms = entries.read(model, {"dora": "dora", "flora": "flora"})
+    forms = {n: e.forms for n, e in entries.entries(model, {"dora": "dora", "flora": "flora"}).items()}
     x = torch.randn(3, 7, dtype=torch.float64)
     sums = [{"dora": 1.0}, {"flora": 1.0}, {"dora": -0.5, "flora": 0.25}]
     with torch.no_grad():

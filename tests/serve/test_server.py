@@ -247,7 +247,7 @@ def test_unloading_lets_a_stream_end_and_frees_its_place(folders, oracle):
 def test_a_folder_that_cannot_be_served_changes_nothing(server, tmp_path, folders):
     bad = tmp_path / "bad"
     bad.mkdir()
-    with pytest.raises(BrokenAdapter, match="bad is no adapter"):
+    with pytest.raises(BrokenAdapter, match="bad holds no adapter"):
         server.load("bad", bad)
     other = served.models.llama(seed=5, vocab_size=320, max_position_embeddings=256, hidden_size=48)
     veneer.attach(other, "lora", rank=2)

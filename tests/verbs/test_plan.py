@@ -13,8 +13,9 @@ from support.step_memory import SHAPE, batch, real_step
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from veneer.adapt.attach import attach, using
+from veneer.adapt.attach import attach
 from veneer.adapt.attached import base_parameters
+from veneer.adapt.switch import using
 from veneer.analyse.cost import process_memory, simulate
 from veneer.analyse.cost.memory import Live, Saved, n_bytes
 from veneer.analyse.cost.simulate import Memory

@@ -164,7 +164,7 @@ def test_a_merge_that_loses_the_adapter_saves_nothing_and_says_no(run, capsys):
 
 def test_missing_and_ambiguous_adapters_are_usage_errors(run, capsys):
     assert main(["inspect", str(run / "gone")]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "the folder does not exist" in capsys.readouterr().err
     (run / "empty").mkdir()
     shutil.copytree(run / "fit", run / "begun", ignore=shutil.ignore_patterns("adapter", "results.json"))
     assert (
@@ -172,7 +172,7 @@ def test_missing_and_ambiguous_adapters_are_usage_errors(run, capsys):
         == 2
     )
     assert capsys.readouterr().err == (
-        f"error: adapter {run / 'gone'}: there is no such folder\n"
+        f"error: adapter {run / 'gone'}: the folder does not exist\n"
         f"adapter {run / 'empty'}: it holds no adapter (adapter_config.json, veneer.json)\n"
         f"adapter {run / 'begun'}: the run there has not finished, and has no adapter yet; go on with it by veneer fit --resume\n"
     )

@@ -11,8 +11,9 @@ from support import models
 
 from veneer import methods
 from veneer.adapt import combine
-from veneer.adapt.attach import attach, detach, hang
+from veneer.adapt.attach import attach, detach
 from veneer.adapt.attached import adapters, changes
+from veneer.adapt.hooks import hang
 from veneer.adapt.store import store
 from veneer.convert import read
 from veneer.errors import ConfigError, FormatError, NotMergeable

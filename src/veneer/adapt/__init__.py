@@ -1,1 +1,1 @@
-"""Everything that is the same for all methods: attaching, merging, saving."""
+"""Does for every method alike: attach, switch, merge, combine, save and load."""

@@ -1,8 +1,8 @@
-"""What a start may ask about the loss before the training: one pass over a few batches, with nothing of a weight's size kept.
+"""Sketches the loss's gradient in every weight from a few batches, for data-dependent starts.
 
-Every layer gets a change that is zero, Y Omega' + Psi' Z with fixed random Omega, Psi and Y = Z = 0. The gradient of the loss
-in Y is then G Omega, and in Z it is Psi G, where G (out, in) is the gradient in the layer's weight: the sketch that ops/matrix/sketch.py
-rebuilds G's leading part from. G itself is never made, on no kind of layer that a change can hang on.
+Every layer gets a delta that is zero, Y Omega' + Psi' Z with fixed random Omega, Psi and Y = Z = 0. The
+gradient of the loss in Y is then G Omega and in Z it is Psi G, where G (out, in) is the gradient in the
+weight: ops/matrix/sketch.py rebuilds G's leading part from both. Nothing of a weight's size is kept.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import check_called, check_name, detach, hang, refuse_compiled
+from veneer.adapt.attach import detach
 from veneer.adapt.attached import layers
-from veneer.adapt.probe import evaluating
+from veneer.adapt.calls import check_called
+from veneer.adapt.hooks import check_name, hang, refuse_compiled
+from veneer.adapt.modes import evaluating
 from veneer.errors import ConfigError, DataError, SiteError, first_few
 from veneer.methods import Delta, Factors, Stats
 from veneer.methods.base.delta import master_dtype
@@ -30,7 +32,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class Sketched(Delta):
-    """Y (out, k) and Z (l, in), zero; their gradients are summed in float64, whose rounding no order of the batches moves."""
+    """Y (out, k) and Z (l, in), zero; gradients are summed in float64, so that order does not matter."""
 
     Omega: Tensor
     Psi: Tensor
@@ -49,7 +51,7 @@ class Sketched(Delta):
         return Factors(torch.cat([self.Omega.mT, self.Z]), torch.cat([self.Y, self.Psi.mT], 1))
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """Zero, computed in the sketch's own precision whatever the model computes in."""
+        """Returns zero, computed in the sketch's precision whatever the model computes in."""
         with torch.autocast(y.device.type, enabled=False):
             wide = y.to(self.Y.dtype)
             x = self.dropped(x.detach(), wide, site)
@@ -59,14 +61,14 @@ class Sketched(Delta):
         return self.factors(site).dense(site)
 
     def collect(self) -> None:
-        """Adds the gradients of the batch to the sums, and forgets them."""
+        """Adds the gradients of the batch to the sums and drops them."""
         for p, total in zip((self.Y, self.Z), self.sums, strict=True):
             if p.grad is not None:
                 total += p.grad
             p.grad = None
 
     def leading(self, rank: int) -> sketch.Svd:
-        """The gradient's leading triplets, from the sums over all processes."""
+        """Returns the gradient's leading triplets, from the sums over all processes."""
         Y, Z = (_over_processes(total).to(self.Y.dtype) for total in self.sums)
         if not (torch.isfinite(Y).all() and torch.isfinite(Z).all()):
             return sketch.Svd(*(Y.new_full((1,), torch.nan),) * 3)
@@ -85,41 +87,44 @@ def calibrate(
     width: int = 4,
     seed: int = 0,
 ) -> dict[str, Stats]:
-    """What attach(.., stats=..) takes for starts that look at the loss, by layer. The model is as it was afterwards.
+    """Returns gradient statistics by layer for attach(.., stats=..). The model is left unchanged.
 
-    The gradient is that of the sum of `loss(model, batch)` over the batches, in eval mode, with the acting adapters acting;
-    where torch.distributed is initialised every process brings batches of its own, and all get the sum of all. rank: the
-    largest that will be attached. to, exclude, untie: the layers, as in attach. loss: a number to differentiate; without it
-    `model(**batch).loss`. width: columns of the sketch in ranks: while it lasts, a layer takes about 20 (out + 2 in) width
-    rank bytes, and 8 (out + in) rank after it. Raises DataError without a batch, and SiteError naming layers without a gradient.
+    The gradient is that of the sum of `loss(model, batch)` over the batches, in eval mode, with the acting
+    adapters on; under torch.distributed every process brings its own batches and all get the sum. rank: the
+    largest to be attached. to, exclude, untie: as in attach. loss: returns a scalar; `model(**batch).loss`
+    unless given. width: columns of the sketch in ranks; a layer takes about 20 (out + 2 in) width rank bytes
+    meanwhile and 8 (out + in) rank afterwards. Raises DataError without a batch, SiteError naming layers
+    without a gradient.
     """
     refuse_compiled(model)
     check_name(model, NAME)
     _check_numbers(rank, width)
-    probes = [
-        (site, Sketched(site, width * rank, seed))
-        for site in find(model, "all-linear" if to is None else to, exclude, untie)
-    ]
-    seen = torch.zeros((), dtype=torch.int64, device=probes[0][1].Y.device)
+    sites = find(model, "all-linear" if to is None else to, exclude, untie)
+    probes = [(site, Sketched(site, width * rank, seed)) for site in sites]
     with _hung(model, probes), evaluating(model), torch.enable_grad():
-        for batch in batches:
-            _scalar((loss or _own_loss)(model, batch)).backward()  # type: ignore[no-untyped-call, unused-ignore]
-            seen += 1
-            for _, probe in probes:
-                probe.collect()
-        if seen:
-            check_called(model)
-    if not _over_processes(seen):
-        raise DataError(
-            "calibration got no batch; a start from the loss's gradient needs some of the training's text"
-        )
+        seen = _sum_gradients(model, batches, loss or _own_loss, [probe for _, probe in probes])
+    if not seen:
+        raise DataError("calibration got no batch; pass some of the training's text")
     found = {site.name: probe.leading(2 * rank) for site, probe in probes}
     _check_gradients(found)
     return {name: Stats(gradient) for name, gradient in found.items()}
 
 
+def _sum_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss, probes: list[Sketched]) -> int:
+    """Sums the batches' gradients into the sketches and returns the number of batches of all processes."""
+    seen = torch.zeros((), dtype=torch.int64, device=probes[0].Y.device)
+    for batch in batches:
+        _scalar(loss(model, batch)).backward()
+        seen += 1
+        for probe in probes:
+            probe.collect()
+    if seen:
+        check_called(model)
+    return int(_over_processes(seen))
+
+
 def _over_processes(total: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """Sums over all processes in place and returns the tensor."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     return total
@@ -143,14 +148,15 @@ def _scalar(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ConfigError(
-            f"calibration needs one number to differentiate for each batch, not {what}; put labels into the batches, or pass loss="
+            f"calibration needs one number to differentiate for each batch, not {what}; put labels into "
+            "the batches, or pass loss="
         )
     return value
 
 
 @contextmanager
 def _hung(model: nn.Module, probes: list[tuple[Site, Sketched]]) -> Iterator[None]:
-    """Within the block the probes act beside what acts already, and are all that takes gradients."""
+    """Within the block the sketches act beside the acting adapters, and alone take gradients."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     called = [(d, d.called) for d in layers(model)]
     hang(model, NAME, list(probes))
@@ -174,11 +180,13 @@ def _check_gradients(found: dict[str, sketch.Svd]) -> None:
     problems = []
     if wild:
         problems.append(
-            f"the gradient is not finite at {len(wild)} layers: {first_few(wild)}; are the batches and the precision right?"
+            f"the gradient is not finite at {len(wild)} layers: {first_few(wild)}; are the batches and the "
+            "precision right?"
         )
     if none:
         problems.append(
-            f"the loss has no gradient at {len(none)} layers: {first_few(none)}; is every label masked? Or leave them out with exclude="
+            f"the loss has no gradient at {len(none)} layers: {first_few(none)}; is every label masked? Or "
+            "leave them out with exclude="
         )
     if problems:
         raise SiteError("\n".join(problems))

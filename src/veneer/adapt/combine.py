@@ -1,4 +1,4 @@
-"""Adapters as things one can add: weighted sums, TIES, DARE, any method to plain LoRA, extraction from checkpoints."""
+"""Adds adapters up: weighted sums, TIES, DARE, any method to LoRA, extraction from checkpoints."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import check_name, hang
 from veneer.adapt.attached import base_parameters, changes
+from veneer.adapt.hooks import check_name, hang
 from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, first_few, suggest
 from veneer.methods import Delta, get
 from veneer.methods.lora import LoRA
@@ -25,7 +25,7 @@ HOW = ("sum", "ties", "dare")
 
 @dataclass(frozen=True)
 class Cut:
-    """What became of one layer: the rank it got, and what the cut lost relative to the norm of the exact change."""
+    """One layer's rank after truncation, and the error relative to the norm of the exact change."""
 
     site: str
     rank: int
@@ -44,13 +44,13 @@ def combine(
     density: float = 0.5,
     seed: int = 0,
 ) -> list[Cut]:
-    """A new plain LoRA adapter: the attached adapters' changes, weighted and joined, cut to the best low rank.
+    """Attaches the weighted sum of adapters as a new LoRA adapter of the best low rank.
 
-    weights: adapter name -> weight. rank, energy (share of the squared norm): where to cut; without either the sum of
-    low-rank changes is kept whole. how: "sum" (exact: factors are laid side by side and cut by QR and a small SVD),
-    "ties" or "dare" (density: the share of numbers kept; on the dense changes, as in their papers). A change without
-    low rank (DoRA) enters by the SVD of the dense sum and needs a rank or an energy. The new adapter is attached and
-    acts, like the others; the base is not touched. Raises ConfigError and NotMergeable before anything is attached.
+    weights: adapter name -> weight. rank, energy (share of the squared norm): where to truncate; without
+    either the sum of low-rank changes is exact. how: "sum" (factors side by side, truncated by QR and a small
+    SVD), "ties" or "dare" (density: the share of numbers kept, on the dense changes, as in their papers). A
+    change without low rank (DoRA) enters by the SVD of the dense sum and needs a rank or an energy. The new
+    adapter acts; the base is not touched. Raises ConfigError and NotMergeable before anything is attached.
     """
     if how not in HOW:
         raise ConfigError(f"unknown way to combine {how!r}{suggest(how, HOW)}")
@@ -68,7 +68,7 @@ def combine(
 
 
 def as_lora(site: Site, A: Tensor, B: Tensor) -> LoRA:
-    """A LoRA at scaling 1 with these factors."""
+    """Returns a LoRA at scaling 1 with these factors."""
     return LoRA.holding(site, A, B, alpha=A.shape[0])
 
 
@@ -84,12 +84,13 @@ def _by_site(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, Own]:
 
 
 def of_matrices(model: nn.Module, name: str) -> list[tuple[Site, Delta]]:
-    """The adapter's changes. Raises NotMergeable if one is of something else than a matrix."""
+    """Returns the adapter's deltas. Raises NotMergeable if a site is not a matrix."""
     own = changes(model, name)
     for site, _ in own:
         if not site.is_matrix:
             raise NotMergeable(
-                f"{name!r} changes {site.name!r} otherwise than by a matrix, which cannot be cut to a rank; combine low-rank adapters,"
+                f"{name!r} changes {site.name!r} otherwise than by a matrix, which cannot be cut to a "
+                "rank; combine low-rank adapters,"
                 f" or merge it and extract a low-rank one from the merged model"
             )
     return own
@@ -127,7 +128,7 @@ def _join(
 def to_lora(
     model: nn.Module, name: str, new: str, *, rank: int | None = None, energy: float | None = None
 ) -> list[Cut]:
-    """Adapter `name`, of any method, as the plain LoRA adapter `new` of a chosen rank or energy; see combine."""
+    """Attaches adapter `name`, of any method, as the plain LoRA adapter `new`; see combine."""
     return combine(model, {name: 1.0}, new, rank=rank, energy=energy)
 
 
@@ -142,11 +143,12 @@ def extract(
     energy: float | None = None,
     rest: str = "refuse",
 ) -> list[Cut]:
-    """A LoRA adapter `name` on `model` holding what `tuned`, a trained copy of it, changed in the layers of `to`.
+    """Attaches the difference of `tuned`, a trained copy of `model`, as LoRA adapter `name`.
 
-    rest: what else may differ (embeddings, norms, biases, the head): "refuse" raises FormatError naming it, "keep"
-    keeps it whole beside the low-rank part, "drop" leaves it out. Raises ShapeError where the two models differ in
-    kind, ConfigError without a rank or an energy, all before anything is attached.
+    to: the layers to truncate to a rank. rest: treatment of other differences (embeddings, norms, biases, the
+    head): "refuse" raises FormatError naming them, "keep" keeps them whole beside the low-rank part, "drop"
+    leaves them out. Raises ShapeError if the two models differ in kind, ConfigError without a rank or an
+    energy; nothing is then attached.
     """
     if rest not in ("refuse", "keep", "drop"):
         raise ConfigError(f"unknown rest {rest!r}{suggest(rest, ('refuse', 'keep', 'drop'))}")
@@ -155,26 +157,34 @@ def extract(
     check_name(model, name)
     before, after = base_parameters(model), base_parameters(tuned)
     _same_kind(before, after)
-    there = dict(tuned.named_modules())
-    cuts, taken = [], set()
-    for site in find(model, to):
-        twin = type(site)(site.name, there[site.name])
-        D = precise(twin.weight()) - precise(site.weight())
-        taken.add(f"{site.name}.weight")
-        if D.any():
-            cuts.append((site, truncate(D, rank, energy)))
+    sites = find(model, to)
+    cuts = _low_rank(sites, tuned, rank, energy)
+    taken = {f"{site.name}.weight" for site in sites}
     others = [
         n for n, p in before.items() if n not in taken and not torch.equal(precise(p), precise(after[n]))
     ]
     if others and rest == "refuse":
         raise FormatError(
-            f"{len(others)} parameters outside the layers of to= differ too: {first_few(others)}; take rest='keep' or 'drop' (--rest)"
+            f"{len(others)} parameters outside the layers of to= differ too: {first_few(others)}; take "
+            "rest='keep' or 'drop' (--rest)"
         )
     if not cuts and not others:
         raise FormatError("the two models have the same weights; there is nothing to extract")
     kept = _in_full(model, tuned, others, {s.name for s, _ in cuts}) if rest == "keep" else []
     hang(model, name, [*((s, as_lora(s, c.A, c.B)) for s, c in cuts), *kept])
     return [Cut(s.name, c.A.shape[0], c.error) for s, c in cuts]
+
+
+def _low_rank(
+    sites: list[Site], tuned: nn.Module, rank: int | None, energy: float | None
+) -> list[tuple[Site, Truncated]]:
+    """Returns the truncated differences of the layers that differ."""
+    there, cuts = dict(tuned.named_modules()), []
+    for site in sites:
+        D = precise(type(site)(site.name, there[site.name]).weight()) - precise(site.weight())
+        if D.any():
+            cuts.append((site, truncate(D, rank, energy)))
+    return cuts
 
 
 def _same_kind(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
@@ -191,13 +201,14 @@ def _same_kind(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Non
 def _in_full(
     model: nn.Module, tuned: nn.Module, others: list[str], low_rank: set[str]
 ) -> list[tuple[Site, Delta]]:
-    """The modules that hold the other parameters, with their changes in full."""
+    """Returns the modules that hold the other parameters, with their changes in full."""
     there = dict(tuned.named_modules())
     kept: list[tuple[Site, Delta]] = []
     for n in dict.fromkeys(p.rpartition(".")[0] for p in others):
         if n in low_rank:
             raise NotMergeable(
-                f"{n!r} changed in its weight and in another parameter; a layer takes one kind of change in an adapter"
+                f"{n!r} changed in its weight and in another parameter; a layer takes one kind of change "
+                "in an adapter"
             )
         site, twin = LeafSite(n, dict(model.named_modules())[n]), LeafSite(n, there[n])
         delta = get("full")(site)

@@ -1,4 +1,4 @@
-"""How acting changes reach a layer's output, and the sharing of x A' between layers that read the same x."""
+"""Adds acting deltas to a layer's output; layers that read the same x share the product x A'."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from veneer.sites.quantised_linear import QuantisedLinear
 
 
 class Acting(NamedTuple):
-    """What acts on one layer now:  y + excess * (y - bias) + B A x, and the changes that have no such form.
+    """The acting deltas of one layer:  y + excess * (y - bias) + B A x, and those without such a form.
 
-    A (r, in), B (out, r): those of all adapters stacked, with gains and strengths in B; excess (out,): g - 1, or None.
-    x is what the layer is given: c * x where a change with an input gain acts alone.
+    A (r, in), B (out, r): of all adapters stacked, gains and strengths folded into B; excess (out,): g - 1,
+    or None. x is the layer's input, c * x where a delta with an input gain acts alone.
     """
 
     A: Tensor | None
@@ -28,14 +28,14 @@ class Acting(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one layer takes out of its group's shared product: h = x A' (..., r)."""
+    """One layer's part of its group's shared product: h = x A' (..., r)."""
 
     acting: Acting
     h: Tensor
 
 
 class Held(NamedTuple):
-    """A shared product on its way from the first layer of a group to the others, and what it was made of."""
+    """A shared product on its way from the first layer of a group to the others, and its inputs."""
 
     x: Tensor
     switches: tuple[Any, ...]
@@ -47,8 +47,8 @@ class Held(NamedTuple):
 class Group:
     """Layers that read the same x one after the other: the first one called computes x A' for all.
 
-    A layer takes its part only where its input is that very tensor, and nothing that the product was made of changed
-    in between; else it computes its own. Copies of a group are empty, so that a copied layer goes its own way.
+    A layer takes its part only if its input is that very tensor and no input of the product changed in
+    between; else it computes its own. Copies of a group are empty: a copied layer computes its own product.
     """
 
     def __init__(self, *members: Deltas) -> None:
@@ -62,11 +62,11 @@ class Group:
         return Group()
 
     def clear(self, *event: Any) -> None:
-        """Forgets what is held; a forward hook on the module that owns the members."""
+        """Drops the held product; a forward hook on the module that owns the members."""
         self.held = None
 
     def part(self, deltas: Deltas, x: Tensor, dtype: torch.dtype) -> Part | None:
-        """This layer's part for the input x in dtype, or None where it has to compute its own."""
+        """Returns this layer's part for the input x in dtype, or None if it must compute its own."""
         index = deltas.place
         if not self.members or (
             not torch.compiler.is_compiling() and x.is_inference()
@@ -97,7 +97,10 @@ class Group:
         return dtype, torch.is_grad_enabled(), *(tuple(m.active.items()) for m in self.members)
 
     def _fits(self, held: Held, x: Tensor, dtype: torch.dtype) -> bool:
-        """Whether a part may be taken; under compilation there are no versions, as parameters do not change in a graph."""
+        """Returns True if a part may be taken.
+
+        Versions are not compared under compilation: parameters do not change within a graph.
+        """
         same = held.x is x and held.switches == self._switches(dtype)
         return same and held.versions == tuple(t._version for t in held.sources)
 
@@ -116,7 +119,7 @@ def _onto(delta: Delta, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> 
 
 
 def acting(deltas: Deltas) -> Acting:
-    """The acting changes of one layer, those in normal form summed into one."""
+    """Returns the acting deltas of one layer, those in normal form summed into one."""
     As, Bs, gains, others = [], [], [], []
     for name, strength in deltas.active.items():
         form = normal_form(deltas[name], deltas.site)
@@ -132,7 +135,7 @@ def acting(deltas: Deltas) -> Acting:
 
 
 def input_gain(deltas: Deltas, x: Tensor) -> Tensor | None:
-    """What the layer's input x is multiplied by: the gain c of the change that acts alone and in full, if it has one."""
+    """Returns the gain c of x if a single delta with one acts at strength 1, else None."""
     if not _is_whole(deltas):
         return None
     (name,) = deltas.active
@@ -141,7 +144,7 @@ def input_gain(deltas: Deltas, x: Tensor) -> Tensor | None:
 
 
 def _is_whole(deltas: Deltas) -> bool:
-    """Whether one change acts, at strength 1: only then is W' x that change's own formula."""
+    """Returns True if one delta acts at strength 1: only then is W' x that delta's own formula."""
     return list(deltas.active.values()) == [1.0]
 
 
@@ -156,7 +159,7 @@ def _times(change: Tensor, strength: float) -> Tensor:
 
 
 def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
-    """The layer's output y with all acting changes, given its input x. writable: nobody else reads y."""
+    """Returns the layer's output y with all acting deltas. x: its input; writable: nobody else reads y."""
     part = deltas.group.part(deltas, x, y.dtype) if deltas.group is not None else None
     now = part.acting if part is not None else acting(deltas)
     if now.others and _is_whole(deltas):
@@ -175,7 +178,7 @@ def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
 
 
 def is_private(module: nn.Module, hook: Any) -> bool:
-    """Whether nobody has seen the layer's fresh output before `hook`: a plain or quantised Linear, and no hook that runs earlier."""
+    """Returns True if no hook has seen the output of a plain or quantised Linear before `hook`."""
     plain = type(module) in (nn.Linear, QuantisedLinear) and "forward" not in module.__dict__
     return (
         plain
@@ -185,7 +188,7 @@ def is_private(module: nn.Module, hook: Any) -> bool:
 
 
 def forget(model: nn.Module) -> None:
-    """Takes the groups' hooks off the modules that own their members."""
+    """Removes the groups' hooks from the modules that own their members."""
     for module in model.modules():
         for key in [
             k for k, h in module._forward_hooks.items() if isinstance(getattr(h, "__self__", None), Group)
@@ -194,7 +197,7 @@ def forget(model: nn.Module) -> None:
 
 
 class Deltas(nn.Module):
-    """The child `deltas` of an adapted layer: its changes by adapter name, and the strengths of those that act."""
+    """The child of an adapted layer: its deltas by adapter name, and the strengths of those that act."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -205,7 +208,7 @@ class Deltas(nn.Module):
         self.place = 0  # in the group
 
     def _apply(self, fn: Any, recurse: bool = True) -> Deltas:
-        """model.half() and .to(torch.bfloat16) move the changes and leave them in float32, which small steps need."""
+        """Moves the deltas with the model and keeps them in float32, which small steps need."""
 
         def kept(t: Tensor) -> Tensor:
             moved: Tensor = fn(t)
@@ -225,5 +228,5 @@ class Deltas(nn.Module):
         return delta
 
     def names(self) -> list[str]:
-        """The adapters that change this layer, in the order of their attaching."""
+        """Returns the adapters that change this layer, in the order in which they were attached."""
         return list(self._modules)

@@ -1,4 +1,4 @@
-"""What starts need of the weights, found for several layers of one shape at once: the leading parts that PiSSA begins with."""
+"""Finds the leading parts of several weights of one shape at once, for starts like PiSSA's."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from veneer.ops.matrix.linalg import leading_svds
 from veneer.ops.matrix.sketch import Svd
 from veneer.sites import Site
 
-# Numbers of all matrices in one stack, which takes 6 bytes for each meanwhile: 6 MB on a CPU, 0.8 GB on a GPU. Measured on a CPU
-# with AMX at rank 16, seconds of one by one over those of a stack: 1.65 for 16 matrices of width 128, 1.15 for 16 of 256 and 1.18
-# for 4 of 512, all of which are stacked; 0.77 for 4 of 1024 and 0.62 for 4 of 2048, where the copy costs more than the calls
-# that it saves, and which are not. On a GPU it has not been measured.
+# Numbers of all matrices in one stack, which takes 6 bytes for each meanwhile: 6 MB on a CPU, 0.8 GB on a
+# GPU. Measured on a CPU with AMX at rank 16, seconds of one by one over those of a stack: 1.65 for 16
+# matrices of width 128, 1.15 for 16 of 256 and 1.18 for 4 of 512, all of which are stacked; 0.77 for 4 of
+# 1024 and 0.62 for 4 of 2048, where the copy costs more than the calls that it saves, and which are not. On a
+# GPU it has not been measured.
 AT_ONCE = {"cpu": 2**20, "cuda": 2**27}
 
 
 class Ahead:
-    """Stats for the changes of `kind` at these sites, asked for one after the other; the leading parts that are found with the
-    first of a stack wait for the others."""
+    """Yields Stats for the deltas of `kind` site by site; parts found with the first of a stack wait here."""
 
     def __init__(self, kind: type[Delta], sites: list[Site], options: list[dict[str, Any]]) -> None:
         self._sites = sites
@@ -38,7 +38,9 @@ class Ahead:
                 self._alike.setdefault(key, []).append(i)
 
     def of(self, i: int, known: Stats | None) -> Stats | None:
-        """What is known of the i-th site, with the leading part of its weight where its start asks for that."""
+        """Returns the known Stats of the i-th site, with the leading part of its weight if its start needs
+        it.
+        """
         key = self._keys[i]
         if key is None:
             return known
@@ -57,7 +59,9 @@ class Ahead:
 
 
 def _key(kind: type[Delta], site: Site, options: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Rank, dtype, shape and device, or None where no leading part is asked for, or cannot be found."""
+    """Returns rank, dtype, shape and device, or None if the start needs no leading part or it cannot be
+    found.
+    """
     asks = (
         takes_stats(kind)
         and "init" in options_of(kind)

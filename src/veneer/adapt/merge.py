@@ -1,4 +1,4 @@
-"""Write changes into the base, with a verdict: how much of them survived the base's number format."""
+"""Writes changes into the base and measures how much of them survives the base's number format."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt import probe as golden
-from veneer.adapt.attach import detach, strengths, using
+from veneer.adapt.attach import detach
 from veneer.adapt.attached import active, adapters, changes, layers
+from veneer.adapt.modes import evaluating
+from veneer.adapt.probe_inputs import default_inputs
+from veneer.adapt.switch import strengths, using
 from veneer.errors import ConfigError, NotMergeable, first_few
 from veneer.methods import Delta
 from veneer.ops.matrix.linalg import precise
@@ -22,7 +24,7 @@ from veneer.sites.find import tied
 
 @dataclass(frozen=True)
 class Kept:
-    """What became of one layer's change: its norm, and the relative error of what was really written."""
+    """One layer's change: its norm, and the relative error of the written change."""
 
     site: str
     norm: float
@@ -31,10 +33,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Verdict:
-    """error: relative error of all changes together, 0 = exact, 1 = as good as nothing written.
+    """error: relative error of all changes together; 0 = exact, 1 = nothing written.
 
-    logit_error: distance of the merged model's outputs on the probe from the adapted model's, relative to what the
-    adapter changed there; None without a probe. Lost means that either is above `limit`.
+    logit_error: distance of the merged model's outputs on the probe from the adapted model's, relative to the
+    adapter's effect there; None without a probe. Lost means that either exceeds `limit`.
     """
 
     sites: list[Kept]
@@ -54,7 +56,10 @@ class Verdict:
         gone = sum(k.error > self.limit for k in self.sites)
         shown = f"{gone} of {len(self.sites)} layers lost more than {self.limit:.0%}, worst {worst}"
         outputs = "" if self.logit_error is None else f"; {self.logit_error:.1%} of its effect on the outputs"
-        return f"{'LOST' if self.lost else 'kept'}: rounding took {self.error:.1%} of the change{outputs} ({shown})"
+        return (
+            f"{'LOST' if self.lost else 'kept'}: rounding took {self.error:.1%} of the change{outputs} "
+            f"({shown})"
+        )
 
 
 def merge(
@@ -64,13 +69,13 @@ def merge(
     limit: float = 0.5,
     force: bool = False,
 ) -> Verdict:
-    """Adds the named adapters' changes (or the acting ones', at their strengths) to the weights and detaches them.
+    """Adds the named adapters (or the acting ones, at their strengths) to the weights and detaches them.
 
-    Sums are made in float32 and rounded once, to each layer's own dtype or, where the layer is quantised, to its format, in which
-    small changes vanish (veneer.dequantise makes the layers plain). Raises NotMergeable, with the model as it was, if rounding
-    takes more than `limit` of the change or of its effect on the outputs, unless `force`. probe: keyword arguments of a call of
-    the model, whose outputs are compared before and after; models of token ids have one of their own, and an empty one compares
-    nothing (the changed weights are kept until then, unless `force`). Raises ConfigError if other adapters are attached, whose
+    Sums are made in float32 and rounded once, to the layer's dtype or its quantised format, in which small
+    changes vanish (veneer.dequantise makes layers plain). Raises NotMergeable, with the model unchanged, if
+    rounding takes more than `limit` of the change or of its effect on the outputs, unless `force`. probe:
+    keyword arguments of a call of the model, whose outputs are compared before and after; models of token ids
+    have a default, an empty one compares nothing. Raises ConfigError if other adapters are attached, whose
     base this would change.
     """
     wanted = strengths(names) or active(model)
@@ -78,28 +83,33 @@ def merge(
     verdict = foresee(model, wanted, limit)
     if verdict.lost and not force:
         raise NotMergeable(refusal(verdict, packed=_is_packed(model)))
-    inputs = golden.default_inputs(model) if probe is None else probe
+    inputs = default_inputs(model) if probe is None else probe
     if inputs:
-        with using(model, wanted):
-            adapted = outputs(model, inputs)
-        with using(model):
-            base = outputs(model, inputs)
-            before = (
-                []
-                if force
-                else [(site, site.weight().detach().clone()) for site, _ in _layer_changes(model, wanted)]
-            )
-            _write(model, wanted)
-            off = float((outputs(model, inputs) - adapted).norm())
-        effect = float((adapted - base).norm())
-        verdict = replace(verdict, logit_error=off / effect if effect else 1.0)
-        if verdict.lost and not force:
-            for site, W in before:
-                site.set_weight(W)
-            raise NotMergeable(refusal(verdict, packed=_is_packed(model)) if effect else _idle(wanted))
+        verdict = _write_compared(model, wanted, verdict, inputs, force=force)
     else:
         _write(model, wanted)
     detach(model)
+    return verdict
+
+
+def _write_compared(
+    model: nn.Module, wanted: Mapping[str, float], verdict: Verdict, inputs: Mapping[str, Any], *, force: bool
+) -> Verdict:
+    """Writes the changes, returns the verdict with the outputs' error, and undoes a write that lost."""
+    with using(model, wanted):
+        adapted = outputs(model, inputs)
+    with using(model):
+        base = outputs(model, inputs)
+        sites = [] if force else [site for site, _ in _layer_changes(model, wanted)]
+        before = [(site, site.weight().detach().clone()) for site in sites]
+        _write(model, wanted)
+        off = float((outputs(model, inputs) - adapted).norm())
+    effect = float((adapted - base).norm())
+    verdict = replace(verdict, logit_error=off / effect if effect else 1.0)
+    if verdict.lost and not force:
+        for site, W in before:
+            site.set_weight(W)
+        raise NotMergeable(refusal(verdict, packed=_is_packed(model)) if effect else _idle(wanted))
     return verdict
 
 
@@ -108,18 +118,19 @@ def _is_packed(model: nn.Module) -> bool:
 
 
 def refusal(verdict: Verdict, *, packed: bool = False) -> str:
-    """What a merge that is not made says, with the ways out. packed: whether it was one into a format of few bits."""
+    """Returns the error of a merge that was refused, with the ways out. packed: into a quantised format."""
+    finer = "; bfloat16 is finer than the base's quantised format: merge into that (veneer.dequantise)"
     return (
         f"the adapter would be lost in the merge: {verdict}\n"
-        f"keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
-        f"{'; the base is quantised, and bfloat16 finer than its format: merge into that (veneer.dequantise)' if packed else ''}"
+        "keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
+        f"{finer if packed else ''}"
     )
 
 
 def _idle(wanted: Mapping[str, float]) -> str:
     return (
-        f"outputs on the probe are the base's with {first_few(list(wanted))} too, so that nothing says what a merge would keep;"
-        f" train it first, give another probe=, or pass force=True"
+        f"{first_few(list(wanted))} does not change the outputs on the probe, which cannot show the loss in a"
+        " merge; train it first, give another probe=, or pass force=True"
     )
 
 
@@ -138,7 +149,7 @@ def _check(model: nn.Module, wanted: Mapping[str, float]) -> None:
 def _layer_changes(
     model: nn.Module, wanted: Mapping[str, float]
 ) -> list[tuple[Site, list[tuple[Delta, float]]]]:
-    """Every changed layer once, with its changes; a weight shared by two modules of one full change counts once."""
+    """Returns every changed layer with its deltas; a weight shared by two whole modules counts once."""
     found, seen = [], set()
     for d in layers(model):
         own = [(d[n], s) for n, s in wanted.items() if n in d]
@@ -150,7 +161,7 @@ def _layer_changes(
 
 
 def total_change(site: Site, own: list[tuple[Delta, float]]) -> Tensor:
-    """The sum (out, in) of one layer's changes at their strengths, in float32 or float64."""
+    """Returns the sum (out, in) of one layer's changes at their strengths, in float32 or float64."""
     return precise(sum((s * precise(d.delta(site)) for d, s in own), torch.zeros((), device=site.device)))
 
 
@@ -158,7 +169,7 @@ def total_change(site: Site, own: list[tuple[Delta, float]]) -> Tensor:
 def foresee(
     model: nn.Module, wanted: Mapping[str, float], limit: float = 0.5, *, dtype: torch.dtype | None = None
 ) -> Verdict:
-    """The verdict on a merge that is not made: nothing is written. dtype: to merge into, each layer's own unless given."""
+    """Returns the verdict on a merge without writing. dtype: to merge into, each layer's own unless given."""
     kept, squared_error, squared_norm = [], 0.0, 0.0
     for site, own in _layer_changes(model, wanted):
         change, W = total_change(site, own), site.weight()
@@ -180,7 +191,7 @@ def _write(model: nn.Module, wanted: Mapping[str, float]) -> None:
 
 
 def _untie(model: Any, site: Site) -> None:
-    """Gives a layer whose weight is another's too a weight of its own, so that only this one changes."""
+    """Gives a layer that shares its weight a copy of its own, so that only this one changes."""
     if site.name not in tied(dict(model.named_modules())):
         return
     weight = site.module.weight
@@ -192,8 +203,8 @@ def _untie(model: Any, site: Site) -> None:
 
 @torch.no_grad()
 def outputs(model: nn.Module, probe: Mapping[str, Any]) -> Tensor:
-    """The model's logits on the keyword arguments `probe`, in evaluation mode."""
-    with golden.evaluating(model):
+    """Returns the model's logits on the keyword arguments `probe`, in eval mode."""
+    with evaluating(model):
         output = model(**probe)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return precise(logits)

@@ -1,4 +1,4 @@
-"""One attachment, many layers: each layer's own options, and all changes built or all problems said."""
+"""Works out each layer's own options and builds all deltas, or lists all problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def build_all(
     options: list[dict[str, Any]],
     stats: Mapping[str, Stats] | None = None,
 ) -> list[tuple[Site, Delta]]:
-    """Every change, or one error that names every layer it does not fit. stats: what calibration saw, by layer."""
+    """Builds every delta. Raises ShapeError naming every layer that does not fit. stats: by layer."""
     _check_stats(kind, sites, stats)
     built, problems, ahead = [], [], Ahead(kind, sites, options)
     for i, (site, own) in enumerate(zip(sites, options, strict=True)):
@@ -42,12 +42,14 @@ def _check_stats(kind: type[Delta], sites: list[Site], stats: Mapping[str, Stats
         return
     if not methods.takes_stats(kind):
         raise ConfigError(
-            f"method {kind.__module__.rsplit('.', 1)[-1]!r} starts without a look at the loss; leave stats= out"
+            f"method {kind.__module__.rsplit('.', 1)[-1]!r} starts without a look at the loss; leave "
+            "stats= out"
         )
     missing = [s.name for s in sites if s.name not in stats]
     if missing:
         raise ConfigError(
-            f"stats= says nothing of {len(missing)} layers: {first_few(missing)}; calibrate with the same to= and exclude="
+            f"stats= says nothing of {len(missing)} layers: {first_few(missing)}; calibrate with the same "
+            "to= and exclude="
         )
 
 
@@ -78,5 +80,6 @@ def check_patterns(sites: list[Site], pattern: Mapping[str, float]) -> None:
     idle = [k for k in pattern if not any(re.match(rf"(.*\.)?({k})$", s.name) for s in sites)]
     if idle:
         raise ConfigError(
-            f"rank_pattern or alpha_pattern matches no adapted layer: {first_few(idle)}; there are {first_few(s.name for s in sites)}"
+            f"rank_pattern or alpha_pattern matches no adapted layer: {first_few(idle)}; there are "
+            f"{first_few(s.name for s in sites)}"
         )

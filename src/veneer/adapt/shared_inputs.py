@@ -1,4 +1,4 @@
-"""Which layers read the same input: watched during one step, and kept as groups from then on."""
+"""Finds layers that read the same input by watching one step, and groups them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.methods.base.factors import ROWWISE
 
 
 class _Watch:
-    """Runs of consecutive calls of adapted layers with one and the same tensor, unwritten in between."""
+    """Records runs of consecutive calls of adapted layers with the same tensor, unwritten in between."""
 
     def __init__(self) -> None:
         self.runs: list[list[Deltas]] = []
@@ -37,10 +37,10 @@ class _Watch:
 
 @contextmanager
 def discover(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block, which must hold one whole eager step (backward included), calls are watched; after it, adapted
-    layers that read the same input share the first half of their product.
+    """Watches one whole eager step (backward included) and groups layers that read the same input.
 
-    Groups found before are given up. Not to be used around a compiled model, whose layers are not called one by one.
+    Grouped layers share the first half of their product. Earlier groups are dropped. Does not work around a
+    compiled model, whose layers are not called one by one.
     """
     ungroup(model)
     watch = _Watch()
@@ -56,20 +56,20 @@ def discover(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def groups(model: nn.Module) -> list[list[str]]:
-    """Names of the layers in every group."""
+    """Returns the names of the layers in every group."""
     found = {id(d.group): d.group for d in layers(model) if d.group is not None and d.group.members}
     return [[m.site.name for m in g.members] for g in found.values()]
 
 
 def ungroup(model: nn.Module) -> None:
-    """Every layer for itself again."""
+    """Drops all groups: every layer computes its own product again."""
     for d in layers(model):
         d.group = None
     forget(model)
 
 
 def _steady(runs: list[list[Deltas]]) -> list[tuple[Deltas, ...]]:
-    """Runs of two or more rowwise layers that were always called together, in the same order, each once a run."""
+    """Returns runs of two or more rowwise layers that were always called together, in order, once a run."""
     seen: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
     by_key = {}
     for run in runs:
@@ -98,7 +98,7 @@ def _freeze(model: nn.Module, members: tuple[Deltas, ...]) -> None:
 
 
 def _owner(names: Iterable[str]) -> str:
-    """The name of the smallest module that holds all of these."""
+    """Returns the name of the smallest module that holds all of these."""
     paths = [n.split(".") for n in names]
     shared = takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
     return ".".join(level[0] for level in shared)

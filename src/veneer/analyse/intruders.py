@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import check_name, hang
 from veneer.adapt.combine import as_lora, of_matrices
+from veneer.adapt.hooks import check_name, hang
 from veneer.errors import ConfigError, NotMergeable
 from veneer.methods import Delta
 from veneer.ops.draws import keyed

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import refuse_compiled
 from veneer.adapt.attached import adapters
+from veneer.adapt.hooks import refuse_compiled
 from veneer.adapt.per_layer import check_patterns, options_at
 from veneer.compress.places import Places
 from veneer.compress.swap import one_by_one, swap

@@ -91,7 +91,7 @@ def detect(path: Path) -> Found:
 
 
 def _is_native(folder: Path) -> bool:
-    return (manifest.read(folder) or {}).get("layout") == manifest.NATIVE
+    return (manifest.record_of(folder) or {}).get("layout") == manifest.NATIVE
 
 
 def _adapter_file(path: Path) -> tuple[Path, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.adapt.attach import using
+from veneer.adapt.switch import using
 from veneer.errors import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""A base model with adapters from folders, as the commands name them: FOLDER, NAME=FOLDER, FOLDER@STRENGTH."""
+"""Opens a base model with adapters as commands name them: FOLDER, NAME=FOLDER, FOLDER@STRENGTH."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.adapt.attach import NAME, detach, using
+from veneer.adapt.attach import detach
+from veneer.adapt.hooks import NAME
 from veneer.adapt.peft.settings import CONFIG as PEFT_CONFIG
 from veneer.adapt.peft.settings import TENSORS as PEFT_TENSORS
 from veneer.adapt.store import manifest, store
+from veneer.adapt.switch import using
 from veneer.errors import ConfigError, first_few
 from veneer.files import read_json
 from veneer.models import pretrained
@@ -31,7 +33,7 @@ PLAIN = re.compile(
 
 
 class Wanted(NamedTuple):
-    """One adapter of a command: the name it gets, its folder (a run's folder stands for the adapter in it), its strength."""
+    """One adapter of a command: its name, its folder (or its run's), its strength."""
 
     name: str
     folder: Path
@@ -47,7 +49,7 @@ class Opened(NamedTuple):
 
 
 def parse(specs: Sequence[str]) -> list[Wanted]:
-    """The adapters that the words name. Raises ConfigError for all words that cannot be read, and for equal names."""
+    """Returns the adapters that the words name. Raises ConfigError listing all bad ones."""
     found, problems = [], []
     for spec in specs:
         hit = PLAIN.fullmatch(spec) if Path(spec).is_dir() else SPEC.fullmatch(spec)
@@ -64,7 +66,8 @@ def parse(specs: Sequence[str]) -> list[Wanted]:
         name = hit["name"] or re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name)
         if not NAME.fullmatch(name):
             problems.append(
-                f"adapter {spec!r}: {name!r} is no name; put one of letters, digits, '-' and '_' before it: NAME={spec}"
+                f"adapter {spec!r}: {name!r} is not a valid name; put one of letters, digits, '-' and '_' "
+                f"before it: NAME={spec}"
             )
         found.append(Wanted(name, folder, strength))
     twice = sorted({w.name for w in found if any(o.name == w.name and o.folder != w.folder for o in found)})
@@ -78,7 +81,7 @@ def parse(specs: Sequence[str]) -> list[Wanted]:
 
 
 def summed(wanted: Sequence[Wanted]) -> dict[str, float]:
-    """The strength of every adapter, where all act together; one that is named twice acts with both strengths."""
+    """Returns the strength of every adapter for all acting together; repeated ones add up."""
     found: dict[str, float] = {}
     for w in wanted:
         found[w.name] = found.get(w.name, 0.0) + w.strength
@@ -86,17 +89,20 @@ def summed(wanted: Sequence[Wanted]) -> dict[str, float]:
 
 
 def title(w: Wanted) -> str:
-    """What an adapter is called where several are shown side by side."""
+    """Returns an adapter's name for tables, with its strength unless that is 1."""
     return w.name if w.strength == 1 else f"{w.name} at {w.strength:g}"
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The folder of the adapter itself: a run keeps it in its folder `adapter`."""
+    """Returns the folder of the adapter itself: a run keeps it in its folder `adapter`."""
     return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
 
 
 def base_of(wanted: Sequence[Wanted]) -> str:
-    """The base model that the adapters' runs or files name. Raises ConfigError if they name none, or different ones."""
+    """Returns the base model that the adapters' runs or files name.
+
+    Raises ConfigError if they name none, or different ones.
+    """
     bases = {w.folder: _base(w.folder) for w in wanted}
     silent = [str(f) for f, base in bases.items() if not base]
     if silent:
@@ -108,14 +114,14 @@ def base_of(wanted: Sequence[Wanted]) -> str:
 
 
 def format_of(wanted: Sequence[Wanted], base: str) -> str | None:
-    """Returns the format to quantise the plain base to, or None where it stays as it is or `base` holds changed layers.
+    """Returns the format to quantise the plain base to, or None if it stays plain or `base` is a folder.
 
-    Raises ConfigError if the adapters were made for bases in different forms, or in one that only a folder holds.
+    Raises ConfigError if the adapters' bases have different forms, or one that only a folder holds.
     """
     held = changed.kind_of_folder(base)
     if held is not None and not held.whole:
         return None
-    records = {w.folder: manifest.read(adapter_folder(w.folder)) for w in wanted}
+    records = {w.folder: manifest.record_of(adapter_folder(w.folder)) for w in wanted}
     found = {f: changed.recorded(r["base"]) if r else {} for f, r in records.items()}
     forms = next(iter(found.values()), {})
     if any(other != forms for other in found.values()):
@@ -126,7 +132,8 @@ def format_of(wanted: Sequence[Wanted], base: str) -> str | None:
     formats = forms.get("quantised", [])
     if forms.keys() - {"quantised", held.name if held else "quantised"}:
         raise ConfigError(
-            f"model: the adapters' base is {changed.in_words(forms)}, {base!r} is plain; give the base's folder (--model)"
+            f"model: the adapters' base is {changed.in_words(forms)}, {base!r} is plain; give the base's "
+            "folder (--model)"
         )
     return formats[0] if len(formats) == 1 else None
 
@@ -146,7 +153,7 @@ def _base(folder: Path) -> str | None:
 
 
 def there(specs: Sequence[str]) -> list[Wanted]:
-    """The adapters that the words name, whose folders hold one. Raises ConfigError for all that are not there."""
+    """Returns the adapters that the words name. Raises ConfigError listing those whose folder holds none."""
     wanted = parse(specs)
     check_there(w.folder for w in wanted)
     return wanted
@@ -159,22 +166,23 @@ def chat_template(folder: Path) -> str | None:
 
 
 def check_there(folders: Iterable[Path]) -> None:
-    """Raises ConfigError for all folders in which no adapter is."""
+    """Raises ConfigError listing all folders without an adapter."""
     missing = {folder: problem for folder in folders if (problem := _missing(folder))}
     if missing:
         raise ConfigError("\n".join(f"adapter {folder}: {problem}" for folder, problem in missing.items()))
 
 
 def _missing(folder: Path) -> str | None:
-    """Why there is no adapter in the folder, and where there is one."""
+    """Returns the reason why the folder holds no adapter, with the place of one if known; else None."""
     if not folder.is_dir():
-        return "there is no such folder"
+        return "the folder does not exist"
     if _holds_one(folder):
         return None
     if (folder / CONFIG).is_file() and (folder / METRICS).is_file():
         return "the run there has not finished, and has no adapter yet; go on with it by veneer fit --resume"
     inside = sorted(str(p) for p in folder.iterdir() if p.is_dir() and _holds_one(p))
-    return f"it holds no adapter{f'; name one of {first_few(inside)}' if inside else f' ({PEFT_CONFIG}, {manifest.NAME})'}"
+    hint = f"; name one of {first_few(inside)}" if inside else f" ({PEFT_CONFIG}, {manifest.NAME})"
+    return f"it holds no adapter{hint}"
 
 
 def _holds_one(folder: Path) -> bool:
@@ -184,9 +192,10 @@ def _holds_one(folder: Path) -> bool:
 
 @contextmanager
 def alone(model: nn.Module, w: Wanted | None, allow: Sequence[str] = ()) -> Iterator[None]:
-    """Within the block the adapter is on the model and acts alone, or none does. Raises what loading raises.
+    """Within the block the adapter is on the model and acts alone, or no adapter acts.
 
-    Adapters that cannot be on one model together, such as a change of whole modules beside low-rank ones, follow each other so.
+    Adapters that exclude each other, such as a whole module beside low-rank ones, follow one another so.
+    Raises what loading raises.
     """
     if w is not None:
         store.load(model, adapter_folder(w.folder), w.name, allow=allow)
@@ -213,7 +222,7 @@ def open_all(
     device: str = "cpu",
     allow: Sequence[str] = (),
 ) -> tuple[Opened, list[Wanted]]:
-    """The base with every adapter attached, and what they are. Raises what reading and loading raise."""
+    """Returns the base with every adapter attached, and the adapters. Raises what loading raises."""
     wanted = there(specs)
     opened = open_base(model or base_of(wanted), wanted, dtype, device)
     for w in {w.name: w for w in wanted}.values():  # one adapter may be wanted at several strengths

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from veneer.adapt.attach import using
+from veneer.adapt.switch import using
 from veneer.data.pack import Window
 from veneer.tasks import Objective
 from veneer.train.loop.evaluate import bits_per_byte

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapt.attach import using
 from veneer.adapt.attached import changes, n_base_parameters
+from veneer.adapt.switch import using
 from veneer.analyse.spectra import spectra
 from veneer.data.pack import IGNORED, Segment, Window
 from veneer.errors import VeneerError

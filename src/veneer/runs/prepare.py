@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import embedded, methods, optim
-from veneer.adapt import attach, attached
+from veneer.adapt import attach, attached, hooks, switch
 from veneer.adapt.store import fingerprint
 from veneer.analyse.numbers import amount, started
 from veneer.data.pack import collate
@@ -146,7 +146,7 @@ def training_precision(run: Run, device: torch.device) -> Literal["bf16", "fp32"
 def adapt(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None) -> list[groups.Part]:
     """Attaches the adapter, or opens the base for full fine-tuning: what is trained. Raises ConfigError, SiteError, ShapeError."""
     if run.method == FULL:
-        attach.train_only(model, attach.BASE)
+        switch.train_only(model, hooks.BASE)
         _keep_frozen(
             model,
             {

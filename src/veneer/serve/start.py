@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapt import attach, attached
+from veneer.adapt import attached, switch
 from veneer.adapt.banks import entries
 from veneer.adapt.banks.segments import SegmentBank
 from veneer.errors import ConfigError
@@ -60,7 +60,7 @@ def serve(
     root, given = adapters_of(adapters)
     base, words = _loaded(model, tokenizer, device, dtype)
     memory = _in_memory(base, given)
-    attach.activate(base)
+    switch.activate(base)
     reader = Reader(
         base, root=root, most_bytes=chosen.adapter_size << 20, most_rank=chosen.max_rank, allow=allow
     )
@@ -120,8 +120,8 @@ def _loaded(model: str | nn.Module, tokenizer: Any, device: str, dtype: str) -> 
 def _in_memory(model: nn.Module, given: Mapping[str, str | Path]) -> dict[str, tuple[Forms, str]]:
     """Returns the normal forms of attached adapters, with a hash of their numbers."""
     there = attached.adapters(model)
-    read = entries.read(model, {key: a for key, a in given.items() if a in there})
-    return {key: (forms, _hash(forms)) for key, forms in read.items()}
+    found = entries.entries(model, {key: a for key, a in given.items() if a in there})
+    return {key: (entry.forms, _hash(entry.forms)) for key, entry in found.items()}
 
 
 def _hash(forms: Forms) -> str:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.adapt.attach import check_called
 from veneer.adapt.attached import layers
+from veneer.adapt.calls import check_called
 from veneer.ops.chunked import CHUNK, Kernel, cross_entropy
 from veneer.ops.matrix.linalg import precise
 from veneer.tasks import Batch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt import attach
+from veneer.adapt import calls
 from veneer.data.pack import Window
 from veneer.errors import ConfigError, DataError, SiteError, first_few
 
@@ -114,7 +114,7 @@ def check_leaves(model: nn.Module, ids: Tensor) -> None:
 def check_called(model: nn.Module, ids: Tensor) -> None:
     """Raises SiteError, naming them, if adapted layers are not called in a forward pass of ids (b, t)."""
     model(input_ids=ids, use_cache=False)
-    attach.check_called(model)
+    calls.check_called(model)
 
 
 def check_overlong(lengths: Sequence[tuple[str, int]], length: int) -> None:

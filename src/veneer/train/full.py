@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import hang, train_only
+from veneer.adapt.hooks import hang
+from veneer.adapt.switch import train_only
 from veneer.methods import Delta, build
 from veneer.methods.full import Full
 from veneer.sites import LeafSite, Site

@@ -143,7 +143,7 @@ def _pairs(
 def _otherwise(found: Found) -> str | None:
     """What the adapter is, where only its base's layers make factors of it: kept in our own layout, or another kind of PEFT's."""
     if found.dialect == NATIVE:
-        record = manifest.read(found.folder)
+        record = manifest.record_of(found.folder)
         return f"{record['method'] if record else 'a change'} in Veneer's own layout"
     other = (
         found.dialect == "peft"

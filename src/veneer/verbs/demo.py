@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from veneer import embedded, tasks
-from veneer.adapt.attach import detach, using
+from veneer.adapt.attach import detach
 from veneer.adapt.store import store
+from veneer.adapt.switch import using
 from veneer.analyse.page import demo_report
 from veneer.analyse.page.plots import TITLES, learning_vs_forgetting
 from veneer.analyse.page.run_report import REPORT

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.attach import using
 from veneer.adapt.merge import Verdict, foresee, outputs, refusal
 from veneer.adapt.merge import merge as merge_into
-from veneer.adapt.probe import TOLERANCE, default_inputs
+from veneer.adapt.probe import TOLERANCE
+from veneer.adapt.probe_inputs import default_inputs
+from veneer.adapt.switch import using
 from veneer.compress.quantise import dequantise
 from veneer.errors import ConfigError, NotMergeable, first_few
 from veneer.files import making, write_json

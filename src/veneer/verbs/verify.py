@@ -12,9 +12,9 @@ from torch import nn
 
 from veneer.adapt import attach, attached, probe
 from veneer.adapt.peft import reading, settings
-from veneer.adapt.problems import ALLOW
-from veneer.adapt.sizes import size
 from veneer.adapt.store import manifest, store
+from veneer.adapt.store.problems import ALLOW
+from veneer.adapt.store.sizes import size
 from veneer.errors import ConfigError, FormatError, first_few, suggest
 from veneer.files import read_json
 from veneer.models import adapted, pretrained
@@ -148,7 +148,7 @@ def _targets(model: nn.Module, folder: Path) -> Iterator[Check]:
 
 def _no_manifest(folder: Path) -> dict[str, str]:
     """Why something could not be checked, by word."""
-    record = manifest.read(folder)
+    record = manifest.record_of(folder)
     if record is None:
         return dict.fromkeys(
             WITH_MANIFEST, f"another program wrote the folder: it has no {manifest.NAME} to compare with"
@@ -163,7 +163,7 @@ def _effect(model: nn.Module, inputs: Mapping[str, Any] | None) -> Check:
     taken = probe.take(model, NAME, inputs)
     if isinstance(taken, str):
         return Check("effect", False if "finite" in taken else None, taken)
-    off, on = probe.outputs(model, NAME, taken["inputs"])
+    off, on = (probe.through(model, NAME)(taken["inputs"], on) for on in (False, True))
     change, largest = float((on - off).abs().max()), float(off.abs().max())
     if change == 0:
         return Check("effect", False, "the outputs with it are those of the base, bit for bit")

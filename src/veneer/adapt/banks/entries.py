@@ -1,30 +1,44 @@
-"""Adapters in normal form, from a model or from folders, for a bank."""
+"""Turns adapters, attached ones or those of folders, into the forms that a bank serves."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
-from veneer.adapt import attach, attached
+from veneer.adapt import attached
 from veneer.adapt.attached import Changes
 from veneer.adapt.banks.rows import Form, form_of
 from veneer.adapt.store import store
+from veneer.adapt.store.loaded import Loaded
 from veneer.adapt.store.manifest import method_of
 from veneer.errors import ConfigError, first_few, suggest
 from veneer.methods import Delta
 from veneer.methods.base.factors import ROWWISE
 from veneer.sites import Site
 
+Source: TypeAlias = (
+    "str | Path | Loaded"  # an attached adapter's name, a folder, or what veneer.read returned
+)
 Forms: TypeAlias = "dict[str, tuple[Site, Form]]"  # one adapter's, by layer
 
 
-def to_train(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, Changes]:
-    """The changes of attached adapters that are to be trained side by side. Raises ConfigError for all that cannot be."""
+class Entry(NamedTuple):
+    """One adapter of a bank. loaded: where it came from a folder, so that its effect can be checked in its
+    slot.
+    """
+
+    forms: Forms
+    loaded: Loaded | None = None
+
+
+def to_train(model: nn.Module, adapters: Mapping[str, Source]) -> dict[str, Changes]:
+    """Returns the deltas of attached adapters that train side by side. Raises ConfigError listing all that
+    cannot.
+    """
     _refuse(
         f"{n!r} is not attached{_nearest(model, str(a))}"
         for n, a in adapters.items()
@@ -36,11 +50,11 @@ def to_train(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, 
 
 
 def check_trainable(found: Mapping[str, Changes]) -> None:
-    """Raises ConfigError for all adapters that cannot be trained side by side."""
+    """Raises ConfigError listing all adapters that cannot train side by side."""
     dropping = {name: max(delta.dropout for _, delta in changes) for name, changes in found.items()}
     problems = [problem for name, changes in found.items() for problem in _shapeless(name, changes)]
     problems += [
-        f"{n!r} drops inputs (dropout={p:g}), which a bank does not; attach it without"
+        f"{n!r} drops inputs (dropout={p:g}), which a bank cannot; attach it with dropout=0"
         for n, p in dropping.items()
         if p
     ]
@@ -48,39 +62,34 @@ def check_trainable(found: Mapping[str, Changes]) -> None:
 
 
 @torch.no_grad()
-def read(model: nn.Module, adapters: Mapping[str, str | Path]) -> dict[str, Forms]:
-    """The normal forms of adapters, each by the name of an attached one or by a folder, which is loaded, and checked as
-    load() does, and taken off again. Raises ConfigError for all that are not there or have none, and load()'s FormatError.
+def entries(model: nn.Module, adapters: Mapping[str, Source]) -> dict[str, Entry]:
+    """Returns the adapters by name; the model is not touched.
+
+    Raises ConfigError listing all that are missing or have no normal form, and FormatError as `store.read`
+    does.
     """
     there = attached.adapters(model)
     _refuse(
         f"{name!r}: {str(a)!r} is neither an attached adapter nor a folder{_nearest(model, str(a))}"
         for name, a in adapters.items()
-        if a not in there and not Path(a).is_dir()
+        if not isinstance(a, Loaded) and a not in there and not Path(a).is_dir()
     )
-    found: dict[str, Forms] = {}
+    found: dict[str, Entry] = {}
     problems: list[str] = []
     for name, adapter in adapters.items():
-        changes = attached.changes(model, str(adapter)) if adapter in there else _loaded(model, adapter)
+        loaded = None
+        if not (isinstance(adapter, str) and adapter in there):
+            loaded = adapter if isinstance(adapter, Loaded) else store.read(model, adapter)
+        changes = loaded.changes if loaded else attached.changes(model, str(adapter))
         problems += _shapeless(name, changes)
-        found[name] = {
-            site.name: (site, form) for site, delta in changes if (form := _form(site, delta)) is not None
-        }
+        forms = {site.name: (site, form) for site, delta in changes if (form := _form(site, delta))}
+        found[name] = Entry(forms, loaded)
     _refuse(problems)
     return found
 
 
-def _loaded(model: nn.Module, folder: str | Path) -> Changes:
-    name = f"bank-{uuid.uuid4().hex[:8]}"
-    store.load(model, folder, name)
-    try:
-        return attached.changes(model, name)
-    finally:
-        attach.detach(model, name)
-
-
 def _form(site: Site, delta: Delta) -> Form | None:
-    """The form as it is outside of training."""
+    """Returns the form that the delta has in eval mode."""
     training = delta.training
     try:
         return form_of(site, delta.eval())
@@ -89,18 +98,22 @@ def _form(site: Site, delta: Delta) -> Form | None:
 
 
 def _shapeless(name: str, changes: Changes) -> list[str]:
-    """What of an adapter cannot share a batch with others, by method and by kind of layer."""
+    """Returns the reasons why an adapter cannot share a batch with others, by method and kind of layer."""
     problems: dict[tuple[str, bool, str], list[str]] = {}
     for site, delta in changes:
         if _form(site, delta) is None:
-            method = method_of(delta)
-            row = site.kind in ROWWISE
-            problems.setdefault((method, row, site.kind), []).append(site.name)
+            problems.setdefault((method_of(delta), site.kind in ROWWISE, site.kind), []).append(site.name)
     return [
-        f"{name!r}: {method} has no normal form at {first_few(names)}; use it alone, or make it a LoRA with veneer.to_lora"
-        if row
-        else f"{name!r} changes {first_few(names)} of kind {kind!r}, and a bank serves linear layers; leave these out"
-        for (method, row, kind), names in problems.items()
+        (
+            f"{name!r}: {method} has no normal form at {first_few(names)}; use it alone, or make it a LoRA "
+            "with veneer.to_lora"
+        )
+        if rowwise
+        else (
+            f"{name!r} changes {first_few(names)} of kind {kind!r}; a bank serves linear layers: leave "
+            "these out"
+        )
+        for (method, rowwise, kind), names in problems.items()
     ]
 
 

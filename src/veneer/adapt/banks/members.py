@@ -1,4 +1,4 @@
-"""What holds the adapters of a bank at one layer: copies in slots, or the adapters themselves as they learn."""
+"""Holds the adapters of a bank at one layer: copies in slots, or the adapters themselves as they learn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Slots(Rows):
     def __init__(
         self, site: Site, router: Router, *, rank: int, gains: tuple[bool, bool], products: int
     ) -> None:
-        """rank, products: the most that a slot takes; gains: whether it takes gains of outputs, and of inputs."""
+        """rank, products: the most that a slot takes. gains: room for gains of outputs, and of inputs."""
         super().__init__()
         self.router, n, W = router, len(router.names), site.weight().detach()
         self.options: dict[str, Any] = {}
@@ -43,7 +43,7 @@ class Slots(Rows):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
         super()._apply(
             lambda t: fn(t).to(t.dtype), recurse
-        )  # moved, and never made wider: it is computed with as it is
+        )  # moved, never made wider: products run in the slot's dtype
         return self
 
     def stacks(self, dtype: torch.dtype) -> Stacks:
@@ -63,7 +63,7 @@ class Slots(Rows):
         return self.router.finite
 
     def misfits(self, given: Form) -> list[str]:
-        """What of a change this slot has no room for, in words."""
+        """Returns, in words, the parts of a change that this slot has no room for."""
         form, room = given.factors, 0 if self.a is None else self.a.shape[1]
         r, s = form.A.shape[0], 0 if given.products is None else given.products.a.shape[0]
         return [
@@ -75,7 +75,7 @@ class Slots(Rows):
 
     @torch.no_grad()
     def write(self, slot: int, given: Form | None) -> bool:
-        """Puts a change, or nothing, into a slot, in place; whether all its numbers are finite in the layer's dtype."""
+        """Writes a change, or nothing, into a slot in place. Returns True if all numbers are finite there."""
         parts = [t[slot].zero_() for t in (self.A, self.B, self.excess, self.a, self.b) if t is not None]
         parts += [] if self.c is None else [self.c[slot].fill_(1)]
         self.multiplied.discard(slot)
@@ -96,7 +96,7 @@ class Slots(Rows):
 
 
 class Live(Rows):
-    """The adapters themselves: their factors are stacked in every call, so that each learns from its own rows."""
+    """The adapters themselves: their factors are stacked in every call, so that each learns from its rows."""
 
     def __init__(self, site: Site, router: Router, changes: Sequence[Delta | None]) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Live(Rows):
         )
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
-        """An empty tensor where the changes are; asking the layer for its weight may unpack it."""
+        """Returns an empty tensor on the deltas' device; asking the layer for its weight may unpack it."""
         like = next(p for d in self.changes if d is not None for p in d.parameters())
         return like.new_zeros(0, dtype=dtype)
 
@@ -147,7 +147,7 @@ class Live(Rows):
 
 
 def _folded(form: Factors) -> Tensor:
-    """B (out, r) with the gain of outputs in it."""
+    """Returns B (out, r) with the gain of outputs folded in."""
     return form.B if form.g is None else form.g[:, None] * form.B
 
 

@@ -1,4 +1,4 @@
-"""One layer's changes by many adapters at once, each row of the batch with its own."""
+"""Applies many adapters at one layer at once, each row of the batch with its own."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FREE = ""  # the name of a slot that holds nothing
 
 
 class Router(nn.Module):
-    """Which adapter every row has: `ids` (b,), (b, t), or () for all rows alike, numbers into `names`; 0 is the base.
+    """The adapter of every row: `ids` (b,), (b, t), or () for all rows, numbers into `names`; 0 is the base.
 
-    One object, which all layers of a bank hold: its ids are data, written in place, and move and are copied with the model.
+    All layers of a bank hold one such object, so that ids are written once and move and copy with the model.
     """
 
     ids: Tensor
@@ -38,22 +38,23 @@ class Router(nn.Module):
         return {**self.__dict__, "held": None}
 
     def mark(self, slot: int, finite: bool) -> None:
-        """Notes whether a slot that was just written is finite throughout."""
+        """Notes whether the slot that was just written is finite throughout."""
         self.broken = self.broken - {slot} if finite else self.broken | {slot}
         self.finite = not self.broken
 
     def of(self, x: Tensor, site: Site) -> Tensor:
-        """The ids, flat, where x is. Raises ShapeError unless their shape is the beginning of x's."""
+        """Returns the flat ids on x's device. Raises ShapeError unless their shape begins x's."""
         ids = self.ids
         if ids.shape != x.shape[: ids.ndim] or ids.ndim >= x.ndim:
             raise ShapeError(
-                f"the bank has ids of shape {tuple(ids.shape)} and {site.name!r} was called with {tuple(x.shape)}; name an adapter for"
+                f"the bank has ids of shape {tuple(ids.shape)} and {site.name!r} was called with "
+                f"{tuple(x.shape)}; name an adapter for"
                 f" every row of this batch with use([..]), or one for all of them with use(name)"
             )
         return ids.reshape(-1).to(x.device)
 
     def layout(self) -> batched.Layout | None:
-        """The rows by adapter, made once for all layers; None where that would stop a graph or wait for a GPU."""
+        """Returns the rows by adapter, made once for all layers; None if that would break a graph or wait."""
         ids = self.ids
         if torch.compiler.is_compiling() or ids.is_cuda:
             return None
@@ -64,14 +65,14 @@ class Router(nn.Module):
 
 
 class Form(NamedTuple):
-    """What a row can be given of a change: its normal form, or gains of outputs and products with W."""
+    """A change as a bank serves it: its normal form, or gains of outputs and products with W."""
 
     factors: Factors
     products: Products | None = None
 
 
 def form_of(site: Site, delta: Delta) -> Form | None:
-    """The change as a bank serves it, or None where it cannot."""
+    """Returns the change as a bank serves it, or None if it cannot."""
     if not isinstance(delta, Served):
         return None
     normal = delta.normal_form(site)
@@ -87,8 +88,11 @@ def products_of(site: Site, delta: Delta | None) -> Products | None:
 
 
 class Stacks(NamedTuple):
-    """A (n, r, in); B (n, r, out) with scaling and output gains folded in; excess (n, out): g - 1, or None; a (n, s, in) and
-    b (n, s, out) of products with W, or None."""
+    """All adapters of a layer side by side.
+
+    A (n, r, in); B (n, r, out) with scaling and output gains folded in; excess (n, out): g - 1, or None; a
+    (n, s, in) and b (n, s, out) of products with W, or None.
+    """
 
     A: Tensor
     B: Tensor
@@ -98,27 +102,27 @@ class Stacks(NamedTuple):
 
 
 class Rows(Delta, GainsInput, AddsInPlace):
-    """What adds each row's own change to a layer's output, and scales each row's input by its own gain."""
+    """Adds each row's own change to a layer's output, and scales each row's input by its own gain."""
 
     router: Router
 
     @abstractmethod
     def stacks(self, dtype: torch.dtype) -> Stacks:
-        """The normal forms of all adapters side by side, the base first."""
+        """Returns the normal forms of all adapters side by side, the base first."""
 
     @abstractmethod
     def input_gains(self, dtype: torch.dtype) -> Tensor | None:
-        """c (n, in), or None where no adapter has one."""
+        """Returns c (n, in), or None if no adapter has one."""
 
     @abstractmethod
     def multiplying(self) -> list[int]:
-        """The adapters that have products with W."""
+        """Returns the adapters that have products with W."""
 
     def normal_form(self, site: Site) -> Factors | None:
         return None  # each row has another one
 
     def is_finite(self) -> bool:
-        """Whether all numbers in the stacks are known to be finite."""
+        """Returns True if all numbers in the stacks are known to be finite."""
         return False
 
     def input_gain(self, x: Tensor, site: Site) -> Tensor | None:
@@ -143,10 +147,14 @@ class Rows(Delta, GainsInput, AddsInPlace):
         return self._added(x, total if mine else total.clone(), ids, stacks).view_as(y)
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """What to add to y, where other changes act too, or this one not in full. Raises ConfigError for input gains."""
+        """Returns the sum to add to y if other changes act too, or this one at another strength than 1.
+
+        Raises ConfigError for gains of inputs, which act alone.
+        """
         if self.input_gains(y.dtype) is not None:
             raise ConfigError(
-                f"the bank's adapters have gains of inputs at {site.name!r}, which it can only give alone and in full; use it without"
+                f"the bank's adapters have gains of inputs at {site.name!r}, which it can only give alone "
+                "and in full; use it without"
                 f" other adapters, at strength 1"
             )
         ids, stacks = self.router.of(x, site), self.stacks(y.dtype)
@@ -163,7 +171,10 @@ class Rows(Delta, GainsInput, AddsInPlace):
         return excess.index_select(0, ids)[:, None], y if shift is None else y - shift
 
     def _multiplied(self, x: Tensor, total: Tensor, ids: Tensor, a: Tensor, b: Tensor, site: Site) -> Tensor:
-        """total (b, t, out) and sum_k b_k * W (a_k * x) for the rows that have such an adapter: all, where asking would wait."""
+        """Returns total (b, t, out) plus sum_k b_k * W (a_k * x) for the rows with such an adapter.
+
+        All rows are multiplied where selecting them would wait for a GPU or break a graph.
+        """
         each, rows = x.to(total.dtype).reshape(len(ids), -1, x.shape[-1]), None
         if not torch.compiler.is_compiling() and not ids.is_cuda:
             rows = torch.isin(ids, torch.tensor(self.multiplying())).nonzero()[:, 0]
@@ -183,5 +194,6 @@ class Rows(Delta, GainsInput, AddsInPlace):
 
     def delta(self, site: Site) -> Tensor:
         raise NotMergeable(
-            f"a bank holds many adapters, of which {site.name!r} can take one at most; merge or save that one itself"
+            f"a bank holds many adapters, of which {site.name!r} can take one at most; merge or save that "
+            "one itself"
         )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt import attach
+from veneer.adapt import attach, hooks
 from veneer.adapt.banks.program import Apart, Program, Terms
 from veneer.adapt.banks.rows import Form
 from veneer.adapt.banks.stacks import PLACES, Layer, Placed, Stack, rank_class
@@ -36,8 +36,8 @@ class SegmentBank:
 
     def __init__(self, model: nn.Module) -> None:
         """model: gets a hook at each layer that some adapter changes, when the first such adapter comes."""
-        attach.refuse_compiled(model)
-        attach.check_name(model, NAME)
+        hooks.refuse_compiled(model)
+        hooks.check_name(model, NAME)
         self.model = model
         self.stacks: dict[int, Stack] = {}
         self.layers: dict[str, SegmentLayer] = {}
@@ -75,7 +75,7 @@ class SegmentBank:
                 layer.scales = True
                 new.append((layer.site, layer))
         if new:
-            attach.hang(self.model, NAME, list(new))
+            hooks.hang(self.model, NAME, list(new))
 
     def drop(self, placed: Placed) -> None:
         """Frees an adapter's place, and the stack's memory with the last one."""

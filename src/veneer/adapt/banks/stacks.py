@@ -46,7 +46,7 @@ class Layer:
 
     @torch.no_grad()
     def write(self, place: int, given: Form) -> bool:
-        """Puts a change into a free place. Returns True if all its numbers are finite."""
+        """Writes a change into a free place. Returns True if all numbers are finite in its dtype."""
         form, r = given.factors, given.factors.A.shape[0]
         self.A[place, :r].copy_(form.A)
         self.B[place, :r].copy_((form.B if form.g is None else form.g[:, None] * form.B).mT)
@@ -78,7 +78,7 @@ class Layer:
         self.products.pop(place, None)
 
     def factors(self, first: int, places: int) -> tuple[Tensor, Tensor] | None:
-        """A (n, r, in), B (n, r, out) with r the largest rank of these places; None where all are empty."""
+        """A (n, r, in) and B (n, r, out) with r the largest rank there; None if all places are empty."""
         r = max(self.ranks[first : first + places])
         return (self.A[:, :r], self.B[:, :r]) if r else None
 

@@ -1,7 +1,8 @@
-"""PEFT's file of a prefix, one table for all layers, whose keys stand p positions before the text.
+"""Reads and writes PEFT's prefixes: one table for all layers, whose keys stand p positions before the text.
 
-PEFT lets a text begin at position p behind a prefix of length p; here it begins at 0 as without one. Rotary keys that are turned back by p
-positions are seen as they are there: outputs are the same, and gradients, turned alike. Other positions have no such twin.
+PEFT lets a text begin at position p behind a prefix of length p; here it begins at 0, as without one. Rotary
+keys turned back by p positions give the same outputs, and gradients turned alike. Other kinds of positions
+cannot be converted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from veneer.adapt.peft.rotary import Turn, turned, turns
 from veneer.adapt.peft.settings import table
 from veneer.adapt.peft.targets import Config
 from veneer.adapt.peft.writing import Written, origin
-from veneer.adapt.problems import Problem
+from veneer.adapt.store.problems import Problem
 from veneer.errors import VeneerError, first_few
 from veneer.methods import Delta
 from veneer.methods.prefix import Prefix
@@ -28,12 +29,15 @@ TENSOR, TASK = "prompt_embeddings", "CAUSAL_LM"
 
 
 def is_prefix(changes: Changes) -> bool:
-    """Whether the adapter is made of prefixes and nothing else."""
+    """Returns True if all deltas of the adapter are prefixes."""
     return all(isinstance(delta, Prefix) for _, delta in changes)
 
 
 def write(model: nn.Module, changes: Changes) -> Written | None:
-    """The adapter as PEFT expresses it, or None where PEFT cannot: other prefixes by layer, layers without one, other positions."""
+    """Returns the adapter as PEFT expresses it, or None if it cannot.
+
+    PEFT needs equal prefixes at all layers of a language model with rotary positions.
+    """
     prefixes = {_place(site): delta for site, delta in changes if isinstance(delta, Prefix)}
     named, shapes = origin(model, []), {p.K.shape for p in prefixes.values()}
     every = _turns(model)
@@ -58,8 +62,10 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
 
 
 @torch.no_grad()
-def read(model: nn.Module, config: Config, tensors: Mapping[str, Tensor]) -> tuple[Changes, list[Problem]]:
-    """The changes of the model's attentions, not attached, and all that is wrong with them."""
+def to_changes(
+    model: nn.Module, config: Config, tensors: Mapping[str, Tensor]
+) -> tuple[Changes, list[Problem]]:
+    """Returns deltas for the model's attentions, not attached, and all problems with them."""
     problems = [Problem("fit", text) for text in _settings(config)]
     unused = [f"{n} {tuple(t.shape)}" for n, t in tensors.items() if n != TENSOR]
     if unused:
@@ -70,7 +76,10 @@ def read(model: nn.Module, config: Config, tensors: Mapping[str, Tensor]) -> tup
         return [], [*problems, Problem("fit", str(e))]
     every, wrong = _turns(model), _misfit(sites, tensors)
     if isinstance(every, str):
-        wrong = f"PEFT moves the text behind the prefix, and in this model that changes more than the prefix: {every}; train a prefix here"
+        wrong = (
+            "PEFT moves the text behind the prefix, and in this model that changes more than the prefix: "
+            f"{every}; train a prefix here"
+        )
     if wrong or isinstance(every, str):
         return [], [*problems, Problem("fit", wrong)]
     parts = (
@@ -83,23 +92,25 @@ def read(model: nn.Module, config: Config, tensors: Mapping[str, Tensor]) -> tup
 
 
 def _settings(config: Config) -> list[str]:
-    """What in adapter_config.json makes it more than keys and values of a language model's attentions."""
+    """Returns settings of adapter_config.json that ask for more than keys and values of a language model."""
     found, task = [], config.get("task_type")
     if task != TASK:
         found.append(f"task_type={task!r}: only prefixes of language models ({TASK}) are read")
     if config.get("num_transformer_submodules") not in (None, 1):
         found.append(
-            "num_transformer_submodules: there is a prefix of a decoder beside an encoder's, which is not known here"
+            "num_transformer_submodules: there is a prefix of a decoder beside an encoder's, which is not "
+            "known here"
         )
     if config.get("modules_to_save"):
         found.append(
-            f"modules_to_save={config['modules_to_save']!r}: layers were trained whole beside the prefix; merge them in PEFT"
+            f"modules_to_save={config['modules_to_save']!r}: layers were trained whole beside the prefix; "
+            "merge them in PEFT"
         )
     return found
 
 
 def _turns(model: nn.Module) -> list[Turn] | str:
-    """How keys are turned at every layer, or why a text that begins later is another text to this model."""
+    """Returns the turning of keys at every layer, or the reason why shifting a text changes this model."""
     config = getattr(model, "config", None)
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     partial = (
@@ -109,23 +120,29 @@ def _turns(model: nn.Module) -> list[Turn] | str:
 
 
 def _misfit(sites: Sequence[AttentionSite], tensors: Mapping[str, Tensor]) -> str:
-    """What is wrong with the tensor for these attentions, or nothing."""
+    """Returns the problem with the tensor for these attentions, or ""."""
     if TENSOR not in tensors:
         return f"missing: {TENSOR}"
     if len({_size(s) for s in sites}) > 1:
-        return "the model's attentions have heads of different numbers or sizes, for which PEFT cuts the prefix; that is not read"
+        return (
+            "the model's attentions have heads of different numbers or sizes, for which PEFT cuts the "
+            "prefix; that is not read"
+        )
     wanted = 2 * sum(math.prod(_size(s)) for s in sites)
     found = tuple(tensors[TENSOR].shape)
     ok = len(found) == 2 and found[1] == wanted
     return (
         ""
         if ok
-        else f"wrong shape: {TENSOR} is {found}, the model asks for (p, {wanted}): keys and values of {len(sites)} layers"
+        else (
+            f"wrong shape: {TENSOR} is {found}, the model asks for (p, {wanted}): keys and values of "
+            f"{len(sites)} layers"
+        )
     )
 
 
 def _place(site: Site) -> int:
-    """The number of the attention's layer."""
+    """Returns the number of the attention's layer."""
     place: int = site.module.layer_idx
     return place
 

@@ -1,4 +1,4 @@
-"""How positions turn the keys of a model's attentions: what takes a trained key from one place of a text to another."""
+"""Measures how positions turn the keys of a model's attentions, to move trained keys along a text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt import probe
-from veneer.adapt.attach import using
+from veneer.adapt.modes import evaluating
+from veneer.adapt.probe import TOLERANCE
+from veneer.adapt.probe_inputs import default_inputs
+from veneer.adapt.switch import using
 
 FAR = 37  # positions between the two places that are compared
 CHANGING = (
@@ -19,9 +21,9 @@ CHANGING = (
 
 
 class Turn(NamedTuple):
-    """A layer's: radians a position of each pair of numbers, none where it ignores positions; and whether pairs are neighbours.
+    """A layer's rotation: radians per position for each pair of numbers, empty if it ignores positions.
 
-    Pairs are the first two numbers, the next two and so on if neighbours; else number i and number i + n of n pairs.
+    neighbours: pairs are numbers 0 and 1, 2 and 3 and so on; else number i and number i + n of n pairs.
     """
 
     radians: Tensor
@@ -29,7 +31,9 @@ class Turn(NamedTuple):
 
 
 def turned(keys: Tensor, turn: Turn, distance: int) -> Tensor:
-    """Keys (.., head_dim) as they are `distance` positions further on; numbers behind the last pair stay as they are."""
+    """Returns keys (.., head_dim) moved on by `distance` positions; numbers behind the last pair are
+    unchanged.
+    """
     n, angle = turn.radians.numel(), distance * turn.radians.double()
     part, rest = keys[..., : 2 * n], keys[..., 2 * n :]
     a, b = (part[..., ::2], part[..., 1::2]) if turn.neighbours else part.chunk(2, -1)
@@ -42,9 +46,10 @@ def turned(keys: Tensor, turn: Turn, distance: int) -> Tensor:
 
 @torch.no_grad()
 def turns(model: nn.Module) -> list[Turn] | str:
-    """How every layer of a language model turns its keys, or why none are known.
+    """Returns the rotation of every layer of a language model, or the reason why it is unknown.
 
-    Measured: the same tokens are read from two positions, and each layer's keys must be one another's, turned.
+    It is measured: the same tokens are read from two positions, and each layer's keys must be one another's,
+    turned.
     """
     changing = [kind for kind in _rotary_kinds(getattr(model, "config", None)) if kind in CHANGING]
     if changing:
@@ -74,7 +79,7 @@ def turns(model: nn.Module) -> list[Turn] | str:
 
 
 def _rotary_kinds(config: Any) -> Iterator[str]:
-    """The entries `rope_type` of a configuration, which may have one a kind of layer."""
+    """Yields the entries `rope_type` of a configuration, one or one per kind of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     for part in (found, *(v for v in found.values() if isinstance(v, Mapping))):
         if "rope_type" in part:
@@ -82,10 +87,12 @@ def _rotary_kinds(config: Any) -> Iterator[str]:
 
 
 def _keys(model: nn.Module, start: int) -> list[Tensor]:
-    """Every layer's keys (1, heads, t, head_dim) of a fixed text that begins at position `start`, with no adapter."""
-    given = probe.default_inputs(model) or {}
+    """Returns every layer's keys (1, heads, t, head_dim) of a fixed text from position `start` on, adapters
+    off.
+    """
+    given = default_inputs(model) or {}
     places = start + torch.arange(given["input_ids"].shape[1], device=given["input_ids"].device)
-    with probe.evaluating(model), using(model):
+    with evaluating(model), using(model):
         return [
             layer.keys
             for layer in model(**given, position_ids=places[None], use_cache=True).past_key_values.layers
@@ -95,5 +102,5 @@ def _keys(model: nn.Module, start: int) -> list[Tensor]:
 def _fits(turn: Turn, here: Tensor, there: Tensor) -> bool:
     if 2 * turn.radians.numel() > here.shape[-1]:
         return False
-    tolerance = 4 * probe.TOLERANCE.get(str(here.dtype).removeprefix("torch."), probe.TOLERANCE["bfloat16"])
+    tolerance = 4 * TOLERANCE.get(str(here.dtype).removeprefix("torch."), TOLERANCE["bfloat16"])
     return bool((turned(here, turn, FAR) - there).norm() <= tolerance * there.norm())

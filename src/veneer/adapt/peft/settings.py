@@ -17,7 +17,7 @@ TOP = "base_model."  # of tensors that all layers share
 PREFIX = f"{TOP}model."
 
 
-# What PEFT has always written; the rest is written only where it says something, so that older readers do not warn.
+# Settings that PEFT has always written; others are written only if set, so that older readers do not warn.
 LONG_KNOWN: Config = {
     "alpha_pattern": {},
     "auto_mapping": None,
@@ -71,7 +71,7 @@ NEWER: Config = {
 KEYS: Config = {**LONG_KNOWN, **NEWER}
 
 
-# Those that every kind of adapter has.
+# Settings of every kind of adapter.
 GENERAL = {
     *(
         "auto_mapping",
@@ -104,7 +104,7 @@ TASKS = {
 
 
 class Table(NamedTuple):
-    """The settings of one kind of PEFT's adapters with their defaults: those always written, and those that say something."""
+    """The settings of one kind of PEFT adapter, with defaults: always written, and written if set."""
 
     always: Config
     others: Config
@@ -115,7 +115,7 @@ class Table(NamedTuple):
 
 
 def table(kind: type[Delta]) -> Table:
-    """The settings of the method's kind."""
+    """Returns the settings of the method's kind."""
     if not issubclass(kind, PeftKind) or not kind.peft_settings:
         return Table(LONG_KNOWN, NEWER)
     general = {k: v for k, v in KEYS.items() if k in GENERAL}
@@ -126,6 +126,6 @@ def table(kind: type[Delta]) -> Table:
 
 
 def method_of(config: Config) -> type[Delta] | None:
-    """The method that reads adapters of this adapter_config.json, or None."""
+    """Returns the method that reads adapters of this adapter_config.json, or None."""
     known = map(methods.get, methods.available())
     return next((m for m in known if issubclass(m, PeftKind) and m.reads_peft(config)), None)

@@ -1,7 +1,8 @@
-"""PEFT's starts that move the base to W - s B0 A0: their files, written on the untouched base by keeping the start too.
+"""Reads PEFT's starts that move the base to W - s B0 A0, as factors on the untouched base.
 
-PEFT stores only the trained A and B and, when it opens the folder, moves the base again. What that means on the base
-itself is s (B A - B0 A0) = s ((B - B0) A + B0 (A - A0)): the factors [A; A - A0] and [B - B0, B0] at the same scaling.
+PEFT stores only the trained A and B and moves the base again when it opens the folder. On the untouched base
+the change is s (B A - B0 A0) = s ((B - B0) A + B0 (A - A0)): the factors [A; A - A0] and [B - B0, B0] at the
+same scaling.
 """
 
 from __future__ import annotations
@@ -24,19 +25,23 @@ FROM_FOLDER = ("pissa_niter", "corda", "lora_ga")
 
 CONVERT = (
     "convert it with PEFT: before training, set model.peft_config['default'].init_lora_weights = True and"
-    " model.save_pretrained('initial'); after it, model.save_pretrained(out, path_initial_model_for_weight_conversion='initial')"
+    " model.save_pretrained('initial'); after it, model.save_pretrained(out, "
+    "path_initial_model_for_weight_conversion='initial')"
 )
 NEVER = {
-    "loftq": "it replaces the base by a quantised copy, which is no low-rank change of the base",
+    "loftq": "it replaces the base by a quantised copy, which no low-rank change of the base expresses",
     "kasa": "it cuts the smallest singular values off the base, for which its folder keeps no factors",
 }
 
 
 def problem(start: Any, has_initial: bool) -> str | None:
-    """Why a folder with this init_lora_weights cannot be read, and what would do; None if it can."""
+    """Returns the reason why this init_lora_weights cannot be read and the way out, or None if it can."""
     name = start.lower() if isinstance(start, str) else start
     if has_initial and name in PLAIN:
-        return f"initial= is for starts that move the base; this adapter's init_lora_weights is {start!r}, which does not: leave it out"
+        return (
+            f"initial= is for starts that move the base; this adapter's init_lora_weights is {start!r}, "
+            "which does not: leave it out"
+        )
     if name in PLAIN or name in EXACT or (has_initial and _family(name)):
         return None
     if name in NEVER:
@@ -44,11 +49,17 @@ def problem(start: Any, has_initial: bool) -> str | None:
     if _family(name) is None:
         return f"init_lora_weights {start!r} is not known here; {CONVERT}"
     why = {
-        "pissa_niter": "its randomised SVD is not seeded, so that the base it was trained on cannot be rebuilt from this folder",
+        "pissa_niter": (
+            "its randomised SVD is not seeded, so that the base it was trained on cannot be rebuilt from "
+            "this folder"
+        ),
         "corda": "it moves the base by a decomposition over calibration data that the folder does not hold",
         "lora_ga": "it moves the base by a decomposition of gradients that the folder does not hold",
     }[_family(name) or ""]
-    return f"init_lora_weights {start!r}: {why}. Pass initial= with the folder saved before training, or {CONVERT}"
+    return (
+        f"init_lora_weights {start!r}: {why}. Pass initial= with the folder saved before training, or "
+        f"{CONVERT}"
+    )
 
 
 def _family(name: Any) -> str | None:
@@ -62,10 +73,11 @@ def _family(name: Any) -> str | None:
 def with_start(
     site: Site, config: dict[str, Any], tensors: dict[str, Tensor], initial: dict[str, Tensor] | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The site's settings and tensors on the untouched base.
+    """Returns the site's settings and tensors on the untouched base.
 
-    initial: PEFT's tensors of the site before training, for starts that the base does not determine. Raises FormatError
-    for a convolution, on which PEFT has no such start, and for an initial folder that does not fit.
+    initial: PEFT's tensors of the site before training, for starts that the base does not determine. Raises
+    FormatError for a convolution, on which PEFT has no such start, and for an initial folder that does not
+    fit.
     """
     start = str(config.get("init_lora_weights")).lower()
     if (start not in EXACT and initial is None) or site.kind == "embedding":  # PEFT starts embeddings plainly
@@ -106,16 +118,16 @@ def _given(
 
 
 def pissa(site: Site, r: int, s: float) -> tuple[Tensor, Tensor]:
-    """A0 (r, in), B0 (out, r) with s B0 A0 the leading part of W, by the exact SVD that PEFT takes in float32."""
+    """Returns A0 (r, in), B0 (out, r), s B0 A0 the leading part of W, by PEFT's exact SVD in float32."""
     U, S, Vh = torch.linalg.svd(site.weight().detach().float(), full_matrices=False)
     root = (S[:r] / s).sqrt()
     return root[:, None] * Vh[:r], U[:, :r] * root
 
 
 def olora(site: Site, r: int, s: float) -> tuple[Tensor, Tensor]:
-    """A0 = R[:r] (r, in), B0 = Q[:, :r] (out, r) of the stored weight's QR, not divided by s: PEFT subtracts s Q R.
+    """Returns A0 = R[:r] (r, in), B0 = Q[:, :r] (out, r) of the stored weight's QR; PEFT subtracts s Q R.
 
-    PEFT decomposes a Conv1D's weight as it is stored, (in, out), so that there the start is the transposed product.
+    PEFT decomposes a Conv1D's weight as stored, (in, out): there the start is the transposed product.
     """
     W = site.weight().detach().float()
     stored = W.mT if site.kind == "transposed" else W

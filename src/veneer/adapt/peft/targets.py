@@ -1,4 +1,4 @@
-"""Which layers PEFT's settings mean, and what they say of each of them."""
+"""Applies PEFT's rules of names: which layers its settings target, and with which rank and alpha."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ PATTERNS = {
 
 
 def at(config: Mapping[str, Any], name: str) -> Config:
-    """The settings of one layer: rank and alpha by PEFT's rule, the first pattern that ends the layer's
-    name."""
+    """Returns one layer's settings; the first pattern that ends its name gives rank and alpha."""
     found = dict(config)
     for key, pattern in PATTERNS.items():
         hit = next(
@@ -31,14 +30,13 @@ def at(config: Mapping[str, Any], name: str) -> Config:
 
 
 def wrapped(config: Config, names: Iterable[str]) -> set[str]:
-    """The modules that PEFT keeps whole: their names end with an entry of modules_to_save, wherever it
-    begins."""
+    """Returns the modules that PEFT keeps whole: names that end with an entry of modules_to_save."""
     entries = tuple(config.get("modules_to_save") or ())
     return {n for n in names if entries and n.endswith(entries)}
 
 
 def targeted(config: Config, name: str) -> bool:
-    """Whether PEFT adapts the layer called `name`."""
+    """Returns True if PEFT adapts the layer called `name`."""
     exclude, targets = config.get("exclude_modules"), config["target_modules"]
     if re.fullmatch(exclude, name) if isinstance(exclude, str) else ends(name, exclude or ()):
         return False
@@ -50,7 +48,7 @@ def targeted(config: Config, name: str) -> bool:
 
 
 def _in_layers(config: Config, name: str) -> bool:
-    """Whether the number of the layer's block is among layers_to_transform."""
+    """Returns True if the number of the layer's block is among layers_to_transform."""
     wanted = config.get("layers_to_transform")
     if wanted is None or wanted == []:
         return True
@@ -64,5 +62,5 @@ def _in_layers(config: Config, name: str) -> bool:
 
 
 def ends(name: str, entries: Iterable[str]) -> bool:
-    """Whether the name is one of the entries, or ends with one as whole words between dots."""
+    """Returns True if the name equals an entry, or ends with one after a dot."""
     return any(name == e or name.endswith(f".{e}") for e in entries)

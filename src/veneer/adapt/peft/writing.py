@@ -1,5 +1,4 @@
-"""PEFT's adapter folder, https://huggingface.co/docs/peft: its settings and names, and our changes written in
-them."""
+"""Writes adapters in PEFT's format, https://huggingface.co/docs/peft: settings, names, tensors."""
 
 from __future__ import annotations
 
@@ -21,8 +20,10 @@ from veneer.sites.own import is_own, without_own
 
 
 class Written(NamedTuple):
-    """An adapter in PEFT's format: its settings, the tensors of its changes, those of modules kept whole, and
-    `own`, by site, what PEFT has no words for."""
+    """An adapter in PEFT's format: settings, tensors, and tensors of modules kept whole.
+
+    own: by site, settings that PEFT lacks.
+    """
 
     config: Config
     tensors: dict[str, Tensor]
@@ -31,7 +32,7 @@ class Written(NamedTuple):
 
 
 def write(model: nn.Module, changes: Changes) -> Written | None:
-    """The adapter as PEFT expresses it exactly on the untouched base, or None where PEFT cannot.
+    """Returns the adapter as PEFT expresses it exactly on the untouched base, or None if it cannot.
 
     Changes of whole modules (method full) become modules_to_save, if there are others beside them.
     """
@@ -59,8 +60,7 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
 
 
 def _shared(found: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Every shared tensor with as many rows and columns as any layer uses, or None where the layers' parts
-    are no parts of one."""
+    """Returns every shared tensor at the largest size in use, or None if the layers' tensors do not nest."""
     whole: dict[str, Tensor] = {}
     for name in found[0]:
         parts = [own[name] for own in found]
@@ -75,8 +75,7 @@ def _shared(found: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
 def _settings(
     model: nn.Module, forms: dict[str, PeftForm], saved: list[str], settings: Table
 ) -> Config | None:
-    """adapter_config.json, or None where PEFT would apply it to other layers, or with other ranks, than
-    ours."""
+    """Returns adapter_config.json, or None if PEFT would apply it to other layers or with other ranks."""
     patterns = {k: p for k, p in PATTERNS.items() if k in settings.every and p in settings.every}
     per_site = {n: {k: v for k, v in f.config.items() if k in settings.every} for n, f in forms.items()}
     shared = [{k: v for k, v in own.items() if k not in patterns} for own in per_site.values()]
@@ -96,8 +95,10 @@ def _settings(
 
 
 def origin(model: nn.Module, saved: list[str]) -> Config:
-    """Where the base came from, and the task by which PEFT chooses its wrapper; without the task's head in
-    it, none."""
+    """Returns the base's source and PEFT's task type.
+
+    The task is None unless all heads that PEFT trains with it are saved.
+    """
     kind, known = type(model), getattr(getattr(model, "config", None), "model_type", None)
     task = next((t for end, t in TASKS.items() if known and kind.__name__.endswith(end)), None)
     heads = [n for n, _ in model.named_modules() if n.endswith(HEADS.get(task or "", ()))]
@@ -117,7 +118,7 @@ def _whole(value: float) -> float:
 
 
 def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """The most common value, and the others by the end of an expression that only their layers match."""
+    """Returns the most common value, and the others by expressions that match only their layers."""
     common = Counter(values.values()).most_common(1)[0][0]
     others = {n: v for n, v in values.items() if v != common}
     if all(at({"r": common, "rank_pattern": others}, n)["r"] == v for n, v in values.items()):
@@ -126,21 +127,20 @@ def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
 
 
 def _endings(sites: Iterable[str], names: list[str]) -> list[str]:
-    """The shortest endings of names that mean these layers and no others; whole names where there are
-    none."""
+    """Returns the shortest endings of names that match these layers and no others, or whole names."""
     sites = list(sites)
     short = sorted({n.rsplit(".", 1)[-1] for n in sites})
     return short if {n for n in names if ends(n, short)} == set(sites) else sorted(sites)
 
 
 def outermost(names: Iterable[str]) -> list[str]:
-    """Sorted, and without the names of modules inside others of them."""
+    """Returns the names sorted, without modules inside others of them."""
     every = sorted(set(names))
     return [n for n in every if not any(n.startswith(f"{o}.") for o in every)]
 
 
 def _saved(model: nn.Module, saved: list[str], whole: Changes) -> dict[str, Tensor]:
-    """All that the modules hold, buffers too, with their changes applied."""
+    """Returns everything the modules hold, buffers too, with their changes applied."""
     own = {
         f"{n}.{k}": t for n in saved for k, t in model.get_submodule(n).state_dict().items() if not is_own(k)
     }

@@ -1,13 +1,16 @@
-"""Which base an adapter belongs to: a sample of every weight, rounded so that fp32, bf16 and fp16 copies look the same.
+"""Identifies a base by a sample of every weight, rounded so that fp32, bf16 and fp16 copies look the same.
 
-A sample is 4096 numbers spread over a parameter, so that a model of 7 billion takes a second; a change that misses
-all of them (a few rows of an embedding) is not seen. Buffers (BatchNorm's running means) are left out: training moves them.
+A sample is 4096 numbers spread over a parameter, so that 7 billion take a second; a change that misses all of
+them (a few rows of an embedding) is not seen. Buffers (BatchNorm's running means) are left out: training
+moves them.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +23,37 @@ from veneer.sites.quantised import plain
 HASHED, KEPT = 4096, 32
 SPREAD = 2_654_435_761  # a prime near 2^32 / golden ratio
 Record = dict[str, Any]
+_known: WeakKeyDictionary[nn.Module, tuple[str, Record]] = WeakKeyDictionary()
 
 
 def measure(model: nn.Module) -> Record:
-    """The fingerprint of the model without its adapters: a SHA-256 of all, and one, with a few numbers, of each parameter."""
+    """Returns the fingerprint of the model without its adapters: one SHA-256 of all, and one of each
+    parameter.
+
+    It is computed once for a model and again only after its parameters were replaced or written to.
+    """
+    state = _state(model)
+    known = _known.get(model)
+    if known is None or known[0] != state:
+        known = _known[model] = (state, _measured(model))
+    return copy.deepcopy(known[1])
+
+
+def _state(model: nn.Module) -> str:
+    """Returns a digest that changes with the parameters, at a hundredth of the fingerprint's cost.
+
+    A write through `.data` leaves no trace in a tensor's version, so a few numbers of each parameter are part
+    of it.
+    """
+    digest = hashlib.sha256(repr(changed.forms_of(model)).encode())
+    for name, p in base_parameters(model).items():
+        version = -1 if p.is_inference() else p._version
+        digest.update(f"{name} {id(p)} {p.data_ptr()} {tuple(p.shape)} {p.dtype} {version} ".encode())
+        digest.update(_bytes(_sample(plain(p.detach()), KEPT)))
+    return digest.hexdigest()
+
+
+def _measured(model: nn.Module) -> Record:
     tensors = {name: _of(name, plain(p.detach())) for name, p in base_parameters(model).items()}
     whole = hashlib.sha256("".join(f"{n} {t['sha256']}\n" for n, t in sorted(tensors.items())).encode())
     return {"sha256": whole.hexdigest(), "tensors": tensors, **changed.forms_of(model)}
@@ -32,8 +62,8 @@ def measure(model: nn.Module) -> Record:
 def _of(name: str, p: Tensor) -> Record:
     rounded = _sample(p, HASHED)
     if rounded.is_floating_point():
-        rounded = rounded.to(torch.bfloat16).view(torch.int16)  # numpy has no bfloat16
-    seen = hashlib.sha256(f"{name} {tuple(p.shape)} ".encode() + rounded.cpu().numpy().tobytes())
+        rounded = rounded.to(torch.bfloat16)
+    seen = hashlib.sha256(f"{name} {tuple(p.shape)} ".encode() + _bytes(rounded))
     kept = [
         float(f"{v:.9g}") for v in _sample(p, KEPT).float().nan_to_num(0.0).tolist()
     ]  # 9 digits hold a float32
@@ -43,6 +73,10 @@ def _of(name: str, p: Tensor) -> Record:
         "sha256": seen.hexdigest()[:32],
         "sample": kept,
     }
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.cpu().contiguous().view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
 
 
 def _sample(p: Tensor, most: int) -> Tensor:
@@ -55,12 +89,13 @@ def _sample(p: Tensor, most: int) -> Tensor:
 
 
 def differences(model: nn.Module, saved: Record) -> list[str]:
-    """What tells `model` from the base that was measured as `saved`, a line a kind; empty if it is that base."""
+    """Returns a line per kind of difference between `model` and the base measured as `saved`; [] if none."""
     now = measure(model)
     there_as, here_as = changed.recorded(saved), changed.recorded(now)
     if there_as != here_as:
         return [
-            f"another base: the adapter's is {changed.in_words(there_as)}, this model is {changed.in_words(here_as)};"
+            f"another base: the adapter's is {changed.in_words(there_as)}, this model is "
+            f"{changed.in_words(here_as)};"
             f" {'open it as it was then' if here_as else changed.advice(there_as)}"
         ]
     if now["sha256"] == saved["sha256"]:
@@ -83,7 +118,10 @@ def differences(model: nn.Module, saved: Record) -> list[str]:
 
 
 def _same(a: Record, b: Record) -> bool:
-    """Equal but for rounding. Only float16 needs a tolerance: float32 -> float16 -> bfloat16 rounds twice."""
+    """Returns True if two samples are equal but for rounding.
+
+    Only float16 needs a tolerance: float32 -> float16 -> bfloat16 rounds twice.
+    """
     if a["sha256"] == b["sha256"]:
         return True
     dtypes = [getattr(torch, t["dtype"]) for t in (a, b)]

@@ -1,4 +1,4 @@
-"""veneer.json: what an adapter is, which base it belongs to, and what it must do there."""
+"""Writes and checks veneer.json: method, options, base and expected effect of an adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from veneer.adapt.attached import Changes
 from veneer.adapt.peft.targets import Config
-from veneer.adapt.sizes import Size
+from veneer.adapt.store.sizes import Size
 from veneer.errors import FormatError
 from veneer.files import read_json
 from veneer.methods import Delta
@@ -27,16 +27,17 @@ INSIDE = {
 
 
 def method_of(delta: Delta) -> str:
-    """The name of the change's method: its file's."""
+    """Returns the name of the delta's method: its file's."""
     return type(delta).__module__.rsplit(".", 1)[-1]
 
 
 def describe(
     changes: Changes, sizes: Mapping[str, Size], own: Mapping[str, Config], config: Config | None
 ) -> dict[str, Any]:
-    """The part of the manifest that the changes say themselves.
+    """Returns the manifest's entries that follow from the deltas.
 
-    own: by site, what a reader needs beside the tensors. config: PEFT's settings by site, where they express the adapter.
+    own: by site, settings beside the tensors. config: PEFT's settings by site, if PEFT can express the
+    adapter.
     """
 
     main = next((d for _, d in changes if not isinstance(d, Full)), changes[0][1])
@@ -71,7 +72,7 @@ def _holds(entry: Any, inner: tuple[str, ...]) -> bool:
 
 
 def site_options(manifest: Mapping[str, Any], site: str) -> dict[str, Any]:
-    """The options of one site's change."""
+    """Returns the options of one site's delta."""
     entry = manifest["sites"][site]
     return {**(manifest["options"] if entry["method"] == manifest["method"] else {}), **entry["options"]}
 
@@ -82,12 +83,15 @@ def _scaling(config: Mapping[str, Any]) -> float:
 
 
 def _number(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
+    """Returns None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """The folder's manifest, or None where another program wrote it. Raises FormatError for one of another kind."""
+def record_of(folder: Path) -> dict[str, Any] | None:
+    """Returns the folder's manifest, or None if another program wrote it.
+
+    Raises FormatError for a manifest of another format, or a damaged one.
+    """
     path = folder / NAME
     if not path.is_file():
         return None
@@ -95,12 +99,14 @@ def read(folder: Path) -> dict[str, Any] | None:
     version = found.get("format")
     if version != FORMAT:
         raise FormatError(
-            f"{path} has format {version!r}, not {FORMAT}; read it with Veneer {found.get('veneer')}, which wrote it"
+            f"{path} has format {version!r}, not {FORMAT}; read it with Veneer {found.get('veneer')}, "
+            "which wrote it"
         )
     missing = [k for k in REQUIRED if k not in found]
     if missing:
         raise FormatError(
-            f"{path} lacks {', '.join(missing)}; restore it from a copy, or remove it to read the folder as PEFT's own"
+            f"{path} lacks {', '.join(missing)}; restore it from a copy, or remove it to read the folder "
+            "as PEFT's own"
         )
     damaged = [k for k, inner in INSIDE.items() if found[k] is not None and not _holds(found[k], inner)]
     if found["base"] is None or found["tensors"] is None or not isinstance(found["sites"], dict):
@@ -110,6 +116,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     if damaged:
         at = ", ".join(damaged)
         raise FormatError(
-            f"{path} is damaged at {at}; restore it from a copy, or remove it to read the folder as PEFT's own"
+            f"{path} is damaged at {at}; restore it from a copy, or remove it to read the folder as PEFT's "
+            "own"
         )
     return found

@@ -1,4 +1,4 @@
-"""Our own tensors file, for changes that PEFT cannot express: every delta's state under `<layer>.<parameter>`."""
+"""Reads our own tensors file, for deltas that PEFT cannot express: states under `<layer>.<parameter>`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from veneer import methods
 from veneer.adapt.attached import Changes
 from veneer.adapt.banks.rows import Rows
-from veneer.adapt.problems import Problem
 from veneer.adapt.store.manifest import method_of, site_options
+from veneer.adapt.store.problems import Problem
 from veneer.errors import VeneerError, first_few
 from veneer.sites import site_of_kind
 
@@ -19,18 +19,21 @@ TENSORS = "delta.safetensors"
 
 
 def homeless(changes: Changes) -> list[Problem]:
-    """Changes of methods that are not files of `veneer.methods`, and could not be built again when read."""
+    """Returns problems with deltas of methods outside `veneer.methods`, which could not be built again."""
     if any(isinstance(delta, Rows) for _, delta in changes):
         return [Problem("fit", "it is a bank of several adapters; save each of them under its own name")]
     odd = sorted({method_of(delta) for _, delta in changes} - set(methods.available()))
-    text = f"{first_few(odd)}: PEFT cannot express it, and Veneer could not load it: it is no method of its own; put it into veneer.methods"
+    text = (
+        f"{first_few(odd)}: PEFT cannot express this method, and Veneer finds methods by file when loading;"
+        " put it into veneer.methods"
+    )
     return [Problem("fit", text)] if odd else []
 
 
-def read(
+def rebuild(
     model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Changes, list[Problem]]:
-    """The changes that veneer.json describes, not attached, and all that is wrong with them."""
+    """Returns the deltas that veneer.json describes, not attached, and all problems with them."""
     layers = dict(model.named_modules())
     changes: Changes = []
     problems: list[Problem] = []

@@ -1,4 +1,4 @@
-"""Adapters in a narrower number format than they were trained in, unless that loses them."""
+"""Rounds adapters to a narrower number format, unless that loses them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapt.attached import Changes
-from veneer.adapt.sizes import dense
+from veneer.adapt.store.sizes import dense
 from veneer.errors import ConfigError, FormatError, first_few
 from veneer.methods import Delta, PeftStored
 from veneer.sites import Site
@@ -19,9 +19,10 @@ MOST_LOST = 0.05  # of a change's norm
 
 @torch.no_grad()
 def as_saved(changes: Changes, dtype: torch.dtype, in_peft: bool) -> Changes:
-    """The changes as they will be when read from tensors in `dtype`; whole modules in PEFT's layout stay as they are.
+    """Returns the deltas as read back from tensors in `dtype`; whole modules in PEFT's layout are unchanged.
 
-    Raises ConfigError for a dtype that is none for weights, FormatError where it would lose much of a change.
+    Raises ConfigError for a dtype other than float32, bfloat16 and float16, FormatError if it would lose much
+    of a change.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"adapters are saved in {', '.join(map(str, DTYPES))}, not in {dtype}")
@@ -36,7 +37,8 @@ def as_saved(changes: Changes, dtype: torch.dtype, in_peft: bool) -> Changes:
     if worst:
         some = first_few(f"{n} ({lost[n]:.0%})" for n in worst)
         raise FormatError(
-            f"in {dtype} these changes would lose more than {MOST_LOST:.0%} of themselves: {some}; save in float32"
+            f"in {dtype} these changes would lose more than {MOST_LOST:.0%} of themselves: {some}; save in "
+            "float32"
         )
     return saved
 
@@ -58,5 +60,5 @@ def _through_state(delta: Delta, dtype: torch.dtype) -> Delta:
 
 
 def rounded(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """t in dtype, if it is one and t holds no indices."""
+    """Returns t in dtype; unchanged if dtype is None or t holds indices."""
     return t if dtype is None or not t.is_floating_point() else t.to(dtype)

@@ -1,28 +1,41 @@
-"""Save and load adapters: PEFT's folder wherever PEFT can express them, with a manifest that says what must be true.
+"""Saves, reads and loads adapters: PEFT's folder where PEFT can express them, with a manifest of what must
+hold.
 
-On disk an adapter is relative to the untouched base, so that any saved adapter goes with any other. Nothing is attached
-before everything has been checked, and everything that is wrong is said at once.
+On disk an adapter is relative to the untouched base, so that any saved adapter goes with any other. Nothing
+is attached before everything has been checked, and all problems are listed at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer import files
-from veneer.adapt import attach, attached
+from veneer.adapt import attached, calls, hooks, switch
 from veneer.adapt import probe as golden
 from veneer.adapt.attached import Changes
 from veneer.adapt.peft import prefixes, reading, settings, targets, writing
 from veneer.adapt.peft.targets import Config
-from veneer.adapt.problems import Problem, check_allowed, clash, dead, hollow, not_finite, refuse, resized
-from veneer.adapt.sizes import size
 from veneer.adapt.store import fingerprint, manifest, native, rounding
-from veneer.errors import ConfigError, FormatError, first_few
+from veneer.adapt.store.effect import refuse_effect
+from veneer.adapt.store.folder import Opened, open_folder, open_initial
+from veneer.adapt.store.loaded import Loaded, check_fresh
+from veneer.adapt.store.problems import (
+    Problem,
+    check_allowed,
+    clash,
+    dead,
+    hollow,
+    not_finite,
+    refuse,
+    resized,
+)
+from veneer.adapt.store.sizes import size
+from veneer.errors import ConfigError, first_few
 from veneer.methods.prefix import Prefix
 
 
@@ -37,15 +50,14 @@ def save(
 ) -> Path:
     """Writes adapter `name` into `folder`, whole or not at all, and returns the folder.
 
-    probe: keyword arguments of one call of the model, whose outputs are kept and compared when the adapter is loaded;
-    language models and token classifiers need none. dtype: of the tensors, where float32 is too large. allow: "zero",
-    "finite". Raises FormatError, before anything is written, for layers whose change is zero, empty or not finite, and for a
-    dtype that would lose more than a twentieth of a change.
+    probe: keyword arguments of one call of the model, whose outputs are kept and compared on loading;
+    language models and token classifiers have a default. dtype: of the tensors, float32 unless given. allow:
+    "zero", "finite". Raises FormatError, before anything is written, for changes that are zero, empty or not
+    finite, and for a dtype that would lose more than a twentieth of a change.
+
+    >>> veneer.save(model, "out/french", "french")
     """
-    attach.refuse_compiled(model)
-    folder, allowed = Path(folder), check_allowed(allow)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; an adapter is saved in a folder")
+    folder, allowed = _folder_for(model, folder), check_allowed(allow)
     changes = attached.changes(model, name)
     refuse(f"adapter {name!r} was not saved", hollow(changes))
     written = (prefixes if prefixes.is_prefix(changes) else writing).write(model, changes)
@@ -55,26 +67,29 @@ def save(
     problems = dead(on_disk, sizes) + not_finite(state) + ([] if written else native.homeless(changes))
     used = refuse(f"adapter {name!r} was not saved", problems, allowed)
     kept = golden.take(model, name, probe, dtype)
-    settings = {n: targets.at(written.config, n) for n in sizes} if written else None
+    by_site = {n: targets.at(written.config, n) for n in sizes} if written else None
     content = {
-        **manifest.describe(changes, sizes, written.own if written else {}, settings),
+        **manifest.describe(changes, sizes, written.own if written else {}, by_site),
         "base": fingerprint.measure(model),
         "probe": kept if isinstance(kept, dict) else None,
         "no_probe": None if isinstance(kept, dict) else kept,
         "allow": sorted(used.union(*(_let_through(delta) for _, delta in changes))),
     }
     tensors = {n: rounding.rounded(t, dtype) for n, t in (written.tensors if written else state).items()}
-    _write(
-        folder,
-        {**tensors, **(written.whole if written else {})},
-        written.config if written else None,
-        content,
-    )
+    whole, config = (written.whole, written.config) if written else ({}, None)
+    _write(folder, {**tensors, **whole}, config, content)
     return folder
 
 
+def _folder_for(model: nn.Module, folder: str | Path) -> Path:
+    hooks.refuse_compiled(model)
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ConfigError(f"{folder} is a file; an adapter is saved in a folder")
+    return Path(folder)
+
+
 def _write(folder: Path, tensors: dict[str, Tensor], config: Config | None, content: dict[str, Any]) -> None:
-    """All files under temporary names first; the manifest, which vouches for the tensors, takes its place last."""
+    """Writes all files under temporary names; the manifest, which vouches for the rest, is renamed last."""
     target = folder / (native.TENSORS if config is None else settings.TENSORS)
     paths = [target, *([] if config is None else [folder / settings.CONFIG]), folder / manifest.NAME]
     with files.replacing(*paths) as temporary:
@@ -91,112 +106,97 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: Config | None, cont
         (folder / other).unlink(missing_ok=True)  # of an adapter that this one has replaced
 
 
-def load(
+def read(
     model: nn.Module,
     folder: str | Path,
+    *,
+    allow: str | Iterable[str] = (),
+    initial: str | Path | None = None,
+) -> Loaded:
+    """Returns the adapter in `folder` as deltas for this model, which is not touched; `load` and `attach`
+    take it.
+
+    Reads what `save` wrote and PEFT's folders. allow: words for problems to let through, see ALLOW. initial:
+    PEFT's folder of the adapter before training, for its starts that the base does not determine
+    (pissa_niter, corda, lora_ga). Raises FormatError listing every problem at once: another base; missing,
+    unused or misshapen tensors; a changed file; a change that is zero or not finite.
+
+    >>> found = veneer.read(model, "out/german")
+    >>> veneer.load(model, found, "german")
+    """
+    hooks.refuse_compiled(model)
+    folder, allowed = Path(folder), check_allowed(allow)
+    found = open_folder(folder)
+    deltas, problems = _deltas(model, found, open_initial(found, initial))
+    sizes = {site.name: size(site, delta) for site, delta in deltas}
+    record = found.manifest
+    other = (
+        [Problem("base", text) for text in fingerprint.differences(model, record["base"])] if record else []
+    )
+    problems = (
+        other + found.problems + problems + not_finite(found.tensors) + clash(deltas) + dead(deltas, sizes)
+    )
+    if record and not other and set(sizes) <= set(record["sites"]):
+        problems += resized(sizes, record["sites"])
+    used = refuse(f"{folder} was not loaded", problems, allowed)
+    probe = record["probe"] if record and not other else None
+    return Loaded(folder, deltas, probe, record is None, frozenset(allowed), frozenset(used))
+
+
+def load(
+    model: nn.Module,
+    folder: str | Path | Loaded,
     name: str = "default",
     *,
     allow: str | Iterable[str] = (),
     trainable: bool = False,
     initial: str | Path | None = None,
 ) -> nn.Module:
-    """The same model with the adapter in `folder` attached as `name`, acting at strength 1.
+    """Attaches the adapter in `folder` as `name`, acting at strength 1, and returns the model.
 
-    Reads what `save` wrote, and PEFT's folders. trainable: whether it, and it alone, takes gradients. initial:
-    PEFT's folder of the adapter before training, for its starts that the base does not determine (pissa_niter, corda,
-    lora_ga). allow: words for what to let through, see ALLOW. Raises FormatError that lists everything at once: another
-    base, missing, unused or misshapen tensors, a changed file, a change that is zero or not finite, a failed probe, no
-    effect on the outputs; the model is then as it was.
+    folder, allow, initial: as in `read`, or what it returned. trainable: whether the adapter, and it alone,
+    takes gradients. Raises what `read` raises, and FormatError if the golden probe fails or an adapter of
+    another program has no effect on the outputs; the model is then as it was.
     """
-    attach.refuse_compiled(model)
-    folder, allowed = Path(folder), check_allowed(allow)
-    attach.check_name(model, name)
-    found = _open(folder)
-    changes, problems = _read(model, found, _initial(found, initial))
-    sizes = {site.name: size(site, delta) for site, delta in changes}
-    record = found.manifest
-    other = (
-        [Problem("base", text) for text in fingerprint.differences(model, record["base"])] if record else []
-    )
-    problems = (
-        other + found.problems + problems + not_finite(found.tensors) + clash(changes) + dead(changes, sizes)
-    )
-    if record and not other and set(sizes) <= set(record["sites"]):
-        problems += resized(sizes, record["sites"])
-    used = refuse(f"{folder} was not loaded", problems, allowed)
-    attach.hang(model, name, changes)
-    if record is None or (record["probe"] and not other):
-        used |= _prove(model, name, record and record["probe"], allowed, folder)
-    for _, delta in changes:
+    hooks.check_name(model, name)
+    if isinstance(folder, Loaded):
+        if allow or initial:
+            raise ConfigError("load: pass allow= and initial= to veneer.read, which has read this adapter")
+        found = folder
+    else:
+        found = read(model, folder, allow=allow, initial=initial)
+    check_fresh(model, found)
+    hooks.refuse_clash(site for site, _ in found.changes)
+    hooks.hang(model, name, found.changes)
+    try:
+        used = refuse_effect(model, found, golden.through(model, name))
+    except BaseException:
+        hooks.take_off(model, [name])
+        raise
+    for _, delta in found.changes:
         delta.requires_grad_(False)
         vars(delta)["let_through"] = sorted(used)
     if trainable:
-        attach.train_only(model, name)
-        attach.watch(model)
+        switch.train_only(model, name)
+        calls.watch(model)
     return model
 
 
-class Opened(NamedTuple):
-    """A folder's files; manifest None: PEFT's own; config None: our own layout."""
-
-    manifest: dict[str, Any] | None
-    config: Config | None
-    tensors: dict[str, Tensor]
-    problems: list[Problem]
-
-
-def _open(folder: Path) -> Opened:
-    if not folder.is_dir():
-        raise FormatError(f"there is no folder {folder}")
-    record = manifest.read(folder)
-    if record is None and not (folder / settings.CONFIG).is_file():
-        inner = sorted(p.parent.name for p in folder.glob(f"*/{settings.CONFIG}"))
-        hint = f"; it holds the adapters {first_few(inner)}: name one of these folders" if inner else ""
-        raise FormatError(
-            f"{folder} is no adapter: it has neither {manifest.NAME} nor {settings.CONFIG}{hint}"
-        )
-    own = record is not None and record["layout"] == manifest.NATIVE
-    path = folder / (native.TENSORS if own else settings.TENSORS)
-    config = None if own else files.read_json(folder / settings.CONFIG)
-    if config is None or "peft_type" in config:  # other programs' tensors have another name
-        files.refuse_pickle(folder, path.name)
-    else:
-        _refuse_settings(config)
-    problems = []
-    if record and files.sha256(path) != record["tensors"]["sha256"]:
-        text = f"{path.name} is not the file that {manifest.NAME} was written with: it was changed, or a save was cut off"
-        problems.append(Problem("sha256", text))
-    return Opened(record, config, files.read_tensors(path), problems)
-
-
-def _initial(found: Opened, initial: str | Path | None) -> dict[str, Tensor] | None:
-    """The tensors of the folder saved before training, if any. Raises FormatError for settings that cannot be read."""
-    if found.config is not None:
-        _refuse_settings(found.config, found.problems, has_initial=initial is not None)
-    if initial is None:
-        return None
-    files.refuse_pickle(Path(initial), settings.TENSORS)
-    return files.read_tensors(Path(initial) / settings.TENSORS)
-
-
-def _refuse_settings(config: Config, others: Iterable[Problem] = (), *, has_initial: bool = False) -> None:
-    """Raises FormatError for settings that cannot be read, and then for the other problems too."""
-    wrong = [Problem("fit", text) for text in reading.settings_problems(config, has_initial)]
-    refuse("the adapter cannot be read", [*wrong, *others] if wrong else [])
-
-
-def _read(
+def _deltas(
     model: nn.Module, found: Opened, initial: dict[str, Tensor] | None
 ) -> tuple[Changes, list[Problem]]:
+    """Returns the deltas that the opened folder holds for the model, and all problems with them."""
     record = found.manifest
     if found.config is None:
         assert record is not None
-        return native.read(model, record, found.tensors)
+        return native.rebuild(model, record, found.tensors)
     own = {n: entry["own"] for n, entry in record["sites"].items()} if record else {}
     if settings.method_of(found.config) is Prefix:
-        changes, problems = prefixes.read(model, found.config, found.tensors)
+        changes, problems = prefixes.to_changes(model, found.config, found.tensors)
     else:
-        changes, problems = reading.read(model, reading.Source(found.config, found.tensors, own, initial))
+        changes, problems = reading.to_changes(
+            model, reading.Source(found.config, found.tensors, own, initial)
+        )
     if record is None or problems:
         return changes, problems
     odd = {site.name for site, _ in changes} ^ set(record["sites"])
@@ -214,19 +214,3 @@ def _read(
 
 def _let_through(delta: nn.Module) -> list[str]:
     return list(vars(delta).get("let_through", []))
-
-
-def _prove(
-    model: nn.Module, name: str, kept: dict[str, Any] | None, allowed: set[str], folder: Path
-) -> set[str]:
-    """The outputs are those that were kept with the adapter; where another program kept none, at least not the base's."""
-    try:
-        problems = (
-            [Problem("probe", text) for text in golden.check(model, name, kept)]
-            if kept
-            else golden.idle(model, name)
-        )
-        return refuse(f"{folder} was not loaded", problems, allowed)
-    except BaseException:
-        attach.detach(model, name)
-        raise

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer import files
-from veneer.adapt.peft.reading import settings_problems
+from veneer.adapt.peft.refusals import settings_problems
 from veneer.adapt.peft.settings import CONFIG, KEYS, LONG_KNOWN, PREFIX, TENSORS
 from veneer.adapt.peft.starts import PLAIN
 from veneer.adapt.peft.targets import at, targeted
@@ -76,7 +76,7 @@ def _check(found: Found, config: Mapping[str, Any]) -> None:
         raise FormatError(
             f"{found.folder / CONFIG} cannot be converted:\n" + "\n".join(f"- {w}" for w in wrong)
         )
-    record = manifest.read(found.folder)
+    record = manifest.record_of(found.folder)
     if (
         record
         and record["tensors"]["file"] == found.file.name

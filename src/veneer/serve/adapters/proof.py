@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt import probe as golden
+from veneer.adapt.probe_inputs import default_inputs
 from veneer.errors import FormatError
 from veneer.serve.adapters.slots import Mixture
 from veneer.serve.adapters.version import Version
@@ -27,7 +28,7 @@ class Prover:
 
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         self.engine = engine
-        found = golden.default_inputs(model)
+        found = default_inputs(model)
         self.tokens: list[int] | None = None if found is None else found["input_ids"][0].tolist()
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.base: Tensor | None = None

@@ -4,7 +4,6 @@ parsed.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import stat
@@ -15,13 +14,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from veneer import files
-from veneer.adapt import attach
 from veneer.adapt.banks import entries
 from veneer.adapt.peft import settings
 from veneer.adapt.store import manifest, native, store
 from veneer.errors import FormatError
 from veneer.serve.adapters.version import Forms
-from veneer.sites.find import site_for
 
 FILES = (manifest.NAME, settings.CONFIG, settings.TENSORS, native.TENSORS)
 JSON_BYTES, JSON_DEPTH, HEADER_BYTES = 16 << 20, 32, 8 << 20
@@ -138,7 +135,6 @@ class Reader:
     ) -> None:
         self.model, self.root, self.most_bytes, self.most_rank = model, root, most_bytes, most_rank
         self.allow = tuple(allow)
-        self.copy = _sharing_copy(model)
 
     def read(self, folder: Path) -> Read:
         """Returns a folder's adapter. Raises FormatError or ConfigError with everything that is wrong with
@@ -150,23 +146,9 @@ class Reader:
         check_ranks(forms, self.most_rank)
         if content_of(folder) != content:
             raise FormatError("the adapter's files changed while they were read; try again")
-        record = manifest.read(folder)
+        record = manifest.record_of(folder)
         return Read(content, forms, record and record["probe"])
 
     def _forms(self, folder: Path) -> Forms:
-        store.load(self.copy, folder, NAME, allow=self.allow)
-        try:
-            read = entries.read(self.copy, {NAME: NAME})[NAME]
-        finally:
-            attach.detach(self.copy, NAME)
-        return {
-            name: (site_for(name, self.model.get_submodule(name)), form) for name, (_, form) in read.items()
-        }
-
-
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """Returns a copy with modules of its own and the same tensors, on which adapters are checked beside the
-    running model.
-    """
-    own = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(t): t for t in own})
+        found = store.read(self.model, folder, allow=self.allow)
+        return entries.entries(self.model, {NAME: found})[NAME].forms

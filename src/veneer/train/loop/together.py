@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from veneer.adapt import attach, attached
-from veneer.adapt.banks.bank import Bank, living
+from veneer.adapt import attach, attached, hooks, switch
+from veneer.adapt.banks.bank import Bank
 from veneer.adapt.banks.entries import check_trainable
+from veneer.adapt.banks.make import living
 from veneer.data.pack import Window
 from veneer.errors import ConfigError, first_few
 from veneer.sites import site_of_kind
@@ -70,9 +71,9 @@ def carry(models: Sequence[nn.Module], adapter: str) -> Bank:
     )
     kinds = {site.name: site.kind for changes in found.values() for site, _ in changes}
     sites = {name: site_of_kind(kind, name, carrier.get_submodule(name)) for name, kind in kinds.items()}
-    attach.hang(carrier, "bank", living(found, sites))
+    hooks.hang(carrier, "bank", living(found, sites))
     attach.detach(carrier, adapter)
-    attach.activate(carrier, "bank")
+    switch.activate(carrier, "bank")
     return Bank(carrier)
 
 

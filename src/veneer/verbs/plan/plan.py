@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from veneer.adapt.attach import using
 from veneer.adapt.attached import n_base_parameters
+from veneer.adapt.switch import using
 from veneer.analyse.cost import process_memory, simulate
 from veneer.analyse.cost.simulate import Shape
 from veneer.compress.quantise import as_plain

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from veneer import methods
-from veneer.adapt import attach
+from veneer.adapt import attach, switch
 from veneer.analyse.cost import simulate
 from veneer.analyse.cost.simulate import Memory, Shape
 from veneer.optim.base.groups import of_adapter
@@ -128,8 +128,8 @@ def _instead(model: nn.Module, run: Run) -> Iterator[None]:
     options = {k: v for k, v in run.options.items() if k != "init" or base_model.start_of(run) is None}
     attach.attach(model, run.method, name=TRIAL, stats=stats, **layers, **options)
     try:
-        with attach.using(model, TRIAL):
+        with switch.using(model, TRIAL):
             yield
     finally:
         attach.detach(model, TRIAL)
-        attach.train_only(model, NAME)
+        switch.train_only(model, NAME)

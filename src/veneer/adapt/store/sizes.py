@@ -1,4 +1,4 @@
-"""How large a change is, and whether it is one at all."""
+"""Measures the size of a change, and tells a change from rounding."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from veneer.sites import Site
 
 
 class Size(NamedTuple):
-    """Frobenius norms of one site's change and of its W; `floor` is what rounding alone could make of no change.
+    """Frobenius norms of one site's change and of its W; `floor` is the norm that rounding alone can reach.
 
-    The change of a method that is no change of weights (a bottleneck) is NaN, which is neither zero nor comparable.
+    The change of a method that cannot be written as weights (a bottleneck) is NaN: neither zero nor
+    comparable.
     """
 
     change: float
@@ -32,7 +33,7 @@ class Size(NamedTuple):
 
 @torch.no_grad()
 def size(site: Site, delta: Delta) -> Size:
-    """The size of one change, without the dense change where it is a product of factors."""
+    """Returns the size of one change, without making the dense change of a product of factors."""
     base = float(row_norms(site.weight()).norm())
     f = delta.factors(site)
     if f is not None and f.is_product:
@@ -46,7 +47,7 @@ def size(site: Site, delta: Delta) -> Size:
 
 
 def dense(site: Site, delta: Delta) -> Tensor | None:
-    """W' - W (out, in), or None for a method that is no change of weights."""
+    """Returns W' - W (out, in), or None for a method that cannot be written as weights."""
     try:
         return delta.delta(site)
     except NotMergeable:
@@ -54,5 +55,5 @@ def dense(site: Site, delta: Delta) -> Tensor | None:
 
 
 def finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity."""
+    """Returns the names of the tensors that hold a NaN or an infinity."""
     return [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]

@@ -1,4 +1,4 @@
-"""What can be wrong with an adapter, said all at once; and the words that let some of it through."""
+"""Collects everything wrong with an adapter, and the words that let some of it through."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from veneer.adapt.attach import CLASH, clashing
 from veneer.adapt.attached import Changes
-from veneer.adapt.sizes import Size, finite
+from veneer.adapt.hooks import CLASH, clashing
+from veneer.adapt.store.sizes import Size, finite
 from veneer.errors import ConfigError, FormatError, first_few, suggest
 from veneer.methods.full import Full
 
-# What can be let through, by name. Whatever is let through is written into veneer.json.
+# Problems that can be let through, by name. Those let through are written into veneer.json.
 ALLOW = {
     "base": "another base than the adapter's",
     "unused": "tensors in the file that belong to no layer",
@@ -27,14 +27,14 @@ ALLOW = {
 
 
 class Problem(NamedTuple):
-    """kind: the word of ALLOW that lets it through, or "fit" for what nothing does."""
+    """kind: the word of ALLOW that lets it through, or "fit" if nothing does."""
 
     kind: str
     text: str
 
 
 def check_allowed(allow: str | Iterable[str]) -> set[str]:
-    """The words as a set. Raises ConfigError for an unknown one."""
+    """Returns the words as a set. Raises ConfigError for an unknown one."""
     words = {allow} if isinstance(allow, str) else set(allow)
     unknown = [f"allow={w!r} is not known{suggest(w, ALLOW)}" for w in sorted(words) if w not in ALLOW]
     if unknown:
@@ -43,9 +43,9 @@ def check_allowed(allow: str | Iterable[str]) -> set[str]:
 
 
 def refuse(what: str, problems: Iterable[Problem], allowed: Iterable[str] = ()) -> set[str]:
-    """The words of `allowed` that let a problem through.
+    """Returns the words of `allowed` that let a problem through.
 
-    Raises FormatError with every problem that none of them does, and the words that would.
+    Raises FormatError listing all other problems, and the words that would let them through.
     """
     problems = list(problems)
     left = [p for p in problems if p.kind not in allowed]
@@ -57,25 +57,31 @@ def refuse(what: str, problems: Iterable[Problem], allowed: Iterable[str] = ()) 
 
 
 def dead(changes: Changes, sizes: Mapping[str, Size]) -> list[Problem]:
-    """Layers whose change is zero. A whole module that stayed as it was counts only if nothing else changed either."""
+    """Returns a problem if changes are zero; an unchanged whole module counts only if all are zero."""
     zero = [n for n, size in sizes.items() if size.zero]
     low_rank = [site.name for site, delta in changes if site.name in zero and not isinstance(delta, Full)]
     nothing = low_rank or (zero if len(zero) == len(sizes) else [])
-    text = f"the change is zero at {len(nothing)} of {len(sizes)} layers, which have learned nothing: {first_few(nothing)}"
+    text = (
+        f"the change is zero at {len(nothing)} of {len(sizes)} layers, which have learned nothing: "
+        f"{first_few(nothing)}"
+    )
     return [Problem("zero", text)] if nothing else []
 
 
 def hollow(changes: Changes) -> list[Problem]:
-    """Parameters without a number in them, as partitioned ones look from one process."""
+    """Returns a problem if parameters are empty, as partitioned ones look from one process."""
     wrong = [
         f"{site.name}.{n}" for site, delta in changes for n, p in delta.named_parameters() if not p.numel()
     ]
-    text = f"{len(wrong)} parameters are empty: {first_few(wrong)}; gather what ZeRO or FSDP has partitioned before saving"
+    text = (
+        f"{len(wrong)} parameters are empty: {first_few(wrong)}; gather what ZeRO or FSDP has partitioned "
+        "before saving"
+    )
     return [Problem("fit", text)] if wrong else []
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[Problem]:
-    """Tensors with a NaN or an infinity."""
+    """Returns a problem if tensors hold a NaN or an infinity."""
     wrong = finite(tensors)
     return (
         [Problem("finite", f"NaN or infinity in {len(wrong)} of {len(tensors)} tensors: {first_few(wrong)}")]
@@ -85,17 +91,20 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[Problem]:
 
 
 def clash(changes: Changes) -> list[Problem]:
-    """Layers that another adapter changes as a matrix and this one as a whole, or the other way round."""
+    """Returns a problem if another adapter holds some of the layers as sites of another kind."""
     wrong = clashing(site for site, _ in changes)
     return [Problem("fit", CLASH.format(names=first_few(wrong)))] if wrong else []
 
 
 def resized(sizes: Mapping[str, Size], sites: Mapping[str, Any]) -> list[Problem]:
-    """Changes whose norm is not the one that they were saved with."""
+    """Returns a problem if norms of changes differ from those in veneer.json."""
     wrong = []
     for n, size in sizes.items():
         then = sites[n]["norm"]
         if then is not None and not abs(size.change - then) <= 0.01 * then + size.floor:
             wrong.append(f"{n} ({size.change:.4g}, saved as {then:.4g})")
-    text = f"{len(wrong)} changes have another norm than when they were saved: {first_few(wrong)}; were rank or alpha edited?"
+    text = (
+        f"{len(wrong)} changes have another norm than when they were saved: {first_few(wrong)}; were rank "
+        "or alpha edited?"
+    )
     return [Problem("norm", text)] if wrong else []

@@ -1,0 +1,140 @@
+"""Hangs deltas on layers and takes them off: a child module and plain forward hooks, no change of class or
+weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt.attached import Changes, adapters, changes, deltas_of, layers
+from veneer.adapt.forward import Deltas, act, forget, input_gain, is_private
+from veneer.errors import ConfigError, SiteError, first_few
+from veneer.methods import Delta
+from veneer.methods.base.protocols import GainsInput, OpensModel
+from veneer.sites import Site
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+BASE = "base"
+# Attributes of the module that holds a layer's deltas: an adapter of such a name would hide one.
+RESERVED = {BASE, "site", "active", "called", "group", "place", *dir(Deltas), *vars(nn.Module())}
+CLASH = (
+    "another adapter holds {names} as a site of another kind (matrix, whole module or bias); detach it first"
+)
+
+
+def hang(model: nn.Module, name: str, found: Changes) -> None:
+    """Adds ready-made deltas as adapter `name`, acting at strength 1."""
+    for method in {type(delta) for _, delta in found}:
+        if issubclass(method, OpensModel):
+            method.open(model)
+    for site, delta in found:
+        deltas = deltas_of(site.module)
+        if deltas is None:
+            deltas = site.module.deltas = Deltas(site)
+            if site.acts_by_hook:
+                site.module.register_forward_hook(_change_output)
+        if _gains_input(site, delta) and _scale_input not in site.module._forward_pre_hooks.values():
+            site.module.register_forward_pre_hook(_scale_input)
+        deltas.add_module(name, delta.to(site.device).train(site.module.training))
+        deltas.active = {**deltas.active, name: 1.0}
+
+
+def take_off(model: nn.Module, names: Iterable[str]) -> None:
+    """Removes the named adapters from every layer; a layer without any loses its child and its hooks."""
+    names, before = list(names), _methods(model)
+    for module, deltas in [(m, d) for m in model.modules() if (d := deltas_of(m))]:
+        for name in [n for n in names if n in deltas]:
+            del deltas._modules[name]
+        deltas.active = {n: s for n, s in deltas.active.items() if n in deltas}
+        if not deltas.names():
+            del module.deltas
+            remove(module._forward_hooks, _change_output)
+            remove(module._forward_pre_hooks, _scale_input)
+    for method in before - _methods(model):
+        if issubclass(method, OpensModel):
+            method.close(model)
+    if not layers(model):
+        forget(model)
+
+
+def remove(hooks: dict[int, Any], function: Any) -> None:
+    """Removes a function from a module's hooks."""
+    for key in [k for k, h in hooks.items() if h is function]:
+        del hooks[key]
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raises ConfigError for a name that is malformed, reserved or taken."""
+    if not NAME.fullmatch(name) or name in RESERVED:
+        raise ConfigError(
+            f"adapter name {name!r}: must be 1 to 64 letters, digits, '-' and '_', and not a reserved "
+            "word; choose another"
+        )
+    if name in adapters(model):
+        raise ConfigError(f"an adapter called {name!r} is already attached; detach it or choose another name")
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raises ConfigError for torch.compile's wrapper, which prefixes every layer's name with `_orig_mod`."""
+    if "_orig_mod" in model._modules:
+        raise ConfigError(
+            "model: must not be torch.compile's wrapper; pass the model itself (model._orig_mod) and "
+            "compile it afterwards"
+        )
+
+
+def clashing(sites: Iterable[Site]) -> list[str]:
+    """Returns the names of sites whose modules another adapter holds as a site of another kind."""
+    there = [(site, deltas_of(site.module)) for site in sites]
+    return [s.name for s, d in there if d is not None and type(d.site) is not type(s)]
+
+
+def refuse_clash(sites: Iterable[Site]) -> None:
+    """Raises SiteError naming such sites: a module takes one kind of delta at a time."""
+    names = clashing(sites)
+    if names:
+        raise SiteError(CLASH.format(names=first_few(names)))
+
+
+def taken_off(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names to detach, all adapters for (). Raises ConfigError for an unknown one."""
+    for name in names:
+        changes(model, name)
+    return names or tuple(adapters(model))
+
+
+# Hooks are plain functions so that they survive deepcopy and pickle.
+def _change_output(module: Any, args: tuple[Any, ...], y: Any) -> Any:
+    deltas: Deltas = module.deltas
+    if not deltas.called and not torch.compiler.is_compiling():  # once: a module's attributes are slow to set
+        deltas.called = True
+    if not deltas.active:
+        return y
+    if not isinstance(y, Tensor):
+        kind = type(y).__name__
+        raise SiteError(
+            f"layer {deltas.site.name!r} returns a {kind}; only layers returning a tensor can be adapted; "
+            "exclude it"
+        )
+    if not args:
+        raise SiteError(f"layer {deltas.site.name!r} was called with keywords only; call it as layer(x)")
+    return act(deltas, args[0], y, writable=is_private(module, _change_output))
+
+
+def _scale_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    c = input_gain(module.deltas, args[0]) if args else None
+    return None if c is None else (torch.addcmul(args[0], args[0], (c - 1).to(args[0].dtype)), *args[1:])
+
+
+@torch.no_grad()
+def _gains_input(site: Site, delta: Delta) -> bool:
+    return isinstance(delta, GainsInput) and delta.gains_input(site)
+
+
+def _methods(model: nn.Module) -> set[type[Delta]]:
+    return {type(d[name]) for d in layers(model) for name in d.names()}

@@ -1,0 +1,76 @@
+"""Names the settings of adapter_config.json that cannot be read here, with the reason and the way out."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from veneer.adapt.peft import starts
+from veneer.adapt.peft.settings import method_of, table
+from veneer.adapt.peft.targets import Config
+
+# Settings that make the adapter more than a change of the targeted layers' weights.
+BEYOND = {
+    "bias": "the base's biases were trained too",
+    "lora_bias": "the low-rank branch has a bias",
+    "trainable_token_indices": "single rows of the embedding were trained",
+    "target_parameters": "bare parameters, not layers, were adapted",
+    "layer_replication": "the model's layers were repeated",
+    "alora_invocation_tokens": "the adapter acts only behind certain tokens (aLoRA)",
+    "arrow_config": "adapters are routed (Arrow)",
+    "kasa_config": "the base's smallest singular values were cut off (KaSA)",
+    "monteclora_config": "the factors are sampled (MonteCLoRA)",
+    "velora_config": "activations were compressed (VeLoRA)",
+    "use_bdlora": "the factors are block-diagonal",
+    "use_qalora": "the input is pooled in groups (QALoRA)",
+    "megatron_config": "the layers are Megatron's",
+    "ensure_weight_tying": "tied layers share one pair of factors",
+}
+# Settings of other programs' file of the same name.
+DIALECTS = {
+    "fine_tune_type": "mlx-lm's",
+    "lora_parameters": "mlx-lm's",
+    "architecture": "the adapters library's",
+    "config": "the adapters library's",
+}
+
+
+def settings_problems(config: Config, has_initial: bool) -> list[str]:
+    """Returns a line per setting that cannot be read, with the reason and the way out."""
+    if "peft_type" not in config:
+        other = next((d for k, d in DIALECTS.items() if k in config), "not PEFT's")
+        return [
+            f"this adapter_config.json is {other}: it has no peft_type; only PEFT's is read here: `veneer "
+            "convert` makes one of it"
+        ]
+    kind = method_of(config)
+    if kind is None:
+        return [
+            f"peft_type {config['peft_type']!r} is not read here; convert it with PEFT's own save_as_lora, "
+            "or merge it there"
+        ]
+    known = table(kind).every
+    beyond = {k: why for k, why in BEYOND.items() if config.get(k) and config[k] != known.get(k)}
+    found = [
+        f"{k}={config[k]!r}: {why}; this cannot be read: merge it in PEFT and keep the merged model"
+        for k, why in beyond.items()
+    ]
+    unknown = [k for k in config if k not in known and k != "runtime_config" and config[k]]
+    found += [
+        f"{k}={config[k]!r}: a setting of PEFT that is not known here, and may change what the tensors mean"
+        for k in unknown
+    ]
+    found += [
+        f"{k}={config[k]!r} is not a regular expression"
+        for k in ("target_modules", "exclude_modules")
+        if not _compiles(config.get(k))
+    ]
+    start = starts.problem(config.get("init_lora_weights", True), has_initial)
+    return found + ([start] if start else [])
+
+
+def _compiles(pattern: Any) -> bool:
+    try:
+        return not isinstance(pattern, str) or bool(re.compile(pattern))
+    except re.error:
+        return False

@@ -1,0 +1,26 @@
+"""Checks the effect of a loaded adapter on the outputs, through the way it will act."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from veneer.adapt import probe
+from veneer.adapt.store.loaded import Loaded
+from veneer.adapt.store.problems import Problem, refuse
+
+
+def refuse_effect(model: nn.Module, found: Loaded, run: probe.Run) -> frozenset[str]:
+    """Returns the words that let a problem through, earlier ones included.
+
+    run: calls the model with and without the adapter. Raises FormatError if the outputs differ from those
+    kept in veneer.json or, for another program's folder, equal the base's.
+    """
+    problems: list[Problem] = []
+    if found.probe:
+        problems = [Problem("probe", text) for text in probe.check(model, run, found.probe)]
+    elif found.foreign and probe.is_idle(model, run):
+        text = (
+            "the outputs with it are those of the base, bit for bit; check that the model calls these layers"
+        )
+        problems = [Problem("zero", text)]
+    return found.let_through | refuse(f"{found.folder} was not loaded", problems, found.allowed)
