@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -438,10 +439,9 @@ def test_every_method_learns_and_its_adapter_is_what_was_measured(given, name):
 
 def test_what_large_moments_take_is_said_before_the_training(given):
     result = fit(Run.from_dict({**given, **METHODS["lorapro"], "steps": 1, "to": ["q_proj"]}), progress=False)
-    said = (
-        "LoRA-Pro's full form keeps two matrices of every layer's size: 0.0 MiB; form factored keeps 0.0 MiB"
-    )
-    assert said in json.loads((result.folder / "config.json").read_text())["notes"]
+    notes = "\n".join(json.loads((result.folder / "config.json").read_text())["notes"])
+    said = r"LoRA-Pro's full form keeps two matrices of every layer's size: [\d.]+ kB; form factored keeps [\d.]+ kB"
+    assert re.search(said, notes)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "pissa"])

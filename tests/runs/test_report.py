@@ -348,8 +348,7 @@ def test_numbers_as_people_read_them():
         numbers.percent({"before": 2.0, "after": 1.5}) == "−25.0 %"
         and numbers.percent({"before": 1.0, "after": 1.001}) == "+0.1 %"
     )
-    assert [numbers.amount(n) for n in (12, 637_888, 1.2e9)] == ["12 B", "638 kB", "1.2 GB"]
-    assert [numbers.seconds(n) for n in (0.25, 61.4, 7800)] == ["0.25 s", "1 min 1 s", "2 h 10 min"]
+
     assert (
         numbers.plain({"rank": 8, "init": None, "to": ["q", "v"], "on": True})
         == "rank: 8, init: –, to: q, v, on: yes"

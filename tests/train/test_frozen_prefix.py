@@ -25,6 +25,7 @@ from veneer.train.loop.step import Learner
 from veneer.train.run import Run
 from veneer.train.speed import frozen_blocks, frozen_cache
 from veneer.train.speed.frozen_cache import Kept
+from veneer.units import size
 from veneer.verbs.plan.plan import plan
 from veneer.verbs.plan.text import text
 
@@ -185,9 +186,7 @@ def test_models_and_settings_that_do_not_allow_it_are_refused(tmp_path, monkeypa
     crossed = veneer.attach(Stack(), to=["layers.2.own"], rank=2)
     assert "take more from the lower ones than what leaves the last of them" in refusal(crossed)
     monkeypatch.setattr(frozen_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
-    with pytest.raises(
-        ConfigError, match=r"needs 3.00 GB in .*, and 0.00 GB are free there; choose another out"
-    ):
+    with pytest.raises(ConfigError, match=r"needs 3 GB in .*, but 1 MB are free; choose another out"):
         frozen_cache.check_room(tmp_path / "none" / "yet", 3 * 10**9)
     for changed, message in (
         ({"stream": True, "steps": 3}, "and a stream's are not known before; leave one of them out"),
@@ -263,7 +262,7 @@ def test_a_plan_tells_the_size_and_a_single_pass_is_said_to_gain_nothing(place, 
     width = json.loads((place / "base/config.json").read_text())["hidden_size"]
     assert found.as_dict()["cache_frozen_bytes"] == 4 * width * tokens
     assert (
-        f"cache_frozen: {4 * width * tokens / 1000:.1f} kB on disk" in text(found)
+        f"cache_frozen: {size(4 * width * tokens)} on disk" in text(found)
         and not (tmp_path / "plan").exists()
     )
     assert any(

@@ -126,7 +126,7 @@ def test_tokenizer_template_and_generation_settings_come_along(place, tmp_path, 
     assert told[0].startswith("kept: rounding took 0.0% of the change") and told[1].startswith(
         "reloaded: outputs are "
     )
-    assert told[2].startswith(f"saved in {tmp_path}/out: fp32, 0.1 MB in 1 file")  # as the base is stored
+    assert told[2].startswith(f"saved in {tmp_path}/out: fp32, 146 kB in 1 file")  # as the base is stored
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (
         tokenizer.chat_template == TEMPLATE

@@ -18,6 +18,7 @@ from veneer.sites import changed
 from veneer.train.folder.layout import BASE
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
+from veneer.units import size
 
 
 def start_of(run: Run) -> str | None:
@@ -56,7 +57,7 @@ def base(
             model, run.quantise, start=start, rank=rank, iterations=times, seed=run.seed, **layers
         )
         model.__dict__["name_or_path"] = str(own_base(run))  # what the adapter's files say that it belongs to
-    voice.say(f"the base in {run.quantise}: {_size(model) / 1e6:.1f} MB instead of {before / 1e6:.1f} MB")
+    voice.say(f"the base in {run.quantise}: {size(_size(model))} instead of {size(before)}")
     return model.to(device), stats
 
 

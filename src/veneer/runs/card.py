@@ -10,7 +10,7 @@ from typing import Any
 from veneer import methods
 from veneer.adapt.peft import settings
 from veneer.adapt.store import manifest
-from veneer.analyse.numbers import amount, percent, plain, seconds
+from veneer.analyse.numbers import percent, plain
 from veneer.analyse.page import run_page
 from veneer.analyse.page.run_page import Told
 from veneer.files import read_json, replacing
@@ -18,6 +18,7 @@ from veneer.methods.base import described
 from veneer.runs import usage
 from veneer.train.folder.drift import record as record_of
 from veneer.train.folder.layout import ADAPTER, RESULTS
+from veneer.units import duration, size
 
 CARD = "README.md"
 # Settings that shape a training, in the order of the card; data, method and places are told elsewhere.
@@ -187,14 +188,14 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _cost(run: Told) -> str:
     r = run.results
-    memory = f", {amount(r['peak_memory_bytes'])} of memory at most" if r["peak_memory_bytes"] else ""
+    memory = f", {size(r['peak_memory_bytes'])} of memory at most" if r["peak_memory_bytes"] else ""
     versions = ", ".join(
         f"{name} {v}" for name, v in {"veneer": run.config["veneer"], **r["versions"]}.items()
     )
     kept = "" if r["best_step"] in (None, r["steps"]) else f"; the weights are those of step {r['best_step']}"
     return (
-        f"{r['steps']:,} steps and {r['tokens']:,} tokens in {seconds(r['seconds'])} on {r['hardware']}{memory}{kept}."
-        f" The adapter takes {amount(r['adapter_bytes'])}. {versions}."
+        f"{r['steps']:,} steps and {r['tokens']:,} tokens in {duration(r['seconds'])} on {r['hardware']}{memory}{kept}."
+        f" The adapter takes {size(r['adapter_bytes'])}. {versions}."
     )
 
 

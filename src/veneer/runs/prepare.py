@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veneer import embedded, methods, optim
 from veneer.adapt import attach, attached, hooks, switch
 from veneer.adapt.store import fingerprint
-from veneer.analyse.numbers import amount, started
+from veneer.analyse.numbers import started
 from veneer.data.pack import collate
 from veneer.errors import ConfigError
 from veneer.methods.full import Full
@@ -29,6 +29,7 @@ from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 from veneer.train.speed import compiling, frozen_blocks, frozen_cache, graphs
 from veneer.train.speed.frozen_blocks import Prefix
+from veneer.units import size
 from veneer.version import __version__
 
 NAME = "default"  # of the adapter
@@ -214,7 +215,7 @@ def _frozen(model: nn.Module, ids: Tensor, run: Run, train: Text, voice: Voice) 
     needed = found.bytes(train.facts["tokens"])
     frozen_cache.check_room(Path(run.out), needed)
     voice.say(
-        f"what leaves the {found.first} blocks below the first adapted one is kept until the end, in {amount(needed)} on disk"
+        f"what leaves the {found.first} blocks below the first adapted one is kept until the end, in {size(needed)} on disk"
     )
     return found
 

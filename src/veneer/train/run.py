@@ -8,7 +8,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from veneer import methods, optim, settings
+from veneer import dtypes, methods, optim, settings
 from veneer.errors import ConfigError, suggest
 from veneer.methods import inits
 from veneer.settings import REQUIRED, about, setting
@@ -97,7 +97,7 @@ class Run:
     )
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "the rate after warm-up")
     warmup: float = setting(0.05, "straight rise of the rate", unit="share of the steps")
-    precision: Literal["auto", "bf16", "fp32"] = setting(
+    precision: Literal["auto", "bf16", "fp32", "bfloat16", "float32"] = setting(
         "auto",
         "bf16: adapters on a bfloat16 base; full keeps float32 weights under autocast. auto: bf16 where the processor has it",
     )
@@ -148,6 +148,7 @@ class Run:
                 object.__setattr__(self, f.name, settings.suit(getattr(self, f.name), hints[f.name].hint))
             except ValueError as e:
                 problems.append(f"{f.name}: {e}")
+        object.__setattr__(self, "precision", dtypes.in_short(self.precision))
         if isinstance(self.track, tuple):
             object.__setattr__(
                 self, "track", tuple(name for entry in self.track for name in entry.split(","))

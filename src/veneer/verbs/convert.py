@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from veneer import dtypes
 from veneer.adapt import combine
 from veneer.adapt.peft.settings import method_of
 from veneer.adapt.store import manifest, store
@@ -19,7 +20,6 @@ from veneer.convert.pairs import Kind, Pair, Pairs
 from veneer.errors import ConfigError, FormatError, first_few, suggest
 from veneer.files import replacing, write_json
 from veneer.models import adapted, pretrained
-from veneer.models.dtypes import DTYPES
 from veneer.models.pretrained import skeleton
 
 RECORD = "convert.json"
@@ -66,22 +66,21 @@ def convert(
     part: of a diffusers pipeline: the one to take, or the one that the adapter changes, such as unet
     rank: cut to this rank; needed, or energy, to make plain LoRA of a change that is none
     energy: cut, keeping this share of the squared norm, such as 0.99
-    dtype: of the factors in the result: float32, bfloat16 or float16; as they are unless given
+    dtype: of the factors in the result: fp32, bf16 or fp16; unchanged unless given
     allow: names of tensors or settings that may be left out, with * for any text
     """
     source, folder = adapted.adapter_folder(Path(adapter)), Path(out)
     if to not in carry.WRITERS:
         raise ConfigError(f"to: unknown format {to!r}{suggest(to, carry.WRITERS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}{suggest(dtype, DTYPES)}")
+    number_format = dtypes.of_name(dtype) if dtype is not None else None
     if folder.exists():
         raise ConfigError(f"out {folder} exists; choose another folder or remove it")
     found, base = detect(source), _base(model, names)
     ready, notes = _pairs(found, base, model, to, (rank, energy), allow)
     if part:
         ready = pairs.take_part(ready, part)
-    if dtype is not None:
-        ready, said = pairs.to_dtype(ready, DTYPES[dtype])
+    if number_format is not None:
+        ready, said = pairs.to_dtype(ready, number_format)
         notes += said
     notes += carry.write(ready, folder, to, base=base)
     ranks = sorted({p.rank for p in ready.sites.values()})

@@ -29,6 +29,7 @@ from veneer.train.folder.result import Result
 from veneer.train.loop.evaluate import sample
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
+from veneer.units import size
 
 NOISE = 0.03  # bits per byte: above twice the largest standard deviation over seeds in bench/results/demo_rates.json
 WINDOWS, LENGTH, BATCH = 24, 256, 4
@@ -247,7 +248,7 @@ def _line(r: Mapping[str, Any]) -> str:
         f"{r[f'{k}_bpb_after']:>8.3f} {r[f'{k}_bpb_after'] / r[f'{k}_bpb_before'] - 1:>+7.1%}"
         for k in ("target", "known")
     ]
-    sizes = f"{r['trainable_parameters']:>11,}{_bytes(r['adapter_bytes']):>11}"
+    sizes = f"{r['trainable_parameters']:>11,}{size(r['adapter_bytes']):>11}"
     dialled = f"{at['strength']:g} ({at['target_bpb']:.3f}, {at['known_bpb']:.3f})"
     return f"{TITLES[r['method']]:<18}{sizes}{''.join(moves)}{r['seconds']:>9.0f}   {dialled}"
 
@@ -277,10 +278,6 @@ def _next(rows: Sequence[Mapping[str, Any]]) -> str:
         f"      veneer inspect {folder}\n"
         f"      veneer fit --model YOUR_MODEL --data YOUR.jsonl --out runs/yours"
     )
-
-
-def _bytes(n: int) -> str:
-    return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
 
 
 def _one_line(text: str) -> str:

@@ -17,11 +17,11 @@ import torch
 from veneer import embedded
 from veneer.adapt.store import fingerprint
 from veneer.analyse.cost import process_memory
-from veneer.analyse.numbers import size
 from veneer.embedded import texts
 from veneer.errors import VeneerError
 from veneer.models import pretrained
 from veneer.ops.matrix.linalg import multiplies_bf16
+from veneer.units import size
 from veneer.version import __version__
 
 PYTHON = (3, 10)

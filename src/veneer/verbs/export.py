@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer import dtypes
 from veneer.adapt.merge import Verdict, foresee, outputs, refusal
 from veneer.adapt.merge import merge as merge_into
 from veneer.adapt.probe import TOLERANCE
@@ -21,8 +22,8 @@ from veneer.errors import ConfigError, NotMergeable, first_few
 from veneer.files import making, write_json
 from veneer.models import adapted, pretrained
 from veneer.models.expand import expand
+from veneer.units import size
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE = re.compile(r"\d+(\.\d+)?([KMGT]i?)?B")  # as save_pretrained reads it
 RECORD = "export.json"
 
@@ -49,7 +50,7 @@ def export(
     *,
     out: str,
     adapter: Sequence[str] = (),
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    dtype: str = "auto",
     shard_size: str = "2GB",
     limit: float = 0.5,
     force: bool = False,
@@ -63,18 +64,19 @@ def export(
     base: the base model: a Hugging Face folder or id, or builtin
     out: folder of the new model; must not exist
     adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times, whose changes are summed
-    dtype: of the weights; auto: as the base is stored
+    dtype: of the weights: fp32, bf16, fp16, or auto, the dtype of the stored base
     shard_size: largest file of weights, such as 500MB
     limit: largest share of the change, and of its effect on the outputs, that rounding may take
     force: save even if more is lost
     allow: what to let through when loading, see veneer.load
     """
     _check(adapter, out, shard_size)
-    name = _stored(base) if dtype == "auto" else dtype
+    wanted_dtype = None if dtype == "auto" else dtypes.of_name(dtype, ("auto",))
+    name = dtypes.short(wanted_dtype or pretrained.config(base).dtype) or "fp32"
     opened, wanted = adapted.open_all(adapter, model=base, allow=allow)
     expand(dequantise(opened.model))
     strengths = adapted.summed(wanted)
-    verdict = foresee(opened.model, strengths, limit, dtype=DTYPES[name])
+    verdict = foresee(opened.model, strengths, limit, dtype=dtypes.NAMES[name])
     _refuse(verdict, force)
     inputs = default_inputs(opened.model)
     before = _both(opened.model, strengths, inputs) if inputs else None
@@ -84,9 +86,8 @@ def export(
         _save(opened, folder, shard_size)
         del opened  # one model at a time in memory
         verdict, off = _reloaded(folder, verdict, inputs, before) if inputs and before else (verdict, None)
-        found = Exported(
-            out, name, base, strengths, verdict, off, TOLERANCE[str(DTYPES[name]).removeprefix("torch.")]
-        )
+        allowed = TOLERANCE[str(dtypes.NAMES[name]).removeprefix("torch.")]
+        found = Exported(out, name, base, strengths, verdict, off, allowed)
         _refuse(verdict, force)
         if off is not None and not off <= found.allowed and not force:
             raise NotMergeable(
@@ -109,12 +110,6 @@ def _check(adapter: Sequence[str], out: str, shard_size: str) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _stored(base: str) -> str:
-    """The name of the number format that the base is stored in; fp32 for any other than the three."""
-    dtype = pretrained.config(base).dtype
-    return next((name for name, d in DTYPES.items() if d == dtype), "fp32")
-
-
 def _refuse(verdict: Verdict, force: bool) -> None:
     if verdict.lost and not force:
         raise NotMergeable(refusal(verdict))
@@ -132,12 +127,12 @@ def _both(
 
 def _narrow(model: nn.Module, name: str) -> None:
     """The model in that number format. Raises NotMergeable, naming them, for tensors with numbers beyond it."""
-    most = torch.finfo(DTYPES[name]).max
+    most = torch.finfo(dtypes.NAMES[name]).max
     beyond = list(_beyond(model, most))
     if beyond:
         what = f"{len(beyond)} tensors have numbers that {name} has not (at most {most:g})"
         raise NotMergeable(f"{what}: {first_few(beyond)}; use bf16 or fp32")
-    model.to(DTYPES[name])
+    model.to(dtypes.NAMES[name])
 
 
 def _beyond(model: nn.Module, most: float) -> Iterator[str]:
@@ -167,7 +162,7 @@ def _reloaded(
 def text(found: Exported) -> str:
     """What was exported, for people."""
     files = sorted(Path(found.folder).glob("*.safetensors"))
-    size = sum(f.stat().st_size for f in files) / 1e6
+    written = size(sum(f.stat().st_size for f in files))
     told = [str(found.verdict)]
     if found.off is not None:
         told.append(
@@ -176,6 +171,6 @@ def text(found: Exported) -> str:
     return "\n".join(
         [
             *told,
-            f"saved in {found.folder}: {found.dtype}, {size:,.1f} MB in {len(files)} file{'s' * (len(files) > 1)}",
+            f"saved in {found.folder}: {found.dtype}, {written} in {len(files)} file{'s' * (len(files) > 1)}",
         ]
     )

@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer import dtypes
 from veneer.adapt.attached import layers
 from veneer.adapt.merge import Verdict, refusal
 from veneer.adapt.merge import merge as merge_into
 from veneer.compress import folder as compressed
 from veneer.compress import store
 from veneer.compress.quantise import dequantise
-from veneer.errors import ConfigError, NotMergeable, first_few, suggest
+from veneer.errors import ConfigError, NotMergeable, first_few
 from veneer.files import making, write_json
 from veneer.models import adapted, pretrained
 from veneer.ops.quant import FORMATS
 from veneer.sites import changed
 from veneer.sites.factored.site import factored_forms
 from veneer.sites.quantised import formats
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def merge(
@@ -43,29 +42,25 @@ def merge(
     adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times, whose changes are summed
     out: folder of the merged model; must not exist
     model: the base; the one that the adapters were made for unless given
-    dtype: of the merged weights: float32, bfloat16 or float16; of a quantised base also its own format, nf4 or int8
+    dtype: of the merged weights: fp32, bf16 or fp16; for a quantised base also its own format, nf4 or int8
     limit: largest share of the change that rounding may take
     force: save even if more is lost
     allow: what to let through when loading, see veneer.load
     """
     folder = Path(out)
-    if dtype not in (*DTYPES, *FORMATS):
-        raise ConfigError(f"unknown dtype {dtype!r}{suggest(dtype, (*DTYPES, *FORMATS))}")
+    unpacked = None if dtype in FORMATS else dtypes.of_name(dtype, FORMATS)
     if not adapter:
         raise ConfigError("nothing to merge: name at least one adapter")
     if folder.exists():
         raise ConfigError(f"out {folder} exists; choose another folder or remove it")
-    opened, wanted = adapted.open_all(
-        adapter, model=model, dtype=DTYPES.get(dtype, torch.bfloat16), allow=allow
-    )
-    if dtype in FORMATS:
+    opened, wanted = adapted.open_all(adapter, model=model, dtype=unpacked or torch.bfloat16, allow=allow)
+    if unpacked is None:
         _check_packed(opened.model, dtype)
     else:
-        dequantise(opened.model, DTYPES[dtype])
+        dequantise(opened.model, unpacked)
     strengths = adapted.summed(wanted)
-    verdict = merge_into(
-        opened.model, strengths, limit=limit, force=True
-    )  # this copy is thrown away, and need not be undone
+    # force: this copy is thrown away, so a lossy merge need not be undone
+    verdict = merge_into(opened.model, strengths, limit=limit, force=True)
     if verdict.lost and not force:
         raise NotMergeable(refusal(verdict, packed=dtype in FORMATS))
     _save(opened, folder, {"merged": [str(a) for a in adapter], "base": opened.base, **verdict.as_dict()})

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from veneer import dtypes
 from veneer.adapt import attach, attached, probe
 from veneer.adapt.peft import reading, settings
 from veneer.adapt.store import manifest, store
 from veneer.adapt.store.problems import ALLOW
 from veneer.adapt.store.sizes import size
-from veneer.errors import ConfigError, FormatError, first_few, suggest
+from veneer.errors import FormatError, first_few
 from veneer.files import read_json
 from veneer.models import adapted, pretrained
-from veneer.models.dtypes import DTYPES
 
 NAME = "being-verified"
 # What `store.load` refuses, by the word that would let it through, and what it shows when it does not.
@@ -72,16 +72,15 @@ def verify(adapter: str, *, model: str | None = None, dtype: str = "float32", de
 
     adapter: folder of the adapter, or of the run that trained it
     model: the base; the one that the adapter names unless given
-    dtype: of the base: float32, bfloat16 or float16
+    dtype: of the base: fp32, bf16 or fp16
     device: where to compute: cpu, cuda, ..
     """
     folder = Path(adapter)
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}{suggest(dtype, DTYPES)}")
+    number_format = dtypes.of_name(dtype)
     adapted.check_there([folder])
     wanted = [adapted.Wanted(NAME, folder, 1.0)]
     base = model or adapted.base_of(wanted)
-    found = pretrained.causal_lm(base, DTYPES[dtype], torch.device(device), adapted.format_of(wanted, base))
+    found = pretrained.causal_lm(base, number_format, torch.device(device), adapted.format_of(wanted, base))
     return examine(found, adapted.adapter_folder(folder))
 
 

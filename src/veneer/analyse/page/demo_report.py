@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from veneer.analyse.numbers import amount, moved, percent, seconds
+from veneer.analyse.numbers import moved, percent
 from veneer.analyse.page import elements, plots, run_report
 from veneer.files import read_json
 from veneer.train.folder.layout import RESULTS
+from veneer.units import count, duration, size
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -88,9 +89,9 @@ def _use(r: Mapping[str, Any]) -> list[str]:
     return [
         _title(r),
         *dialled,
-        amount(r["trainable_parameters"], ""),
-        amount(r["adapter_bytes"]),
-        seconds(r["seconds"]),
+        count(r["trainable_parameters"]),
+        size(r["adapter_bytes"]),
+        duration(r["seconds"]),
     ]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from veneer.analyse.numbers import amount, moved, percent, plain, seconds, started
+from veneer.analyse.numbers import moved, percent, plain, started
 from veneer.analyse.page import elements, plots
+from veneer.units import count, duration, size
 
 
 class Told(NamedTuple):
@@ -93,20 +94,15 @@ def _tiles(run: Told) -> list[tuple[str, str, str, str]]:
         )
     total, n = r.get("base_parameters"), r["trainable_parameters"]
     rows.append(
-        (
-            "trained parameters",
-            amount(n, ""),
-            f"{n / total:.2%} of {amount(total, '')}" if total else f"{n:,}",
-            "",
-        )
+        ("trained parameters", count(n), f"{n / total:.2%} of {count(total)}" if total else f"{n:,}", "")
     )
-    rows.append(("adapter on disk", amount(r["adapter_bytes"]), "safetensors", ""))
+    rows.append(("adapter on disk", size(r["adapter_bytes"]), "safetensors", ""))
     kept = f", step {best} kept" if best not in (None, r["steps"]) else ""
-    rows.append(("training", seconds(r["seconds"]), f"{r['steps']} steps{kept}", ""))
+    rows.append(("training", duration(r["seconds"]), f"{r['steps']} steps{kept}", ""))
     if (speed := _speed(run)) is not None:
         rows.append(("speed", f"{speed:,.0f}", "tokens per second, median", ""))
     if r["peak_memory_bytes"]:
-        rows.append(("peak memory", amount(r["peak_memory_bytes"]), _memory_of(run), ""))
+        rows.append(("peak memory", size(r["peak_memory_bytes"]), _memory_of(run), ""))
     return rows
 
 
@@ -278,16 +274,14 @@ def _cost(run: Told) -> str:
         "trained parameters": f"{r['trainable_parameters']:,}",
         "parameters of the base": f"{r['base_parameters']:,}" if "base_parameters" in r else "",
         "adapter on disk": f"{r['adapter_bytes']:,} bytes",
-        "peak memory": f"{amount(r['peak_memory_bytes'])} {_memory_of(run)}"
-        if r["peak_memory_bytes"]
-        else "",
+        "peak memory": f"{size(r['peak_memory_bytes'])} {_memory_of(run)}" if r["peak_memory_bytes"] else "",
         "tokens trained on": f"{r['tokens']:,}",
-        "time": f"{seconds(r['seconds'])} with evaluations and checkpoints; {r['seconds'] / max(1, r['steps']):.3g} s a step",
+        "time": f"{duration(r['seconds'])} with evaluations and checkpoints; {r['seconds'] / max(1, r['steps']):.3g} s a step",
         "speed": f"{speed:,.0f} tokens per second in the median step"
         if (speed := _speed(run)) is not None
         else "",
         "computed on": f"{settings['device']}, {settings['precision']}",
-        "this report": f"{seconds(r['report_seconds'])} of measuring" if "report_seconds" in r else "",
+        "this report": f"{duration(r['report_seconds'])} of measuring" if "report_seconds" in r else "",
     }
     return elements.section(
         "Parameters, memory, speed", elements.card(elements.facts({k: v for k, v in entries.items() if v}))

@@ -37,6 +37,7 @@ from veneer.optim.base.optimiser import Optimiser, Trained, check_damping
 from veneer.optim.base.pairs import Pair, of
 from veneer.optim.lorapro.factored import Factored
 from veneer.optim.lorapro.forms import Full, Plain
+from veneer.units import size
 
 FORMS: dict[str, type[Full | Factored | Plain]] = {"full": Full, "factored": Factored, "sgd": Plain}
 
@@ -84,5 +85,8 @@ class LoRAPro(Optimiser):
     def announcement(self, trained: Trained) -> str | None:
         if self.form != "full":
             return None
-        full, factored = self.state_bytes(trained) / 2**20, LoRAPro().state_bytes(trained) / 2**20
-        return f"LoRA-Pro's full form keeps two matrices of every layer's size: {full:,.1f} MiB; form factored keeps {factored:,.1f} MiB"
+        full, factored = size(self.state_bytes(trained)), size(LoRAPro().state_bytes(trained))
+        return (
+            f"LoRA-Pro's full form keeps two matrices of every layer's size: {full};"
+            f" form factored keeps {factored}"
+        )

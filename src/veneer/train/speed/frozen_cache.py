@@ -17,6 +17,7 @@ from veneer.files import read_json, replacing, write_json
 from veneer.sites.blocks import reach
 from veneer.train.speed.compiling import eagerly
 from veneer.train.speed.frozen_blocks import Prefix, skipping
+from veneer.units import size
 
 FOLDER = "frozen"  # in that of the run
 KEY, HIDDEN, SUMS = "key.json", "hidden.raw", "sums.raw"
@@ -27,9 +28,9 @@ def check_room(out: Path, needed: int) -> None:
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     free, held = shutil.disk_usage(there).free, _held(out / FOLDER)
     if needed - held > free:
-        needs = f"cache_frozen needs {needed / 1e9:.2f} GB in {out}"
         raise ConfigError(
-            f"{needs}, and {free / 1e9:.2f} GB are free there; choose another out, or leave cache_frozen out"
+            f"cache_frozen needs {size(needed)} in {out}, but {size(free)} are free;"
+            " choose another out, or leave cache_frozen out"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from veneer import dtypes
 from veneer.data.pack import Window, n_bytes
 from veneer.data.row_files import Row
 from veneer.errors import ConfigError, DataError
@@ -24,7 +25,6 @@ from veneer.verbs.eval import benchmarks
 
 BASE = "the base"  # as a title: no adapter's name has a space
 LENGTH = 256  # as of veneer fit
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Against(NamedTuple):
@@ -82,7 +82,7 @@ def evaluate(
     shots: int | None = None,
     chat: bool = False,
     batch: int = 8,
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    dtype: str = "fp32",
     device: str = "auto",
     seed: int = 0,
     allow: Sequence[str] = (),
@@ -105,7 +105,7 @@ def evaluate(
     shots: examples shown before each question of a benchmark; its own number unless given
     chat: ask benchmarks through the tokenizer's chat template
     batch: windows or questions in one forward pass
-    dtype: of the weights
+    dtype: of the weights: fp32, bf16 or fp16
     device: cpu, cuda, ..; auto: cuda where there is one
     seed: decides the draws of the intervals
     allow: what to let through when loading, see veneer.load
@@ -118,11 +118,12 @@ def evaluate(
         examples=examples,
         batch=batch,
     )
+    number_format = dtypes.of_name(dtype)
     voice, kept = Voice(progress), Voice(False)  # the one tells how far it is, the other what to keep in mind
     known = benchmarks.find(tasks, task_folder) if tasks else None  # the cheap refusals first
     wanted = adapted.there(adapter)
     rows = {name: sample(sources.rows([name], "test"), documents) for name in data}
-    opened = adapted.open_base(base, wanted, DTYPES[dtype], str(machine.device(device)))
+    opened = adapted.open_base(base, wanted, number_format, str(machine.device(device)))
     length = length or min(LENGTH, checks.context(opened.model) or LENGTH)
     checks.check_length(opened.model, length)
     adapted.check(opened.model, wanted, allow)

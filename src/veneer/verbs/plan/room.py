@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from veneer.analyse.cost import process_memory
-from veneer.analyse.numbers import size
 from veneer.errors import VeneerError
 from veneer.models import pretrained
 from veneer.runs.prepare import FULL, training_precision
 from veneer.train.run import Run
+from veneer.units import size
 
 
 class NoRoom(VeneerError):

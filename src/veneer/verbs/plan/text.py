@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from veneer.analyse.numbers import rough_seconds, size
 from veneer.runs.prepare import FULL
+from veneer.units import duration, size
 from veneer.verbs.plan.layers import kinds
 from veneer.verbs.plan.result import Plan
 
@@ -75,7 +75,7 @@ def _of_time(p: Plan) -> list[str]:
     if p.measured is None or p.seconds is None:
         return [*lines, "seconds: not measured (no probe)"]
     speed = f"{p.measured.seconds:.3g} s a step ({n.tokens / n.steps / p.measured.seconds:,.0f} tokens/s)"
-    return [*lines, f"{speed}: {rough_seconds(p.seconds)} in all, evaluations included"]
+    return [*lines, f"{speed}: {duration(p.seconds)} in all, evaluations included"]
 
 
 def _of_halving(p: Plan) -> list[str]:

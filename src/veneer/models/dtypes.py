@@ -1,7 +1,0 @@
-"""The number formats that a command may be given, by name."""
-
-from __future__ import annotations
-
-import torch
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
