@@ -131,9 +131,7 @@ def test_figures_are_those_by_hand(place):
         "bits per byte",
         True,
     )
-    assert found.notes == [
-        "intervals hold 95 % of other texts like these; they do not cover trainings from other seeds"
-    ]
+    assert found.notes == ["95 % intervals cover the choice of texts, not of the seed of the training"]
 
 
 def test_documents_are_compared_in_pairs(place):

@@ -167,9 +167,7 @@ class Run:
         }
         try:
             return settings.from_dict(cls, values, inside)
-        except (
-            ConfigError
-        ) as e:  # options are looked at once all else is well: what is wrong in them is said with it
+        except ConfigError as e:  # add the problems of options, which are checked later
             owners = {"options": f"method {method!r}", "optimiser_options": f"optimiser {optimiser!r}"}
             own = [(owner, values.get(key), inside[key]) for key, owner in owners.items()]
             more = [

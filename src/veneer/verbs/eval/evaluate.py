@@ -142,9 +142,7 @@ def evaluate(
     lines = [t.line({title: found[i] for title, found in nats.items()}, seed) for i, t in enumerate(read)]
     lines += _benchmark_lines(figures, seed, kept)
     if any(a.low is not None for line in lines for a in line.adapters.values()):
-        kept.say(
-            "intervals hold 95 % of other texts like these; they do not cover trainings from other seeds"
-        )
+        kept.say("95 % intervals cover the choice of texts, not of the seed of the training")
     return Evaluation(base, lines, kept.said)
 
 
