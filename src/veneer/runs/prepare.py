@@ -139,9 +139,8 @@ def decided(run: Run, device: torch.device) -> Run:
 
 def training_precision(run: Run, device: torch.device) -> Literal["bf16", "fp32"]:
     """Returns the precision that the run would have on the device."""
-    if run.precision != "auto":
-        return run.precision
-    return "bf16" if multiplies_bf16(device) else "fp32"
+    narrow = multiplies_bf16(device) if run.precision == "auto" else run.precision in ("bf16", "bfloat16")
+    return "bf16" if narrow else "fp32"
 
 
 def adapt(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None) -> list[groups.Part]:
