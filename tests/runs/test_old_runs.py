@@ -105,7 +105,7 @@ def test_an_old_result_is_read_and_reported(place, name):
     assert report(str(whole), progress=False)["missing"] == []
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert f"{then['learned']['after']:.3f}" in page and "bits per byte" in page
-    assert ("The strength dial" in page) and ("dial" in then) == ("Chosen on" in page)
+    assert ("Strength of the adapter" in page) and ("dial" in then) == ("Recommended strength" in page)
 
 
 def test_an_old_finished_run_is_returned_as_it_is(place):

@@ -1,4 +1,6 @@
-"""The page of a run: what it says, that it needs nothing but itself, that user text is text, and that a browser draws it."""
+"""The page of a run: what it says, that it needs nothing but itself, that user text is text, and that a
+browser draws it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from support import tiny
 from veneer.analyse import numbers
 from veneer.analyse.page import demo_report, elements, layer_plots, run_page
 from veneer.analyse.page import run_report as told
+from veneer.analyse.page.run_record import RunRecord
 from veneer.cli.frame import main
 from veneer.errors import ConfigError, FormatError
 from veneer.models import adapted
@@ -49,7 +52,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def text_of(folder: Path) -> str:
-    """What a reader sees: the page's text without tags."""
+    """Returns the text of the page without tags."""
     html = (folder / told.REPORT).read_text(encoding="utf-8")
     return " ".join(unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", html, flags=re.DOTALL)).split())
 
@@ -197,7 +200,7 @@ def test_without_measurements_the_page_says_how_to_get_them(run, tmp_path, capsy
     (bare / "results.json").write_text(json.dumps(measured))
     assert main(["report", str(bare)]) == 0
     assert f"written: {bare}/report.html" in capsys.readouterr().out
-    assert f"Not measured in this run: veneer report {bare} --measure does it." in text_of(bare)
+    assert f"Not measured in this run; to measure it: veneer report {bare} --measure" in text_of(bare)
     assert main(["report", str(bare), "--prompt", "the cat <i>"]) == 0
     again = results(bare)
     assert [row["prompt"] for row in again["samples"]["rows"]] == [
@@ -214,7 +217,8 @@ def test_without_matplotlib_the_page_comes_without_pictures(run, tmp_path, monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (sentence,) = report(str(bare))["missing"]
     assert sentence == (
-        f"the report has no pictures, which need the package matplotlib: pip install 'veneer[plots]', then veneer report {bare}"
+        "the report lacks pictures, because matplotlib is not installed: pip install 'veneer[plots]', then"
+        f" veneer report {bare}"
     )
     assert sentence in text_of(bare) and "svg" not in parsed(bare).tags
 
@@ -232,10 +236,9 @@ def test_full_fine_tuning_without_test_and_known_text(tmp_path):
         True,
     )
     assert {p["known_bpb"] for p in dial["points"]} == {None}
-    assert "No test text was given, so what was learned is reported on the same text" in text_of(folder)
-    assert "what was forgotten is not measured" in text_of(
-        folder
-    ) and "learning-vs-forgetting" not in text_of(folder)
+    assert "No test text was given: learning is reported on the valid text" in text_of(folder)
+    assert "Forgetting was not measured" in text_of(folder)
+    assert "learning-vs-forgetting" not in text_of(folder)
     assert len(r["layers"]) > 10 and not (folder / "learning-vs-forgetting.png").exists()
 
 
@@ -263,8 +266,8 @@ def test_what_is_no_finished_run_is_refused(tmp_path, run):
     with pytest.raises(ConfigError) as e:
         report(str(tmp_path))
     assert (
-        str(e.value)
-        == f"{tmp_path} holds no run: a report is made from results.json, which a run writes when it is finished"
+        str(e.value) == f"{tmp_path} holds no run: a report is made from results.json,"
+        " which a run writes when it is finished"
     )
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
@@ -275,8 +278,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path, run):
     shutil.copy(run / "config.json", tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nbroken')
     with pytest.raises(
-        FormatError,
-        match=r"metrics.jsonl cannot be read as one JSON object a line: .*; restore it from a copy",
+        FormatError, match=r"metrics.jsonl must hold one JSON object per line: .*; restore it from a copy"
     ):
         report(str(tmp_path))
 
@@ -303,10 +305,21 @@ def test_a_run_with_another_file_in_its_place_is_told_so(tmp_path, run, capsys, 
 def demo_results() -> dict[str, Any]:
     dial = [{"strength": s, "target_bpb": 2 - 0.3 * s, "known_bpb": 1 + 0.1 * s} for s in (0, 0.5, 1)]
     row = {
-        "target": "prose", "target_bpb_before": 2.0, "target_bpb_after": 1.7, "known_bpb_before": 1.0, "known_bpb_after": 1.1,
-        "recommended_strength": 0.5, "dial": dial, "prompt": EVIL, "samples": {"before": "<i>", "after": EVIL},
-        "trainable_parameters": 1000, "adapter_bytes": 4000, "seconds": 75.0, "lr": 1e-3, "folder": "x",
-    }  # fmt: skip
+        "target": "prose",
+        "target_bpb_before": 2.0,
+        "target_bpb_after": 1.7,
+        "known_bpb_before": 1.0,
+        "known_bpb_after": 1.1,
+        "recommended_strength": 0.5,
+        "dial": dial,
+        "prompt": EVIL,
+        "samples": {"before": "<i>", "after": EVIL},
+        "trainable_parameters": 1000,
+        "adapter_bytes": 4000,
+        "seconds": 75.0,
+        "lr": 1e-3,
+        "folder": "x",
+    }
     rows = [
         {**row, "method": "full", "target_bpb_after": 1.5},
         {**row, "method": "lora"},
@@ -330,7 +343,7 @@ def test_the_page_of_a_demo_compares_its_methods(tmp_path):
     seen = text_of(tmp_path)
     assert "full fine-tuning 2.000 → 1.500 −25.0 % 1.000 → 1.100 +10.0 %" in seen
     assert "full fine-tuning 0.5 1.850, 1.050 1 k 4 kB 1 min 15 s" in seen
-    assert "Not to be told apart at one seed: full fine-tuning and LoRA in what they forgot." in seen
+    assert "Indistinguishable at one seed: full fine-tuning and LoRA in forgetting." in seen
     assert EVIL in seen and "<i>" in seen and "known test 3 12,345" in seen
     tags = parsed(tmp_path)
     assert tags.open == [] and tags.tags.count("svg") == 2 and "script" not in tags.tags
@@ -354,14 +367,17 @@ def test_numbers_as_people_read_them():
         == "rank: 8, init: –, to: q, v, on: yes"
     )
     change = {"text": "valid", "before": 2.0, "after": 1.0}
-    told_so = run_page.Told({"learned": change, "forgotten": {"before": 1.0, "after": 0.99}}, {}, [], Path())
-    assert "nothing measurable was forgotten" in run_page.lead(told_so)
+    told_so = RunRecord({"learned": change, "forgotten": {"before": 1.0, "after": 0.99}}, {}, [], Path())
+    assert "no measurable forgetting" in run_page.lead(told_so)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("colours", ["0", "1"], ids=["dark", "light"])
 def test_a_browser_draws_it_without_a_complaint(run, tmp_path, colours):
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+    flags = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+        " disable-component-update disable-sync"
+    )
     done = subprocess.run(
         [
             *(

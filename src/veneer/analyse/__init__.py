@@ -1,1 +1,1 @@
-"""What was learned: spectra of changes, comparisons, pictures. Numbers first; pictures read only numbers."""
+"""Analyses adapters: spectra of changes, costs, figures and report pages."""

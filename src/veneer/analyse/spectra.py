@@ -1,4 +1,4 @@
-"""The singular values of what an adapter changed, layer by layer."""
+"""Singular values of an adapter's changes, layer by layer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from veneer.sites import LeafSite, Site
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One matrix's change: its Frobenius norm, that over the norm of W (0 where W is zero), and its singular values, largest first.
+    """Spectrum of the change of one matrix.
 
-    rank is what the method may use; effective_rank is exp of the entropy of the singular values; energy_rank is how
-    many of them hold 90 % of the squared norm.
+    rank: the largest that the method allows. norm: Frobenius norm. relative: norm over the norm of W, 0 if W
+    is zero. effective_rank: exp of the entropy of the singular values. energy_rank: number of singular values
+    that hold 90 % of the squared norm. values: the singular values, largest first.
     """
 
     site: str
@@ -39,12 +40,12 @@ class Spectrum:
 
 @torch.no_grad()
 def spectra(model: nn.Module, name: str) -> list[Spectrum]:
-    """The spectrum of every matrix that adapter `name` changes, in the model's order."""
+    """Returns the spectrum of every matrix that adapter `name` changes, in the model's order."""
     return [_spectrum(*parts) for site, delta in changes(model, name) for parts in _matrices(site, delta)]
 
 
 def _matrices(site: Site, delta: Delta) -> Iterator[tuple[str, Tensor, Tensor, int]]:
-    """(name, W, singular values, rank) of each matrix of one change; vectors (norms, biases) have no spectrum."""
+    """Yields (name, W, singular values, rank) of each matrix of one change; skips vectors (norms, biases)."""
     if isinstance(site, LeafSite):
         own = site.split(site.weight())
         for n, D in site.split(delta.delta(site)).items():
@@ -62,7 +63,7 @@ def _matrices(site: Site, delta: Delta) -> Iterator[tuple[str, Tensor, Tensor, i
     if f is not None and f.is_product:
         yield site.name, site.weight(), product_spectrum(f.B, f.A), f.A.shape[0]
         return
-    with suppress(NotMergeable):  # a change that is none of weights
+    with suppress(NotMergeable):  # nonlinear changes have no matrix
         D = precise(delta.delta(site))
         yield site.name, site.weight(), torch.linalg.svdvals(D), min(D.shape)
 

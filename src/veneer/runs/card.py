@@ -11,8 +11,8 @@ from veneer import methods
 from veneer.adapt.peft import settings
 from veneer.adapt.store import manifest
 from veneer.analyse.numbers import percent, plain
-from veneer.analyse.page import run_page
-from veneer.analyse.page.run_page import Told
+from veneer.analyse.page import run_page, run_record
+from veneer.analyse.page.run_record import RunRecord
 from veneer.files import read_json, replacing
 from veneer.methods.base import described
 from veneer.runs import usage
@@ -44,7 +44,7 @@ def write(run: Path) -> Path:
     """Writes the card into the adapter's folder of a finished run. Raises FormatError for files that are damaged."""
     folder = run / ADAPTER
     content = text(
-        Told(read_json(run / RESULTS), record_of(run), (), run),
+        RunRecord(read_json(run / RESULTS), record_of(run), (), run),
         read_json(folder / manifest.NAME),
         _peft(folder),
     )
@@ -58,7 +58,7 @@ def _peft(folder: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def text(run: Told, record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> str:
+def text(run: RunRecord, record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> str:
     """The whole card. record: veneer.json; peft: adapter_config.json, or None where PEFT cannot express the adapter."""
     settings = run.config["run"]
     about = described.of_module(methods.get(record["method"]))
@@ -95,12 +95,12 @@ def _header(settings: Mapping[str, Any], record: Mapping[str, Any], peft: Mappin
     return "\n".join(["---", *lines, "---"])
 
 
-def _base(run: Told) -> str:
+def _base(run: RunRecord) -> str:
     base = run.config["base"]
     return f"`{base['model']}`, a {base['class']}; fingerprint of its weights `{base['sha256']}`. Veneer refuses to load this on another base."
 
 
-def _method(about: described.Described, record: Mapping[str, Any], run: Told) -> str:
+def _method(about: described.Described, record: Mapping[str, Any], run: RunRecord) -> str:
     kind = methods.get(record["method"])
     helps, options = described.option_helps(kind), record["options"]
     paper = f" ([paper]({about.paper}))" if about.paper else ""
@@ -127,7 +127,7 @@ def _span(values: Sequence[float]) -> str:
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
 
 
-def _data(run: Told) -> str:
+def _data(run: RunRecord) -> str:
     settings, facts = run.config["run"], run.config["data"]
     rows = [
         (
@@ -136,7 +136,7 @@ def _data(run: Told) -> str:
             or "split off from train",
         )
         + tuple(f"{facts[part][k]:,}" for k in ("rows", "windows", "tokens", "learned_tokens"))
-        for part in run_page.PARTS
+        for part in run_record.PARTS
         if part in facts
     ]
     if settings.get("stream"):
@@ -154,16 +154,16 @@ def _named(source: str) -> str:
     return Path(source).name if Path(source).exists() or source.startswith(("/", ".")) else source
 
 
-def _figures(run: Told) -> str:
+def _figures(run: RunRecord) -> str:
     before, after = run.results["before"], run.results["after"]
     rows = [
         ("known text" if name == "known" else f"new text ({name})", *_moved(before[name], after[name]))
-        for name in run_page.PARTS
+        for name in run_record.PARTS
         if name in after
     ]
     says = ["Bits per byte; lower is better. One run with one seed: small differences may be noise."]
     if "test" not in after:
-        says.append(run_page.NO_TEST)
+        says.append(run_record.NO_TEST)
     if dial := run.results.get("dial"):
         says.append(_dialled(dial))
     return f"{_table(('text', 'before', 'after', 'change'), rows)}\n\n{' '.join(says)}"
@@ -186,7 +186,7 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _cost(run: Told) -> str:
+def _cost(run: RunRecord) -> str:
     r = run.results
     memory = f", {size(r['peak_memory_bytes'])} of memory at most" if r["peak_memory_bytes"] else ""
     versions = ", ".join(

@@ -1,4 +1,4 @@
-"""The memory that the system sees: what the process or the GPU holds, held at most, and could still take."""
+"""Memory as the system measures it: held by the process or the GPU, its peak, and available."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GROUP = Path("/sys/fs/cgroup")
 
 
 def forget_peak(device: torch.device) -> int | None:
-    """Bytes held now, from which a new peak begins; None where the system does not tell."""
+    """Resets the peak and returns the bytes held now; None if the system does not report them."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
@@ -25,12 +25,12 @@ def forget_peak(device: torch.device) -> int | None:
 
 
 def peak(device: torch.device) -> int | None:
-    """Bytes held at most since `forget_peak`; None where the system does not tell."""
+    """Returns the peak in bytes since `forget_peak`; None if the system does not report it."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be had; None where the system does not tell."""
+    """Returns the available bytes; None if the system does not report them."""
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0])
         return free + int(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
@@ -42,7 +42,7 @@ def available(device: torch.device) -> int | None:
 
 
 def _of_group() -> int | None:
-    """Returns the bytes that the process's container has left, or None outside of one."""
+    """Returns the bytes left in the container of the process; None without a container or a limit."""
     try:
         limit, used = ((GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
@@ -64,7 +64,7 @@ def _status(name: str) -> int | None:
 
 
 def _entry(file: Path, name: str) -> int | None:
-    """A line "name: 12 kB" of one of Linux's files, in bytes."""
+    """Returns the bytes of a line "name: 12 kB" in one of Linux's files; None if the line is missing."""
     try:
         lines = file.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The page of a demo: methods beside each other on every text, from its results.json."""
+"""Writes the page of a demo: a comparison of its methods on every text, from results.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def write(folder: Path) -> list[str]:
-    """Writes report.html into a demo's folder; what is missing from it, as sentences. Raises FormatError."""
+    """Writes report.html into the folder of a demo.
+
+    Returns sentences about missing parts. Raises FormatError for damaged files.
+    """
     results = read_json(folder / RESULTS)
     by_target = _by_target(results["methods"])
     noise = results["noise_bpb"]
@@ -28,8 +31,10 @@ def write(folder: Path) -> list[str]:
     title = "Learning and forgetting, method by method"
     ways = len({r["method"] for r in results["methods"]})
     says = (
-        f"The built-in model, adapted for {results['steps']} steps in {ways} ways. All figures are bits per byte on text that nothing was"
-        f" trained on or chosen by; less is better. Differences below {noise:g} are noise at one seed."
+        f"The built-in model, adapted for {results['steps']} steps by {ways} methods. All figures are bits"
+        " per byte"
+        " on test text, which was used neither for training nor for choosing; lower is better."
+        f" Differences below {noise:g} are noise at one seed."
     )
     parts = [
         elements.title(title, f"veneer demo · seed {results['seed']} · {folder}"),
@@ -48,11 +53,14 @@ def _by_target(rows: Rows) -> dict[str, Rows]:
 
 
 def _target(target: str, rows: Rows, svg: str | None, noise: float) -> str:
-    """One text: the picture, the table, and samples."""
+    """Returns the section of one text: picture, tables and samples."""
     name = plots.TITLES.get(target, target)
-    caption = "Each line dials one adapter from off (star) past full strength (large dot). Down is learned, right is forgotten."
+    caption = (
+        "Each line is one adapter from strength 0 (star) past full strength (large dot)."
+        " Down: learned. Right: forgotten."
+    )
     picture = (
-        elements.picture(svg, f"What methods learned of {name} and forgot, at several strengths", caption)
+        elements.picture(svg, f"Learning of {name} and forgetting at several strengths", caption)
         if svg
         else ""
     )
@@ -75,7 +83,7 @@ def _target(target: str, rows: Rows, svg: str | None, noise: float) -> str:
 
 
 MOVES = ["method", "learned", "", "forgotten", ""]
-USE = ["method", "strength to use", "there: new, known", "trained", "adapter", "time"]
+USE = ["method", "best strength", "new, known there", "trained", "adapter", "time"]
 
 
 def _moves(r: Mapping[str, Any]) -> list[str]:
@@ -96,16 +104,16 @@ def _use(r: Mapping[str, Any]) -> list[str]:
 
 
 def _ties(rows: Rows, noise: float) -> str:
-    """Which methods cannot be told apart."""
+    """Returns a sentence about methods whose difference is below the noise."""
     close = [
-        f"{_title(a)} and {_title(b)} in what they {word}"
+        f"{_title(a)} and {_title(b)} in {word}"
         for i, a in enumerate(rows)
         for b in rows[i + 1 :]
-        for word, key in (("learned", "target_bpb_after"), ("forgot", "known_bpb_after"))
+        for word, key in (("learning", "target_bpb_after"), ("forgetting", "known_bpb_after"))
         if abs(a[key] - b[key]) < noise
     ]
     return (
-        f"Not to be told apart at one seed: {'; '.join(close)}."
+        f"Indistinguishable at one seed: {'; '.join(close)}."
         if close
         else "All differences are larger than the noise of one seed."
     )
@@ -116,7 +124,7 @@ def _title(r: Mapping[str, Any]) -> str:
 
 
 def _texts(texts: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
-    """(rows, head): every text and part of it, with what describes it."""
+    """Returns (rows, head) of a table with a row for every part of every text."""
     found = [(name, part, facts) for name, parts in texts.items() for part, facts in _parts(parts)]
     keys = list(dict.fromkeys(k for _, _, facts in found for k in facts if k != "sha256"))
     rows = [[name, part, *(_fact(facts.get(k)) for k in keys)] for name, part, facts in found]

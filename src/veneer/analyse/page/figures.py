@@ -1,4 +1,4 @@
-"""How pictures look and are kept: a PNG for people, and an SVG that takes its colours from the page around it."""
+"""Style of figures, and their files: a PNG, and an SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from veneer.files import replacing
 
-# Colours by what they stand for; a page sets the same names as CSS variables, others in the dark than in the light.
+# A page sets the same names as CSS variables, with other colours in dark mode.
 PALETTE = {
     "ink": "#1d2129",
     "muted": "#69707d",
@@ -24,7 +24,7 @@ PALETTE = {
     "lora": "#1b9e77",
     "loraplus": "#7570b3",
 }
-SIZE = (4.2, 3.1)  # inches: at the width of a phone letters are still as large as the text around
+SIZE = (4.2, 3.1)  # inches; at the width of a phone, letters are as large as the surrounding text
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -48,13 +48,13 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "lines.linewidth": 1.8,
-    "svg.fonttype": "none",  # letters stay letters
+    "svg.fonttype": "none",  # text stays text, not outlines
 }
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within the block figures are drawn, and kept, in the look of all others."""
+    """Draws and saves figures inside the block in the common style."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -62,29 +62,27 @@ def style() -> Iterator[None]:
 
 
 def blank(size: tuple[float, float] = SIZE) -> Any:
-    """An empty figure, in inches, that makes room for its own labels."""
+    """Returns an empty figure that makes room for its labels; size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained")
 
 
 def keep(figure: Any, file: Path) -> str:
-    """Writes the PNG, whole or not at all: the same picture as an <svg> to stand in a page."""
+    """Writes the PNG, completely or not at all, and returns the figure as an <svg> element."""
     import matplotlib
 
     with replacing(file) as (temporary,):
         figure.savefig(temporary, dpi=150, format="png")
-    figure.set_layout_engine("none")  # all is in its place
+    figure.set_layout_engine("none")  # keep the layout of the PNG
     drawn = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.hashsalt": file.stem}
-    ):  # names inside differ from those of the page's other pictures
+    with matplotlib.rc_context({"svg.hashsalt": file.stem}):  # ids must differ between pictures of a page
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(drawn.getvalue(), file.stem)
 
 
 def _inline(svg: str, name: str) -> str:
-    """An SVG document as an element: no prolog, nothing that names another place, colours by name, width by the page."""
+    """Returns an SVG document as an element: no prolog, no namespaces, colours by name, width by the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)

@@ -1,4 +1,4 @@
-"""Pictures of what changed inside a model: singular values by kind of layer, and effective ranks layer by layer."""
+"""Figures of changes by layer: singular values and effective ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 from veneer.analyse.page import figures
 from veneer.analyse.page.figures import PALETTE
 
-KINDS = 8  # kinds of layers that get a line of their own
-BLOCKS = 24  # columns up to which the numbers are written into the cells
+KINDS = 8  # most kinds of layers with a line of their own
+BLOCKS = 24  # most columns with numbers in the cells
 Layers = Sequence[Mapping[str, Any]]
 
 
 def place(site: str) -> tuple[str, int]:
-    """ "model.layers.3.mlp.gate_proj" -> ("gate_proj", 3): what kind of layer, in which block; -1 outside of blocks."""
+    """Returns (kind, block) of a layer: ("gate_proj", 3) for "model.layers.3.mlp.gate_proj"; -1 outside
+    blocks.
+    """
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site)
     parts = site.split(".")
     kind = ".".join(parts[-2:]) if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
@@ -24,7 +26,7 @@ def place(site: str) -> tuple[str, int]:
 
 
 def by_kind(layers: Layers) -> dict[str, list[Mapping[str, Any]]]:
-    """The layers by kind, in the model's order."""
+    """Returns the layers by kind, in the model's order."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for layer in layers:
         found.setdefault(place(layer["site"])[0], []).append(layer)
@@ -32,7 +34,7 @@ def by_kind(layers: Layers) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def singular_values(layers: Layers) -> Any:
-    """The singular values of the change, largest first: the median over the blocks, a line for each kind of layer."""
+    """Plots singular values of the change, largest first: medians over blocks, one line per kind of layer."""
     kinds = list(by_kind(layers).items())[:KINDS]
     figure = figures.blank()
     panel = figure.subplots()
@@ -47,10 +49,9 @@ def singular_values(layers: Layers) -> Any:
     panel.set_yscale("log")
     low, high = panel.get_ylim()
     panel.yaxis.set_major_formatter(_plain)
-    panel.yaxis.set_minor_formatter(
-        _plain if high < 10 * low else ""
-    )  # less than a decade may hold no power of ten
-    panel.set_xlabel("number of the singular value")
+    # a range of less than a decade may hold no power of ten
+    panel.yaxis.set_minor_formatter(_plain if high < 10 * low else "")
+    panel.set_xlabel("index of the singular value")
     panel.set_title("singular values, median over blocks")
     panel.legend(ncols=2, fontsize=8)
     return figure
@@ -61,7 +62,9 @@ def _plain(value: float, position: int | None = None) -> str:
 
 
 def effective_ranks(layers: Layers) -> Any:
-    """A cell for every layer: effective rank as a number, and darker the larger the change is beside the weight."""
+    """A cell for every layer: effective rank as a number, and darker the larger the change is beside the
+    weight.
+    """
     from matplotlib.patches import Rectangle
 
     kinds = by_kind(layers)
@@ -91,7 +94,7 @@ def effective_ranks(layers: Layers) -> Any:
         [i + 0.5 for i in range(0, len(columns), every)], ["-" if c < 0 else str(c) for c in columns[::every]]
     )
     panel.set_xlabel("block")
-    panel.set_title("effective rank; darker: larger beside its weight")
+    panel.set_title("effective rank; darker: larger relative to the weight")
     panel.grid(False)
     panel.tick_params(length=0)
     for side in panel.spines.values():

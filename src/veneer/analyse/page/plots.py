@@ -1,4 +1,4 @@
-"""Pictures, made from numbers that stand in results.json and metrics.jsonl."""
+"""Figures made from the numbers in results.json and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TITLES = {
     "c": "C headers",
 }
 COLOURS = {name: PALETTE[name] for name in ("full", "lora", "loraplus")}
-MARKED = 160  # points of a curve of training losses: more are taken together
+MARKED = 160  # most points of a loss curve; more are averaged in groups
 
 
 def learning_vs_forgetting(rows: Sequence[Mapping[str, Any]], file: Path, noise: float) -> Path:
-    """One panel a target: bits per byte on the target against bits per byte on known text, as strength is dialled.
+    """Plots bits per byte on the target against known text over the strength, one panel per target.
 
-    rows: as in the demo's results.json, with `dial`, a list of {strength, target_bpb, known_bpb} measured on test text.
-    noise: differences below it are drawn as a grey cross around the base. Returns the PNG's path.
+    rows: as in the demo's results.json, with `dial`, a list of {strength, target_bpb, known_bpb} on test
+    text. noise: half the size of a grey cross around the base. Returns the path of the PNG.
     """
     targets = list(dict.fromkeys(row["target"] for row in rows))
     with figures.style():
@@ -34,21 +34,21 @@ def learning_vs_forgetting(rows: Sequence[Mapping[str, Any]], file: Path, noise:
             dialled(panel, [row for row in rows if row["target"] == target], noise)
             panel.set_title(f"learning {TITLES.get(target, target)}")
         figure.suptitle(
-            "Each line dials one adapter from off (star) to full strength (large dot) and beyond", fontsize=10
+            "Each line is one adapter from strength 0 (star) past full strength (large dot)", fontsize=10
         )
         figures.keep(figure, file)
     return file
 
 
 def one_target(rows: Sequence[Mapping[str, Any]], noise: float) -> Any:
-    """The same for the rows of one target alone."""
+    """Plots the rows of one target."""
     figure = figures.blank((4.6, 3.8))
     dialled(figure.subplots(), rows, noise)
     return figure
 
 
 def dialled(panel: Any, rows: Sequence[Mapping[str, Any]], noise: float) -> None:
-    """Every row's dial as a line, known text across and new text up."""
+    """Draws the dial of every row as a line: known text on x, new text on y."""
     for row in rows:
         dial = sorted(row["dial"], key=lambda point: point["strength"])
         x, y = [p["known_bpb"] for p in dial], [p["target_bpb"] for p in dial]
@@ -77,7 +77,7 @@ def dialled(panel: Any, rows: Sequence[Mapping[str, Any]], noise: float) -> None
 
 
 def training_loss(lines: Sequence[Mapping[str, Any]]) -> Any:
-    """The loss of every step, in nats a token, and its running mean; lines: of metrics.jsonl."""
+    """Plots the loss of every step in nats per token, and its running mean; lines: of metrics.jsonl."""
     steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     x, y = [s for s, _ in steps], [v for _, v in steps]
     every = max(1, len(x) // MARKED)
@@ -105,7 +105,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def evaluations(lines: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Any:
-    """Bits per byte of valid, test and known text over the steps; a dotted line at the step that was kept."""
+    """Plots bits per byte of valid, test and known text over steps; a dotted line marks the kept step."""
     measured = [line for line in lines if "valid_bpb" in line]
     figure = figures.blank()
     panel = figure.subplots()
@@ -120,8 +120,8 @@ def evaluations(lines: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) 
         panel.plot([0, best], ends, "s", **_hollow("learned"), label="test text, before and after")
     if best is not None:
         panel.axvline(best, color=PALETTE["muted"], linestyle=":", linewidth=1)
-    panel.set_xlabel("step" if best is None else f"step  (dotted: {best}, the one that is kept)")
-    panel.set_title("bits per byte; less is better")
+    panel.set_xlabel("step" if best is None else f"step  (dotted: {best}, the kept step)")
+    panel.set_title("bits per byte; lower is better")
     panel.margins(y=0.12)
     panel.legend()
     return figure
@@ -137,7 +137,7 @@ def _hollow(colour: str) -> dict[str, Any]:
 
 
 def training_path(lines: Sequence[Mapping[str, Any]]) -> Any:
-    """Where the training went: known text across, valid text up, a dot at every evaluation."""
+    """Plots the path of the training: known text on x, valid text on y, one dot per evaluation."""
     measured = [line for line in lines if "valid_bpb" in line and "known_bpb" in line]
     x, y = [line["known_bpb"] for line in measured], [line["valid_bpb"] for line in measured]
     figure = figures.blank()
@@ -151,13 +151,13 @@ def training_path(lines: Sequence[Mapping[str, Any]]) -> Any:
         )
     panel.set_xlabel("known text, bits per byte  (right: forgotten)")
     panel.set_ylabel("valid text, bits per byte")
-    panel.set_title("lower is learned, further right is forgotten")
+    panel.set_title("down: learned; right: forgotten")
     panel.margins(x=0.18, y=0.14)
     return figure
 
 
 def dial(points: Sequence[Mapping[str, Any]], chosen: float) -> Any:
-    """The change of bits per byte against the base, in percent, as the adapter's strength is dialled."""
+    """Plots the change of bits per byte against the base, in percent, over the strength of the adapter."""
     base = next(p for p in points if p["strength"] == 0)
     figure = figures.blank()
     panel = figure.subplots()
@@ -173,7 +173,7 @@ def dial(points: Sequence[Mapping[str, Any]], chosen: float) -> Any:
             )
     panel.axvline(chosen, color=PALETTE["muted"], linestyle=":", linewidth=1)
     panel.set_xticks([p["strength"] for p in points])
-    panel.set_xlabel(f"strength of the adapter  (dotted: {chosen:g}, the one to use)")
-    panel.set_title("bits per byte against the base, %; less is better")
+    panel.set_xlabel(f"strength of the adapter  (dotted: {chosen:g}, recommended)")
+    panel.set_title("bits per byte against the base, %; lower is better")
     panel.legend()
     return figure

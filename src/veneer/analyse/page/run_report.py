@@ -1,4 +1,6 @@
-"""report.html: a run told on one page, from the results.json, metrics.jsonl and config.json in its folder and nothing else."""
+"""Writes report.html: one page about a run, made from results.json, metrics.jsonl and config.json in its
+folder.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.analyse.page import figures, layer_plots, plots, run_page
-from veneer.analyse.page.run_page import Told
+from veneer.analyse.page.run_record import RunRecord
 from veneer.errors import FormatError
 from veneer.files import read_json, replacing
 from veneer.train.folder.drift import record
@@ -16,29 +18,37 @@ from veneer.train.folder.layout import METRICS, RESULTS
 from veneer.train.folder.result import NEEDED
 
 REPORT = "report.html"
-WITHOUT = "the report has no pictures, which need the package matplotlib: pip install 'veneer[plots]', then veneer report {folder}"
+WITHOUT = (
+    "the report lacks pictures, because matplotlib is not installed: pip install 'veneer[plots]', then veneer"
+    " report {folder}"
+)
 Pictures = dict[str, Callable[[], Any]]
 
 
 def write(folder: Path) -> list[str]:
-    """Writes report.html and its PNGs into a finished run's folder; what is missing from it, as sentences. Raises FormatError."""
-    run = Told(read_json(folder / RESULTS, NEEDED), record(folder), _lines(folder / METRICS), folder)
+    """Writes report.html and its PNGs into the folder of a finished run.
+
+    Returns sentences about missing parts. Raises FormatError for damaged files.
+    """
+    run = RunRecord(read_json(folder / RESULTS, NEEDED), record(folder), _lines(folder / METRICS), folder)
     drawn, missing = draw(folder, _pictures(run))
     put(folder, run_page.page_of(run, drawn, missing))
     return missing
 
 
 def put(folder: Path, text: str) -> Path:
-    """The page, whole or not there."""
+    """Writes the page, completely or not at all; returns its path."""
     with replacing(folder / REPORT) as (temporary,):
-        temporary.write_text(
-            text, encoding="utf-8", errors="backslashreplace"
-        )  # halves of letters, which JSON may hold
+        # JSON may hold unpaired surrogates, which UTF-8 cannot encode
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return folder / REPORT
 
 
 def draw(folder: Path, wanted: Pictures) -> tuple[dict[str, str], list[str]]:
-    """The pictures as elements of a page, each also a PNG in the folder; and what cannot be drawn here."""
+    """Draws each picture as a PNG in the folder.
+
+    Returns {name: <svg> element} and sentences about pictures that cannot be drawn.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -51,12 +61,10 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as e:
-        raise FormatError(
-            f"{file} cannot be read as one JSON object a line: {e}; restore it from a copy"
-        ) from None
+        raise FormatError(f"{file} must hold one JSON object per line: {e}; restore it from a copy") from None
 
 
-def _pictures(run: Told) -> Pictures:
+def _pictures(run: RunRecord) -> Pictures:
     results, lines = run.results, run.lines
     found: Pictures = {}
     if any(line.get("loss") is not None for line in lines):

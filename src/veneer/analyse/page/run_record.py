@@ -1,0 +1,40 @@
+"""A finished run, read from the files in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+PARTS = ("train", "valid", "test", "known")
+NO_TEST = (
+    "No test text was given: learning is reported on the valid text that chose the step, so it is a little"
+    " optimistic."
+)
+
+
+class RunRecord(NamedTuple):
+    """Contents of results.json and config.json, the lines of metrics.jsonl, and the folder of a finished
+    run.
+    """
+
+    results: Mapping[str, Any]
+    config: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+    folder: Path
+
+    def tokens_per_second(self) -> float | None:
+        """Returns the speed of the median step, without the first tenth, which warms up; None if not
+        logged.
+        """
+        found = [line["tokens_per_second"] for line in self.lines if "tokens_per_second" in line]
+        return median(found[len(found) // 10 :]) if found else None
+
+    def memory_owner(self) -> str:
+        """Returns the owner of the measured peak of memory: the GPU or the process."""
+        return (
+            "of the GPU"
+            if self.config["run"]["device"].startswith("cuda")
+            else "of the process, libraries included"
+        )
