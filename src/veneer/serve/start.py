@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer import dtypes
 from veneer.adapt import attached, switch
 from veneer.adapt.banks import entries
 from veneer.adapt.banks.segments import SegmentBank
 from veneer.errors import ConfigError
 from veneer.models import machine, pretrained
-from veneer.models.dtypes import DTYPES
 from veneer.serve.adapters.proof import Prover
 from veneer.serve.adapters.reading import Reader
 from veneer.serve.adapters.registry import Registry
@@ -107,10 +107,9 @@ def _parts(model: Any, tokenizer: Any, reader: Reader, options: Options, name: s
 
 def _loaded(model: str | nn.Module, tokenizer: Any, device: str, dtype: str) -> tuple[Any, Any]:
     if isinstance(model, str):
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype must be {', '.join(DTYPES)}, got {dtype!r}")
+        number_format = dtypes.of_name(dtype)
         words = pretrained.tokenizer(model) if tokenizer is None else tokenizer
-        return pretrained.causal_lm(model, DTYPES[dtype], machine.device(device)), words
+        return pretrained.causal_lm(model, number_format, machine.device(device)), words
     if tokenizer is None:
         raise ConfigError("serve: a model that is given as an object needs its tokenizer=")
     return model.eval(), tokenizer
