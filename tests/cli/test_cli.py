@@ -195,7 +195,7 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_nearest(started, capsys, t
     assert main(["fit", "--config", str(file)]) == 2
     err = capsys.readouterr().err
     assert "unknown setting 'schedul'; did you mean 'schedule'?" in err
-    assert "unknown setting 'rank'; it belongs into options" in err
+    assert "unknown setting 'rank'; put it inside options" in err
 
 
 @pytest.mark.parametrize(

@@ -152,10 +152,10 @@ def test_a_turn_that_the_template_changes_is_refused(rows):
 def test_roles_that_make_no_sense_are_refused():
     with pytest.raises(
         ConfigError,
-        match="train_roles chooses turns, but train_on 'all' learns everything; leave one of them out",
+        match="train_roles chooses turns, but train_on='all' learns all of them; leave one of them out",
     ):
         Run(data="a.jsonl", train_on="all", train_roles=("user",))
-    with pytest.raises(ConfigError, match="train_roles names no role"):
+    with pytest.raises(ConfigError, match="train_roles must name a role, got none"):
         Run(data="a.jsonl", train_roles=())
 
 

@@ -70,13 +70,13 @@ def refused(**changed: Any) -> list[str]:
 def test_all_unknown_and_unsuitable_settings_are_named_at_once():
     assert refused(rnak=3, rank=4, batchs=2, lr="fast", steps=1.5, packing="yes", betas=[0.9], keep=True) == [
         "unknown setting 'rnak'; did you mean 'rank'?",
-        "unknown setting 'rank'; it belongs into options, as  options: {rank: ..}",
+        "unknown setting 'rank'; put it inside options, as  options: {rank: ..}",
         "unknown setting 'batchs'; did you mean 'batch'?",
-        "lr: 'fast' is not a number",
-        "steps: 1.5 is not a whole number",
-        "packing: 'yes' is not true or false",
-        "betas: [0.9] has 1 values, not 2",
-        "keep: True is not a whole number",
+        "lr must be a number, got 'fast'",
+        "steps must be a whole number, got 1.5",
+        "packing must be true or false, got 'yes'",
+        "betas must have 2 values, got 1: [0.9]",
+        "keep must be a whole number, got True",
     ]
     both = refused(
         batchs=2, options={"rnak": 3, "alpha": "much"}, optimiser="loraplus", optimiser_options={"ration": 2}
@@ -84,7 +84,7 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
     assert both == [
         "unknown setting 'batchs'; did you mean 'batch'?",
         "method 'lora' has no option 'rnak'; did you mean 'rank'?",
-        "method 'lora': alpha: 'much' is not a number",
+        "method 'lora': alpha must be a number, got 'much'",
         "optimiser 'loraplus' has no option 'ration'; did you mean 'ratio'?",
     ]
     with pytest.raises(ConfigError, match="setting 'data' is missing: texts to learn from"):
@@ -94,10 +94,10 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"lr": 0}, "lr 0 must be above 0"),
+        ({"lr": 0}, "lr must be above 0, got 0"),
         (
             {"ratio": 4, "optimiser": "loraplus"},
-            "unknown setting 'ratio'; it belongs into optimiser_options, as  optimiser_options: {ratio: ..}",
+            "unknown setting 'ratio'; put it inside optimiser_options, as  optimiser_options: {ratio: ..}",
         ),
         ({"optimiser_options": {"ratio": 4}}, "optimiser 'adamw' has no option 'ratio'; known: none"),
         (
@@ -106,7 +106,7 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         ),
         (
             {"optimiser_options": {"ratio": "4"}, "optimiser": "loraplus"},
-            "optimiser 'loraplus': ratio: '4' is not a number",
+            "optimiser 'loraplus': ratio must be a number, got '4'",
         ),
         (
             {"optimiser_options": {"ratio": 0}, "optimiser": "loraplus"},
@@ -118,28 +118,31 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         ),
         (
             {"optimiser": "loraplus", "method": "full"},
-            "optimiser 'loraplus' works on B, and method 'full' has none; use optimiser 'adamw'",
+            "optimiser 'loraplus' needs factors B, and method 'full' lacks B; use optimiser 'adamw'",
         ),
         ({"optimiser": "adamv"}, "unknown optimiser 'adamv'; did you mean 'adamw'?"),
         (
             {"untie": True, "method": "full"},
-            "untie is for adapters, which change one of two tied layers; method 'full' trains the weight that they share; leave it out",
+            "untie is for adapters; method 'full' trains the weight that tied layers share: leave it out",
         ),
         (
             {"rank_pattern": {"q": 2}, "method": "full"},
-            "rank_pattern is given, but method 'full' has no rank",
+            "rank_pattern needs an option 'rank', which method 'full' lacks; leave it out",
         ),
         ({"options": {"rnk": 2}}, "method 'lora' has no option 'rnk'; did you mean 'rank'?"),
-        ({"options": {"rank": "8"}}, "method 'lora': rank: '8' is not a whole number"),
+        ({"options": {"rank": "8"}}, "method 'lora': rank must be a whole number, got '8'"),
         ({"method": "lroa"}, "unknown method 'lroa'; did you mean 'lora'?"),
-        ({"steps": 3, "epochs": 2}, "steps 3 and epochs 2 both set the length; give one of them"),
-        ({"data": []}, "data names no text; give files (.txt, .jsonl), builtin:prose or builtin:c"),
-        ({"known": ["none", "a.txt"]}, "known is 'none' and a.txt at once; give one of them"),
-        ({"keep": 1}, "keep 1 must be 2 or more, so that one is left if the newest is damaged"),
-        ({"warmup": 1}, "warmup 1 must be in [0, 1)"),
-        ({"label_smoothing": 1}, "label_smoothing 1 must be in [0, 1)"),
-        ({"label_smoothing": -0.1}, "label_smoothing -0.1 must be in [0, 1)"),
-        ({"betas": [0.9, 1]}, "betas (0.9, 1.0) must both be in [0, 1)"),
+        ({"steps": 3, "epochs": 2}, "steps and epochs both set the length, got 3 and 2; give one of them"),
+        (
+            {"data": []},
+            "data must name a text, got none; give files (.txt, .jsonl), builtin:prose or builtin:c",
+        ),
+        ({"known": ["none", "a.txt"]}, "known must be 'none' or texts, got both (a.txt); give one of them"),
+        ({"keep": 1}, "keep must be 2 or more, got 1; one must be left if the newest is damaged"),
+        ({"warmup": 1}, "warmup must be in [0, 1), got 1"),
+        ({"label_smoothing": 1}, "label_smoothing must be in [0, 1), got 1"),
+        ({"label_smoothing": -0.1}, "label_smoothing must be in [0, 1), got -0.1"),
+        ({"betas": [0.9, 1]}, "betas must both be in [0, 1), got (0.9, 1.0)"),
         ({"allow": ["confg"]}, "allow: unknown check 'confg'; did you mean 'config'?"),
     ],
 )
@@ -180,9 +183,9 @@ def test_yaml_numbers_are_numbers_and_what_is_no_setting_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("lr: 1\nlr: 2", "FILE: given twice: lr"),
-        ("", "FILE holds nothing; write one setting a line, e.g.  lr: 1e-3"),
-        ("- lr", "FILE holds ['lr']; write one setting a line, e.g.  lr: 1e-3"),
+        ("lr: 1\nlr: 2", "FILE: given twice: lr; keep one of each"),
+        ("", "FILE must hold settings, got nothing; write one a line, e.g.  lr: 1e-3"),
+        ("- lr", "FILE must hold settings, got ['lr']; write one a line, e.g.  lr: 1e-3"),
         ("lr: [1", "FILE is not YAML: while parsing a flow sequence"),
     ],
 )

@@ -22,12 +22,8 @@ from veneer.units import size
 
 
 def start_of(run: Run) -> str | None:
-    """The run's start, if it makes up for what quantisation takes: its base is then one of its own."""
-    kind = methods.get(run.method)
-    if "init" not in methods.options_of(kind):
-        return None
-    init = str(option(kind, "init", run.options))
-    return init if inits.get(init).NEEDS == "residual" else None
+    """Returns the run's start if it compensates for quantisation: the run then has a base of its own."""
+    return run.init if run.init is not None and inits.get(run.init).NEEDS == "residual" else None
 
 
 def own_base(run: Run) -> Path:

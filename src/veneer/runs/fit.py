@@ -23,7 +23,7 @@ from veneer.models import machine, pretrained
 from veneer.ops.draws import keyed
 from veneer.runs import base_model, card, report
 from veneer.runs.learner import OBJECTIVE, in_precision, keeping, learner
-from veneer.runs.prepare import FULL, NAME, Ready, prepare
+from veneer.runs.prepare import NAME, Ready, prepare
 from veneer.runs.texts import streamed
 from veneer.train import full, track
 from veneer.train.errors import NotSaved
@@ -170,7 +170,7 @@ def _save(model: nn.Module, out: Path, voice: Voice) -> None:
 
 def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float], voice: Voice) -> None:
     run, model = ready.run, ready.model
-    if run.method == FULL:
+    if run.trains_base:
         original = pretrained.causal_lm(run.model, torch.float32, torch.device("cpu"))
         full.as_change(model, original.state_dict(), NAME)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from veneer.errors import ConfigError
 from veneer.runs.fit import Begun, begin, end, look, loop_of
-from veneer.runs.prepare import FULL, NAME
+from veneer.runs.prepare import NAME
 from veneer.train.folder.result import Result
 from veneer.train.loop import together
 from veneer.train.loop.progress import Voice
@@ -63,7 +63,7 @@ def _check(runs: Sequence[Run]) -> None:
         f"two runs have the folder {out}; give each its own out"
         for out in sorted({o for o in outs if outs.count(o) > 1})
     ]
-    if any(run.method == FULL for run in runs):
+    if any(run.trains_base for run in runs):
         problems.append("method 'full' trains the base itself, which the runs share; train it alone")
     if any(run.cache_frozen for run in runs):
         problems.append(

@@ -10,7 +10,7 @@ import torch
 from veneer import tasks
 from veneer.data.order import Order
 from veneer.errors import ConfigError
-from veneer.runs.prepare import FULL, Ready
+from veneer.runs.prepare import Ready
 from veneer.tasks import Objective
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.step import Learner, under_autocast
@@ -56,7 +56,7 @@ def keeping(ready: Ready, learner: Learner, order: Order, voice: Voice) -> Learn
 
 def in_precision(run: Run, objective: Objective, device: torch.device) -> Objective:
     """The objective as the run computes it: under autocast where float32 weights are trained in bf16."""
-    return under_autocast(objective, device) if run.method == FULL and run.precision == "bf16" else objective
+    return under_autocast(objective, device) if run.trains_base and run.precision == "bf16" else objective
 
 
 def _compiles(ready: Ready, order: Order, device: torch.device, voice: Voice) -> bool:

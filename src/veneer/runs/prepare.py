@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from veneer.data.pack import collate
 from veneer.errors import ConfigError
 from veneer.methods.full import Full
 from veneer.models import machine, pretrained
-from veneer.ops.matrix.linalg import multiplies_bf16
 from veneer.optim.base import groups
 from veneer.runs import base_model, start_calibration, start_left
 from veneer.runs.texts import streamed, texts
@@ -33,7 +32,6 @@ from veneer.units import size
 from veneer.version import __version__
 
 NAME = "default"  # of the adapter
-FULL = "full"  # the method that trains the base itself
 TRIED = 32  # tokens that the model is tried on
 
 
@@ -63,8 +61,7 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     """
     run = decided(texts.named(run), device)
     tokenizer, ready = read(run, voice)
-    dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
-    model, stats = base_model.base(run, dtype, device, voice, only_shapes=only_shapes)
+    model, stats = base_model.base(run, run.base_dtype, device, voice, only_shapes=only_shapes)
     checks.check_length(model, run.length)
     checks.check_vocabulary(model, (w for t in ready.values() for w in t.windows))
     base = {"model": run.model, "class": type(model).__name__, "sha256": fingerprint.measure(model)["sha256"]}
@@ -132,20 +129,14 @@ def decided(run: Run, device: torch.device) -> Run:
         lr=lr,
         optimiser_options=options,
         epochs=epochs,
-        precision=training_precision(run, device),
+        precision=run.precision_on(device),
         device=str(device),
     )
 
 
-def training_precision(run: Run, device: torch.device) -> Literal["bf16", "fp32"]:
-    """Returns the precision that the run would have on the device."""
-    narrow = multiplies_bf16(device) if run.precision == "auto" else run.precision in ("bf16", "bfloat16")
-    return "bf16" if narrow else "fp32"
-
-
 def adapt(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None) -> list[groups.Part]:
     """Attaches the adapter, or opens the base for full fine-tuning: what is trained. Raises ConfigError, SiteError, ShapeError."""
-    if run.method == FULL:
+    if run.trains_base:
         switch.train_only(model, hooks.BASE)
         _keep_frozen(
             model,
@@ -199,7 +190,7 @@ def _try_out(model: nn.Module, run: Run, ready: Mapping[str, Text]) -> Tensor:
     windows = [w for t in ready.values() for w in t.windows]
     ids = collate([w[:1] for w in windows[:1]], 0)["input_ids"][:, :TRIED]
     ids = ids.to(next(model.parameters()).device)
-    if run.method == FULL:
+    if run.trains_base:
         checks.check_leaves(model, ids)
     else:
         checks.check_called(model, ids)
@@ -221,7 +212,7 @@ def _frozen(model: nn.Module, ids: Tensor, run: Run, train: Text, voice: Voice) 
 
 def _described(model: nn.Module, run: Run, parts: list[groups.Part]) -> str:
     n, total = sum(p.parameter.numel() for p in parts), attached.n_base_parameters(model)
-    if run.method == FULL:
+    if run.trains_base:
         return f"full fine-tuning: all {n:,} parameters are trained, at lr {run.lr:g}"
     found = attached.changes(model, NAME)
     forms = [d.to_peft(site) for site, d in found if isinstance(d, methods.PeftStored)]

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from veneer import tasks
 from veneer.adapt.store import store
 from veneer.analyse.page import demo_report
@@ -16,7 +14,7 @@ from veneer.errors import ConfigError
 from veneer.files import read_json
 from veneer.models import machine, pretrained
 from veneer.runs import base_model, findings
-from veneer.runs.prepare import FULL, NAME, Ready, read
+from veneer.runs.prepare import NAME, Ready, read
 from veneer.tasks import Objective
 from veneer.train.folder import drift, layout
 from veneer.train.loop.progress import Voice
@@ -84,8 +82,7 @@ def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]
     tokenizer, ready = read(run, voice)
     for line in drift.differences(config["data"], {part: t.facts for part, t in ready.items()}):
         voice.say(f"text differs from what the run was trained on: {line}")
-    dtype = torch.bfloat16 if run.precision == "bf16" and run.method != FULL else torch.float32
-    model = base_model.base_again(run, out, dtype, machine.device("auto"))
+    model = base_model.base_again(run, out, run.base_dtype, machine.device("auto"))
     store.load(model, out / layout.ADAPTER, NAME)
     return findings.examine(
         model, NAME, tokenizer, ready, tasks.get("causal_lm"), run=run, voice=voice, prompts=prompts

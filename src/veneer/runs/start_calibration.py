@@ -24,9 +24,8 @@ OBJECTIVE = "causal_lm"
 
 
 def needed(run: Run) -> bool:
-    """Whether the run's start looks at the loss."""
-    known = methods.options_of(methods.get(run.method))
-    return "init" in known and inits.get(run.options.get("init", known["init"].default)).NEEDS == "gradient"
+    """Says that the run's start needs statistics of the loss."""
+    return run.init is not None and inits.get(run.init).NEEDS == "gradient"
 
 
 def goes_on(run: Run) -> bool:

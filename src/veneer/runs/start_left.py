@@ -9,22 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer import methods
 from veneer.adapt.attached import changes
 from veneer.methods import Stats, inits
-from veneer.methods.base.options import option
 from veneer.methods.base.protocols import SubtractsStart
 from veneer.ops.matrix.linalg import norm_without
 from veneer.train.run import Run
 
 
 def of_weights(run: Run) -> str | None:
-    """The run's start, if it takes A and B out of the weights."""
-    kind = methods.get(run.method)
-    if "init" not in methods.options_of(kind):
-        return None
-    init = str(option(kind, "init", run.options))
-    return init if inits.get(init).NEEDS in inits.OF_WEIGHT else None
+    """Returns the run's start if it takes A and B out of the weights."""
+    return run.init if run.init is not None and inits.get(run.init).NEEDS in inits.OF_WEIGHT else None
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from veneer.analyse.page import demo_report
 from veneer.analyse.page.plots import TITLES, learning_vs_forgetting
 from veneer.analyse.page.run_report import REPORT
 from veneer.data.pack import Window
+from veneer.data.reading import Reading
 from veneer.embedded.texts import DOMAINS, describe, domain, has, known
 from veneer.errors import ConfigError
 from veneer.models import machine, pretrained
@@ -188,10 +189,8 @@ class Judge:
     def text(self, name: str, split: str) -> Sequence[Window]:
         """Windows of one text, evenly spaced, fewer of the validation text; read once."""
         if (name, split) not in self.windows:
-            run = Run(data=("-",), length=LENGTH)
-            whole = texts.prepare(
-                sources.rows([f"{embedded.PREFIX}:{name}:{split}"], split), run, self.tokenizer, Voice(False)
-            )
+            rows = sources.rows([f"{embedded.PREFIX}:{name}:{split}"], split)
+            whole = texts.prepare(rows, Reading(length=LENGTH), self.tokenizer, Voice(False))
             self.windows[name, split] = sample(whole.windows, WINDOWS if split == "test" else WINDOWS // 2)
         return self.windows[name, split]
 

@@ -11,6 +11,7 @@ from veneer import embedded
 from veneer.data import row_files, split
 from veneer.data.chat import ASSISTANT, examples
 from veneer.data.pack import Segment, Window, n_bytes, n_labels, n_tokens, pack, segments
+from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.data.tokens import Tokens, encode
 from veneer.errors import DataError, first_few, suggest
@@ -103,27 +104,29 @@ def check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
         raise DataError(f"train_roles: no turn is of role {first_few(map(repr, missing))}{has}")
 
 
-def encode_row(row: Row, run: Run, tokenizer: Any) -> list[Tokens]:
+def encode_row(row: Row, reading: Reading, tokenizer: Any) -> list[Tokens]:
     """Returns the row's examples as tokens; a conversation may have several."""
-    return [encode(one, tokenizer) for one in examples(row, tokenizer, run.train_on, run.train_roles)]
+    return [encode(one, tokenizer) for one in examples(row, tokenizer, reading.train_on, reading.train_roles)]
 
 
-def is_endless(row: Row, encoded: Sequence[Tokens], tokenizer: Any, run: Run) -> bool:
+def is_endless(row: Row, encoded: Sequence[Tokens], tokenizer: Any, reading: Reading) -> bool:
     """Tells if a conversation has end tokens and learns none of them, so that the model would not learn to stop."""
-    if row.kind != "messages" or "assistant" not in run.train_roles:
+    if row.kind != "messages" or "assistant" not in reading.train_roles:
         return False
     end, ids = tokenizer.eos_token_id, [i for t in encoded for i in t.ids.tolist()]
     learned = [i for t in encoded for i in t.ids[t.learned].tolist()]
     return bool(learned) and end in ids and end not in learned
 
 
-def prepare_all(rows: Mapping[str, Sequence[Row]], run: Run, tokenizer: Any, voice: Voice) -> dict[str, Text]:
+def prepare_all(
+    rows: Mapping[str, Sequence[Row]], reading: Reading, tokenizer: Any, voice: Voice
+) -> dict[str, Text]:
     """Every part's rows as windows. Raises one DataError for all rows of all parts that cannot be used."""
     found: dict[str, Text] = {}
     problems: list[str] = []
     for part, some in rows.items():
         try:
-            found[part] = prepare(some, run, tokenizer, voice)
+            found[part] = prepare(some, reading, tokenizer, voice)
         except DataError as e:
             problems.append(str(e))
     if problems:
@@ -131,18 +134,20 @@ def prepare_all(rows: Mapping[str, Sequence[Row]], run: Run, tokenizer: Any, voi
     return found
 
 
-def prepare(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> Text:
-    """Rows as windows of at most run.length tokens. Raises one DataError for all rows that are too long or teach nothing."""
-    found = by_row(rows, run, tokenizer, voice)
+def prepare(rows: Sequence[Row], reading: Reading, tokenizer: Any, voice: Voice) -> Text:
+    """Rows as windows of at most reading.length tokens. Raises one DataError for all rows that are too long or teach nothing."""
+    found = by_row(rows, reading, tokenizer, voice)
     every = [s for row, own in zip(rows, found, strict=True) for _ in range(row.times) for s in own]
-    windows: list[Window] = pack(every, run.length) if run.packing else [(s,) for s in every]
+    windows: list[Window] = pack(every, reading.length) if reading.packing else [(s,) for s in every]
     return Text(windows, _facts(rows, windows, every))
 
 
-def by_row(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> list[list[Segment]]:
+def by_row(rows: Sequence[Row], reading: Reading, tokenizer: Any, voice: Voice) -> list[list[Segment]]:
     """The segments of every row, at least one each. Raises as `prepare`."""
-    encoded = [encode_row(row, run, tokenizer) for row in rows]
-    if endless := sum(is_endless(row, own, tokenizer, run) for row, own in zip(rows, encoded, strict=True)):
+    encoded = [encode_row(row, reading, tokenizer) for row in rows]
+    if endless := sum(
+        is_endless(row, own, tokenizer, reading) for row, own in zip(rows, encoded, strict=True)
+    ):
         voice.say(
             f"in {endless} conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out"
         )
@@ -151,15 +156,15 @@ def by_row(rows: Sequence[Row], run: Run, tokenizer: Any, voice: Voice) -> list[
         for row, own in zip(rows, encoded, strict=True)
         if row.kind != "text"
     ]
-    if "truncate" not in run.allow:
-        checks.check_overlong(long, run.length)
-    elif n_long := sum(n > run.length for _, n in long):
-        voice.say(f"{n_long} rows are cut off at length={run.length} tokens")
+    if not reading.truncates:
+        checks.check_overlong(long, reading.length)
+    elif n_long := sum(n > reading.length for _, n in long):
+        voice.say(f"{n_long} rows are cut off at length={reading.length} tokens")
         encoded = [
-            own if row.kind == "text" else [t.first(run.length + 1) for t in own]
+            own if row.kind == "text" else [t.first(reading.length + 1) for t in own]
             for row, own in zip(rows, encoded, strict=True)
         ]
-    found = [[s for t in own for s in segments(t, run.length)] for own in encoded]
+    found = [[s for t in own for s in segments(t, reading.length)] for own in encoded]
     idle = [row.where for row, own in zip(rows, found, strict=True) if not own]
     if idle:
         raise DataError(

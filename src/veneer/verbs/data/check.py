@@ -116,7 +116,7 @@ def _content(own: Sequence[Tokens]) -> bytes:
 
 def _problems(part: str, found: Mapping[str, Any], run: Run) -> list[str]:
     told = []
-    if found["too_long"] and "truncate" not in run.allow:
+    if found["too_long"] and not run.truncates:
         told.append(
             f"{part}: {len(found['too_long'])} rows are longer than length={run.length} tokens: {first_few(found['too_long'])}"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from veneer import dtypes
 from veneer.data.pack import Window, n_bytes
+from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.errors import ConfigError, DataError
 from veneer.models import adapted, machine
@@ -20,7 +21,6 @@ from veneer.runs.texts import sources, texts
 from veneer.train import checks
 from veneer.train.loop.evaluate import nats_by_window, sample
 from veneer.train.loop.progress import Voice
-from veneer.train.run import Run
 from veneer.verbs.eval import benchmarks
 
 BASE = "the base"  # as a title: no adapter's name has a space
@@ -127,9 +127,8 @@ def evaluate(
     length = length or min(LENGTH, checks.context(opened.model) or LENGTH)
     checks.check_length(opened.model, length)
     adapted.check(opened.model, wanted, allow)
-    reading = Run(
-        data=("-",), length=length, packing=False, train_on=train_on, allow=("truncate",) if truncate else ()
-    )
+    cut = ("truncate",) if truncate else ()
+    reading = Reading(length=length, packing=False, train_on=train_on, allow=cut)
     read = [_Text.of(name, some, reading, opened, kept) for name, some in rows.items()]
     options = benchmarks.Options(shots, chat, examples or None, batch)
     nats: dict[str, list[Tensor]] = {}
@@ -170,9 +169,11 @@ class _Text(NamedTuple):
     units: str
 
     @classmethod
-    def of(cls, name: str, rows: Sequence[Row], run: Run, opened: adapted.Opened, kept: Voice) -> _Text:
+    def of(
+        cls, name: str, rows: Sequence[Row], reading: Reading, opened: adapted.Opened, kept: Voice
+    ) -> _Text:
         """Raises one DataError for all rows that cannot be measured."""
-        whole = texts.by_row(rows, run, opened.tokenizer, kept)
+        whole = texts.by_row(rows, reading, opened.tokenizer, kept)
         windows: list[Window] = [(s,) for some in whole for s in some]
         checks.check_vocabulary(opened.model, windows)
         owner = torch.tensor([i for i, some in enumerate(whole) for _ in some])

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from veneer.adapt.attached import changes
-from veneer.runs.prepare import FULL, NAME, Ready
+from veneer.runs.prepare import NAME, Ready
 
 
 class Layer(NamedTuple):
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 def layers(ready: Ready) -> list[Layer]:
     """Returns the adapted layers, or the parameters that full fine-tuning trains."""
-    if ready.run.method == FULL:
+    if ready.run.trains_base:
         return [
             Layer(p.name, p.parameter.shape[0], p.parameter[0].numel(), None, p.parameter.numel(), 1.0)
             for p in ready.parts

@@ -16,7 +16,7 @@ from veneer.data.order import Order
 from veneer.data.pack import Window, n_labels, n_tokens
 from veneer.models import machine
 from veneer.runs import fit as training
-from veneer.runs.prepare import FULL, Ready, prepare
+from veneer.runs.prepare import Ready, prepare
 from veneer.train.loop.loop import Pace
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
@@ -80,7 +80,7 @@ def _simulated(ready: Ready, shape: Shape) -> tuple[simulate.Step, simulate.Step
     """Returns a step of this method, and one of full fine-tuning."""
     narrow = ready.run.precision == "bf16"
     states = ready.optimiser.state_bytes(ready.trained)
-    if ready.run.method == FULL:
+    if ready.run.trains_base:
         own = simulate.step(ready.model, shape, full=True, autocast=narrow, states=states)
         return own, own
     own = simulate.step(ready.model, shape, states=states)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from veneer.analyse.cost import simulate
 from veneer.analyse.cost.simulate import Memory
-from veneer.runs.prepare import FULL
+from veneer.train.parts.change import FULL
 from veneer.train.run import Run
 from veneer.verbs.plan.layers import Layer
 from veneer.verbs.plan.probe import Measured
@@ -79,7 +79,7 @@ class Plan:
             "share": self.share,
             "memory_bytes": {
                 run.method: self.memory._asdict(),
-                **({} if run.method == FULL else {FULL: self.full._asdict()}),
+                **({} if run.trains_base else {FULL: self.full._asdict()}),
             },
             "memory_is": "measured" if self.measured else "estimated from shapes",
             "growth_bytes": self.growth,

@@ -8,7 +8,6 @@ from torch import nn
 from veneer.analyse.cost import process_memory
 from veneer.errors import VeneerError
 from veneer.models import pretrained
-from veneer.runs.prepare import FULL, training_precision
 from veneer.train.run import Run
 from veneer.units import size
 
@@ -22,10 +21,10 @@ class NoRoom(VeneerError):
 def check_weights(run: Run, device: torch.device) -> None:
     """Raises NoRoom if the model's weights alone exceed the available memory; loads nothing to find out."""
     n, room = pretrained_size(run.model), process_memory.available(device)
-    narrow = run.method != FULL and training_precision(run, device) == "bf16"
+    narrow = not run.trains_base and run.precision_on(device) == "bf16"
     width = 2 if narrow else 4
     if n is not None and room is not None and n * width > room:
-        other = "" if narrow or run.method == FULL else ", or --precision bf16"
+        other = "" if narrow or run.trains_base else ", or --precision bf16"
         raise NoRoom(
             f"model {run.model!r} has {n:,} parameters, {size(n * width)} in {8 * width} bits, and"
             f" {size(room)} of memory are available on {device}; free memory, use a smaller model{other}"

@@ -16,7 +16,7 @@ from veneer.analyse.cost import simulate
 from veneer.analyse.cost.simulate import Memory, Shape
 from veneer.optim.base.groups import of_adapter
 from veneer.runs import base_model, start_calibration
-from veneer.runs.prepare import FULL, NAME, Ready
+from veneer.runs.prepare import NAME, Ready
 from veneer.train.run import Run
 from veneer.train.speed import compiling
 
@@ -91,7 +91,7 @@ def _precision(ready: Ready, shape: Shape, now: Memory) -> Trials:
 def _rank(ready: Ready, shape: Shape, now: Memory) -> Trials:
     run = ready.run
     known = methods.options_of(methods.get(run.method))
-    if run.method == FULL or "rank" not in known:
+    if run.trains_base or "rank" not in known:
         return
     rank = int(run.options.get("rank", known["rank"].default))
     most = min(MOST, rank.bit_length() - 1)
@@ -109,7 +109,7 @@ def _rank(ready: Ready, shape: Shape, now: Memory) -> Trials:
 
 
 def _memory(ready: Ready, shape: Shape, *, narrow: bool = False) -> Memory:
-    full, bf16 = ready.run.method == FULL, narrow or ready.run.precision == "bf16"
+    full, bf16 = ready.run.trains_base, narrow or ready.run.precision == "bf16"
     base = torch.bfloat16 if narrow and not full else None
     states = ready.optimiser.state_bytes(ready.trained)
     return simulate.step(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from veneer.runs.prepare import FULL
 from veneer.units import duration, size
 from veneer.verbs.plan.layers import kinds
 from veneer.verbs.plan.result import Plan
@@ -44,7 +43,7 @@ def _of_layers(p: Plan) -> list[str]:
 
 
 def _of_memory(p: Plan) -> list[str]:
-    method, alone = p.run.method, p.run.method == FULL
+    method, alone = p.run.method, p.run.trains_base
     columns = {method: p.memory} if alone else {method: p.memory, "full fine-tuning": p.full}
     lines = [f"{'memory':<28}" + "".join(f"{name:>18}" for name in columns)]
     lines += [

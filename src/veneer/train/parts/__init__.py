@@ -1,0 +1,1 @@
+"""Settings of a training in parts, which `train/run.py` joins."""

@@ -1,0 +1,100 @@
+"""Settings of evaluation, speed and output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from veneer.errors import suggest
+from veneer.settings import Range, Settings, setting
+from veneer.train.track import available as trackers
+
+SPARE = "one must be left if the newest is damaged"
+# Checks that allow= may turn off, each by name; the run's record says which were.
+ALLOWED = {
+    "ratio": "a ratio of LoRA+ below 1",
+    "truncate": "cutting rows that are longer than length",
+    "config": "resuming with other settings than the run began with",
+    "data": "resuming with other texts than the run began with",
+    "base": "resuming on another base model than the run began with",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Settings):
+    """Steps at which texts are measured, and how much of each."""
+
+    PANEL = "Evaluation"
+
+    eval_every: int | None = setting(
+        None, "distance of evaluations; a fifth of the run unless given", unit="steps"
+    )
+    eval_windows: int = setting(
+        24, "examples (windows) to evaluate of each text, evenly spaced; 0: all", unit="examples"
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yields a sentence for every value out of range."""
+        yield from Range("1 or more", ("eval_every",), 1).problems(self)
+        yield from Range("0 or more", ("eval_windows",), 0).problems(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed(Settings):
+    """Choices between speed, memory and disk; no figure depends on them beyond rounding."""
+
+    PANEL = "Speed and memory"
+
+    compile: Literal["auto", "on", "off", "graphs"] = setting(
+        "auto",
+        "torch.compile blocks and loss: faster steps, a minute at the start. auto: in long runs;"
+        " graphs: with CUDA graphs (not yet run on a GPU)",
+    )
+    gradient_checkpointing: bool = setting(
+        False, "keep only each block's input and recompute the rest backward: less memory, a third more time"
+    )
+    cache_frozen: bool = setting(
+        False,
+        "cache on disk, in out, the hidden states below the first adapted block, computed once an example",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place(Settings):
+    """The folder of the run, and the files and trackers that it writes to."""
+
+    PANEL = "Output"
+
+    out: str = setting("runs/fit", "folder of the run")
+    save_every: int | None = setting(
+        None, "distance of checkpoints; as eval_every unless given", unit="steps"
+    )
+    keep: int = setting(3, "newest checkpoints to keep, beside the best one", unit="checkpoints")
+    report: bool = setting(
+        True, "measure the strength dial, the layers and samples at the end, and write report.html"
+    )
+    track: tuple[str, ...] = setting(
+        (), f"trackers to log to, without a network; several with commas: {', '.join(trackers())}"
+    )
+    resume: bool = setting(False, "continue in out from the newest valid checkpoint, if any")
+    allow: tuple[str, ...] = setting((), f"checks to turn off: {', '.join(ALLOWED)}")
+
+    def __post_init__(self) -> None:
+        given: Any = self.track  # not fitted to its type yet
+        if isinstance(given, str | tuple | list):
+            entries = [given] if isinstance(given, str) else given
+            names = tuple(name for entry in entries for name in str(entry).split(","))
+            object.__setattr__(self, "track", names)
+        super().__post_init__()
+
+    def problems(self) -> Iterator[str]:
+        """Yields a sentence for every unknown name and value out of range."""
+        yield from Range("1 or more", ("save_every",), 1).problems(self)
+        yield from Range("2 or more", ("keep",), 2, advice=SPARE).problems(self)
+        for name in self.track:
+            if name not in trackers():
+                yield f"track: unknown tracker {name!r}{suggest(name, trackers())}"
+        for name in self.allow:
+            if name not in ALLOWED:
+                yield f"allow: unknown check {name!r}{suggest(name, ALLOWED)}"

@@ -1,0 +1,77 @@
+"""Settings of the optimiser and of the steps that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from veneer import optim
+from veneer.errors import ConfigError
+from veneer.settings import Range, Settings, about, setting
+from veneer.train.parts.options import unsuitable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates(Settings):
+    """The optimiser, its rates and its options."""
+
+    PANEL = "Optimiser"
+
+    optimiser: str = setting("adamw", f"optimiser: {', '.join(optim.available())}")
+    optimiser_options: dict[str, Any] = field(
+        default_factory=dict, metadata=about("the optimiser's own options, such as LoRA+'s ratio")
+    )
+    lr: float | None = setting(
+        None, "peak learning rate (of A, under LoRA+); depends on model, method and optimiser unless given"
+    )
+    embedding_lr: float | None = setting(None, "peak learning rate of embeddings; lr unless given")
+    weight_decay: float = setting(0.0, "decay: W, or the product B A, shrinks by (1 - rate * decay) a step")
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), "AdamW's decay rates of the gradient's mean and square"
+    )
+    clip: float = setting(1.0, "largest norm of the whole gradient; 0: no clipping")
+    label_smoothing: float = setting(
+        0.0, "share of each label spread over all classes in training, not in evaluations"
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yields a sentence for every unknown name, unsuitable option and value out of range."""
+        yield from Range("above 0", ("lr", "embedding_lr"), 0, open=True).problems(self)
+        yield from Range("0 or more", ("weight_decay", "clip"), 0).problems(self)
+        yield from Range("in [0, 1)", ("label_smoothing",), 0, 1).problems(self)
+        if not all(0 <= b < 1 for b in self.betas):
+            yield f"betas must both be in [0, 1), got {self.betas}"
+        try:
+            known = optim.options_of(self.optimiser)
+        except ConfigError as e:
+            yield str(e)
+            return
+        yield from unsuitable(f"optimiser {self.optimiser!r}", self.optimiser_options, known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Settings):
+    """The length of the training, its batches and its schedule."""
+
+    PANEL = "Schedule"
+
+    steps: int | None = setting(None, "length of the training", unit="steps")
+    epochs: float | None = setting(
+        None, "length of the training if steps is not given; 1 unless given", unit="passes over data"
+    )
+    batch: int = setting(8, "examples (windows of text) in one forward pass", unit="examples")
+    accumulate: int = setting(1, "forward passes a step", unit="passes")
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "shape of the rate after warm-up")
+    warmup: float = setting(0.05, "length of the rate's straight rise", unit="share of the steps")
+    seed: int = setting(0, "seed of starts, order, dropout and the split of data")
+
+    def problems(self) -> Iterator[str]:
+        """Yields a sentence for every value out of range or contradiction."""
+        yield from Range("above 0", ("epochs",), 0, open=True).problems(self)
+        yield from Range("0 or more", ("seed",), 0).problems(self)
+        yield from Range("1 or more", ("steps", "batch", "accumulate"), 1).problems(self)
+        yield from Range("in [0, 1)", ("warmup",), 0, 1).problems(self)
+        if self.steps is not None and self.epochs is not None:
+            got = f"{self.steps} and {self.epochs:g}"
+            yield f"steps and epochs both set the length, got {got}; give one of them"
