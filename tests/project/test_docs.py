@@ -15,8 +15,9 @@ from support import tiny
 
 from veneer import methods, optim, settings
 from veneer.adapt.store import problems
-from veneer.cli.commands import VERBS, command
+from veneer.cli.app import command
 from veneer.cli.frame import main
+from veneer.cli.table import VERBS
 from veneer.methods import inits
 from veneer.methods.base import described
 from veneer.runs.fit import fit

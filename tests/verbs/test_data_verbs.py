@@ -80,9 +80,9 @@ FOUND = {"shown": 1, "of": 1, "length": 4, "notes": ["a row is left out"], "rows
 def test_the_mask_is_colour_or_marks():
     plain = coloured_tokens.text(FOUND, False)
     head, row, note = plain.split("\n\n")
-    assert head == "the first 1 of 1 rows; what is learned is between ⟦ and ⟧" and note == "a row is left out"
-    assert row == "w: 4 tokens, 2 learned, longer than length=4\na⟦\n[b]⟧c"
-    line = coloured_tokens.text(FOUND, True).partition("length=4\n")[2].partition("\n\n")[0]
+    assert head == "the first 1 of 1 rows; learned tokens are between ⟦ and ⟧" and note == "a row is left out"
+    assert row == "w: 4 tokens, 2 learned, longer than --length 4\na⟦\n[b]⟧c"
+    line = coloured_tokens.text(FOUND, True).partition("--length 4\n")[2].partition("\n\n")[0]
     assert re.sub(r"\x1b\[[\d;]*m", "", line) == "a↵\n[b]c"
     assert re.findall(r"\x1b\[([\d;]*)m(\[b\]|c)", line) == [("30;42", "[b]"), ("2", "c")]
 

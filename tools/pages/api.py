@@ -6,13 +6,12 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import veneer
 from pages.markdown import escaped, prose, table
 from veneer import errors, methods, settings, sites
-from veneer.cli.commands import VERBS
+from veneer.cli.table import VERBS
 from veneer.methods import inits
 from veneer.methods.base.described import of_doc
 from veneer.train.folder.result import Result
@@ -23,14 +22,8 @@ HEAD = """# Python
 `import veneer` needs PyTorch and safetensors; names are imported when they are first used. Everything that goes wrong for a reason that
 a user can act on is a `veneer.errors.VeneerError`."""
 
-# Verbs whose function is not veneer.verbs.VERB.VERB, and classes that a new method is written with.
-HOMES = {
-    "combine": "veneer.verbs.combine.combine",
-    "extract": "veneer.verbs.combine.extract",
-    "convert-config": "veneer.verbs.convert_config.convert_config",
-    "eval": "veneer.verbs.eval.evaluate.evaluate",
-    "plan": "veneer.verbs.plan.plan.plan",
-}
+# The function of a verb that makes its own call, and classes that a new method is written with.
+HOMES = {"plan": "veneer.verbs.plan.plan:plan"}
 PARTS = {
     "veneer.methods": (methods.Delta, methods.Factors),
     "veneer.sites": (sites.Site,),
@@ -64,9 +57,9 @@ def page() -> str:
 
 
 def _verbs() -> Iterator[Callable[..., Any]]:
-    for verb in sorted(VERBS):
-        module, _, name = HOMES.get(verb, f"veneer.verbs.{verb}.{verb}").rpartition(".")
-        if verb not in veneer.__all__ and find_spec(module) and name in vars(import_module(module)):
+    for verb, row in sorted(VERBS.items()):
+        module, _, name = HOMES.get(verb, row.home).partition(":")
+        if verb not in veneer.__all__ and not module.startswith("veneer.cli."):
             yield getattr(import_module(module), name)
 
 

@@ -1,4 +1,4 @@
-"""The page of the command line: every verb with its examples and its real flags, as typer has them."""
+"""Writes the page of the command line: every verb with its examples and flags, read from typer."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from typing import Any
 from rich.text import Text
 
 from pages.markdown import escaped, table
-from veneer.cli.commands import VERBS, Verb, command
+from veneer.cli.app import command
+from veneer.cli.table import GROUPS, VERBS, Verb
 
 HEAD = """# Command line
 
-Made from the commands themselves: `veneer VERB --help` says the same. Flags may be written with dashes or underscores.
+Generated from the commands: `veneer VERB --help` prints the same. Flags take dashes or underscores.
+`veneer --install-completion` teaches the shell to complete verbs and flags.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 a check ran and said no, 130 or 143 stopped by a signal, all saved."""
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 a check failed, 130 or 143 stopped by a signal,
+everything saved."""
 
 
 def page() -> str:
-    """The whole page."""
-    rows = [(f"[`{name}`](#veneer-{name})", escaped(verb.help)) for name, verb in sorted(VERBS.items())]
-    return (
-        "\n\n".join(
-            [
-                HEAD,
-                table(("verb", "what it does"), rows),
-                *(_verb(name, verb) for name, verb in sorted(VERBS.items())),
-            ]
-        )
-        + "\n"
-    )
+    """Returns the whole page, verbs by group."""
+    parts = [HEAD]
+    for group in GROUPS:
+        own = {name: verb for name, verb in VERBS.items() if verb.group == group}
+        rows = [(f"[`{name}`](#veneer-{name})", escaped(verb.help)) for name, verb in own.items()]
+        parts += [f"**{group}**", table(("verb", "purpose"), rows)]
+    parts += [_verb(name, verb) for name, verb in VERBS.items()]
+    return "\n\n".join(parts) + "\n"
 
 
 def _verb(name: str, verb: Verb) -> str:
@@ -39,9 +38,8 @@ def _verb(name: str, verb: Verb) -> str:
         "```console\n" + "\n".join(f"$ {e}" for e in verb.examples) + "\n```",
     ]
     shown = [p for p in command(name).params if p.name not in ("help", "debug")]
-    for panel, flags in groupby(
-        shown, key=lambda p: getattr(p, "rich_help_panel", None)
-    ):  # of typer's two kinds, one has it
+    # Of typer's two kinds of parameters, one has panels.
+    for panel, flags in groupby(shown, key=lambda p: getattr(p, "rich_help_panel", None)):
         if panel:
             parts.append(f"**{escaped(panel)}**")
         parts.append(table(("flag", "takes", "meaning"), map(_flag, flags)))

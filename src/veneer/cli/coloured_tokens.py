@@ -1,4 +1,4 @@
-"""Tokens on a terminal: what is learned on green, token borders by shade; between ⟦ and ⟧ where there is no colour."""
+"""Shows tokens on a terminal: learned ones on green, or between ⟦ and ⟧ without colours."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ READ = ("default", "dim")
 
 
 def has_colour() -> bool:
-    """Whether stdout is a terminal that shows colours and NO_COLOR is not set."""
+    """Returns True if stdout is a terminal that shows colours and NO_COLOR is not set."""
     console = Console()
     return console.is_terminal and not console.no_color and console.color_system is not None
 
 
+def shown(found: Mapping[str, Any]) -> str:
+    """Returns the tokens in the form that stdout can show."""
+    return text(found, has_colour())
+
+
 def text(found: Mapping[str, Any], colour: bool) -> str:
-    """What `veneer data show` prints."""
+    """Returns the rows of `veneer data show`; token borders are shades of the colour."""
     key = "on green" if colour else "between ⟦ and ⟧"
-    lines = [f"the first {found['shown']} of {found['of']} rows; what is learned is {key}"]
+    lines = [f"the first {found['shown']} of {found['of']} rows; learned tokens are {key}"]
     for row in found["rows"]:
-        warning = f", longer than length={found['length']}" if row["too_long"] else ""
+        warning = f", longer than --length {found['length']}" if row["too_long"] else ""
         lines.append(f"\n{row['where']}: {row['length']} tokens, {row['learned']} learned{warning}")
         lines.append(_coloured(row["tokens"]) if colour else _marked(row["tokens"]))
     return "\n".join([*lines, *(["", *found["notes"]] if found["notes"] else [])])

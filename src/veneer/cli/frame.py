@@ -1,6 +1,6 @@
-"""The frame around every verb: whatever goes wrong becomes one clear message on stderr and an exit code.
+"""Turns every error of a verb into one message on stderr and an exit code.
 
-0 done, 1 failed, 2 wrong usage or configuration, 3 a check ran and said no, 130 or 143 stopped by a signal.
+0 done, 1 failed, 2 wrong usage or configuration, 3 a check failed, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -18,23 +18,28 @@ from veneer.errors import VeneerError
 
 # Optional packages, and the extra of Veneer that brings each.
 EXTRAS = {
-    "transformers": "text", "tokenizers": "text", "yaml": "cli", "matplotlib": "plots", "datasets": "data", "pyarrow": "data",
+    "transformers": "text",
+    "tokenizers": "text",
+    "yaml": "cli",
+    "matplotlib": "plots",
+    "datasets": "data",
+    "pyarrow": "data",
     "lm_eval": "eval",
-}  # fmt: skip
+}
 
 STOPPED = 130
 
 
 @dataclass
 class State:
-    """What verbs tell the frame about this one call."""
+    """State of one call, which verbs may change."""
 
     debug: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line (sys.argv unless given) and returns its exit code."""
-    from veneer.cli.commands import app
+    from veneer.cli.app import app
 
     state = State(debug=os.environ.get("VENEER_DEBUG", "0") not in ("", "0"))
     try:
@@ -56,7 +61,9 @@ SWITCH = re.compile(r"\b(force|resume|untie|packing)=(True|False)\b(?! \(--)")
 
 
 def in_flags(message: str) -> str:
-    """The message with its advice in flags: allow=('base', 'zero') is --allow base --allow zero, force=True is --force."""
+    """The message with its advice in flags: allow=('base', 'zero') is --allow base --allow zero, force=True
+    is --force.
+    """
     message = ALLOW.sub(
         lambda m: " ".join(f"--allow {word}" for word in re.findall(r"'([^']+)'", m[1])), message
     )
@@ -64,7 +71,7 @@ def in_flags(message: str) -> str:
 
 
 def explain(e: Exception) -> tuple[str, int]:
-    """What an error says to the user, and the exit code."""
+    """Returns the message for the user, and the exit code."""
     if isinstance(e, VeneerError):
         return in_flags(str(e)), e.exit_code
     if isinstance(e, TyperException):
@@ -80,7 +87,4 @@ def explain(e: Exception) -> tuple[str, int]:
         return f"this needs the package {package!r}: pip install 'veneer[{EXTRAS[package]}]'", 2
     where = traceback.extract_tb(e.__traceback__)[-1]
     place = f"{os.path.basename(where.filename)}, line {where.lineno}"
-    return (
-        f"{type(e).__name__} in {place}: {e}\nnot foreseen; the same command with --debug shows where it comes from",
-        1,
-    )
+    return f"{type(e).__name__} in {place}: {e}\nunexpected error; rerun with --debug for the traceback", 1

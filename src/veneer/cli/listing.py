@@ -1,4 +1,4 @@
-"""What `veneer methods` shows: every method, start and optimiser with its formula, paper and options."""
+"""Lists every method, start and optimiser with its formula, paper and options."""
 
 from __future__ import annotations
 
@@ -14,8 +14,18 @@ from veneer.methods.base.described import Described, helps_of, of_module, option
 from veneer.settings import describe
 
 
+def listing(names: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns methods, starts and optimisers.
+
+    names: methods, starts or optimisers to list; all unless given
+    """
+    return of(names) if names else every()
+
+
 def every() -> dict[str, Any]:
-    """{"methods": [..], "inits": [..], "optimisers": [..]} with what modules and signatures say, ready for JSON."""
+    """{"methods": [..], "inits": [..], "optimisers": [..]} with what modules and signatures say, ready for
+    JSON.
+    """
     return {
         "methods": [
             {"name": n, **_about(of_module(methods.get(n))), "options": _options(methods.get(n))}
@@ -32,7 +42,7 @@ def every() -> dict[str, Any]:
 
 
 def of(names: Sequence[str]) -> dict[str, Any]:
-    """The same of these alone. Raises ConfigError for all names that nothing has."""
+    """Returns the same for these alone. Raises ConfigError for all unknown names."""
     found = every()
     known = {entry["name"] for entries in found.values() for entry in entries}
     unknown = [
@@ -46,7 +56,7 @@ def of(names: Sequence[str]) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The same for people."""
+    """Returns the listing for people."""
     lines = []
     for m in found["methods"]:
         lines += ["", f"{m['name']}: {m['summary']}", *([f"  {m['paper']}"] if m["paper"] else [])]

@@ -1,10 +1,12 @@
-"""Words and flags that every verb of the command line shares."""
+"""Holds the settings and flags that all verbs share."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+
+from veneer.cli.panels import OUTPUT
 
 
 def _dashed(word: str) -> str:
@@ -15,14 +17,11 @@ WORDS = {"token_normalize_func": _dashed, "help_option_names": ["-h", "--help"]}
 
 
 def remember_debug(ctx: typer.Context, value: bool) -> None:
-    """Tells the frame that errors are to be shown with where they come from."""
+    """Asks the frame to show tracebacks."""
     if value and ctx.obj is not None:
         ctx.obj.debug = True
 
 
-Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug", callback=remember_debug, help="Show where an error comes from (also: VENEER_DEBUG=1)."
-    ),
-]
+HELP = "Show an error's traceback (also: VENEER_DEBUG=1)."
+Debug = Annotated[bool, typer.Option("--debug", callback=remember_debug, help=HELP, rich_help_panel=OUTPUT)]
+DebugAll = Annotated[bool, typer.Option("--debug", callback=remember_debug, help=HELP)]  # before the verb

@@ -251,3 +251,8 @@ def text(found: Examination) -> str:
             "the core works" if found.healthy else "something that the core needs is broken, see NO above",
         ]
     )
+
+
+def exit_code(found: Examination) -> int:
+    """Returns 0 if the core works, else 3."""
+    return 0 if found.healthy else 3

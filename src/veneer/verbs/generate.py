@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -56,3 +56,8 @@ def generate(
             text = asked(prompt, opened.tokenizer, own) if chat else prompt
             found[title] = continuation(opened.model, opened.tokenizer, text, chat=chat, seed=seed, **options)
     return found
+
+
+def text(found: Mapping[str, str]) -> str:
+    """Returns the continuations below each other, for people."""
+    return "\n\n".join(f"== {name}\n{continued}" for name, continued in found.items())

@@ -67,6 +67,11 @@ def merge(
     return verdict
 
 
+def text(verdict: Verdict) -> str:
+    """Returns the verdict for people."""
+    return str(verdict)
+
+
 def _check_packed(model: nn.Module, format: str) -> None:
     """Raises ConfigError unless every changed layer of the model is one in this format."""
     there = formats(model)

@@ -1,0 +1,184 @@
+"""Makes the calls of verbs that take the settings of a Run, from a file and from flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from veneer.cli import flags, given
+from veneer.cli.calls import Call, Json, show
+from veneer.cli.panels import panel_of
+from veneer.cli.words import Debug
+
+if TYPE_CHECKING:
+    from veneer.train.folder.result import Change, Result
+    from veneer.train.run import Run
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        exists=True,
+        dir_okay=False,
+        metavar="<file.yaml>",
+        help="Settings from a file; flags replace them.",
+        rich_help_panel=panel_of("config"),
+    ),
+]
+Configs = Annotated[
+    list[Path],
+    typer.Argument(
+        exists=True,
+        dir_okay=False,
+        metavar="FILE.yaml...",
+        help="One file of settings for each run.",
+        show_default=False,
+    ),
+]
+Probe = Annotated[
+    bool,
+    typer.Option(
+        help="Measure seconds and bytes in five steps, in memory.", rich_help_panel=panel_of("probe")
+    ),
+]
+Action = Annotated[
+    Literal["show", "check"],
+    typer.Argument(help="show: rows as tokens, the learned ones marked; check: counts, lengths, leaks."),
+]
+Files = Annotated[
+    list[str] | None, typer.Argument(metavar="TEXT", help="Texts, as by --data.", show_default=False)
+]
+Rows = Annotated[int, typer.Option("--rows", metavar="<integer>", help="Rows to show.")]
+# The settings of a Run that decide how texts are read and learned.
+READING = (
+    "data model valid test known batch accumulate length packing train_on train_roles seed allow".split()
+)
+
+
+def fit() -> Call:
+    """Returns the call of `veneer fit`."""
+    from veneer.runs.fit import fit as start
+
+    every = _of_run()
+
+    def call(*, config: Config = None, as_json: Json = False, debug: Debug = False, **values: Any) -> None:
+        result = start(_run(config, every, values))
+        show(_record(result) if as_json else result, summary, as_json)
+
+    return flags.declare(call, every)
+
+
+def fit_many() -> Call:
+    """Returns the call of `veneer fit-many`."""
+    from veneer.runs.fit_many import fit_many as start
+
+    every = [f for f in _of_run() if f.name != "out"]  # no two runs have one folder: each file names its own
+
+    def call(files: Configs, *, as_json: Json = False, debug: Debug = False, **values: Any) -> None:
+        results = start([_run(file, every, values) for file in files])
+        show(list(map(_record, results)) if as_json else results, summaries, as_json)
+
+    return flags.declare(call, every)
+
+
+def plan() -> Call:
+    """Returns the call of `veneer plan`."""
+    from veneer.verbs.plan.plan import plan as run
+    from veneer.verbs.plan.text import text
+
+    every = _of_run()
+
+    def call(
+        *,
+        config: Config = None,
+        probe: Probe = True,
+        as_json: Json = False,
+        debug: Debug = False,
+        **values: Any,
+    ) -> int:
+        found = run(_run(config, every, values), probe=probe)
+        show(found, text, as_json)
+        return 0 if found.problem is None else 3
+
+    return flags.declare(call, every)
+
+
+def data() -> Call:
+    """Returns the call of `veneer data`."""
+    from veneer.cli import coloured_tokens
+    from veneer.train.run import Run
+    from veneer.verbs.data.check import check, text
+    from veneer.verbs.data.show import show as rows_of
+
+    every = [f for f in flags.of_settings(Run) if f.name in READING]
+
+    def call(
+        action: Action,
+        files: Files = None,
+        *,
+        rows: Rows = 3,
+        config: Config = None,
+        as_json: Json = False,
+        debug: Debug = False,
+        **values: Any,
+    ) -> int:
+        run = _run(config, every, {**values, "data": [*(values["data"] or []), *(files or [])]})
+        if action == "show":
+            show(rows_of(run, rows), coloured_tokens.shown, as_json)
+            return 0
+        checked = check(run)
+        show(checked, text, as_json)
+        return 3 if checked.wrong else 0
+
+    return flags.declare(call, every)
+
+
+def _of_run() -> list[flags.Flag]:
+    """Returns the flags of a Run: its settings, and every option of every method and optimiser."""
+    from veneer.train.run import Run
+
+    return [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers()]
+
+
+def _run(config: Path | None, every: list[flags.Flag], values: dict[str, Any]) -> Run:
+    """Returns the run of a file's settings and the flags that replace them."""
+    from veneer import settings
+    from veneer.train.run import Run
+
+    file = {} if config is None else settings.read_yaml(config.read_text(encoding="utf-8"), str(config))
+    chosen = given.over(file, given.values(every, values))
+    given.check_optimiser(every, values, str(chosen.get("optimiser", Run.optimiser)))
+    return Run.from_dict(chosen)
+
+
+def _record(result: Result) -> dict[str, Any]:
+    return {"folder": str(result.folder), **result.metrics}
+
+
+def summaries(results: Sequence[Result]) -> str:
+    """Returns the outcomes of several trainings, for people."""
+    return "\n\n".join(f"== {result.folder}\n{summary(result)}" for result in results)
+
+
+def summary(result: Result) -> str:
+    """Returns the outcome of a training, for people."""
+    from veneer.analyse.numbers import started
+
+    lines = [_measured(f"learned ({result.metrics['learned']['text']})", result.learned)]
+    if result.forgotten:
+        lines.append(_measured("forgotten (known)", result.forgotten))
+    if "start" in result.metrics:
+        lines.append(started(result.metrics["start"]))
+    page = result.folder / "report.html"
+    if page.is_file():
+        lines.append(f"report: {page}")
+    ending = [f"adapter: {result.adapter}", f"next: veneer generate PROMPT --adapter {result.folder}"]
+    return "\n".join([*lines, *ending])
+
+
+def _measured(name: str, change: Change) -> str:
+    share = (change.after - change.before) / change.before
+    return f"{name:<18} {change.before:.3f} -> {change.after:.3f} bits per byte ({share:+.1%})"

@@ -1,0 +1,180 @@
+"""Lists the commands: what each does, with examples, and the function behind it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """One row of `veneer --help`.
+
+    home: "module:function". The module also holds `text(outcome)`, which writes the function's outcome for
+    people. checks: the module holds `exit_code(outcome)` besides. own: the function makes the call itself,
+    with its flags.
+    """
+
+    group: str
+    help: str
+    examples: tuple[str, ...]
+    home: str
+    checks: bool = False
+    own: bool = False
+
+
+ADAPT, LOOK, CARRY, MEASURE = "Adapt a model", "Look", "Carry elsewhere", "Measure and check"
+GROUPS = (ADAPT, LOOK, CARRY, MEASURE)
+FIRST = ("demo", "fit", "generate", "eval", "merge")  # what `veneer` alone shows
+
+VERBS = {
+    "demo": Verb(
+        ADAPT,
+        "Adapt the built-in model in three ways and compare learning and forgetting.",
+        ("veneer demo", "veneer demo --steps 20 --out runs/short"),
+        "veneer.verbs.demo:demo",
+    ),
+    "fit": Verb(
+        ADAPT,
+        "Adapt a model to texts by any method, and measure learning and forgetting.",
+        (
+            "veneer fit --data notes.txt --out runs/notes",
+            "veneer fit --model ./llama --data chats.jsonl --method dora --rank 16 --lr 2e-4",
+            "veneer fit --config run.yaml --steps 500",
+        ),
+        "veneer.cli.run_verbs:fit",
+        own=True,
+    ),
+    "fit-many": Verb(
+        ADAPT,
+        "Train several runs side by side on one base in memory, each as it would be alone.",
+        (
+            "veneer fit-many french.yaml formal.yaml",
+            "veneer fit-many runs/*.yaml --model ./llama --steps 500",
+        ),
+        "veneer.cli.run_verbs:fit_many",
+        own=True,
+    ),
+    "plan": Verb(
+        ADAPT,
+        "Forecast a training's memory and time; exit code 3 if it will not fit.",
+        (
+            "veneer plan --data notes.txt",
+            "veneer plan --model ./llama --data chats.jsonl --method dora --rank 16",
+            "veneer plan --config run.yaml --no-probe --json",
+        ),
+        "veneer.cli.run_verbs:plan",
+        own=True,
+    ),
+    "generate": Verb(
+        LOOK,
+        "Continue a prompt by the base model and by adapters, side by side.",
+        (
+            'veneer generate "def area(" --adapter runs/notes',
+            'veneer generate "The statement" --adapter runs/a --adapter runs/b@0.5 --tokens 100',
+        ),
+        "veneer.verbs.generate:generate",
+    ),
+    "inspect": Verb(
+        LOOK,
+        "Show an adapter's change of each layer, and whether a merge would keep it.",
+        ("veneer inspect runs/notes", "veneer inspect runs/notes --json"),
+        "veneer.verbs.inspect:inspect",
+    ),
+    "report": Verb(
+        LOOK,
+        "Write report.html, the page of a finished run, from the files in its folder.",
+        ("veneer report runs/notes", 'veneer report runs/notes --measure --prompt "def area("'),
+        "veneer.verbs.report:report",
+    ),
+    "data": Verb(
+        LOOK,
+        "Show texts as tokens, learned ones marked, or check them; exit code 3 if a check fails.",
+        (
+            "veneer data show chats.jsonl --model ./llama",
+            "veneer data check chats.jsonl --valid held_out.jsonl --length 512",
+        ),
+        "veneer.cli.run_verbs:data",
+        own=True,
+    ),
+    "methods": Verb(
+        LOOK,
+        "List methods, starts and optimisers, with options and papers.",
+        ("veneer methods", "veneer methods lora --json"),
+        "veneer.cli.listing:listing",
+    ),
+    "merge": Verb(
+        CARRY,
+        "Write adapters into a copy of their base; exit code 3 if rounding would lose them.",
+        ("veneer merge runs/notes --out merged", "veneer merge runs/a@0.5 runs/b --out merged --dtype fp32"),
+        "veneer.verbs.merge:merge",
+    ),
+    "export": Verb(
+        CARRY,
+        "Write base and adapters as one Hugging Face folder; exit code 3 if that loses them.",
+        (
+            "veneer export ./llama --adapter runs/notes --out exported --dtype fp16",
+            "veneer export builtin --adapter runs/a@0.5 --adapter runs/b --out exported --shard-size 500MB",
+        ),
+        "veneer.verbs.export:export",
+    ),
+    "combine": Verb(
+        CARRY,
+        "Make one plain LoRA adapter from several, weighted, or from one at a lower rank.",
+        (
+            "veneer combine runs/a@0.7 runs/b@0.3 --out mixed --rank 16",
+            "veneer combine runs/a --out small --energy 0.9",
+            "veneer combine runs/a runs/b --out mixed --how ties --rank 32",
+        ),
+        "veneer.verbs.combine:combine",
+    ),
+    "extract": Verb(
+        CARRY,
+        "Make a LoRA adapter of the difference between a fine-tuned model and its base.",
+        (
+            "veneer extract ./tuned --base ./llama --out adapter --rank 32",
+            "veneer extract ./tuned --base ./llama --out adapter --energy 0.9",
+        ),
+        "veneer.verbs.combine:extract",
+    ),
+    "convert": Verb(
+        CARRY,
+        "Carry an adapter to or from PEFT, kohya, diffusers, torchtune, mlx-lm, LitGPT, vLLM.",
+        (
+            "veneer convert runs/notes --to vllm --out served",
+            "veneer convert lora.safetensors --model ./llama --out adapter",
+        ),
+        "veneer.verbs.convert:convert",
+    ),
+    "convert-config": Verb(
+        CARRY,
+        "Translate a run's settings from axolotl, LLaMA-Factory, torchtune or mlx-lm.",
+        (
+            "veneer convert-config axolotl.yml --out run.yaml",
+            "veneer convert-config sft.yaml --tool llamafactory --json",
+        ),
+        "veneer.verbs.convert_config:convert_config",
+    ),
+    "eval": Verb(
+        MEASURE,
+        "Measure a base and its adapters on texts and benchmarks, side by side, with intervals.",
+        (
+            "veneer eval builtin --adapter runs/notes --data builtin:prose --data builtin:known",
+            "veneer eval ./llama --adapter runs/a --adapter runs/b@0.75 --data new.jsonl --tasks arc_easy",
+            "veneer eval ./llama --tasks my_task --task-folder ./tasks",
+        ),
+        "veneer.verbs.eval.evaluate:evaluate",
+    ),
+    "verify": Verb(
+        MEASURE,
+        "Check that an adapter is complete, loads and has an effect; exit code 3 if not.",
+        ("veneer verify runs/notes", "veneer verify adapter --model ./llama --dtype bf16"),
+        "veneer.verbs.verify:verify",
+        checks=True,
+    ),
+    "doctor": Verb(
+        MEASURE,
+        "Check machine and installation by feature; exit code 3 if the core is broken.",
+        ("veneer doctor", "veneer doctor --json"),
+        "veneer.verbs.doctor:doctor",
+        checks=True,
+    ),
+}
