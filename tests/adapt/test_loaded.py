@@ -1,4 +1,6 @@
-"""Reading an adapter leaves the model alone; attaching what was read is loading; banks check adapters where they serve."""
+"""Reading an adapter leaves the model alone; banks check an adapter where they will serve it.
+they serve.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Weights in 8 and 4 bits: the formats against their definition, the product against the unpacked matrix, and models of them."""
+"""Weights in 8 and 4 bits: the formats against their definition, the product against the unpacked matrix, and
+models of them.
+"""
 
 from __future__ import annotations
 
@@ -430,10 +432,16 @@ def test_adapters_know_the_quantised_base_that_they_were_made_on(tmp_path):
     veneer.save(model, tmp_path / "a")
     again = veneer.load(veneer.quantise(models.llama(), "nf4"), tmp_path / "a")
     assert torch.equal(models.output(again), y)
-    told = r"another base: the adapter's is quantised \(nf4\), this model is plain; veneer\.quantise\(model, 'nf4'\) first"
+    told = (
+        r"another base: the adapter's is quantised \(nf4\), this model is plain; veneer\.quantise\(model, "
+        r"'nf4'\) first"
+    )
     with pytest.raises(FormatError, match=told):
         veneer.load(models.llama(), tmp_path / "a")
-    told = r"another base: the adapter's is quantised \(nf4\), this model is quantised \(int8\); open it as it was then"
+    told = (
+        r"another base: the adapter's is quantised \(nf4\), this model is quantised \(int8\); open it as "
+        r"it was then"
+    )
     with pytest.raises(FormatError, match=told):
         veneer.load(veneer.quantise(models.llama(), "int8"), tmp_path / "a")
     allowed = veneer.load(models.llama(), tmp_path / "a", allow="base")

@@ -205,6 +205,9 @@ def test_adapters_of_different_bases_are_not_opened_together(folder):
         fit(Run(**tiny.settings(folder, out=str(folder / "plainly"), steps=4)), progress=False)
     with pytest.raises(
         ConfigError,
-        match=r"bases have different forms \(.*nf4: quantised \(nf4\), .*plainly: plain\); use the adapters one",
+        match=(
+            r"bases have different forms \(.*nf4: quantised \(nf4\), .*plainly: plain\); use the adapters "
+            r"one"
+        ),
     ):
         adapted.open_all([str(out), str(folder / "plainly")])

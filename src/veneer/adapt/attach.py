@@ -15,7 +15,10 @@ from veneer.adapt.store import store
 from veneer.adapt.store.loaded import Loaded
 from veneer.errors import ConfigError
 from veneer.methods import Delta, Stats
+from veneer.sites import Site
 from veneer.sites.find import Target
+
+DEFAULT = "default"
 
 
 def attach(
@@ -24,15 +27,14 @@ def attach(
     *,
     to: Target | None = None,
     exclude: Target = (),
-    name: str = "default",
+    name: str = DEFAULT,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     untie: bool = False,
     stats: Mapping[str, Stats] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Attaches a new adapter `name` and returns the model; the adapter acts at strength 1 and alone takes
-    gradients.
+    """Attaches a new adapter `name`, which acts and alone takes gradients, and returns the model.
 
     method: a method's name or class, or an adapter from `veneer.read`, which takes no options. to, exclude:
     None (the method's choice, mostly "all-linear"), "all-linear", a regular expression for whole layer names,
@@ -54,10 +56,20 @@ def attach(
     check_patterns(sites, {**(rank_pattern or {}), **(alpha_pattern or {})})
     per_site = [options_at(s.name, kind, options, rank_pattern, alpha_pattern) for s in sites]
     hooks.check_name(model, name)
+    _key_draws(sites, name)
     hooks.hang(model, name, build_all(kind, sites, per_site, stats))
     switch.train_only(model, name)
     calls.watch(model)
     return model
+
+
+def _key_draws(sites: list[Site], adapter: str) -> None:
+    """Keys the layers' draws by their name and the adapter's, so that several adapters start apart.
+
+    "default" draws by the layer's name alone, as files of earlier versions did.
+    """
+    for site in sites:
+        site.key = site.name if adapter == DEFAULT else f"{site.name}\0{adapter}"
 
 
 def _refuse_options(*given: Any) -> None:

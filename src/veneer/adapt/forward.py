@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.methods import Delta, Factors
-from veneer.methods.base.protocols import AddsInPlace, GainsInput, Served
+from veneer.methods.base.protocols import AddsInPlace, FollowsBase, GainsInput, Served
 from veneer.ops.lowrank import expand, project
 from veneer.sites import Site
 from veneer.sites.quantised_linear import QuantisedLinear
@@ -218,6 +218,13 @@ class Deltas(nn.Module):
 
         super()._apply(kept, recurse)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """Loads the deltas; those that hold numbers computed from W follow the W that was just loaded."""
+        super()._load_from_state_dict(*args, **options)
+        for delta in self.children():
+            if isinstance(delta, FollowsBase):
+                delta.refresh(self.site)
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules

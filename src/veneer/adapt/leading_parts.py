@@ -54,7 +54,7 @@ class Ahead:
         now, self._alike[key] = self._alike[key][:n], self._alike[key][n:]
         sites = [self._sites[i] for i in now]
         weights = [s.weight().detach().to(master_dtype(s)) for s in sites]
-        draws = [keyed(self._seeds[i], self._sites[i].name) for i in now]
+        draws = [keyed(self._seeds[i], self._sites[i].key) for i in now]
         self._found.update(zip(now, (Svd(*t) for t in leading_svds(weights, rank, draws)), strict=True))
 
 

@@ -17,7 +17,7 @@ from veneer.optim.base.groups import adamw, by_rate, of_base
 from veneer.train import relora
 
 BETAS = (0.9, 0.95)
-NAME = "relora"  # of the adapter
+NAME = "default"  # of the adapter
 
 
 def add_arguments(p: ArgumentParser) -> None:

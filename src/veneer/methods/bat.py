@@ -53,6 +53,11 @@ class Bat(DenseDelta, PeftStored):
         if site.kind not in ROWWISE:
             return super().forward(x, y, site)
 
+        if site.trains:
+            return recomputed.product(
+                x.to(y.dtype), lambda B, W: affine(W.to(y.dtype), B.to(y.dtype)), (self.B, site.weight())
+            )
+
         def change(B: Tensor) -> Tensor:
             return affine(site.weight().detach().to(y.dtype), B.to(y.dtype))
 

@@ -83,7 +83,7 @@ class Bottleneck(Delta):
         self.scaling = (4.0 if self.parallel else 1.0) if scaling is None else scaling
         width = site.in_ if self.parallel else site.out
         check_free_rank(rank, site)
-        D = (torch.rand(rank, width, generator=keyed(seed, site.name)) * 2 - 1) / math.sqrt(width)
+        D = (torch.rand(rank, width, generator=keyed(seed, site.key)) * 2 - 1) / math.sqrt(width)
         like = torch.empty(0, dtype=master_dtype(site), device=site.device)
         self.D, self.a = nn.Parameter(D.to(like)), nn.Parameter(like.new_zeros(rank))
         self.U, self.u = nn.Parameter(like.new_zeros(site.out, rank)), nn.Parameter(like.new_zeros(site.out))

@@ -23,15 +23,16 @@ from torch import Tensor, nn
 from veneer.methods.base.delta import FactoredDelta, master_dtype
 from veneer.methods.base.factors import Factors
 from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors, peft_shapes
-from veneer.methods.base.protocols import SubtractsStart
+from veneer.methods.base.protocols import FollowsBase, SubtractsStart
 from veneer.methods.base.stats import Stats
 from veneer.methods.lora import LoRA
+from veneer.ops.lowrank import is_traced
 from veneer.ops.matrix.linalg import row_norms, row_norms_of_sum
 from veneer.sites import Site
 
 
 @final
-class DoRA(FactoredDelta, SubtractsStart, PeftStored):
+class DoRA(FactoredDelta, SubtractsStart, FollowsBase, PeftStored):
     """A LoRA pair and a magnitude m (out,). The norm is a constant in the backward (section 4.3 of the
     paper)."""
 
@@ -77,13 +78,26 @@ class DoRA(FactoredDelta, SubtractsStart, PeftStored):
             low = lora.factors(site)
             start = row_norms_of_sum(site.weight(), norms.square(), low.A.detach(), low.B.detach())
         self.m = nn.Parameter(start.clone())
-        # Constant: attached changes never write the base.
         self.register_buffer("norms", norms, persistent=False)
+        self.stamp = site.stamp()
+
+    def refresh(self, site: Site) -> None:
+        self.norms = row_norms(site.weight().detach()).to(self.norms)
+        self.stamp = site.stamp()
+
+    def base_norms(self, site: Site) -> Tensor:
+        """Returns ||W|| by row; computed in every pass if W trains, else only after W was written to."""
+        if site.trains:
+            return row_norms(site.weight().detach()).to(self.norms.dtype)
+        stamp = None if is_traced() else site.stamp()
+        if stamp is not None and stamp != self.stamp:
+            self.refresh(site)
+        return self.norms
 
     def factors(self, site: Site) -> Factors:
         low = self.lora.factors(site)
         with torch.no_grad():
-            norm = row_norms_of_sum(site.weight(), self.norms.square(), low.A, low.B)
+            norm = row_norms_of_sum(site.weight(), self.base_norms(site).square(), low.A, low.B)
         safe = torch.where(norm > 0, norm, 1)  # a row of zeros (a padding token) stays one
         return Factors(low.A, low.B, torch.where(norm > 0, self.m / safe, 1))
 

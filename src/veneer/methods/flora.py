@@ -53,7 +53,7 @@ class FLoRA(DenseDelta, GainsInput):
         check_free_rank(rank, site)
         like = torch.empty(0, dtype=master_dtype(site), device=site.weight().device)
         A, B = torch.ones(rank, site.in_), torch.zeros(site.out, rank)
-        A[1:] = 2 * torch.randint(0, 2, (rank - 1, site.in_), generator=keyed(seed, site.name)) - 1
+        A[1:] = 2 * torch.randint(0, 2, (rank - 1, site.in_), generator=keyed(seed, site.key)) - 1
         B[:, 0] = 1
         self.A, self.B = nn.Parameter(A.to(like)), nn.Parameter(B.to(like))
 

@@ -55,7 +55,7 @@ class LoLDU(FactoredDelta):
         check_choice("basis", basis, BASES)
         scaling = scaling_of(alpha, rank, default=1.0)
         W = precise(site.weight().detach())
-        L, z, U = leading_svd(W, rank, keyed(seed, site.name)) if basis == "svd" else _ldu(W, rank)
+        L, z, U = leading_svd(W, rank, keyed(seed, site.key)) if basis == "svd" else _ldu(W, rank)
         dtype = master_dtype(site)
         sigma = torch.tensor(scaling, dtype=dtype, device=W.device)
         for name, t in (("L", L), ("U", U), ("z0", z), ("sigma0", sigma)):

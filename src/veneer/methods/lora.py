@@ -82,7 +82,7 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
         self.stabilised, self.dropout = stabilised, dropout
         self.scaling = self.alpha / (math.sqrt(rank) if stabilised else rank)
         W = site.weight().detach().to(master_dtype(site))
-        given = inits.Start(W, rank, self.scaling, keyed(seed, site.name), site.kind == "embedding", stats)
+        given = inits.Start(W, rank, self.scaling, keyed(seed, site.key), site.kind == "embedding", stats)
         A, B = chosen.start(given, **(init_options or {}))
         shifted = not A.is_meta and bool(A.any()) and bool(B.any()) and chosen.NEEDS != "residual"
         self._hold(A, B, A.clone() if shifted else None, B.clone() if shifted else None)

@@ -47,7 +47,7 @@ class LoRAXS(FactoredDelta):
         check_rank(rank, site)
         check_dropout(dropout)
         self.dropout, self.scaling = dropout, scaling_of(alpha, rank, default=1.0)
-        U, S, Vh = leading_svd(site.weight().detach(), rank, keyed(seed, site.name))
+        U, S, Vh = leading_svd(site.weight().detach(), rank, keyed(seed, site.key))
         dtype = master_dtype(site)
         self.register_buffer("A", Vh.to(dtype).clone())
         self.register_buffer("L", (U * S).to(dtype))

@@ -71,7 +71,7 @@ class Prefix(Delta, OpensModel, PeftKind):
         if not isinstance(site, AttentionSite):
             raise SiteError(f"prefix adds to attentions; {site.name!r} was given as a matrix")
         check_free_rank(length, site, 1 << 16)
-        draw, like = keyed(seed, site.name), site.weight()
+        draw, like = keyed(seed, site.key), site.weight()
         K, V = (start * torch.randn(2, site.heads, length, site.head_dim, generator=draw)).to(
             like.device, master_dtype(site)
         )

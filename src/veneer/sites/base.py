@@ -31,6 +31,7 @@ class Site(ABC):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
+        self.key = name  # of random draws, together with a seed; other adapters of the layer get another one
         self.out, self.in_ = self.weight().shape
 
     @abstractmethod
@@ -63,6 +64,21 @@ class Site(ABC):
     def device(self) -> torch.device:
         """Where W lies."""
         return self.weight().device
+
+    @property
+    def trains(self) -> bool:
+        """Returns True if the layer's own parameters take gradients."""
+        return any(p.requires_grad for p in self.module.parameters(recurse=False))
+
+    def stamp(self) -> tuple[Any, ...] | None:
+        """Returns a value that changes when W is written to or replaced, or None under a tracer.
+
+        Writes through `.data` that keep the storage leave no trace.
+        """
+        own = list(self.module.parameters(recurse=False))
+        if not all(type(p) is nn.Parameter for p in own):
+            return None
+        return tuple((id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in own)
 
     def mix(self, h: Tensor, B: Tensor) -> Tensor:
         """A mix of channels of apply's output: k -> out by B (out, k)."""

@@ -23,7 +23,7 @@ class EmbeddingSite(Site):
         self.module.weight.copy_(W.mT)
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
-        h = F.embedding(x, M.mT)
+        h = F.embedding(x, M.mT, self.module.padding_idx)  # whose row takes no gradient, as in the base
         scale = getattr(self.module, "embed_scale", None)  # transformers' Gemma, BART
         return h if scale is None else h * torch.as_tensor(scale, dtype=h.dtype, device=h.device)
 

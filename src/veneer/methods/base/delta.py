@@ -97,7 +97,9 @@ class DenseDelta(Delta):
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         x = self.dropped(x, y, site)
-        if site.kind not in ROWWISE or is_traced() or not torch.is_grad_enabled():
+        # A base that trains takes gradients through delta() too.
+        plainly = site.trains or is_traced() or not torch.is_grad_enabled()
+        if site.kind not in ROWWISE or plainly:
             return site.apply(x, self.delta(site).to(y.dtype))
         trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
 

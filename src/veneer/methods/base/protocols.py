@@ -55,6 +55,14 @@ class AddsInPlace(ABC):
         """Returns y plus the change, which acts alone in full. writable: y may be overwritten."""
 
 
+class FollowsBase(ABC):
+    """A change that holds numbers computed from W, which are computed again after W was written to."""
+
+    @abstractmethod
+    def refresh(self, site: Site) -> None:
+        """Computes them from the W that is there now."""
+
+
 class OpensModel(ABC):
     """A method that prepares the whole model before its first change is attached, and restores it after the
     last."""
