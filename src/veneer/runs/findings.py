@@ -53,16 +53,20 @@ def examine(
     """
     begun = time.monotonic()
     model.eval()
-    found = {
-        "base_parameters": n_base_parameters(model),
-        "dial": dialled(model, name, texts, objective, batch=run.batch, between=between),
-        "layers": layers(model, name, voice),
-        "preview": preview(texts["train"].windows, tokenizer),
-    }
+    with voice.phase("measuring strengths"):
+        dial = dialled(model, name, texts, objective, batch=run.batch, between=between)
+    with voice.phase("measuring layers"):
+        found = {
+            "base_parameters": n_base_parameters(model),
+            "dial": dial,
+            "layers": layers(model, name, voice),
+            "preview": preview(texts["train"].windows, tokenizer),
+        }
     between()
-    found["samples"] = samples(
-        model, name, tokenizer, texts, prompts=prompts, seed=run.seed, voice=voice, between=between
-    )
+    with voice.phase("sampling"):
+        found["samples"] = samples(
+            model, name, tokenizer, texts, prompts=prompts, seed=run.seed, voice=voice, between=between
+        )
     return {**found, "report_seconds": time.monotonic() - begun}
 
 

@@ -121,7 +121,8 @@ def end(begun: Begun, loop: Loop, position: Position, wish: Wish) -> Result:
     ready, out, voice, run = begun.ready, begun.out, begun.voice, begun.ready.run
     try:
         loop.take_best()
-        after = {**position.best, **loop.measure([name for name in loop.texts if name == "test"])}
+        with voice.phase("measuring test text"):
+            after = {**position.best, **loop.measure([name for name in loop.texts if name == "test"])}
     except Stop:
         raise loop.interrupted() from None
     compiling.restore(ready.model)

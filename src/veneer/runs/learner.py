@@ -82,9 +82,9 @@ def _compiled(ready: Ready, plain: Learner, order: Order, voice: Voice) -> Learn
     batch = learner.batch(order.step(0)[0], device)
     objective = compiling.prepare(ready.model, batch, compiled=True, with_graphs=run.compile == "graphs")
     objective = in_precision(run, objective, device)
-    voice.show(0, "the model", "compiling")
     try:
-        seconds = compiling.warm_up(ready.model, objective, batch, smoothing=run.label_smoothing)
+        with voice.phase("compiling the model"):
+            seconds = compiling.warm_up(ready.model, objective, batch, smoothing=run.label_smoothing)
     except ConfigError as e:
         if run.compile != "auto":
             raise

@@ -60,8 +60,10 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     only_shapes: what is trained need not start where a training would start.
     """
     run = decided(texts.named(run), device)
-    tokenizer, ready = read(run, voice)
-    model, stats = base_model.base(run, run.base_dtype, device, voice, only_shapes=only_shapes)
+    with voice.phase("reading texts"):
+        tokenizer, ready = read(run, voice)
+    with voice.phase("loading the model"):
+        model, stats = base_model.base(run, run.base_dtype, device, voice, only_shapes=only_shapes)
     checks.check_length(model, run.length)
     checks.check_vocabulary(model, (w for t in ready.values() for w in t.windows))
     base = {"model": run.model, "class": type(model).__name__, "sha256": fingerprint.measure(model)["sha256"]}
@@ -73,7 +75,8 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
             if blank
             else start_calibration.look(model, run, ready["train"].windows, pad, voice)
         )
-    parts = adapt(model, run, stats)
+    with voice.phase("starting the adapter"):
+        parts = adapt(model, run, stats)
     begun = {} if only_shapes else _begun(model, run, stats, voice)
     compiling.recompute(model, run.gradient_checkpointing)
     ids = _try_out(model, run, ready)

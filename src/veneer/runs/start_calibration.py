@@ -63,6 +63,7 @@ def look(model: nn.Module, run: Run, windows: Sequence[Window], pad: int, voice:
         1,
     )
     to = "|".join(re.escape(site.name) for site in _sites(model, run))
-    found = calibrate(model, batches, rank=rank, to=to, untie=run.untie, loss=loss, seed=run.seed)
+    with voice.phase("calibrating the start"):
+        found = calibrate(model, batches, rank=rank, to=to, untie=run.untie, loss=loss, seed=run.seed)
     voice.say(f"init {run.options['init']!r} looked at {len(chosen)} windows of the training's text")
     return found

@@ -85,8 +85,8 @@ def demo(
             result = fit(run, progress=progress)
         except ConfigError as e:
             raise ConfigError(f"{e}\nor remove what an earlier demo left there: fresh=True (--fresh)") from e
-        voice.say("measuring what was learned and forgotten, at several strengths")
-        rows.append(judge.row(target, label, result))
+        with voice.phase("measuring strengths"):
+            rows.append(judge.row(target, label, result))
     results = {
         "methods": rows,
         "noise_bpb": NOISE,

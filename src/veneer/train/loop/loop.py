@@ -191,7 +191,7 @@ class Loop:
         """Bits per byte by text. Raises Stop if a signal comes."""
         figures = {}
         for name in names:
-            self.voice.show(self.position.step, f"on {name} text", "measuring")
+            self.voice.show(self.position.step, f"{name} text", "measuring")
             with eagerly():
                 figures[name] = bits_per_byte(
                     self.learner.model,

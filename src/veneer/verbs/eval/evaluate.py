@@ -135,7 +135,7 @@ def evaluate(
     figures: dict[str, list[benchmarks.Figure]] = {}
     for title, acting in {BASE: None, **{adapted.title(w): w for w in wanted}}.items():
         voice.say(f"measuring {title}: {', '.join([*rows, *(known.names if known else ())])}")
-        with adapted.alone(opened.model, acting, allow):
+        with adapted.alone(opened.model, acting, allow), voice.phase(f"measuring {title}"):
             nats[title] = [nats_by_window(opened.model, t.windows, batch=batch) for t in read]
             figures[title] = benchmarks.ask(opened.model, opened.tokenizer, known, options) if known else []
     lines = [t.line({title: found[i] for title, found in nats.items()}, seed) for i, t in enumerate(read)]

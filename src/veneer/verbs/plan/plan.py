@@ -41,12 +41,15 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
         held = process_memory.forget_peak(device)
         order, pace = training.lay_out(ready.run, ready.texts["train"].windows)
         shape = _shape(ready.run, ready.texts["train"].windows, order)
-        own, full = _simulated(ready, shape)
+        with voice.phase("simulating a step"):
+            own, full = _simulated(ready, shape)
         available = process_memory.available(device)
         problem = room.problem(own.memory.growth, available, device)
-        measured = measure(ready, order, pace, held=held) if probe and problem is None else None
+        with voice.phase("measuring five steps"):
+            measured = measure(ready, order, pace, held=held) if probe and problem is None else None
         # Afterwards: memory that it leaves free in the process would hide growth from the probe.
-        trials = halving(ready, shape, own.memory)
+        with voice.phase("simulating smaller settings"):
+            trials = halving(ready, shape, own.memory)
     if measured:
         own = own._replace(memory=measured.corrected(own.memory))
     return Plan(
