@@ -19,6 +19,7 @@ import veneer
 import veneer.methods
 from veneer.adapt.attached import changes
 from veneer.adapt.merge import merge
+from veneer.sites import site_for
 from veneer.sites.factored.layers import Factored, plain_linear
 
 CELLS = list(itertools.product(METHODS, SITES))
@@ -37,6 +38,8 @@ def made(method: str | Method, site: str, seed: int = 0):
     model = copy.deepcopy(base)
     rank = min(row.options.get("rank", 99), *weight_of(base).shape)
     options = {**row.options, **({"rank": rank} if "rank" in row.options else {})}
+    if row.fit is not None:
+        options = row.fit(options, site_for("0", base[0]))
     x = place.x()
     row = row._replace(options=options)
     attach(model, row, x)
@@ -44,8 +47,6 @@ def made(method: str | Method, site: str, seed: int = 0):
 
 
 def weight_of(model):
-    from veneer.sites import site_for
-
     return site_for("0", model[0]).weight()
 
 
@@ -64,8 +65,8 @@ def layer_with(base, W):
 
 @cells
 def test_starts_as_the_base(method, site):
-    base, model, x, _ = made(method, site)
-    assert torch.equal(model(x), base(x))
+    base, model, x, row = made(method, site)
+    torch.testing.assert_close(model(x), base(x), rtol=row.start, atol=row.start)
 
 
 @cells
@@ -102,12 +103,17 @@ def test_off_is_the_base_bit_for_bit_and_detach_leaves_no_trace(method, site):
 
 @cells
 def test_strength_is_a_dial(method, site):
-    base, model, x, _ = made(method, site)
+    base, model, x, row = made(method, site)
     shake(model)
-    full = model(x)
+    full, (_, delta), W = model(x), changes(model, "default")[0], weight_of(base).detach().numpy()
     for t in (0.0, 0.25, 1.5, -1.0):
+        if row.dial is None:
+            expected = base(x) + t * (full - base(x))
+        else:
+            tensors = row.dial(numpy_tensors(delta), t)
+            expected = layer_with(base, row.oracle(W, tensors, row.options))(x)
         with veneer.using(model, {"default": t}):
-            torch.testing.assert_close(model(x), base(x) + t * (full - base(x)), rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
             y = model(x)
         merged = copy.deepcopy(model)
         merge(merged, {"default": t})

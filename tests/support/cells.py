@@ -11,7 +11,7 @@ from veneer.adapt.attached import changes
 
 def attach(model, row, x):
     """Adapts the one layer, after a look at a loss on x where the start needs one."""
-    options = dict(row.options)
+    options = {n: v for n, v in row.options.items() if " " not in n}  # others are for the oracle alone
     if row.calibrated:
         options["stats"] = veneer.calibrate(
             model, [x], rank=options["rank"], loss=lambda m, x: m(x).square().sum(), to=["0"]

@@ -101,7 +101,10 @@ def _same_gradients(ours: nn.Module, theirs: nn.Module, names: Mapping[str, str]
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     for site, delta in changes(ours, "default"):
         for name, p in delta.named_parameters():
-            own, expected = p.grad, wanted.pop(f"base_model.model.{site.name}.{names[name]}.default")
+            theirs_of, _, end = names[name].partition(
+                ".*"
+            )  # "oft_R.*.weight": the adapter's name stands inside
+            own, expected = p.grad, wanted.pop(f"base_model.model.{site.name}.{theirs_of}.default{end}")
             assert own is not None, f"no gradient for {name} of {site.name}"
             expected = expected.mT if name in TURNED else expected
             error = _apart(own, expected.reshape(own.shape))

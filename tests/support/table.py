@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from oracles import dora, flora, fourierft, frozen, ia3, loha, lora, miss, starts
+from oracles import dora, flora, fourierft, frozen, ia3, loha, lora, miss, oft, starts
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from veneer.sites import Site
 from veneer.sites.factored.layers import holding
 
 
@@ -24,6 +25,11 @@ class Method(NamedTuple):
     oracle: Callable[..., Any]
     exact_gradient: bool = True  # False where the paper holds a part constant in the backward
     calibrated: bool = False  # True for a start that looks at the loss first
+    fit: Callable[[dict[str, Any], Site], dict[str, Any]] | None = None  # makes the options fit a layer
+    dial: Callable[[dict[str, Any], float], dict[str, Any]] | None = (
+        None  # tensors at a strength, if not linear
+    )
+    start: float = 0.0  # the largest difference from the base at the start
 
 
 class Place(NamedTuple):
@@ -31,6 +37,28 @@ class Place(NamedTuple):
 
     layer: Callable[[], nn.Module]
     x: Callable[[], Tensor]
+
+
+def blocks(*factors: int) -> Callable[[dict[str, Any], Site], dict[str, Any]]:
+    """Returns a fit: the largest block up to the option's that divides the turned side, and fewer factors if needed."""
+
+    def fit(options: dict[str, Any], site: Site) -> dict[str, Any]:
+        turns_outputs = site.kind == "embedding"
+        size = site.out if turns_outputs else site.in_
+        found = {**options, "turns outputs": turns_outputs}
+        for m in factors or (1,):
+            fitting = [b for b in range(2, options["block"] + 1) if size % (b * 2 ** (m - 1)) == 0]
+            fitting = [b for b in fitting if m == 1 or b % 2 == 0]
+            if fitting:
+                return {**found, "block": fitting[-1], **({"factors": m} if factors else {})}
+        return {**found, "block": size, **({"factors": 1} if factors else {})}
+
+    return fit
+
+
+def of_generator(t: dict[str, Any], strength: float) -> dict[str, Any]:
+    """The tensors of a rotation at a strength: the generator is multiplied, gains are drawn to one."""
+    return {n: 1 + strength * (v - 1) if n == "s" else strength * v for n, v in t.items()}
 
 
 METHODS = {
@@ -55,6 +83,12 @@ METHODS = {
     "flora": Method("flora", {}, flora.weight),
     "flora of rank 3": Method("flora", {"rank": 3}, flora.weight),
     "ia3": Method("ia3", {"feedforward": ("0",)}, ia3.weight),
+    "oft": Method("oft", {"block": 3}, oft.weight, fit=blocks(), dial=of_generator),
+    "oft series of 4": Method("oft", {"block": 6, "terms": 4}, oft.weight, fit=blocks(), dial=of_generator),
+    "oft exact": Method("oft", {"block": 4, "terms": 0}, oft.weight, fit=blocks(), dial=of_generator),
+    "oft shared": Method("oft", {"block": 3, "shared": True}, oft.weight, fit=blocks(), dial=of_generator),
+    "boft": Method("boft", {"block": 4}, oft.butterfly, fit=blocks(1), dial=of_generator),
+    "boft of 2 factors": Method("boft", {"block": 4}, oft.butterfly, fit=blocks(2, 1), dial=of_generator),
     "loha": Method("loha", {"rank": 1, "alpha": 3.0}, loha.weight),
     "loha of rank 3": Method("loha", {"rank": 3}, loha.weight),
     "dora": Method("dora", {"rank": 3}, dora.weight, exact_gradient=False),

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from veneer.methods import Delta, Factors
-from veneer.methods.base.protocols import AddsInPlace, FollowsBase, GainsInput, Served
+from veneer.methods.base.protocols import (
+    AddsInPlace,
+    Dialled,
+    FollowsBase,
+    GainsInput,
+    Served,
+    TurnsInput,
+)
 from veneer.ops.lowrank import expand, project
 from veneer.sites import Site
 from veneer.sites.quantised_linear import QuantisedLinear
@@ -134,13 +141,16 @@ def acting(deltas: Deltas) -> Acting:
     return Acting(_joined(As, 0), _joined(Bs, 1), sum(gains[1:], gains[0]) if gains else None, tuple(others))
 
 
-def input_gain(deltas: Deltas, x: Tensor) -> Tensor | None:
-    """Returns the gain c of x if a single delta with one acts at strength 1, else None."""
+def changed_input(deltas: Deltas, x: Tensor) -> Tensor | None:
+    """Returns the input in place of x if a single delta acts by it at strength 1, else None."""
     if not _is_whole(deltas):
         return None
     (name,) = deltas.active
     delta = deltas[name]
-    return delta.input_gain(x, deltas.site) if isinstance(delta, GainsInput) else None
+    if isinstance(delta, TurnsInput):
+        return delta.turned(x, deltas.site)
+    c = delta.input_gain(x, deltas.site) if isinstance(delta, GainsInput) else None
+    return None if c is None else torch.addcmul(x, x, (c - 1).to(x.dtype))
 
 
 def _is_whole(deltas: Deltas) -> bool:
@@ -154,6 +164,14 @@ def _joined(factors: list[Tensor], dim: int) -> Tensor | None:
     return torch.cat(factors, dim)
 
 
+def _at(delta: Delta, x: Tensor, y: Tensor, site: Site, strength: float) -> Tensor:
+    """Returns the term to add to y at this strength."""
+    if isinstance(delta, Dialled):
+        return delta.forward_at(x, y, site, strength)
+    change: Tensor = delta(x, y, site)
+    return _times(change, strength)
+
+
 def _times(change: Tensor, strength: float) -> Tensor:
     return change if strength == 1 else strength * change
 
@@ -164,7 +182,7 @@ def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
     now = part.acting if part is not None else acting(deltas)
     if now.others and _is_whole(deltas):
         return _onto(now.others[0][0], x, y, deltas.site, writable=writable)
-    changes = [_times(delta(x, y, deltas.site), strength) for delta, strength in now.others]
+    changes = [_at(delta, x, y, deltas.site, strength) for delta, strength in now.others]
     out = y
     if now.excess is not None:
         shift = deltas.site.shift()

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt.attached import Changes, adapters, changes, deltas_of, layers
-from veneer.adapt.forward import Deltas, act, forget, input_gain, is_private
+from veneer.adapt.forward import Deltas, act, changed_input, forget, is_private
 from veneer.errors import ConfigError, SiteError, first_few
 from veneer.methods import Delta
-from veneer.methods.base.protocols import GainsInput, OpensModel
+from veneer.methods.base.protocols import GainsInput, OpensModel, TurnsInput
 from veneer.sites import Site
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -38,7 +38,7 @@ def hang(model: nn.Module, name: str, found: Changes) -> None:
             deltas = site.module.deltas = Deltas(site)
             if site.acts_by_hook:
                 site.module.register_forward_hook(_change_output)
-        if _gains_input(site, delta) and _scale_input not in site.module._forward_pre_hooks.values():
+        if _acts_on_input(site, delta) and _scale_input not in site.module._forward_pre_hooks.values():
             site.module.register_forward_pre_hook(_scale_input)
         deltas.add_module(name, delta.to(site.device).train(site.module.training))
         deltas.active = {**deltas.active, name: 1.0}
@@ -127,13 +127,13 @@ def _change_output(module: Any, args: tuple[Any, ...], y: Any) -> Any:
 
 
 def _scale_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    c = input_gain(module.deltas, args[0]) if args else None
-    return None if c is None else (torch.addcmul(args[0], args[0], (c - 1).to(args[0].dtype)), *args[1:])
+    x = changed_input(module.deltas, args[0]) if args else None
+    return None if x is None else (x, *args[1:])
 
 
 @torch.no_grad()
-def _gains_input(site: Site, delta: Delta) -> bool:
-    return isinstance(delta, GainsInput) and delta.gains_input(site)
+def _acts_on_input(site: Site, delta: Delta) -> bool:
+    return isinstance(delta, TurnsInput) or (isinstance(delta, GainsInput) and delta.gains_input(site))
 
 
 def _methods(model: nn.Module) -> set[type[Delta]]:

@@ -17,6 +17,7 @@ from veneer.adapt.probe_inputs import default_inputs
 from veneer.adapt.switch import strengths, using
 from veneer.errors import ConfigError, NotMergeable, first_few
 from veneer.methods import Delta
+from veneer.methods.base.protocols import Dialled
 from veneer.ops.matrix.linalg import precise
 from veneer.sites import Site
 from veneer.sites.find import tied
@@ -162,7 +163,10 @@ def _layer_changes(
 
 def total_change(site: Site, own: list[tuple[Delta, float]]) -> Tensor:
     """Returns the sum (out, in) of one layer's changes at their strengths, in float32 or float64."""
-    return precise(sum((s * precise(d.delta(site)) for d, s in own), torch.zeros((), device=site.device)))
+    changes = (
+        precise(d.delta_at(site, s)) if isinstance(d, Dialled) else s * precise(d.delta(site)) for d, s in own
+    )
+    return precise(sum(changes, torch.zeros((), device=site.device)))
 
 
 @torch.no_grad()

@@ -39,6 +39,26 @@ class GainsInput(Served):
         return None if form is None else form.c
 
 
+class TurnsInput(ABC):
+    """A change that alone and in full acts by another input for the layer, by a hook in front of it."""
+
+    @abstractmethod
+    def turned(self, x: Tensor, site: Site) -> Tensor | None:
+        """Returns the input in place of x, or None on a site where the change does not act this way."""
+
+
+class Dialled(ABC):
+    """A change with a dial of its own: at strength t it is another change than t (W' - W)."""
+
+    @abstractmethod
+    def delta_at(self, site: Site, strength: float) -> Tensor:
+        """Returns the change of W (out, in) at this strength."""
+
+    @abstractmethod
+    def forward_at(self, x: Tensor, y: Tensor, site: Site, strength: float) -> Tensor:
+        """Returns the term to add to the layer's own output y at this strength."""
+
+
 class SubtractsStart(ABC):
     """A change whose B A may start away from zero and has that start subtracted."""
 

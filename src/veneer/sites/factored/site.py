@@ -53,7 +53,8 @@ class FactoredSite(Site):
     def stored(self, W: Tensor) -> Tensor:
         """W (out, in) as the factors would hold it, in W's dtype."""
         twin = copy.copy(self.module)
-        twin._modules, twin._buffers = dict(self.module._modules), dict(self.module._buffers)
+        for own in ("_modules", "_buffers", "_parameters"):
+            setattr(twin, own, dict(getattr(self.module, own)))
         twin.become(*self._summed(W))
         kept: Tensor = twin.weight.to(W.dtype)
         return kept
