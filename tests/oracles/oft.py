@@ -1,4 +1,5 @@
-"""OFT (Qiu et al. 2023, section 3; Qiu et al. 2025, section 3.3) and BOFT (Liu et al. 2023, section 4), dense."""
+"""OFT (Qiu et al. 2023, section 3; Qiu et al. 2025, section 3.3) and BOFT (Liu et al. 2023, section 4),
+dense."""
 
 import numpy as np
 
@@ -46,7 +47,8 @@ def butterfly(W, t, options):
 
 
 def _exchange(size, b, level):
-    """Row k picks the number at place k once groups of 2^(level + 1) half blocks are sorted, even ones first."""
+    """Row k picks the number at place k once groups of 2^(level + 1) half blocks are sorted, even ones
+    first."""
     half, M = b // 2, np.zeros((size, size))
     group = 2 ** (level + 1) * half
     for k in range(size):

@@ -40,7 +40,8 @@ class Place(NamedTuple):
 
 
 def blocks(*factors: int) -> Callable[[dict[str, Any], Site], dict[str, Any]]:
-    """Returns a fit: the largest block up to the option's that divides the turned side, and fewer factors if needed."""
+    """Returns a fit: the largest block up to the option's that divides the turned side, and fewer factors if
+    needed."""
 
     def fit(options: dict[str, Any], site: Site) -> dict[str, Any]:
         turns_outputs = site.kind == "embedding"

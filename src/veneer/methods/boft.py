@@ -1,17 +1,18 @@
-"""BOFT: W' = s * (W R'), R a product of m butterfly rotations.  Liu et al. 2023, https://arxiv.org/abs/2311.06243
+"""BOFT: W' = s * (W R'), R a product of m butterfly rotations.  Liu et al. 2023,
+https://arxiv.org/abs/2311.06243
 
-Each factor rotates blocks of b numbers that a butterfly permutation brought together, so m factors mix 2^(m - 1) blocks.
-With one factor this is OFT with exact rotations and a gain s of every row. As in PEFT, Q = (P - P') / 2 for a trained
-square P, and a rotation is (I - Q) (I + Q)^-1. PEFT drops all factors but one on a machine without its CUDA extension;
-here they act everywhere.
+Each factor rotates blocks of b numbers that a butterfly permutation brought together, so m factors mix 2^(m -
+1) blocks. With one factor this is OFT with exact rotations and a gain s of every row. As in PEFT, Q = (P -
+P') / 2 for a trained square P, and a rotation is (I - Q) (I + Q)^-1. PEFT drops all factors but one on a
+machine without its CUDA extension; here they act everywhere.
 
 Parameters: m in b, and out, a layer (half of P acts).
 State: P and s.
-Cost: m products of the input with blocks of side b in front of the layer, and one multiplication per output. Merged:
-none.
+Cost: m products of the input with blocks of side b in front of the layer, and one multiplication per output.
+Merged: none.
 Use: rotations across the whole input with few parameters.
-Against: the exact transform solves in / b systems in every pass. It was the slowest but one of PEFT's comparison, where
-it learned less than LoRA.
+Against: the exact transform solves in / b systems in every pass. It was the slowest but one of PEFT's
+comparison, where it learned less than LoRA.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class BOFT(Turning, PeftStored):
         super().__init__()
         if factors < 1 or block < 2 or (factors > 1 and block % 2):
             raise ConfigError(
-                f"boft needs factors >= 1 and block >= 2, even with several factors; got factors={factors}, block={block}"
+                f"boft needs factors >= 1 and block >= 2, even with several factors; got factors={factors},"
+                f" block={block}"
             )
         size, name = turned_size(site), "out" if site.kind == "embedding" else "in"
         what = "block" if factors == 1 else f"block x 2^{factors - 1} ="

@@ -1,18 +1,19 @@
-"""OFT: W' = W R', R block diagonal and orthogonal, from skew-symmetric Q.  Qiu et al. 2023, https://arxiv.org/abs/2306.07280
+"""OFT: W' = W R', R block diagonal and orthogonal, from skew-symmetric Q.  Qiu et al. 2023,
+https://arxiv.org/abs/2306.07280
 
-The input is cut into blocks of b numbers, and each block is rotated. R comes from Q by Cayley's transform: by a
-Neumann series of `terms` (OFTv2, https://arxiv.org/abs/2506.19847), (I + Q) (I + Q + Q^2 + ..), or exactly,
-(I - Q) (I + Q)^-1, for terms=0. As in PEFT the two turn in opposite directions, so a file is read with its own value. A
-series with an even number of terms is far closer to a rotation than one with the next odd number (PEFT's default is 5);
-it needs the norm of Q below 1.
+The input is cut into blocks of b numbers, and each block is rotated. R comes from Q by Cayley's transform: by
+a Neumann series of `terms` (OFTv2, https://arxiv.org/abs/2506.19847), (I + Q) (I + Q + Q^2 + ..), or exactly,
+(I - Q) (I + Q)^-1, for terms=0. As in PEFT the two turn in opposite directions, so a file is read with its
+own value. A series with an even number of terms is far closer to a rotation than one with the next odd number
+(PEFT's default is 5); it needs the norm of Q below 1.
 
 Parameters: in (b - 1) / 2 a layer, or b (b - 1) / 2 with shared blocks.
 State: the upper triangles of Q.
 Cost: a product of the input with blocks of side b, forward and backward, in front of the layer. Merged: none.
-Use: to keep the angles between the weights of a layer, and with them more of the base's abilities. The strength dial
-multiplies Q, which keeps R a rotation.
-Against: it cannot be combined with other adapters at low rank. Beside others, and at strengths other than 1, it costs
-another product with W.
+Use: to keep the angles between the weights of a layer, and with them more of the base's abilities. The
+strength dial multiplies Q, which keeps R a rotation.
+Against: it cannot be combined with other adapters at low rank. Beside others, and at strengths other than 1,
+it costs another product with W.
 """
 
 from __future__ import annotations

@@ -16,14 +16,16 @@ from veneer.sites import Site
 class Turning(Delta, TurnsInput, Dialled, AddsInPlace):
     """y = g * W (x R) + bias, rows of numbers x. The method states turn(), and gain() if it scales rows.
 
-    An embedding's outputs are turned in place of its token ids. At strength t the generator of R is multiplied by t,
-    so R stays a rotation, and at 0 the change is exactly zero. Alone and in full the change costs the turn of the
-    input. At other strengths, beside other changes and on convolutions it costs another product of W's size.
+    An embedding's outputs are turned in place of its token ids. At strength t the generator of R is
+    multiplied by t, so R stays a rotation, and at 0 the change is exactly zero. Alone and in full the change
+    costs the turn of the input. At other strengths, beside other changes and on convolutions it costs another
+    product of W's size.
     """
 
     @abstractmethod
     def turn(self, T: Tensor, strength: float, *, back: bool = False) -> Tensor:
-        """Returns T (R - I) at this strength, or T (R' - I) with back=True: T (.., in) or, for an embedding, (.., out)."""
+        """Returns T (R - I) at this strength, or T (R' - I) with back=True: T (.., in) or, for an embedding,
+        (.., out)."""
 
     def gain(self, strength: float) -> Tensor | None:
         """Returns the gains of rows g (out,) at this strength, or None for 1."""

@@ -1,4 +1,5 @@
-"""Rotations of blocks of numbers, each from a skew-symmetric generator, as their difference from the identity."""
+"""Rotations of blocks of numbers, each from a skew-symmetric generator, as their difference from the
+identity."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 
 def skew(upper: Tensor, size: int) -> Tensor:
-    """Returns Q = U - U' (n, size, size) for the strict upper triangles of U, row by row (n, size (size - 1) / 2)."""
+    """Returns Q = U - U' (n, size, size) for the strict upper triangles of U, row by row (n, size (size - 1)
+    / 2)."""
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
     flat = upper.new_zeros(len(upper), size * size).index_copy(1, rows * size + columns, upper)
     U = flat.view(-1, size, size)
@@ -34,7 +36,8 @@ def cayley_series(Q: Tensor, terms: int) -> Tensor:
 
 
 def turn(T: Tensor, D: Tensor) -> Tensor:
-    """Returns T times the block diagonal matrix of D (n, b, b), or of one D (1, b, b) for all: T (.., n b)."""
+    """Returns T times the block diagonal matrix of D (n, b, b), or of one D (1, b, b) for all: T (.., n
+    b)."""
     blocks = T.unflatten(-1, (-1, D.shape[-1]))
     product = blocks @ D[0] if len(D) == 1 else torch.einsum("...nk,nkc->...nc", blocks, D)
     return product.flatten(-2)
@@ -49,7 +52,8 @@ def off_orthogonal(D: Tensor) -> float:
 def butterfly(size: int, block: int, level: int) -> Tensor:
     """Returns the permutation (size,) of BOFT's factor `level` for blocks of even size.
 
-    Half blocks are taken in groups of 2^(level + 1), those at even places first; at level 0 it is the identity.
+    Half blocks are taken in groups of 2^(level + 1), those at even places first; at level 0 it is the
+    identity.
     """
     if level == 0:
         return torch.arange(size)
