@@ -45,7 +45,6 @@ class Turning(Delta, TurnsInput, Dialled, AddsInPlace):
             change = self.turn(W, strength, back=True)
         return change if g is None else change + (g - 1)[:, None] * (W + change)
 
-    @final
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         return self.forward_at(x, y, site, 1.0)
 
