@@ -8,8 +8,8 @@ machine without its CUDA extension; here they act everywhere.
 
 Parameters: m in b, and out, a layer (half of P acts).
 State: P and s.
-Cost: m products of the input with blocks of side b in front of the layer, and one multiplication per output.
-Merged: none.
+Cost: m products of the input with blocks of side b in front of the layer, one multiplication per output;
+merged: none.
 Use: rotations across the whole input with few parameters.
 Against: the exact transform solves in / b systems in every pass. It was the slowest but one of PEFT's
 comparison, where it learned less than LoRA.
