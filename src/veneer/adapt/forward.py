@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.methods import Delta, Factors
-from veneer.methods.base.protocols import (
-    AddsInPlace,
-    Dialled,
-    FollowsBase,
-    GainsInput,
-    Served,
-    TurnsInput,
-)
+from veneer.methods.base.protocols import AddsInPlace, Dialled, FollowsBase, GainsInput, Served, TurnsInput
 from veneer.ops.lowrank import expand, project
 from veneer.sites import Site
 from veneer.sites.quantised_linear import QuantisedLinear
