@@ -10,12 +10,15 @@ from veneer.serve.errors import ENGINE_STATUS, RequestError
 
 
 class Answer(NamedTuple):
-    """A finished answer. reason: "stop" or "length"; prompt_logprobs: where they were asked for."""
+    """A finished answer. reason: "stop" or "length"; completion_tokens: with an end token, which `tokens`
+    lacks.
+    """
 
     text: str
     tokens: tuple[int, ...]
     reason: str
     prompt_tokens: int
+    completion_tokens: int
     cached: int
     logprobs: tuple[Logprob, ...] = ()
     prompt_logprobs: tuple[Logprob, ...] = ()
@@ -46,6 +49,7 @@ def collect(events: Iterable[Event]) -> Answer:
                 tuple(t for p in parts for t in p.tokens),
                 event.reason,
                 event.prompt_tokens,
+                event.completion_tokens,
                 event.cached,
                 tuple(one for p in parts for one in p.logprobs),
                 prompt,

@@ -45,7 +45,7 @@ class Server:
         self.engine, self.registry, self.supervisor = parts
         self.context = self.engine.limits.context
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-        self.draining = False
+        self.root, self.draining = root, False
         self.watcher = None if root is None else Watcher(self.registry, root, options.watch)
 
     def start(self) -> Server:

@@ -69,6 +69,11 @@ class Engine:
         """Requests that wait."""
         return self.arriving + len(self.door.waiting)
 
+    @property
+    def reserved(self) -> int:
+        """Tokens of cache that running requests may need."""
+        return sum(r.request.reserved for r in self.active)
+
     def cancel(self, id: str) -> None:
         """Ends a request soon, if it still runs."""
         self._post(lambda: self._mark(id))

@@ -45,6 +45,8 @@ class Stats:
 
     def ended(self, s: Any) -> None:
         """Notes the end of a request."""
+        if s.request.all_logits is not None:
+            return  # a probe
         now = time.monotonic()
         names = tuple(v.name for v, _ in s.request.adapters)
         self.generated_tokens += len(s.tokens)

@@ -1,0 +1,1 @@
+"""The server over HTTP: OpenAI's interface, vLLM's adapter endpoints, metrics and a page."""

@@ -1,0 +1,135 @@
+"""Bodies into prompts and sampling: what a request asks of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from veneer.data.chat import plain, text_of
+from veneer.serve.adapters.expression import Named
+from veneer.serve.engine.request import Sampling
+from veneer.serve.errors import RequestError
+from veneer.serve.http.fields import ChatBody, Common, CompletionBody, Message
+from veneer.serve.http.streams import Ask
+from veneer.serve.server import Server
+
+COMPLETION_TOKENS = 16  # OpenAI's default for completions
+
+
+def named(server: Server, body: Common) -> Named:
+    """Returns the adapters of a body: of `model`, LoRAX's `adapter_id`, or the `lora` list."""
+    if body.adapter_id and body.model not in (None, "", server.name, body.adapter_id):
+        raise RequestError(
+            "model and adapter_id name different adapters; send one of them", param="adapter_id"
+        )
+    return server.named(body.adapter_id or body.model, body.lora)
+
+
+def of_completion(server: Server, body: CompletionBody) -> list[Ask]:
+    """Returns one ask for each prompt and choice, prompt by prompt."""
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise RequestError(
+            f"best_of must equal n, got {body.best_of}; choose among n answers yourself", param="best_of"
+        )
+    n = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    if n == 0 and not body.echo:
+        raise RequestError("max_tokens must be at least 1 without echo, got 0", param="max_tokens")
+    prompts = [_tokens(server, p) for p in _prompts(body.prompt)]
+    scored = bool(body.echo) and body.logprobs is not None
+    return _each(body, prompts, n, body.logprobs, scored)
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    if not prompt:
+        raise RequestError("prompt must have at least one text or token", param="prompt")
+    return list(prompt)
+
+
+def _tokens(server: Server, prompt: Any) -> list[int]:
+    if prompt == "":
+        start = server.tokenizer.bos_token_id
+        return [server.tokenizer.eos_token_id if start is None else start]
+    return server.tokens(prompt)
+
+
+def of_chat(server: Server, body: ChatBody) -> list[Ask]:
+    """Returns one ask for each choice."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+    prompt = conversation(server.tokenizer, body.messages, body.tools)
+    room = server.context - len(prompt)
+    given = body.max_completion_tokens or body.max_tokens
+    n = max(1, min(server.options.max_tokens, room)) if given is None else given
+    return _each(body, [prompt], n, (body.top_logprobs or 0) if body.logprobs else None, False)
+
+
+def conversation(tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> list[int]:
+    """Returns the tokens of a conversation that the assistant goes on with, by the tokenizer's template or
+    the plain one.
+    """
+    turns = [_turn(m) for m in messages]
+    if not tokenizer.chat_template:
+        text = text_of(plain(turns, answer=True, tools=tools or ()))
+        ids: list[int] = tokenizer(text)["input_ids"]
+        return ids
+    try:
+        text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # templates refuse in ways of their own
+        raise RequestError(
+            f"the model's chat template refuses these messages: {str(e)[:200] or type(e).__name__}",
+            param="messages",
+        ) from None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _turn(m: Message) -> dict[str, Any]:
+    content = m.content if isinstance(m.content, str | None) else "".join(part.text for part in m.content)
+    more = {k: v for k in ("name", "tool_calls", "tool_call_id") if (v := getattr(m, k)) is not None}
+    return {"role": m.role, "content": content or "", **more}
+
+
+def _each(
+    body: Common, prompts: Sequence[list[int]], max_tokens: int, logprobs: int | None, scored: bool
+) -> list[Ask]:
+    n = body.n or 1
+    asks = []
+    for prompt in prompts:
+        for k in range(n):
+            seed = None if body.seed is None else body.seed + k
+            asks.append(Ask(prompt, sampling(body, max_tokens, seed, logprobs, scored)))
+    return asks
+
+
+def sampling(body: Common, max_tokens: int, seed: int | None, logprobs: int | None, scored: bool) -> Sampling:
+    """Returns the sampling of a body, with OpenAI's defaults. Raises RequestError for a key of logit_bias
+    that is not a number.
+    """
+    try:
+        biases = {int(k): float(v) for k, v in (body.logit_bias or {}).items()}
+    except ValueError:
+        raise RequestError("logit_bias must map token numbers to biases", param="logit_bias") from None
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=max(0, body.top_k or 0),
+        min_p=_or(body.min_p, 0.0),
+        seed=seed,
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        logit_bias=biases,
+        stop=stop,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+        prompt_logprobs=scored,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
