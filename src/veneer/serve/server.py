@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from veneer.errors import ConfigError
+from veneer.models import adapted
 from veneer.serve.adapters import expression
 from veneer.serve.adapters.expression import Named
 from veneer.serve.adapters.registry import Registry
@@ -176,6 +177,11 @@ class Server:
             ids: list[int] = self.tokenizer(prompt)["input_ids"]
             return ids
         return list(prompt)
+
+    def template(self, named: Named) -> str | None:
+        """Returns the chat template saved with an adapter, if exactly one is named and has one."""
+        folder = self.registry.entry(named[0][0]).folder if len(named) == 1 else None
+        return None if folder is None else adapted.chat_template(folder)
 
     # Adapters
 

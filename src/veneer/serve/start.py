@@ -99,7 +99,12 @@ def _parts(model: Any, tokenizer: Any, reader: Reader, options: Options, name: s
         Prefixes(options.prefix_cache << 20),
     )
     registry = Registry(
-        reader, slots, engine.call, Prover(model, engine), base=name, memory=options.adapter_memory << 20
+        reader,
+        slots,
+        engine.call,
+        Prover(reader.copy, engine),
+        base=name,
+        memory=options.adapter_memory << 20,
     )
     engine.door.fetch = registry.memory.fetch
     return Parts(engine, registry, Supervisor(engine))

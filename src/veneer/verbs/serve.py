@@ -5,80 +5,92 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from veneer.embedded.texts import has
 from veneer.errors import ConfigError
 from veneer.models import adapted
+from veneer.serve.options import Options
+from veneer.settings import setting
 
 KEYS = "VENEER_API_KEYS"
-DEMO = {
-    "prose": 5e-3,
-    "c": 5e-3,
-}  # the texts of the demo's adapters and their learning rates, see verbs/demo.py
+DEMO = {"prose": 5e-3, "c": 5e-3}  # texts of the demo's adapters and their learning rates, see verbs/demo.py
 DEMO_STEPS = 60
 
 
-def serve(
-    model: str | None = None,
-    *,
-    adapters: str | None = None,
-    adapter: Sequence[str] = (),
-    demo: bool = False,
-    batch: str | None = None,
-    out: str | None = None,
-    name: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    key_file: str | None = None,
-    allow_loading: bool = False,
-    allow_host: Sequence[str] = (),
-    at_once: int = 0,
-    per_minute: int = 0,
-    seconds: float = 600.0,
-    body_size: int = 8,
-    device: str = "auto",
-    dtype: str = "float32",
-    allow: Sequence[str] = (),
-    **options: Any,
-) -> Any:
-    """Serves until SIGINT or SIGTERM, or answers the requests of a file.
+@dataclass(frozen=True)
+class Settings(Options):
+    """All settings of the command: those of the server, and of its network and adapters."""
 
-    model: name or folder of the base; the one that the adapters were made for unless given, or the built-in
-    one adapters: root folder; every adapter under it is served by its folder's name, new and changed ones are
-    noticed adapter: FOLDER or NAME=FOLDER of one adapter; may be given several times, instead of a root demo:
-    serve the built-in model with two adapters, which are trained first where they are missing (about a
-    minute) batch: file of requests, a JSON object a line as in OpenAI's batches; answered without a network
-    out: file for the answers of --batch; BATCH.answers.jsonl unless given name: name of the base in requests
-    host: address to listen on; others than this machine can reach the server at 0.0.0.0 port: port to listen
-    on; 0 for a free one key_file: file of API keys, one a line; VENEER_API_KEYS holds keys too, with commas
-    allow_loading: let requests load, unload and pin adapters under the root allow_host: names that clients
-    may call this machine by; any where keys are set or the address is public at_once: requests of one key at
-    once; 0 for no limit per_minute: requests of one key in a minute; 0 for no limit seconds: longest time of
-    one answer body_size: largest body of a request, in MiB device: where to compute: cpu, cuda, or auto
-    dtype: of the base: float32, bfloat16 or float16 allow: problems to let through when adapters are loaded,
-    see veneer.load
+    adapters: str | None = setting(
+        None, "root folder: each adapter under it is served by its folder's name, new and changed ones too"
+    )
+    adapter: tuple[str, ...] = setting(
+        (), "FOLDER or NAME=FOLDER of one adapter; may be given several times, instead of a root"
+    )
+    demo: bool = setting(
+        False, "serve the built-in model with two adapters, which are trained first where they are missing"
+    )
+    batch: str | None = setting(
+        None, "file of requests, a JSON object a line as in OpenAI's batches; answered without a network"
+    )
+    out: str | None = setting(None, "file for the answers of --batch; BATCH.answers.jsonl unless given")
+    name: str | None = setting(None, "name of the base in requests")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
+    port: int = setting(8000, "port to listen on; 0 for a free one")
+    key_file: str | None = setting(
+        None, f"file of API keys, one a line; {KEYS} holds keys too, with commas between them"
+    )
+    allow_loading: bool = setting(False, "let requests load, unload and pin adapters under the root")
+    allow_host: tuple[str, ...] = setting(
+        (), "names that the Host header may have; this machine's own on a loopback address, else any"
+    )
+    at_once: int = setting(0, "requests of one key at once; 0 for no limit")
+    per_minute: int = setting(0, "requests of one key in a minute; 0 for no limit")
+    seconds: float = setting(600.0, "longest time of one answer", unit="seconds")
+    body_size: int = setting(8, "largest body of a request", unit="MiB")
+    device: str = setting("auto", "where to compute: cpu, cuda, or auto")
+    dtype: str = setting("float32", "of the base: float32, bfloat16 or float16")
+    allow: tuple[str, ...] = setting((), "problems to let through when adapters are loaded, see veneer.load")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sum([self.adapters is not None, bool(self.adapter), self.demo]) > 1:
+            raise ConfigError("serve: give one of --adapters, --adapter and --demo")
+
+
+def serve(model: str | None = None, **given: Any) -> dict[str, Any]:
+    """Serves until SIGINT or SIGTERM, or answers the requests of a file and returns counts.
+
+    model: name or folder of the base; the adapters' own unless given, or the built-in model. given: see
+    Settings.
     """
-    _check_packages(batch is not None)
+    s = Settings(**given)
+    _check_packages(s.batch is not None)
     from veneer.serve.http import offline, running
-    from veneer.serve.start import serve as start
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    given, base = _chosen(model, adapters, adapter, demo)
-    keys = _keys(key_file)
-    listening = None if batch is not None else running.bind(host, port)
-    with start(base, given, name=name, device=device, dtype=dtype, allow=tuple(allow), **options) as server:
-        if batch is not None:
-            answers = Path(out or f"{batch}.answers.jsonl")
-            return {**offline.answer(server, Path(batch), answers).as_dict(), "answers": str(answers)}
-        assert listening is not None
-        print(_greeting(server, host, listening.getsockname()[1]), file=sys.stderr, flush=True)
-        web = dict(loading=allow_loading, seconds=seconds, body_bytes=body_size << 20)
-        limits = dict(at_once=at_once, per_minute=per_minute, keys=keys, hosts=tuple(allow_host))
-        running.run(server, listening, host, **web, **limits)
+    adapters, base = _chosen(model, s)
+    if s.batch is not None:
+        answers = Path(s.out or f"{s.batch}.answers.jsonl")
+        with _server(base, adapters, s) as server:
+            return {**offline.answer(server, Path(s.batch), answers).as_dict(), "answers": str(answers)}
+    keys, listening = _keys(s.key_file), running.bind(s.host, s.port)
+    with _server(base, adapters, s) as server:
+        print(_greeting(server, s.host, listening.getsockname()[1]), file=sys.stderr, flush=True)
+        web = dict(keys=keys, hosts=s.allow_host, loading=s.allow_loading, body_bytes=s.body_size << 20)
+        limits = dict(seconds=s.seconds, at_once=s.at_once, per_minute=s.per_minute)
+        running.run(server, listening, s.host, **web, **limits)
     return {}
+
+
+def _server(base: str, adapters: Any, s: Settings) -> Any:
+    from veneer.serve.start import serve as start
+
+    options = {f.name: getattr(s, f.name) for f in fields(Options)}
+    return start(base, adapters, name=s.name, device=s.device, dtype=s.dtype, allow=s.allow, **options)
 
 
 def text(found: dict[str, Any]) -> str:
@@ -103,15 +115,13 @@ def _check_packages(offline: bool) -> None:
         raise ConfigError(f"veneer serve needs {', '.join(missing)}: pip install 'veneer[{extras}]'")
 
 
-def _chosen(model: str | None, root: str | None, each: Sequence[str], demo: bool) -> tuple[Any, str]:
+def _chosen(model: str | None, s: Settings) -> tuple[Any, str]:
     """Returns the adapters, as a root folder or by name, and the base."""
-    if sum([root is not None, bool(each), demo]) > 1:
-        raise ConfigError("give one of --adapters, --adapter and --demo")
-    if demo:
+    if s.demo:
         return _demo(), model or "builtin"
-    if root is not None:
-        return root, model or _base_of(Path(root))
-    wanted = adapted.there(each)
+    if s.adapters is not None:
+        return s.adapters, model or _base_of(Path(s.adapters))
+    wanted = adapted.there(s.adapter)
     folders = {w.name: adapted.adapter_folder(w.folder) for w in wanted}
     return folders, model or (adapted.base_of(wanted) if wanted else "builtin")
 

@@ -4,12 +4,13 @@ parsed.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -17,21 +18,22 @@ from veneer import files
 from veneer.adapt.banks import entries
 from veneer.adapt.peft import settings
 from veneer.adapt.store import manifest, native, store
+from veneer.adapt.store.loaded import Loaded
 from veneer.errors import FormatError
 from veneer.serve.adapters.version import Forms
+from veneer.sites.find import site_for
 
 FILES = (manifest.NAME, settings.CONFIG, settings.TENSORS, native.TENSORS)
 JSON_BYTES, JSON_DEPTH, HEADER_BYTES = 16 << 20, 32, 8 << 20
-NAME = "read"
 Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 class Read(NamedTuple):
-    """An adapter's content hash, its normal forms, and the golden probe kept with it, if there is one."""
+    """An adapter's content hash, its normal forms, and the adapter as it was read."""
 
     content: str
     forms: Forms
-    probe: dict[str, Any] | None
+    loaded: Loaded
 
 
 def stamp(folder: Path) -> Stamp:
@@ -122,7 +124,7 @@ def check_ranks(forms: Forms, most: int) -> None:
 
 
 class Reader:
-    """Reads adapters for one model, without touching it."""
+    """Reads adapters for one model, without touching it, on a thread of its own."""
 
     def __init__(
         self,
@@ -135,6 +137,8 @@ class Reader:
     ) -> None:
         self.model, self.root, self.most_bytes, self.most_rank = model, root, most_bytes, most_rank
         self.allow = tuple(allow)
+        # Own modules with the same tensors: hooks come and go on the model while the copy is looked through.
+        self.copy = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
     def read(self, folder: Path) -> Read:
         """Returns a folder's adapter. Raises FormatError or ConfigError with everything that is wrong with
@@ -142,13 +146,10 @@ class Reader:
         """
         check_files(folder, self.root, self.most_bytes)
         content = content_of(folder)
-        forms = self._forms(folder)
-        check_ranks(forms, self.most_rank)
+        loaded = store.read(self.copy, folder, allow=self.allow)
+        found = entries.entries(self.copy, {folder.name: loaded})[folder.name].forms
+        check_ranks(found, self.most_rank)
         if content_of(folder) != content:
             raise FormatError("the adapter's files changed while they were read; try again")
-        record = manifest.record_of(folder)
-        return Read(content, forms, record and record["probe"])
-
-    def _forms(self, folder: Path) -> Forms:
-        found = store.read(self.model, folder, allow=self.allow)
-        return entries.entries(self.model, {NAME: found})[NAME].forms
+        forms = {n: (site_for(n, self.model.get_submodule(n)), form) for n, (_, form) in found.items()}
+        return Read(content, forms, loaded)

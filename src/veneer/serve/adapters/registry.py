@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.adapt.store.loaded import Loaded
 from veneer.errors import VeneerError, suggest
 from veneer.serve.adapters import reading
 from veneer.serve.adapters.expression import NAME, Named
@@ -21,7 +22,7 @@ from veneer.serve.adapters.version import Forms, Version
 from veneer.serve.errors import BrokenAdapter, RequestError, UnknownModel
 
 log = logging.getLogger("veneer.serve")
-Prove = Callable[[Version, "dict[str, Any] | None"], None]
+Prove = Callable[[Version, Loaded], None]
 FORGET_FAILURE = 30.0  # seconds until a folder that could not be read is tried again
 
 
@@ -162,7 +163,7 @@ class Registry:
                 entry.stamp = stamp
                 return now
             version = Version(entry.name, read.content, read.forms, entry.folder)
-            self._proven(version, read.probe)
+            self._proven(version, read.loaded)
         except Exception as e:
             self._failed(entry, e)
             raise BrokenAdapter(self._why(entry, e), param="model") from e
@@ -183,10 +184,11 @@ class Registry:
         log.info("adapter %s: %s in %.2f s", entry.name, read.content[:12], entry.seconds)
         return version
 
-    def _proven(self, version: Version, probe: dict[str, Any] | None) -> None:
+    def _proven(self, version: Version, loaded: Loaded | None) -> None:
         self.memory.keep(version)
         try:
-            self.prove(version, probe)
+            if loaded is not None:
+                self.prove(version, loaded)
         except BaseException:
             self._retire(version)
             raise

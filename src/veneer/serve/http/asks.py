@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from veneer.data.chat import plain, text_of
+from veneer.data.chat import rendering, templates
 from veneer.serve.adapters.expression import Named
 from veneer.serve.engine.request import Sampling
 from veneer.serve.errors import RequestError
@@ -58,31 +58,38 @@ def of_chat(server: Server, body: ChatBody) -> list[Ask]:
     """Returns one ask for each choice."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
-    prompt = conversation(server.tokenizer, body.messages, body.tools)
+    own = server.template(named(server, body))
+    prompt = conversation(server.tokenizer, body.messages, body.tools, own)
     room = server.context - len(prompt)
     given = body.max_completion_tokens or body.max_tokens
     n = max(1, min(server.options.max_tokens, room)) if given is None else given
     return _each(body, [prompt], n, (body.top_logprobs or 0) if body.logprobs else None, False)
 
 
-def conversation(tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> list[int]:
-    """Returns the tokens of a conversation that the assistant goes on with, by the tokenizer's template or
-    the plain one.
+def conversation(
+    tokenizer: Any, messages: Sequence[Message], tools: Any = None, own: str | None = None
+) -> list[int]:
+    """Returns the tokens of a conversation that the assistant goes on with.
+
+    own: the chat template of the adapter; else the tokenizer's is used, or the plain one. Raises RequestError
+    for messages that the template refuses.
     """
-    turns = [_turn(m) for m in messages]
-    if not tokenizer.chat_template:
-        text = text_of(plain(turns, answer=True, tools=tools or ()))
-        ids: list[int] = tokenizer(text)["input_ids"]
+    template = own or tokenizer.chat_template or templates.packaged(templates.PLAIN, tokenizer)
+    if isinstance(template, dict):
+        template = tokenizer.get_chat_template(None, tools)
+    refusal: Exception | None = None
+    for turns in rendering.forms([_turn(m) for m in messages], template):
+        try:
+            text = tokenizer.apply_chat_template(
+                turns, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as e:  # templates fail in ways of their own
+            refusal = refusal or e
+            continue
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-    try:
-        text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # templates refuse in ways of their own
-        raise RequestError(
-            f"the model's chat template refuses these messages: {str(e)[:200] or type(e).__name__}",
-            param="messages",
-        ) from None
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    why = str(refusal)[:200] or type(refusal).__name__
+    raise RequestError(f"the chat template refuses these messages: {why}", param="messages")
 
 
 def _turn(m: Message) -> dict[str, Any]:
