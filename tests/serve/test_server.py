@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import shutil
 import threading
@@ -204,24 +205,26 @@ def test_an_adapter_replaced_under_load_is_old_or_new_and_never_a_mix(tmp_path, 
     right = {p: [oracle.answer(p, tuple(k), 10) for k in kinds] for p in prompts}
     seen = set()
     with veneer.serve(served.model(), {"it": names["old"]}, tokenizer=tiny.tokenizer()) as server:
-        done = threading.Event()
+        done, swaps = threading.Event(), []
 
         def swap():
-            for i in range(12):
-                server.load("it", names["new" if i % 2 == 0 else "old"], replace=True)
-            done.set()
+            while not done.is_set():
+                server.load("it", names["old" if len(swaps) % 2 else "new"], replace=True)
+                swaps.append(time.monotonic())
 
         thread = threading.Thread(target=swap)
         thread.start()
-        with ThreadPoolExecutor(8) as pool:
-            while not done.is_set():
-                answers = pool.map(
-                    lambda p: server.complete(p, "it", max_tokens=10, temperature=0).tokens, prompts
-                )
-                for p, got in zip(prompts, answers, strict=True):
-                    assert list(got) in right[p]
-                    seen.add(right[p].index(list(got)))
-        thread.join()
+        ask = functools.partial(server.complete, model="it", max_tokens=10, temperature=0)
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                for _ in range(10):
+                    for p, answer in zip(prompts, pool.map(ask, prompts), strict=True):
+                        assert list(answer.tokens) in right[p]
+                        seen.add(right[p].index(list(answer.tokens)))
+        finally:
+            done.set()
+            thread.join()
+        assert len(swaps) >= 5
         assert seen == {0, 1}
         until(lambda: len(server.engine.slots.placed) == 1)
 
