@@ -1,6 +1,4 @@
-"""PEFT's other kinds of adapters, and Veneer's own, as the plain LoRA that other programs read: against
-PEFT's own outputs.
-"""
+"""PEFT's other kinds of adapters and Veneer's own, written as plain LoRA: against PEFT's outputs."""
 
 from __future__ import annotations
 

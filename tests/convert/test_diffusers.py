@@ -16,9 +16,7 @@ from veneer.errors import ConfigError, FormatError
 
 
 def test_diffusers_of_any_age(tmp_path):
-    """Names of before 0.17, of before PEFT, and today's; alpha from a tensor, from the header, or the
-    rank.
-    """
+    """Names from before 0.17, before PEFT and today; alpha from a tensor, the header or the rank."""
     A, B = draw(2, 4), draw(4, 2)
     names = {
         "unet.attn1.processor.to_q_lora.down.weight": A,

@@ -30,9 +30,7 @@ def litgpt_folder(folder, tensors, **changes) -> None:
 
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_litgpts_fused_layer_in_groups(tmp_path, kv):
-    """Until 0.5.3: B's thirds take A's thirds, and the fused output is then split head group by head
-    group.
-    """
+    """Until 0.5.3: B's thirds take A's thirds; the fused output is then split by groups of heads."""
     heads, head, width, r = 4, 4, 12, 2
     rows = [heads * head, kv * head, kv * head]
     A, B, x = draw(3 * r, width), draw(sum(rows), r), draw(5, width)

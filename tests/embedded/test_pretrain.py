@@ -1,4 +1,4 @@
-"""The script that trains the built-in model, on a few small documents: it learns, stops, goes on and exports."""
+"""The script that trains the built-in model, on small documents: it learns, stops, resumes and exports."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_splits_are_whole_documents_and_a_tenth_each(name):
 
 @pytest.mark.parametrize("name", [d for d in texts.DOMAINS if texts.has(d)])
 def test_hardly_a_run_of_thirteen_words_is_in_two_splits(name):
-    """What is tested must not have been trained on; headers share their licence, and no more."""
+    """Test text must not be training text; headers share their licence only."""
 
     def runs(split):
         words = [d.text.split() for d in texts.domain(name, split)]
@@ -105,7 +105,7 @@ def test_hardly_a_run_of_thirteen_words_is_in_two_splits(name):
 def test_a_text_that_is_missing_says_where_it_was_looked_for(monkeypatch):
     monkeypatch.setattr(texts, "_headers", list)
     with pytest.raises(
-        texts.TextMissing, match=r"this interpreter has no text for 'c' \(.*include.* is missing or empty\)"
+        texts.TextMissing, match=r"the interpreter lacks the text 'c' \(.*include.* is missing or empty\)"
     ):
         texts.domain("c", "train")
     assert not texts.has("c")

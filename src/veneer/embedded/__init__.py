@@ -1,4 +1,4 @@
-"""The built-in model, and the texts that every Python interpreter carries: the main job runs with no download."""
+"""The built-in model and the interpreter's texts: the main job runs without a download."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ PREFIX = "builtin"
 
 
 def folder() -> Path:
-    """The folder of the built-in model, in Hugging Face's layout. Raises VeneerError where the installation has none."""
+    """Returns the folder of the built-in model, in Hugging Face's layout.
+
+    Raises VeneerError if the installation lacks it.
+    """
     found = Path(__file__).with_name("model")
     if not (found / "config.json").is_file():
         raise VeneerError(
-            f"this installation has no built-in model (looked in {found}); name one of your own with model=, or train it:"
+            f"the built-in model is missing (looked in {found}); name your own with model=, or train it:"
             f" python -m veneer.embedded.pretrain --out runs/pretrain"
         )
     return found

@@ -1,4 +1,4 @@
-"""The built-in model's parts and files: its tokenizer, its untrained weights, its checkpoints, its finished folder."""
+"""Builds tokenizer and weights of the built-in model; saves checkpoints and the finished folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
 
 
 def train_tokenizer(documents: list[texts.Document], vocabulary: int) -> Any:
-    """A byte-level BPE trained on the documents, as a transformers tokenizer that starts nothing and ends nothing."""
+    """Returns a byte-level BPE trained on the documents, as a tokenizer without special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,7 +49,7 @@ def train_tokenizer(documents: list[texts.Document], vocabulary: int) -> Any:
 
 
 def build_model(tokenizer: Any, seed: int) -> nn.Module:
-    """The untrained Llama in float32."""
+    """Returns the untrained Llama in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -67,7 +67,7 @@ def build_model(tokenizer: Any, seed: int) -> nn.Module:
 def save_checkpoint(
     folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], meta: dict[str, Any]
 ) -> None:
-    """Weights and optimiser state into state.safetensors, `meta` into its metadata: one file, replaced at once."""
+    """Writes weights, optimiser state and `meta` into state.safetensors, replaced atomically."""
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
     for i, optimiser in enumerate(optimisers):
         for j, state in optimiser.state_dict()["state"].items():
@@ -82,7 +82,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer]
 ) -> dict[str, Any]:
-    """Puts the checkpoint back in place and returns its `meta`; a fresh start without one."""
+    """Loads the checkpoint in place and returns its `meta`; without one, returns step 0."""
     file = folder / "state.safetensors"
     if not file.exists():
         return {"step": 0, "seconds": 0.0, "tokens": 0}
@@ -103,7 +103,7 @@ def load_checkpoint(
 
 
 def export(folder: Path, model: nn.Module, tokenizer: Any, facts: dict[str, Any]) -> None:
-    """The finished model in bfloat16 with its tokenizer and the facts of its training, loadable by AutoModelForCausalLM."""
+    """Writes the model in bfloat16, its tokenizer and training.json, for AutoModelForCausalLM."""
     copy = build_model(tokenizer, 0)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]

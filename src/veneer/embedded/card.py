@@ -1,4 +1,4 @@
-"""The built-in model's card: measures the finished model and writes README.md beside it.
+"""Measures the finished built-in model and writes its card, README.md.
 
 python -m veneer.embedded.card src/veneer/embedded/model
 """
@@ -22,23 +22,24 @@ NAMES = {
 
 CARD = """# The built-in model
 
-A small language model of Python source, so that Veneer's main job runs with no download. It writes the texture of Python
-(syntax, indentation, plausible names), not programs that work: expect a HumanEval score of zero, and use it to see
-adaptation happen, not to write code.
+A small language model of Python source, so that Veneer's main job runs with no download. It writes the
+texture of Python (syntax, indentation, plausible names), not programs that work. Expect a HumanEval score
+of zero. Use it to see adaptation happen, not to write code.
 
-**Architecture.** {parameters:,} parameters: LlamaForCausalLM, hidden 256, 4 layers, 4 heads, MLP 704, tied embeddings,
-context 512; byte-level BPE of {vocabulary} trained on the library part. bfloat16 safetensors.
+**Architecture.** {parameters:,} parameters: LlamaForCausalLM, hidden 256, 4 layers, 4 heads, MLP 704, tied
+embeddings, context 512; byte-level BPE of {vocabulary} trained on the library part. bfloat16 safetensors.
 
 **Data.** The source of CPython {python}'s standard library as installed: {library_documents} library files
-({library_mb:.1f} MB) and {test_documents} files of its test packages ({test_mb:.1f} MB), drawn {weight:g} to 1 by token.
-Left out: `pydoc_data`, `encodings`, machine-made configuration, and the modules listed in `heldout.txt`. Licence of the
-data: PSF License Version 2. The weights are Veneer's own, made from nothing by `python -m veneer.embedded.pretrain`;
-nothing was downloaded.
+({library_mb:.1f} MB) and {test_documents} files of its test packages ({test_mb:.1f} MB), drawn {weight:g}
+to 1 by token. Excluded: `pydoc_data`, `encodings`, generated configuration, and the modules listed in
+`heldout.txt`. Licence of the data: PSF License Version 2. The weights are Veneer's own, trained from
+scratch by `python -m veneer.embedded.pretrain`; nothing was downloaded.
 
-**Recipe.** {steps:,} steps of {batch} windows of {length} tokens ({tokens:.1f} M tokens, {minutes:.0f} minutes on one shared
-CPU core), bfloat16 autocast. Muon for the matrices (rate {muon_lr:g}), AdamW for embeddings and norms (rate {adam_lr:g}),
-1 % warm-up, constant, linear decay to zero over the last {decay:.0%}; seed {seed}. A run resumed from a checkpoint goes on
-with the same windows; because the rate follows the clock, two runs are alike and not equal.
+**Recipe.** {steps:,} steps of {batch} windows of {length} tokens ({tokens:.1f} M tokens, {minutes:.0f}
+minutes on one shared CPU core), bfloat16 autocast. Muon for the matrices (rate {muon_lr:g}), AdamW for
+embeddings and norms (rate {adam_lr:g}), 1 % warm-up, constant, linear decay to zero over the last
+{decay:.0%}; seed {seed}. A resumed run continues with the same windows. The rate follows the clock, so two
+runs are similar, not equal.
 
 **Bits per byte**, in windows of {length_used} tokens, measured on the text of CPython {measured_python}:
 
@@ -46,7 +47,7 @@ with the same windows; because the rate follows the clock, two runs are alike an
 |---|---|
 {table}
 
-Validation modules, by which nothing was chosen but the length of the run: {valid:.3f}. Lower is better; texts of other
+Validation modules, used to choose the length of the run: {valid:.3f}. Lower is better. Texts of other
 Python versions differ a little.
 
 **Licence.** Apache-2.0, as Veneer's.
@@ -54,7 +55,7 @@ Python versions differ a little.
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Bits per byte of the finished model on the test texts that this interpreter has."""
+    """Returns bits per byte of the finished model on the test texts of this interpreter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -69,7 +70,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def write(folder: Path) -> Path:
-    """README.md in the model's folder, from training.json and from what is measured now, which training.json gets too."""
+    """Measures the model, adds the figures to training.json and writes README.md; returns its path."""
     facts: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     facts["test_bpb"] = measure(folder)
     (folder / "training.json").write_text(

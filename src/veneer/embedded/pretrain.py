@@ -1,10 +1,10 @@
-"""Trains the built-in model from nothing on the standard library's own source.
+"""Trains the built-in model from scratch on the source of the standard library.
 
     python -m veneer.embedded.pretrain --out runs/pretrain --minutes 90
 
-A Llama of 4.26 M parameters, byte-level BPE of 4096. Resumable: run the same command again. Needs no download.
-Muon for the matrices (or AdamW, GaLore or ReLoRA, see via.py), AdamW for embeddings and norms; warm-up, constant rate,
-linear decay. A checkpoint is safetensors and JSON, written under a temporary name.
+A Llama of 4.26 M parameters, byte-level BPE of 4096. Resumable: run the same command again. Needs no
+download. Muon for the matrices (or AdamW, GaLore or ReLoRA, see pretrain_ways.py), AdamW for embeddings and
+norms; warm-up, constant rate, linear decay. A checkpoint is one safetensors file, replaced atomically.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -35,40 +35,38 @@ def arguments() -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         default=90.0,
-        help="computing time over all sessions; the rate decays towards it",
+        help="compute time over all sessions; the rate decays towards its end",
     )
-    p.add_argument("--tokens", type=float, help="train on this many million tokens instead of for --minutes")
-    p.add_argument("--batch", type=int, default=16, help="windows a step")
-    p.add_argument("--length", type=int, default=512, help="tokens a window")
+    p.add_argument("--tokens", type=float, help="million tokens to train on, in place of --minutes")
+    p.add_argument("--batch", type=int, default=16, help="windows per step")
+    p.add_argument("--length", type=int, default=512, help="tokens per window")
     p.add_argument("--muon-lr", type=float, default=0.02)
     p.add_argument("--adam-lr", type=float, default=4e-3)
+    p.add_argument("--decay", type=float, default=0.5, help="share of the time with linear decay to zero")
     p.add_argument(
-        "--decay", type=float, default=0.5, help="share of the time in which the rate falls to zero"
-    )
-    p.add_argument(
-        "--library-weight",
-        type=float,
-        default=2.0,
-        help="how often a library token is drawn against a test token",
+        "--library-weight", type=float, default=2.0, help="odds of a library token against a test token"
     )
     p.add_argument("--vocabulary", type=int, default=4096)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
-    p.add_argument("--threads", type=int, default=0, help="0: as many as the machine has")
+    p.add_argument("--threads", type=int, default=0, help="0: all cores of the machine")
     pretrain_ways.add_arguments(p)
     p.add_argument("--compile", action="store_true", help="compile the model (needs a C++ compiler)")
     return p
 
 
 def token_stream(tokenizer: Any, documents: list[texts.Document]) -> Tensor:
-    """Every document after an end token, as one (n,) int16 stream."""
+    """Returns all documents, each after an end token, as one (n,) int16 stream."""
     end = [tokenizer.eos_token_id]
     ids = [i for d in documents for i in end + tokenizer(d.text, verbose=False)["input_ids"]]
     return torch.tensor(ids + end, dtype=torch.int16)
 
 
 class Draws:
-    """Windows of the two streams; batch `step` depends on the seed and the step alone, so a resumed run goes on exactly."""
+    """Draws windows of the two streams.
+
+    A batch depends on seed and step only, so a resumed run continues exactly.
+    """
 
     def __init__(self, library: Tensor, tests: Tensor, args: argparse.Namespace) -> None:
         self.streams = [s for s in (library, tests) if len(s) > args.length + 1]
@@ -76,7 +74,7 @@ class Draws:
         self.weights, self.args = weights, args
 
     def batch(self, step: int) -> Tensor:
-        """(batch, length + 1) int64 tokens."""
+        """Returns (batch, length + 1) int64 tokens."""
         draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
         which = torch.multinomial(self.weights, self.args.batch, replacement=True, generator=draw)
         rows = []
@@ -87,7 +85,7 @@ class Draws:
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of the next token; windows (b, t + 1)."""
+    """Returns the mean cross-entropy of the next token in nats; windows (b, t + 1)."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
@@ -97,7 +95,7 @@ def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
 def bits_per_byte(
     model: nn.Module, stream: Tensor, n_bytes: int, length: int, windows: int | None = None
 ) -> float:
-    """Bits per byte of the stream in disjoint windows; `windows` evenly spaced ones of them for a quick look."""
+    """Returns bits per byte of the stream over disjoint windows, or over `windows` evenly spaced ones."""
     model.eval()
     starts = list(range(0, len(stream) - 1, length))
     if windows is not None and windows < len(starts):
@@ -112,86 +110,98 @@ def bits_per_byte(
 
 
 def rate(progress: float, decay: float) -> float:
-    """Share of the base rate: 1 % warm-up, constant, then linear to zero over the last `decay` of the time."""
+    """Returns the share of the base rate: 1 % warm-up, constant, linear to zero over the last `decay`."""
     return max(0.0, min(1.0, progress / 0.01 + 0.01, (1 - progress) / decay))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = arguments().parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads or os.cpu_count() or 1)
-    library, known = texts.library(), texts.known("valid")
-    plain = [d for d in library if not texts.is_test(d.title)]
-    tokenizer = train_tokenizer(plain, args.vocabulary)
-    streams = [
-        token_stream(tokenizer, plain),
-        token_stream(tokenizer, [d for d in library if texts.is_test(d.title)]),
-    ]
-    held, n_bytes = token_stream(tokenizer, known), texts.describe(known)["bytes"]
-    model = build_model(tokenizer, args.seed)
-    way = pretrain_ways.WAYS[args.via](model, args)
-    optimisers = way.optimisers
-    meta = load_checkpoint(args.out, model, optimisers)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; tokens: library {len(streams[0]):,}, tests {len(streams[1]):,}",
-        flush=True,
-    )
-    stop: list[int] = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: stop.append(number))
-    draws = Draws(streams[0], streams[1], args)
-    loss_function = torch.compile(loss_of) if args.compile else loss_of
-    log = open(args.out / "log.jsonl", "a", encoding="utf-8")
-    mean, facts = 0.0, {}
-    while True:
-        started = time.monotonic()
-        progress = (
-            meta["tokens"] / (1e6 * args.tokens) if args.tokens else meta["seconds"] / (60 * args.minutes)
-        )
-        finished = progress >= 1 or bool(stop)
-        if meta["step"] % args.every == 0 or finished:
-            bpb = bits_per_byte(model, held, n_bytes, args.length, None if finished else 96)
-            facts = {**meta, "loss": mean, "known_valid_bpb": bpb, "rate": rate(progress, args.decay)}
-            print(json.dumps(facts), file=log, flush=True)
-            print(json.dumps(facts), flush=True)
-            if meta["step"]:
-                save_checkpoint(args.out, model, optimisers, meta)
-        if finished:
-            break
-        share = way.before(meta["step"])
-        for group in (g for o in optimisers for g in o.param_groups):
-            group["lr"] = group["initial_lr"] * share * rate(progress, args.decay)
-        loss = loss_function(model, draws.batch(meta["step"]))
-        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
+class Session:
+    """One session of a pretraining, from the newest checkpoint in `args.out` on."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        library, known = texts.library(), texts.known("valid")
+        self.plain = [d for d in library if not texts.is_test(d.title)]
+        self.tests = [d for d in library if texts.is_test(d.title)]
+        self.tokenizer = train_tokenizer(self.plain, args.vocabulary)
+        streams = [token_stream(self.tokenizer, documents) for documents in (self.plain, self.tests)]
+        self.draws = Draws(streams[0], streams[1], args)
+        self.held, self.n_bytes = token_stream(self.tokenizer, known), texts.describe(known)["bytes"]
+        self.model = build_model(self.tokenizer, args.seed)
+        self.way = pretrain_ways.WAYS[args.via](self.model, args)
+        self.meta = load_checkpoint(args.out, self.model, self.way.optimisers)
+        self.mean = 0.0  # running mean of the loss
+        parameters, tokens = sum(p.numel() for p in self.model.parameters()), [len(s) for s in streams]
+        print(f"{parameters:,} parameters; tokens: library {tokens[0]:,}, tests {tokens[1]:,}", flush=True)
+
+    def train(self, log: TextIO, stop: list[int]) -> dict[str, Any]:
+        """Trains until the end or until `stop` is not empty; returns the facts of the last evaluation."""
+        args, facts = self.args, dict[str, Any]()
+        loss_function = torch.compile(loss_of) if args.compile else loss_of
+        while True:
+            started, meta = time.monotonic(), self.meta
+            done = (
+                meta["tokens"] / (1e6 * args.tokens) if args.tokens else meta["seconds"] / (60 * args.minutes)
+            )
+            finished = done >= 1 or bool(stop)
+            if meta["step"] % args.every == 0 or finished:
+                facts = self._evaluate(done, log, windows=None if finished else 96)
+            if finished:
+                return facts
+            self._step(loss_function, done)
+            self.meta = {
+                "step": meta["step"] + 1,
+                "tokens": meta["tokens"] + args.batch * args.length,
+                "seconds": meta["seconds"] + time.monotonic() - started,
+            }
+
+    def _evaluate(self, done: float, log: TextIO, windows: int | None) -> dict[str, Any]:
+        bpb = bits_per_byte(self.model, self.held, self.n_bytes, self.args.length, windows)
+        facts = {**self.meta, "loss": self.mean, "known_valid_bpb": bpb, "rate": rate(done, self.args.decay)}
+        print(json.dumps(facts), file=log, flush=True)
+        print(json.dumps(facts), flush=True)
+        if self.meta["step"]:
+            save_checkpoint(self.args.out, self.model, self.way.optimisers, self.meta)
+        return facts
+
+    def _step(self, loss_function: Any, done: float) -> None:
+        share = self.way.before(self.meta["step"])
+        for group in (g for o in self.way.optimisers for g in o.param_groups):
+            group["lr"] = group["initial_lr"] * share * rate(done, self.args.decay)
+        loss = loss_function(self.model, self.draws.batch(self.meta["step"]))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self.way.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         value = loss.item()
-        mean = 0.98 * mean + 0.02 * value if mean else value
-        meta = {
-            "step": meta["step"] + 1,
-            "tokens": meta["tokens"] + args.batch * args.length,
-            "seconds": meta["seconds"] + time.monotonic() - started,
-        }
-    way.finish()
-    recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
-    data = {
-        "library": texts.describe(plain),
-        "tests": texts.describe([d for d in library if texts.is_test(d.title)]),
-    }
-    export(
-        args.out / "model",
-        model,
-        tokenizer,
-        {
-            **facts,
-            "recipe": recipe,
-            "data": data,
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-        },
-    )
+        self.mean = 0.98 * self.mean + 0.02 * value if self.mean else value
+
+    def export(self, facts: dict[str, Any]) -> None:
+        """Writes the finished model with the facts of its training."""
+        self.way.finish()
+        recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items() if k != "out"}
+        data = {"library": texts.describe(self.plain), "tests": texts.describe(self.tests)}
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        export(
+            self.args.out / "model",
+            self.model,
+            self.tokenizer,
+            {**facts, "recipe": recipe, "data": data, **versions},
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a session; returns 130 if a signal stopped it, else 0."""
+    args = arguments().parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    session = Session(args)
+    stop: list[int] = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: stop.append(number))
+    with open(args.out / "log.jsonl", "a", encoding="utf-8") as log:
+        facts = session.train(log, stop)
+    session.export(facts)
     return 130 if stop else 0
 
 

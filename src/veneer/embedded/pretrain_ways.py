@@ -1,4 +1,4 @@
-"""How the pretraining script trains the matrices inside the blocks: Muon, AdamW, GaLore or ReLoRA; AdamW trains the rest."""
+"""Optimisers of the pretraining script: Muon, AdamW, GaLore or ReLoRA for the matrices in blocks."""
 
 from __future__ import annotations
 
@@ -21,36 +21,32 @@ NAME = "default"  # of the adapter
 
 
 def add_arguments(p: ArgumentParser) -> None:
-    """The flags of all ways."""
+    """Adds the flags of all optimisers."""
     p.add_argument(
-        "--via", choices=sorted(WAYS), default="muon", help="what trains the matrices inside the blocks"
+        "--via", choices=sorted(WAYS), default="muon", help="optimiser of the matrices inside the blocks"
     )
     p.add_argument(
         "--matrix-lr",
         type=float,
-        help="rate of the matrices under full, galore and relora; that of --adam-lr unless given",
+        help="rate of the matrices under full, galore and relora (default: --adam-lr)",
     )
-    p.add_argument(
-        "--factor-lr", type=float, help="rate of relora's A; twice that of the matrices unless given"
-    )
-    p.add_argument("--rank", type=int, default=64, help="of galore and relora")
+    p.add_argument("--factor-lr", type=float, help="rate of relora's A (default: twice that of the matrices)")
+    p.add_argument("--rank", type=int, default=64, help="rank of galore and relora")
     p.add_argument(
         "--period",
         type=int,
         default=200,
-        help="steps between galore's subspaces, and between relora's restarts",
+        help="steps between galore's updates of the subspace, and between relora's restarts",
     )
     p.add_argument("--full-steps", type=int, default=200, help="steps at full rank before relora begins")
+    p.add_argument("--rewarm", type=int, default=20, help="steps of warm-up after a restart of relora")
     p.add_argument(
-        "--rewarm", type=int, default=20, help="steps in which the rate rises again after a restart of relora"
-    )
-    p.add_argument(
-        "--ratio", type=float, default=1.0, help="rate of B in multiples of A's, in relora; 16 is LoRA+'s"
+        "--ratio", type=float, default=1.0, help="rate of relora's B relative to A's; 16 is LoRA+'s"
     )
 
 
 class Via(ABC):
-    """The optimisers of a model, whose groups have their peak rate as `initial_lr`, and what is done between steps."""
+    """Optimisers of a model, with the peak rate of each group as `initial_lr`, and actions between steps."""
 
     optimisers: list[torch.optim.Optimizer]
 
@@ -58,11 +54,11 @@ class Via(ABC):
     def __init__(self, model: nn.Module, args: Namespace) -> None: ...
 
     def before(self, step: int) -> float:
-        """Does what is due before this step, whatever was done before a resumed one; the share of the rate that it has."""
+        """Acts before a step, also in a resumed training; returns the share of the peak rate for the step."""
         return 1.0
 
     def finish(self) -> None:  # noqa: B027  (most ways train a plain model)
-        """Makes the model a plain one."""
+        """Turns the model into a plain one."""
 
 
 def _peak(optimiser: torch.optim.Optimizer, lr: float) -> torch.optim.Optimizer:
@@ -76,7 +72,7 @@ def _matrix_lr(args: Namespace) -> float:
 
 
 def _inside(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices inside the blocks, and all other parameters."""
+    """Returns the matrices inside the blocks, and all other parameters."""
     every = list(model.named_parameters())
     inside = [p for n, p in every if p.ndim == 2 and "embed_tokens" not in n]
     return inside, [p for n, p in every if p.ndim != 2 or "embed_tokens" in n]
@@ -93,7 +89,7 @@ class Muon(Via):
 
 
 class Full(Via):
-    """AdamW on everything."""
+    """AdamW on all parameters."""
 
     def __init__(self, model: nn.Module, args: Namespace) -> None:
         self.optimisers = [
@@ -104,7 +100,7 @@ class Full(Via):
 
 
 class GaLore(Via):
-    """optim/galore.py."""
+    """GaLore, see optim/galore.py."""
 
     def __init__(self, model: nn.Module, args: Namespace) -> None:
         how = make("galore", rank=args.rank, period=args.period)
@@ -115,10 +111,10 @@ class GaLore(Via):
 
 
 class ReLoRA(Via):
-    """train/relora.py: the matrices for `full_steps` steps, then their changes, written into them every `period` steps.
+    """ReLoRA, see train/relora.py: full matrices for `full_steps`, then factors, merged every `period` steps.
 
-    A checkpoint holds weights, factors and moments, and what is done before a step depends on its number alone, so that a
-    resumed training goes on exactly; it is saved before a step, and so before a restart that is due then.
+    A checkpoint holds weights, factors and moments. Actions before a step depend on its number only, so a
+    resumed training continues exactly. Checkpoints are saved before the restart of their step.
     """
 
     def __init__(self, model: nn.Module, args: Namespace) -> None:
@@ -154,7 +150,7 @@ class ReLoRA(Via):
         return relora.jagged(step, first, period, self.args.rewarm)
 
     def _let_go(self) -> None:
-        """The moments of the matrices are not needed any more."""
+        """Drops the moments of the matrices, which are frozen from now on."""
         for p in self.matrices:
             self.optimisers[0].state.pop(p, None)
 

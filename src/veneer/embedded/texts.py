@@ -1,9 +1,9 @@
-"""The texts of the built-in model, read from the user's own interpreter at run time and never copied.
+"""Texts of the built-in model, read from the user's own interpreter at run time and never copied.
 
-library   the standard library's source without the held-out modules: what the model was trained on
-known     the held-out modules: what the model knows without having seen them (forgetting is measured here)
+library   source of the standard library without held-out modules: the training text
+known     held-out modules: unseen text of the known kind, on which forgetting is measured
 prose     pydoc's topics, English reference prose: the near domain
-c         CPython's C headers, where the interpreter has them: the far domain
+c         CPython's C headers, if installed: the far domain
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 DOMAINS = ("prose", "c")
 SPLITS = ("train", "valid", "test")
-PARAGRAPH = 80  # characters from which a paragraph that two documents share makes them one text
+PARAGRAPH = 80  # least characters of a paragraph that ties two documents together if they share it
 SKIPPED = (
     "site-packages",
     "dist-packages",
@@ -31,30 +31,30 @@ SKIPPED = (
 
 @dataclass(frozen=True)
 class Document:
-    """One file or topic: `title` names it the same way on every machine."""
+    """One file or topic; `title` is the same on every machine."""
 
     title: str
     text: str
 
 
 class TextMissing(RuntimeError):
-    """This interpreter does not carry the text that was asked for."""
+    """The interpreter lacks the requested text."""
 
 
 def library(tests: bool = True) -> list[Document]:
-    """The training text: every module that is not held out, in order of name; `tests` adds the test packages."""
+    """Returns the training text: all modules but the held-out ones; `tests` adds the test packages."""
     held = {title for titles in heldout().values() for title in titles}
     files = (f for f in sorted(_stdlib().rglob("*.py")) if not any(part in _relative(f) for part in SKIPPED))
     return list(_unique(d for d in _read(files) if d.title not in held and (tests or not is_test(d.title))))
 
 
 def is_test(title: str) -> bool:
-    """Whether a library file belongs to a test package."""
+    """Returns True if a library file belongs to a test package."""
     return any(part in ("test", "tests", "idle_test") for part in title.split("/")[:-1])
 
 
 def heldout() -> dict[str, list[str]]:
-    """{"valid": [..], "test": [..]}: the committed list of modules the model never saw."""
+    """Returns {"valid": [..], "test": [..]}: the committed list of modules that the model never saw."""
     titles: dict[str, list[str]] = {"valid": [], "test": []}
     for line in Path(__file__).with_name("heldout.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
@@ -64,32 +64,32 @@ def heldout() -> dict[str, list[str]]:
 
 
 def known(split: str) -> list[Document]:
-    """The held-out modules of a split ("valid" or "test") that this interpreter has. Raises TextMissing without any."""
+    """Returns the held-out modules of a split ("valid" or "test"). Raises TextMissing if all are missing."""
     documents = list(_read(_stdlib() / title for title in heldout()[split]))
     if not documents:
         raise TextMissing(
-            f"none of the held-out modules is in {_stdlib()}; is the library installed as source?"
+            f"the held-out modules are missing in {_stdlib()}; install the standard library as source"
         )
     return documents
 
 
 def domain(name: str, split: str) -> list[Document]:
-    """The documents of "prose" or "c" in "train", "valid" or "test". Raises TextMissing where the interpreter has none."""
+    """Returns documents of "prose" or "c" in "train", "valid" or "test". Raises TextMissing without any."""
     documents = {"prose": _topics, "c": _headers}[name]()
     groups = _related(documents) if name == "prose" else [[d] for d in documents]
     if not documents:
         where = {"prose": "pydoc_data.topics", "c": sysconfig.get_path("include")}[name]
-        raise TextMissing(f"this interpreter has no text for {name!r} ({where} is missing or empty)")
+        raise TextMissing(f"the interpreter lacks the text {name!r} ({where} is missing or empty)")
     return _split(groups)[split]
 
 
 def has(name: str) -> bool:
-    """Whether this interpreter carries the domain."""
+    """Returns True if the interpreter has text of the domain."""
     return bool({"prose": _topics, "c": _headers}[name]())
 
 
 def describe(documents: list[Document]) -> dict[str, Any]:
-    """Number, bytes and SHA-256 of the documents: what a run records, because texts differ between interpreters."""
+    """Returns number, bytes and SHA-256 of the documents; runs record them, because interpreters differ."""
     digest = hashlib.sha256()
     for d in documents:
         digest.update(d.title.encode() + b"\0" + d.text.encode() + b"\0")
@@ -116,7 +116,7 @@ def _headers() -> list[Document]:
 
 
 def _split(groups: list[list[Document]]) -> dict[str, list[Document]]:
-    """Whole groups by the hash of their titles: a tenth of the characters each to test and valid, the rest to train."""
+    """Splits groups by the hash of their titles: a tenth of the characters each to test and valid."""
     groups = sorted(groups, key=lambda g: hashlib.sha256(g[0].title.encode()).digest())
     room = dict.fromkeys(("test", "valid"), sum(len(d.text) for g in groups for d in g) // 10)
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
@@ -130,9 +130,9 @@ def _split(groups: list[list[Document]]) -> dict[str, list[Document]]:
 
 
 def _related(documents: list[Document]) -> list[list[Document]]:
-    """Documents in groups, such that a paragraph that stands in two of them puts both into one group.
+    """Groups documents that share a paragraph.
 
-    pydoc shows many sections under several topics, alone and within larger ones: parted, they would leak into the test.
+    pydoc repeats many sections in several topics; split apart, they would leak into the test text.
     """
     group = {d.title: [d] for d in documents}
     first: dict[str, str] = {}
@@ -155,7 +155,7 @@ def _relative(file: Path) -> str:
 
 
 def _read(files: Iterable[Path], root: Path | None = None) -> Iterator[Document]:
-    """Files that are valid UTF-8; the few test files in other encodings are left out."""
+    """Yields files that are valid UTF-8; a few test files have other encodings."""
     for file in files:
         try:
             yield Document(file.relative_to(root or _stdlib()).as_posix(), file.read_text(encoding="utf-8"))

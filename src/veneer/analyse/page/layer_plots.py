@@ -16,9 +16,7 @@ Layers = Sequence[Mapping[str, Any]]
 
 
 def place(site: str) -> tuple[str, int]:
-    """Returns (kind, block) of a layer: ("gate_proj", 3) for "model.layers.3.mlp.gate_proj"; -1 outside
-    blocks.
-    """
+    """Returns (kind, block): ("gate_proj", 3) for "model.layers.3.mlp.gate_proj"; -1 outside blocks."""
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site)
     parts = site.split(".")
     kind = ".".join(parts[-2:]) if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
@@ -62,9 +60,7 @@ def _plain(value: float, position: int | None = None) -> str:
 
 
 def effective_ranks(layers: Layers) -> Any:
-    """A cell for every layer: effective rank as a number, and darker the larger the change is beside the
-    weight.
-    """
+    """Plots a cell per layer: the effective rank, darker for changes large relative to the weight."""
     from matplotlib.patches import Rectangle
 
     kinds = by_kind(layers)

@@ -12,9 +12,7 @@ from veneer.units import count, duration, size
 
 
 def page_of(run: RunRecord, drawn: Drawn, missing: Sequence[str]) -> str:
-    """Returns the page as HTML. drawn: pictures by name; missing: sentences about pictures that are
-    missing.
-    """
+    """Returns the page as HTML. drawn: pictures by name; missing: sentences on missing pictures."""
     settings = run.config["run"]
     method = (
         "loraplus"

@@ -15,9 +15,7 @@ NO_TEST = (
 
 
 class RunRecord(NamedTuple):
-    """Contents of results.json and config.json, the lines of metrics.jsonl, and the folder of a finished
-    run.
-    """
+    """Contents of results.json, config.json and metrics.jsonl, and the folder, of a finished run."""
 
     results: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -25,9 +23,7 @@ class RunRecord(NamedTuple):
     folder: Path
 
     def tokens_per_second(self) -> float | None:
-        """Returns the speed of the median step, without the first tenth, which warms up; None if not
-        logged.
-        """
+        """Returns the speed of the median step after warm-up, or None if it was not logged."""
         found = [line["tokens_per_second"] for line in self.lines if "tokens_per_second" in line]
         return median(found[len(found) // 10 :]) if found else None
 

@@ -1,6 +1,4 @@
-"""Writes report.html: one page about a run, made from results.json, metrics.jsonl and config.json in its
-folder.
-"""
+"""Writes report.html, one page about a run, from results.json, metrics.jsonl and config.json."""
 
 from __future__ import annotations
 

@@ -65,9 +65,7 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
 
 
 def _modern(name: str) -> str:
-    """Returns `attn1.to_q.lora_A.weight` for `attn1.processor.to_q_lora.down.weight`, a name from before
-    0.17.
-    """
+    """Returns `attn1.to_q.lora_A.weight` for `attn1.processor.to_q_lora.down.weight` (before 0.17)."""
     old = re.fullmatch(r"(.*?\.)(?:processor\.)?to_(q|k|v|out)_lora\.(down|up)\.weight", name)
     if old is None:
         return name

@@ -1,5 +1,4 @@
-"""kohya's sd-scripts and LyCORIS: one file, underscores for dots, lora_down (A), lora_up (B), alpha,
-dora_scale.
+"""kohya's sd-scripts and LyCORIS: one file with lora_down (A), lora_up (B), alpha and dora_scale.
 
 https://github.com/KohakuBlueleaf/LyCORIS. Plain LoRA, its Tucker form and DoRA by output rows are read.
 """

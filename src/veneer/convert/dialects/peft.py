@@ -1,6 +1,4 @@
-"""PEFT's folder: adapter_config.json, and adapter_model.safetensors with
-base_model.model.<module>.lora_A.weight.
-"""
+"""PEFT's folder: adapter_config.json, and tensors named base_model.model.<module>.lora_A.weight."""
 
 from __future__ import annotations
 

@@ -145,8 +145,7 @@ def turn(name: str, pair: Pair, base: Base, *, to_meta: bool) -> Pair:
 
 
 def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
-    """Writes torchtune's own form as adapter_model.safetensors, which its checkpointer reads as
-    adapter_checkpoint.
+    """Writes torchtune's own form as adapter_model.safetensors, its adapter_checkpoint.
 
     Raises FormatError for layers that torchtune does not adapt.
     """

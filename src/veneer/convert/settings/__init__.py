@@ -1,6 +1,4 @@
-"""Translates run configurations of other programs into Veneer's, with a list of settings that have no
-counterpart.
-"""
+"""Translates run configurations of other programs; lists settings without a counterpart."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Settings of another program, taken one by one; settings that nobody takes are listed, never dropped
-silently.
-"""
+"""Settings of another program, taken one by one; untaken ones are listed, never dropped silently."""
 
 from __future__ import annotations
 

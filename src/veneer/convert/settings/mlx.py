@@ -91,9 +91,7 @@ def translate(values: Mapping[str, Any], folder: Path = Path(), layers: int | No
 
 
 def _data(given: Given, out: Translation, folder: Path) -> None:
-    """Translates a folder into its existing train.jsonl, valid.jsonl and test.jsonl; keeps names of data
-    sets.
-    """
+    """Translates a folder into its train.jsonl, valid.jsonl and test.jsonl; keeps names of data sets."""
     name = str(given.take("data"))
     where = folder / name
     if not where.is_dir():
