@@ -1,6 +1,4 @@
-"""Layers of low rank: their forms, their place among sites, their files, and what happens to adapters on
-them.
-"""
+"""Layers of low rank: their forms, sites and files, and adapters on them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Weights in 8 and 4 bits: the formats against their definition, the product against the unpacked matrix, and
-models of them.
-"""
+"""Weights in 8 and 4 bits: the formats against their definition, products, and whole models."""
 
 from __future__ import annotations
 
@@ -128,9 +126,8 @@ def test_outliers_spoil_their_own_block_alone():
 def test_bits_a_number_are_those_of_the_paper():
     W = normal(256, 256, dtype=torch.bfloat16)
     bits = {name: 8 * sum(t.nbytes for t in quant.get(name).pack(W)) / W.numel() for name in quant.FORMATS}
-    assert (
-        bits["nf4"] == 4 + 8 / 64 + 16 / (64 * 256) and bits["nf4"] - 4 < 0.127
-    )  # the largest of a group in bfloat16
+    # the largest of a group in bfloat16
+    assert bits["nf4"] == 4 + 8 / 64 + 16 / (64 * 256) and bits["nf4"] - 4 < 0.127
     assert bits["int8"] == 8 + 16 / 256
 
 
@@ -226,9 +223,8 @@ def test_layers_survive_safetensors_copies_pickles_dtypes_and_compilation(name):
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(x), y)
     W = model[0].weight
-    assert torch.equal(
-        copy.deepcopy(model).bfloat16().float()[0].weight, W
-    )  # what is kept has bfloat16's digits
+    # what is kept has bfloat16's digits
+    assert torch.equal(copy.deepcopy(model).bfloat16().float()[0].weight, W)
     assert (
         copy.deepcopy(model).bfloat16()[0].dtype == torch.bfloat16 and model[0].weight.dtype == torch.float32
     )
@@ -322,15 +318,12 @@ def test_a_merge_back_into_the_format_says_what_survives_and_refuses_what_does_n
     model = adapted("nf4", 0.3)
     y = models.output(model)
     verdict = veneer.merge(copy.deepcopy(model))
-    assert (
-        not verdict.lost and 0.05 < verdict.error < 0.5
-    )  # what nf4 takes of a change as large as the weights
+    # what nf4 takes of a change as large as the weights
+    assert not verdict.lost and 0.05 < verdict.error < 0.5
     assert veneer.merge(adapted("int8", 0.3)).error < 0.05
     small = adapted("nf4", 0.003)
     before = models.output(small)
-    way = (
-        r"; the base is quantised, and bfloat16 finer than its format: merge into that \(veneer\.dequantise\)"
-    )
+    way = r"; bfloat16 is finer than the base's quantised format: merge into that \(veneer\.dequantise\)"
     with pytest.raises(NotMergeable, match=r"would be lost in the merge: LOST.*\n.*" + way):
         veneer.merge(small)
     assert torch.equal(models.output(small), before) and veneer.adapters(small) == ["default"]
@@ -419,10 +412,12 @@ def test_quantised_layers_are_saved_and_found_again(tmp_path):
         veneer.load_quantised(models.llama(intermediate_size=96), tmp_path / "base")
     with pytest.raises(ConfigError, match="no layer of this model is quantised; quantise it first"):
         veneer.save_quantised(models.llama(), tmp_path / "none")
-    with pytest.raises(FormatError, match=r"holds no quantised\.json; veneer\.save_quantised writes one"):
+    with pytest.raises(FormatError, match=r"lacks quantised\.json, which veneer\.save_quantised writes"):
         veneer.load_quantised(models.llama(), tmp_path)
     (tmp_path / "base" / "quantised.safetensors").write_bytes(b"cut")
-    with pytest.raises(FormatError, match="it was changed, or a save was cut off"):
+    with pytest.raises(
+        FormatError, match=r"does not match quantised\.json; the file was changed or a save was interrupted"
+    ):
         veneer.load_quantised(models.llama(), tmp_path / "base")
 
 
@@ -433,14 +428,14 @@ def test_adapters_know_the_quantised_base_that_they_were_made_on(tmp_path):
     again = veneer.load(veneer.quantise(models.llama(), "nf4"), tmp_path / "a")
     assert torch.equal(models.output(again), y)
     told = (
-        r"another base: the adapter's is quantised \(nf4\), this model is plain; veneer\.quantise\(model, "
-        r"'nf4'\) first"
+        r"another base: the adapter's is quantised \(nf4\), this model is plain; veneer\.quantise\(model,"
+        r" 'nf4'\) first"
     )
     with pytest.raises(FormatError, match=told):
         veneer.load(models.llama(), tmp_path / "a")
     told = (
-        r"another base: the adapter's is quantised \(nf4\), this model is quantised \(int8\); open it as "
-        r"it was then"
+        r"another base: the adapter's is quantised \(nf4\), this model is quantised \(int8\); open it as it"
+        r" was then"
     )
     with pytest.raises(FormatError, match=told):
         veneer.load(veneer.quantise(models.llama(), "int8"), tmp_path / "a")
@@ -455,7 +450,9 @@ def test_adapters_know_the_quantised_base_that_they_were_made_on(tmp_path):
     veneer.save(plain, tmp_path / "b")
     with pytest.raises(
         FormatError,
-        match=r"another base: the adapter's is plain, this model is quantised \(nf4\); open it as it was then",
+        match=(
+            r"another base: the adapter's is plain, this model is quantised \(nf4\); open it as it was then"
+        ),
     ):
         veneer.load(veneer.quantise(models.llama(), "nf4"), tmp_path / "b")
 
@@ -490,7 +487,7 @@ def test_what_cannot_be_is_said_before_anything_is_changed():
         lambda m: veneer.quantise(m, "nf5"),
     )
     refused(ConfigError, "14 layers are quantised already", lambda m: veneer.quantise(veneer.quantise(m)), 14)
-    first = "quantise the base first and attach afterwards; attached now: default"
+    first = "quantise the base before adapters are attached; attached: default"
     refused(ConfigError, first, lambda m: veneer.quantise(veneer.attach(m)))
     refused(
         SiteError, "exclude='nothing' leaves out no layer", lambda m: veneer.quantise(m, exclude=["nothing"])
@@ -507,11 +504,11 @@ def test_what_cannot_be_is_said_before_anything_is_changed():
         "unknown start 'lofq' of a quantised base; did you mean 'loftq'",
         lambda m: around(m, start="lofq"),
     )
-    refused(ConfigError, "iterations 0 must be 1 or more", lambda m: around(m, iterations=0))
+    refused(ConfigError, "iterations must be >= 1, got 0", lambda m: around(m, iterations=0))
     refused(ShapeError, "rank 33 > min", lambda m: around(m, rank=33))
     refused(
         ConfigError,
-        "makes up for what quantisation takes, and these are not quantised: lm_head",
+        "start 'qpissa': layers must be quantised, got lm_head; exclude them",
         lambda m: around(m, to=["lm_head"]),
     )
     refused(
@@ -524,14 +521,10 @@ def test_what_cannot_be_is_said_before_anything_is_changed():
         m.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
         veneer.quantise(m)
 
-    refused(SiteError, r"NaN or infinity in the weights of model\.layers\.0\.mlp\.up_proj", broken)
+    refused(SiteError, r"finite, got NaN or infinity at model\.layers\.0\.mlp\.up_proj", broken)
 
     def hooked(m):
         m.model.layers[1].mlp.up_proj.register_forward_hook(lambda *given: None)
         veneer.quantise(m)
 
-    refused(
-        SiteError,
-        r"have hooks or a forward of their own, which would be lost: model\.layers\.1\.mlp\.up_proj",
-        hooked,
-    )
+    refused(SiteError, r"hooks or a custom forward would be lost at model\.layers\.1\.mlp\.up_proj", hooked)

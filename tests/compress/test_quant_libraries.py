@@ -1,4 +1,4 @@
-"""Layers that bitsandbytes and torchao have packed, where these are installed: they are optional, and not in the tests' environment."""
+"""Layers packed by bitsandbytes and torchao, which are optional and missing in the tests' environment."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_merging_into_bfloat16_keeps_the_change_and_into_four_bits_says_what_is_
     assert (
         code == 3
         and "would be lost in the merge" in told
-        and "the base is quantised, and bfloat16 finer than its format" in told
+        and "bfloat16 is finer than the base's quantised format" in told
     )
     assert not (folder / "packed").exists()
     assert main(["merge", str(out), "--out", str(folder / "packed"), "--dtype", "nf4", "--force"]) == 0
@@ -168,12 +168,12 @@ def test_a_step_by_shapes_takes_what_a_real_one_does(name):
 def test_a_plan_has_both_columns_and_counts_the_base_as_it_was(folder, monkeypatch):
     for other in ("_recompute", "_batch", "_precision", "_length"):
         monkeypatch.setattr(smaller, other, lambda *given: iter(()))
-    run = tiny.settings(folder, out=str(folder / "none"))
-    packed = {**run, "quantise": "nf4", "options": {**run["options"], "init": "loftq"}}
+    run = tiny.settings(folder, out=str(folder / "none"), batch=1, length=8, options={"rank": 16})
+    packed = {**run, "quantise": "nf4", "options": {"rank": 16, "init": "loftq"}}
     found, whole = (plan(Run(**settings), probe=False, progress=False) for settings in (packed, run))
     assert found.base == whole.base and found.full == whole.full
     assert found.memory.weights < 0.7 * whole.memory.weights and found.memory.adapter == whole.memory.adapter
-    assert [t.change for t in found.halving] == ["rank 1"]
+    assert [t.change for t in found.halving] == ["--rank 2"]
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Smaller models: layers kept in fewer bits or fewer numbers."""
+"""Compresses models: layers in fewer bits or with fewer numbers."""

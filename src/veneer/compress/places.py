@@ -1,4 +1,4 @@
-"""The places of a model where a layer is held, so that it can be replaced by another kind of layer."""
+"""Finds the parents of a layer in a model, so that the layer can be replaced."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Places:
-    """Where in a model every module is held, which may be in several places."""
+    """Parents and names of every module of a model; a shared module has several."""
 
     def __init__(self, model: nn.Module) -> None:
         self._found: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -15,6 +15,6 @@ class Places:
                 self._found.setdefault(id(child), []).append((parent, key))
 
     def put(self, old: nn.Module, new: nn.Module) -> None:
-        """The new module in all places of the old one."""
+        """Replaces the old module in all its places."""
         for parent, key in self._found[id(old)]:
             parent._modules[key] = new

@@ -1,17 +1,19 @@
-"""A base whose linear layers are kept in 8 or 4 bits (QLoRA), and back.  Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
+"""Quantises linear layers of a base to 8 or 4 bits (QLoRA), and back.
 
-The layers are those that "all-linear" means, nn.Linear and transformers' Conv1D, one after the other, so that no more than one
-of them exists twice. Embeddings, norms, output heads and weights that no layer of these kinds holds (experts) stay as they are.
-The same weights give the same bytes on any machine, loaded in float32 or bfloat16 (of which the latter's rounding is what is
-packed). Formats, cost and error: see veneer.ops.quant.
+Dettmers et al. 2023, https://arxiv.org/abs/2305.14314. Quantised are the layers of "all-linear", nn.Linear
+and transformers' Conv1D, one at a time, so that at most one layer is in memory twice. Embeddings, norms,
+output heads and expert weights are unchanged. Weights are rounded to bfloat16 before packing, so that a model
+loaded in float32 or in bfloat16 gives the same bytes on every machine. Formats, cost and error: see
+veneer.ops.quant.
 
-QPiSSA (Meng et al. 2024, https://arxiv.org/abs/2404.02948) and LoftQ (Li et al. 2023, https://arxiv.org/abs/2310.08659) quantise
-a layer so that an adapter of low rank makes up for a part of the error: Q + s B A ~ W. This changes the base: an adapter that
-starts so belongs to this Q and no other, which `veneer.save_quantised` keeps beside it. Both alternate between Q and B A five
-times; LoftQ begins with Q of W, QPiSSA with the leading part of W, so that A and B hold what matters most. The best of the
-alternations is kept. s is respected: what is taken apart is W - s B A (PEFT's LoftQ leaves s out).
-Use: at 4 bits, where the plain start of LoRA has to repair the error first. Against: at ranks of 8 to 16 a few per cent of nf4's
-error go away; the authors' larger gains are at rank 64 and 128; users did not reach LoftQ's published figures.
+QPiSSA (Meng et al. 2024, https://arxiv.org/abs/2404.02948) and LoftQ (Li et al. 2023,
+https://arxiv.org/abs/2310.08659) quantise a layer together with a low-rank adapter that compensates a part of
+the error: Q + s B A ~ W. Both alternate five times between Q and B A and keep the best; LoftQ begins with Q
+of W, QPiSSA with the leading part of W, so that A and B hold its main directions. Both decompose W - s B A,
+scaling included (PEFT's LoftQ ignores s). The adapter fits this Q only, so `veneer.save_quantised` stores Q
+beside it. Use: at 4 bits, where plain LoRA must repair the error first. Against: at ranks 8 to 16 only a few
+per cent of nf4's error are compensated; the authors report larger gains at ranks 64 and 128; users did not
+reproduce LoftQ's figures.
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ from veneer.sites.find import Target
 from veneer.sites.quantised import packed_kind
 from veneer.sites.quantised_linear import QuantisedLinear
 
-STARTS = {"qpissa": True, "loftq": False}  # whether the first low-rank part is that of W itself
+STARTS = {"qpissa": True, "loftq": False}  # True: the first low-rank part is that of W itself
 
 
 def quantise(model: nn.Module, format: str = "nf4", *, exclude: Target = ()) -> nn.Module:
-    """The same model with its linear layers in `format`, int8 or nf4; adapters are attached afterwards.
+    """Quantises the linear layers of the model in place to `format`, int8 or nf4, and returns it.
 
-    exclude: layers that stay as they are, as in attach. Raises ConfigError, and SiteError for layers that cannot be packed,
-    before anything is changed.
+    Attach adapters afterwards. exclude: layers to leave unchanged, as in attach. Raises ConfigError, and
+    SiteError for layers that cannot be packed, before any change.
     """
     chosen = quant.get(format)
     sites, places = plain_sites(model, exclude), Places(model)
@@ -68,31 +70,28 @@ def quantise_around(
     iterations: int = 5,
     seed: int = 0,
 ) -> dict[str, Stats]:
-    """Quantises the model and returns what attach(model, "lora", init=start, rank=.., stats=..) starts from.
+    """Quantises the model and returns the stats for attach(model, "lora", init=start, rank=.., stats=..).
 
-    start: qpissa or loftq. to, exclude, rank, rank_pattern: the layers and ranks of the adapter to come, as in attach; all
-    other linear layers are quantised plainly. Raises ConfigError, SiteError and ShapeError before anything is changed.
+    start: qpissa or loftq. to, exclude, rank, rank_pattern: layers and ranks of the future adapter, as in
+    attach; other linear layers are quantised without compensation. Raises ConfigError, SiteError and
+    ShapeError before any change.
     """
     chosen = quant.get(format)
     if start not in STARTS:
         raise ConfigError(f"unknown start {start!r} of a quantised base{suggest(start, STARTS)}")
     if iterations < 1:
-        raise ConfigError(f"iterations {iterations} must be 1 or more")
+        raise ConfigError(f"iterations must be >= 1, got {iterations}")
     sites = plain_sites(model)
     ranks = _ranks(find(model, "all-linear" if to is None else to, exclude), rank, rank_pattern or {})
-    others = sorted(ranks.keys() - {s.name for s in sites})
-    if others:
-        raise ConfigError(
-            f"start {start!r} makes up for what quantisation takes, and these are not quantised: {first_few(others)}"
-        )
+    if others := sorted(ranks.keys() - {s.name for s in sites}):
+        raise ConfigError(f"start {start!r}: layers must be quantised, got {first_few(others)}; exclude them")
     places, found = Places(model), {}
     for site in one_by_one(sites):
         W = _as_loaded(site)
         if site.name in ranks:
-            draw = keyed(seed, f"{site.name} {start}")
-            parts, low, left = split(
-                W, chosen, ranks[site.name], iterations=iterations, draw=draw, whole_first=STARTS[start]
-            )
+            draw, first = keyed(seed, f"{site.name} {start}"), STARTS[start]
+            r = ranks[site.name]
+            parts, low, left = split(W, chosen, r, iterations=iterations, draw=draw, whole_first=first)
             found[site.name] = Stats(residual=low, left=left)
         else:
             parts = chosen.pack(W)
@@ -101,9 +100,10 @@ def quantise_around(
 
 
 def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The same model with plain linear layers that hold what the packed ones held, in dtype, each layer's own unless given.
+    """Replaces packed layers in place by plain linear layers with the unpacked weights.
 
-    bitsandbytes' and torchao's layers are unpacked too. Adapters stay attached, acting and training as they were.
+    dtype: of the weights; that of each layer unless given. bitsandbytes' and torchao's layers are unpacked
+    too. Adapters stay attached, active and trainable as before.
     """
     packed = [n for n, m in model.named_modules() if packed_kind(m)]
     return swap(model, packed, lambda site: _plain(site, dtype))
@@ -111,7 +111,7 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 @contextmanager
 def as_plain(model: nn.Module) -> Iterator[None]:
-    """Within the block packed layers are plain ones without content (on the meta device), for what looks at shapes alone."""
+    """Replaces packed layers inside the block by plain ones on the meta device, which have shapes only."""
     packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantisedLinear)}
     places = Places(model)
     for module in packed.values():
@@ -133,7 +133,7 @@ def as_plain(model: nn.Module) -> Iterator[None]:
 
 
 def _ranks(sites: list[Site], rank: int, pattern: Mapping[str, int]) -> dict[str, int]:
-    """The rank of every layer's adapter by its name. Raises ConfigError and ShapeError."""
+    """Returns {layer: rank of its adapter}. Raises ConfigError and ShapeError."""
     check_patterns(sites, pattern)
     ranks = {s.name: int(options_at(s.name, LoRA, {"rank": rank}, pattern, None)["rank"]) for s in sites}
     for site in sites:
@@ -142,11 +142,11 @@ def _ranks(sites: list[Site], rank: int, pattern: Mapping[str, int]) -> dict[str
 
 
 def plain_sites(model: nn.Module, exclude: Target = ()) -> list[Site]:
-    """The layers to quantise. Raises ConfigError and SiteError where that cannot be done."""
+    """Returns the layers to quantise. Raises ConfigError and SiteError if the model cannot be quantised."""
     refuse_compiled(model)
     if adapters(model):
         raise ConfigError(
-            f"quantise the base first and attach afterwards; attached now: {first_few(adapters(model))}"
+            f"quantise the base before adapters are attached; attached: {first_few(adapters(model))}"
         )
     sites = [part for s in find(model, "all-linear", exclude) for part in _parts(s)]
     packed = [s.name for s in sites if s.is_packed]
@@ -159,20 +159,20 @@ def plain_sites(model: nn.Module, exclude: Target = ()) -> list[Site]:
     ]
     if held:
         raise SiteError(
-            f"these layers have hooks or a forward of their own, which would be lost: {first_few(held)}; quantise before them"
+            f"hooks or a custom forward would be lost at {first_few(held)}; quantise before adding them"
         )
     wild = [
         s.name for s in sites if not s.module.weight.is_meta and not bool(torch.isfinite(s.weight()).all())
     ]
     if wild:
         raise SiteError(
-            f"NaN or infinity in the weights of {first_few(wild)}, which no format can hold; is the checkpoint whole?"
+            f"weights must be finite, got NaN or infinity at {first_few(wild)}; check the checkpoint"
         )
     return sites
 
 
 def _parts(site: Site) -> list[Site]:
-    """The layers that hold the site's matrix: the two inside a factored layer, or the layer itself."""
+    """Returns the layers that hold the site's matrix: two inside a factored layer, else the layer."""
     module = site.module
     names = module.inner if isinstance(module, Factored) else ()
     held = [site_for(f"{site.name}.{n}", getattr(module, n)) for n in names]
@@ -180,11 +180,12 @@ def _parts(site: Site) -> list[Site]:
 
 
 def _as_loaded(site: Site) -> Tensor:
-    """W rounded to bfloat16, so that all copies of a model are packed alike."""
+    """Returns W rounded to bfloat16, so that all copies of a model give the same codes."""
     return site.weight().detach().bfloat16().to(site.dtype)
 
 
 def layer_of(site: Site, parts: quant.Parts, format: quant.Format) -> QuantisedLinear:
+    """Returns a quantised layer with the bias and the mode of the site's own."""
     bias = site.module.bias
     if bias is not None:
         bias.requires_grad_(False)
@@ -192,7 +193,7 @@ def layer_of(site: Site, parts: quant.Parts, format: quant.Format) -> QuantisedL
 
 
 def _plain(site: Site, dtype: torch.dtype | None) -> nn.Linear:
-    """The layer unpacked."""
+    """Returns the unpacked layer."""
     old, new = site.module, nn.Linear(site.in_, site.out, bias=False, device="meta")
     W = site.weight().to(dtype or (site.dtype if old.bias is None else old.bias.dtype))
     new.weight = nn.Parameter(W, requires_grad=False)

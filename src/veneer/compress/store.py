@@ -1,7 +1,7 @@
-"""Quantised layers as files, for bases that cannot be made again from their model alone: of QPiSSA, LoftQ, or merged into.
+"""Saves and loads quantised layers of bases that their model alone cannot reproduce: QPiSSA, LoftQ, merged.
 
-A folder with quantised.safetensors (`LAYER.codes`, `LAYER.absmax`, .. as in the state dict) and quantised.json, which names the
-model that everything else comes from, and each layer's format and shape.
+A folder holds quantised.safetensors (`LAYER.codes`, `LAYER.absmax`, .. as in the state dict) and
+quantised.json, which names the model that the rest comes from, and the format and shape of each layer.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ TENSORS, DESCRIPTION, FORMAT = "quantised.safetensors", "quantised.json", 1
 
 
 def save_quantised(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
-    """Writes the quantised layers of the model into `folder`, whole or not at all, and returns the folder.
+    """Writes the quantised layers of the model into `folder`, completely or not at all; returns the folder.
 
-    base: the model that they were made from; what the model itself says unless given. Raises ConfigError if nothing is quantised.
+    base: the original model; the model's name_or_path unless given. Raises ConfigError if no layer is
+    quantised.
     """
     folder, found = Path(folder), formats(model)
     if not found:
@@ -51,28 +52,36 @@ def save_quantised(model: nn.Module, folder: str | Path, base: str | None = None
 
 
 def description(folder: str | Path) -> dict[str, Any] | None:
-    """What quantised.json says, or None for a folder without one. Raises FormatError for one that cannot be read."""
+    """Returns the content of quantised.json, or None if it is missing.
+
+    Raises FormatError if it is damaged.
+    """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
         return None
     found = files.read_json(path)
     if found.get("format") != FORMAT or not {"model", "layers", "sha256"} <= found.keys():
-        raise FormatError(f"{path} is not what veneer.save_quantised writes; restore it from a copy")
+        raise FormatError(
+            f"{path} was not written by veneer.save_quantised, or is damaged; restore it from a copy"
+        )
     return found
 
 
 def load_quantised(model: nn.Module, folder: str | Path) -> nn.Module:
-    """The same model, the one that they were made from, with the quantised layers of `folder` in place of its own.
+    """Replaces layers of the original model by the quantised layers of `folder`, in place; returns the model.
 
-    Raises FormatError, before anything is changed, for changed files and for layers that are not the model's.
+    Raises FormatError, before any change, for changed files and for layers that the model lacks.
     """
     record = description(folder)
     if record is None:
-        raise FormatError(f"{folder} holds no {DESCRIPTION}; veneer.save_quantised writes one")
+        raise FormatError(
+            f"{folder} lacks {DESCRIPTION}, which veneer.save_quantised writes; give another folder"
+        )
     path = Path(folder) / TENSORS
     if files.sha256(path) != record["sha256"]:
         raise FormatError(
-            f"{path} is not the file that {DESCRIPTION} was written with: it was changed, or a save was cut off"
+            f"{path} does not match {DESCRIPTION}; the file was changed or a save was interrupted;"
+            " restore it from a copy"
         )
     tensors, layers = files.read_tensors(path), record["layers"]
     sites = [s for s in plain_sites(model) if s.name in layers]
@@ -92,5 +101,5 @@ def load_quantised(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _of_dtype(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes as they are, and the rest in the model's dtype, in which it is the same numbers."""
+    """Returns codes unchanged and other parts in the model's dtype, which holds them exactly."""
     return part.to(dtype) if part.is_floating_point() else part
