@@ -160,7 +160,7 @@ def test_a_new_method_is_there_as_soon_as_its_file_is(tools, tmp_path, monkeypat
     assert "Nil: W' = W \\* 1, for nothing. Nobody 2026 ([paper](https://example.org/nil))." in section
     assert (
         "- **Use**: never." in section
-        and "| `--depth` | how deep (default: 3) |" in section
+        and "| `--depth` | how deep \\[3\\] |" in section
         and "Veneer's own file" in section
     )
 
@@ -265,7 +265,7 @@ def test_the_manifest_has_what_the_page_of_files_says(run):
     assert set(record["probe"]) == {"inputs", "shape", "where", "off", "on", "dtype"}
     assert set(record["tensors"]) == {"file", "sha256", "bytes"}
     assert {p.name for p in (run / "adapter").iterdir()} <= table("An adapter")
-    kinds = set(re.findall(r"`(\w+)`", re.search(r"the kind of place: (.*)", FORMAT)[1]))
+    kinds = set(re.findall(r"`(\w+)`", re.search(r"the kind of layer: (.*)", FORMAT)[1]))
     assert kinds == {k.kind for k in every_site()}
 
 
