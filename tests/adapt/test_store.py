@@ -65,6 +65,30 @@ def retensor(folder: Path, **changed: Tensor | None) -> None:
     edit(folder / MANIFEST, tensors=tensors)
 
 
+def test_the_only_adapter_is_saved_whatever_its_name(tmp_path: Path) -> None:
+    model = veneer.attach(models.llama(), rank=2, name="french")
+    models.randomise(model, "french")
+    veneer.save(model, tmp_path / "one")
+    with pytest.raises(ConfigError, match="the model has no adapter; attach one first"):
+        veneer.save(models.llama(), tmp_path / "none")
+    veneer.attach(model, rank=2, name="formal")
+    with pytest.raises(ConfigError, match="several adapters, name one of them: french, formal"):
+        veneer.save(model, tmp_path / "two")
+    assert [p.name for p in tmp_path.iterdir()] == ["one"]
+
+
+def test_the_folder_of_a_run_stands_for_the_adapter_in_it(tmp_path: Path) -> None:
+    model = adapted()
+    veneer.save(model, tmp_path / "run" / "adapter")
+    loaded = veneer.load(models.llama(), tmp_path / "run")
+    assert state(loaded).keys() == state(model).keys()
+    assert all(torch.equal(t, state(model)[k]) for k, t in state(loaded).items())
+    other = adapted(rank=2)
+    veneer.save(other, tmp_path / "run")  # an adapter in the folder itself comes first
+    assert state(veneer.load(models.llama(), tmp_path / "run")).keys() == state(other).keys()
+    assert next(iter(changes(veneer.load(models.llama(), tmp_path / "run"), "default")))[1].A.shape[0] == 2
+
+
 def refusal(folder: Path, model: nn.Module | None = None, **options: Any) -> str:
     """The text of the error of loading; the model must be as it was."""
     model = model or models.llama()

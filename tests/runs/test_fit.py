@@ -255,8 +255,8 @@ def door_says(given: dict[str, Any], kind: type[errors.VeneerError], **changed: 
             DataError,
             "builtin:known:train: the text 'known' has no part 'train'; it has valid, test",
         ),
-        ({"model": "/nowhere/at/all"}, ConfigError, "model: there is no folder /nowhere/at/all"),
-        ({"model": HERE}, ConfigError, f"model: the folder {HERE} holds no model: it has no config.json"),
+        ({"model": "/nowhere/at/all"}, ConfigError, "model: the folder /nowhere/at/all does not exist"),
+        ({"model": HERE}, ConfigError, f"model: the folder {HERE} holds no model: config.json is missing"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(given, changed, kind, message):

@@ -100,9 +100,9 @@ def test_the_folder_does_what_base_and_adapters_do(place, tmp_path, capsys, name
     assert set(index) == set(tensors) and len(set(index.values())) == len(list(out.glob("*.safetensors"))) > 1
     wanted, found = reference(place / "base", a=0.5, b=1.0), outputs(out)
     assert found.dtype == dtype
-    torch.testing.assert_close(
-        found.float(), wanted, rtol=0, atol=8 * torch.finfo(dtype).eps * float(wanted.abs().max())
-    )
+    # Eight roundings in a row for each of two layers, which no processor adds up in the same order.
+    atol = 16 * torch.finfo(dtype).eps * float(wanted.abs().max())
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=atol)
     own = float((outputs(out, torch.float32) - wanted).norm() / (wanted - reference(place / "base")).norm())
     assert (
         told["verdict"]["logit_error"] == pytest.approx(own, rel=0.5, abs=1e-5)
@@ -243,7 +243,7 @@ def test_all_that_is_wrong_with_the_words_is_said_at_once(place, capsys):
     assert (
         main(["export", str(place / "gone"), "--adapter", str(place / "a"), "--out", str(place / "out")]) == 2
     )
-    assert f"model: there is no folder {place}/gone" in capsys.readouterr().err
+    assert f"model: the folder {place}/gone does not exist" in capsys.readouterr().err
     assert (
         main(["export", str(place / "base"), "--adapter", str(place / "a"), "--out", "x", "--dtype", "int8"])
         == 2

@@ -280,7 +280,8 @@ def test_a_start_that_moved_the_base(tmp_path, base):
 
 def test_cutting_and_rounding_are_said(tmp_path):
     saved(tmp_path / "a")
-    done = convert(str(tmp_path / "a"), out=str(tmp_path / "m"), to="mlx", rank=1, dtype="float16")
+    done = convert(str(tmp_path / "a"), out=str(tmp_path / "m"), to="mlx-lm", rank=1, dtype="float16")
+    assert done.to == "mlx"
     assert done.ranks == [1] and done.notes[0].startswith(
         "truncated to rank <= 1; relative error of a layer's change at most "
     )
@@ -318,7 +319,7 @@ def test_impossible_conversions(tmp_path, base):
         convert(str(tmp_path / "a"), out=str(tmp_path / "a"))
     with pytest.raises(ConfigError, match="names: there is no file"):
         convert(str(tmp_path / "a"), names="nowhere.txt", **args)
-    with pytest.raises(ConfigError, match="model: no language model is described at"):
+    with pytest.raises(ConfigError, match=r"holds no model: config\.json is missing"):
         convert(str(tmp_path / "a"), model=str(tmp_path), **args)
     assert not (tmp_path / "x").exists()
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from veneer import network
 from veneer.data.row_files import Row, checked
 from veneer.data.tables import Entry, without_nulls
 from veneer.errors import DataError, suggest
@@ -69,7 +70,8 @@ def open_on_hub(name: str, part: str, **options: bool) -> tuple[str, Any]:
         (one, two) if two else (None, one) if one and one.partition("[")[0] in usual else (one, None)
     )
     try:
-        found = datasets.load_dataset(given["id"], config, split=split, **options)
+        with network.hub(given["id"]):
+            found = datasets.load_dataset(given["id"], config, split=split, **options)
     except (OSError, ValueError, RuntimeError) as e:
         raise DataError(
             f"{name}: not found on the Hugging Face hub or in its cache ({_reason(e)});"

@@ -14,14 +14,14 @@ from torch import nn
 from veneer.adapt.attach import detach
 from veneer.adapt.hooks import NAME
 from veneer.adapt.peft.settings import CONFIG as PEFT_CONFIG
-from veneer.adapt.peft.settings import TENSORS as PEFT_TENSORS
 from veneer.adapt.store import manifest, store
+from veneer.adapt.store.folder import adapter_folder, holds_one
 from veneer.adapt.switch import using
 from veneer.errors import ConfigError, first_few
 from veneer.files import read_json
 from veneer.models import pretrained
 from veneer.sites import changed
-from veneer.train.folder.layout import ADAPTER, BASE, CONFIG, METRICS
+from veneer.train.folder.layout import BASE, CONFIG, METRICS
 
 TEMPLATE = "chat_template.jinja"  # as transformers saves it beside a tokenizer
 SPEC = re.compile(r"(?:(?P<name>[^=@/]+)=)?(?P<folder>[^@]+?)(?:@(?P<strength>[-+.\de]+))?")
@@ -91,11 +91,6 @@ def summed(wanted: Sequence[Wanted]) -> dict[str, float]:
 def title(w: Wanted) -> str:
     """Returns an adapter's name for tables, with its strength unless that is 1."""
     return w.name if w.strength == 1 else f"{w.name} at {w.strength:g}"
-
-
-def adapter_folder(folder: Path) -> Path:
-    """Returns the folder of the adapter itself: a run keeps it in its folder `adapter`."""
-    return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
 
 
 def base_of(wanted: Sequence[Wanted]) -> str:
@@ -176,18 +171,13 @@ def _missing(folder: Path) -> str | None:
     """Returns the reason why the folder holds no adapter, with the place of one if known; else None."""
     if not folder.is_dir():
         return "the folder does not exist"
-    if _holds_one(folder):
+    if holds_one(adapter_folder(folder)):
         return None
     if (folder / CONFIG).is_file() and (folder / METRICS).is_file():
         return "the run there has not finished, and has no adapter yet; go on with it by veneer fit --resume"
-    inside = sorted(str(p) for p in folder.iterdir() if p.is_dir() and _holds_one(p))
+    inside = sorted(str(p) for p in folder.iterdir() if p.is_dir() and holds_one(adapter_folder(p)))
     hint = f"; name one of {first_few(inside)}" if inside else f" ({PEFT_CONFIG}, {manifest.NAME})"
     return f"it holds no adapter{hint}"
-
-
-def _holds_one(folder: Path) -> bool:
-    own = adapter_folder(folder)
-    return any((own / name).is_file() for name in (PEFT_CONFIG, PEFT_TENSORS, manifest.NAME))
 
 
 @contextmanager
@@ -198,7 +188,7 @@ def alone(model: nn.Module, w: Wanted | None, allow: Sequence[str] = ()) -> Iter
     Raises what loading raises.
     """
     if w is not None:
-        store.load(model, adapter_folder(w.folder), w.name, allow=allow)
+        store.load(model, w.folder, w.name, allow=allow)
     try:
         with using(model, {} if w is None else {w.name: w.strength}):
             yield
@@ -226,7 +216,7 @@ def open_all(
     wanted = there(specs)
     opened = open_base(model or base_of(wanted), wanted, dtype, device)
     for w in {w.name: w for w in wanted}.values():  # one adapter may be wanted at several strengths
-        store.load(opened.model, adapter_folder(w.folder), w.name, allow=allow)
+        store.load(opened.model, w.folder, w.name, allow=allow)
     return opened, wanted
 
 

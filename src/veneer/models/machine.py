@@ -1,4 +1,4 @@
-"""The machine that a run meets: where it computes, in what precision, with what versions, and the memory it took."""
+"""Describes the machine of a run: device, hardware, versions of packages, and memory taken."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 def device(name: str) -> torch.device:
-    """The device of a name; "auto" is the current GPU where there is one, else the CPU. Raises ConfigError."""
+    """Returns the device of a name; "auto" is the current GPU, or the CPU without one. Raises ConfigError."""
     if name == "auto":
         name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:
@@ -27,7 +27,7 @@ def device(name: str) -> torch.device:
 
 
 def hardware(where: torch.device) -> str:
-    """What computes: the GPU's name, or the processor's with the threads that PyTorch uses."""
+    """Returns the name of the GPU, or of the processor with the threads that PyTorch uses."""
     if where.type == "cuda":
         return torch.cuda.get_device_name(where)
     threads = torch.get_num_threads()
@@ -44,7 +44,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on."""
+    """Returns the versions of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory(where: torch.device) -> int:
-    """Bytes: of the GPU since the process began, or of the whole process on the CPU; 0 where that is not known."""
+    """Returns the peak in bytes of the GPU, or of the whole process on the CPU; 0 if unknown."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
     try:

@@ -1,4 +1,4 @@
-"""Base models and their tokenizers, from a folder, the hub, or the installation itself."""
+"""Loads base models and their tokenizers from a folder, the hub, or the installation itself."""
 
 from __future__ import annotations
 
@@ -10,42 +10,41 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer import embedded
+from veneer import embedded, network
 from veneer.compress.quantise import quantise
 from veneer.errors import ConfigError, first_few
 from veneer.sites import changed
 
 
 def source(name: str) -> str:
-    """What transformers calls the model: the built-in model's folder for "builtin", else the name itself.
+    """Returns the model's name for transformers: the built-in model's folder for "builtin", else the name.
 
-    A folder of quantised layers stands for the model that they belong into.
+    A folder of quantised layers stands for the model that they belong to.
     """
     name = changed.origin(name)
     return str(embedded.folder()) if name == embedded.PREFIX else name
 
 
 def tokenizer(name: str) -> Any:
-    """The model's tokenizer. Raises ConfigError if there is none."""
+    """Returns the model's tokenizer. Raises ConfigError if it is missing."""
     from transformers import AutoTokenizer
 
-    with _said_well(name, "tokenizer"):
+    with _found(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(source(name))
 
 
 def config(name: str) -> Any:
-    """The model's configuration. Raises ConfigError if there is none."""
+    """Returns the model's configuration. Raises ConfigError if it is missing."""
     from transformers import AutoConfig
 
-    with _said_well(name, "configuration"):
+    with _found(name, "configuration"):
         return AutoConfig.from_pretrained(source(name))
 
 
 def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: str | None = None) -> nn.Module:
-    """The language model in eval mode, with the quantised layers of the folder if it is one of them.
+    """Returns the language model in eval mode, with the changed layers of a folder that holds such.
 
-    quantised: the format that its linear layers are kept in. Raises ConfigError if there is none, or if weights are missing
-    from it.
+    quantised: the format of its linear layers, or None. Raises ConfigError if the model or a weight is missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -53,7 +52,7 @@ def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: st
     if (inner := changed.kind_of_folder(made_from)) is not None and inner.whole:
         found = changed.open_whole(made_from, dtype)
         return _finished(found, name, kind, quantised, device)
-    with _said_well(name, "causal language model"), no_bars():
+    with _found(name, "causal language model"), no_bars():
         model, info = AutoModelForCausalLM.from_pretrained(
             source(name), dtype=dtype, output_loading_info=True
         )
@@ -71,7 +70,7 @@ def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: st
 def _finished(
     model: Any, name: str, kind: changed.Kind | None, quantised: str | None, device: torch.device
 ) -> nn.Module:
-    """The loaded model with the folder's changed layers, quantised if asked, on the device."""
+    """Returns the loaded model with the folder's changed layers, quantised if asked, on the device."""
     if kind is not None and not kind.whole:
         changed.load(model, name)
         model.name_or_path = name
@@ -82,25 +81,31 @@ def _finished(
 
 
 @contextmanager
-def _said_well(name: str, what: str) -> Iterator[None]:
+def _found(name: str, what: str) -> Iterator[None]:
+    """Raises ConfigError within the block for a model that is missing or unreadable."""
     try:
-        yield
+        with network.hub(source(name)):
+            yield
     except (OSError, ValueError, KeyError) as e:
-        path, why = Path(name), f" ({type(e).__name__}: {str(e).splitlines()[0]})"
-        if path.is_dir() and not (path / "config.json").is_file():
-            where, why = f"the folder {path} holds no model: it has no config.json", ""
-        elif path.is_dir():
-            where = f"the folder {path} holds no {what} that can be read"
-        elif path.is_absolute() or name.startswith("."):
-            where, why = f"there is no folder {path}", ""
-        else:
-            where = f"{name!r} is no folder here, and no {what} of that name could be had from the Hugging Face hub"
-        raise ConfigError(f"model: {where}{why}") from e
+        raise ConfigError(f"model: {_missing(name, what, e)}") from e
+
+
+def _missing(name: str, what: str, e: Exception) -> str:
+    path, why = Path(name), f"({type(e).__name__}: {str(e).splitlines()[0]})"
+    if path.is_dir() and not (path / "config.json").is_file():
+        return f"the folder {path} holds no model: config.json is missing"
+    if path.is_dir():
+        return f"the folder {path} holds no readable {what} {why}"
+    if path.is_absolute() or name.startswith("."):
+        return f"the folder {path} does not exist"
+    if not network.reachable():
+        return f"{name!r} is neither a folder here nor in the cache, and the Hugging Face hub is out of reach"
+    return f"{name!r} is not a folder here, and the Hugging Face hub has no such {what} {why}"
 
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Within the block transformers shows no progress bars."""
+    """Hides transformers' progress bars within the block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -113,15 +118,10 @@ def no_bars() -> Iterator[None]:
 
 
 def skeleton(model: str) -> nn.Module:
-    """The language model on the meta device: all names and shapes, and no weights. Raises ConfigError if there is none."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Returns the language model on the meta device: names and shapes. Raises ConfigError if missing."""
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(source(model))
-        with torch.device("meta"):
-            found: nn.Module = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as e:
-        raise ConfigError(
-            f"model: no language model is described at {model!r} ({str(e).splitlines()[0]})"
-        ) from None
+    settings = config(model)
+    with _found(model, "language model"), torch.device("meta"):
+        found: nn.Module = AutoModelForCausalLM.from_config(settings)
     return found

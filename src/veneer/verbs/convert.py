@@ -13,6 +13,7 @@ from veneer import dtypes
 from veneer.adapt import combine
 from veneer.adapt.peft.settings import method_of
 from veneer.adapt.store import manifest, store
+from veneer.adapt.store.folder import adapter_folder
 from veneer.convert import carry, pairs
 from veneer.convert.base import Base, of_model
 from veneer.convert.detect import NATIVE, Found, detect
@@ -23,6 +24,7 @@ from veneer.models import adapted, pretrained
 from veneer.models.pretrained import skeleton
 
 RECORD = "convert.json"
+ALSO = {"mlx-lm": "mlx", "lycoris": "kohya"}  # other names of formats
 PLAIN_ONLY = ("vllm", "litgpt")  # dialects without DoRA
 
 
@@ -69,7 +71,8 @@ def convert(
     dtype: of the factors in the result: fp32, bf16 or fp16; unchanged unless given
     allow: names of tensors or settings that may be left out, with * for any text
     """
-    source, folder = adapted.adapter_folder(Path(adapter)), Path(out)
+    source, folder = adapter_folder(Path(adapter)), Path(out)
+    to = ALSO.get(to, to)
     if to not in carry.WRITERS:
         raise ConfigError(f"to: unknown format {to!r}{suggest(to, carry.WRITERS)}")
     number_format = dtypes.of_name(dtype) if dtype is not None else None

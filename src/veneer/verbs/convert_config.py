@@ -14,6 +14,8 @@ from veneer.files import replacing
 from veneer.models.pretrained import skeleton
 from veneer.train.run import Run
 
+ALSO = {"mlx-lm": "mlx", "llama-factory": "llamafactory"}  # other names of programs
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -49,7 +51,7 @@ def convert_config(
         raise ConfigError(f"out {out} exists; choose another file or remove it")
     values = settings.read_yaml(path.read_text(encoding="utf-8"), str(path))  # JSON is YAML too
     layers = of_model(skeleton(model)).layers if model else None
-    found = translate(values, tool, folder=path.parent, layers=layers)
+    found = translate(values, ALSO.get(tool, tool) if tool else None, folder=path.parent, layers=layers)
     done = Converted(found, out, _problems(found.settings))
     if out is not None:
         with replacing(Path(out)) as (temporary,):

@@ -14,6 +14,7 @@ from veneer import dtypes
 from veneer.adapt import attach, attached, probe
 from veneer.adapt.peft import reading, settings
 from veneer.adapt.store import manifest, store
+from veneer.adapt.store.folder import adapter_folder
 from veneer.adapt.store.problems import ALLOW
 from veneer.adapt.store.sizes import size
 from veneer.errors import FormatError, first_few
@@ -81,7 +82,7 @@ def verify(adapter: str, *, model: str | None = None, dtype: str = "float32", de
     wanted = [adapted.Wanted(NAME, folder, 1.0)]
     base = model or adapted.base_of(wanted)
     found = pretrained.causal_lm(base, number_format, torch.device(device), adapted.format_of(wanted, base))
-    return examine(found, adapted.adapter_folder(folder))
+    return examine(found, adapter_folder(folder))
 
 
 def examine(model: nn.Module, folder: str | Path, *, inputs: Mapping[str, Any] | None = None) -> Report:

@@ -15,6 +15,19 @@ from veneer.adapt.store import manifest, native
 from veneer.adapt.store.problems import Problem, refuse
 from veneer.errors import FormatError, first_few
 
+IN_A_RUN = "adapter"  # the folder of the adapter in that of a run
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Returns the folder of the adapter itself: a run's folder stands for the adapter in it."""
+    inner = folder / IN_A_RUN
+    return inner if inner.is_dir() and not holds_one(folder) else folder
+
+
+def holds_one(folder: Path) -> bool:
+    """Returns True if files of an adapter are in the folder."""
+    return any((folder / name).is_file() for name in (settings.CONFIG, settings.TENSORS, manifest.NAME))
+
 
 class Opened(NamedTuple):
     """A folder's files. manifest is None for PEFT's own folders, config is None for Veneer's own layout."""

@@ -22,7 +22,7 @@ from veneer.adapt.peft import prefixes, reading, settings, targets, writing
 from veneer.adapt.peft.targets import Config
 from veneer.adapt.store import fingerprint, manifest, native, rounding
 from veneer.adapt.store.effect import refuse_effect
-from veneer.adapt.store.folder import Opened, open_folder, open_initial
+from veneer.adapt.store.folder import Opened, adapter_folder, open_folder, open_initial
 from veneer.adapt.store.loaded import Loaded, check_fresh
 from veneer.adapt.store.problems import (
     Problem,
@@ -42,15 +42,15 @@ from veneer.methods.prefix import Prefix
 def save(
     model: nn.Module,
     folder: str | Path,
-    name: str = "default",
+    name: str | None = None,
     *,
     probe: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     allow: str | Iterable[str] = (),
 ) -> Path:
-    """Writes adapter `name` into `folder`, whole or not at all, and returns the folder.
+    """Writes an adapter into `folder`, whole or not at all, and returns the folder.
 
-    probe: keyword arguments of one call of the model, whose outputs are kept and compared on loading;
+    name: the adapter; the only attached one, or "default", unless given. probe: keyword arguments of one call of the model, whose outputs are kept and compared on loading;
     language models and token classifiers have a default. dtype: of the tensors, float32 unless given. allow:
     "zero", "finite". Raises FormatError, before anything is written, for changes that are zero, empty or not
     finite, and for a dtype that would lose more than a twentieth of a change.
@@ -58,6 +58,7 @@ def save(
     >>> veneer.save(model, "out/french", "french")
     """
     folder, allowed = _folder_for(model, folder), check_allowed(allow)
+    name = only(model) if name is None else name
     changes = attached.changes(model, name)
     refuse(f"adapter {name!r} was not saved", hollow(changes))
     written = (prefixes if prefixes.is_prefix(changes) else writing).write(model, changes)
@@ -79,6 +80,16 @@ def save(
     whole, config = (written.whole, written.config) if written else ({}, None)
     _write(folder, {**tensors, **whole}, config, content)
     return folder
+
+
+def only(model: nn.Module) -> str:
+    """Returns "default" if an adapter has that name, or the only attached adapter. Raises ConfigError."""
+    names = attached.adapters(model)
+    if len(names) == 1 or "default" in names:
+        return "default" if "default" in names else names[0]
+    if not names:
+        raise ConfigError("save: the model has no adapter; attach one first")
+    raise ConfigError(f"save: the model has several adapters, name one of them: {first_few(names)}")
 
 
 def _folder_for(model: nn.Module, folder: str | Path) -> Path:
@@ -125,7 +136,7 @@ def read(
     >>> veneer.load(model, found, "german")
     """
     hooks.refuse_compiled(model)
-    folder, allowed = Path(folder), check_allowed(allow)
+    folder, allowed = adapter_folder(Path(folder)), check_allowed(allow)
     found = open_folder(folder)
     deltas, problems = _deltas(model, found, open_initial(found, initial))
     sizes = {site.name: size(site, delta) for site, delta in deltas}
@@ -154,7 +165,7 @@ def load(
 ) -> nn.Module:
     """Attaches the adapter in `folder` as `name`, acting at strength 1, and returns the model.
 
-    folder, allow, initial: as in `read`, or what it returned. trainable: whether the adapter, and it alone,
+    folder, allow, initial: as in `read`, which see; a run's folder stands for its adapter. trainable: whether the adapter, and it alone,
     takes gradients. Raises what `read` raises, and FormatError if the golden probe fails or an adapter of
     another program has no effect on the outputs; the model is then as it was.
     """

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from veneer.analyse.cost import process_memory
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
 from veneer.models import pretrained
 from veneer.train.run import Run
 from veneer.units import size
@@ -33,16 +32,10 @@ def check_weights(run: Run, device: torch.device) -> None:
 
 def pretrained_size(name: str) -> int | None:
     """Returns a model's parameters by its configuration alone, tied ones once; None where that is unknown."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(pretrained.source(name))
-            )
-    except (OSError, ValueError, KeyError):  # loading the model says more
+        return sum(p.numel() for p in pretrained.skeleton(name).parameters())
+    except ConfigError:  # loading the model says more
         return None
-    return sum(p.numel() for p in model.parameters())
 
 
 def problem(growth: int, room: int | None, device: torch.device) -> str | None:
