@@ -17,7 +17,7 @@ from veneer.methods.full import Full
 ALLOW = {
     "base": "another base than the adapter's",
     "unused": "tensors in the file that belong to no layer",
-    "zero": "layers whose change is zero",
+    "zero": "layers whose change is zero or does not act",
     "finite": "tensors with NaN or infinity",
     "norm": "changes of another size than veneer.json says",
     "targets": "entries of target_modules that no layer matches",
