@@ -16,7 +16,7 @@ from veneer.adapt.modes import evaluating
 from veneer.adapt.probe_inputs import default_inputs
 from veneer.adapt.switch import strengths, using
 from veneer.adapt.untie import Ties
-from veneer.errors import ConfigError, NotMergeable, first_few
+from veneer.errors import ConfigError, NotMergeable, first_few, option
 from veneer.methods import Delta
 from veneer.methods.base.protocols import Dialled
 from veneer.ops.matrix.linalg import precise
@@ -131,7 +131,7 @@ def refusal(verdict: Verdict, *, packed: bool = False) -> str:
     finer = "; bfloat16 is finer than the base's quantised format: merge into that (veneer.dequantise)"
     return (
         f"the adapter would be lost in the merge: {verdict}\n"
-        "keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
+        f"keep it as an adapter, merge into a wider dtype (float32), or pass {option('force', True)}"
         f"{finer if packed else ''}"
     )
 
@@ -139,7 +139,7 @@ def refusal(verdict: Verdict, *, packed: bool = False) -> str:
 def _idle(wanted: Mapping[str, float]) -> str:
     return (
         f"{first_few(list(wanted))} does not change the outputs on the probe, which cannot show the loss in a"
-        " merge; train it first, give another probe=, or pass force=True"
+        f" merge; train it first, give another probe=, or pass {option('force', True)}"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from veneer.errors import option
 from veneer.settings import REQUIRED, Range, Settings, setting
 
 NO_TEXT = "none"  # as `known`: forgetting is not measured
@@ -38,12 +39,14 @@ class Texts(Settings):
         """Yields a sentence for every value out of range or contradiction."""
         yield from Range("1 or more", ("buffer",), 1).problems(self)
         if not self.data:
-            yield "data must name a text, got none; give files (.txt, .jsonl), builtin:prose or builtin:c"
+            data = option("data")
+            yield f"{data} must name a text, got none; give files (.txt, .jsonl), builtin:prose or builtin:c"
         if self.buffer != Texts.buffer and not self.stream:
-            yield f"buffer {self.buffer} applies to a stream only; set stream=True, or leave buffer out"
+            stream, buffer = option("stream", True), option("buffer")
+            yield f"{buffer} {self.buffer} applies to a stream only; set {stream}, or leave {buffer} out"
         if NO_TEXT in self.known and len(self.known) > 1:
             others = ", ".join(k for k in self.known if k != NO_TEXT)
-            yield f"known must be {NO_TEXT!r} or texts, got both ({others}); give one of them"
+            yield f"{option('known')} must be {NO_TEXT!r} or texts, got both ({others}); give one of them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,7 @@ class Reading(Settings):
         """Yields a sentence for every value out of range or contradiction."""
         yield from Range("1 or more", ("length",), 1).problems(self)
         if self.train_on == "all" and self.train_roles != Reading.train_roles:
-            yield "train_roles chooses turns, but train_on='all' learns all of them; leave one of them out"
+            roles, on = option("train_roles"), option("train_on", "all")
+            yield f"{roles} chooses turns, but {on} learns all of them; leave one of them out"
         if not self.train_roles:
-            yield "train_roles must name a role, got none; the usual one is assistant"
+            yield f"{option('train_roles')} must name a role, got none; the usual one is assistant"
