@@ -64,9 +64,10 @@ def _shared(found: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
     whole: dict[str, Tensor] = {}
     for name in found[0]:
         parts = [own[name] for own in found]
-        rows, columns = max(p.shape[0] for p in parts), max(p.shape[1] for p in parts)
-        largest = next((p for p in parts if p.shape == (rows, columns)), None)
-        if largest is None or not all(torch.equal(largest[: p.shape[0], : p.shape[1]], p) for p in parts):
+        largest = parts[0].new_zeros([max(sizes) for sizes in zip(*(p.shape for p in parts), strict=True)])
+        for p in parts:
+            largest[tuple(map(slice, p.shape))] = p
+        if not all(torch.equal(largest[tuple(map(slice, p.shape))], p) for p in parts):
             return None
         whole[name] = largest
     return whole
