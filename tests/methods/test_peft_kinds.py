@@ -70,9 +70,7 @@ KINDS = {
     "hra": Kind("hra", {"rank": 4}, peft.HRAConfig, {"r": 4}, {"U": "hra_u"}),
     "hira": Kind("hira", {"rank": 3}, peft.HiraConfig, {"r": 3}, {"A": "hira_A", "B": "hira_B"}),
     "shira": Kind("shira", {"rank": 2}, peft.ShiraConfig, {"r": 2}, {"v": "shira_weight"}),
-    "randlora": Kind(
-        "randlora", {"rank": 5}, peft.RandLoraConfig, {"r": 5, "randlora_alpha": 100}, RANDLORA
-    ),
+    "randlora": Kind("randlora", {"rank": 5}, peft.RandLoraConfig, {"r": 5, "randlora_alpha": 100}, RANDLORA),
     "loha": Kind("loha", {"rank": 3, "alpha": 2.0}, peft.LoHaConfig, {"r": 3, "alpha": 2}, LOHA),
     "loha conv": Kind("loha", {"rank": 2}, peft.LoHaConfig, {"r": 2, "alpha": 2}, LOHA, conv=True),
 }
@@ -170,7 +168,9 @@ def test_oft_of_an_embedding_goes_both_ways(tmp_path):
 
 def test_lokr_of_a_conv1d_with_a_whole_factor_is_refused_and_kept_in_our_own_layout(tmp_path):
     saved_by_peft(tmp_path / "theirs", peft.LoKrConfig(target_modules=["line"], r=5), models.conv_net)
-    with pytest.raises(FormatError, match="in another order, which is not LoKr's product; convert the adapter"):
+    with pytest.raises(
+        FormatError, match="in another order, which is not LoKr's product; convert the adapter"
+    ):
         veneer.load(models.conv_net(), tmp_path / "theirs")
     made = veneer.attach(models.conv_net(), "lokr", to=["line"], rank=5)
     models.randomise(made)

@@ -4,11 +4,12 @@ A low-rank matrix multiplies the numbers of W, so the change W * (B A) has a ran
 
 Parameters: r (in + out) a layer.
 State: A and B.
-Cost: every pass builds W * (B A), and the backward builds it again. A bank serves it by r products with W of each row's own
-inputs. Merged: none.
+Cost: every pass builds W * (B A), and the backward builds it again. A bank serves it by r products with W of
+each row's own inputs. Merged: none.
 Use: a change of high rank with few parameters.
-Against: a weight near zero cannot move, and the change follows the size of W. It wants a far larger rate than LoRA (4.5e-3
-in PEFT's comparison, where it learned more and forgot more). Other bases do not take the adapter over.
+Against: a weight near zero cannot move, and the change follows the size of W. It wants a far larger rate than
+LoRA (4.5e-3 in PEFT's comparison, where it learned more and forgot more). Other bases do not take the adapter
+over.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ class HiRA(DenseDelta, Served, PeftStored):
     """A (r, in) uniform in +-1/sqrt(in) and B (out, r) zero; for token ids A zero and B normal."""
 
     roles = {"A": "A", "B": "B"}
-    peft_settings = {"r": 32, "hira_dropout": 0.0, "init_weights": True, "fan_in_fan_out": False, "rank_pattern": {}}
+    peft_settings = {
+        "r": 32,
+        "hira_dropout": 0.0,
+        "init_weights": True,
+        "fan_in_fan_out": False,
+        "rank_pattern": {},
+    }
 
     def __init__(self, site: Site, *, rank: int = 32, dropout: float = 0.0, seed: int = 0) -> None:
         """

@@ -1,16 +1,18 @@
-"""HRA: W' = W H, H the product of reflections I - 2 u u' of r unit vectors.  Yuan et al. 2024, https://arxiv.org/abs/2405.17484
+"""HRA: W' = W H, H the product of reflections I - 2 u u' of r unit vectors.  Yuan et al. 2024,
+https://arxiv.org/abs/2405.17484
 
-The product has a compact form, H = I - U T U' with T^-1 = I / 2 + the strict upper triangle of U'U for unit columns U. So
-the change -(W U T) U' has rank r: it is computed and served like a LoRA whose B follows from W. Columns start in equal
-pairs, whose reflections cancel, so r is even. PEFT builds H and W H, as large as W, in every pass.
+The product has a compact form, H = I - U T U' with T^-1 = I / 2 + the strict upper triangle of U'U for unit
+columns U. So the change -(W U T) U' has rank r: it is computed and served like a LoRA whose B follows from W.
+Columns start in equal pairs, whose reflections cancel, so r is even. PEFT builds H and W H, as large as W, in
+every pass.
 
 Parameters: r in a layer, half a LoRA's on a square one.
 State: the columns u, of any length.
-Cost: a LoRA of rank r, and a product W U of rank r in every pass, whatever the number of tokens. A quantised W is unpacked
-in every pass. Merged: none.
+Cost: a LoRA of rank r, and a product W U of rank r in every pass, whatever the number of tokens. A quantised
+W is unpacked in every pass. Merged: none.
 Use: rotations, which keep the angles between a layer's rows, at LoRA's cost.
-Against: W' stays a rotation of W. The paper's regulariser of U'U (its rates 1e-5 to 1e-3) is not part of this method, as
-in PEFT.
+Against: W' stays a rotation of W. The paper's regulariser of U'U (its rates 1e-5 to 1e-3) is not part of this
+method, as in PEFT.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ class HRA(FactoredDelta, PeftStored):
 
     @classmethod
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> HRA:
-        """With apply_GS PEFT makes the columns orthogonal; reflections of orthogonal columns are this method's."""
+        """With apply_GS PEFT makes the columns orthogonal; reflections of orthogonal columns are this
+        method's."""
         rank = config["r"]
         check_peft_tensors(site, tensors, {"hra_u": (site.in_, rank)})
         U = tensors["hra_u"]
@@ -85,7 +88,8 @@ class HRA(FactoredDelta, PeftStored):
 
 
 def _same_in_peft(site: Site) -> bool:
-    """True if PEFT's forward is W H on this layer: linear, or a 2-D convolution with one kernel size and padding."""
+    """True if PEFT's forward is W H on this layer: linear, or a 2-D convolution with one kernel size and
+    padding."""
     if site.kind != "conv":
         return site.kind == "linear"
     conv = site.module

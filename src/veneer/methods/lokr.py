@@ -1,15 +1,16 @@
-"""LoKr: W' = W + s kron(L, R), L (l, m), R (k, n), out = l k, in = m n.  Yeh et al. 2023, https://arxiv.org/abs/2309.14859
+"""LoKr: W' = W + s kron(L, R), L (l, m), R (k, n), out = l k, in = m n.  Yeh et al. 2023,
+https://arxiv.org/abs/2309.14859
 
-Every block of the change is a multiple of one matrix R, with the numbers of L as multiples. R = B A of rank r, or a whole
-matrix if that has fewer numbers; with `both`, L = Lb La too. kron(L, R) x is L X R' for x as a matrix X (m, n), so the
-change is never built. s = alpha / r.
+Every block of the change is a multiple of one matrix R, with the numbers of L as multiples. R = B A of rank
+r, or a whole matrix if that has fewer numbers; with `both`, L = Lb La too. kron(L, R) x is L X R' for x as a
+matrix X (m, n), so the change is never built. s = alpha / r.
 
 Parameters: l m + r (k + n) a layer: with a factor near the root of the width about r times the width.
 State: L and R, or their factors.
 Cost: products of the input with R and L, less than a LoRA of the same size. Merged: none.
 Use: small files of image models (LyCORIS); the change has full rank if R is whole.
-Against: one R for all blocks is a strong assumption, and the order of inputs and outputs decides what a block is. A whole R
-cannot become plain LoRA.
+Against: one R for all blocks is a strong assumption, and the order of inputs and outputs decides what a block
+is. A whole R cannot become plain LoRA.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class LoKr(Delta, PeftStored):
         return self.R if "R" in self._parameters else self.B @ self.A
 
     def factors(self, site: Site) -> Factors | None:
-        """Returns factors of rank min(l, m) r if R is a product; they repeat it, so forward() does without."""
+        """Returns factors of rank min(l, m) r if R is a product; they repeat it, so forward() does
+        without."""
         if "R" in self._parameters:
             return None
         L, (l, _, m, _) = self.scale * self.left(), self.shape
@@ -158,7 +160,8 @@ class LoKr(Delta, PeftStored):
             tensors |= {"lokr_w2_a": a.mT, "lokr_w2_b": whole}
         if "lokr_w2" in tensors and site.spatial == 1:
             raise FormatError(
-                f"{site.name}: PEFT 0.21 lays out LoKr with a whole second factor of a Conv1d in another order, which is"
+                f"{site.name}: PEFT 0.21 lays out LoKr with a whole second factor of a Conv1d in another"
+                f" order, which is"
                 f" not LoKr's product; convert the adapter with PEFT's own merge"
             )
         if "lokr_w2" in tensors:
@@ -186,7 +189,8 @@ def _kernel(site: Site) -> int:
 
 
 def _split(size: int, factor: int) -> tuple[int, int]:
-    """Returns `factor` and its cofactor if it divides, else the most even pair whose smaller number is at most it."""
+    """Returns `factor` and its cofactor if it divides, else the most even pair whose smaller number is at
+    most it."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     most = size if factor == -1 else factor

@@ -1,15 +1,16 @@
-"""LoRA-FA: W' = W + s B A with A frozen at its start, B trained.  Zhang et al. 2023, https://arxiv.org/abs/2308.03303
+"""LoRA-FA: W' = W + s B A with A frozen at its start, B trained.  Zhang et al. 2023,
+https://arxiv.org/abs/2308.03303
 
-A is LoRA's start of that name; B starts at zero, whatever the start has for it. The gradient of B needs h = A x alone, so
-the layer's input is not kept. With orthonormal rows of A (pissa, keeplora) the correction of B's gradient in PEFT's
-optimiser for it, (A A')^-1, is a multiple of the identity; AdamW is blind to it.
+A is LoRA's start of that name; B starts at zero, whatever the start has for it. The gradient of B needs h = A
+x alone, so the layer's input is not kept. With orthonormal rows of A (pissa, keeplora) the correction of B's
+gradient in PEFT's optimiser for it, (A A')^-1, is a multiple of the identity; AdamW is blind to it.
 
 Parameters: r out a layer.
 State: B and A.
 Cost: LoRA's without the gradient of A; the backward keeps r numbers per token. Merged: none.
 Use: if activations limit the memory of a training; with init keeplora, to leave given directions untouched.
-Against: the change reads r fixed directions of the input. It learned less than LoRA of the same rank in PEFT's
-comparison (40.4 against 47.8).
+Against: the change reads r fixed directions of the input. It learned less than LoRA of the same rank in
+PEFT's comparison (40.4 against 47.8).
 """
 
 from __future__ import annotations
@@ -58,11 +59,15 @@ class LoRAFA(FactoredDelta, PeftStored):
         seed: key of the random draws, together with the layer's name
         """
         super().__init__()
-        options: dict[str, Any] = dict(rank=rank, alpha=alpha, stabilised=stabilised, dropout=dropout, seed=seed)
+        options: dict[str, Any] = dict(
+            rank=rank, alpha=alpha, stabilised=stabilised, dropout=dropout, seed=seed
+        )
         start = LoRA(site, stats, init=init, init_options=init_options, **options)
         self.dropout, self.stabilised, self.scaling = dropout, stabilised, start.scaling
         A = start.A.detach()
-        if site.kind == "embedding" and not A.any():  # LoRA's start for token ids: then A would stay zero for ever
+        if (
+            site.kind == "embedding" and not A.any()
+        ):  # LoRA's start for token ids: then A would stay zero for ever
             A = torch.randn(A.shape, generator=torch.Generator().manual_seed(seed)).to(A)
         self.register_buffer("A", A)
         self.B = nn.Parameter(torch.zeros(site.out, rank, dtype=master_dtype(site), device=site.device))

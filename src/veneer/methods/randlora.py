@@ -1,11 +1,14 @@
-"""RandLoRA: W' = W + s sum_j B_j diag(l_j) A diag(g_j), A and B_j random and frozen.  Albert et al. 2025, https://arxiv.org/abs/2502.00987
+"""RandLoRA: W' = W + s sum_j B_j diag(l_j) A diag(g_j), A and B_j random and frozen.  Albert et al. 2025,
+https://arxiv.org/abs/2502.00987
 
-All layers share one random A and as many random B_j as make a full rank. Vectors are trained on both sides of A: l_j (r,)
-and g_j (min,), with min = min(out, in). On a layer with out < in the product is transposed. s = alpha / r.
+All layers share one random A and as many random B_j as make a full rank. Vectors are trained on both sides of
+A: l_j (r,) and g_j (min,), with min = min(out, in). On a layer with out < in the product is transposed. s =
+alpha / r.
 
 Parameters: n (r + min) a layer, n = min / r rounded up: a larger rank has fewer.
 State: l and g, and A and the B_j once for all layers (in PEFT's layout; elsewhere in every layer).
-Cost: two more products of the layer's own size. Every layer holds its part of A and the B_j in memory, max x min numbers.
+Cost: two more products of the layer's own size. Every layer holds its part of A and the B_j in memory, max x
+min numbers.
 Merged: none.
 Use: changes of full rank with few trained numbers.
 Against: about three times the computation of the layer. It forgot the most but one in PEFT's comparison.
@@ -72,7 +75,8 @@ class RandLoRA(FactoredDelta, PeftStored):
         self.g = nn.Parameter(torch.full((n, least), 1 / max(n, least), dtype=dtype, device=device))
 
     def factors(self, site: Site) -> Factors:
-        """PEFT pairs column j r + i of the B_j side by side with row i n + j of the scaled A; so does this."""
+        """PEFT pairs column j r + i of the B_j side by side with row i n + j of the scaled A; so does
+        this."""
         scaled = (self.l[:, :, None] * self.A[:, None] * self.g).flatten(0, 1)  # (r n, min)
         B = self.B.flatten(1)  # (max, n r)
         if site.in_ <= site.out:

@@ -1,9 +1,10 @@
-"""SHiRA: W' = W + S, S zero but for n trained numbers at fixed random places.  Bhardwaj et al. 2024, https://arxiv.org/abs/2406.13175
+"""SHiRA: W' = W + S, S zero but for n trained numbers at fixed random places.  Bhardwaj et al. 2024,
+https://arxiv.org/abs/2406.13175
 
 Parameters: n = r (in + out) a layer, as many as a LoRA of rank r.
 State: the numbers and their places.
-Cost: every pass builds S as a matrix and multiplies by it like by another weight; the backward builds it again. Merged: none,
-and an exchange of merged adapters writes n numbers.
+Cost: every pass builds S as a matrix and multiplies by it like by another weight; the backward builds it
+again. Merged: none, and an exchange of merged adapters writes n numbers.
 Use: many adapters on one base that interfere little: two random sets of places share almost none.
 Against: slower than LoRA in training, at the cost of another layer; S has no low rank.
 """

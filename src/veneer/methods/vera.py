@@ -64,7 +64,10 @@ class VeRA(FactoredDelta, PeftStored):
         check_dropout(dropout)
         self.dropout, self.scale = dropout, 2 / math.sqrt(site.in_ * rank)
         dtype, device = master_dtype(site), site.device
-        A, B = (unit_rows(n, rank, seed, f"vera {which} {rank}") for which, n in (("A", site.in_), ("B", site.out)))
+        A, B = (
+            unit_rows(n, rank, seed, f"vera {which} {rank}")
+            for which, n in (("A", site.in_), ("B", site.out))
+        )
         self.register_buffer("A", A.mT.to(device, dtype).contiguous())
         self.register_buffer("B", B.to(device, dtype))
         self.b = nn.Parameter(torch.zeros(site.out, dtype=dtype, device=device))

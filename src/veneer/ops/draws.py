@@ -15,5 +15,6 @@ def keyed(seed: int, name: str) -> torch.Generator:
 
 
 def unit_rows(rows: int, columns: int, seed: int, name: str) -> torch.Tensor:
-    """Returns (rows, columns) numbers of variance 1: the first rows of an endless matrix that is drawn row by row."""
+    """Returns (rows, columns) numbers of variance 1: the first rows of an endless matrix that is drawn row by
+    row."""
     return (torch.rand(rows, columns, generator=keyed(seed, name)) * 2 - 1) * math.sqrt(3)

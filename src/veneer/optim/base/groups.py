@@ -82,10 +82,13 @@ def _trained(parts: Iterable[Part]) -> list[Part]:
 
 
 def decay_shares(parts: Sequence[Part]) -> list[float]:
-    """Returns the exponents of weight decay: 1/n for one of n factors, 0 for vectors, gains and directions."""
+    """Returns the exponents of weight decay: 1/n for one of n factors, 0 for vectors, gains and
+    directions."""
     factors = Counter(id(p.owner) for p in parts if p.role in PRODUCT)
     return [
-        1 / factors[id(p.owner)] if p.role in PRODUCT else float(p.parameter.ndim > 1 and p.role not in UNDECAYED)
+        1 / factors[id(p.owner)]
+        if p.role in PRODUCT
+        else float(p.parameter.ndim > 1 and p.role not in UNDECAYED)
         for p in parts
     ]
 
