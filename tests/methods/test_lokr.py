@@ -24,7 +24,7 @@ def adapted(out, in_, **options):
 
 @pytest.mark.parametrize(("out", "in_", "rank"), [(24, 16, 4), (16, 24, 4)])
 def test_a_product_has_exact_factors_of_the_smaller_rank(out, in_, rank):
-    """l, m = 4, 4 and 4, 4 of (4, 6) and (4, 4): rank min(l, m) r."""
+    """p, m = 4, 4 of (4, 6) and (4, 4): rank min(p, m) r."""
     _, site, delta = adapted(out, in_, rank=1, factor=rank)
     f = delta.factors(site)
     assert f.A.shape[0] == rank
@@ -32,10 +32,10 @@ def test_a_product_has_exact_factors_of_the_smaller_rank(out, in_, rank):
 
 
 @pytest.mark.parametrize("factor", [2, 12])
-def test_factors_are_laid_out_by_the_shorter_side_of_l(factor):
+def test_factors_are_laid_out_by_the_shorter_side_of_the_left_one(factor):
     _, site, delta = adapted(24, 6, rank=1, factor=factor)
     f = delta.factors(site)
-    assert f.A.shape[0] == min(delta.shape.l, delta.shape.m)
+    assert f.A.shape[0] == min(delta.shape.p, delta.shape.m)
     torch.testing.assert_close(f.dense(site), delta.delta(site), rtol=1e-12, atol=1e-12)
 
 

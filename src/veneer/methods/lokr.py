@@ -1,11 +1,11 @@
-"""LoKr: W' = W + s kron(L, R), L (l, m), R (k, n), out = l k, in = m n.  Yeh et al. 2023,
+"""LoKr: W' = W + s kron(L, R), L (p, m), R (k, n), out = p k, in = m n.  Yeh et al. 2023,
 https://arxiv.org/abs/2309.14859
 
 Every block of the change is a multiple of one matrix R, with the numbers of L as multiples. R = B A of rank
 r, or a whole matrix if that has fewer numbers; with `both`, L = Lb La too. kron(L, R) x is L X R' for x as a
 matrix X (m, n), so the change is never built. s = alpha / r.
 
-Parameters: l m + r (k + n) a layer: with a factor near the root of the width about r times the width.
+Parameters: p m + r (k + n) a layer: with a factor near the root of the width about r times the width.
 State: L and R, or their factors.
 Cost: products of the input with R and L, less than a LoRA of the same size. Merged: none.
 Use: small files of image models (LyCORIS); the change has full rank if R is whole.
@@ -35,9 +35,9 @@ PEFT_NAMES |= {"R": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b"}
 
 
 class Shape(NamedTuple):
-    """out = l k, in = m n."""
+    """out = p k, in = m n."""
 
-    l: int
+    p: int
     k: int
     m: int
     n: int
@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
 @final
 class LoKr(Delta, PeftStored):
-    """L (l, m) and A (r, n) drawn uniformly as in LyCORIS, B (k, r) or a whole R (k, n) zero."""
+    """L (p, m) and A (r, n) drawn uniformly as in LyCORIS, B (k, r) or a whole R (k, n) zero."""
 
     roles = {"L": "factor", "Lb": "factor", "La": "factor", "R": "factor", "A": "A", "B": "B"}
     peft_settings = {
@@ -75,7 +75,7 @@ class LoKr(Delta, PeftStored):
         """
         rank: r, at most min(out, in)
         alpha: s = alpha / r (default: s = 1)
-        factor: l and m if it divides, else at most this; -1 for the divisors nearest the root of each side
+        factor: p and m if it divides, else at most this; -1 for the divisors nearest the root of each side
         both: L as a product of rank r too, if that is smaller
         seed: key of the random draws, together with the layer's name
         """
@@ -84,24 +84,24 @@ class LoKr(Delta, PeftStored):
         if factor < 1 and factor != -1:
             raise ConfigError(f"factor must be at least 1, or -1, got {factor}")
         self.scale, self.shape = scaling_of(alpha, rank, default=1.0), shape_of(site, factor)
-        l, k, m, n = self.shape
+        p, k, m, n = self.shape
         draw, like = keyed(seed, site.key), torch.empty(0, dtype=master_dtype(site), device=site.device)
 
         def uniform(rows: int, columns: int) -> nn.Parameter:
             t = (2 * torch.rand(rows, columns, generator=draw) - 1) / math.sqrt(columns)
             return nn.Parameter(t.to(like))
 
-        if both and rank < max(l, m) / 2:
-            self.Lb, self.La = uniform(l, rank), uniform(rank, m)
+        if both and rank < max(p, m) / 2:
+            self.Lb, self.La = uniform(p, rank), uniform(rank, m)
         else:
-            self.L = uniform(l, m)
+            self.L = uniform(p, m)
         if rank < max(k, n // _kernel(site)) / 2:
             self.A, self.B = uniform(rank, n), nn.Parameter(like.new_zeros(k, rank))
         else:
             self.R = nn.Parameter(like.new_zeros(k, n))
 
     def left(self) -> Tensor:
-        """Returns L (l, m)."""
+        """Returns L (p, m)."""
         return self.L if "L" in self._parameters else self.Lb @ self.La
 
     def right(self) -> Tensor:
@@ -109,14 +109,14 @@ class LoKr(Delta, PeftStored):
         return self.R if "R" in self._parameters else self.B @ self.A
 
     def factors(self, site: Site) -> Factors | None:
-        """Returns factors of rank min(l, m) r if R is a product; they repeat it, so forward() does
+        """Returns factors of rank min(p, m) r if R is a product; they repeat it, so forward() does
         without."""
         if "R" in self._parameters:
             return None
-        L, (l, _, m, _) = self.scale * self.left(), self.shape
-        if m <= l:
+        L, (p, _, m, _) = self.scale * self.left(), self.shape
+        if m <= p:
             return Factors(torch.kron(_eye(m, L), self.A), torch.kron(L, self.B))
-        return Factors(torch.kron(L, self.A), torch.kron(_eye(l, L), self.B))
+        return Factors(torch.kron(L, self.A), torch.kron(_eye(p, L), self.B))
 
     def delta(self, site: Site) -> Tensor:
         return torch.kron(self.scale * self.left(), self.right())
@@ -127,7 +127,7 @@ class LoKr(Delta, PeftStored):
         X, L = x.to(y.dtype).unflatten(-1, (self.shape.m, self.shape.n)), self.scale * self.left()
         steps = [self.R] if "R" in self._parameters else [self.A, self.B]
         first, *rest = (t.to(y.dtype).mT for t in steps)
-        H = L.to(y.dtype) @ (X @ first)  # (.., l, k), or (.., l, r) before the last step
+        H = L.to(y.dtype) @ (X @ first)  # (.., p, k), or (.., p, r) before the last step
         for step in rest:
             H = H @ step
         return H.flatten(-2)
@@ -180,8 +180,8 @@ class LoKr(Delta, PeftStored):
 def shape_of(site: Site, factor: int) -> Shape:
     """Returns the sides of L and R: PEFT's rule. A convolution's kernel belongs to n."""
     kernel = _kernel(site)
-    (l, k), (m, n) = _split(site.out, factor), _split(site.in_ // kernel, factor)
-    return Shape(l, k, m, n * kernel)
+    (p, k), (m, n) = _split(site.out, factor), _split(site.in_ // kernel, factor)
+    return Shape(p, k, m, n * kernel)
 
 
 def _kernel(site: Site) -> int:
