@@ -17,6 +17,7 @@ Against: about three times the computation of the layer. It forgot the most but 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -96,6 +97,12 @@ class RandLoRA(FactoredDelta, PeftStored):
         }
         tensors = {"randlora_lambda": self.l.detach(), "randlora_gamma": self.g.detach()}
         return PeftForm(config, tensors, {"randlora_A": self.A[:, None], "randlora_B": self.B})
+
+    @classmethod
+    def peft_room(cls, sites: Sequence[Site], config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        r = config["r"]
+        least, most = sorted((max(s.out for s in sites), max(s.in_ for s in sites)))
+        return {"randlora_A": (r, 1, least), "randlora_B": (most, math.ceil(least / r), r)}
 
     @classmethod
     def reads_peft(cls, config: dict[str, Any]) -> bool:
