@@ -47,7 +47,8 @@ class PeftStored(PeftKind):
 
     @classmethod
     def peft_room(cls, sites: Sequence[Site], config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes that PEFT expects of shared tensors, by name, if the sites' own parts are less."""
+        """Returns the shapes that PEFT expects of shared tensors, by name, if the sites' own parts are
+        less."""
         return {}
 
     @classmethod
