@@ -130,7 +130,8 @@ class LoKr(Delta, PeftStored):
         H = L.to(y.dtype) @ (X @ first)  # (.., p, k), or (.., p, r) before the last step
         for step in rest:
             H = H @ step
-        return H.flatten(-2)
+        change: Tensor = H.flatten(-2)
+        return change
 
     def to_peft(self, site: Site) -> PeftForm | None:
         if not peft_dense_map(site) or (site.spatial == 1 and "R" in self._parameters):

@@ -118,12 +118,12 @@ class RandLoRA(FactoredDelta, PeftStored):
         r = config["r"]
         least, most = sorted((site.out, site.in_))
         n = math.ceil(least / r)
-        given = {k: tensors[k] for k in ("randlora_lambda", "randlora_gamma") if k in tensors}
+        given: dict[str, Tensor] = {k: tensors[k] for k in ("randlora_lambda", "randlora_gamma") if k in tensors}
         given |= {
             "randlora_A": tensors["randlora_A"][:r, 0, :least],
             "randlora_B": tensors["randlora_B"][:most, :n, :r],
         }
-        shapes = {"randlora_lambda": (r, n), "randlora_gamma": (n, least)}
+        shapes: dict[str, tuple[int, ...]] = {"randlora_lambda": (r, n), "randlora_gamma": (n, least)}
         check_peft_tensors(site, given, {**shapes, "randlora_A": (r, least), "randlora_B": (most, n, r)})
         options = {"rank": r, "alpha": float(config["randlora_alpha"]), "dropout": config["randlora_dropout"]}
         delta = build(cls, site, {**options, "seed": config["projection_prng_key"]})
