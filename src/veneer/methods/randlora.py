@@ -118,7 +118,9 @@ class RandLoRA(FactoredDelta, PeftStored):
         r = config["r"]
         least, most = sorted((site.out, site.in_))
         n = math.ceil(least / r)
-        given: dict[str, Tensor] = {k: tensors[k] for k in ("randlora_lambda", "randlora_gamma") if k in tensors}
+        given: dict[str, Tensor] = {
+            k: tensors[k] for k in ("randlora_lambda", "randlora_gamma") if k in tensors
+        }
         given |= {
             "randlora_A": tensors["randlora_A"][:r, 0, :least],
             "randlora_B": tensors["randlora_B"][:most, :n, :r],
