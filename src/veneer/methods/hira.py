@@ -5,7 +5,7 @@ A low-rank matrix multiplies the numbers of W, so the change W * (B A) has a ran
 Parameters: r (in + out) a layer.
 State: A and B.
 Cost: every pass builds W * (B A), and the backward builds it again. A bank serves it by r products with W of
-each row's own inputs. Merged: none.
+each row's own inputs; merged: none.
 Use: a change of high rank with few parameters.
 Against: a weight near zero cannot move, and the change follows the size of W. It wants a far larger rate than
 LoRA (4.5e-3 in PEFT's comparison, where it learned more and forgot more). Other bases do not take the adapter

@@ -9,7 +9,7 @@ every pass.
 Parameters: r in a layer, half a LoRA's on a square one.
 State: the columns u, of any length.
 Cost: a LoRA of rank r, and a product W U of rank r in every pass, whatever the number of tokens. A quantised
-W is unpacked in every pass. Merged: none.
+W is unpacked in every pass; merged: none.
 Use: rotations, which keep the angles between a layer's rows, at LoRA's cost.
 Against: W' stays a rotation of W. The paper's regulariser of U'U (its rates 1e-5 to 1e-3) is not part of this
 method, as in PEFT.

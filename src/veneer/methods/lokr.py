@@ -7,7 +7,7 @@ matrix X (m, n), so the change is never built. s = alpha / r.
 
 Parameters: p m + r (k + n) a layer: with a factor near the root of the width about r times the width.
 State: L and R, or their factors.
-Cost: products of the input with R and L, less than a LoRA of the same size. Merged: none.
+Cost: products of the input with R and L, less than a LoRA of the same size; merged: none.
 Use: small files of image models (LyCORIS); the change has full rank if R is whole.
 Against: one R for all blocks is a strong assumption, and the order of inputs and outputs decides what a block
 is. A whole R cannot become plain LoRA.

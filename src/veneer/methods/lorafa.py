@@ -7,7 +7,7 @@ gradient in PEFT's optimiser for it, (A A')^-1, is a multiple of the identity; A
 
 Parameters: r out a layer.
 State: B and A.
-Cost: LoRA's without the gradient of A; the backward keeps r numbers per token. Merged: none.
+Cost: LoRA's without the gradient of A; the backward keeps r numbers per token; merged: none.
 Use: if activations limit the memory of a training; with init keeplora, to leave given directions untouched.
 Against: the change reads r fixed directions of the input. It learned less than LoRA of the same rank in
 PEFT's comparison (40.4 against 47.8).

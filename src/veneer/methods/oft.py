@@ -9,7 +9,7 @@ own value. A series with an even number of terms is far closer to a rotation tha
 
 Parameters: in (b - 1) / 2 a layer, or b (b - 1) / 2 with shared blocks.
 State: the upper triangles of Q.
-Cost: a product of the input with blocks of side b, forward and backward, in front of the layer. Merged: none.
+Cost: a product of the input with blocks of side b, forward and backward, in front of the layer; merged: none.
 Use: to keep the angles between the weights of a layer, and with them more of the base's abilities. The
 strength dial multiplies Q, which keeps R a rotation.
 Against: it cannot be combined with other adapters at low rank. Beside others, and at strengths other than 1,

@@ -8,8 +8,8 @@ alpha / r.
 Parameters: n (r + min) a layer, n = min / r rounded up: a larger rank has fewer.
 State: l and g, and A and the B_j once for all layers (in PEFT's layout; elsewhere in every layer).
 Cost: two more products of the layer's own size. Every layer holds its part of A and the B_j in memory, max x
-min numbers.
-Merged: none.
+min numbers;
+merged: none.
 Use: changes of full rank with few trained numbers.
 Against: about three times the computation of the layer. It forgot the most but one in PEFT's comparison.
 """

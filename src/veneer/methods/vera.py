@@ -9,7 +9,7 @@ Parameters: r + out a layer.
 State: b and d, and A and B once for all layers (in PEFT's layout; beside changes that PEFT cannot express, in
 every layer).
 Cost: a LoRA of the same rank, which is large here, without the gradients of its factors. The backward keeps r
-numbers per token. Every layer holds its part of A and B in memory. Merged: none.
+numbers per token. Every layer holds its part of A and B in memory; merged: none.
 Use: many adapters of one base with small files.
 Against: as much computation as a LoRA of a rank far above the usual one. Random directions are not those of
 the data: a larger rate and more steps are needed.
