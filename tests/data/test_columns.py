@@ -1,4 +1,5 @@
-"""Rows as other programs write them become messages; what does not fit is named. Expected messages are written out by hand."""
+"""Rows as other programs write them become messages; what does not fit is named. Expected messages are"
+" written out by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from support import tiny
 from veneer.data import row_files
 from veneer.errors import DataError
 
+PREFERENCES = (
+    "'chosen' and 'rejected' hold preferences; to learn the chosen answers, set columns to"
+    " prompt=..,completion=chosen"
+)
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
 ADD = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]
 
@@ -120,7 +125,6 @@ def test_rows_of_other_programs_become_messages(tmp_path, given, columns):
             {"instruction": "x", "outptu": "y"},
             "column 'output' is missing, got 'instruction', 'outptu'; did you mean 'outptu'?",
         ),
-        ({"instruction": "x", "output": "", "history": [["a", "b"]]}, "'output' is empty: nothing to learn"),
         ({"instruction": "x", "output": 5}, "'output' must be text, got 5"),
         ({"instruction": "x", "output": "y", "input": 5}, "'input' must be text, got 5"),
         ({"instruction": "x", "output": "y", "system": 5}, "'system' must be text, got 5"),
@@ -128,15 +132,12 @@ def test_rows_of_other_programs_become_messages(tmp_path, given, columns):
             {"instruction": "x", "output": "y", "history": [["a"]]},
             "'history' 1 must be a question and an answer, got [\"a\"]",
         ),
-        ({"conversations": []}, "'conversations' must be a list of at least one message"),
-        ({"conversations": [{"from": "gpt"}]}, "message 1: 'value' must be text"),
+        ({"conversations": "x"}, "'conversations' must be a list of messages, got \"x\""),
+        ({"conversations": [3]}, "message 1 must be an object with role and content, got 3"),
+        ({"conversations": [{"from": "gpt"}]}, "message 1: 'value' must be text, got null"),
         (
             {"conversations": [{"from": "humn", "value": "x"}]},
             "message 1: unknown 'from' 'humn'; did you mean 'human'?",
-        ),
-        (
-            {"conversations": [{"from": "human", "value": "x"}]},
-            "no assistant message has content: nothing to learn",
         ),
         (
             {"conversations": [{"from": "function_call", "value": "add"}]},
@@ -152,7 +153,40 @@ def test_rows_of_other_programs_become_messages(tmp_path, given, columns):
         ),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},
-            "message 1: 'content' must be text",
+            "message 1 holds a part of type 'image'; this task learns from text alone",
+        ),
+        (
+            {"messages": said(("user", "x")), "images": ["a.png"]},
+            "'images' is not empty; this task learns from text alone",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]},
+            "message 1: 'weight' must be 0, 1, false or true, got 0.5",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "mask": True}]},
+            "message 1: unknown flag 'mask'; known: loss_weight, train, trainable, weight; rename or"
+            " remove it",
+        ),
+        (
+            {"prompt": "x", "completion": said(("assistant", "y"))},
+            "'prompt' and 'completion' must both be texts or messages, got 'completion' as messages",
+        ),
+        ({"question": "x", "answer": 4}, "'answer' must be text, got 4"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, PREFERENCES),
+        ({"messages": said(("assistant", "x")), "chosen": [], "rejected": []}, PREFERENCES),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "'input_ids' hold token ids; give the text itself"),
+        (
+            {"text": "x", "label": 1},
+            "'label' beside 'text' is of another task (classification or KTO); to learn it as text, set"
+            " columns to"
+            " prompt=text,completion=label, else to text=text",
+        ),
+        (
+            {"prompt": "x", "completion": "y", "label": True},
+            "'label' beside 'completion' is of another task (classification or KTO); to learn it as text,"
+            " set columns"
+            " to prompt=text,completion=label, else to completion=completion",
         ),
     ],
 )

@@ -1,4 +1,5 @@
-"""Text into what a model reads: files, columns, masks, bytes, windows, order. Masks and windows are written out by hand."""
+"""Text into what a model reads: files, columns, masks, bytes, windows, order. Masks and windows are"
+" written out by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def refused(path: Path) -> str:
     return str(e.value).replace(str(path), "FILE")
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -52,14 +54,16 @@ def refused(path: Path) -> str:
         (
             "a.xlsx",
             b"PK",
-            "FILE: unsupported format .xlsx; convert it to .csv, .parquet, or .jsonl with one JSON object a line",
+            "FILE: unsupported format .xlsx; convert it to .csv, .parquet, or .jsonl with one JSON object"
+            " a line",
         ),
         (
             "a.jsonl",
             b'{"text": "x"}\n{"text": "y"\n',
             "FILE line 2: not JSON at column 13 (Expecting ',' delimiter)",
         ),
-        ("a.jsonl", b"[1]\n", "FILE line 1: must be a JSON object with columns, got a list"),
+        ("a.jsonl", b"[1]\n", "FILE row 1: must be a JSON object with columns, got a int"),
+        ("a.jsonl", b'[1]\n{"text": "x"}\n', "FILE line 1: must be a JSON object with columns, got a list"),
         (
             "a.jsonl",
             b'{"promt": "x", "id": 1}\n',
@@ -69,34 +73,31 @@ def refused(path: Path) -> str:
         (
             "a.jsonl",
             b'{"prompt": "x", "complection": "y"}\n',
-            "FILE line 1: column 'completion' is missing, got 'prompt', 'complection'; did you mean 'complection'?",
+            "FILE line 1: column 'completion' is missing, got 'prompt', 'complection'; did you mean"
+            " 'complection'?",
         ),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "FILE line 2: column 'text' is missing, got 'body'"),
         (
             "a.jsonl",
-            b'{"text": "x"}\n{"text": null}\n{"text": 3}\n',
-            "FILE line 2: 'text' must be text, got null\nFILE line 3: 'text' must be text, got 3",
+            b'{"text": "x"}\n{"text": [4]}\n{"text": 3}\n',
+            "FILE line 2: 'text' must be text, got [4]\nFILE line 3: 'text' must be text, got 3",
         ),
         (
             "a.jsonl",
-            b'{"prompt": "x", "completion": ""}\n',
-            "FILE line 1: 'completion' is empty: nothing to learn",
-        ),
-        (
-            "a.jsonl",
-            b'{"text": "x", "messages": []}\n',
-            "FILE line 1: the columns must be of one kind of example, got messages, text; keep those of one",
+            b'{"conversations": [], "messages": []}\n',
+            "FILE line 1: the columns must be of one kind of example, got messages, conversations; name"
+            " those to use"
+            " (columns)",
         ),
         (
             "a.jsonl",
             b'{"messages": "hello"}\n',
-            "FILE line 1: 'messages' must be a list of at least one message",
+            "FILE line 1: 'messages' must be a list of messages, got \"hello\"",
         ),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "FILE line 1: message 1: 'content' must be text"),
         (
             "a.jsonl",
-            b'{"messages": [{"role": "user", "content": "x"}]}\n',
-            "FILE line 1: no assistant message has content: nothing to learn",
+            b'{"messages": [{"role": "user"}]}\n',
+            "FILE line 1: message 1: 'content' must be text, got null",
         ),
     ],
 )
@@ -138,7 +139,8 @@ def test_jsonl_is_split_at_newlines_only_and_a_byte_order_mark_is_no_text(tmp_pa
     )  # bytes are counted: no line end is changed
 
 
-# -- masks ------------------------------------------------------------------------------------------------------------
+# -- masks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def learned(row: Row, template: str | None = None, train_on: str = "completion") -> tuple[str, str]:
@@ -169,7 +171,8 @@ TALK = Row("messages", {"messages": [
         (
             TALK,
             None,
-            "<|end|>### system\nBe brief.\n\n### user\n2 + 2?\n\n### assistant\n4<|end|>\n\n### user\nAnd <|end|>?\n\n### assistant\n"
+            "<|end|>### system\nBe brief.\n\n### user\n2 + 2?\n\n### assistant\n4<|end|>\n\n### user\nAnd"
+            " <|end|>?\n\n### assistant\n"
             "The end.<|end|>\n\n### user\nBye",
             "4<|end|>The end.<|end|>",
         ),
@@ -211,7 +214,8 @@ def test_the_name_of_the_end_token_in_a_text_is_text():
         (REFUSES, "talk: the chat template refuses this conversation: roles must alternate"),
         (
             REWRITES,
-            "talk: turn 3: the chat template rewrites earlier turns, and nothing shows where this turn begins;"
+            "talk: turn 3: the chat template rewrites earlier turns, and nothing shows where this turn"
+            " begins;"
             " mark it in the template with {% generation %}, or give it a row of its own",
         ),
     ],
@@ -247,7 +251,8 @@ def test_tokens_count_every_byte_of_the_text_once(prompt, completion):
     assert int((found.n_bytes * found.learned).sum()) == len(completion.encode())
 
 
-# -- windows ----------------------------------------------------------------------------------------------------------
+# -- windows
+# ----------------------------------------------------------------------------------------------------------
 
 
 def row_of(n: int, first_learned: int = 0) -> Tokens:
@@ -356,7 +361,8 @@ def test_models_in_which_packed_texts_see_each_other_are_refused():
         checks.check_packing(model)
 
 
-# -- order and split --------------------------------------------------------------------------------------------------
+# -- order and split
+# --------------------------------------------------------------------------------------------------
 
 
 def windows(n: int) -> list[pack.Window]:

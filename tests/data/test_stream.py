@@ -1,4 +1,5 @@
-"""`fit --stream`: rows are read as they are learned, no more of them are alive than a buffer holds, and a resumed run is bit-equal."""
+"""`fit --stream`: rows are read as they are learned, no more of them are alive than a buffer holds, and a"
+" resumed run is bit-equal."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from support.resuming import assert_same
 from support.tiny import jsonl
 
 from veneer.data import hub, row_files_streamed
+from veneer.data.forms.shape import Shape
 from veneer.data.order_streamed import Place, SegmentsFrom, Stream
 from veneer.data.pack import OPEN, Packer, Segment, pack
 from veneer.data.row_files import Row, read_file
@@ -54,7 +56,8 @@ def settings(place: Path, **changed: Any) -> dict[str, Any]:
     return tiny.settings(place, **{"data": str(place / "rows.jsonl"), "stream": True, "buffer": 7, **changed})
 
 
-# -- order ------------------------------------------------------------------------------------------------------------
+# -- order
+# ------------------------------------------------------------------------------------------------------------
 
 
 def endless(length: int = 3) -> SegmentsFrom:
@@ -119,7 +122,8 @@ def test_a_window_is_closed_as_soon_as_nothing_can_be_added_to_it():
     assert made == [[5, 5], [7, 2, 1], [10], [3, 1], [9]]
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memory
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_no_more_is_alive_than_the_buffer_holds(place, monkeypatch):
@@ -127,7 +131,7 @@ def test_no_more_is_alive_than_the_buffer_holds(place, monkeypatch):
     rows: list[weakref.ref[Row]] = []
     tensors: list[weakref.ref[torch.Tensor]] = []
 
-    def unending(name: str, split: str) -> Iterator[Row]:
+    def unending(name: str, split: str, shape: Shape) -> Iterator[Row]:
         for i in itertools.count():
             row = Row("text", {"text": tiny.text(i, 40)}, f"row {i}")
             rows.append(weakref.ref(row))
@@ -155,13 +159,16 @@ def test_no_more_is_alive_than_the_buffer_holds(place, monkeypatch):
 
 def test_a_piece_of_a_long_text_does_not_keep_the_whole(place):
     run = Run.from_dict(settings(place))
-    found = streamed._segments(Row("text", {"text": tiny.text(1, 3000)}, "long"), run, tiny.tokenizer())
+    found = streamed._segments(
+        Row("text", {"text": tiny.text(1, 3000)}, "long"), run, tiny.tokenizer(), Voice(False)
+    )
     assert len(found) > 100 and all(
         t.untyped_storage().nbytes() == t.numel() * t.element_size() for s in found for t in s
     )
 
 
-# -- trainings --------------------------------------------------------------------------------------------------------
+# -- trainings
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +202,8 @@ def test_what_is_learned_is_what_a_run_in_memory_learns(place):
 
 
 def test_reading_goes_on_from_any_place(place, tmp_path):
-    """Rows of one piece and of several, and a row that is left out: from every place on, what follows is what followed there."""
+    """Rows of one piece and of several, and a row that is left out: from every place on, what follows is"
+    " what followed there."""
     data = jsonl(tmp_path / "rows.jsonl", *({"text": tiny.text(i, 5 + 50 * (i % 3))} for i in range(6)))
     run = Run.from_dict(settings(place, data=str(data)))
     left_out = streamed._keys([read_file(data)[3]])
@@ -222,8 +230,9 @@ def test_rows_set_aside_for_validation_are_not_learned(place, tmp_path):
     ).windows
     assert 4 <= aside <= 20 and len(measured) >= 4
     assert result.metrics["notes"][-4].startswith(
-        f"no valid text is given: the first {aside} rows of the stream are set aside to choose the best step by, and rows equal to them"
-        f" are not learned; give valid= if the data is sorted"
+        f"no valid text is given: the first {aside} rows of the stream are set aside to choose the best"
+        f" step by, and rows equal to them"
+        f" are not learned; give valid if the data is sorted"
     )
     run = Run.from_dict({**given, "known": "none"})
     left_out = streamed._keys(streamed._set_aside(run, tiny.tokenizer()))
@@ -233,7 +242,7 @@ def test_rows_set_aside_for_validation_are_not_learned(place, tmp_path):
 
 def test_a_run_says_what_it_reads_and_its_report_can_be_made_again(place, whole, tmp_path):
     results = json.loads((whole / "results.json").read_text())
-    says = "data is read as it is learned: 7 windows are held, from which the next is drawn; rows are checked as they come"
+    says = "data is read during training: the next window is drawn from 7; rows are checked as they come"
     assert says in results["notes"]
     assert any(n.startswith("the beginning of train: ") for n in results["notes"])
     assert "all 72 rows of the stream have been read; it begins again" in results["notes"]
@@ -255,15 +264,17 @@ def test_a_bad_row_ends_the_training_when_it_comes_and_a_mended_one_goes_on(plac
     why, then = str(e.value).splitlines()
     assert why.startswith(f"{data} line 56: column 'text' is missing")
     assert then == (
-        f"this ended the training after step {int(kept[-1].name[5:])} of 14; put it right, and go on from {kept[-1].name} with resume=True"
-        " allow='data'"
+        f"this ended the training after step {int(kept[-1].name[5:])} of 14; put it right, and go on from"
+        f" {kept[-1].name} with resume=True"
+        " (--resume), allowing 'data'"
     )
     data.write_text("\n".join([*good, '{"text": "x"}']), encoding="utf-8")
     result = fit(Run.from_dict({**given, "resume": True, "allow": ["data"]}), progress=False)
     assert len(kept) > 1 and result.metrics["steps"] == 14
 
 
-# -- sources ----------------------------------------------------------------------------------------------------------
+# -- sources
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -321,7 +332,8 @@ def test_sources_take_turns_until_each_has_ended(place):
     assert names[:24] == ["rows.jsonl", "more.jsonl"] * 12 and names[24:] == ["rows.jsonl"] * 48
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -348,7 +360,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, name, content, says):
 
 
 def test_settings_that_make_no_sense_with_a_stream(place, tmp_path):
-    with pytest.raises(ConfigError, match=r"^stream needs steps: .* unknown until its end$"):
+    with pytest.raises(ConfigError, match=r"^stream needs steps: .* unknown until its end; give steps$"):
         Run(data=("a.txt",), stream=True)
     with pytest.raises(
         ConfigError, match=r"^buffer 9 applies to a stream only; set stream=True, or leave buffer out$"
@@ -358,7 +370,7 @@ def test_settings_that_make_no_sense_with_a_stream(place, tmp_path):
         Run(data=("a.txt",), buffer=0, stream=True, steps=1)
     with pytest.raises(
         DataError,
-        match=r"rows.jsonl@2: the sources of a stream take turns and have no weight; leave @ and what follows",
+        match=r"rows.jsonl@2: a stream takes its sources in turn, without weights; remove @ and the number",
     ):
         fit(
             Run.from_dict(settings(place, data=f"{place}/rows.jsonl@2", out=str(tmp_path / "run"))),
@@ -367,7 +379,7 @@ def test_settings_that_make_no_sense_with_a_stream(place, tmp_path):
     one = jsonl(tmp_path / "one.jsonl", ROWS[0])
     with pytest.raises(
         DataError,
-        match=r"one.jsonl: the rows set aside as valid text leave nothing to learn; give valid= or more data",
+        match=r"one.jsonl: the rows set aside as valid text leave nothing to learn; give valid or more data",
     ):
         fit(
             Run.from_dict(settings(place, data=str(one), valid=[], out=str(tmp_path / "run"))), progress=False

@@ -240,7 +240,7 @@ def test_roles_that_no_turn_has_are_refused(tmp_path):
         gathered(data, train_roles=("assistant", "tool"))
     plain = str(tiny.jsonl(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"}))
     with pytest.raises(
-        DataError, match="train_roles: no turn is of role 'user'; none of the rows is a conversation"
+        DataError, match="train_roles: no turn is of role 'user'; the rows hold no conversation"
     ):
         gathered(plain, train_roles=("user",))
     assert gathered(plain)["train"] and gathered(data, train_roles=("user", "system"))["train"]
@@ -249,10 +249,10 @@ def test_roles_that_no_turn_has_are_refused(tmp_path):
 def test_weights_are_for_what_is_learned_from(tmp_path):
     data = str(tiny.jsonl(tmp_path / "a.jsonl", *({"prompt": "a", "completion": f"b{i}"} for i in range(20))))
     with pytest.raises(
-        DataError, match=r"valid: .*@2: a text that is measured has no weight; leave @ and what follows out"
+        DataError, match=r"valid: .*@2: a measured text has no weight; remove @ and the number"
     ):
         texts.gather(Run(data=data, valid=f"{data}@2", known="none"), Voice(False))
-    voice, run = Voice(False), Run(data=f"{data}@3", known="none", packing=False)
+    voice, run = Voice(False), Run(data=f"{data}@3", known="none", packing=False, length=64)
     found = texts.gather(run, voice)
     assert {r.times for r in found["train"]} == {3} and {r.times for r in found["valid"]} == {1}
     assert f"by the weights of {data}@3, an epoch has 54 rows, of 18 different places" in voice.said
@@ -261,7 +261,7 @@ def test_weights_are_for_what_is_learned_from(tmp_path):
 
 def test_it_is_said_when_no_end_of_a_turn_is_learned(rows):
     by, voice = copy.deepcopy(tokenizer("mistral")), Voice(False)
-    run = Run(data="a.jsonl")
+    run = Run(data="a.jsonl", length=256)
     texts.prepare([rows["talk"]], run, by, voice)
     assert voice.said == []
     by.chat_template = by.chat_template.replace("+ eos_token", "").replace(
@@ -269,5 +269,5 @@ def test_it_is_said_when_no_end_of_a_turn_is_learned(rows):
     )
     texts.prepare([rows["talk"]], run, by, voice)
     assert voice.said == [
-        "in 1 conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out"
+        "in 1 conversations no end of a turn is learned: the chat template's markers leave it out"
     ]

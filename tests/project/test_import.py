@@ -1,4 +1,4 @@
-"""`import veneer` is quick and imports torch and safetensors only."""
+"""What `import veneer` costs and brings with it: torch, safetensors and nothing else."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from support import tiny
@@ -12,6 +13,7 @@ from support import tiny
 from veneer.cli import coloured_tokens
 from veneer.cli.frame import main
 from veneer.data import leaks
+from veneer.data.row_files import Row
 from veneer.errors import ConfigError, DataError
 from veneer.models import pretrained
 from veneer.runs.texts import texts
@@ -38,7 +40,8 @@ def run(data, **more):
     return Run(data=data, model="tiny", **more)
 
 
-# -- show -------------------------------------------------------------------------------------------------------------
+# -- show ----------------------------------------------------------------------------------------------------
+# ---------
 
 
 def test_show_gives_every_token_and_what_is_learned(by, tmp_path):
@@ -99,7 +102,8 @@ def test_no_colour_when_not_wanted(monkeypatch):
     assert not coloured_tokens.has_colour()  # what pytest captures is no terminal
 
 
-# -- check ------------------------------------------------------------------------------------------------------------
+# -- check
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_check_counts_what_is_read(by, tmp_path):
@@ -114,7 +118,7 @@ def test_check_counts_what_is_read(by, tmp_path):
     assert (found.epoch["windows"], found.epoch["steps"]) == (2, 1) and found.epoch["filled"] == 2 * (
         n - 3
     ) / 32
-    assert found.wrong == [] and "train: 1 rows are there more than once" in found.notes
+    assert found.wrong == [] and "train: 1 rows occur more than once" in found.notes
     assert any("an epoch has 6 rows" in note for note in found.notes)
     assert "nothing is wrong" in check.text(found)
 
@@ -132,8 +136,11 @@ def test_check_finds_what_is_wrong(by, tmp_path):
         w.startswith("valid: 1 rows share at least half") and w.endswith(f"{where} line 1")
         for w in found.wrong
     )
-    cut = check.check(run(data, valid=valid, length=20, allow=("truncate",)))
-    assert f"train: 1 rows have no token to learn: {data} line 3" in cut.wrong
+    cut = check.check(run(data, valid=valid, length=20, overlong="cut"))
+    assert cut.wrong[0].startswith(
+        f"train: 1 of 3 rows have their whole answer beyond length=20 tokens: {data} line 3 (82); at most"
+        f" 10% may"
+    )
     assert cut.parts["train"]["too_long"] == 2 and not any("longer than" in w for w in cut.wrong)
 
 
@@ -145,17 +152,25 @@ def test_rows_whose_every_label_is_masked_stop_a_run_and_are_shown(by, tmp_path)
         "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% generation %}{% endgeneration %}"
     )
     given = run(data, valid=data)
-    with pytest.raises(DataError, match="1 rows have no token to learn"):
-        texts.prepare(texts.gather(given, Voice(False))["train"], given, by, Voice(False))
+    with pytest.raises(DataError, match="text: 1 of 1 rows have nothing to learn"):
+        rows = texts.gather(given, Voice(False))["train"]
+        texts.prepare(rows, replace(given, length=16), by, Voice(False))
     assert show.show(given)["rows"][0]["learned"] == 0
-    assert f"train: 1 rows have no token to learn: {data} line 1" in check.check(given).wrong
+    assert check.check(given).wrong[0] == (
+        f"train: 1 of 1 rows have nothing to learn (every label is masked): {data} line 1; at most 10% may"
+        f" be left out:"
+        f" give them a completion or use train_on='all'"
+    )
 
 
 def test_rows_that_are_too_long_are_wrong_unless_they_may_be_cut(by, tmp_path):
     data, valid = pairs(tmp_path / "a.jsonl", ("p", LONG)), pairs(tmp_path / "v.jsonl", ("a", "b"))
     assert check.check(run(data, valid=valid, length=20)).wrong == [
-        f"train: 1 rows are longer than length=20 tokens: {data} line 1"
+        f"train: 1 of 1 rows are longer than length=20 tokens: {data} line 1 (66); at most 10% may be left"
+        f" out:"
+        f" use length=66, set overlong='cut', or shorten them"
     ]
+    assert check.check(run(data, valid=valid, length=20, overlong="cut")).wrong == []
 
 
 def test_markers_that_leave_the_end_of_a_turn_out_are_wrong(by, tmp_path):
@@ -169,8 +184,8 @@ def test_markers_that_leave_the_end_of_a_turn_out_are_wrong(by, tmp_path):
     )
     wrong = check.check(run(data, valid=valid)).wrong
     assert (
-        f"train: in 1 conversations no end of a turn is learned: {data} line 1; the markers of the tokenizer's chat template should"
-        in wrong[0]
+        f"train: in 1 conversations no end of a turn is learned: {data} line 1; the markers of the chat"
+        f" template should" in wrong[0]
     )
     by.chat_template = by.chat_template.replace(
         body, "{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
@@ -179,24 +194,34 @@ def test_markers_that_leave_the_end_of_a_turn_out_are_wrong(by, tmp_path):
 
 
 def test_runs_of_words_by_hand():
-    rows = [
-        ("equal", b"1", "x"),
-        ("alike", b"2", LONG),
-        ("short", b"3", "one two"),
-        ("half", b"4", f"{LONG} a b"),
-        ("less", b"5", f"{LONG} a b c"),
-    ]
-    assert leaks.find([(b"1", LONG.upper())], rows) == (
-        ["equal"],
-        ["alike", "half"],
-    )  # of 2 runs 2, of 4 runs 2, of 5 runs 2
+    train = [Row("text", {"text": LONG.upper(), "id": 1}, "a")]
+    texts = {
+        "equal": LONG.upper(),
+        "alike": LONG,
+        "short": "one two",
+        "half": f"{LONG} a b",
+        "less": f"{LONG} a b c",
+    }
+    rows = [Row("text", {"text": text, "id": 2}, where) for where, text in texts.items()]
+    # Of 2 runs 2, of 4 runs 2, of 5 runs 2.
+    assert leaks.find(train, {"valid": rows}) == {"valid": (["equal"], ["alike", "half"])}
+
+
+def test_only_what_is_learned_is_compared():
+    talk = [{"role": "user", "content": LONG}, {"role": "assistant", "content": "x"}]
+    train = [Row("pair", {"prompt": "q", "completion": LONG}, "a"), Row("messages", {"messages": talk}, "b")]
+    pair = Row("pair", {"prompt": LONG, "completion": "other"}, "pair")
+    other = [{"role": "user", "content": "y"}, {"role": "assistant", "content": LONG}]
+    found = leaks.find(train, {"test": [pair, Row("messages", {"messages": other}, "talk")]})
+    assert found["test"] == ([], ["talk"])
 
 
 def test_lengths_in_doublings():
     assert check.histogram([2, 8, 9, 16, 17, 70]) == {8: 2, 16: 2, 32: 1, 64: 0, 128: 1}
 
 
-# -- the command line -------------------------------------------------------------------------------------------------
+# -- the command line
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_verb_says_no_by_exit_code_3(by, tmp_path, capsys):

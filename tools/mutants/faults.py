@@ -1,4 +1,4 @@
-"""Finds the faults that can be planted in a file; a fault is identified by its text, so lines may move."""
+"""The faults that a file may have, each known by its text, so that edits elsewhere in the file leave it as it is."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from mutants.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "veneer"
-# Nodes without an effect: error messages, checks for the type checker, texts, types.
+# What has no effect of its own: messages of errors, checks for the type checker, texts, types.
 SILENT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
-CHECKED = "strict"  # of zip, which never fires in correct code
+CHECKED = "strict"  # of zip, which in code without faults never fires
 TYPES = ("annotation", "returns", "decorator_list", "type_params")
 
 
 class Fault(NamedTuple):
-    """A fault in a file.
+    """file: under src/veneer; where: the function; was, becomes: the statement, or the head of one that holds others.
 
-    file: relative to src/veneer. where: the function. was, becomes: the statement, or the head of a compound
-    one. number: index among the faults of the file.
+    number: among the faults of its file.
     """
 
     file: str
@@ -37,18 +36,15 @@ class Fault(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
-        """Returns the parts that stay the same if other lines of the file change."""
+        """What stays when other lines of the file change."""
         return self.file, self.where, self.operator, self.was, self.becomes
 
     def __str__(self) -> str:
-        return (
-            f"src/veneer/{self.file}:{self.line}: {self.operator} in {self.where}\n  - {self.was}\n  +"
-            f" {self.becomes}"
-        )
+        return f"src/veneer/{self.file}:{self.line}: {self.operator} in {self.where}\n  - {self.was}\n  + {self.becomes}"
 
 
 class Spot(NamedTuple):
-    """A node, its place in the tree (place: index in a list), its statement and its function."""
+    """A node, where it hangs in the tree (place: in a list), and the statement and the function that it is in."""
 
     node: ast.AST
     parent: ast.AST
@@ -58,7 +54,7 @@ class Spot(NamedTuple):
     where: str
 
     def put(self, node: ast.AST) -> None:
-        """Replaces the node."""
+        """Hangs another node there."""
         if self.place is None:
             setattr(self.parent, self.field, node)
         else:
@@ -66,22 +62,22 @@ class Spot(NamedTuple):
 
 
 def of(file: str, source: str) -> list[Fault]:
-    """Returns every fault that an operator finds in the source."""
+    """Every fault that an operator finds in the source."""
     return [fault for fault, _ in _planted(file, ast.parse(source))]
 
 
 def plant(source: str, fault: Fault) -> ast.Module:
-    """Returns the source with the fault."""
+    """The source with the fault in it."""
     tree = ast.parse(source)
     for found, planted in _planted(fault.file, tree):
         if found.number == fault.number:
-            assert found.key == fault.key, "the file changed since the fault was found"
+            assert found.key == fault.key, "the file is not the one that the fault was found in"
             return ast.fix_missing_locations(planted)
     raise LookupError(fault)
 
 
 def _planted(file: str, tree: ast.Module) -> Iterator[tuple[Fault, ast.Module]]:
-    """Yields every fault with the tree, which contains the fault until the next one is requested."""
+    """Every fault with the tree, which has it until the next one is asked for."""
     number = 0
     for spot in list(_spots(tree, "", None)):
         for name, operator in OPERATORS.items():
@@ -97,7 +93,7 @@ def _planted(file: str, tree: ast.Module) -> Iterator[tuple[Fault, ast.Module]]:
 
 
 def _spots(node: ast.AST, where: str, statement: ast.stmt | None) -> Iterator[Spot]:
-    """Yields every node below this one that has an effect."""
+    """Every node below this one that does something."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         where = f"{where}.{node.name}".removeprefix(".")
     for field, value in ast.iter_fields(node):
@@ -120,7 +116,7 @@ def _is_silent(node: ast.AST) -> bool:
 
 
 def _text(statement: ast.stmt) -> str:
-    """Returns the statement on one line; of a compound statement only its head."""
+    """The statement on one line; of one that holds others only its head."""
     head = copy.copy(statement)
     for block in ("body", "orelse", "finalbody", "handlers", "decorator_list"):
         if getattr(head, block, None):
@@ -131,9 +127,9 @@ def _text(statement: ast.stmt) -> str:
 
 
 def sample(faults: Iterable[Fault], area: dict[str, str], seed: int) -> list[Fault]:
-    """Returns the faults in drawing order: operators and areas in turn, each sorted by hashes.
+    """All of them in the order in which they are drawn: every operator in every area in turn, each by the hash of its text.
 
-    area: {file: area}. An edit of a file changes the order of its own faults only.
+    area: by file. An edit adds and takes away its own faults, and leaves the order of the others in their cell as it is.
     """
     cells: dict[tuple[str, str], list[tuple[str, Fault]]] = defaultdict(list)
     seen: dict[tuple[str, ...], int] = defaultdict(int)

@@ -12,8 +12,7 @@ import typer
 from rich.markup import escape
 
 from veneer import methods, optim, settings
-from veneer.cli import panels
-from veneer.cli.panels import OTHER, panel_of, place
+from veneer.cli.panels import panel_of, place
 from veneer.methods.base.described import helps_of, option_helps
 from veneer.train.run import Run
 
@@ -42,14 +41,13 @@ class Flag(NamedTuple):
     argument: bool = False
     into: str = ""
     key: str = ""
-    panel: str = OTHER
 
 
 def of_settings(kind: type) -> list[Flag]:
     """Returns a flag for every field of a settings dataclass but those that hold options."""
     rows = settings.table(kind).values()
     return [
-        Flag(s.name, s.hint, s.help + shown_default(s.default), s.unit, panel=panel_of(s.name, s.panel))
+        Flag(s.name, s.hint, f"{s.help}{shown_default(s.default)}", s.unit)
         for s in rows
         if s.name not in KINDS
     ]
@@ -80,8 +78,7 @@ def of_methods() -> list[Flag]:
             if key in OF_THE_RUN:
                 continue
             name = flag_of_method(method, key)
-            panel = panel_of(name, panels.METHOD)
-            before = found.setdefault(name, Flag(name, p.annotation, "", into=METHOD, key=key, panel=panel))
+            before = found.setdefault(name, Flag(name, p.annotation, "", into=METHOD, key=key))
             if before.hint != p.annotation:
                 other = f"of {before.owners} a {before.hint}"
                 raise TypeError(f"option {key!r} of method {method!r} is a {p.annotation}, {other}")
@@ -114,8 +111,7 @@ def of_optimisers() -> list[Flag]:
         for option, p in known.items():
             text = f"{helps.get(option, '')}{shown_default(p.default)}"
             flag = f"{name}_{option}".replace("-", "_")
-            own = Flag(flag, p.annotation, text, owners=(name,), into=OPTIMISER, key=option)
-            made.append(own._replace(panel=panels.OPTIMISER))
+            made.append(Flag(flag, p.annotation, text, owners=(name,), into=OPTIMISER, key=option))
     return made
 
 
@@ -166,7 +162,7 @@ def _info(flag: Flag) -> Any:
         help=text,
         show_default=False,
         metavar=None if flag.hint is bool else f"<{unit}>",
-        rich_help_panel=flag.panel,
+        rich_help_panel=panel_of(flag.name, KINDS.get(flag.into, "")),
     )
 
 
@@ -185,6 +181,8 @@ def parsed(hint: Any) -> Any:
         or (origin is tuple and Ellipsis not in inner)
     ):
         return hint
+    if is_number_or_word(hint):
+        return str
     if origin is dict or inner == (str, ...) or (origin is Sequence and inner == (str,)) or is_names(hint):
         return list[str]
     raise TypeError(f"no flag can be made for a {hint}")
@@ -200,12 +198,20 @@ def words(hint: Any) -> str:
         return "|".join(map(str, inner))
     if origin is tuple and Ellipsis not in inner:
         return " ".join(map(words, inner))
+    if is_number_or_word(hint):
+        return "|".join(map(words, inner))
     return {str: "text", int: "integer", float: "number", Path: "path"}.get(hint, "text, repeatable")
 
 
 def of_optional(hint: Any) -> Any:
     inner = [h for h in get_args(hint) if h is not type(None)]
     return inner[0] if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1 else hint
+
+
+def is_number_or_word(hint: Any) -> bool:
+    """Returns True for settings that are a whole number or one of some words: int | Literal["auto"]."""
+    inner = get_args(hint)
+    return len(inner) == 2 and inner[0] is int and get_origin(inner[1]) is Literal
 
 
 def is_names(hint: Any) -> bool:

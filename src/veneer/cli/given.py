@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, get_args, get_origin
 
 from veneer import settings
-from veneer.cli.flags import KINDS, OPTIMISER, Flag, is_names, of_optional, word
+from veneer.cli.flags import KINDS, OPTIMISER, Flag, is_names, is_number_or_word, of_optional, word
 from veneer.errors import ConfigError
 
 PLAIN_NAMES = re.compile(r"[\w.,]+")
@@ -43,7 +43,11 @@ def check_optimiser(flags: Iterable[Flag], given: Mapping[str, Any], chosen: str
 def _value(flag: Flag, value: Any) -> Any:
     hint = of_optional(flag.hint)
     if get_origin(hint) is dict:
-        return dict(_pair(flag.name, entry, get_args(hint)[1]) for entry in value)
+        kind = get_args(hint)[1]
+        entries = [e for entry in value for e in (_listed(entry) if kind is str else [entry])]
+        return dict(_pair(flag.name, entry, kind) for entry in entries)
+    if is_number_or_word(hint):
+        return int(value) if re.fullmatch(r"-?\d+", value) else value
     if is_names(hint):
         return names(value)
     return tuple(value) if isinstance(value, list) else value
@@ -61,6 +65,12 @@ def names(entries: list[str]) -> str | tuple[str, ...]:
         for name in (entry.split(",") if PLAIN_NAMES.fullmatch(entry) else [entry])
         if name
     )
+
+
+def _listed(entry: str) -> list[str]:
+    """Returns a=b,c=d as two entries; an entry whose commas stand inside a value is kept whole."""
+    parts = entry.split(",")
+    return parts if all("=" in part for part in parts) else [entry]
 
 
 def _pair(flag: str, entry: str, kind: Any) -> tuple[str, Any]:

@@ -10,7 +10,7 @@ import typer
 
 from veneer.cli import flags, given
 from veneer.cli.calls import Call, Json, show
-from veneer.cli.panels import SPEED, panel_of
+from veneer.cli.panels import panel_of
 from veneer.cli.words import Debug
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ Configs = Annotated[
     ),
 ]
 Probe = Annotated[
-    bool, typer.Option(help="Measure seconds and bytes in five steps, in memory.", rich_help_panel=SPEED)
+    bool,
+    typer.Option(
+        help="Measure seconds and bytes in five steps, in memory.", rich_help_panel=panel_of("probe")
+    ),
 ]
 Action = Annotated[
     Literal["show", "check"],
@@ -51,7 +54,8 @@ Files = Annotated[
 Rows = Annotated[int, typer.Option("--rows", metavar="<integer>", help="Rows to show.")]
 # The settings of a Run that decide how texts are read and learned.
 READING = (
-    "data model valid test known batch accumulate length packing train_on train_roles seed allow".split()
+    "data model valid test known batch accumulate length overlong empty packing columns prompt_template"
+    " train_on train_roles train_turns chat_template seed allow".split()
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer import network
+from veneer.data.forms.shape import AS_IS, Shape
 from veneer.data.row_files import Row, checked
 from veneer.data.tables import Entry, without_nulls
 from veneer.errors import DataError, suggest
@@ -25,10 +26,10 @@ def is_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def from_folder(path: Path, split: str, part: str) -> list[Row]:
+def from_folder(path: Path, split: str, part: str, shape: Shape = AS_IS) -> list[Row]:
     """Returns the rows of a split; an empty `split` means the usual one for the part. Raises DataError."""
     name, found = open_folder(path, split, part)
-    return checked(name, entries(name, found))
+    return checked(name, entries(name, found), shape)
 
 
 def open_folder(path: Path, split: str, part: str) -> tuple[str, Any]:
@@ -47,10 +48,10 @@ def open_folder(path: Path, split: str, part: str) -> tuple[str, Any]:
     return str(path), found
 
 
-def from_hub(name: str, part: str) -> list[Row]:
+def from_hub(name: str, part: str, shape: Shape = AS_IS) -> list[Row]:
     """Returns the rows of a dataset of the Hugging Face hub or its local cache. Raises DataError."""
     own, found = open_on_hub(name, part)
-    return checked(own, entries(own, found))
+    return checked(own, entries(own, found), shape)
 
 
 def open_on_hub(name: str, part: str, **options: bool) -> tuple[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from veneer.data import tables
 from veneer.data.forms.columns import example, form_of, used
+from veneer.data.forms.shape import AS_IS, Shape
 from veneer.errors import DataError, first_few, suggest
 
 REFUSED = (
@@ -28,7 +29,7 @@ SHOWN = 5  # problems of one file that are listed before "and 12 more"
 
 @dataclass(frozen=True)
 class Row:
-    """One example: its kind (messages, pair or text), a name for people, and its repeats in an epoch."""
+    """One row: its kind (messages, pair, text, or empty), a name for people, and its repeats in an epoch."""
 
     kind: str
     columns: dict[str, Any]
@@ -36,13 +37,13 @@ class Row:
     times: int = 1
 
 
-def read_files(paths: Iterable[Path]) -> list[Row]:
+def read_files(paths: Iterable[Path], shape: Shape = AS_IS) -> list[Row]:
     """Returns the rows of all files, in order. Raises one DataError for all unusable files."""
     rows: list[Row] = []
     problems: list[str] = []
     for path in paths:
         try:
-            rows += read_file(path)
+            rows += read_file(path, shape)
         except DataError as e:
             problems.append(str(e))
     if problems:
@@ -50,7 +51,7 @@ def read_files(paths: Iterable[Path]) -> list[Row]:
     return rows
 
 
-def read_file(path: Path) -> list[Row]:
+def read_file(path: Path, shape: Shape = AS_IS) -> list[Row]:
     """Returns the rows of one file: .jsonl and tables by their columns, anything else as one text.
 
     Raises DataError if the file is missing, empty, not UTF-8, of an unsupported format, or has bad rows.
@@ -58,13 +59,16 @@ def read_file(path: Path) -> list[Row]:
     check_file(path)
     suffix = path.suffix.lower()
     if suffix in tables.ARROW:
-        return checked(str(path), tables.arrow(path))
+        return checked(str(path), tables.arrow(path), shape)
     text = decode(path)
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
     if suffix in tables.WRITTEN:
-        return checked(str(path), tables.written(path, text))
-    return _lines(path, text) if suffix == ".jsonl" else [Row("text", {"text": text}, str(path))]
+        return checked(str(path), tables.written(path, text), shape)
+    if suffix != ".jsonl":
+        return [Row("text", {"text": text}, str(path))]
+    listed = tables.listed(path, text) if text.lstrip().startswith("[") else None
+    return checked(str(path), listed or _lines(path, text), shape)
 
 
 def check_file(path: Path) -> None:
@@ -96,14 +100,12 @@ def decode(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 ({where}); convert it, for instance with iconv") from None
 
 
-def _lines(path: Path, text: str) -> list[Row]:
+def _lines(path: Path, text: str) -> Iterable[tables.Entry]:
     numbered = enumerate(text.split("\n"), 1)  # not splitlines(): JSON strings may hold other line breaks
-    return checked(
-        str(path), ((f"{path} line {n}", partial(json_object, line)) for n, line in numbered if line.strip())
-    )
+    return ((f"{path} line {n}", partial(json_object, line)) for n, line in numbered if line.strip())
 
 
-def checked(name: str, found: Iterable[tuple[str, Callable[[], dict[str, Any]]]]) -> list[Row]:
+def checked(name: str, found: Iterable[tables.Entry], shape: Shape = AS_IS) -> list[Row]:
     """Returns the rows of one source from (where, reader of its columns).
 
     The first row's columns decide the form of all. Raises one DataError for all bad rows, naming a few.
@@ -111,8 +113,8 @@ def checked(name: str, found: Iterable[tuple[str, Callable[[], dict[str, Any]]]]
     rows, problems, form = [], [], None
     for where, read_columns in found:
         try:
-            columns = read_columns()
-            form = form or form_of(columns)
+            columns = shape.applied(read_columns())
+            form = form or form_of(columns, shape)
             rows.append(Row(*example(form, columns), where))
         except DataError as e:
             problems.append(f"{where}: {e}")
@@ -130,6 +132,7 @@ def json_object(line: str) -> dict[str, Any]:
         found = json.loads(line)
     except json.JSONDecodeError as e:
         raise DataError(f"not JSON at column {e.colno} ({e.msg})") from None
+    found = tables.without_surrogates(found) if "\\u" in line else found
     if not isinstance(found, dict):
         raise DataError(f"must be a JSON object with columns, got a {type(found).__name__}")
     return found

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from veneer.data import tables
 from veneer.data.forms.columns import example, form_of
+from veneer.data.forms.shape import AS_IS, Shape
 from veneer.data.row_files import Row, check_file, json_object, read_file
 from veneer.data.tables import Entry
 from veneer.errors import DataError
 
 
-def stream_file(path: Path) -> Iterator[Row]:
+def stream_file(path: Path, shape: Shape = AS_IS) -> Iterator[Row]:
     """Yields the rows of a file in the order of `read_file`; a plain text is one row.
 
     Raises DataError at once if the file is missing or cannot be streamed, later for the first bad row.
@@ -23,21 +24,23 @@ def stream_file(path: Path) -> Iterator[Row]:
     if suffix == ".json":
         raise DataError(f"{path}: a JSON list cannot be streamed; write it as .jsonl, with one object a line")
     if suffix in tables.ARROW:
-        return stream_rows(tables.arrow(path))
+        return stream_rows(tables.arrow(path), shape)
     if suffix in tables.WRITTEN:
-        return stream_rows(tables.separated(path, _lines(path, "")))
+        return stream_rows(tables.separated(path, _lines(path, "")), shape)
     return (
-        stream_rows(_objects(path)) if suffix == ".jsonl" else (row for _ in (0,) for row in read_file(path))
+        stream_rows(_objects(path), shape)
+        if suffix == ".jsonl"
+        else (row for _ in (0,) for row in read_file(path))
     )
 
 
-def stream_rows(entries: Iterator[Entry]) -> Iterator[Row]:
+def stream_rows(entries: Iterator[Entry], shape: Shape = AS_IS) -> Iterator[Row]:
     """Yields the rows of one source. The first row's columns decide the form of all."""
     form = None
     for where, read_columns in entries:
         try:
-            columns = read_columns()
-            form = form or form_of(columns)
+            columns = shape.applied(read_columns())
+            form = form or form_of(columns, shape)
             row = Row(*example(form, columns), where)
         except DataError as e:
             raise DataError(f"{where}: {e}") from None
@@ -46,6 +49,8 @@ def stream_rows(entries: Iterator[Entry]) -> Iterator[Row]:
 
 def _objects(path: Path) -> Iterator[Entry]:
     for n, line in enumerate(_lines(path, "\n"), 1):  # JSON strings may hold other line breaks
+        if n == 1 and line.lstrip().startswith("["):
+            raise DataError(f"{path}: a JSON list cannot be streamed; write one object a line")
         if line.strip():
             yield f"{path} line {n}", partial(json_object, line)
 

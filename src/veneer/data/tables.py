@@ -28,9 +28,18 @@ def written(path: Path, text: str) -> Iterator[Entry]:
     )
 
 
+def listed(path: Path, text: str) -> Iterator[Entry] | None:
+    """Returns the rows of a JSON list in a file of another name; None if the file is not one list."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return _listed(path, text)
+
+
 def _listed(path: Path, text: str) -> Iterator[Entry]:
     try:
-        found = json.loads(text)
+        found = without_surrogates(json.loads(text))
     except json.JSONDecodeError as e:
         lines = "; name a file with one object a line .jsonl" if e.msg == "Extra data" else ""
         raise DataError(f"{path} line {e.lineno}: not JSON at column {e.colno} ({e.msg}){lines}") from None
@@ -126,6 +135,19 @@ def _batches(path: Path) -> Iterator[Any]:
 
 def _sliced(batch: Any) -> Iterator[Any]:
     return (batch.slice(at, 1000) for at in range(0, batch.num_rows, 1000))
+
+
+def without_surrogates(value: Any) -> Any:
+    """Returns a JSON value with U+FFFD in place of half surrogate pairs."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
+    if isinstance(value, dict):
+        return {without_surrogates(k): without_surrogates(v) for k, v in value.items()}
+    return [without_surrogates(v) for v in value] if isinstance(value, list) else value
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from veneer.compress.store import save_quantised
 from veneer.data.chat import templates
 from veneer.data.order import Order
 from veneer.data.pack import Window
-from veneer.errors import FormatError, option
+from veneer.errors import FormatError
 from veneer.models import machine, pretrained
 from veneer.ops.draws import keyed
 from veneer.runs import base_model, card, report
 from veneer.runs.learner import OBJECTIVE, in_precision, keeping, learner
 from veneer.runs.prepare import NAME, Ready, prepare
+from veneer.runs.texts import decided as texts_decided
 from veneer.runs.texts import streamed
 from veneer.train import full, track
 from veneer.train.errors import NotSaved
@@ -83,6 +84,9 @@ def begin(ready: Ready, voice: Voice, stack: ExitStack) -> Begun | Result:
         if base_model.start_of(ready.run):
             save_quantised(ready.model, base_model.own_base(ready.run), ready.run.model)
         layout.put(out / layout.CONFIG, ready.config)
+        left_out = {part: t.left_out._asdict() for part, t in ready.texts.items() if any(t.left_out)}
+        if left_out:
+            layout.put(out / layout.LEFT_OUT, left_out)
     else:
         _check_same(out, ready, voice)
         if (out / layout.RESULTS).exists():
@@ -108,10 +112,16 @@ def loop_of(begun: Begun) -> Loop:
     windows = {part: t.windows for part, t in ready.texts.items()}
     torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, "dropout"))))
     laid, pace = lay_out(run, windows["train"])
-    order = streamed.order(run, pretrained.tokenizer(run.model), begun.voice) if run.stream else laid
+    order = (
+        streamed.order(run, texts_decided.tokenizer_of(run, Voice(False)), begun.voice)
+        if run.stream
+        else laid
+    )
     measured = {part: sample(w, run.eval_windows) for part, w in windows.items() if part != "train"}
     own = keeping(ready, learner(ready, laid, begun.voice), laid, begun.voice)
-    loop = Loop(own, order, measured, pace, folder=begun.out, voice=begun.voice, feed=begun.feed)
+    loop = Loop(
+        own, order, measured, pace, folder=begun.out, voice=begun.voice, feed=begun.feed, chooses=run.chooses
+    )
     loop.begin(run.resume)
     return loop
 
@@ -179,12 +189,13 @@ def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float]
         if (
             "conversations" in ready.texts["train"].facts
         ):  # they were learned in this template, and are to be asked in it
-            templates.complete(pretrained.tokenizer(run.model)).save_pretrained(out / layout.ADAPTER)
+            tokenizer = pretrained.tokenizer(run.model)
+            templates.choose(tokenizer, run.chat_template)
+            templates.complete(tokenizer).save_pretrained(out / layout.ADAPTER)
     except (OSError, SafetensorError) as e:
         where = out / layout.ADAPTER
         raise NotSaved(
-            f"the adapter could not be written to {where}: {e};"
-            f" the checkpoints are kept: {option('resume', True)} tries again"
+            f"the adapter could not be written to {where}: {e}; the checkpoints are kept: resume=True tries again"
         ) from e
     results = {
         **{name: getattr(run, name) for name in ("model", "method", "optimiser", "lr")},

@@ -67,7 +67,7 @@ def _compiles(ready: Ready, order: Order, device: torch.device, voice: Voice) ->
         raise ConfigError(
             f"compile={run.compile!r} needs {lacking}, which is not found here; install it, or use compile='off'"
         )
-    long = compiling.is_long(ready.model, order.total * run.length, device)
+    long = compiling.is_long(ready.model, order.total * run.window, device)
     if run.compile == "auto" and long and lacking:
         voice.say(
             f"steps of this run could be shorter: torch.compile needs {lacking}, which is not found here"
@@ -78,7 +78,7 @@ def _compiles(ready: Ready, order: Order, device: torch.device, voice: Voice) ->
 def _compiled(ready: Ready, plain: Learner, order: Order, voice: Voice) -> Learner:
     """With blocks and loss compiled; eagerly where that fails in a run that leaves the choice open."""
     run, device = ready.run, next(ready.model.parameters()).device
-    learner = plain._replace(shapes=compiling.Shapes(run.batch, compiling.widths(run.length, run.packing)))
+    learner = plain._replace(shapes=compiling.Shapes(run.batch, compiling.widths(run.window, run.packing)))
     batch = learner.batch(order.step(0)[0], device)
     objective = compiling.prepare(ready.model, batch, compiled=True, with_graphs=run.compile == "graphs")
     objective = in_precision(run, objective, device)

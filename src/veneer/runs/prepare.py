@@ -18,9 +18,10 @@ from veneer.analyse.numbers import started
 from veneer.data.pack import collate
 from veneer.errors import ConfigError
 from veneer.methods.full import Full
-from veneer.models import machine, pretrained
+from veneer.models import machine
 from veneer.optim.base import groups
 from veneer.runs import base_model, start_calibration, start_left
+from veneer.runs.texts import decided as texts_decided
 from veneer.runs.texts import streamed, texts
 from veneer.runs.texts.texts import Text
 from veneer.train import checks, rates
@@ -61,10 +62,10 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     """
     run = decided(texts.named(run), device)
     with voice.phase("reading texts"):
-        tokenizer, ready = read(run, voice)
+        run, tokenizer, ready = read(run, voice)
     with voice.phase("loading the model"):
         model, stats = base_model.base(run, run.base_dtype, device, voice, only_shapes=only_shapes)
-    checks.check_length(model, run.length)
+    checks.check_length(model, run.window)
     checks.check_vocabulary(model, (w for t in ready.values() for w in t.windows))
     base = {"model": run.model, "class": type(model).__name__, "sha256": fingerprint.measure(model)["sha256"]}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -100,12 +101,19 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     return Ready(run, model, parts, optimiser, pad, ready, config, prefix)
 
 
-def read(run: Run, voice: Voice) -> tuple[Any, dict[str, Text]]:
-    """The tokenizer, and the texts by part; of a training text that is streamed, the beginning. Raises DataError, ConfigError."""
+def read(run: Run, voice: Voice) -> tuple[Run, Any, dict[str, Text]]:
+    """Returns the run with its length decided, the tokenizer, and the texts by part, a stream's beginning.
+
+    Raises DataError, ConfigError.
+    """
     rows = (streamed if run.stream else texts).gather(run, voice)
-    tokenizer = pretrained.tokenizer(run.model)
-    found = texts.prepare_all(rows, run, tokenizer, voice)
-    return tokenizer, streamed.begin(found, run, tokenizer, voice) if run.stream else found
+    tokenizer = texts_decided.tokenizer_of(run, voice)
+    encoded = texts.encode_all(rows, run, tokenizer)
+    texts_decided.say_template(rows, tokenizer, voice)
+    looked_at = streamed.looked_at(run, tokenizer) if run.stream else encoded["train"]
+    run = texts_decided.with_length(run, looked_at, voice)
+    found = texts.prepare_all(encoded, run, tokenizer, voice)
+    return run, tokenizer, streamed.begin(found, run, tokenizer, voice) if run.stream else found
 
 
 def decided(run: Run, device: torch.device) -> Run:

@@ -79,7 +79,7 @@ def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]
     """What is measured of a finished run, from its files. Raises what reading texts, model and adapter raise."""
     config = drift.record(out)
     run = Run.from_dict(config["run"])
-    tokenizer, ready = read(run, voice)
+    run, tokenizer, ready = read(run, voice)
     for line in drift.differences(config["data"], {part: t.facts for part, t in ready.items()}):
         voice.say(f"text differs from what the run was trained on: {line}")
     model = base_model.base_again(run, out, run.base_dtype, machine.device("auto"))

@@ -26,18 +26,11 @@ def continuation(
     chat: the prompt is a chat template's, which writes the beginning token itself. Raises ConfigError if prompt
     and continuation together are longer than the model's context.
     """
-    ids = (
-        tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
-        if prompt
-        else torch.tensor([[tokenizer.eos_token_id]])
+    given = (
+        tokenizer(prompt, add_special_tokens=not chat)["input_ids"] if prompt else [tokenizer.eos_token_id]
     )
-    ids = ids.to(next(model.parameters()).device)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and ids.shape[1] + options["max_new_tokens"] > longest:
-        raise ConfigError(
-            f"the prompt has {ids.shape[1]} tokens; with {options['max_new_tokens']} more it exceeds the model's context of {longest};"
-            " shorten one"
-        )
+    ids = torch.tensor([given], device=next(model.parameters()).device)
+    _check_room(model, len(given), options["max_new_tokens"])
     drawing = (
         {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     )
@@ -53,3 +46,11 @@ def continuation(
             **options,
         )
     return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _check_room(model: nn.Module, n: int, more: int) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and n + more > longest:
+        raise ConfigError(
+            f"the prompt has {n} tokens; with {more} more it exceeds the model's context of {longest}; shorten one"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.adapt import calls
 from veneer.data.pack import Window
-from veneer.errors import ConfigError, DataError, SiteError, first_few, option
+from veneer.errors import ConfigError, DataError, SiteError, first_few
 
 PROBE = 8  # tokens of each of the two texts that are packed together for a look
 
@@ -62,7 +62,7 @@ def check_packing(model: nn.Module) -> None:
         alone = _logits(model, second[None], None)[0]
     except TypeError as e:
         raise ConfigError(
-            f"this model takes no position_ids, which packing needs ({e}); use {option('packing', False)}"
+            f"this model takes no position_ids, which packing needs ({e}); use packing=False"
         ) from None
     finally:
         model.train(training)
@@ -72,7 +72,7 @@ def check_packing(model: nn.Module) -> None:
     if seen > 4 * eps * size or moved > 32 * eps * size:
         what = "see each other" if seen > 4 * eps * size else "see their place in the window"
         raise ConfigError(
-            f"in a {type(model).__name__}, texts packed into one window {what}; use {option('packing', False)}"
+            f"in a {type(model).__name__}, texts packed into one window {what}; use packing=False"
         )
 
 
@@ -115,15 +115,3 @@ def check_called(model: nn.Module, ids: Tensor) -> None:
     """Raises SiteError, naming them, if adapted layers are not called in a forward pass of ids (b, t)."""
     model(input_ids=ids, use_cache=False)
     calls.check_called(model)
-
-
-def check_overlong(lengths: Sequence[tuple[str, int]], length: int) -> None:
-    """Raises DataError for rows (where, tokens) that are longer than `length` and may not be cut."""
-    long = [(where, n) for where, n in lengths if n > length]
-    if long:
-        most = max(n for _, n in long)
-        rows = first_few(f"{where} ({n})" for where, n in long)
-        raise DataError(
-            f"{len(long)} rows are longer than {option('length', length)} tokens: {rows};"
-            f" use {option('length', most)}, shorten them, or pass {option('allow', 'truncate')} to cut their ends"
-        )

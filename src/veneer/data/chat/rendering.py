@@ -9,8 +9,6 @@ from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from veneer.data.forms.flags import FLAGS
 from veneer.data.row_files import Row
 from veneer.errors import DataError
@@ -21,8 +19,8 @@ Span = tuple[int, int]
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TAGS = re.compile(r"</?think>")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates have for a turn's reasoning
-# A template written for other messages fails with its own exception or with an ordinary one of Python.
-FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+# A template written for other messages fails with jinja2's exceptions or with these.
+ORDINARY = (TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
 class Conversation:
@@ -46,9 +44,8 @@ class Conversation:
         for messages in forms(given, self.template):
             try:
                 found.append((messages, self._render(messages, False)))
-            except FAILURES as e:
-                own = type(e) is TemplateError  # by raise_exception: the template's own words
-                refusal = e if refusal is None or (own and type(refusal) is not TemplateError) else refusal
+            except failures() as e:
+                refusal = e if refusal is None or (_is_own(e) and not _is_own(refusal)) else refusal
                 continue
             if _is_suitable(*found[-1]):
                 found = found[-1:]
@@ -63,7 +60,7 @@ class Conversation:
         if (n, ask) not in self._texts:
             try:
                 self._texts[n, ask] = self._render(self.messages[:n], ask)
-            except FAILURES as e:
+            except failures() as e:
                 raise DataError(
                     f"{self.row.where}: the chat template refuses the first {n} messages: {e}"
                 ) from None
@@ -89,7 +86,7 @@ class Conversation:
         user = [{"role": "user", "content": "x"}]
         try:
             before, prompt = self._render(user, False), self._render(user, True)
-        except FAILURES:
+        except failures():
             return ""
         return prompt[common(before, prompt, self.specials) :]
 
@@ -107,6 +104,20 @@ class Conversation:
         given = {**self.tokenizer.special_tokens_map, "chat_template": self.template, "tools": self.tools}
         texts, spans = render_jinja_template([messages], **given, **options)
         return texts[0], spans[0] if spans else []
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Returns the exceptions of a template that cannot take some messages."""
+    from jinja2.exceptions import TemplateError
+
+    return (TemplateError, *ORDINARY)
+
+
+def _is_own(e: Exception) -> bool:
+    """Tells if a template raised the error in its own words, by raise_exception."""
+    from jinja2.exceptions import TemplateError
+
+    return type(e) is TemplateError
 
 
 def forms(messages: Messages, template: str) -> Iterator[Messages]:

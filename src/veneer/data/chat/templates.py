@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from veneer.data.tokens import beginning
 from veneer.errors import ConfigError, suggest
 
 PLAIN = "plain"
@@ -44,6 +43,8 @@ def chosen(wanted: str, tokenizer: Any) -> str:
 
 def packaged(name: str, tokenizer: Any) -> str:
     """Returns a template of `names()`; the plain one writes the tokenizer's beginning token, if any."""
+    from veneer.data.tokens import beginning
+
     text = (FOLDER / f"{name}{ENDING}").read_text(encoding="utf-8")
     return "{{- bos_token }}" + text if name == PLAIN and beginning(tokenizer) else text
 

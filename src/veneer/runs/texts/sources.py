@@ -1,13 +1,16 @@
-"""The texts that a run names, as rows: files, datasets, or texts that every Python interpreter carries; each with a weight."""
+"""The texts that a run names, as rows: files, datasets, or texts that every Python interpreter carries;"
+" each with a weight."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 from veneer import embedded
-from veneer.data import hub, row_files_streamed, tables
+from veneer.data import dataset_info, folders, hub, row_files_streamed, tables
+from veneer.data.forms.shape import AS_IS, Shape
 from veneer.data.repeats import weigh
 from veneer.data.row_files import REFUSED, Row, read_files
 from veneer.embedded import texts
@@ -25,16 +28,17 @@ FILES = (
 )  # endings that no dataset's name is taken to have
 
 
-def rows(names: Iterable[str], split: str, seed: int = 0) -> list[Row]:
-    """The rows of all sources. `split` is the part of a built-in text or a dataset to take where its name does not say one.
+def rows(names: Iterable[str], split: str, seed: int = 0, shape: Shape = AS_IS) -> list[Row]:
+    """Returns the rows of all sources. Raises one DataError for all unreadable sources.
 
-    seed: decides which rows a source with a broken weight has once more. Raises one DataError for all that cannot be read.
+    split: the part of a built-in text, data set or folder to take, unless the name says one.
+    seed: decides which rows a source with a broken weight repeats; shape: of the columns of tables.
     """
     found: list[Row] = []
     problems: list[str] = []
     for name in names:
         try:
-            found += weigh(_read(plain(name), split), weight(name), seed)
+            found += weigh(_read(plain(name), split, seed, shape), weight(name), seed)
         except DataError as e:
             problems.append(str(e))
     if problems:
@@ -60,22 +64,45 @@ def _parted(name: str) -> tuple[str, str | None]:
     return (name, None) if given is None or Path(name).exists() else (given["name"], given["weight"])
 
 
-def _read(name: str, split: str) -> list[Row]:
+def _read(name: str, split: str, seed: int, shape: Shape) -> list[Row]:
     kind = _kind(name)
     if kind == "builtin":
         return _builtin(name, split)
+    if kind == "listed":
+        listed = _listed(name, shape)
+        found = _read(listed.source, split, seed, listed.shape)
+        return found if listed.n is None else weigh(found, listed.n / len(found), seed)
     if kind == "folder":
-        return hub.from_folder(*_folder(name), split)
-    return hub.from_hub(name, split) if kind == "hub" else read_files([Path(name)])
+        return hub.from_folder(*_folder(name), split, shape)
+    if kind == "files":
+        return read_files(folders.files(Path(name), split), shape)
+    return hub.from_hub(name, split, shape) if kind == "hub" else read_files([Path(name)], shape)
 
 
-def stream(name: str, split: str) -> Iterator[Row]:
-    """The rows of a source one after the other, read as they are taken. Raises DataError for what cannot be read so."""
+def _listed(name: str, shape: Shape) -> dataset_info.Listed:
+    """Returns a data set of a dataset_info.json. Raises DataError if the run names columns too."""
+    if shape.is_given:
+        raise DataError(
+            f"{name}: {dataset_info.NAME} names the columns already; leave columns and prompt_template out"
+        )
+    found = dataset_info.parted(name)
+    assert found is not None, name
+    return dataset_info.find(*found)
+
+
+def stream(name: str, split: str, shape: Shape = AS_IS) -> Iterator[Row]:
+    """Yields the rows of a source, read as needed. Raises DataError for a source that cannot be streamed."""
     kind = _kind(name)
     if kind == "builtin":
         return iter(_builtin(name, split))
+    if kind == "listed":
+        listed = _listed(name, shape)
+        return islice(stream(listed.source, split, listed.shape), listed.n)
     if kind == "file":
-        return row_files_streamed.stream_file(Path(name))
+        return row_files_streamed.stream_file(Path(name), shape)
+    if kind == "files":
+        files = folders.files(Path(name), split)
+        return chain.from_iterable(row_files_streamed.stream_file(path, shape) for path in files)
     return row_files_streamed.stream_rows(
         hub.entries(
             *(
@@ -83,17 +110,22 @@ def stream(name: str, split: str) -> Iterator[Row]:
                 if kind == "folder"
                 else hub.open_on_hub(name, split, streaming=True)
             )
-        )
+        ),
+        shape,
     )
 
 
 def _kind(name: str) -> str:
-    """Where a source is read from: builtin, folder (of a dataset), hub, or file."""
+    """Returns where a source is read from: builtin, folder (of a dataset), files, listed, hub, or file."""
     path, head = Path(name), name.rpartition(":")[0]
     if is_builtin(name):
         return "builtin"
     if (path.is_dir() and hub.is_folder(path)) or (head and hub.is_folder(Path(head))):
         return "folder"
+    if path.is_dir():
+        return "files"
+    if dataset_info.parted(name) is not None:
+        return "listed"
     return (
         "hub"
         if hub.NAME.fullmatch(name) and not path.parent.is_dir() and path.suffix.lower() not in FILES
@@ -110,7 +142,7 @@ def _folder(name: str) -> tuple[Path, str]:
 
 
 def is_builtin(name: str) -> bool:
-    """Whether a source is one of the interpreter's own texts: builtin:prose, builtin:c:valid, .."""
+    """Tells if a source is one of the interpreter's own texts: builtin:prose, builtin:c:valid, .."""
     return name.startswith(f"{embedded.PREFIX}:")
 
 

@@ -1,4 +1,5 @@
-"""From the names of texts to windows of tokens, by the part each plays in a run: train, valid, test, known."""
+"""From the names of texts to windows of tokens, by the part each plays in a run: train, valid, test,"
+" known."""
 
 from __future__ import annotations
 
@@ -8,66 +9,87 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from veneer import embedded
-from veneer.data import row_files, split
-from veneer.data.chat import ASSISTANT, examples
-from veneer.data.pack import Segment, Window, n_bytes, n_labels, n_tokens, pack, segments
-from veneer.data.reading import Reading
+from veneer.data import leaks, row_files, split
+from veneer.data.chat import ASSISTANT
+from veneer.data.forms.columns import EMPTY
+from veneer.data.pack import Segment, Window, n_bytes, n_labels, n_tokens, pack
+from veneer.data.reading import NO_TEXT, Reading
 from veneer.data.row_files import Row
-from veneer.data.tokens import Tokens, encode
 from veneer.errors import DataError, first_few, suggest
 from veneer.runs.texts import sources
-from veneer.train import checks
+from veneer.runs.texts.encoded import Encoded, LeftOut, encode_rows, is_endless, keep, segments_of
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
+FLATTERS = "; their figures flatter"
+SAMPLE = 0.1  # of the training rows: measured in place of valid text where all of it is learned
+
 
 class Text(NamedTuple):
-    """A text ready to be read by the model; `facts` go into config.json and must not change when a run goes on."""
+    """A text ready for the model. facts: for config.json, unchanged when a run resumes; left_out: names"
+    " of rows."""
 
     windows: list[Window]
     facts: dict[str, Any]
+    left_out: LeftOut = LeftOut([], [], [])
 
 
 def named(run: Run) -> Run:
-    """The run with the texts that it leaves open: those that belong to built-in data, and the built-in model's known text."""
+    """Returns the run with the texts that it leaves open: other parts of built-in data, and its known"
+    " text."""
     builtin = all(sources.is_builtin(name) for name in run.data)
-    own = (
-        tuple(sources.plain(name) for name in run.data if name.count(":") == 1) if builtin else ()
-    )  # without a part of their own
-    known = run.known or (("builtin:known",) if run.model == embedded.PREFIX else ("none",))
+    # Names without a part of their own.
+    own = tuple(sources.plain(name) for name in run.data if name.count(":") == 1) if builtin else ()
+    known = run.known or (("builtin:known",) if run.model == embedded.PREFIX else (NO_TEXT,))
     return replace(run, valid=run.valid or own, test=run.test or own, known=known)
 
 
 def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
-    """Rows by part. Raises one DataError for all that cannot be read."""
+    """Returns the rows by part, empty ones last. Raises one DataError for all unreadable texts."""
     found = read(run, ("train", "valid", "test", "known"))
+    empty = {part: [row for row in rows if row.kind == EMPTY] for part, rows in found.items()}
+    found = {part: [row for row in rows if row.kind != EMPTY] for part, rows in found.items()}
+    if not found["train"]:
+        raise DataError(f"{' '.join(run.data)}: all {len(empty['train'])} rows are empty: nothing to learn")
     check_roles(found["train"], run.train_roles)
     if not found["valid"]:
-        n = len(found["train"])
-        found["train"], found["valid"] = split.split_off(found["train"], run.seed)
-        part = (
-            f"{len(found['valid'])} of {n} rows are"
-            if len(found["train"]) < n
-            else "the last tenth of each text is"
-        )
-        voice.say(f"no valid text is given: {part} set aside to choose the best step by")
+        found["train"], found["valid"] = _set_aside(found["train"], run, voice)
     found["valid"] = [replace(row, times=1) for row in found["valid"]]
     if any(sources.weight(name) != 1 for name in run.data):
         each = sum(row.times for row in found["train"])
         voice.say(
-            f"by the weights of {' '.join(run.data)}, an epoch has {each} rows, of {len(found['train'])} different places"
+            f"by the weights of {' '.join(run.data)}, an epoch has {each} rows, of {len(found['train'])}"
+            f" different places"
         )
     say_what_is_left_out(found, voice)
-    return {part: rows for part, rows in found.items() if rows}
+    say_leaks(found, run, voice)
+    return {part: [*rows, *empty[part]] for part, rows in found.items() if rows or empty[part]}
+
+
+def _set_aside(rows: list[Row], run: Run, voice: Voice) -> tuple[list[Row], list[Row]]:
+    """Returns training and valid rows of a run that names no valid text."""
+    n = len(rows)
+    if not run.chooses:
+        sample = sorted(rows, key=lambda row: split.key(row, run.seed))[: max(1, round(SAMPLE * n))]
+        voice.say(
+            f"valid is {NO_TEXT!r}: all {n} rows are learned and the last step is kept; figures of valid"
+            f" text are of"
+            f" {len(sample)} learned rows"
+        )
+        return rows, sample
+    train, valid = split.split_off(rows, run.seed)
+    part = f"{len(valid)} of {n} rows are" if len(train) < n else "the last tenth of each text is"
+    voice.say(f"no valid text is given: {part} set aside to choose the best step by")
+    return train, valid
 
 
 def read(run: Run, parts: Sequence[str]) -> dict[str, list[Row]]:
-    """Rows of the parts of a run. Raises one DataError for all that cannot be read."""
+    """Returns the rows of the parts of a run. Raises one DataError for all unreadable texts."""
     wanted = {
         "train": run.data,
-        "valid": run.valid,
+        "valid": run.valid if run.chooses else (),
         "test": run.test,
-        "known": () if run.known == ("none",) else run.known,
+        "known": () if run.known == (NO_TEXT,) else run.known,
     }
     found: dict[str, list[Row]] = {}
     problems: list[str] = []
@@ -76,9 +98,9 @@ def read(run: Run, parts: Sequence[str]) -> dict[str, list[Row]]:
         try:
             if part != "train" and any(sources.weight(name) != 1 for name in names):
                 raise DataError(
-                    f"{part}: {' '.join(names)}: a text that is measured has no weight; leave @ and what follows out"
+                    f"{part}: {' '.join(names)}: a measured text has no weight; remove @ and the number"
                 )
-            found[part] = sources.rows(names, "test" if part == "known" else part, run.seed)
+            found[part] = sources.rows(names, "test" if part == "known" else part, run.seed, run.shape)
         except DataError as e:
             problems.append(str(e))
     if problems:
@@ -87,12 +109,30 @@ def read(run: Run, parts: Sequence[str]) -> dict[str, list[Row]]:
 
 
 def say_what_is_left_out(found: Mapping[str, Sequence[Row]], voice: Voice) -> None:
-    """Columns that nothing uses, and that nothing tells of forgetting."""
-    idle = row_files.unused(row for rows in found.values() for row in rows)
+    """Says which columns are unused, if text is broken, and if forgetting is not measured."""
+    rows = [row for some in found.values() for row in some]
+    idle = row_files.unused(rows)
     if idle:
         voice.say(f"columns that are not used: {first_few(idle)}")
+    broken = [row.where for row in rows if "\\ufffd" in leaks.content(row)]  # as JSON writes U+FFFD
+    if broken:
+        voice.say(f"{len(broken)} rows hold U+FFFD, the mark of broken text: {first_few(broken, 3)}")
     if not found["known"]:
         voice.say("forgetting is not measured: no known text (known=) is given")
+
+
+def say_leaks(found: Mapping[str, Sequence[Row]], run: Run, voice: Voice) -> None:
+    """Warns of measured rows that are learned from too."""
+    if not run.chooses:
+        found = {part: rows for part, rows in found.items() if part != "valid"}
+    for part, leak in leaks_in(found).items():
+        for sentence in leak.sentences(part, [first_few(names, 3) for names in leak]):
+            voice.say(f"{sentence}{FLATTERS}")
+
+
+def leaks_in(found: Mapping[str, Sequence[Row]]) -> dict[str, leaks.Leaks]:
+    """Compares valid and test rows with the training rows."""
+    return leaks.find(found["train"], {part: found[part] for part in ("valid", "test") if found.get(part)})
 
 
 def check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
@@ -100,33 +140,20 @@ def check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
     there = {m["role"] for row in rows if row.kind == "messages" for m in row.columns["messages"]}
     missing = [r for r in wanted if r not in there]
     if missing and (there or tuple(wanted) != ASSISTANT):
-        has = suggest(missing[0], there) if there else "; none of the rows is a conversation"
+        has = suggest(missing[0], there) if there else "; the rows hold no conversation"
         raise DataError(f"train_roles: no turn is of role {first_few(map(repr, missing))}{has}")
 
 
-def encode_row(row: Row, reading: Reading, tokenizer: Any) -> list[Tokens]:
-    """Returns the row's examples as tokens; a conversation may have several."""
-    return [encode(one, tokenizer) for one in examples(row, tokenizer, reading.train_on, reading.train_roles)]
-
-
-def is_endless(row: Row, encoded: Sequence[Tokens], tokenizer: Any, reading: Reading) -> bool:
-    """Tells if a conversation has end tokens and learns none of them, so that the model would not learn to stop."""
-    if row.kind != "messages" or "assistant" not in reading.train_roles:
-        return False
-    end, ids = tokenizer.eos_token_id, [i for t in encoded for i in t.ids.tolist()]
-    learned = [i for t in encoded for i in t.ids[t.learned].tolist()]
-    return bool(learned) and end in ids and end not in learned
-
-
-def prepare_all(
-    rows: Mapping[str, Sequence[Row]], reading: Reading, tokenizer: Any, voice: Voice
-) -> dict[str, Text]:
-    """Every part's rows as windows. Raises one DataError for all rows of all parts that cannot be used."""
-    found: dict[str, Text] = {}
+def encode_all(
+    rows: Mapping[str, Sequence[Row]], reading: Reading, tokenizer: Any
+) -> dict[str, list[Encoded]]:
+    """Returns every part's rows as tokens. Raises one DataError for all rows of all parts that have no"
+    " tokens."""
+    found: dict[str, list[Encoded]] = {}
     problems: list[str] = []
     for part, some in rows.items():
         try:
-            found[part] = prepare(some, reading, tokenizer, voice)
+            found[part] = encode_rows(some, reading, tokenizer)
         except DataError as e:
             problems.append(str(e))
     if problems:
@@ -134,47 +161,58 @@ def prepare_all(
     return found
 
 
-def prepare(rows: Sequence[Row], reading: Reading, tokenizer: Any, voice: Voice) -> Text:
-    """Rows as windows of at most reading.length tokens. Raises one DataError for all rows that are too long or teach nothing."""
-    found = by_row(rows, reading, tokenizer, voice)
-    every = [s for row, own in zip(rows, found, strict=True) for _ in range(row.times) for s in own]
-    windows: list[Window] = pack(every, reading.length) if reading.packing else [(s,) for s in every]
-    return Text(windows, _facts(rows, windows, every))
-
-
-def by_row(rows: Sequence[Row], reading: Reading, tokenizer: Any, voice: Voice) -> list[list[Segment]]:
-    """The segments of every row, at least one each. Raises as `prepare`."""
-    encoded = [encode_row(row, reading, tokenizer) for row in rows]
-    if endless := sum(
-        is_endless(row, own, tokenizer, reading) for row, own in zip(rows, encoded, strict=True)
-    ):
-        voice.say(
-            f"in {endless} conversations no end of a turn is learned: the markers of the tokenizer's chat template leave it out"
-        )
-    long = [
-        (row.where, max(len(t.ids) for t in own) - 1)
-        for row, own in zip(rows, encoded, strict=True)
-        if row.kind != "text"
-    ]
-    if not reading.truncates:
-        checks.check_overlong(long, reading.length)
-    elif n_long := sum(n > reading.length for _, n in long):
-        voice.say(f"{n_long} rows are cut off at length={reading.length} tokens")
-        encoded = [
-            own if row.kind == "text" else [t.first(reading.length + 1) for t in own]
-            for row, own in zip(rows, encoded, strict=True)
-        ]
-    found = [[s for t in own for s in segments(t, reading.length)] for own in encoded]
-    idle = [row.where for row, own in zip(rows, found, strict=True) if not own]
-    if idle:
-        raise DataError(
-            f"{len(idle)} rows have no token to learn (every label is masked): {first_few(idle)};"
-            f" give them a completion, or use train_on='all'"
-        )
+def prepare_all(
+    encoded: Mapping[str, Sequence[Encoded]], reading: Reading, tokenizer: Any, voice: Voice
+) -> dict[str, Text]:
+    """Returns every part as windows. Raises one DataError for all unusable rows of all parts."""
+    found: dict[str, Text] = {}
+    problems: list[str] = []
+    for part, some in encoded.items():
+        try:
+            found[part] = windows_of(some, reading, tokenizer, voice, part)
+        except DataError as e:
+            problems.append(str(e))
+    if problems:
+        raise DataError("\n".join(problems))
     return found
 
 
-def _facts(rows: Sequence[Row], windows: Sequence[Window], every: Sequence[Segment]) -> dict[str, Any]:
+def prepare(rows: Sequence[Row], reading: Reading, tokenizer: Any, voice: Voice, part: str = "text") -> Text:
+    """Returns rows as windows of at most reading.length tokens. Raises one DataError for all unusable"
+    " rows."""
+    return windows_of(encode_rows(rows, reading, tokenizer), reading, tokenizer, voice, part)
+
+
+def windows_of(encoded: Sequence[Encoded], reading: Reading, tokenizer: Any, voice: Voice, part: str) -> Text:
+    """Returns encoded rows as windows, without those to leave out. Raises one DataError for all unusable"
+    " rows."""
+    kept, left_out = keep(encoded, reading, part, voice)
+    _say_endless(kept, reading, tokenizer, voice)
+    every = [s for one in kept for _ in range(one.row.times) for s in segments_of(one, reading.window)]
+    windows: list[Window] = pack(every, reading.window) if reading.packing else [(s,) for s in every]
+    return Text(windows, _facts([one.row for one in kept], windows, every, left_out), left_out)
+
+
+def by_row(
+    rows: Sequence[Row], reading: Reading, tokenizer: Any, voice: Voice, part: str = "text"
+) -> list[list[Segment]]:
+    """Returns the segments of every row to use, at least one each. Raises as `prepare`."""
+    kept, _ = keep(encode_rows(rows, reading, tokenizer), reading, part, voice)
+    _say_endless(kept, reading, tokenizer, voice)
+    return [segments_of(one, reading.window) for one in kept]
+
+
+def _say_endless(kept: Sequence[Encoded], reading: Reading, tokenizer: Any, voice: Voice) -> None:
+    if endless := sum(is_endless(one, tokenizer, reading) for one in kept):
+        voice.say(
+            f"in {endless} conversations no end of a turn is learned: the chat template's markers leave it"
+            f" out"
+        )
+
+
+def _facts(
+    rows: Sequence[Row], windows: Sequence[Window], every: Sequence[Segment], left_out: LeftOut
+) -> dict[str, Any]:
     digest = hashlib.sha256()
     for s in every:
         digest.update(s.inputs.numpy().tobytes() + s.labels.numpy().tobytes())
@@ -184,11 +222,11 @@ def _facts(rows: Sequence[Row], windows: Sequence[Window], every: Sequence[Segme
         "learned_bytes": n_bytes(windows),
     }
     talks = sum(row.kind == "messages" for row in rows)
-    own = {"conversations": talks} if talks else {}
+    own = {**({"conversations": talks} if talks else {}), **left_out.counts}
     return {"rows": len(rows), **own, "windows": len(windows), **counts, "sha256": digest.hexdigest()}
 
 
 def counted(part: str, facts: Mapping[str, Any]) -> str:
-    """What was read of a part of a run, in words."""
+    """Returns a sentence on the size of a part of a run."""
     named = f"the beginning of {part}" if "stream" in facts else part
     return f"{named}: {facts['rows']} rows, {facts['tokens']:,} tokens, {facts['windows']} windows"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer import methods, optim, settings
-from veneer.errors import ConfigError, option
+from veneer.errors import ConfigError
 from veneer.files import read_json
 from veneer.train.folder.layout import CONFIG
 from veneer.train.run import Run
@@ -23,7 +23,8 @@ def record(folder: Path) -> dict[str, Any]:
     defaults = {
         name: s.default for name, s in settings.table(Run).items() if s.default is not settings.REQUIRED
     }
-    return {**config, "run": {**defaults, **config["run"]}}
+    before = {"overlong": "cut"} if "truncate" in config["run"].get("allow", ()) else {}
+    return {**config, "run": {**defaults, **before, **config["run"]}}
 
 
 def check_drift(folder: Path, now: Mapping[str, Any], allow: Collection[str]) -> list[str]:
@@ -47,7 +48,7 @@ def check_drift(folder: Path, now: Mapping[str, Any], allow: Collection[str]) ->
         raise ConfigError(
             f"{folder} was begun with other settings, texts or weights than it would go on with:\n"
             + "\n".join(f"  {line}" for line in refused)
-            + f"\nput them back, begin anew in another folder, or pass {option('allow', tuple(kinds))}"
+            + f"\nput them back, begin anew in another folder, or allow {', '.join(map(repr, kinds))}"
         )
     return [f"{kind}: {d}" for kind, lines in found.items() for d in lines]
 

@@ -1,6 +1,6 @@
 """A run's folder: what is in it, whether it is free for a new run, and its metrics line by line.
 
-config.json  metrics.jsonl  results.json  lock  adapter/  checkpoints/step-N/
+config.json  metrics.jsonl  results.json  rows.json  lock  adapter/  checkpoints/step-N/
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, FormatError, option
+from veneer.errors import ConfigError, FormatError
 from veneer.files import replacing, write_json
 from veneer.train.errors import NotSaved
 
@@ -24,6 +24,7 @@ CONFIG, METRICS, RESULTS, ADAPTER, CHECKPOINTS = (
     "checkpoints",
 )
 BASE = "base"  # quantised layers that no other run has
+LEFT_OUT = "rows.json"  # names of rows that were left out or cut, by part and reason
 
 
 def check_free(folder: Path, resume: bool) -> None:
@@ -38,7 +39,7 @@ def check_free(folder: Path, resume: bool) -> None:
     if (folder / CONFIG).exists() and not resume:
         state = "finished" if (folder / RESULTS).exists() else "unfinished"
         raise ConfigError(
-            f"out {folder} holds another run ({state}); go on with it by {option('resume', True)}, or choose another folder"
+            f"out {folder} holds another run ({state}); go on with it by resume=True (--resume), or choose another folder"
         )
     if folder.is_dir() and not (folder / CONFIG).exists() and any(p.name != "lock" for p in folder.iterdir()):
         raise ConfigError(f"out {folder} is not empty and holds no run; choose another folder")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from veneer.data.order import Steps
 from veneer.data.pack import Window
-from veneer.errors import DataError, option
+from veneer.errors import DataError
 from veneer.train.errors import Diverged, Interrupted
 from veneer.train.folder import checkpoint
 from veneer.train.folder.layout import CHECKPOINTS, Metrics
@@ -62,9 +62,11 @@ class Loop:
         folder: Path,
         voice: Voice,
         feed: Feed | None = None,
+        chooses: bool = True,
     ) -> None:
         self.learner, self.order, self.texts, self.pace, self.voice = learner, order, texts, pace, voice
         self.folder, self.checkpoints = folder, folder / CHECKPOINTS
+        self.chooses = chooses  # else the last step is kept
         self.position = Position()
         self.saved: int | None = None
         self.metrics: Metrics
@@ -118,7 +120,7 @@ class Loop:
         number, p = self.wish.number or 0, self.position
         where = f"stopped by signal {number} after step {p.step} of {self.pace.steps}"
         return Interrupted(
-            f"{where}; all is saved in {self.folder}: go on with {option('resume', True)}", number
+            f"{where}; all is saved in {self.folder}: go on with resume=True (--resume)", number
         )
 
     def goes_on(self) -> bool:
@@ -138,7 +140,7 @@ class Loop:
         except DataError as e:
             kept = [path.name for path in checkpoint.found(self.checkpoints)]
             then = (
-                f"go on from {kept[-1]} with {option('resume', True)} {option('allow', 'data')}"
+                f"go on from {kept[-1]} with resume=True (--resume), allowing 'data'"
                 if kept
                 else "begin anew"
             )
@@ -182,7 +184,7 @@ class Loop:
         p.evaluated = p.step
         if p.step == 0:
             p.before = figures
-        elif p.best_step is None or figures["valid"] < p.best["valid"]:
+        elif p.best_step is None or not self.chooses or figures["valid"] < p.best["valid"]:
             p.best_step, p.best = p.step, figures
             return True
         return False

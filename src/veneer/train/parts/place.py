@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from veneer.errors import option, suggest
+from veneer.errors import suggest
 from veneer.settings import Range, Settings, setting
 from veneer.train.track import available as trackers
 
@@ -14,11 +14,12 @@ SPARE = "one must be left if the newest is damaged"
 # Checks that allow= may turn off, each by name; the run's record says which were.
 ALLOWED = {
     "ratio": "a ratio of LoRA+ below 1",
-    "truncate": "cutting rows that are longer than length",
     "config": "resuming with other settings than the run began with",
     "data": "resuming with other texts than the run began with",
     "base": "resuming on another base model than the run began with",
 }
+# Checks of earlier releases that are settings now.
+MOVED = {"truncate": "allow: 'truncate' is a setting of its own now; set overlong='cut'"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Place(Settings):
         yield from Range("2 or more", ("keep",), 2, advice=SPARE).problems(self)
         for name in self.track:
             if name not in trackers():
-                yield f"{option('track')}: unknown tracker {name!r}{suggest(name, trackers())}"
+                yield f"track: unknown tracker {name!r}{suggest(name, trackers())}"
         for name in self.allow:
             if name not in ALLOWED:
-                yield f"{option('allow')}: unknown check {name!r}{suggest(name, ALLOWED)}"
+                yield MOVED.get(name) or f"allow: unknown check {name!r}{suggest(name, ALLOWED)}"

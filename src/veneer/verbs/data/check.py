@@ -1,27 +1,26 @@
-"""`veneer data check`: what a training would read, and what is wrong with it, without the model."""
+"""`veneer data check`: counts and compares the texts of a run, without the model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from veneer.data import leaks
-from veneer.data.pack import Segment, n_labels, n_tokens, pack, segments
-from veneer.data.row_files import Row
+from veneer.data.pack import n_labels, n_tokens, pack
 from veneer.data.tokens import Tokens
-from veneer.errors import first_few
-from veneer.models import pretrained
-from veneer.runs.texts import texts
+from veneer.errors import DataError, first_few
+from veneer.runs.texts import decided, texts
+from veneer.runs.texts.encoded import Encoded, LeftOut, is_endless, keep, segments_of
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
 
 @dataclass(frozen=True)
 class Check:
-    """parts: figures by part of the run; epoch: what one pass over the training text is; wrong: why not to train; notes: the rest."""
+    """parts: figures by part of the run; epoch: size of one pass; wrong: reasons not to train; notes: the"
+    " rest."""
 
     parts: dict[str, dict[str, Any]]
     epoch: dict[str, Any]
@@ -32,79 +31,57 @@ class Check:
         return dict(vars(self))
 
 
-class Read(list[tuple[Row, list[Tokens]]]):
-    """The rows of a part, each with the tokens of its examples."""
-
-    @property
-    def examples(self) -> list[Tokens]:
-        return [t for _, own in self for t in own]
-
-
 def check(run: Run) -> Check:
-    """The texts that a run names, counted and compared. Raises the errors of texts that cannot be read."""
+    """Counts and compares the texts that a run names. Raises the errors of unreadable texts."""
     run, voice = texts.named(run), Voice(False)
     rows = texts.gather(run, voice)
-    tokenizer = pretrained.tokenizer(run.model)
-    read = {
-        part: Read((row, texts.encode_row(row, run, tokenizer)) for row in some)
-        for part, some in rows.items()
-    }
-    figures = {part: _figures(found, run, tokenizer) for part, found in read.items()}
-    wrong = [problem for part, found in figures.items() for problem in _problems(part, found, run)]
-    found_leaks = _leaks(read, tokenizer)
-    for part, found in found_leaks.items():
-        figures[part]["leaks"] = {"equal": len(found.equal), "alike": len(found.alike)}
-        wrong += [
-            f"{part}: {len(w)} rows {what}: {first_few(w)}" for w, what in zip(found, LEAKS, strict=True) if w
-        ]
-    notes = [
-        *voice.said,
-        *(
-            f"{p}: {f['duplicates']} rows are there more than once"
-            for p, f in figures.items()
-            if f["duplicates"]
-        ),
+    tokenizer = decided.tokenizer_of(run, voice)
+    decided.say_template(rows, tokenizer, voice)
+    encoded = texts.encode_all(rows, run, tokenizer)
+    run = decided.with_length(run, encoded["train"], voice)
+    figures, wrong, kept = {}, [], {}
+    for part, every in encoded.items():
+        try:
+            kept[part], left_out = keep(every, run, part, voice)
+        except DataError as problem:
+            kept[part], left_out = [one for one in every if segments_of(one, run.window)], LeftOut([], [], [])
+            wrong.append(str(problem))
+        endless = [one.row.where for one in every if is_endless(one, tokenizer, run)]
+        figures[part] = {**_figures(every, run), "endless": len(endless), "left_out": left_out._asdict()}
+        if endless:
+            wrong.append(
+                f"{part}: in {len(endless)} conversations no end of a turn is learned: {first_few(endless)};"
+                f" the markers of the chat template should include it"
+            )
+    for part, leak in texts.leaks_in(rows).items() if run.chooses else ():
+        figures[part]["leaks"] = {"equal": len(leak.equal), "alike": len(leak.alike)}
+        wrong += leak.sentences(part, [first_few(names) for names in leak])
+    notes = [note for note in voice.said if not note.endswith(texts.FLATTERS)]
+    notes += [
+        f"{p}: {f['duplicates']} rows occur more than once" for p, f in figures.items() if f["duplicates"]
     ]
-    for f in figures.values():
-        for name in ("too_long", "unlabelled", "endless"):
-            f[name] = len(f[name])
-    return Check(figures, _epoch(read["train"], run), wrong, notes)
+    return Check(figures, _epoch(kept["train"], run), wrong, notes)
 
 
-LEAKS = (
-    "are learned from too",
-    f"share at least half of what is learned of them, in runs of {leaks.N} words, with the training text",
-)
-
-
-def _figures(read: Read, run: Run, tokenizer: Any) -> dict[str, Any]:
-    lengths = sorted(len(t.ids) for t in read.examples)
-    contents = [_content(own) for _, own in read]
+def _figures(every: Sequence[Encoded], run: Run) -> dict[str, Any]:
+    found = [t for one in every for t in one.examples]
+    lengths = sorted(len(t.ids) for t in found) or [0]
+    contents = [_content(one.examples) for one in every if one.examples]
     return {
-        "rows": len(read),
-        "examples": len(lengths),
+        "rows": len(every),
+        "examples": len(found),
         "tokens": sum(lengths),
-        "learned": sum(int(t.learned[1:].sum()) for t in read.examples),
+        "learned": sum(int(t.learned[1:].sum()) for t in found),
         "length": {"least": lengths[0], "median": median(lengths), "most": lengths[-1]},
         "lengths": histogram(lengths),
         "duplicates": len(contents) - len(set(contents)),
-        "too_long": [
-            row.where
-            for row, own in read
-            if row.kind != "text" and max(len(t.ids) for t in own) - 1 > run.length
-        ],
-        "unlabelled": [row.where for row, own in read if not _segments(row, own, run)],
-        "endless": [row.where for row, own in read if texts.is_endless(row, own, tokenizer, run)],
+        "too_long": sum(one.whole is not None and one.whole > run.window for one in every),
+        "unlabelled": sum(not segments_of(one, run.window) for one in every),
     }
 
 
-def _segments(row: Row, own: Sequence[Tokens], run: Run) -> list[Segment]:
-    cut = own if row.kind == "text" else [t.first(run.length + 1) for t in own]
-    return [s for t in cut for s in segments(t, run.length)]
-
-
 def histogram(lengths: Sequence[int]) -> dict[int, int]:
-    """How many lengths are at most 8, 16, 32, .. and more than half of that, from the first that has any to the last."""
+    """Counts lengths up to 8, 16, 32, .. and above half of that, from the first such bound to the last."""
     bounds = [max(8, 1 << (n - 1).bit_length()) for n in lengths]
     first, last = min(bounds).bit_length(), max(bounds).bit_length()
     return {1 << (b - 1): bounds.count(1 << (b - 1)) for b in range(first, last + 1)}
@@ -114,52 +91,22 @@ def _content(own: Sequence[Tokens]) -> bytes:
     return b"".join(t.ids.numpy().tobytes() + t.learned.numpy().tobytes() for t in own)
 
 
-def _problems(part: str, found: Mapping[str, Any], run: Run) -> list[str]:
-    told = []
-    if found["too_long"] and not run.truncates:
-        told.append(
-            f"{part}: {len(found['too_long'])} rows are longer than length={run.length} tokens: {first_few(found['too_long'])}"
-        )
-    if found["unlabelled"]:
-        told.append(
-            f"{part}: {len(found['unlabelled'])} rows have no token to learn: {first_few(found['unlabelled'])}"
-        )
-    if found["endless"]:
-        told.append(
-            f"{part}: in {len(found['endless'])} conversations no end of a turn is learned: {first_few(found['endless'])};"
-            f" the markers of the tokenizer's chat template should include it"
-        )
-    return told
-
-
-def _leaks(read: Mapping[str, Read], tokenizer: Any) -> dict[str, leaks.Leaks]:
-    def learned(own: Sequence[Tokens]) -> str:
-        ids = [i for t in own for i in t.ids[t.learned].tolist()]
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-    train = [(_content(own), learned(own)) for _, own in read["train"]]
-    measured = (part for part in ("valid", "test") if part in read)
-    return {
-        part: leaks.find(train, [(row.where, _content(own), learned(own)) for row, own in read[part]])
-        for part in measured
-    }
-
-
-def _epoch(read: Read, run: Run) -> dict[str, Any]:
-    every = [s for row, own in read for s in _segments(row, own, run) * row.times]
-    windows = pack(every, run.length) if run.packing else [(s,) for s in every]
+def _epoch(kept: Sequence[Encoded], run: Run) -> dict[str, Any]:
+    every = [s for one in kept for s in segments_of(one, run.window) * one.row.times]
+    windows = pack(every, run.window) if run.packing else [(s,) for s in every]
     n = n_tokens(windows)
     return {
+        "length": run.window,
         "tokens": n,
         "learned": n_labels(windows),
         "windows": len(windows),
-        "filled": n / (len(windows) * run.length) if windows else 0.0,
+        "filled": n / (len(windows) * run.window) if windows else 0.0,
         "steps": math.ceil(len(windows) / (run.batch * run.accumulate)),
     }
 
 
 def text(found: Check) -> str:
-    """The check for people."""
+    """Returns the check as text for people."""
     lines = []
     for part, f in found.parts.items():
         span = (
@@ -175,8 +122,8 @@ def text(found: Check) -> str:
         ]
     e = found.epoch
     lines.append(
-        f"an epoch: {e['tokens']:,} tokens, {e['learned']:,} learned, in {e['windows']:,} windows ({e['filled']:.0%} filled),"
-        f" {e['steps']:,} steps"
+        f"an epoch: {e['tokens']:,} tokens, {e['learned']:,} learned, in {e['windows']:,} windows"
+        f" ({e['filled']:.0%} filled), {e['steps']:,} steps"
     )
     return "\n".join(
         [

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from veneer.data.row_files import Row
 from veneer.data.tokens import Tokens
 from veneer.errors import ConfigError
-from veneer.models import pretrained
-from veneer.runs.texts import texts
+from veneer.runs.texts import decided, texts
+from veneer.runs.texts.encoded import Encoded, encode_rows
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
@@ -20,29 +19,32 @@ MOST = 3  # bytes of a character that do not end it
 def show(run: Run, rows: int = 3) -> dict[str, Any]:
     """Returns the first rows of the training text, token by token.
 
-    {"shown": rows, "of": all rows, "rows": [{where, kind, length, learned, too_long, tokens: [{id, text, learned}]}],
-    "notes": [..]}; a conversation with several examples has an entry for each. The first token has no label.
-    Raises the errors of unreadable texts.
+    {"shown": rows, "of": all rows, "rows": [{where, kind, length, learned, too_long, tokens: [{id, text,
+    learned}]}], "notes": [..]}; a conversation with several examples has an entry for each. The first token
+    has no label. Raises the errors of unreadable texts.
     """
     if rows < 1:
         raise ConfigError(f"rows {rows} must be 1 or more")
     run = texts.named(run)
     voice = Voice(False)
-    found = texts.gather(run, voice)["train"]
-    tokenizer = pretrained.tokenizer(run.model)
-    shown = found[:rows]
+    gathered = texts.gather(run, voice)
+    tokenizer = decided.tokenizer_of(run, voice)
+    decided.say_template(gathered, tokenizer, voice)
+    found = gathered["train"]
+    run = decided.with_length(run, encode_rows(found, run, tokenizer), voice)
+    shown = encode_rows(found[:rows], run, tokenizer)
     return {
         "model": run.model,
-        "length": run.length,
+        "length": run.window,
         "shown": len(shown),
         "of": len(found),
-        "rows": [entry for row in shown for entry in _entries(row, run, tokenizer)],
+        "rows": [entry for one in shown for entry in _entries(one, run, tokenizer)],
         "notes": voice.said,
     }
 
 
-def _entries(row: Row, run: Run, tokenizer: Any) -> list[dict[str, Any]]:
-    own = texts.encode_row(row, run, tokenizer)
+def _entries(one: Encoded, run: Run, tokenizer: Any) -> list[dict[str, Any]]:
+    row, own = one
     names = (
         [row.where]
         if len(own) == 1
@@ -59,13 +61,13 @@ def _entry(where: str, kind: str, found: Tokens, run: Run, tokenizer: Any) -> di
         "kind": kind,
         "length": len(ids),
         "learned": sum(learned),
-        "too_long": kind != "text" and len(ids) - 1 > run.length,
+        "too_long": kind != "text" and len(ids) - 1 > run.window,
         "tokens": [{"id": i, "text": text, "learned": is_learned} for i, text, is_learned in each],
     }
 
 
 def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each token adds to the text; of a character that is made of several tokens, the last one adds it."""
+    """Returns the text that each token adds; of a character made of several tokens, the last one adds it."""
     found: list[str] = []
     ends = [0]  # places where no character is open
     for i in range(len(ids)):

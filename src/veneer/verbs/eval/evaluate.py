@@ -127,8 +127,8 @@ def evaluate(
     length = length or min(LENGTH, checks.context(opened.model) or LENGTH)
     checks.check_length(opened.model, length)
     adapted.check(opened.model, wanted, allow)
-    cut = ("truncate",) if truncate else ()
-    reading = Reading(length=length, packing=False, train_on=train_on, allow=cut)
+    overlong: Literal["cut", "error"] = "cut" if truncate else "error"
+    reading = Reading(length=length, packing=False, train_on=train_on, overlong=overlong)
     read = [_Text.of(name, some, reading, opened, kept) for name, some in rows.items()]
     options = benchmarks.Options(shots, chat, examples or None, batch)
     nats: dict[str, list[Tensor]] = {}
@@ -173,7 +173,7 @@ class _Text(NamedTuple):
         cls, name: str, rows: Sequence[Row], reading: Reading, opened: adapted.Opened, kept: Voice
     ) -> _Text:
         """Raises one DataError for all rows that cannot be measured."""
-        whole = texts.by_row(rows, reading, opened.tokenizer, kept)
+        whole = texts.by_row(rows, reading, opened.tokenizer, kept, name)
         windows: list[Window] = [(s,) for some in whole for s in some]
         checks.check_vocabulary(opened.model, windows)
         owner = torch.tensor([i for i, some in enumerate(whole) for _ in some])
