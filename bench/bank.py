@@ -183,7 +183,7 @@ def flora() -> dict[str, float]:
 
 def training() -> dict[str, float]:
     """A step of eight adapters on a row of 128 tokens each: in one pass, and one adapter after the other."""
-    from veneer.adapt.shared_inputs import discover
+    from veneer.adapt.acting.shared_inputs import discover
     from veneer.tasks import causal_lm
 
     names = [f"a{i}" for i in range(8)]

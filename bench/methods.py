@@ -21,7 +21,7 @@ import _measure as m
 import torch
 
 import veneer
-from veneer.adapt.shared_inputs import discover
+from veneer.adapt.acting.shared_inputs import discover
 
 ROWS, LENGTH, VOCABULARY = 2, 256, 2048
 SECONDS, ALONE, FEWEST, MOST = (

@@ -1,9 +1,9 @@
-"""Makes a virtual environment with Veneer and all that the Makefile runs: python3 tools/install.py .venv
+"""Creates a virtual environment with Veneer and all tools of the Makefile: python3 tools/install.py .venv
 
-PyPI's Linux builds of PyTorch bring gigabytes of CUDA with them. On Linux without an NVIDIA GPU the version is therefore
-asked for with the local label "+cpu", which only CPU builds carry, so that pip cannot take a CUDA build by accident. It is
-looked for where pip is set up to look, and only then on PyTorch's own CPU index as well (PyPI has no such label, a mirror
-or a wheel folder may). With a GPU, and on other systems, the plain version is the right one.
+PyPI's Linux builds of PyTorch include gigabytes of CUDA libraries. On Linux without an NVIDIA GPU, the
+version is requested with the local label "+cpu", which only CPU builds have, so that pip cannot install a
+CUDA build. The configured indexes are tried first, then PyTorch's CPU index (PyPI lacks this label; a mirror
+or a wheel folder may have it). With a GPU, and on other systems, the plain version is correct.
 """
 
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(folder: Path) -> None:
     if sys.version_info < (3, 10):
         sys.exit(
-            "Veneer needs Python 3.10 or newer, this is %d.%d; name another one, e.g. make PYTHON=python3.12"
+            "Python must be 3.10 or newer, got %d.%d; name another one, e.g. make PYTHON=python3.12"
             % sys.version_info[:2]
         )
     run(
@@ -31,8 +31,9 @@ def main(folder: Path) -> None:
     wanted = os.environ.get("TORCH", "")
     if not any(install(python, arguments) for arguments in choices(pinned_torch(), wanted, is_cpu_only())):
         sys.exit(
-            f"no CPU build of torch {pinned_torch()} for this Python, neither where pip is set up to look nor at {CPU_INDEX};"
-            f" say yourself what to install, e.g. make TORCH=torch=={pinned_torch()}"
+            f"no CPU build of torch {pinned_torch()} for this Python, neither on pip's indexes nor on"
+            f" {CPU_INDEX};"
+            f" name a version to install, e.g. make TORCH=torch=={pinned_torch()}"
         )
     run(
         [python, "-m", "pip", "install", "-e", f"{ROOT}[{EXTRAS}]"],
@@ -41,7 +42,7 @@ def main(folder: Path) -> None:
 
 
 def choices(version: str, wanted: str, cpu_only: bool) -> "list[list[str]]":
-    """pip's arguments to try for PyTorch, one after the other; `wanted` is the user's own requirement, or ""."""
+    """Returns pip's arguments to try for PyTorch, in order; `wanted` is the user's requirement, or ""."""
     if wanted or not cpu_only:
         return [[wanted or f"torch=={version}"]]
     labelled = f"torch=={version}+cpu"
@@ -49,7 +50,7 @@ def choices(version: str, wanted: str, cpu_only: bool) -> "list[list[str]]":
 
 
 def is_cpu_only() -> bool:
-    """Whether this is Linux without a working NVIDIA GPU."""
+    """Returns True on Linux without a working NVIDIA GPU."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -64,17 +65,17 @@ def is_cpu_only() -> bool:
 
 
 def pinned_torch() -> str:
-    """The version of PyTorch that Veneer was tested with."""
+    """Returns the version of PyTorch that Veneer was tested with."""
     found = re.search(
         r"^torch==([\w.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
     )
     if found is None:
-        sys.exit("constraints.txt names no torch==VERSION")
+        sys.exit("constraints.txt must name torch==VERSION")
     return found.group(1)
 
 
 def install(python: str, arguments: "list[str]") -> bool:
-    """Whether pip could install this; its errors are shown only when something else than a missing version is wrong."""
+    """Returns True if pip installed this, False if the version is missing; exits on any other error."""
     done = subprocess.run([python, "-m", "pip", "install", *arguments], stderr=subprocess.PIPE, text=True)
     if done.returncode and "No matching distribution" not in done.stderr:
         sys.exit(done.stderr)

@@ -1,6 +1,6 @@
 """Checks the links of Markdown files or of a built site, anchors included: python tools/links.py site
 
-Links to other sites are only listed: whether they answer is not a property of this repository.
+Links to other sites are listed, not checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 
 
 class Page(HTMLParser):
-    """The targets of a page's links, and the anchors in it."""
+    """The targets of a page's links, and its anchors."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -35,13 +35,13 @@ class Page(HTMLParser):
 
 
 def targets_of(path: Path) -> list[str]:
-    """What the file links to."""
+    """Returns the targets of the file's links."""
     text = path.read_text(encoding="utf-8")
     return Page(text).targets if path.suffix == ".html" else LINK.findall(CODE.sub("", text))
 
 
 def anchors_of(path: Path) -> set[str]:
-    """The anchors that one may link to in the file: of Markdown, those that GitHub and MyST make of headings."""
+    """Returns the anchors of the file; for Markdown, those that GitHub and MyST generate from headings."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".html":
         return Page(text).anchors
@@ -52,7 +52,7 @@ def anchors_of(path: Path) -> set[str]:
 
 
 def broken(files: Iterable[Path]) -> Iterator[str]:
-    """ "FILE: TARGET: what is wrong" for every link to a file or an anchor that is not there."""
+    """Yields "FILE: TARGET: problem" for every link to a missing file or anchor."""
     for path in files:
         for target in targets_of(path):
             parts = urlsplit(target)
@@ -62,29 +62,30 @@ def broken(files: Iterable[Path]) -> Iterator[str]:
             if other.is_dir():
                 other /= "index.html"
             if not other.exists():
-                yield f"{path}: {target}: there is no such file"
+                yield f"{path}: {target}: file is missing"
             elif (
                 parts.fragment
                 and other.suffix in (".html", ".md")
                 and unquote(parts.fragment) not in anchors_of(other)
             ):
-                yield f"{path}: {target}: there is no such anchor"
+                yield f"{path}: {target}: anchor is missing"
 
 
 def external(files: Iterable[Path]) -> list[str]:
-    """Links to other sites."""
+    """Returns the links to other sites."""
     return sorted({t for path in files for t in targets_of(path) if urlsplit(t).scheme in ("http", "https")})
 
 
 def main(folder: Path) -> int:
-    """Checks all pages under `folder`, and prints what is wrong, and the links that were not looked at."""
+    """Checks all pages under `folder`, prints broken links, lists external ones; returns the exit code."""
     files = sorted(folder.rglob("*.html"))
     problems, others = list(broken(files)), external(files)
     print(
         "\n".join(
             [
                 *problems,
-                f"{len(files)} pages, {len(problems)} broken links; {len(others)} links to other sites, not looked at:",
+                f"{len(files)} pages, {len(problems)} broken links; {len(others)} links to other sites, not"
+                " checked:",
                 *others,
             ]
         )

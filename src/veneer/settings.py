@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from veneer.errors import ConfigError, suggest
+from veneer.errors import ConfigError, option, suggest
 
 T = TypeVar("T")
 REQUIRED = object()  # the default of a setting that must be given
@@ -30,8 +30,8 @@ class Setting(NamedTuple):
 class Settings:
     """Base of settings that belong together; a larger set inherits from its parts, so that it stays flat.
 
-    On creation every value is fitted to its type. Raises one ConfigError for all unsuitable values and, if
-    there are none, for all `problems`.
+    On creation every value is fitted to its type. Raises one ConfigError for all unsuitable values, or
+    else for all `problems`.
     """
 
     PANEL: ClassVar[str] = ""
@@ -42,7 +42,7 @@ class Settings:
             try:
                 object.__setattr__(self, f.name, suit(getattr(self, f.name), hints[f.name]))
             except ValueError as e:
-                wrong.append(f"{f.name} {e}")
+                wrong.append(f"{option(f.name)} {e}")
         wrong = wrong or list(self.problems())
         if wrong:
             raise ConfigError("\n".join(wrong))
@@ -102,7 +102,7 @@ class Range(NamedTuple):
             value = getattr(values, name)
             low = value is not None and (value < self.least or (self.open and value == self.least))
             if low or (value is not None and not value < self.most):
-                yield f"{name} must be {self.words}, got {value:g}{self.advice and '; '}{self.advice}"
+                yield f"{option(name)} must be {self.words}, got {value:g}{self.advice and '; '}{self.advice}"
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], inside: Mapping[str, Iterable[str]]) -> T:
@@ -115,7 +115,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], inside: Mapping[str, Ite
         f"unknown setting {name!r}{_place(str(name), known, inside)}" for name in values if name not in known
     ]
     problems += [
-        f"setting {s.name!r} is missing: {s.help}"
+        f"{option(s.name)} must be given: {s.help}"
         for s in known.values()
         if s.default is REQUIRED and s.name not in values
     ]
@@ -125,7 +125,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], inside: Mapping[str, Ite
             try:
                 given[name] = suit(value, known[name].hint)
             except ValueError as e:
-                problems.append(f"{name} {e}")
+                problems.append(f"{option(name)} {e}")
     if problems:
         raise ConfigError("\n".join(problems))
     return kind(**given)

@@ -11,9 +11,9 @@ from support.models import gpt2, llama, randomise
 from torch import nn
 
 import veneer
-from veneer.adapt import forward as runtime
+from veneer.adapt.acting import forward as runtime
+from veneer.adapt.acting.shared_inputs import discover, groups, ungroup
 from veneer.adapt.attached import changes, layers
-from veneer.adapt.shared_inputs import discover, groups, ungroup
 
 IDS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -20,7 +20,7 @@ from veneer.adapt.merge import Kept, Verdict
 from veneer.cli import flags
 from veneer.cli.app import app, beginning
 from veneer.cli.frame import explain, main
-from veneer.cli.panels import ORDER, OTHER, panel_of
+from veneer.cli.panels import ORDER, OTHER
 from veneer.cli.table import FIRST, GROUPS, VERBS
 from veneer.train.errors import Interrupted
 from veneer.train.folder.result import Change, Result
@@ -176,7 +176,14 @@ def test_flags_replace_the_file_and_only_those_that_are_given(started, tmp_path)
         ("fit --data a.txt --lr much", "Invalid value for '--lr'"),
         ("fit --data a.txt --schedule linaer", "Invalid value for '--schedule'"),
         ("fit --config nowhere.yaml", "nowhere.yaml"),
-        ("fit", "setting 'data' is missing"),
+        ("fit", "error: --data must be given: texts to learn from"),
+        (
+            "fit --data a.txt --lr 0 --warmup 2",
+            "--lr must be above 0, got 0\n--warmup must be in [0, 1), got 2",
+        ),
+        ("fit --data a.txt --steps 3 --epochs 2", "--steps and --epochs both set the length"),
+        ("fit --data a.txt --learning-rate 1e-3", "No such option: --learning-rate; it is called --lr here"),
+        ("fit --data a.txt --lora_r 4", "No such option: --lora-r; it is called --rank here"),
         ("fit --data a.txt --method lorra", "unknown method 'lorra'; did you mean 'lora'?"),
         ("fit --data a.txt --method full --rank 3", "method 'full' has no option 'rank'"),
         (
@@ -219,18 +226,35 @@ def test_foreseen_errors_are_their_message_and_their_exit_code(monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    ("said", "shown"),
+    ("given", "python", "flags"),
     [
-        ("to go on all the same: allow=('base', 'zero')", "to go on all the same: --allow base --allow zero"),
-        ("loading it needs allow='zero'", "loading it needs --allow zero"),
-        ("begin anew, or allow 'config', 'data'", "begin anew, or --allow config --allow data"),
-        ("use packing=False, or pass force=True", "use --no-packing, or pass --force"),
-        ("go on with it by resume=True (--resume)", "go on with it by resume=True (--resume)"),
-        ("use_qalora=True: not read", "use_qalora=True: not read"),  # a setting of a file
+        (("weight_decay",), "weight_decay", "--weight-decay"),
+        (("force", True), "force=True", "--force"),
+        (("packing", False), "packing=False", "--no-packing"),
+        (("allow", "zero"), "allow='zero'", "--allow zero"),
+        (("allow", ("base", "zero")), "allow=('base', 'zero')", "--allow base --allow zero"),
+        (("length", 300), "length=300", "--length 300"),
+        (("lr", 1e-3), "lr=0.001", "--lr 0.001"),
     ],
 )
-def test_advice_to_pythons_callers_is_given_in_flags(said, shown):
-    assert explain(errors.ConfigError(said)) == (shown, 2)
+def test_an_error_names_settings_in_the_callers_language(given, python, flags):
+    error = errors.ConfigError(f"x: pass {errors.option(*given)}, or leave it out")
+    assert str(error) == f"x: pass {python}, or leave it out"
+    assert explain(error) == (f"x: pass {flags}, or leave it out", 2)
+    outer = errors.ConfigError(f"y: {error.text}")
+    assert str(outer) == f"y: {error}" and explain(outer)[0] == f"y: x: pass {flags}, or leave it out"
+
+
+def test_names_of_other_programs_are_understood(capsys, started, tmp_path):
+    file = tmp_path / "run.yaml"
+    names = "lora_alpha num_train_epochs per_device_train_batch_size max_seq_length output_dir".split()
+    file.write_text("data: a.txt\n" + "".join(f"{name}: 1\n" for name in names))
+    assert main(["fit", "--config", str(file)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    for line, name, ours in zip(told, names, "alpha epochs batch length out".split(), strict=True):
+        assert line.endswith(f"unknown setting {name!r}; it is called {ours!r} here")
+    ours = {f.name for f in [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers()]}
+    assert set(errors.PEERS.values()) <= ours and not ours & set(errors.PEERS)
 
 
 def test_other_errors_are_two_lines_unless_debug_is_on(monkeypatch, capsys):
@@ -340,12 +364,10 @@ def test_help_has_examples(monkeypatch, verb):
 
 def test_an_option_says_of_each_method_what_it_is_there():
     made = {f.name: f for f in flags.of_methods()}
-    rank = made["rank"].help.split("\n\n")
-    assert (
-        "dora, loha, lora: r, at most min(out, in) [8]" in rank
-        and "loraxs: r, at most min(out, in) [32]" in rank
-    )
-    assert made["stabilised"].owners == ("dora", "lora")
+    rank = {text: names for names, _, text in (p.partition(": ") for p in made["rank"].help.split("\n\n"))}
+    assert {"dora", "lora"} <= set(rank["r, at most min(out, in) [8]"].split(", "))
+    assert "loraxs" in rank["r, at most min(out, in) [32]"].split(", ")
+    assert {"dora", "lora"} <= set(made["stabilised"].owners) and "miss" not in made["stabilised"].owners
     assert made["init_options"].help == "options of the start by name, such as gamma=64"
     for flag in made.values():
         for owner in flag.owners:
@@ -407,8 +429,7 @@ def test_flags_of_fit_stand_in_panels_with_ten_to_begin_with(monkeypatch):
 
 
 def test_every_setting_of_a_run_has_a_panel():
-    every = [f.name for f in flags.of_settings(Run)]
-    assert [name for name in every if panel_of(name) == OTHER] == []
+    assert [f.name for f in flags.of_settings(Run) if f.panel not in ORDER or f.panel == OTHER] == []
 
 
 def test_methods_lists_all_with_their_papers(capsys):

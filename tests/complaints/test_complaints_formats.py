@@ -151,9 +151,7 @@ def test_transformers_35850_the_loss_after_resuming_is_that_of_the_whole_run(who
 def test_llamafactory_1373_one_folder_and_one_word_go_on_and_nothing_begins_again_unasked(whole):
     given, result = whole
     out = {"out": str(result.folder)}
-    with pytest.raises(
-        ConfigError, match=r"holds another run \(finished\); go on with it by resume=True \(--resume\)"
-    ):
+    with pytest.raises(ConfigError, match=r"holds another run \(finished\); go on with it by resume=True"):
         fit(Run.from_dict({**given, **out}), progress=False)
     before = result.adapter.stat().st_mtime_ns
     again = fit(Run.from_dict({**given, **out, "resume": True}), progress=False)

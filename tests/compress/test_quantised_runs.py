@@ -181,17 +181,17 @@ def test_a_plan_has_both_columns_and_counts_the_base_as_it_was(folder, monkeypat
     [
         (
             {"method": "full", "quantise": "nf4", "options": {}},
-            "quantise 'nf4' keeps the base as codes, which method 'full' cannot train",
+            "quantise nf4 keeps the base as codes, which method 'full' cannot train",
         ),
         (
             {"options": {"init": "loftq"}},
-            "init 'loftq' makes up for what quantisation takes from the base, which is not quantised",
+            "init loftq compensates for quantisation and needs a quantised base; add quantise='nf4'",
         ),
         (
             {"options": {"init": "qpissa"}, "quantise": "nf4", "untie": True},
-            "init 'qpissa' is for layers that are quantised, and tied",
+            "init qpissa is for quantised layers, and tied ones are not; leave untie out",
         ),
-        ({"quantise": "nf5"}, "quantise: 'nf5' is none of nf4, int8; did you mean 'nf4'"),
+        ({"quantise": "nf5"}, "quantise must be 'nf4' or 'int8', got 'nf5'; did you mean 'nf4'"),
     ],
 )
 def test_settings_that_make_no_sense_are_said(settings, told):

@@ -412,12 +412,12 @@ def test_the_new_file_says_what_is_missing_from_it(folder):
     (folder / "theirs.yaml").write_text(LLAMAFACTORY.replace("identity,elsewhere", "elsewhere"))
     done = convert_config(str(folder / "theirs.yaml"), out=str(folder / "ours.yaml"))
     (problem,) = done.problems
-    assert problem.startswith("setting 'data' is missing: texts to learn from: files")
+    assert problem.startswith("data must be given: texts to learn from: files")
     written = (folder / "ours.yaml").read_text()
     assert written.startswith(
         "# made from theirs.yaml of llamafactory\n# not carried: dataset: 'elsewhere' ("
     )
-    assert "\n# to do: setting 'data' is missing" in written
+    assert "\n# to do: data must be given" in written
     assert yaml.safe_load(written)["options"] == {"rank": 16, "alpha": 32, "init": "pissa"}
     assert f"of llamafactory carried, in {folder / 'ours.yaml'}\n- not carried: dataset" in text(done)
     assert json.loads(json.dumps(done.as_dict()))["tool"] == "llamafactory"

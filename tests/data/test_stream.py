@@ -266,7 +266,7 @@ def test_a_bad_row_ends_the_training_when_it_comes_and_a_mended_one_goes_on(plac
     assert then == (
         f"this ended the training after step {int(kept[-1].name[5:])} of 14; put it right, and go on from"
         f" {kept[-1].name} with resume=True"
-        " (--resume), allowing 'data'"
+        " allow='data'"
     )
     data.write_text("\n".join([*good, '{"text": "x"}']), encoding="utf-8")
     result = fit(Run.from_dict({**given, "resume": True, "allow": ["data"]}), progress=False)
@@ -360,7 +360,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, name, content, says):
 
 
 def test_settings_that_make_no_sense_with_a_stream(place, tmp_path):
-    with pytest.raises(ConfigError, match=r"^stream needs steps: .* unknown until its end; give steps$"):
+    with pytest.raises(ConfigError, match=r"^stream needs steps: .* unknown until its end$"):
         Run(data=("a.txt",), stream=True)
     with pytest.raises(
         ConfigError, match=r"^buffer 9 applies to a stream only; set stream=True, or leave buffer out$"

@@ -14,10 +14,10 @@ from torch import nn
 
 import veneer
 from veneer.adapt import hooks
+from veneer.adapt.acting.shared_inputs import discover, groups
 from veneer.adapt.attached import changes
 from veneer.adapt.combine import to_lora
 from veneer.adapt.merge import merge
-from veneer.adapt.shared_inputs import discover, groups
 from veneer.methods import FactoredDelta, Factors
 from veneer.methods.base.delta import master_dtype
 from veneer.methods.base.protocols import GainsInput

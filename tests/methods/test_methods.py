@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cells import attach, check_gradient, numpy_tensors, shake
+from support.cells import attach, check_gradient, fitted, numpy_tensors, shake
 from support.table import METHODS, SITES, Method
 from torch import nn
 
@@ -38,10 +38,8 @@ def made(method: str | Method, site: str, seed: int = 0):
     model = copy.deepcopy(base)
     rank = min(row.options.get("rank", 99), *weight_of(base).shape)
     options = {**row.options, **({"rank": rank} if "rank" in row.options else {})}
-    if row.fit is not None:
-        options = row.fit(options, site_for("0", base[0]))
     x = place.x()
-    row = row._replace(options=options)
+    row = fitted(row._replace(options=options), base[0])
     attach(model, row, x)
     return base, model, x, row
 

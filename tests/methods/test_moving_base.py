@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.cells import attach, numpy_tensors, shake
+from support.cells import attach, fitted, numpy_tensors, shake
 from support.table import METHODS, SITES
 from torch import nn
 
@@ -22,8 +22,9 @@ CELLS = [(m, s) for m in METHODS for s in PLACES]
 def adapted(method, site, seed=0):
     """A plain base, the same base with a method away from its start, and an input."""
     torch.manual_seed(seed)
-    place, row = SITES[site], METHODS[method]
+    place = SITES[site]
     base = nn.Sequential(place.layer().double())
+    row = fitted(METHODS[method], base[0])
     x = place.x()
     model = copy.deepcopy(base)
     attach(model, row, x)
@@ -34,7 +35,7 @@ def adapted(method, site, seed=0):
 def expected(model, x, method, first):
     """The layer with the oracle's W' for the W that is there now. first: W when the adapter was attached."""
     ((site, delta),) = changes(model, "default")
-    row, now = METHODS[method], site.weight().detach().numpy()
+    row, now = fitted(METHODS[method], model[0]), site.weight().detach().numpy()
     then = first if method in KEPT else now
     W = now - then + row.oracle(then, numpy_tensors(delta), row.options)
     plain = copy.deepcopy(model)

@@ -134,7 +134,7 @@ def test_the_built_in_models_rates_are_those_that_were_measured():
 def test_where_no_rate_is_known_it_is_asked_for():
     with pytest.raises(ConfigError) as e:
         rates.default("lora", "scaled", False)
-    assert str(e.value).startswith("no rate is known for 'scaled' on this model; give lr (--lr)")
+    assert str(e.value).startswith("no rate is known for 'scaled' on this model; give lr")
     assert rates.default("lora", "lorapro", False) == 2e-5
 
 

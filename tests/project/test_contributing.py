@@ -1,4 +1,4 @@
-"""The method that CONTRIBUTING.md adds, added as it says and put through the same properties as every other."""
+"""The method that CONTRIBUTING.md adds, tested for the same properties as the others."""
 
 from __future__ import annotations
 

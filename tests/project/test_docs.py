@@ -1,4 +1,4 @@
-"""The documentation: commands print what the pages show, generated pages have all there is, links lead somewhere."""
+"""The documentation: commands print the shown output, generated pages are complete, links have targets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def written(tools, tmp_path_factory) -> dict[str, str]:
     return {p.name: p.read_text(encoding="utf-8") for p in folder.iterdir()}
 
 
-# -- the quickstart --------------------------------------------------------------------------------------------------
+# -- the quickstart ---------------------------------------------------------------------------------------
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
@@ -76,7 +76,7 @@ def skeleton(line: str) -> str:
 
 
 def missing(shown: list[str], printed: str) -> str | None:
-    """The first line shown that does not follow in what was printed; "..." stands for any text, within a line or between lines."""
+    """Returns the first shown line that is missing in the output; "..." stands for any text."""
     rest = [skeleton(line) for line in printed.splitlines()]
     for line in shown:
         parts = [re.escape(skeleton(part)) for part in line.split("...")]
@@ -118,7 +118,7 @@ def test_the_comparison_of_outputs_can_fail():
     assert missing(["lost"], "kept") == "lost"
 
 
-# -- what is made from the code --------------------------------------------------------------------------------------
+# -- generated pages --------------------------------------------------------------------------------------
 
 
 def test_the_page_of_methods_has_every_file_and_option(written):
@@ -147,7 +147,8 @@ def test_the_entries_have_the_same_headings():
 
 def test_a_new_method_is_there_as_soon_as_its_file_is(tools, tmp_path, monkeypatch):
     code = '"""Nil: W\' = W * 1, for nothing.  Nobody 2026, https://example.org/nil\n\nUse: never.\n"""\n'
-    code += "from veneer.methods.base.delta import DenseDelta\n\n\nclass Nil(DenseDelta):\n    def __init__(self, site, *, depth: int = 3) -> None:\n"
+    code += "from veneer.methods.base.delta import DenseDelta\n\n\nclass Nil(DenseDelta):\n"
+    code += "    def __init__(self, site, *, depth: int = 3) -> None:\n"
     code += '        """\n        depth: how deep\n        """\n'
     (tmp_path / "nil.py").write_text(code, encoding="utf-8")
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
@@ -215,7 +216,7 @@ def test_every_note_belongs_to_something():
     assert [p.stem for p in (DOCS / "notes").glob("*.md") if p.stem not in known] == []
 
 
-# -- what is written by hand -----------------------------------------------------------------------------------------
+# -- hand-written pages -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda p: p.relative_to(DOCS).as_posix())
@@ -244,7 +245,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def table(section: str) -> set[str]:
-    """What stands in code in the first column of the tables of a section of format.md."""
+    """Returns the words in code in the first columns of the tables of a section of format.md."""
     part = re.split(rf"^#+ {re.escape(section)}$", FORMAT, flags=re.MULTILINE)[1]
     rows = re.findall(
         r"^\| ((?:`[^`]+`(?:, )?)+)", re.split(r"^#", part, flags=re.MULTILINE)[0], re.MULTILINE
@@ -324,8 +325,8 @@ def test_broken_links_are_found(tools, tmp_path, capsys):
         "# One two\n[x](b.md) [y](#one-two) [z](#three) `[c](no.md)`\n", encoding="utf-8"
     )
     assert [b.split(": ", 1)[1] for b in links.broken([tmp_path / "a.md"])] == [
-        "b.md: there is no such file",
-        "#three: there is no such anchor",
+        "b.md: file is missing",
+        "#three: anchor is missing",
     ]
     (tmp_path / "a.html").write_text(
         '<p id="x"><a href="#x">1</a><a href="b.html#y">2</a><a href="https://a.org">3</a>', encoding="utf-8"
@@ -333,7 +334,7 @@ def test_broken_links_are_found(tools, tmp_path, capsys):
     (tmp_path / "b.html").write_text("<p>", encoding="utf-8")
     assert links.main(tmp_path) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].endswith("b.html#y: there is no such anchor") and printed[1].startswith(
+    assert printed[0].endswith("b.html#y: anchor is missing") and printed[1].startswith(
         "2 pages, 1 broken links; 1 links"
     )
     assert links.external([tmp_path / "a.html"]) == ["https://a.org"]

@@ -1,4 +1,4 @@
-"""What `import veneer` costs and brings with it: torch, safetensors and nothing else."""
+"""`import veneer` is quick and imports torch and safetensors only."""
 
 from __future__ import annotations
 

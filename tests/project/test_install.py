@@ -22,9 +22,8 @@ def script():
 def test_without_a_gpu_every_choice_asks_for_a_cpu_build(script):
     choices = script.choices("2.13.0", "", True)
     assert [c[-1] for c in choices] == ["torch==2.13.0+cpu"] * 2
-    assert (
-        script.CPU_INDEX not in choices[0] and script.CPU_INDEX in choices[1]
-    )  # the configured places come first
+    # the configured places come first
+    assert script.CPU_INDEX not in choices[0] and script.CPU_INDEX in choices[1]
 
 
 def test_with_a_gpu_or_elsewhere_the_plain_version_is_taken(script):

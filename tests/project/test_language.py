@@ -1,4 +1,4 @@
-"""Sentences and lines follow the rules of CONTRIBUTING; places that do not yet are listed in left/ and only get fewer."""
+"""Sentences and lines follow the rules of CONTRIBUTING; left/ lists exceptions, which only shrink."""
 
 from __future__ import annotations
 

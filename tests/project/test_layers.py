@@ -1,4 +1,4 @@
-"""The layers of the package: imports point downwards, and heavy optional packages are imported only where they are used."""
+"""Imports point downwards, and optional packages are imported only in functions that use them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ ROWS = [
 ]
 HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row}
 NEEDED = {"torch", "safetensors"}
-# Packages of the optional extras that a layer may name at the top of a file: cli is loaded by the command line alone,
-# and the files of serve by a server alone (`import veneer.serve` loads none of them, see tests/serve/test_imports.py).
+# Packages of the optional extras that a layer may name at the top of a file: cli is loaded by the command
+# line alone, and the files of serve by a server alone (`import veneer.serve` loads none of them, see
+# tests/serve/test_imports.py).
 AT_THE_TOP = {
     "cli": {"typer", "rich"},
     "serve": {
@@ -57,7 +58,7 @@ def top(file: str) -> str:
 
 
 def imports(tree: ast.AST, *, inside: bool) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of what is imported; with inside=False only what importing the file itself imports."""
+    """Yields (line, dotted name) of imports; inside=False skips imports in functions."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -73,7 +74,7 @@ def only_for_types(node: ast.AST) -> bool:
 
 
 def upward(file: str, tree: ast.AST) -> list[str]:
-    """What is wrong with the imports that a file makes of its own package."""
+    """Returns the imports of the own package that point upwards."""
     own, problems = top(file), []
     for line, name in imports(tree, inside=True):
         parts = name.split(".")
@@ -98,7 +99,7 @@ def test_imports_point_downwards(file):
 
 
 def needed(file: str) -> set[str]:
-    """The package's own files that importing this one imports before it is done, those of the folders on the way aside."""
+    """Returns the package's files that are imported with this one, without the folders on the way."""
     parts = [
         name.split(".")[1:]
         for _, name in imports(parsed(file), inside=False)

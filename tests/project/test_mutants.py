@@ -201,7 +201,8 @@ def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
         "source = (faults.SOURCE / 'files.py').read_text(encoding='utf-8')\n"
         "own = [f for f in faults.of('files.py', source) if f.where in ('sha256', 'refuse_pickle')]\n"
         "own = {(f.where, f.operator): f for f in own}\n"
-        "wanted = [own['sha256', 'statement'], own['sha256', 'condition'], own['refuse_pickle', 'condition']]\n"
+        "kinds = [('sha256', 'statement'), ('sha256', 'condition'), ('refuse_pickle', 'condition')]\n"
+        "wanted = [own[kind] for kind in kinds]\n"
         "for o in pool.outcomes(wanted, jobs=1, limit=float(sys.argv[2])):\n"
         "    print(o.fault.where, o.fault.operator, o.how, o.test.rpartition('::')[2])\n"
         "print([o.how for o in pool.outcomes(wanted[1:2], jobs=1, limit=60.0, patience=0.1)])\n"
@@ -227,7 +228,7 @@ def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
 
 def test_the_command_says_what_is_wrong_and_lists_without_planting(capsys):
     assert command.main(["--only", "src/veneer/adapt/nowhere.py"]) == 2
-    assert "there is no fault to plant in src/veneer/adapt/nowhere.py" in capsys.readouterr().err
+    assert "no faults found in src/veneer/adapt/nowhere.py" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["--count", "0"])
     assert "--count, --jobs, --limit and --patience must be above 0" in capsys.readouterr().err

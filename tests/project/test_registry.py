@@ -1,4 +1,4 @@
-"""Choices that are files: every folder of them lists its files by name, and refuses another name with the nearest."""
+"""Choices that are files: each folder lists its files by name and suggests the nearest name."""
 
 from __future__ import annotations
 

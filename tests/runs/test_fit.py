@@ -87,7 +87,7 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         "method 'lora': alpha must be a number, got 'much'",
         "optimiser 'loraplus' has no option 'ration'; did you mean 'ratio'?",
     ]
-    with pytest.raises(ConfigError, match="setting 'data' is missing: texts to learn from"):
+    with pytest.raises(ConfigError, match="data must be given: texts to learn from"):
         Run.from_dict({})
 
 
@@ -114,11 +114,11 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         ),
         (
             {"optimiser_options": {"ratio": 0.5}, "optimiser": "loraplus"},
-            "optimiser 'loraplus': ratio 0.5 < 1 slows B down, the opposite of LoRA+; use 1 or more, or allow 'ratio'",
+            "optimiser 'loraplus': ratio 0.5 < 1 slows B down, the opposite of LoRA+; use 1 or more, or pass allow='ratio'",
         ),
         (
             {"optimiser": "loraplus", "method": "full"},
-            "optimiser 'loraplus' needs factors B, and method 'full' lacks B; use optimiser 'adamw'",
+            "optimiser 'loraplus' needs factors B, and method 'full' lacks B; use optimiser='adamw'",
         ),
         ({"optimiser": "adamv"}, "unknown optimiser 'adamv'; did you mean 'adamw'?"),
         (

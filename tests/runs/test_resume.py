@@ -325,7 +325,7 @@ def test_another_run_and_other_files_in_the_folder_are_refused(given, tmp_path):
     with pytest.raises(ConfigError) as e:
         fit(Run.from_dict(given), progress=False)
     assert str(e.value) == (
-        f"out {given['out']} holds another run (unfinished); go on with it by resume=True (--resume), or choose another folder"
+        f"out {given['out']} holds another run (unfinished); go on with it by resume=True, or choose another folder"
     )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
@@ -361,8 +361,10 @@ def test_other_settings_texts_or_weights_are_refused_with_a_list(given, place, t
     assert any(line.startswith("  data: train: ") for line in lines) and any(
         line.startswith("  base: sha256: ") for line in lines
     )
-    assert lines[-1] == "put them back, begin anew in another folder, or allow 'config', 'data', 'base'"
-    with pytest.raises(ConfigError, match=r"or allow 'data', 'base'"):
+    assert (
+        lines[-1] == "put them back, begin anew in another folder, or pass allow=('config', 'data', 'base')"
+    )
+    with pytest.raises(ConfigError, match=r"or pass allow=\('data', 'base'\)"):
         fit(resumed(given, **changed, allow=["config"]), progress=False)
     result = fit(resumed(given, **changed, allow=["config", "data", "base"]), progress=False)
     assert "differs from how the run began, as allowed: config: lr: 0.01 -> 0.5" in result.metrics["notes"]

@@ -7,6 +7,12 @@ import torch
 import veneer
 import veneer.methods
 from veneer.adapt.attached import changes
+from veneer.sites import site_for
+
+
+def fitted(row, layer):
+    """The row with options that fit the layer."""
+    return row if row.fit is None else row._replace(options=row.fit(row.options, site_for("0", layer)))
 
 
 def attach(model, row, x):

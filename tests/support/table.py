@@ -9,7 +9,23 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from oracles import dora, flora, fourierft, frozen, ia3, loha, lora, miss, oft, starts
+from oracles import (
+    dora,
+    flora,
+    fourierft,
+    frozen,
+    hira,
+    hra,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    miss,
+    oft,
+    randlora,
+    shira,
+    starts,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -90,6 +106,17 @@ METHODS = {
     "oft shared": Method("oft", {"block": 3, "shared": True}, oft.weight, fit=blocks(), dial=of_generator),
     "boft": Method("boft", {"block": 4}, oft.butterfly, fit=blocks(1), dial=of_generator),
     "boft of 2 factors": Method("boft", {"block": 4}, oft.butterfly, fit=blocks(2, 1), dial=of_generator),
+    "lokr": Method("lokr", {"rank": 1, "alpha": 3.0}, lokr.weight),
+    "lokr whole": Method("lokr", {"rank": 3}, lokr.weight),
+    "lokr of two products": Method("lokr", {"rank": 1, "both": True, "factor": 6}, lokr.weight),
+    "hra": Method("hra", {"rank": 2}, hra.weight, start=1e-14),
+    "hra of rank 4": Method("hra", {"rank": 4}, hra.weight, start=1e-14),
+    "hira": Method("hira", {"rank": 3}, hira.weight),
+    "shira": Method("shira", {"rank": 2}, shira.weight),
+    "randlora": Method("randlora", {"rank": 2, "alpha": 3.0}, randlora.weight),
+    "randlora alpha": Method("randlora", {"rank": 3, "alpha": 4.0, "seed": 1}, randlora.weight),
+    "lorafa": Method("lorafa", {"rank": 3}, lora.weight),
+    "lorafa pissa": Method("lorafa", {"rank": 2, "init": "pissa", "alpha": 5.0}, lora.weight),
     "loha": Method("loha", {"rank": 1, "alpha": 3.0}, loha.weight),
     "loha of rank 3": Method("loha", {"rank": 3}, loha.weight),
     "dora": Method("dora", {"rank": 3}, dora.weight, exact_gradient=False),

@@ -1,1 +1,1 @@
-"""Plants small faults in methods, optimisers and the store, and sees whether the tests notice: make mutants."""
+"""Plants small faults in methods, optimisers and the store, to test the tests: make mutants."""

@@ -1,9 +1,10 @@
-"""Plants small faults, one at a time, and runs the tests that should notice: python -m mutants (make mutants).
+"""Plants small faults one at a time and runs the tests that should notice: make mutants.
 
-Ends with a line of JSON. planted: faults that were tried; killed_share: how many of them a test noticed by failing, by
-taking longer than the limit, or by ending the process. A test counts only if it passes without the fault, which is tried
-at the end. Faults that no test can notice are listed in tools/mutants/aside.json with their reasons, and are not planted.
-Exit code 3 if less than 0.95 were noticed, 1 if a test fails without a fault.
+Ends with a line of JSON. planted: number of tried faults; killed_share: share that a test noticed by failing,
+by exceeding the time limit, or by ending the process. A test counts only if it passes without the fault,
+which is checked at the end. Faults that no test can notice are listed with reasons in
+tools/mutants/aside.json and skipped. Exit code 3 if less than 0.95 were noticed, 1 if a test fails without a
+fault.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--count", type=int, default=60, help="how many faults to plant (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the faults (default: 0)")
+    parser.add_argument("--count", type=int, default=60, help="number of faults (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the selection (default: 0)")
     parser.add_argument(
         "--only",
         action="append",
@@ -44,22 +45,19 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         help="a file, a folder or a line; repeatable",
     )
     parser.add_argument(
-        "--jobs",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="trials at a time (default: one for each processor)",
+        "--jobs", type=int, default=os.cpu_count() or 1, help="parallel trials (default: one per processor)"
     )
     parser.add_argument(
-        "--limit", type=float, default=60.0, metavar="SECONDS", help="what one test may take (default: 60)"
+        "--limit", type=float, default=60.0, metavar="SECONDS", help="time limit of one test (default: 60)"
     )
     parser.add_argument(
         "--patience",
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="what one fault may live (default: 600)",
+        help="time limit of one fault (default: 600)",
     )
-    parser.add_argument("--list", action="store_true", help="show the faults, and plant none")
+    parser.add_argument("--list", action="store_true", help="list the faults without planting them")
     found = parser.parse_args(arguments)
     if min(found.count, found.jobs, found.limit, found.patience) <= 0:
         parser.error("--count, --jobs, --limit and --patience must be above 0")
@@ -69,7 +67,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
 def drawn(
     found: list[Fault], given: argparse.Namespace, reasons: aside.Reasons
 ) -> tuple[list[Fault], list[Fault]]:
-    """The faults to plant, and those set aside that were drawn among them."""
+    """Returns the faults to plant, and the drawn faults that aside.json excludes."""
     paths = [(noticing.files([path]), line) for path, _, line in (o.partition(":") for o in given.only)]
     wanted = [
         f
@@ -95,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     if idle := aside.idle(reasons, found):
         print(
-            "these entries of tools/mutants/aside.json are no faults of the sources any more:",
+            "entries of tools/mutants/aside.json that match no fault; remove them:",
             *idle,
             sep="\n",
             file=sys.stderr,
@@ -103,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     plant, left = drawn(found, given, reasons)
     if not plant and not left:
-        print(f"there is no fault to plant in {', '.join(given.only)}", file=sys.stderr)
+        print(f"no faults found in {', '.join(given.only)}", file=sys.stderr)
         return 2
     if given.list:
         print(*plant, sep="\n")
@@ -112,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def tried(plant: list[Fault], left: list[Fault], given: argparse.Namespace, reasons: aside.Reasons) -> int:
-    """Plants the faults, says what became of them, and returns the exit code."""
+    """Plants the faults, prints the outcomes, and returns the exit code."""
     start, ended, interrupted = time.monotonic(), list[Outcome](), False
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trials end too
     for name in pool.LARGE:
@@ -125,14 +123,14 @@ def tried(plant: list[Fault], left: list[Fault], given: argparse.Namespace, reas
         broken = pool.fail_anyway([o.test for o in ended if o.test], given.limit)
     except KeyboardInterrupt:
         interrupted = True
-        print("\ninterrupted; this is what came of it so far", file=sys.stderr)
+        print("\ninterrupted; outcomes so far:", file=sys.stderr)
     for fault in left:
         print(f"set aside, {': '.join(reasons[fault.key])}\n{fault}")
     for outcome in ended:
         if outcome.how == "survived":
             print(f"SURVIVED {outcome.fault}")
     if broken:
-        print("these tests fail without a fault, so that nothing follows from them:", *broken, sep="\n")
+        print("tests that fail without a fault and so prove nothing:", *broken, sep="\n")
     share = report(ended, left, given, reasons, time.monotonic() - start)
     if interrupted or broken:
         return 130 if interrupted else 1
@@ -140,7 +138,7 @@ def tried(plant: list[Fault], left: list[Fault], given: argparse.Namespace, reas
 
 
 def show(ended: list[Outcome], of: int) -> None:
-    """How far it has come: one line that is written over, or a line for each fault where there is no terminal."""
+    """Prints the progress: one updated line on a terminal, else a line per fault."""
     last, survived = ended[-1], sum(o.how == "survived" for o in ended)
     if sys.stderr.isatty():
         bar, end = "#" * (30 * len(ended) // of), "\n" if len(ended) == of else ""
@@ -150,14 +148,17 @@ def show(ended: list[Outcome], of: int) -> None:
     else:
         fault = last.fault
         by = f": {last.test}" if last.test else ""
-        what = f"{last.how} in {last.seconds:.0f} s: {fault.file}:{fault.line} {fault.operator} in {fault.where}{by}"
+        what = (
+            f"{last.how} in {last.seconds:.0f} s: {fault.file}:{fault.line} {fault.operator} in"
+            f" {fault.where}{by}"
+        )
         print(f"{len(ended)} of {of} {what}", file=sys.stderr, flush=True)
 
 
 def report(
     ended: list[Outcome], left: list[Fault], given: argparse.Namespace, reasons: aside.Reasons, seconds: float
 ) -> float:
-    """Prints the line of JSON; the share of faults that were noticed."""
+    """Prints the line of JSON and returns the share of noticed faults."""
     how, kinds = Counter(o.how for o in ended), Counter(reasons[f.key][0] for f in left)
     planted, noticed = len(ended), len(ended) - how["survived"]
     share = noticed / planted if planted else 1.0

@@ -1,4 +1,4 @@
-"""The faults that a file may have, each known by its text, so that edits elsewhere in the file leave it as it is."""
+"""Finds the faults that can be planted in a file; a fault is identified by its text, so lines may move."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from mutants.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "veneer"
-# What has no effect of its own: messages of errors, checks for the type checker, texts, types.
+# Nodes without an effect: error messages, checks for the type checker, texts, types.
 SILENT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
-CHECKED = "strict"  # of zip, which in code without faults never fires
+CHECKED = "strict"  # of zip, which never fires in correct code
 TYPES = ("annotation", "returns", "decorator_list", "type_params")
 
 
 class Fault(NamedTuple):
-    """file: under src/veneer; where: the function; was, becomes: the statement, or the head of one that holds others.
+    """A fault in a file.
 
-    number: among the faults of its file.
+    file: relative to src/veneer. where: the function. was, becomes: the statement, or the head of a compound
+    one. number: index among the faults of the file.
     """
 
     file: str
@@ -36,15 +37,18 @@ class Fault(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
-        """What stays when other lines of the file change."""
+        """Returns the parts that stay the same if other lines of the file change."""
         return self.file, self.where, self.operator, self.was, self.becomes
 
     def __str__(self) -> str:
-        return f"src/veneer/{self.file}:{self.line}: {self.operator} in {self.where}\n  - {self.was}\n  + {self.becomes}"
+        return (
+            f"src/veneer/{self.file}:{self.line}: {self.operator} in {self.where}\n  - {self.was}\n  +"
+            f" {self.becomes}"
+        )
 
 
 class Spot(NamedTuple):
-    """A node, where it hangs in the tree (place: in a list), and the statement and the function that it is in."""
+    """A node, its place in the tree (place: index in a list), its statement and its function."""
 
     node: ast.AST
     parent: ast.AST
@@ -54,7 +58,7 @@ class Spot(NamedTuple):
     where: str
 
     def put(self, node: ast.AST) -> None:
-        """Hangs another node there."""
+        """Replaces the node."""
         if self.place is None:
             setattr(self.parent, self.field, node)
         else:
@@ -62,22 +66,22 @@ class Spot(NamedTuple):
 
 
 def of(file: str, source: str) -> list[Fault]:
-    """Every fault that an operator finds in the source."""
+    """Returns every fault that an operator finds in the source."""
     return [fault for fault, _ in _planted(file, ast.parse(source))]
 
 
 def plant(source: str, fault: Fault) -> ast.Module:
-    """The source with the fault in it."""
+    """Returns the source with the fault."""
     tree = ast.parse(source)
     for found, planted in _planted(fault.file, tree):
         if found.number == fault.number:
-            assert found.key == fault.key, "the file is not the one that the fault was found in"
+            assert found.key == fault.key, "the file changed since the fault was found"
             return ast.fix_missing_locations(planted)
     raise LookupError(fault)
 
 
 def _planted(file: str, tree: ast.Module) -> Iterator[tuple[Fault, ast.Module]]:
-    """Every fault with the tree, which has it until the next one is asked for."""
+    """Yields every fault with the tree, which contains the fault until the next one is requested."""
     number = 0
     for spot in list(_spots(tree, "", None)):
         for name, operator in OPERATORS.items():
@@ -93,7 +97,7 @@ def _planted(file: str, tree: ast.Module) -> Iterator[tuple[Fault, ast.Module]]:
 
 
 def _spots(node: ast.AST, where: str, statement: ast.stmt | None) -> Iterator[Spot]:
-    """Every node below this one that does something."""
+    """Yields every node below this one that has an effect."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         where = f"{where}.{node.name}".removeprefix(".")
     for field, value in ast.iter_fields(node):
@@ -116,7 +120,7 @@ def _is_silent(node: ast.AST) -> bool:
 
 
 def _text(statement: ast.stmt) -> str:
-    """The statement on one line; of one that holds others only its head."""
+    """Returns the statement on one line; of a compound statement only its head."""
     head = copy.copy(statement)
     for block in ("body", "orelse", "finalbody", "handlers", "decorator_list"):
         if getattr(head, block, None):
@@ -127,9 +131,9 @@ def _text(statement: ast.stmt) -> str:
 
 
 def sample(faults: Iterable[Fault], area: dict[str, str], seed: int) -> list[Fault]:
-    """All of them in the order in which they are drawn: every operator in every area in turn, each by the hash of its text.
+    """Returns the faults in drawing order: operators and areas in turn, each sorted by hashes.
 
-    area: by file. An edit adds and takes away its own faults, and leaves the order of the others in their cell as it is.
+    area: {file: area}. An edit of a file changes the order of its own faults only.
     """
     cells: dict[tuple[str, str], list[tuple[str, Fault]]] = defaultdict(list)
     seen: dict[tuple[str, ...], int] = defaultdict(int)

@@ -1,4 +1,4 @@
-"""Which tests should notice a fault: those that the first matching row names, after those of the file's own name."""
+"""Chooses the tests for a fault: those of the file's name, then those of the first matching row."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from mutants.faults import ROOT, SOURCE, Fault
 
 TESTS = ROOT / "tests"
 AREAS = ("methods", "optim", "adapt")
-# The first row that a file of src/veneer matches says which test_NAME.py should notice, those that take longest last;
-# those of the file's own name come first, and a method has them without a row. Processes that tests start run without the fault.
+# The first row that matches a file of src/veneer names its tests (test_NAME.py), the slowest last. Tests of
+# the file's own name come first; methods have them without a row. Processes started by tests run without the
+# fault.
 ROWS = {
     "methods/inits/*": "starts* methods complaints_settings interchange quant",
-    "methods/*": "ia3* prefix* flora* gains* frozen* miss* optim fourierft* baselines* methods counts complaints* interchange starts*",
+    "methods/*": (
+        "ia3* prefix* flora* gains* frozen* miss* optim fourierft* baselines* methods counts complaints*"
+        " interchange starts*"
+    ),
     "optim/*": "optim lowrank* optimisers* lorapro* scratch* complaints_settings",
     "adapt/banks/bank.py": "gains* flora* bank* complaints*",
     "adapt/banks/members.py": "gains* flora* bank* complaints*",
@@ -25,31 +29,33 @@ ROWS = {
     "adapt/shared_inputs.py": "gains* attach* shared_inputs* complaints*",
     "adapt/calibrate.py": "starts* complaints*",
     "adapt/peft/*": "interchange miss* fourierft* frozen* prefix* store complaints* verify starts*",
-    "adapt/attach*": "merge* gains* attach* combine* prefix* baselines* store complaints* quant shared_inputs* methods",
+    "adapt/attach*": (
+        "merge* gains* attach* combine* prefix* baselines* store complaints* quant shared_inputs* methods"
+    ),
     "adapt/merge.py": "merge* gains* combine* prefix* baselines* complaints* quant methods",
     "adapt/banks/entries.py": "bank*",
     "tasks/head.py": "chunked* store interchange",
     "adapt/store/fingerprint.py": "store quant interchange verify complaints*",
     "adapt/*": "merge* combine* attach* store prefix* frozen* complaints* interchange verify",
 }
-SHARED = ("__init__", "base", "lora")  # files in methods that others build on
-COSTLY = "compil"  # in the name of a test that compiles: slow, and seldom the only one that sees a fault
+SHARED = ("__init__", "base", "lora")  # files in methods that other files use
+COSTLY = "compil"  # in the name of a test that compiles: slow, and seldom the only one to notice a fault
 
 
 def area(file: str) -> str:
-    """The area of a file under src/veneer."""
+    """Returns the area of a file under src/veneer."""
     return Path(file).parts[0]
 
 
 def files(only: Iterable[str] = ()) -> list[str]:
-    """The files that faults are planted in, as under src/veneer; only: those that begin with one of these paths."""
+    """Returns the files for faults, relative to src/veneer; only: wanted beginnings of paths."""
     found = sorted(p.relative_to(SOURCE).as_posix() for a in AREAS for p in (SOURCE / a).rglob("*.py"))
     wanted = [name.removeprefix("src/veneer/").rstrip("/") for name in only]
     return [f for f in found if not wanted or any(f == w or f.startswith(f"{w}/") for w in wanted)]
 
 
 def tests(file: str) -> list[str]:
-    """The test files for a file under src/veneer, its own ones first."""
+    """Returns the test files for a file under src/veneer, its own first."""
     path = Path(file)
     stem = path.parent.name if path.stem == "__init__" else path.stem
     own = [f"{stem}*"] if area(file) == "methods" else []
@@ -63,7 +69,7 @@ def tests(file: str) -> list[str]:
 
 
 def concerns(file: str, test: str) -> bool:
-    """Whether a test can have to do with a file: one about a method has its name, in its own name or in its file."""
+    """Returns True if a test may concern a file; tests of a method have its name in their name or file."""
     stem = Path(file).stem
     return area(file) != "methods" or stem in SHARED or stem in test or _names(test.partition("::")[0], stem)
 
@@ -74,7 +80,7 @@ def _names(test_file: str, stem: str) -> bool:
 
 
 def place(fault: Fault, test: str) -> tuple[bool, int]:
-    """Sorts tests for a fault: what compiles comes last, the others by how many words of the fault's file and function they share."""
+    """Returns a sort key for tests: compiling ones last, else by words shared with file and function."""
     shared = _words(Path(fault.file).stem, fault.where) & _words(test.partition("::")[2])
     return COSTLY in test, -len(shared)
 

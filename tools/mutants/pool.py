@@ -1,4 +1,4 @@
-"""Trials of many faults side by side, each with a limit on the time of a single test."""
+"""Runs trials of many faults in parallel, with a time limit for each test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from mutants import noticing, trial
 from mutants.faults import Fault
 
-# Imported once, before the trials, which are forks of this process.
+# Imported once, because the trials are forks of this process.
 LARGE = (
     "torch",
     "torch._dynamo",
@@ -29,7 +29,11 @@ LARGE = (
 
 
 class Outcome(NamedTuple):
-    """how: failed, hung (a test took longer than the limit), crashed or survived. test: the one that noticed, or its file."""
+    """Outcome of a trial.
+
+    how: failed, hung (a test exceeded the limit), crashed or survived. test: the one that noticed, or its
+    file.
+    """
 
     fault: Fault
     how: str
@@ -39,7 +43,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Trial:
-    """A process that runs tests; `test` is the one that it is at, or "" before the first."""
+    """A process that runs tests; `test` is the current one, or "" before the first."""
 
     process: BaseProcess
     results: Connection
@@ -66,7 +70,7 @@ class Trial:
         return cls(process, here, folder, limit)
 
     def listen(self) -> bool:
-        """Takes in what the process says; whether it has ended."""
+        """Reads the messages of the process; returns True if the process has ended."""
         try:
             while self.results.poll():
                 word, text = self.results.recv()
@@ -82,11 +86,11 @@ class Trial:
         return False
 
     def end(self) -> None:
-        """Stops the process and what it has started, and removes what they wrote."""
+        """Stops the process and its children, and removes their files."""
         for stop in (lambda: os.killpg(self.process.ident or 0, signal.SIGKILL), self.process.kill):
             try:
                 stop()
-            except (ProcessLookupError, PermissionError):  # it has ended, or has no group of its own yet
+            except (ProcessLookupError, PermissionError):  # the process has ended, or has no group yet
                 continue
         self.process.join()
         self.results.close()
@@ -96,9 +100,9 @@ class Trial:
 def outcomes(
     faults: Sequence[Fault], *, jobs: int, limit: float, patience: float = math.inf
 ) -> Iterator[Outcome]:
-    """What became of each fault, as they end.
+    """Yields the outcome of each fault when its trial ends.
 
-    limit: seconds that one test may take; patience: seconds after which a fault that no test has noticed has survived.
+    limit: seconds per test. patience: seconds per fault; an unnoticed fault then counts as survived.
     """
     left, running = list(reversed(faults)), dict[int, tuple[Fault, Trial]]()
     try:
@@ -119,7 +123,7 @@ def outcomes(
 
 
 def _outcome(fault: Fault, trial: Trial, patience: float) -> Outcome | None:
-    """What became of the fault, or None while its tests go on."""
+    """Returns the outcome of the fault, or None while its tests run."""
     ended, now = trial.listen(), time.monotonic()
     seconds, at = now - trial.began, trial.test or noticing.tests(fault.file)[0]
     if trial.failed:
@@ -134,7 +138,7 @@ def _outcome(fault: Fault, trial: Trial, patience: float) -> Outcome | None:
 
 
 def fail_anyway(tests: Sequence[str], limit: float) -> list[str]:
-    """Those of the tests that fail, or take longer than the limit, without a fault."""
+    """Returns the tests that fail, or exceed the limit, without a fault."""
     files = sorted({t.partition("::")[0] for t in tests})
     if not files:
         return []

@@ -1,4 +1,4 @@
-"""One run of some tests in a process of its own, with one fault planted while the module is imported; no file is touched."""
+"""Runs tests in a process with one fault, planted while its module is imported; files stay unchanged."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from types import ModuleType
 from mutants import faults, noticing
 from mutants.faults import ROOT, SOURCE, Fault
 
-MEMORY = 16 << 30  # bytes: a fault that fills the memory must not take the machine with it
+MEMORY = 16 << 30  # bytes; a fault that fills the memory must not stop the machine
 
 
 class Planter(MetaPathFinder, Loader):
-    """Finds the one module that has the fault, and runs its source with it."""
+    """Imports the module of the fault from its changed source."""
 
     def __init__(self, fault: Fault) -> None:
         self.fault, self.path = fault, SOURCE / fault.file
@@ -37,7 +37,7 @@ class Planter(MetaPathFinder, Loader):
 
 
 class Watcher:
-    """The pytest plugin: says which test begins and which fails, and puts the tests nearest to the fault first."""
+    """A pytest plugin: reports starting and failing tests, and runs the tests nearest to the fault first."""
 
     def __init__(self, say: Callable[[str, str], None], fault: Fault | None, wanted: Sequence[str]) -> None:
         self.say, self.fault, self.wanted = say, fault, frozenset(wanted)
@@ -45,7 +45,8 @@ class Watcher:
     def pytest_collection_modifyitems(self, items: list[object]) -> None:
         fault = self.fault
         if fault is not None:
-            items[:] = [item for item in items if noticing.concerns(fault.file, item.nodeid)]  # type: ignore[attr-defined]
+            file = fault.file
+            items[:] = [i for i in items if noticing.concerns(file, i.nodeid)]  # type: ignore[attr-defined]
             items.sort(key=lambda item: noticing.place(fault, item.nodeid))  # type: ignore[attr-defined]
         else:
             items[:] = [item for item in items if item.nodeid in self.wanted]  # type: ignore[attr-defined]
@@ -67,8 +68,11 @@ class Watcher:
 def run(
     results: Connection, fault: Fault | None, tests: Sequence[str], wanted: Sequence[str], folder: str
 ) -> None:
-    """Runs the test files up to the first failure; without a fault all the `wanted` tests in them. folder: for what they write."""
-    os.setsid()  # so that what tests start ends with them, and Ctrl-C is the parent's alone
+    """Runs the test files up to the first failure; without a fault, runs all `wanted` tests in them.
+
+    folder: for files of the tests.
+    """
+    os.setsid()  # children of tests end with them, and Ctrl-C reaches the parent only
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -91,7 +95,7 @@ def run(
         *(["-x"] if fault else []),
     ]
     watcher = Watcher(lambda *said: results.send(said), fault, wanted)
-    # File by file: collecting all of them takes longer than most faults live.
+    # File by file: collecting all files takes longer than most trials.
     codes = [int(pytest.main([*options, test], [watcher])) for test in tests]
     results.send(
         ("done", str(max((code for code in codes if code != pytest.ExitCode.NO_TESTS_COLLECTED), default=0)))

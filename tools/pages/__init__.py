@@ -1,4 +1,4 @@
-"""The pages of the documentation that are made from the code: the command line, the methods and the Python interface."""
+"""Generates documentation pages from the code: command line, methods and Python interface."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pages import api, cli, methods
 
 
 def write(folder: Path, notes: Path) -> None:
-    """Writes the pages into `folder`; only those that changed, so that a second build reads no more than it must.
+    """Writes the pages into `folder`; unchanged ones are not rewritten, so Sphinx rebuilds less.
 
     notes: folder of hand-written notes, NAME.md for the method, start or optimiser of that name.
     """

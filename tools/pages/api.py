@@ -1,4 +1,4 @@
-"""The page of the Python interface: signatures and docstrings of what a program may call."""
+"""Generates the page of the Python interface: signatures and docstrings of public functions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from veneer.train.run import Run
 
 HEAD = """# Python
 
-`import veneer` needs PyTorch and safetensors; names are imported when they are first used. Everything that goes wrong for a reason that
-a user can act on is a `veneer.errors.VeneerError`."""
+`import veneer` needs PyTorch and safetensors; names are imported on first use. Errors that a user can fix are
+subclasses of `veneer.errors.VeneerError`."""
 
-# The function of a verb that makes its own call, and classes that a new method is written with.
+# Functions of verbs that build their own call, and classes for writing new methods.
 HOMES = {"plan": "veneer.verbs.plan.plan:plan"}
 PARTS = {
     "veneer.methods": (methods.Delta, methods.Factors),
@@ -32,7 +32,7 @@ PARTS = {
 
 
 def page() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     parts = [
         HEAD,
         "## veneer",
@@ -45,14 +45,14 @@ def page() -> str:
         _settings(),
     ]
     parts += ["## Result", prose(inspect.getdoc(Result) or "")]
-    parts += ["## Verbs", "What the commands call, with the same settings."]
+    parts += ["## Verbs", "The functions behind the commands, with the same settings."]
     parts += [_entry(f.__module__, f.__name__, f) for f in _verbs()]
     parts += ["## Errors", table(("veneer.errors", "exit code", "meaning"), _errors())]
     parts += [
         "## For new methods",
         *(_class(module, kind) for module, kinds in PARTS.items() for kind in kinds),
     ]
-    parts += ["## Modules", table(("module", "what it holds"), _modules())]
+    parts += ["## Modules", table(("module", "content"), _modules())]
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,7 +70,7 @@ def _entry(module: str, name: str, function: Callable[..., Any]) -> str:
 
 
 class Bare(NamedTuple):
-    """An annotation that is shown without quotes."""
+    """An annotation, shown without quotes."""
 
     text: str
 
@@ -88,7 +88,7 @@ def _shown(annotation: Any) -> Any:
 
 
 def _laid_out(name: str, signature: inspect.Signature) -> str:
-    """The signature, a parameter a line where it is long."""
+    """Returns the signature; a long one has one parameter per line."""
     line = f"{name}{signature}"
     if len(line) <= 100:
         return line
@@ -105,7 +105,8 @@ def _class(module: str, kind: type) -> str:
     for name, member in vars(kind).items():
         if not name.startswith("_") and inspect.isfunction(member):
             parts.append(
-                f"`{name}{_bare(inspect.signature(member))}`\n: {prose(inspect.getdoc(member) or '').replace(chr(10), chr(10) + '  ')}"
+                f"`{name}{_bare(inspect.signature(member))}`\n:"
+                f" {prose(inspect.getdoc(member) or '').replace(chr(10), chr(10) + '  ')}"
             )
     return "\n\n".join(parts)
 

@@ -16,8 +16,8 @@ HEAD = """# Command line
 Generated from the commands: `veneer VERB --help` prints the same. Flags take dashes or underscores.
 `veneer --install-completion` teaches the shell to complete verbs and flags.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 a check failed, 130 or 143 stopped by a signal,
-everything saved."""
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 a check failed, 130 or 143 stopped by a
+signal after saving."""
 
 
 def page() -> str:

@@ -1,4 +1,4 @@
-"""Docstrings, which are plain text, as Markdown."""
+"""Converts docstrings to Markdown."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 SPECIAL = re.compile(r"([\\*_<>\[\]$|~])")
-LABEL = re.compile(r"^([A-Z][a-z]+): ", re.MULTILINE)  # "Cost: .." at the beginning of a line
+LABEL = re.compile(r"^([A-Z][a-z]+): ", re.MULTILINE)  # "Cost: .." at the start of a line
 RAISES = re.compile(r"(?<=[.\w])\s+(?=Raises [A-Z])")
 ADDRESS = re.compile(r"(https?://[^\s)>]+[^\s)>.,])")
 
 
 def escaped(text: str) -> str:
-    """The text with nothing in it that Markdown would take for itself; `code` and addresses stay."""
+    """Returns the text with Markdown's special characters escaped, except in `code` and addresses."""
     parts = re.split(r"(`[^`]+`)", text)
     return "".join(part if i % 2 else _plain(part) for i, part in enumerate(parts))
 
@@ -24,8 +24,10 @@ def _plain(text: str) -> str:
 
 
 def prose(text: str, names: Collection[str] = ()) -> str:
-    """The paragraphs of a docstring. `Label: ..` at the beginning of a line, and `name: ..` or `name, name: ..` of the given names
-    at the beginning of a line or sentence, become a list; what is raised, a paragraph; indented lines, code.
+    """Returns the paragraphs of a docstring.
+
+    `Label: ..` at the start of a line, and `name: ..` or `name, name: ..` of the given names at the start of
+    a line or sentence, become a list. "Raises .." becomes a paragraph, indented lines become code.
     """
     return "\n\n".join(_paragraph(p, names) for p in text.strip("\n").split("\n\n") if p.strip())
 
@@ -54,6 +56,6 @@ def _label(row: str, names: Collection[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already."""
+    """Returns a table; cells are Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace(chr(10), ' ') for cell in row)} |" for row in lines)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.adapt.forward import Deltas
+from veneer.adapt.acting.forward import Deltas
 from veneer.errors import ConfigError, suggest
 from veneer.methods import Delta
 from veneer.sites import Site

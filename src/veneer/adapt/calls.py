@@ -20,7 +20,7 @@ def watch(model: nn.Module) -> None:
 
 def unwatch(model: nn.Module) -> None:
     """Takes the check off the model."""
-    remove(model._forward_hooks, _after_step)
+    remove(model, _after_step)
 
 
 def check_called(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.adapt.attached import base_parameters, changes
 from veneer.adapt.hooks import check_name, hang
-from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, first_few, suggest
+from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, first_few, option, suggest
 from veneer.methods import Delta, get
 from veneer.methods.lora import LoRA
 from veneer.ops.draws import keyed
@@ -166,7 +166,7 @@ def extract(
     if others and rest == "refuse":
         raise FormatError(
             f"{len(others)} parameters outside the layers of to= differ too: {first_few(others)}; take "
-            "rest='keep' or 'drop' (--rest)"
+            f"{option('rest', 'keep')} or {option('rest', 'drop')}"
         )
     if not cuts and not others:
         raise FormatError("the two models have the same weights; there is nothing to extract")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapt.acting.forward import Deltas, act, changed_input, forget, is_private
+from veneer.adapt.acting.whole import put_weights, take_weights
 from veneer.adapt.attached import Changes, adapters, changes, deltas_of, layers
-from veneer.adapt.forward import Deltas, act, changed_input, forget, is_private
 from veneer.errors import ConfigError, SiteError, first_few
 from veneer.methods import Delta
 from veneer.methods.base.protocols import GainsInput, OpensModel, TurnsInput
@@ -21,7 +22,7 @@ from veneer.sites import Site
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 BASE = "base"
 # Attributes of the module that holds a layer's deltas: an adapter of such a name would hide one.
-RESERVED = {BASE, "site", "active", "called", "group", "place", *dir(Deltas), *vars(nn.Module())}
+RESERVED = {BASE, "site", "active", "called", "group", "place", "swapped", *dir(Deltas), *vars(nn.Module())}
 CLASH = (
     "another adapter holds {names} as a site of another kind (matrix, whole module or bias); detach it first"
 )
@@ -36,12 +37,19 @@ def hang(model: nn.Module, name: str, found: Changes) -> None:
         deltas = deltas_of(site.module)
         if deltas is None:
             deltas = site.module.deltas = Deltas(site)
-            if site.acts_by_hook:
-                site.module.register_forward_hook(_change_output)
+            _register(site)
         if _acts_on_input(site, delta) and _scale_input not in site.module._forward_pre_hooks.values():
             site.module.register_forward_pre_hook(_scale_input)
         deltas.add_module(name, delta.to(site.device).train(site.module.training))
         deltas.active = {**deltas.active, name: 1.0}
+
+
+def _register(site: Site) -> None:
+    if site.swaps_weights:
+        site.module.register_forward_pre_hook(put_weights)
+        site.module.register_forward_hook(take_weights, always_call=True)
+    elif site.acts_by_hook:
+        site.module.register_forward_hook(_change_output)
 
 
 def take_off(model: nn.Module, names: Iterable[str]) -> None:
@@ -53,8 +61,7 @@ def take_off(model: nn.Module, names: Iterable[str]) -> None:
         deltas.active = {n: s for n, s in deltas.active.items() if n in deltas}
         if not deltas.names():
             del module.deltas
-            remove(module._forward_hooks, _change_output)
-            remove(module._forward_pre_hooks, _scale_input)
+            remove(module, _change_output, _scale_input, put_weights, take_weights)
     for method in before - _methods(model):
         if issubclass(method, OpensModel):
             method.close(model)
@@ -62,10 +69,14 @@ def take_off(model: nn.Module, names: Iterable[str]) -> None:
         forget(model)
 
 
-def remove(hooks: dict[int, Any], function: Any) -> None:
-    """Removes a function from a module's hooks."""
-    for key in [k for k, h in hooks.items() if h is function]:
-        del hooks[key]
+def remove(module: nn.Module, *functions: Any) -> None:
+    """Removes functions from a module's forward hooks and pre-hooks."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks)
+    gone = [key for hooks in kinds for key, hook in hooks.items() if any(hook is f for f in functions)]
+    notes = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+    for key in gone:
+        for hooks in (*kinds, *notes):
+            hooks.pop(key, None)
 
 
 def check_name(model: nn.Module, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,14 @@ from veneer.adapt.attached import active, adapters, changes, layers
 from veneer.adapt.modes import evaluating
 from veneer.adapt.probe_inputs import default_inputs
 from veneer.adapt.switch import strengths, using
-from veneer.errors import ConfigError, NotMergeable, first_few
+from veneer.adapt.untie import Ties
+from veneer.errors import ConfigError, NotMergeable, first_few, option
 from veneer.methods import Delta
 from veneer.methods.base.protocols import Dialled
 from veneer.ops.matrix.linalg import precise
 from veneer.sites import Site
-from veneer.sites.find import tied
+
+NO_ROUNDING = 0.01  # weights that hold the change so well cannot be why outputs miss it
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Verdict:
         gone = sum(k.error > self.limit for k in self.sites)
         shown = f"{gone} of {len(self.sites)} layers lost more than {self.limit:.0%}, worst {worst}"
         outputs = "" if self.logit_error is None else f"; {self.logit_error:.1%} of its effect on the outputs"
+        if self.error < NO_ROUNDING and self.lost:
+            return (
+                f"LOST: the weights hold the change up to {self.error:.1%}, yet the outputs miss"
+                f" {self.logit_error:.1%} of its effect; the model reads these weights elsewhere too"
+            )
         return (
             f"{'LOST' if self.lost else 'kept'}: rounding took {self.error:.1%} of the change{outputs} "
             f"({shown})"
@@ -101,15 +108,16 @@ def _write_compared(
         adapted = outputs(model, inputs)
     with using(model):
         base = outputs(model, inputs)
-        sites = [] if force else [site for site, _ in _layer_changes(model, wanted)]
+        sites = [] if force else [change.site for change in _layer_changes(model, wanted)]
         before = [(site, site.weight().detach().clone()) for site in sites]
-        _write(model, wanted)
+        ties = _write(model, wanted)
         off = float((outputs(model, inputs) - adapted).norm())
     effect = float((adapted - base).norm())
     verdict = replace(verdict, logit_error=off / effect if effect else 1.0)
     if verdict.lost and not force:
         for site, W in before:
             site.set_weight(W)
+        ties.restore()
         raise NotMergeable(refusal(verdict, packed=_is_packed(model)) if effect else _idle(wanted))
     return verdict
 
@@ -123,7 +131,7 @@ def refusal(verdict: Verdict, *, packed: bool = False) -> str:
     finer = "; bfloat16 is finer than the base's quantised format: merge into that (veneer.dequantise)"
     return (
         f"the adapter would be lost in the merge: {verdict}\n"
-        "keep it as an adapter, merge into a wider dtype (float32), or pass force=True"
+        f"keep it as an adapter, merge into a wider dtype (float32), or pass {option('force', True)}"
         f"{finer if packed else ''}"
     )
 
@@ -131,7 +139,7 @@ def refusal(verdict: Verdict, *, packed: bool = False) -> str:
 def _idle(wanted: Mapping[str, float]) -> str:
     return (
         f"{first_few(list(wanted))} does not change the outputs on the probe, which cannot show the loss in a"
-        " merge; train it first, give another probe=, or pass force=True"
+        f" merge; train it first, give another probe=, or pass {option('force', True)}"
     )
 
 
@@ -147,18 +155,35 @@ def _check(model: nn.Module, wanted: Mapping[str, float]) -> None:
         )
 
 
-def _layer_changes(
-    model: nn.Module, wanted: Mapping[str, float]
-) -> list[tuple[Site, list[tuple[Delta, float]]]]:
-    """Returns every changed layer with its deltas; a weight shared by two whole modules counts once."""
-    found, seen = [], set()
+class _Change(NamedTuple):
+    """The changes of one layer; twins: whole modules with the same parameters and the same change."""
+
+    site: Site
+    own: list[tuple[Delta, float]]
+    twins: list[nn.Module]
+
+
+def _layer_changes(model: nn.Module, wanted: Mapping[str, float]) -> list[_Change]:
+    """Returns every changed layer once, with its deltas."""
+    found: list[_Change] = []
     for d in layers(model):
         own = [(d[n], s) for n, s in wanted.items() if n in d]
-        key = tuple(id(p) for p in d.site.module.parameters(recurse=False))
-        if own and not (d.site.kind == "leaf" and key in seen):
-            seen.add(key)
-            found.append((d.site, own))
+        twin = next((c for c in found if own and d.site.kind == "leaf" and _is_twin(c, d.site, own)), None)
+        if twin is not None:
+            twin.twins.append(d.site.module)
+        elif own:
+            found.append(_Change(d.site, own, []))
     return found
+
+
+def _is_twin(change: _Change, site: Site, own: list[tuple[Delta, float]]) -> bool:
+    """Returns True if a whole module shares all parameters with another one, and all changes."""
+    theirs, ours = ([*s.module.parameters(recurse=False)] for s in (change.site, site))
+    if len(theirs) != len(ours) or any(p is not q for p, q in zip(theirs, ours, strict=True)):
+        return False
+    pairs = zip(change.own, own, strict=False)
+    same = all(s == t and torch.equal(a.delta(change.site), b.delta(site)) for (a, s), (b, t) in pairs)
+    return same and len(change.own) == len(own)
 
 
 def total_change(site: Site, own: list[tuple[Delta, float]]) -> Tensor:
@@ -175,7 +200,7 @@ def foresee(
 ) -> Verdict:
     """Returns the verdict on a merge without writing. dtype: to merge into, each layer's own unless given."""
     kept, squared_error, squared_norm = [], 0.0, 0.0
-    for site, own in _layer_changes(model, wanted):
+    for site, own, _ in _layer_changes(model, wanted):
         change, W = total_change(site, own), site.weight()
         after = precise(W) + change
         stored = site.stored(after) if dtype is None else after.to(dtype)
@@ -187,22 +212,13 @@ def foresee(
 
 
 @torch.no_grad()
-def _write(model: nn.Module, wanted: Mapping[str, float]) -> None:
-    for site, own in _layer_changes(model, wanted):
-        if site.is_matrix:
-            _untie(model, site)
+def _write(model: nn.Module, wanted: Mapping[str, float]) -> Ties:
+    """Writes all changes and returns the ties that were cut; a layer that shares its weight gets a copy."""
+    ties = Ties()
+    for site, own, twins in _layer_changes(model, wanted):
+        ties.cut(model, [site.module, *twins])
         site.set_weight(precise(site.weight()) + total_change(site, own))
-
-
-def _untie(model: Any, site: Site) -> None:
-    """Gives a layer that shares its weight a copy of its own, so that only this one changes."""
-    if site.name not in tied(dict(model.named_modules())):
-        return
-    weight = site.module.weight
-    site.module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    config = getattr(model, "config", None)
-    if config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # transformers would tie them again on loading
+    return ties
 
 
 @torch.no_grad()

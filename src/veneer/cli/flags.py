@@ -12,7 +12,8 @@ import typer
 from rich.markup import escape
 
 from veneer import methods, optim, settings
-from veneer.cli.panels import panel_of, place
+from veneer.cli import panels
+from veneer.cli.panels import OTHER, panel_of, place
 from veneer.methods.base.described import helps_of, option_helps
 from veneer.train.run import Run
 
@@ -41,13 +42,14 @@ class Flag(NamedTuple):
     argument: bool = False
     into: str = ""
     key: str = ""
+    panel: str = OTHER
 
 
 def of_settings(kind: type) -> list[Flag]:
     """Returns a flag for every field of a settings dataclass but those that hold options."""
     rows = settings.table(kind).values()
     return [
-        Flag(s.name, s.hint, f"{s.help}{shown_default(s.default)}", s.unit)
+        Flag(s.name, s.hint, s.help + shown_default(s.default), s.unit, panel=panel_of(s.name, s.panel))
         for s in rows
         if s.name not in KINDS
     ]
@@ -78,7 +80,8 @@ def of_methods() -> list[Flag]:
             if key in OF_THE_RUN:
                 continue
             name = flag_of_method(method, key)
-            before = found.setdefault(name, Flag(name, p.annotation, "", into=METHOD, key=key))
+            panel = panel_of(name, panels.METHOD)
+            before = found.setdefault(name, Flag(name, p.annotation, "", into=METHOD, key=key, panel=panel))
             if before.hint != p.annotation:
                 other = f"of {before.owners} a {before.hint}"
                 raise TypeError(f"option {key!r} of method {method!r} is a {p.annotation}, {other}")
@@ -111,7 +114,8 @@ def of_optimisers() -> list[Flag]:
         for option, p in known.items():
             text = f"{helps.get(option, '')}{shown_default(p.default)}"
             flag = f"{name}_{option}".replace("-", "_")
-            made.append(Flag(flag, p.annotation, text, owners=(name,), into=OPTIMISER, key=option))
+            own = Flag(flag, p.annotation, text, owners=(name,), into=OPTIMISER, key=option)
+            made.append(own._replace(panel=panels.OPTIMISER))
     return made
 
 
@@ -162,7 +166,7 @@ def _info(flag: Flag) -> Any:
         help=text,
         show_default=False,
         metavar=None if flag.hint is bool else f"<{unit}>",
-        rich_help_panel=panel_of(flag.name, KINDS.get(flag.into, "")),
+        rich_help_panel=flag.panel,
     )
 
 

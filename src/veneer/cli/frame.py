@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 
 from typer.exceptions import Abort, TyperException
 
-from veneer.errors import VeneerError
+from veneer.errors import PEERS, VeneerError, in_flags
 
 # Optional packages, and the extra of Veneer that brings each.
 EXTRAS = {
@@ -55,31 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-# Advice to Python's callers that has a flag: allow=('a', 'b'), allow 'a', force=True, packing=False.
-ALLOW = re.compile(r"\ballow(?:=\(| |=)((?:'[^']+'(?:, )?)+)(?:,?\))?")
-SWITCH = re.compile(r"\b(force|resume|untie|packing)=(True|False)\b(?! \(--)")
-
-
-def in_flags(message: str) -> str:
-    """The message with its advice in flags: allow=('base', 'zero') is --allow base --allow zero, force=True
-    is --force.
-    """
-    message = ALLOW.sub(
-        lambda m: " ".join(f"--allow {word}" for word in re.findall(r"'([^']+)'", m[1])), message
-    )
-    return SWITCH.sub(lambda m: f"--{'' if m[2] == 'True' else 'no-'}{m[1]}", message)
-
-
 def explain(e: Exception) -> tuple[str, int]:
     """Returns the message for the user, and the exit code."""
     if isinstance(e, VeneerError):
-        return in_flags(str(e)), e.exit_code
+        return in_flags(e.text), e.exit_code
     if isinstance(e, TyperException):
         context = getattr(e, "ctx", None)
-        return (
-            f"{e.format_message()}\nsee {context.command_path if context else 'veneer'} --help",
-            e.exit_code,
-        )
+        path = context.command_path if context else "veneer"
+        return f"{_usage(e)}\nsee {path} --help", e.exit_code
     if isinstance(e, Abort):
         return "stopped", STOPPED
     package = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
@@ -88,3 +70,15 @@ def explain(e: Exception) -> tuple[str, int]:
     where = traceback.extract_tb(e.__traceback__)[-1]
     place = f"{os.path.basename(where.filename)}, line {where.lineno}"
     return f"{type(e).__name__} in {place}: {e}\nunexpected error; rerun with --debug for the traceback", 1
+
+
+def _usage(e: TyperException) -> str:
+    """Returns the message of wrong usage, with our name for a flag of another program's."""
+    given, context = getattr(e, "option_name", None), getattr(e, "ctx", None)
+    if given is None or context is None:
+        return e.format_message()
+    flags = {o.lstrip("-").replace("-", "_") for p in context.command.params for o in p.opts}
+    ours = PEERS.get(given.lstrip("-").replace("-", "_"), "")
+    if ours not in flags:
+        return e.format_message()
+    return f"No such option: {given}; it is called --{ours.replace('_', '-')} here"

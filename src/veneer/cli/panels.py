@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+START, METHOD, OPTIMISER, SPEED, OUTPUT = (
+    "To begin with",
+    "Method",
+    "Optimiser",
+    "Speed and memory",
+    "Output",
+)
+OTHER = "Options"
+ORDER = (START, "Data", "Model", METHOD, OPTIMISER, "Schedule", "Evaluation", SPEED, OUTPUT, OTHER)
 
-START, DATA, MODEL, METHOD = "To begin with", "Data", "Model", "Method"
-OPTIMISER, SCHEDULE, EVALUATION = "Optimiser", "Schedule", "Evaluation"
-SPEED, OUTPUT, OTHER = "Speed and memory", "Output", "Options"
-ORDER = (START, DATA, MODEL, METHOD, OPTIMISER, SCHEDULE, EVALUATION, SPEED, OUTPUT, OTHER)
-
-# The settings of a run; options of methods and optimisers are in the panels of these.
-PANELS: Mapping[str, str] = {
-    name: panel
-    for panel, names in {
-        START: "data model out config method rank to lr steps batch",
-        DATA: "valid test known length overlong empty packing columns prompt_template chat_template"
-        " train_on train_roles train_turns stream buffer",
-        MODEL: "untie exclude quantise device",
-        METHOD: "rank_pattern alpha_pattern calibration",
-        OPTIMISER: "optimiser embedding_lr weight_decay betas clip label_smoothing seed",
-        SCHEDULE: "epochs schedule warmup accumulate",
-        EVALUATION: "eval_every eval_windows report",
-        SPEED: "precision compile gradient_checkpointing cache_frozen probe",
-        OUTPUT: "save_every keep track resume allow",
-    }.items()
-    for name in names.split()
-}
+# The ten flags that most runs need.
+FIRST = ("config", "data", "model", "method", "rank", "to", "lr", "steps", "batch", "out")
 
 
-def panel_of(name: str, kind: str = "") -> str:
-    """Returns the panel of a setting, or of an option of a "method" or an "optimiser"."""
-    own = {"method": METHOD, "optimiser": OPTIMISER}.get(kind, OTHER)
-    return PANELS.get(name, own)
+def panel_of(name: str, own: str = "") -> str:
+    """Returns the panel of a run's setting or option, `own` if it is not among the first ones."""
+    return START if name in FIRST else own or OTHER
 
 
 def place(panel: str | None) -> int:

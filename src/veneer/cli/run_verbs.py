@@ -10,7 +10,7 @@ import typer
 
 from veneer.cli import flags, given
 from veneer.cli.calls import Call, Json, show
-from veneer.cli.panels import panel_of
+from veneer.cli.panels import SPEED, panel_of
 from veneer.cli.words import Debug
 
 if TYPE_CHECKING:
@@ -39,10 +39,7 @@ Configs = Annotated[
     ),
 ]
 Probe = Annotated[
-    bool,
-    typer.Option(
-        help="Measure seconds and bytes in five steps, in memory.", rich_help_panel=panel_of("probe")
-    ),
+    bool, typer.Option(help="Measure seconds and bytes in five steps, in memory.", rich_help_panel=SPEED)
 ]
 Action = Annotated[
     Literal["show", "check"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 
-from veneer.errors import FormatError, first_few
+from veneer.errors import FormatError, first_few, option
 
 
 class Leftovers:
@@ -30,6 +30,6 @@ class Leftovers:
         """Returns the names dropped by permission. Raises FormatError for the rest."""
         if self.refused:
             lines = [f"- {why}: {first_few(names)}" for why, names in self.refused.items()]
-            hint = "to drop entries, name them: allow=('..',); * matches any text"
+            hint = f"to drop entries, name them: {option('allow', ('..',))}; * matches any text"
             raise FormatError("\n".join([f"{where} holds entries that cannot be converted:", *lines, hint]))
         return tuple(self.left_out)

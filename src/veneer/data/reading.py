@@ -9,7 +9,7 @@ from typing import Literal
 from veneer.data.chat import templates
 from veneer.data.forms import shape
 from veneer.data.forms.shape import Shape, template_of
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, option
 from veneer.settings import REQUIRED, Range, Settings, about, setting
 
 AUTO: Literal["auto"] = "auto"
@@ -51,14 +51,16 @@ class Texts(Settings):
         """Yields a sentence for every value out of range or contradiction."""
         yield from Range("1 or more", ("buffer",), 1).problems(self)
         if not self.data:
-            yield "data must name a text, got none; give files (.txt, .jsonl), builtin:prose or builtin:c"
+            data = option("data")
+            yield f"{data} must name a text, got none; give files (.txt, .jsonl), builtin:prose or builtin:c"
         if self.buffer != Texts.buffer and not self.stream:
-            yield f"buffer {self.buffer} applies to a stream only; set stream=True, or leave buffer out"
+            stream, buffer = option("stream", True), option("buffer")
+            yield f"{buffer} {self.buffer} applies to a stream only; set {stream}, or leave {buffer} out"
         for name in ("valid", "known"):
             given = getattr(self, name)
             if NO_TEXT in given and len(given) > 1:
                 others = ", ".join(k for k in given if k != NO_TEXT)
-                yield f"{name} must be {NO_TEXT!r} or texts, got both ({others}); give one of them"
+                yield f"{option(name)} must be {NO_TEXT!r} or texts, got both ({others}); give one of them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +115,10 @@ class Reading(Settings):
             yield from Range("1 or more", ("length",), 1).problems(self)
         yield from shape.problems(self.columns, self.shape.template)
         if self.train_on == "all" and self.train_roles != Reading.train_roles:
-            yield "train_roles chooses turns, but train_on='all' learns all of them; leave one of them out"
+            roles, on = option("train_roles"), option("train_on", "all")
+            yield f"{roles} chooses turns, but {on} learns all of them; leave one of them out"
         if self.train_on == "all" and self.train_turns != Reading.train_turns:
-            yield "train_turns chooses turns, but train_on='all' learns all of them; leave one of them out"
+            turns, on = option("train_turns"), option("train_on", "all")
+            yield f"{turns} chooses turns, but {on} learns all of them; leave one of them out"
         if not self.train_roles:
-            yield "train_roles must name a role, got none; the usual one is assistant"
+            yield f"{option('train_roles')} must name a role, got none; the usual one is assistant"

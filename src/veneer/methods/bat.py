@@ -8,7 +8,7 @@ published number for "Bone" may mean either. PEFT has it as MiSS with init_weigh
 Parameters: r x out a layer, as many as MiSS of that rank.
 State: B.
 Cost: every pass builds W' - W by out x in x r products and multiplies by it like by another weight. The
-backward builds it again instead of keeping it. Merged: none. A quantised W is unpacked in every pass.
+backward builds it again instead of keeping it; merged: none. A quantised W is unpacked in every pass.
 Use: to repeat results published under that name. The change has full rank, but depends on W itself.
 Against: no comparison at learning rates tuned for each method; r must divide both sides of every layer.
 """

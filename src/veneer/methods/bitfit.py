@@ -5,7 +5,7 @@ names linear layers without one, these get a bias while the adapter acts; it can
 
 Parameters: every bias, about a thousandth of the model.
 State: the changes of the biases.
-Cost: one addition per number. Merged: none. The backward keeps nothing of a layer's input.
+Cost: one addition per number; merged: none. The backward keeps nothing of a layer's input.
 Use: a baseline; the smallest change that reaches all layers.
 Against: below LoRA on all but small tasks in the LoRA paper; PEFT has no such method.
 """

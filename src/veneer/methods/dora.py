@@ -5,8 +5,8 @@ B A turns each row of the weight, m sets its length.
 
 Parameters: LoRA's, and out.
 State: LoRA's, and m.
-Cost: LoRA's, and a product W A' of rank r in every pass for the norms, whatever the number of tokens. Merged:
-none.
+Cost: LoRA's, and a product W A' of rank r in every pass for the norms, whatever the number of tokens;
+merged: none.
 Use: in place of LoRA at low ranks, where the paper finds most of its gain.
 Against: slower than LoRA in training. The change has full rank, so converting it to plain LoRA truncates it.
 vLLM does not read it. Variants of LoRA with tuned learning rates ended within 1 to 2 % of each other

@@ -11,7 +11,7 @@ A at random
 signs: the start is the base, and no two ranks are alike. (The paper starts with ones everywhere; then all
 ranks stay equal for ever.)
 Cost: two multiplications per number at rank 1. Above rank 1, r more products with W for few rows; for many
-rows, W' - W is built in every pass and applied in one product, and built again in the backward. Merged: none.
+rows, W' - W is built in every pass and applied in one product, and built again in the backward; merged: none.
 Use: rank 1, with another adapter for every example.
 Against: cannot change a weight that is zero, and LoRA cannot express it: the two have different expressive
 power. Above rank 1 it costs more than a batched LoRA of the same rank wherever products of small matrices run

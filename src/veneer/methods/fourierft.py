@@ -10,7 +10,7 @@ a trained core between frozen waves, a LoRA with frozen A. The grid is not in th
 Parameters: n a layer.
 State: the coefficients and the frequencies, which are not drawn again.
 Cost: fast transforms of the layer's inputs and outputs, forward and backward; if W is smaller than these, of
-the coefficients. No matrix of W's size is kept. The grid costs a LoRA of twice its columns. Merged: none.
+the coefficients. No matrix of W's size is kept. The grid costs a LoRA of twice its columns; merged: none.
 Use: very small files; the grid if speed matters.
 Against: learned next to nothing at its defaults in PEFT's comparison on MetaMathQA. Random frequencies have
 no structure in common with text: it needs many more steps or a larger rate than LoRA.

@@ -2,8 +2,8 @@
 
 Parameters: all of the model's, or those of the modules that `to` names and of all inside them.
 State: W' - W in float32, of the size of the trained parameters.
-Cost: gradient and optimiser state of every parameter. As an adapter, W + D is built in every pass. Merged:
-none.
+Cost: gradient and optimiser state of every parameter. As an adapter, W + D is built in every pass;
+merged: none.
 Use: much to learn, and enough memory; the reference for other methods.
 Against: with AdamW four times the memory of the weights, and a file of the model's size for every task.
 """

@@ -6,7 +6,7 @@ on the first two layers, a gain c of inputs on the third.
 
 Parameters: out or in of each of these layers.
 State: the gains.
-Cost: one multiplication per number. Merged: none. As in the paper a layer's bias is multiplied too, so keys
+Cost: one multiplication per number; merged: none. As in the paper a layer's bias is multiplied too, so keys
 and values of layers with a bias (BERT, GPT-2, Qwen 2) cannot be merged into the weight alone.
 Use: thousands of adapters; few examples.
 Against: only scales existing features; below LoRA if there is enough data to learn from. Several active

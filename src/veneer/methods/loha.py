@@ -8,7 +8,7 @@ at zero.
 Parameters: 2 r (in + out) a layer.
 State: A1, B1, A2, B2.
 Cost: a LoRA of rank r^2 while its factors are smaller than W. Above that every pass builds W' - W, and the
-backward builds it again. Merged: none.
+backward builds it again; merged: none.
 Use: adapters of image models (LyCORIS); a change of higher rank than LoRA's at the same size.
 Against: at r^2 near the width as expensive as another layer. Its numbers are products of four, so it wants a
 larger rate than LoRA's. Published comparisons use one rate for both.

@@ -8,7 +8,7 @@ written. `basis="svd"` replaces L and U by the leading singular vectors.
 Parameters: r + 1 a layer.
 State: z, sigma, and the frozen factors with their start, r (in + out) numbers: another machine could pivot
 differently.
-Cost: a LoRA of rank r without its gradients. The backward keeps r numbers per token. Merged: none.
+Cost: a LoRA of rank r without its gradients. The backward keeps r numbers per token; merged: none.
 Use: very few trained numbers, with basis "svd", at about 60 times the rate of "lu" (on the built-in model
 0.128 against 0.002, the default there). Basis "lu" repeats the paper.
 Against: the first r pivots of an LU do not approximate W; the singular vectors are the best. L and U are not

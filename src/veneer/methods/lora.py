@@ -5,7 +5,7 @@ B0 A0 is the start of B A. It is zero for most starts.
 Parameters: r (in + out) a layer.
 State: A and B. A start other than zero adds A0 and B0.
 Cost: two products of rank r per token, of rank 2 r with a start other than zero. The backward keeps the
-layer's input, for A's gradient, and r numbers per token. Merged: none.
+layer's input, for A's gradient, and r numbers per token; merged: none.
 Use: first. A tuned learning rate gains more than the choice among LoRA's relatives.
 Against: the change has rank r at most, too little for large amounts of new material.
 """

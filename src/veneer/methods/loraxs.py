@@ -6,8 +6,8 @@ Here R starts at zero, which has a gradient too and equals the base exactly.
 
 Parameters: r^2 a layer, whatever its width.
 State: R and the frozen factors; the randomised decomposition is not repeated.
-Cost: a LoRA of rank r without the gradients of its factors. The backward keeps r numbers per token. Merged:
-none.
+Cost: a LoRA of rank r without the gradients of its factors. The backward keeps r numbers per token;
+merged: none.
 Use: many adapters of one base, or little memory for the optimiser's moments.
 Against: the change stays within the leading directions of W. Full fine-tuning also moves in the others.
 """

@@ -9,7 +9,7 @@ the name Bone for this method and for another one (see bat).
 Parameters: r x out a layer, or r x mini; about as many as a LoRA of half the rank.
 State: D; A follows from the shapes.
 Cost: the products of a LoRA of this rank without A's gradient, so the backward keeps r numbers per token
-instead of the layer's whole input. Merged: none.
+instead of the layer's whole input; merged: none.
 Use: if activations limit the memory of a training.
 Against: the paper compares all methods at one learning rate, at which MiSS moves the weights several times as
 far as LoRA in its first steps; a sweep for each method is not published. The change has rank r at most, as

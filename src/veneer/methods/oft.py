@@ -9,7 +9,7 @@ own value. A series with an even number of terms is far closer to a rotation tha
 
 Parameters: in (b - 1) / 2 a layer, or b (b - 1) / 2 with shared blocks.
 State: the upper triangles of Q.
-Cost: a product of the input with blocks of side b, forward and backward, in front of the layer. Merged: none.
+Cost: a product of the input with blocks of side b, forward and backward, in front of the layer; merged: none.
 Use: to keep the angles between the weights of a layer, and with them more of the base's abilities. The
 strength dial multiplies Q, which keeps R a rotation.
 Against: it cannot be combined with other adapters at low rank. Beside others, and at strengths other than 1,
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from veneer.errors import ConfigError, FormatError
 from veneer.methods.base.checks import check_divides
 from veneer.methods.base.delta import Delta, master_dtype
-from veneer.methods.base.factors import ROWWISE
 from veneer.methods.base.options import build
 from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
 from veneer.methods.base.turning import Turning, turned_size
@@ -81,8 +80,8 @@ class OFT(Turning, PeftStored):
         return rotations.turn(T, (D.mT if back else D).to(T.dtype))
 
     def to_peft(self, site: Site) -> PeftForm | None:
-        if site.kind not in (*ROWWISE, "embedding"):
-            return None  # PEFT's forward of a convolution is not its merge
+        if site.kind not in ("linear", "embedding"):
+            return None  # PEFT's forward of a convolution is not its merge, and Conv1D it refuses
         config = {
             "peft_type": "OFT",
             "oft_block_size": self.block,

@@ -9,7 +9,7 @@ Parameters: r + out a layer.
 State: b and d, and A and B once for all layers (in PEFT's layout; beside changes that PEFT cannot express, in
 every layer).
 Cost: a LoRA of the same rank, which is large here, without the gradients of its factors. The backward keeps r
-numbers per token. Every layer holds its part of A and B in memory. Merged: none.
+numbers per token. Every layer holds its part of A and B in memory; merged: none.
 Use: many adapters of one base with small files.
 Against: as much computation as a LoRA of a rank far above the usual one. Random directions are not those of
 the data: a larger rate and more steps are needed.
@@ -29,7 +29,7 @@ from veneer.methods.base.delta import Delta, FactoredDelta, master_dtype
 from veneer.methods.base.factors import ROWWISE, Factors
 from veneer.methods.base.options import build
 from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
-from veneer.ops.draws import keyed
+from veneer.ops.draws import unit_rows
 from veneer.sites import Site
 
 
@@ -64,8 +64,12 @@ class VeRA(FactoredDelta, PeftStored):
         check_dropout(dropout)
         self.dropout, self.scale = dropout, 2 / math.sqrt(site.in_ * rank)
         dtype, device = master_dtype(site), site.device
-        self.register_buffer("A", _draw(site.in_, rank, seed, "A").mT.to(device, dtype).contiguous())
-        self.register_buffer("B", _draw(site.out, rank, seed, "B").to(device, dtype))
+        A, B = (
+            unit_rows(n, rank, seed, f"vera {which} {rank}")
+            for which, n in (("A", site.in_), ("B", site.out))
+        )
+        self.register_buffer("A", A.mT.to(device, dtype).contiguous())
+        self.register_buffer("B", B.to(device, dtype))
         self.b = nn.Parameter(torch.zeros(site.out, dtype=dtype, device=device))
         self.d = nn.Parameter(torch.full((rank,), float(start), dtype=dtype, device=device))
 
@@ -116,9 +120,3 @@ class VeRA(FactoredDelta, PeftStored):
             delta.b.copy_(tensors["vera_lambda_b"])
             delta.d.copy_(tensors["vera_lambda_d"] / delta.scale)
         return delta
-
-
-def _draw(rows: int, rank: int, seed: int, which: str) -> Tensor:
-    """Returns (rows, r) numbers of variance 1: the first rows of an endless matrix that is drawn row by
-    row."""
-    return (torch.rand(rows, rank, generator=keyed(seed, f"vera {which} {rank}")) * 2 - 1) * math.sqrt(3)

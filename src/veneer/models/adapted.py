@@ -17,7 +17,7 @@ from veneer.adapt.peft.settings import CONFIG as PEFT_CONFIG
 from veneer.adapt.store import manifest, store
 from veneer.adapt.store.folder import adapter_folder, holds_one
 from veneer.adapt.switch import using
-from veneer.errors import ConfigError, first_few
+from veneer.errors import ConfigError, first_few, option
 from veneer.files import read_json
 from veneer.models import pretrained
 from veneer.sites import changed
@@ -127,8 +127,8 @@ def format_of(wanted: Sequence[Wanted], base: str) -> str | None:
     formats = forms.get("quantised", [])
     if forms.keys() - {"quantised", held.name if held else "quantised"}:
         raise ConfigError(
-            f"model: the adapters' base is {changed.in_words(forms)}, {base!r} is plain; give the base's "
-            "folder (--model)"
+            f"model: the adapters' base is {changed.in_words(forms)}, {base!r} is plain; give the base's"
+            f" folder by {option('model')}"
         )
     return formats[0] if len(formats) == 1 else None
 

@@ -18,7 +18,7 @@ from veneer.compress.store import save_quantised
 from veneer.data.chat import templates
 from veneer.data.order import Order
 from veneer.data.pack import Window
-from veneer.errors import FormatError
+from veneer.errors import FormatError, option
 from veneer.models import machine, pretrained
 from veneer.ops.draws import keyed
 from veneer.runs import base_model, card, report
@@ -195,7 +195,8 @@ def _finish(ready: Ready, out: Path, position: Position, after: dict[str, float]
     except (OSError, SafetensorError) as e:
         where = out / layout.ADAPTER
         raise NotSaved(
-            f"the adapter could not be written to {where}: {e}; the checkpoints are kept: resume=True tries again"
+            f"the adapter could not be written to {where}: {e};"
+            f" the checkpoints are kept: {option('resume', True)} tries again"
         ) from e
     results = {
         **{name: getattr(run, name) for name in ("model", "method", "optimiser", "lr")},

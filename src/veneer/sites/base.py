@@ -24,6 +24,7 @@ class Site(ABC):
         True  # whether W is a linear map of the layer's input, which other matrices can take the place of
     )
     acts_by_hook: ClassVar[bool] = True  # whether a change is added to the layer's output by a hook on it
+    swaps_weights: ClassVar[bool] = False  # True if a change acts by running the module with other weights
     is_packed: ClassVar[bool] = (
         False  # whether W is kept in a format of few bits, from which it is unpacked when asked for
     )
@@ -73,12 +74,12 @@ class Site(ABC):
     def stamp(self) -> tuple[Any, ...] | None:
         """Returns a value that changes when W is written to or replaced, or None under a tracer.
 
-        Writes through `.data` that keep the storage leave no trace.
+        Casts and moves are no writes; those through `.data` leave no trace.
         """
         own = list(self.module.parameters(recurse=False))
         if not all(type(p) is nn.Parameter for p in own):
             return None
-        return tuple((id(p), p.data_ptr(), -1 if p.is_inference() else p._version) for p in own)
+        return tuple((id(p), -1 if p.is_inference() else p._version) for p in own)
 
     def mix(self, h: Tensor, B: Tensor) -> Tensor:
         """A mix of channels of apply's output: k -> out by B (out, k)."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
-from veneer.errors import SiteError, first_few, suggest
+from veneer.errors import SiteError, first_few, option, suggest
 from veneer.sites.base import Site
 from veneer.sites.conv import ConvSite
 from veneer.sites.embedding import EmbeddingSite
@@ -245,5 +245,5 @@ def _tied(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
             yield (
                 f"{n!r} shares its weight with {first_few(ties[n])}, and merging a change of one would"
                 f" change both; "
-                f"leave it out, or pass untie=True to adapt this one alone"
+                f"leave it out, or pass {option('untie', True)} to adapt this one alone"
             )

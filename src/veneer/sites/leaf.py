@@ -1,6 +1,9 @@
-"""A module's own parameters as one flat vector: what full fine-tuning changes, norms and biases included."""
+"""A module's own parameters as one flat vector: the site of full fine-tuning, norms and biases included."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +13,15 @@ from veneer.sites.base import Site
 
 
 class LeafSite(Site):
-    """W is (n, 1): all parameters that `module` holds itself, in their order."""
+    """W is (n, 1): all parameters that `module` holds itself, in their order.
+
+    A change acts inside the module, which runs once with W' in place of W, whatever its arguments and outputs are.
+    """
 
     kind = "leaf"
     is_matrix = False
     factored = False
+    swaps_weights: ClassVar[bool] = True
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.parameters = [n for n, _ in module.named_parameters(recurse=False)]
@@ -24,7 +31,7 @@ class LeafSite(Site):
         return torch.cat([self.module.get_parameter(n).reshape(-1, 1) for n in self.parameters])
 
     def split(self, W: Tensor) -> dict[str, Tensor]:
-        """W (n, 1) as the parameters by their names in the module, in the module's dtypes."""
+        """Returns W (n, 1) as the parameters by their names in the module, in the module's dtypes."""
         like = [self.module.get_parameter(n) for n in self.parameters]
         parts = torch.split(W.flatten(), [p.numel() for p in like])
         return {
@@ -36,11 +43,19 @@ class LeafSite(Site):
         for n, part in self.split(W).items():
             self.module.get_parameter(n).copy_(part)
 
+    def put(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Puts other tensors in the parameters' places and returns the former ones; nothing is written."""
+        own = self.module._parameters
+        before = {n: own[n] for n in values}
+        own.update(values)
+        if isinstance(self.module, nn.RNNBase):  # reads a list of its own
+            self.module._flat_weights = [getattr(self.module, n) for n in self.module._flat_weights_names]
+        return before
+
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
-        """The module's output on x with its parameters replaced by M (n, 1)."""
-        y: Tensor = functional_call(
-            _Bare(self.module), {f"inner.{n}": p for n, p in self.split(M).items()}, (x,)
-        )
+        """Returns the module's output on x with its parameters replaced by M (n, 1), without hooks."""
+        given = {f"inner.{n}": p for n, p in self.split(M).items()}
+        y: Tensor = functional_call(_Bare(self.module), given, (x,))
         return y
 
     def drop(self, x: Tensor, p: float) -> Tensor:

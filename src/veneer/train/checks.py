@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.adapt import calls
 from veneer.data.pack import Window
-from veneer.errors import ConfigError, DataError, SiteError, first_few
+from veneer.errors import ConfigError, DataError, SiteError, first_few, option
 
 PROBE = 8  # tokens of each of the two texts that are packed together for a look
 
@@ -62,7 +62,7 @@ def check_packing(model: nn.Module) -> None:
         alone = _logits(model, second[None], None)[0]
     except TypeError as e:
         raise ConfigError(
-            f"this model takes no position_ids, which packing needs ({e}); use packing=False"
+            f"this model takes no position_ids, which packing needs ({e}); use {option('packing', False)}"
         ) from None
     finally:
         model.train(training)
@@ -72,7 +72,7 @@ def check_packing(model: nn.Module) -> None:
     if seen > 4 * eps * size or moved > 32 * eps * size:
         what = "see each other" if seen > 4 * eps * size else "see their place in the window"
         raise ConfigError(
-            f"in a {type(model).__name__}, texts packed into one window {what}; use packing=False"
+            f"in a {type(model).__name__}, texts packed into one window {what}; use {option('packing', False)}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, option
 
 # Rates by (method or "adapter", optimiser). The built-in model's come from validation sweeps:
 # bench/demo_rates.py for full fine-tuning, LoRA and LoRA+, bench/optimiser_rates.py for the other optimisers.
@@ -52,7 +52,7 @@ def default(method: str, optimiser: str, builtin: bool, init: str = "") -> float
         if measured
         else ""
     )
-    raise ConfigError(f"no rate is known for {optimiser!r} on this model; give lr (--lr){hint}")
+    raise ConfigError(f"no rate is known for {optimiser!r} on this model; give {option('lr')}{hint}")
 
 
 def _own(method: str, optimiser: str, known: dict[str, float]) -> float:
@@ -60,8 +60,8 @@ def _own(method: str, optimiser: str, known: dict[str, float]) -> float:
         return known[method]
     hint = f"; AdamW's on the built-in model is {OWN_BUILTIN[method]:g}"
     raise ConfigError(
-        f"no rate is known for method {method!r} and optimiser {optimiser!r} on this model; give lr"
-        f" (--lr){hint}"
+        f"no rate is known for method {method!r} and optimiser {optimiser!r} on this model; give"
+        f" {option('lr')}{hint}"
     )
 
 

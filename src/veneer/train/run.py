@@ -11,7 +11,7 @@ import torch
 
 from veneer import methods, optim, settings
 from veneer.data.reading import Reading, Texts
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, option
 from veneer.methods import inits
 from veneer.train.parts.change import Base, Change
 from veneer.train.parts.options import unsuitable
@@ -70,7 +70,7 @@ class Run(Place, Speed, Evaluation, Steps, Updates, Change, Base, Reading, Texts
                 if isinstance(values.get(key), Mapping) and inside[key] != ()
                 for sentence in unsuitable(owner, values[key], inside[key])
             ]
-            raise ConfigError("\n".join(dict.fromkeys([*str(e).splitlines(), *more]))) from None
+            raise ConfigError("\n".join(dict.fromkeys([*e.text.splitlines(), *more]))) from None
 
     @classmethod
     def from_yaml(cls, file: str | Path) -> Run:
@@ -83,9 +83,11 @@ class Run(Place, Speed, Evaluation, Steps, Updates, Change, Base, Reading, Texts
 
 def _of_speed(run: Run) -> Iterator[str]:
     if run.stream and run.steps is None:
-        yield "stream needs steps: the length of an epoch is unknown until its end; give steps"
+        stream, steps = option("stream"), option("steps")
+        yield f"{stream} needs {steps}: the length of an epoch is unknown until its end"
     if run.stream and run.cache_frozen:
-        yield "cache_frozen needs all examples at the start, which a stream lacks; leave one of them out"
+        cache, stream = option("cache_frozen"), option("stream")
+        yield f"{cache} needs all examples at the start, which {stream} lacks; leave one of them out"
 
 
 def _of_full(run: Run) -> Iterator[str]:
@@ -93,13 +95,15 @@ def _of_full(run: Run) -> Iterator[str]:
         return
     if run.quantise is not None:
         yield (
-            f"quantise {run.quantise!r} keeps the base as codes, which method 'full' cannot train;"
+            f"{option('quantise')} {run.quantise} keeps the base as codes, which method 'full' cannot train;"
             " leave it out, or train an adapter"
         )
     if run.cache_frozen:
-        yield "cache_frozen needs blocks below the first adapted one; method 'full' trains all: leave it out"
+        cache = option("cache_frozen")
+        yield f"{cache} needs blocks below the first adapted one; method 'full' trains all: leave it out"
     if run.untie:
-        yield "untie is for adapters; method 'full' trains the weight that tied layers share: leave it out"
+        untie = option("untie")
+        yield f"{untie} is for adapters; method 'full' trains the weight that tied layers share: leave it out"
 
 
 def _of_start(run: Run) -> Iterator[str]:
@@ -109,9 +113,11 @@ def _of_start(run: Run) -> Iterator[str]:
     if init not in inits.available() or inits.get(init).NEEDS != "residual":
         return
     if run.quantise is None:
-        yield f"init {init!r} compensates for quantisation and needs a quantised base; add quantise='nf4'"
+        nf4 = option("quantise", "nf4")
+        yield f"{option('init')} {init} compensates for quantisation and needs a quantised base; add {nf4}"
     if run.untie:
-        yield f"init {init!r} is for quantised layers, and tied ones stay unquantised; leave untie out"
+        untie = option("untie")
+        yield f"{option('init')} {init} is for quantised layers, and tied ones are not; leave {untie} out"
 
 
 def _of_optimiser(run: Run) -> Iterator[str]:
@@ -123,17 +129,17 @@ def _of_optimiser(run: Run) -> Iterator[str]:
         if missing := sorted(set(needed) - roles):
             yield (
                 f"{owner} needs factors {' and '.join(sorted(needed))}, and method {run.method!r} lacks"
-                f" {' and '.join(missing)}; use optimiser 'adamw'"
+                f" {' and '.join(missing)}; use {option('optimiser', 'adamw')}"
             )
     if list(unsuitable(owner, run.optimiser_options, optim.options_of(run.optimiser))):
         return
     try:
         doubts = optim.make(run.optimiser, **run.optimiser_options).doubts
     except ConfigError as e:
-        yield f"{owner}: {e}"
+        yield f"{owner}: {e.text}"
     else:
         yield from (
-            f"{owner}: {sentence}, or allow {check!r}"
+            f"{owner}: {sentence}, or pass {option('allow', check)}"
             for check, sentence in doubts.items()
             if check not in run.allow
         )

@@ -19,7 +19,7 @@ from veneer.analyse.page.run_report import REPORT
 from veneer.data.pack import Window
 from veneer.data.reading import Reading
 from veneer.embedded.texts import DOMAINS, describe, domain, has, known
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, option
 from veneer.models import machine, pretrained
 from veneer.runs.dial import STRENGTHS, Point, dial, recommend
 from veneer.runs.fit import fit
@@ -84,7 +84,9 @@ def demo(
         try:
             result = fit(run, progress=progress)
         except ConfigError as e:
-            raise ConfigError(f"{e}\nor remove what an earlier demo left there: fresh=True (--fresh)") from e
+            raise ConfigError(
+                f"{e.text}\nor remove an earlier demo's files by {option('fresh', True)}"
+            ) from e
         with voice.phase("measuring strengths"):
             rows.append(judge.row(target, label, result))
     results = {

@@ -18,7 +18,7 @@ from veneer.adapt.probe import TOLERANCE
 from veneer.adapt.probe_inputs import default_inputs
 from veneer.adapt.switch import using
 from veneer.compress.quantise import dequantise
-from veneer.errors import ConfigError, NotMergeable, first_few
+from veneer.errors import ConfigError, NotMergeable, first_few, option
 from veneer.files import making, write_json
 from veneer.models import adapted, pretrained
 from veneer.models.expand import expand
@@ -92,7 +92,7 @@ def export(
         if off is not None and not off <= found.allowed and not force:
             raise NotMergeable(
                 f"the exported model does something else than base and adapters: reloaded, its outputs are {off:.2g} off, and"
-                f" {found.allowed:g} is what {name} explains; use dtype fp32, or pass force=True"
+                f" {found.allowed:g} is what {name} explains; use {option('dtype', 'fp32')}, or pass {option('force', True)}"
             )
         write_json(folder / RECORD, found.as_dict())
     return found

@@ -55,8 +55,9 @@ def to_changes(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]
     problems = (
         [Problem("targets", text)] if 0 < len(idle) < len(config["target_modules"]) else []
     )  # all of them: reported below
-    sites = _sites(model, [n for n in names if targeted(config, n)], config, problems)
+    sites, refused = _sites(model, [n for n in names if targeted(config, n)], config, problems)
     changes, used = _adapted(kind, sites, source._replace(config=config), problems)
+    used |= {k for k in tensors if any(k.startswith(f"{PREFIX}{n}.") for n in refused)}
     for name in outermost(wrapped(config, names)):
         changes += whole_module(model, name, tensors, used, problems)
     problems += _left_over(model, {k: t for k, t in tensors.items() if k not in used})
@@ -125,8 +126,13 @@ def _of_site(tensors: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
     return {k.removeprefix(lead): t for k, t in tensors.items() if k.startswith(lead)}
 
 
-def _sites(model: nn.Module, names: list[str], config: Config, problems: list[Problem]) -> list[Site]:
-    """Returns the targeted layers as sites. Tied layers are adapted one by one, as PEFT does."""
+def _sites(
+    model: nn.Module, names: list[str], config: Config, problems: list[Problem]
+) -> tuple[list[Site], list[str]]:
+    """Returns the targeted layers as sites, and the names of those that cannot be adapted.
+
+    Tied layers are adapted one by one, as PEFT does.
+    """
     if not names:
         some = first_few([n for n, m in model.named_modules() if kind_of(m)], 3)
         problems.append(
@@ -136,18 +142,31 @@ def _sites(model: nn.Module, names: list[str], config: Config, problems: list[Pr
                 f"{some}",
             )
         )
-        return []
-    other = [n for n in names if kind_of(model.get_submodule(n)) is None]
-    problems += [
-        Problem("fit", f"{n!r} is a {type(model.get_submodule(n)).__name__}, which cannot be adapted here")
-        for n in other
-    ]
-    try:
-        known = [re.escape(n) for n in names if n not in other]
-        return find(model, "|".join(known), untie=True) if known else []
-    except SiteError as e:
-        problems += [Problem("fit", line) for line in str(e).splitlines()]
-        return []
+        return [], []
+    if all(kind_of(model.get_submodule(n)) for n in names):
+        try:
+            return find(model, "|".join(map(re.escape, names)), untie=True), []
+        except SiteError:  # of one or a few of them
+            pass
+    return _one_by_one(model, names, problems)
+
+
+def _one_by_one(model: nn.Module, names: list[str], problems: list[Problem]) -> tuple[list[Site], list[str]]:
+    """Returns the layers that can be adapted, and the names of the others, each with its problem."""
+    sites, refused = [], []
+    for name in names:
+        module = model.get_submodule(name)
+        if kind_of(module) is None:
+            text = f"{name!r} is a {type(module).__name__}, which cannot be adapted here"
+            problems.append(Problem("fit", text))
+            refused.append(name)
+            continue
+        try:
+            sites += [site for site in find(model, [name], untie=True) if site.name == name]
+        except SiteError as e:
+            problems += [Problem("fit", line) for line in str(e).splitlines()]
+            refused.append(name)
+    return sites, refused
 
 
 def _left_over(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.adapt.attached import Changes
 from veneer.adapt.peft.settings import HEADS, PREFIX, TASKS, TOP, Table, table
 from veneer.adapt.peft.targets import PATTERNS, Config, at, ends, targeted, wrapped
-from veneer.methods import PeftForm, PeftStored
+from veneer.methods import Delta, PeftForm, PeftStored
 from veneer.methods.full import Full
 from veneer.sites import LeafSite
 from veneer.sites.own import is_own, without_own
@@ -45,9 +45,10 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
     known = {n: f for n, f in forms.items() if f is not None}
     if not known or len(known) < len(forms) or len({f.config["peft_type"] for f in known.values()}) > 1:
         return None
-    settings = table(next(type(d) for _, d in changes if not isinstance(d, Full)))
-    saved = outermost(s.name for s, _ in whole)
-    config, shared = _settings(model, known, saved, settings), _shared([f.shared for f in known.values()])
+    kind = next(type(d) for _, d in changes if not isinstance(d, Full))
+    settings, saved = table(kind), outermost(s.name for s, _ in whole)
+    config = _settings(model, known, saved, settings)
+    shared = _shared([f.shared for f in known.values()], _room(kind, changes, known))
     if config is None or shared is None:
         return None
     if "fan_in_fan_out" in settings.always:
@@ -59,14 +60,22 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
     )
 
 
-def _shared(found: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+def _room(kind: type[Delta], changes: Changes, forms: dict[str, PeftForm]) -> dict[str, tuple[int, ...]]:
+    """Returns the least shapes of shared tensors in PEFT."""
+    sites = [site for site, _ in changes if site.name in forms]
+    return kind.peft_room(sites, forms[sites[0].name].config) if issubclass(kind, PeftStored) else {}
+
+
+def _shared(found: list[dict[str, Tensor]], room: dict[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
     """Returns every shared tensor at the largest size in use, or None if the layers' tensors do not nest."""
     whole: dict[str, Tensor] = {}
     for name in found[0]:
         parts = [own[name] for own in found]
-        rows, columns = max(p.shape[0] for p in parts), max(p.shape[1] for p in parts)
-        largest = next((p for p in parts if p.shape == (rows, columns)), None)
-        if largest is None or not all(torch.equal(largest[: p.shape[0], : p.shape[1]], p) for p in parts):
+        shapes = [tuple(p.shape) for p in parts] + ([room[name]] if name in room else [])
+        largest = parts[0].new_zeros([max(sizes) for sizes in zip(*shapes, strict=True)])
+        for p in parts:
+            largest[tuple(map(slice, p.shape))] = p
+        if not all(torch.equal(largest[tuple(map(slice, p.shape))], p) for p in parts):
             return None
         whole[name] = largest
     return whole

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from veneer.adapt import probe
+from veneer.adapt.acting.reads import watching_reads
 from veneer.adapt.store.loaded import Loaded
 from veneer.adapt.store.problems import Problem, refuse
+from veneer.errors import first_few
 
 
 def refuse_effect(model: nn.Module, found: Loaded, run: probe.Run) -> frozenset[str]:
@@ -16,11 +18,16 @@ def refuse_effect(model: nn.Module, found: Loaded, run: probe.Run) -> frozenset[
     kept in veneer.json or, for another program's folder, equal the base's.
     """
     problems: list[Problem] = []
-    if found.probe:
-        problems = [Problem("probe", text) for text in probe.check(model, run, found.probe)]
-    elif found.foreign and probe.is_idle(model, run):
-        text = (
-            "the outputs with it are those of the base, bit for bit; check that the model calls these layers"
-        )
-        problems = [Problem("zero", text)]
+    with watching_reads(model) as unheard:
+        if found.probe:
+            problems = [Problem("probe", text) for text in probe.check(model, run, found.probe)]
+        elif found.foreign and probe.is_idle(model, run):
+            text = "the outputs with it are those of the base, bit for bit;"
+            text += " check that the model calls these layers"
+            problems = [Problem("zero", text)]
+    own = {site.name for site, _ in found.changes}
+    deaf = [name for name in unheard if name in own]
+    if deaf:
+        text = f"the model reads the weights of {first_few(deaf)} itself and does not call these layers,"
+        problems.append(Problem("zero", f"{text} so that a change of them does not act; merge it in PEFT"))
     return found.let_through | refuse(f"{found.folder} was not loaded", problems, found.allowed)

@@ -10,14 +10,14 @@ from torch import Tensor
 from veneer.adapt.attached import Changes
 from veneer.adapt.hooks import CLASH, clashing
 from veneer.adapt.store.sizes import Size, finite
-from veneer.errors import ConfigError, FormatError, first_few, suggest
+from veneer.errors import ConfigError, FormatError, first_few, option, suggest
 from veneer.methods.full import Full
 
 # Problems that can be let through, by name. Those let through are written into veneer.json.
 ALLOW = {
     "base": "another base than the adapter's",
     "unused": "tensors in the file that belong to no layer",
-    "zero": "layers whose change is zero",
+    "zero": "layers whose change is zero or does not act",
     "finite": "tensors with NaN or infinity",
     "norm": "changes of another size than veneer.json says",
     "targets": "entries of target_modules that no layer matches",
@@ -36,7 +36,9 @@ class Problem(NamedTuple):
 def check_allowed(allow: str | Iterable[str]) -> set[str]:
     """Returns the words as a set. Raises ConfigError for an unknown one."""
     words = {allow} if isinstance(allow, str) else set(allow)
-    unknown = [f"allow={w!r} is not known{suggest(w, ALLOW)}" for w in sorted(words) if w not in ALLOW]
+    unknown = [
+        f"{option('allow', w)} is not known{suggest(w, ALLOW)}" for w in sorted(words) if w not in ALLOW
+    ]
     if unknown:
         raise ConfigError("\n".join(unknown))
     return words
@@ -52,7 +54,7 @@ def refuse(what: str, problems: Iterable[Problem], allowed: Iterable[str] = ()) 
     if not left:
         return {p.kind for p in problems}
     words = sorted({p.kind for p in left})
-    hint = f"\nto go on all the same: allow={tuple(words)!r}" if set(words) <= set(ALLOW) else ""
+    hint = f"\nto go on all the same: {option('allow', tuple(words))}" if set(words) <= set(ALLOW) else ""
     raise FormatError(f"{what}:\n" + "\n".join(f"- {p.text}" for p in left) + hint)
 
 

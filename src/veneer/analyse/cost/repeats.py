@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from veneer.adapt.forward import Deltas
+from veneer.adapt.acting.forward import Deltas
 from veneer.analyse.cost.memory import Ledger, Rise
 from veneer.sites.blocks import stack
 

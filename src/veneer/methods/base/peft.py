@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -43,6 +44,12 @@ class PeftStored(PeftKind):
     @abstractmethod
     def to_peft(self, site: Site) -> PeftForm | None:
         """Returns the change as PEFT expresses it exactly on the untouched base, or None if PEFT cannot."""
+
+    @classmethod
+    def peft_room(cls, sites: Sequence[Site], config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes that PEFT expects of shared tensors, by name, if the sites' own parts are
+        less."""
+        return {}
 
     @classmethod
     @abstractmethod

@@ -24,6 +24,7 @@ from veneer.sites.embedding import EmbeddingSite
 from veneer.sites.find import kind_of
 
 FACTORS = ("A", "B")
+UNDECAYED = ("gain", "direction")  # one, or any length, means no change
 PRODUCT = (*FACTORS, "factor")  # roles whose parameters multiply to the change
 
 
@@ -81,11 +82,13 @@ def _trained(parts: Iterable[Part]) -> list[Part]:
 
 
 def decay_shares(parts: Sequence[Part]) -> list[float]:
-    """Returns the exponent of each parameter's weight decay: 1/n for one of n factors, 0 for vectors and
-    gains."""
+    """Returns the exponents of weight decay: 1/n for one of n factors, 0 for vectors, gains and
+    directions."""
     factors = Counter(id(p.owner) for p in parts if p.role in PRODUCT)
     return [
-        1 / factors[id(p.owner)] if p.role in PRODUCT else float(p.parameter.ndim > 1 and p.role != "gain")
+        1 / factors[id(p.owner)]
+        if p.role in PRODUCT
+        else float(p.parameter.ndim > 1 and p.role not in UNDECAYED)
         for p in parts
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer import methods, optim, settings
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, option
 from veneer.files import read_json
 from veneer.train.folder.layout import CONFIG
 from veneer.train.run import Run
@@ -48,7 +48,7 @@ def check_drift(folder: Path, now: Mapping[str, Any], allow: Collection[str]) ->
         raise ConfigError(
             f"{folder} was begun with other settings, texts or weights than it would go on with:\n"
             + "\n".join(f"  {line}" for line in refused)
-            + f"\nput them back, begin anew in another folder, or allow {', '.join(map(repr, kinds))}"
+            + f"\nput them back, begin anew in another folder, or pass {option('allow', tuple(kinds))}"
         )
     return [f"{kind}: {d}" for kind, lines in found.items() for d in lines]
 

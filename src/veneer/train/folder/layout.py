@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError, FormatError, option
 from veneer.files import replacing, write_json
 from veneer.train.errors import NotSaved
 
@@ -39,7 +39,7 @@ def check_free(folder: Path, resume: bool) -> None:
     if (folder / CONFIG).exists() and not resume:
         state = "finished" if (folder / RESULTS).exists() else "unfinished"
         raise ConfigError(
-            f"out {folder} holds another run ({state}); go on with it by resume=True (--resume), or choose another folder"
+            f"out {folder} holds another run ({state}); go on with it by {option('resume', True)}, or choose another folder"
         )
     if folder.is_dir() and not (folder / CONFIG).exists() and any(p.name != "lock" for p in folder.iterdir()):
         raise ConfigError(f"out {folder} is not empty and holds no run; choose another folder")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from veneer.data.order import Steps
 from veneer.data.pack import Window
-from veneer.errors import DataError
+from veneer.errors import DataError, option
 from veneer.train.errors import Diverged, Interrupted
 from veneer.train.folder import checkpoint
 from veneer.train.folder.layout import CHECKPOINTS, Metrics
@@ -120,7 +120,7 @@ class Loop:
         number, p = self.wish.number or 0, self.position
         where = f"stopped by signal {number} after step {p.step} of {self.pace.steps}"
         return Interrupted(
-            f"{where}; all is saved in {self.folder}: go on with resume=True (--resume)", number
+            f"{where}; all is saved in {self.folder}: go on with {option('resume', True)}", number
         )
 
     def goes_on(self) -> bool:
@@ -140,7 +140,7 @@ class Loop:
         except DataError as e:
             kept = [path.name for path in checkpoint.found(self.checkpoints)]
             then = (
-                f"go on from {kept[-1]} with resume=True (--resume), allowing 'data'"
+                f"go on from {kept[-1]} with {option('resume', True)} {option('allow', 'data')}"
                 if kept
                 else "begin anew"
             )

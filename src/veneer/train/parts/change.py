@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from veneer import dtypes, methods
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, option
 from veneer.methods import inits
 from veneer.ops.matrix.linalg import multiplies_bf16
 from veneer.settings import Range, Settings, about, setting
@@ -89,7 +89,7 @@ class Change(Settings):
         try:
             known = methods.options_of(methods.get(self.method))
         except ConfigError as e:  # nothing else can be checked
-            yield str(e)
+            yield e.text
             return
         wrong = list(unsuitable(f"method {self.method!r}", self.options, known))
         yield from wrong
@@ -97,8 +97,8 @@ class Change(Settings):
             try:
                 inits.check(self.options.get("init", known["init"].default), self.options.get("init_options"))
             except ConfigError as e:
-                yield from str(e).splitlines()
-        for pattern, option in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
-            if getattr(self, pattern) and option not in known:
+                yield from e.text.splitlines()
+        for pattern, needed in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+            if getattr(self, pattern) and needed not in known:
                 lacks = f"which method {self.method!r} lacks"
-                yield f"{pattern} needs an option {option!r}, {lacks}; leave it out"
+                yield f"{option(pattern)} needs an option {needed!r}, {lacks}; leave it out"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from veneer.errors import suggest
+from veneer.errors import option, suggest
 from veneer.settings import Range, Settings, setting
 from veneer.train.track import available as trackers
 
@@ -95,7 +95,8 @@ class Place(Settings):
         yield from Range("2 or more", ("keep",), 2, advice=SPARE).problems(self)
         for name in self.track:
             if name not in trackers():
-                yield f"track: unknown tracker {name!r}{suggest(name, trackers())}"
+                yield f"{option('track')}: unknown tracker {name!r}{suggest(name, trackers())}"
         for name in self.allow:
             if name not in ALLOWED:
-                yield MOVED.get(name) or f"allow: unknown check {name!r}{suggest(name, ALLOWED)}"
+                unknown = f"{option('allow')}: unknown check {name!r}{suggest(name, ALLOWED)}"
+                yield MOVED.get(name) or unknown

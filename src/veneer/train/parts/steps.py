@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from veneer import optim
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, option
 from veneer.settings import Range, Settings, about, setting
 from veneer.train.parts.options import unsuitable
 
@@ -41,11 +41,11 @@ class Updates(Settings):
         yield from Range("0 or more", ("weight_decay", "clip"), 0).problems(self)
         yield from Range("in [0, 1)", ("label_smoothing",), 0, 1).problems(self)
         if not all(0 <= b < 1 for b in self.betas):
-            yield f"betas must both be in [0, 1), got {self.betas}"
+            yield f"{option('betas')} must both be in [0, 1), got {self.betas}"
         try:
             known = optim.options_of(self.optimiser)
         except ConfigError as e:
-            yield str(e)
+            yield e.text
             return
         yield from unsuitable(f"optimiser {self.optimiser!r}", self.optimiser_options, known)
 
@@ -74,4 +74,4 @@ class Steps(Settings):
         yield from Range("in [0, 1)", ("warmup",), 0, 1).problems(self)
         if self.steps is not None and self.epochs is not None:
             got = f"{self.steps} and {self.epochs:g}"
-            yield f"steps and epochs both set the length, got {got}; give one of them"
+            yield f"{option('steps')} and {option('epochs')} both set the length, got {got}; give one of them"

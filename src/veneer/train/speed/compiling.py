@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt.shared_inputs import discover, ungroup
+from veneer.adapt.acting.shared_inputs import discover, ungroup
 from veneer.errors import ConfigError
 from veneer.ops.chunked import Kernel, whole
 from veneer.sites.blocks import blocks

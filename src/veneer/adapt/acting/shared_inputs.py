@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from veneer.adapt.acting.forward import Deltas, Group, forget
 from veneer.adapt.attached import deltas_of, layers
-from veneer.adapt.forward import Deltas, Group, forget
 from veneer.methods.base.factors import ROWWISE
 
 

@@ -215,8 +215,9 @@ class Deltas(nn.Module):
         self.site = site
         self.active: dict[str, float] = {}
         self.called = False
-        self.group: Group | None = None  # of layers that read the same input, see discover.py
+        self.group: Group | None = None  # of layers that read the same input, see shared_inputs.py
         self.place = 0  # in the group
+        self.swapped: dict[str, Tensor] = {}  # parameters of a whole module while it runs with others
 
     def _apply(self, fn: Any, recurse: bool = True) -> Deltas:
         """Moves the deltas with the model and keeps them in float32, which small steps need."""

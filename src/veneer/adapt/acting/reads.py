@@ -1,0 +1,64 @@
+"""Finds layers that are not called because their owner reads their parameters itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from veneer.adapt.attached import layers
+
+
+class _Recorded(dict[str, Any]):
+    """A module's parameters, which note every access while the module does not run."""
+
+    def __init__(self, own: dict[str, Any]) -> None:
+        super().__init__(own)
+        self.running, self.was_read, self.was_called = 0, False, False
+
+    def __getitem__(self, name: str) -> Any:
+        self.was_read |= not self.running
+        return super().__getitem__(name)
+
+
+@contextmanager
+def watching_reads(model: nn.Module) -> Iterator[list[str]]:
+    """Watches calls of the model within the block; the list then holds layers that were read directly.
+
+    Those are adapted layers whose parameters were read and that were not called. A read for the dtype alone
+    beside a call (T5's) does not count.
+    """
+    found: list[str] = []
+    watched = [_watch(d.site.module) for d in layers(model) if d.site.acts_by_hook]
+    names = [d.site.name for d in layers(model) if d.site.acts_by_hook]
+    try:
+        yield found
+    finally:
+        for name, (module, own, recorded, handles) in zip(names, watched, strict=True):
+            for handle in handles:
+                handle.remove()
+            module._parameters = own
+            if recorded.was_read and not recorded.was_called:
+                found.append(name)
+
+
+def _watch(module: nn.Module) -> tuple[nn.Module, dict[str, Any], _Recorded, list[Any]]:
+    own: dict[str, Any] = module._parameters
+    recorded = _Recorded(own)
+
+    def begins(*event: Any) -> None:
+        recorded.running += 1
+        recorded.was_called = True
+
+    def ends(*event: Any) -> None:
+        recorded.running -= 1
+
+    # First and last of all hooks, so that hooks of adapters, which read W, count as running.
+    handles = [
+        module.register_forward_pre_hook(begins, prepend=True),
+        module.register_forward_hook(ends, always_call=True),
+    ]
+    module._parameters = recorded
+    return module, own, recorded, handles
