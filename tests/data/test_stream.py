@@ -265,8 +265,7 @@ def test_a_bad_row_ends_the_training_when_it_comes_and_a_mended_one_goes_on(plac
     assert why.startswith(f"{data} line 56: column 'text' is missing")
     assert then == (
         f"this ended the training after step {int(kept[-1].name[5:])} of 14; put it right, and go on from"
-        f" {kept[-1].name} with resume=True"
-        " allow='data'"
+        f" {kept[-1].name} with resume=True allow='data'"
     )
     data.write_text("\n".join([*good, '{"text": "x"}']), encoding="utf-8")
     result = fit(Run.from_dict({**given, "resume": True, "allow": ["data"]}), progress=False)

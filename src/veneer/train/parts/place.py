@@ -19,7 +19,7 @@ ALLOWED = {
     "base": "resuming on another base model than the run began with",
 }
 # Checks of earlier releases that are settings now.
-MOVED = {"truncate": "allow: 'truncate' is a setting of its own now; set overlong='cut'"}
+MOVED = {"truncate": ("overlong", "cut")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,5 +98,7 @@ class Place(Settings):
                 yield f"{option('track')}: unknown tracker {name!r}{suggest(name, trackers())}"
         for name in self.allow:
             if name not in ALLOWED:
-                unknown = f"{option('allow')}: unknown check {name!r}{suggest(name, ALLOWED)}"
-                yield MOVED.get(name) or unknown
+                if name in MOVED:
+                    yield f"{option('allow')}: {name!r} is a setting of its own now; set {option(*MOVED[name])}"
+                else:
+                    yield f"{option('allow')}: unknown check {name!r}{suggest(name, ALLOWED)}"
