@@ -16,10 +16,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from veneer.errors import FormatError
+from veneer.errors import ConfigError, FormatError, option
 
 # Endings of files that hold Python objects: reading one runs whatever code it names.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def check_new(path: str | Path, name: str = "out") -> None:
+    """Raises ConfigError if the path of the setting `name` exists or cannot be made. Writes nothing."""
+    if problem := unusable(Path(path), name):
+        raise ConfigError(problem)
+
+
+def unusable(path: Path, name: str = "out", *, new: bool = True) -> str | None:
+    """Returns why nothing can be written at the path, or None. new: a path that exists is a reason."""
+    setting = f"{option(name)} {path}"
+    if new and path.exists():
+        return f"{setting} exists; choose another or remove it"
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    if there != path and not there.is_dir():
+        return f"{setting}: {there} is a file; choose another folder"
+    if not os.access(there, os.W_OK):
+        return f"{setting}: {there} is not writable for this user; choose another folder"
+    return None
 
 
 @contextmanager

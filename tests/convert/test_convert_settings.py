@@ -421,7 +421,7 @@ def test_the_new_file_says_what_is_missing_from_it(folder):
     assert yaml.safe_load(written)["options"] == {"rank": 16, "alpha": 32, "init": "pissa"}
     assert f"of llamafactory carried, in {folder / 'ours.yaml'}\n- not carried: dataset" in text(done)
     assert json.loads(json.dumps(done.as_dict()))["tool"] == "llamafactory"
-    with pytest.raises(ConfigError, match=r"ours\.yaml exists; choose another file or remove it"):
+    with pytest.raises(ConfigError, match=r"ours\.yaml exists; choose another or remove it"):
         convert_config(str(folder / "theirs.yaml"), out=str(folder / "ours.yaml"))
     with pytest.raises(ConfigError, match="there is no file"):
         convert_config(str(folder / "none.yaml"))

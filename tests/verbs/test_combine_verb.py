@@ -59,7 +59,7 @@ def test_a_combination_saved_does_what_its_parts_do(folders, capsys):
     wanted = outputs(folders / "base", (folders / "a", 0.5), (folders / "b", -0.25))
     torch.testing.assert_close(outputs(folders / "base", (out, 1.0)), wanted, rtol=1e-4, atol=1e-4)
     assert main(words) == 2
-    assert "exists; choose another folder" in capsys.readouterr().err
+    assert "exists; choose another or" in capsys.readouterr().err
 
 
 def test_what_training_changed_comes_back_as_an_adapter(folders, capsys):

@@ -237,7 +237,7 @@ def test_all_that_is_wrong_with_the_words_is_said_at_once(place, capsys):
         export(str(place / "base"), out=str(place), shard_size="2 gigs")
     assert str(e.value).splitlines() == [
         "nothing to export: name at least one adapter",
-        f"out {place} exists; choose another folder or remove it",
+        f"out {place} exists; choose another or remove it",
         "shard_size '2 gigs' is no size; write a number and KB, MB or GB, such as 500MB",
     ]
     assert (

@@ -150,7 +150,7 @@ def test_a_merged_model_does_what_the_adapter_did(run, capsys):
     assert json.loads((out / "merge.json").read_text())["merged"] == [f"{run / 'fit'}@0.5"]
     assert len({f.stat().st_mode for f in out.iterdir()}) == 1  # the weights can be read by whom the rest can
     assert main(["merge", str(run / "fit"), "--out", str(out)]) == 2
-    assert "exists; choose another folder" in capsys.readouterr().err
+    assert "exists; choose another or" in capsys.readouterr().err
 
 
 def test_a_merge_that_loses_the_adapter_saves_nothing_and_says_no(run, capsys):

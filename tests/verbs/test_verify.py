@@ -315,7 +315,7 @@ def test_impossible_conversions(tmp_path, base):
         convert(str(tmp_path / "a"), to="kohay", **args)
     with pytest.raises(ConfigError, match="unknown dtype 'float8'"):
         convert(str(tmp_path / "a"), dtype="float8", **args)
-    with pytest.raises(ConfigError, match="exists; choose another folder or remove it"):
+    with pytest.raises(ConfigError, match="exists; choose another or remove it"):
         convert(str(tmp_path / "a"), out=str(tmp_path / "a"))
     with pytest.raises(ConfigError, match="names: there is no file"):
         convert(str(tmp_path / "a"), names="nowhere.txt", **args)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from veneer.adapt import combine as algebra
 from veneer.adapt.combine import Cut
 from veneer.adapt.store import store
-from veneer.errors import ConfigError
+from veneer.files import check_new
 from veneer.models import adapted, pretrained
 
 NEW = "made"
@@ -41,7 +40,7 @@ def combine(
     model: the base; the one that the adapters were made for unless given
     allow: what to let through when loading, see veneer.load
     """
-    _check_new(out)
+    check_new(out)
     opened, wanted = adapted.open_all(adapter, model=model, allow=allow)
     cuts = algebra.combine(
         opened.model,
@@ -77,7 +76,7 @@ def extract(
     to: names and endings of names of the layers to take; every linear one but the head unless given
     rest: what else differs (embeddings, norms, the head): refuse, keep it whole beside the low-rank part, or drop it
     """
-    _check_new(out)
+    check_new(out)
     cpu = torch.device("cpu")
     before, after = (pretrained.causal_lm(name, torch.float32, cpu) for name in (base, tuned))
     cuts = algebra.extract(
@@ -85,11 +84,6 @@ def extract(
     )
     store.save(before, out, NEW)
     return _told(out, cuts)
-
-
-def _check_new(out: str) -> None:
-    if Path(out).exists():
-        raise ConfigError(f"out {out} exists; choose another folder or remove it")
 
 
 def _told(out: str, cuts: Sequence[Cut]) -> dict[str, Any]:

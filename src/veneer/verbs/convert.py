@@ -19,7 +19,7 @@ from veneer.convert.base import Base, of_model
 from veneer.convert.detect import NATIVE, Found, detect
 from veneer.convert.pairs import Kind, Pair, Pairs
 from veneer.errors import ConfigError, FormatError, first_few, suggest
-from veneer.files import replacing, write_json
+from veneer.files import check_new, replacing, write_json
 from veneer.models import adapted, pretrained
 from veneer.models.pretrained import skeleton
 
@@ -76,8 +76,7 @@ def convert(
     if to not in carry.WRITERS:
         raise ConfigError(f"to: unknown format {to!r}{suggest(to, carry.WRITERS)}")
     number_format = dtypes.of_name(dtype) if dtype is not None else None
-    if folder.exists():
-        raise ConfigError(f"out {folder} exists; choose another folder or remove it")
+    check_new(folder)
     found, base = detect(source), _base(model, names)
     ready, notes = _pairs(found, base, model, to, (rank, energy), allow)
     if part:

@@ -10,7 +10,7 @@ from veneer import settings
 from veneer.convert.base import of_model
 from veneer.convert.settings import Translation, translate
 from veneer.errors import ConfigError
-from veneer.files import replacing
+from veneer.files import check_new, replacing
 from veneer.models.pretrained import skeleton
 from veneer.train.run import Run
 
@@ -47,8 +47,8 @@ def convert_config(
     path = Path(config)
     if not path.is_file():
         raise ConfigError(f"config: there is no file {path}")
-    if out is not None and Path(out).exists():
-        raise ConfigError(f"out {out} exists; choose another file or remove it")
+    if out is not None:
+        check_new(out)
     values = settings.read_yaml(path.read_text(encoding="utf-8"), str(path))  # JSON is YAML too
     layers = of_model(skeleton(model)).layers if model else None
     found = translate(values, ALSO.get(tool, tool) if tool else None, folder=path.parent, layers=layers)

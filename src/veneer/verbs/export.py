@@ -19,7 +19,7 @@ from veneer.adapt.probe_inputs import default_inputs
 from veneer.adapt.switch import using
 from veneer.compress.quantise import dequantise
 from veneer.errors import ConfigError, NotMergeable, first_few, option
-from veneer.files import making, write_json
+from veneer.files import making, unusable, write_json
 from veneer.models import adapted, pretrained
 from veneer.models.expand import expand
 from veneer.units import size
@@ -100,8 +100,8 @@ def export(
 
 def _check(adapter: Sequence[str], out: str, shard_size: str) -> None:
     problems = [] if adapter else ["nothing to export: name at least one adapter"]
-    if Path(out).exists():
-        problems.append(f"out {out} exists; choose another folder or remove it")
+    if problem := unusable(Path(out)):
+        problems.append(problem)
     if not SIZE.fullmatch(shard_size) or not float(re.split("[A-Z]", shard_size)[0]):
         problems.append(
             f"shard_size {shard_size!r} is no size; write a number and KB, MB or GB, such as 500MB"

@@ -17,7 +17,7 @@ from veneer.compress import folder as compressed
 from veneer.compress import store
 from veneer.compress.quantise import dequantise
 from veneer.errors import ConfigError, NotMergeable, first_few
-from veneer.files import making, write_json
+from veneer.files import check_new, making, write_json
 from veneer.models import adapted, pretrained
 from veneer.ops.quant import FORMATS
 from veneer.sites import changed
@@ -51,8 +51,7 @@ def merge(
     unpacked = None if dtype in FORMATS else dtypes.of_name(dtype, FORMATS)
     if not adapter:
         raise ConfigError("nothing to merge: name at least one adapter")
-    if folder.exists():
-        raise ConfigError(f"out {folder} exists; choose another folder or remove it")
+    check_new(folder)
     opened, wanted = adapted.open_all(adapter, model=model, dtype=unpacked or torch.bfloat16, allow=allow)
     if unpacked is None:
         _check_packed(opened.model, dtype)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, FormatError, option
-from veneer.files import replacing, write_json
+from veneer.files import replacing, unusable, write_json
 from veneer.train.errors import NotSaved
 
 CONFIG, METRICS, RESULTS, ADAPTER, CHECKPOINTS = (
@@ -29,20 +29,18 @@ LEFT_OUT = "rows.json"  # names of rows that were left out or cut, by part and r
 
 def check_free(folder: Path, resume: bool) -> None:
     """Raises ConfigError if the folder holds a run, or anything else, and is not to be resumed."""
-    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
-    if there.exists() and not there.is_dir():
-        raise ConfigError(f"out {folder}{'' if there == folder else f': {there}'} is a file; name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"out {folder} cannot be written: {there} may not be written by this user; choose another folder"
-        )
+    if problem := unusable(folder, new=False):
+        raise ConfigError(problem)
+    if folder.is_file():
+        raise ConfigError(f"{option('out')} {folder} is a file; name a folder")
     if (folder / CONFIG).exists() and not resume:
         state = "finished" if (folder / RESULTS).exists() else "unfinished"
         raise ConfigError(
-            f"out {folder} holds another run ({state}); go on with it by {option('resume', True)}, or choose another folder"
+            f"{option('out')} {folder} holds another run ({state});"
+            f" go on with it by {option('resume', True)}, or choose another folder"
         )
     if folder.is_dir() and not (folder / CONFIG).exists() and any(p.name != "lock" for p in folder.iterdir()):
-        raise ConfigError(f"out {folder} is not empty and holds no run; choose another folder")
+        raise ConfigError(f"{option('out')} {folder} is not empty and holds no run; choose another folder")
 
 
 def put(path: Path, content: Mapping[str, Any]) -> None:
