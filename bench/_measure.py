@@ -25,7 +25,7 @@ Step = Callable[[], Any]
 
 
 def llama(size: str, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A Llama with random weights, in training mode."""
+    """Returns a Llama with random weights, in training mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -41,7 +41,7 @@ def llama(size: str, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> Any:
 
 
 def peft_model(model: Any, *, best: bool) -> Any:
-    """PEFT's LoRA on all linear layers: at its default, or with adapters in the model's dtype and compiled."""
+    """PEFT's LoRA on all linear layers: at its default, or with adapters in the model's dtype, compiled."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -57,7 +57,7 @@ def peft_model(model: Any, *, best: bool) -> Any:
 
 
 def veneer_model(model: Any) -> Any:
-    """The same with Veneer."""
+    """Returns the same with Veneer."""
     import veneer
 
     return veneer.attach(model, "lora", rank=RANK, alpha=ALPHA)
@@ -71,7 +71,7 @@ def optimiser(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
 
 
 def peer_step(model: Any, adam: torch.optim.Optimizer, batch: dict[str, Tensor]) -> Any:
-    """One step as transformers' users write it: the model computes the loss from labels."""
+    """Returns one step as transformers' users write it: the model computes the loss from labels."""
     loss = model(**batch).loss
     loss.backward()
     adam.step()
@@ -80,7 +80,7 @@ def peer_step(model: Any, adam: torch.optim.Optimizer, batch: dict[str, Tensor])
 
 
 def our_step(model: Any, objective: Any, adam: torch.optim.Optimizer, batch: dict[str, Tensor]) -> Any:
-    """One step of Veneer: labels are shifted, as its batches have them."""
+    """Returns one step of Veneer: labels are shifted, as its batches have them."""
     total, n = objective(model, batch)
     loss = total / n
     loss.backward()
@@ -90,7 +90,7 @@ def our_step(model: Any, objective: Any, adam: torch.optim.Optimizer, batch: dic
 
 
 def shifted(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch as transformers takes it in the form that Veneer takes: labels[i] is the token after input_ids[i]."""
+    """Turns a transformers batch into Veneer's form: labels[i] is the token after input_ids[i]."""
     last = torch.full_like(batch["labels"][:, :1], -100)
     return {**batch, "labels": torch.cat([batch["labels"][:, 1:], last], 1)}
 
@@ -102,7 +102,7 @@ def random_batch(rows: int, length: int, vocabulary: int, seed: int = 0) -> dict
 
 
 def interleaved(steps: dict[str, Step], repeats: int = 5, warm: int = 2) -> dict[str, float]:
-    """Median process CPU seconds of each step, taken in turns after `warm` unmeasured rounds."""
+    """Returns median process CPU seconds of each step, taken in turns after `warm` unmeasured rounds."""
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warm + repeats):
@@ -115,7 +115,7 @@ def interleaved(steps: dict[str, Step], repeats: int = 5, warm: int = 2) -> dict
 
 
 def versions() -> dict[str, str]:
-    """Versions of what is compared."""
+    """Returns versions of what is compared."""
     import importlib.metadata as metadata
 
     return {
@@ -125,7 +125,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    """The processor or GPU in words."""
+    """Returns the processor or GPU in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
@@ -138,7 +138,7 @@ def device() -> str:
 
 
 def report(bench: str, figures: dict[str, float]) -> dict[str, Any]:
-    """The one JSON line that every bench ends with, printed and returned."""
+    """Returns the one JSON line that every bench ends with, printed and returned."""
     rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
     line = {"bench": bench, "device": device(), "versions": versions(), "figures": rounded}
     print(json.dumps(line), flush=True)

@@ -1,4 +1,4 @@
-"""Bytes of a training by part, counted on the tensors of its steps, beside what `plan` foretells of them from shapes alone."""
+"""Bytes of a training by part, counted on tensors, against the prediction of `plan` from shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTS = ("weights", "adapter", "gradients", "optimiser", "activations")
 
 
 def settings(method: str, out: str) -> Run:
-    """The run that is foretold and taken: of the built-in model, and on its four bits for qlora."""
+    """Returns the run that is foretold and taken: of the built-in model, and on its four bits for qlora."""
     packed: Any = "nf4" if method == "qlora" else None
     name = method.removeprefix("q")
     return Run(
@@ -28,13 +28,13 @@ def settings(method: str, out: str) -> Run:
 
 
 def parts(run: Run) -> dict[str, tuple[int, int]]:
-    """Bytes by part, foretold without a probe, and the most that a step of the run has."""
+    """Returns bytes by part, foretold without a probe, and the most that a step of the run has."""
     foretold, real = plan(run, probe=False, progress=False).memory, taken(run)
     return {part: (getattr(foretold, part), real[part]) for part in PARTS}
 
 
 def taken(run: Run) -> dict[str, int]:
-    """The most bytes of each part in the steps of this run, which trains an adapter."""
+    """Returns the most bytes of each part in the steps of this run, which trains an adapter."""
     most: Counter[str] = Counter()
     step, finish = Learner.step, Learner.finish
 
@@ -62,12 +62,12 @@ def taken(run: Run) -> dict[str, int]:
 
 
 def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages, each once."""
+    """Returns bytes of the tensors' storages, each once."""
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 class Kept:
-    """Counts what autograd keeps for the backward beside `own`, each storage once, for as long as a node holds it."""
+    """Counts storages that autograd keeps for the backward, without `own`, each once."""
 
     def __init__(self, own: Iterable[Tensor]) -> None:
         self._own = {t.untyped_storage().data_ptr() for t in own}
@@ -75,7 +75,7 @@ class Kept:
         self.now = self.most = 0
 
     def hold(self, t: Tensor) -> Held:
-        """What a node keeps in the place of t."""
+        """Returns the holder that a node keeps in place of t."""
         return Held(t, self)
 
     def enter(self, t: Tensor, holders: int) -> None:

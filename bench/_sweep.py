@@ -1,4 +1,4 @@
-"""Shared by the sweeps over learning rates: their arguments, figures that are kept as files, and the last line."""
+"""Shared by the sweeps over learning rates: arguments, cached figures, and the last line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def arguments(doc: str | None, bench: str, **labels: Sequence[str]) -> argparse.
 
 
 def kept(file: Path, measure: Callable[[Path], Row]) -> Row:
-    """What `measure` finds, in a folder to work in, which is gone afterwards; or what the file has of an earlier call."""
+    """Returns the figures of `measure`, run in a temporary folder, or those cached in the file."""
     if not file.exists():
         work = file.with_name("work")
         shutil.rmtree(work, ignore_errors=True)

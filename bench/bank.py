@@ -1,14 +1,13 @@
-"""Another adapter for every row: the bank over the base alone and against PEFT's mixed batches, FLoRA against batched LoRA, and
-eight adapters trained in one pass against one after the other.
+"""Measures banks: an adapter for each row against the base and PEFT, FLoRA against LoRA, training of eight.
 
     OMP_NUM_THREADS=1 python bench/bank.py [decode prefill flora training] [--write]
 
-One linear layer in bfloat16 except in `training`, which is a small Llama. `_overhead` is (with adapters - base) / base; `_vs_peft`
-PEFT's time over ours with its adapters in bfloat16 as ours are, `_vs_peft_default` with adapters in float32, its default;
-`flora_crossover_*` the highest rank at which FLoRA's products take no longer than batched LoRA, and `flora_predicted_*` the
-rank at which the paper's inequality 2 c1 / (d c2) + 1 / r >= 1 ends (999: never), c1 and c2 being the measured seconds a
-multiplication of the batched and the dense product.
---write puts the line into bench/results/bank.json; parts that were not run stay as they were.
+One linear layer in bfloat16 except in `training`, which is a small Llama. `_overhead` is (with adapters -
+base) / base; `_vs_peft` PEFT's time over ours with its adapters in bfloat16 as ours are, `_vs_peft_default`
+with adapters in float32, its default; `flora_crossover_*` the highest rank at which FLoRA's products take no
+longer than batched LoRA, and `flora_predicted_*` the rank at which the paper's inequality 2 c1 / (d c2) + 1 /
+r >= 1 ends (999: never), c1 and c2 being the measured seconds a multiplication of the batched and the dense
+product. --write puts the line into bench/results/bank.json; parts that were not run stay as they were.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "bank.json"
 
 
 def layer(d: int, dtype: torch.dtype = BF16) -> nn.Sequential:
-    """One linear layer d x d."""
+    """Returns one linear layer d x d."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(d, d, bias=False)).to(dtype)
 
@@ -41,7 +40,7 @@ def layer(d: int, dtype: torch.dtype = BF16) -> nn.Sequential:
 def ours(
     d: int, n: int, rank: int, rows: list[int], *, method: str = "lora", dtype: torch.dtype = BF16
 ) -> nn.Module:
-    """The layer with a bank of n adapters, row i with adapter rows[i]."""
+    """Returns the layer with a bank of n adapters, row i with adapter rows[i]."""
     model = layer(d, dtype)
     for i in range(n):
         veneer.attach(model, method, to=["0"], name=f"a{i}", rank=rank, seed=i)
@@ -66,7 +65,7 @@ def peft_layer(d: int, n: int, rank: int, *, wide: bool) -> Any:
 def served(
     d: int, shape: tuple[int, int], n: int, rank: int, *, peft: bool = False, dtype: torch.dtype = BF16
 ) -> dict[str, float]:
-    """Seconds of the base, of the bank, and of PEFT, on x (b, t, d) whose rows have n adapters in mixed order."""
+    """Returns seconds of base, bank and PEFT on x (b, t, d), whose rows use n adapters in mixed order."""
     b, t = shape
     rows = [int(i) for i in torch.randperm(b, generator=torch.Generator().manual_seed(0)) % n]
     x, base, bank = torch.randn(b, t, d, dtype=dtype), layer(d, dtype), ours(d, n, rank, rows, dtype=dtype)
@@ -90,7 +89,7 @@ def over(seconds: dict[str, float], what: str = "bank") -> float:
 
 
 def compared(name: str, seconds: dict[str, float]) -> dict[str, float]:
-    """The bank's overhead, and PEFT's times over the bank's."""
+    """Returns the bank's overhead, and PEFT's times over the bank's."""
     peers = {f"{name}_vs_{what}": seconds[what] / seconds["bank"] for what in ("peft", "peft_default")}
     return {f"{name}_overhead": over(seconds), **peers}
 
@@ -104,7 +103,7 @@ def decode() -> dict[str, float]:
 
 
 def prefill() -> dict[str, float]:
-    """Beside the bank one plain LoRA for all rows, as a bound of what its products can cost, and the bank in float32."""
+    """Measures one plain LoRA for all rows, a bound on the cost of products, and the bank in float32."""
     figures = {}
     for d in (512, 2048):
         figures |= compared(f"prefill_d{d}", served(d, (8, 128), 8, 16, peft=True))
@@ -128,7 +127,7 @@ def products(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def crossover(d: int, b: int, t: int) -> dict[str, float]:
-    """Where FLoRA stops to be faster than batched LoRA on x (b, t, d), measured and by the paper's inequality."""
+    """Measures the rank up to which FLoRA beats batched LoRA on x (b, t, d); adds the paper's prediction."""
     x, W, ids = (
         torch.randn(b, t, d, dtype=BF16),
         torch.randn(d, d, dtype=BF16) / d**0.5,
@@ -159,7 +158,7 @@ def crossover(d: int, b: int, t: int) -> dict[str, float]:
 
 
 def _end(gap: float) -> float:
-    """The largest r with 1 / r >= gap; 999 if that is any."""
+    """Returns the largest r with 1 / r >= gap; 999 if that is any."""
     return min(999.0, 1 / gap) if gap > 0 else 999.0
 
 
@@ -214,9 +213,8 @@ def training() -> dict[str, float]:
 
     s = m.interleaved({"apart": apart, "together": together}, repeats=5, warm=1)
     base = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "deltas" not in n)
-    own = (
-        sum(p.numel() * 16 for n, p in model.named_parameters() if "deltas" in n) / 8
-    )  # a weight, its gradient, two moments
+    # a weight, its gradient, two moments
+    own = sum(p.numel() * 16 for n, p in model.named_parameters() if "deltas" in n) / 8
     kept = {
         how: _kept(step)
         for how, step in (
@@ -250,7 +248,7 @@ def _one(model: Any, batch: dict[str, Tensor], name: str) -> Any:
 
 
 def _kept(step: m.Step) -> int:
-    """Bytes that a forward pass keeps for the backward, each storage once, without parameters."""
+    """Returns bytes that a forward pass keeps for the backward, each storage once, without parameters."""
     found: dict[int, int] = {}
 
     def note(t: Tensor) -> Tensor:

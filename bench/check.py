@@ -2,8 +2,9 @@
 
     python bench/check.py [bench ..]
 
-Runs these benches, or all of speed and memory that have a file in bench/results. Errors of a forecast are shares themselves,
-and near nothing where it is good: they are compared by difference, so that 0.02 may become 0.12, and not by how many times.
+Runs these benches, or all of speed and memory that have a file in bench/results. Errors of a forecast are
+shares themselves, and near nothing where it is good: they are compared by difference, so that 0.02 may become
+0.12, and not by how many times.
 """
 
 from __future__ import annotations
@@ -20,14 +21,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ALLOWED = 0.15
 ALLOWED_FORECAST = 0.1  # by which forecasts of `plan` were seen to differ from round to round
-SWEEPS = {
-    "demo_rates",
-    "method_rates",
-    "optimiser_rates",
-    "scratch",
-    "width",
-    "loraga",
-}  # of learning; hours, and not of speed
+# of learning; hours, and not of speed
+SWEEPS = {"demo_rates", "method_rates", "optimiser_rates", "scratch", "width", "loraga"}
 LESS_IS_BETTER = ("_over_bound", "peak_vs_", "pissa_excess_ratio", "final_loss_difference", "_over_base")
 LESS_IS_BETTER += (
     "_vs_default_adamw",
@@ -42,14 +37,8 @@ LESS_IS_BETTER += (
 )
 LESS_IS_BETTER += ("_kept_vs_", "_time_vs_lora", "_over_merged_")
 FORECAST = 0.1  # by which forecasts of `plan` were seen to differ from round to round
-SWEEPS = {
-    "demo_rates",
-    "method_rates",
-    "optimiser_rates",
-    "scratch",
-    "width",
-    "loraga",
-}  # of learning; hours, and not of speed
+# of learning; hours, and not of speed
+SWEEPS = {"demo_rates", "method_rates", "optimiser_rates", "scratch", "width", "loraga"}
 LESS_IS_BETTER = ("_over_bound", "peak_vs_", "pissa_excess_ratio", "final_loss_difference", "_over_base")
 LESS_IS_BETTER += (
     "_vs_default_adamw",
@@ -71,7 +60,7 @@ BESIDE = re.compile(
 
 
 def worse(name: str, now: float, then: float) -> float:
-    """By what share the figure is worse than it was, by how much for errors of a forecast; infinitely where it is none any more."""
+    """Returns the relative loss of a figure; the absolute one for errors; infinity for a missing figure."""
     if FORECAST.fullmatch(name):
         return now - then if math.isfinite(now) else math.inf
     less = any(part in name for part in LESS_IS_BETTER)
@@ -83,7 +72,7 @@ def worse(name: str, now: float, then: float) -> float:
 
 
 def run(bench: str) -> dict[str, float]:
-    """The figures of a bench, run now."""
+    """Returns the figures of a bench, run now."""
     done = subprocess.run(
         [sys.executable, str(HERE / f"{bench}.py")], check=True, stdout=subprocess.PIPE, text=True
     )

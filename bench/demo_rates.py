@@ -2,10 +2,11 @@
 
     python bench/demo_rates.py --out runs/demo_rates
 
-Every contender of the demo at five rates a factor of two apart, seed 0; then two more seeds at the chosen one. Chosen is,
-among the rates whose validation text comes within 0.01 bits per byte of the best (about one standard deviation over seeds),
-the one that forgets least: the sweep measures known text anyway, and no contender should look worse for a tie. Resumable.
-Ends with one JSON line; --write puts it into bench/results/demo_rates.json, from which a test checks the demo's own rates.
+Every contender of the demo at five rates a factor of two apart, seed 0; then two more seeds at the chosen
+one. Chosen is, among the rates whose validation text comes within 0.01 bits per byte of the best (about one
+standard deviation over seeds), the one that forgets least: the sweep measures known text anyway, and no
+contender should look worse for a tie. Resumable. Ends with one JSON line; --write puts it into
+bench/results/demo_rates.json, from which a test checks the demo's own rates.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _train(target: str, label: str, rate: float, seed: int, work: Path) -> Row:
 
 
 def choose(tried: dict[float, dict[str, float]]) -> float:
-    """The rate that forgets least among those that learn as much as the best."""
+    """Returns the rate that forgets least among those that learn as much as the best."""
     least = min(values["valid"] for values in tried.values())
     return min(
         (rate for rate, v in tried.items() if v["valid"] <= least + TIE),

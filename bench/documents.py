@@ -1,7 +1,8 @@
-"""A LoRA step on windows full of short documents (lognormal, median 110, sigma 0.8): boundaries against a mask.
+"""Times a LoRA step on windows of short documents: attention by boundaries against a mask.
 
-h512 with 8k tokens, 2048 tokens a step in windows of 512 and 1024, not compiled; in float32 and bfloat16, and compiled in bfloat16
-for 1024. Figures: time with transformers' mask over time with boundaries, of the whole step.
+h512 with 8k tokens, 2048 tokens a step in windows of 512 and 1024, not compiled; in float32 and bfloat16, and
+compiled in bfloat16 for 1024. Figures: time with transformers' mask over time with boundaries, of the whole
+step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def windows(length: int) -> list[Window]:
 def make(
     length: int, dtype: torch.dtype, compiled: bool, batch: dict[str, Tensor], *, boundaries: bool
 ) -> m.Step:
-    """One step, with boundaries or with transformers' mask."""
+    """Returns one step, with boundaries or with transformers' mask."""
     model = m.veneer_model(m.llama("h512", VOCABULARY, dtype))
     objective, adam = prepare(model, batch, compiled=compiled), m.optimiser(model, fused=True)
     if not boundaries:

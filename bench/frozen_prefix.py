@@ -1,7 +1,7 @@
-"""A LoRA step with the top 2 of 8 blocks adapted, whole and with what leaves the lower 6 kept on disk, against all 8 adapted.
+"""Times a LoRA step with the top 2 of 8 blocks adapted, with and without cached hidden states.
 
-Compiled, h512 in bfloat16, 4 x 256, with 8k and 32k tokens, of which the head takes its time whatever is adapted. Figures:
-tokens/s over those of all 8 adapted, and over those of the top 2 computed whole.
+Compiled, h512 in bfloat16, 4 x 256, with 8k and 32k tokens, of which the head takes its time whatever is
+adapted. Figures: tokens/s over those of all 8 adapted, and over those of the top 2 computed whole.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UPPER = r".*layers\.[67]\..*"
 def make(
     vocabulary: int, to: str, batch: dict[str, Tensor], windows: list[Window], out: Path | None
 ) -> m.Step:
-    """One step with these layers adapted; out: where to keep what leaves the frozen blocks, None: they are computed."""
+    """Times one step with these layers adapted; out: folder of the cache, None: no cache."""
     model = veneer.attach(
         m.llama("h512", vocabulary, torch.bfloat16), "lora", to=to, rank=m.RANK, alpha=m.ALPHA
     )

@@ -12,7 +12,7 @@ import veneer
 
 
 def step_of(model: Any) -> m.Step:
-    """One token after 32 others, which stay in the cache."""
+    """Returns one token after 32 others, which stay in the cache."""
     model.eval()
     ids = m.random_batch(1, 33, 8192)["input_ids"]
     with torch.no_grad():

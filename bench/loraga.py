@@ -1,10 +1,11 @@
-"""LoRA-GA's start from one streaming pass: how near its first step is to the best one of rank 2r, on the built-in model.
+"""Compares LoRA-GA's first step from one streaming pass with the best step of rank 2r.
 
     python bench/loraga.py
 
-64 windows of 256 tokens of the standard library's prose, all linear layers. The gradient of every weight is also taken whole;
-figures are cosines with its best rank-2r part (mean and worst over layers) of the first step of gradient descent from
-calibrate()'s start, and of LoRA's usual one; and what the sketches and a calibration take, in shares of the whole gradients.
+64 windows of 256 tokens of the standard library's prose, all linear layers. The gradient of every weight is
+also taken whole; figures are cosines with its best rank-2r part (mean and worst over layers) of the first
+step of gradient descent from calibrate()'s start, and of LoRA's usual one; and what the sketches and a
+calibration take, in shares of the whole gradients.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WINDOWS, BATCH, LENGTH, RANKS = 64, 8, 256, (4, 8, 16)
 
 
 def batches() -> list[dict[str, Tensor]]:
-    """Windows evenly spaced over the text."""
+    """Returns windows evenly spaced over the text."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
@@ -40,7 +41,7 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def dense(model: nn.Module, some: list[dict[str, Tensor]], sites: list[str]) -> dict[str, Tensor]:
-    """The gradient (out, in) of the summed loss in every layer's weight."""
+    """Returns the gradient (out, in) of the summed loss in every layer's weight."""
     weights = {n: model.get_parameter(f"{n}.weight").requires_grad_(True) for n in sites}
     for b in some:
         loss(model, b).backward()
@@ -52,7 +53,7 @@ def cosine(X: Tensor, Y: Tensor) -> float:
 
 
 def cosines(G: Tensor, stats: Stats, rank: int) -> tuple[float, float]:
-    """Of the first step from the sketch's directions, and from a random A with B = 0, with G's best part of rank 2r."""
+    """Returns cosines with G's best part of rank 2r: of the sketch's first step, and of LoRA's usual one."""
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     best = (U[:, : 2 * rank] * S[: 2 * rank]) @ Vh[: 2 * rank]
     A, B = stats.gradient.Vh[:rank], stats.gradient.U[:, rank : 2 * rank]

@@ -1,10 +1,11 @@
-"""LoRA-Pro's correction and whole steps against AdamW, and against the same correction written layer by layer.
+"""Times LoRA-Pro's correction and steps against AdamW and against the correction layer by layer.
 
     python bench/lorapro.py
 
-Adapters on all linear layers of Llamas of width 512 (8 layers) and 1024 (12 layers), float32, random factors and gradients; of
-both sizes the worse figure counts. The correction is dA, dB with Sylvester's X and no moments; the layer-by-layer recipe is
-written after the published algorithm: pseudo-inverses, general complex eigendecompositions for X, and an (out, out) projector.
+Adapters on all linear layers of Llamas of width 512 (8 layers) and 1024 (12 layers), float32, random factors
+and gradients; of both sizes the worse figure counts. The correction is dA, dB with Sylvester's X and no
+moments; the layer-by-layer recipe is written after the published algorithm: pseudo-inverses, general complex
+eigendecompositions for X, and an (out, out) projector.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def adapters(size: str, rank: int, seed: int = 0) -> list[groups.Part]:
 
 
 def naive(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """One layer's correction as the paper states it, with general solvers."""
+    """Returns one layer's correction as the paper states it, with general solvers."""
     SA, SB = A @ A.T, B.T @ B
     iA, iB = torch.linalg.pinv(SA), torch.linalg.pinv(SB)
     P = iB @ gA / s**2
@@ -64,13 +65,13 @@ def _each(b: Bucket) -> tuple[list[Tensor], ...]:
 
 @torch.no_grad()
 def correction(optimiser: Plain) -> list[Any]:
-    """All layers' corrections, from the parameters and gradients as they lie."""
+    """Returns all layers' corrections, from the parameters and gradients as they lie."""
     return [optimiser.steps(b) for b in optimiser.buckets()]
 
 
 @torch.no_grad()
 def exact_error(optimiser: Plain) -> float:
-    """The largest error of a layer's undamped float32 correction, in shares of its length, against the recipe in float64."""
+    """Returns the largest relative error of the undamped float32 correction against float64."""
     worst, optimiser.damping = 0.0, 0.0
     for b in optimiser.buckets():
         found = [[*side] for side in optimiser.steps(b)]

@@ -1,7 +1,8 @@
-"""Does the speed cost anything? 300 steps of the built-in model in bfloat16, Veneer and PEFT, from one start, in 3 orders of the data.
+"""Compares losses of Veneer and PEFT over 300 steps from one start, in 3 orders of the data.
 
-The figure is the difference of the mean losses on held-out text after training, over the standard deviation of PEFT's over
-the orders. PEFT runs with autocast_adapter_dtype=False, its faster setting, which keeps the adapter itself in bfloat16.
+The figure is the difference of the mean losses on held-out text after training, over the standard deviation
+of PEFT's over the orders. PEFT runs with autocast_adapter_dtype=False, its faster setting, which keeps the
+adapter itself in bfloat16.
 
 python bench/loss_parity.py [picture.png]
 """
@@ -32,17 +33,17 @@ CPU = torch.device("cpu")
 
 
 def order_of(windows: Any, seed: int) -> Order:
-    """The batches of one training."""
+    """Returns the batches of one training."""
     return Order(windows, ROWS, 1, total=STEPS * ROWS, seed=seed)
 
 
 def rate(step: int) -> float:
-    """The learning rate of both."""
+    """Returns the learning rate of both."""
     return RATE * schedule.share(step, STEPS, WARMUP, "cosine")
 
 
 def start() -> tuple[Any, Any]:
-    """The built-in model adapted by Veneer, and the same texts for all."""
+    """Returns the built-in model adapted by Veneer, and the same texts for all."""
     shape = dict(batch=ROWS, length=LENGTH, steps=STEPS)
     run = Run(
         data=("builtin:prose",), precision="bf16", lr=RATE, options={"rank": m.RANK}, device="cpu", **shape

@@ -1,4 +1,4 @@
-"""Peak memory of a step over the model's own: one process a variant, resident set of steps 3 to 6 minus that after loading.
+"""Measures peak memory of a step over the model's own, in one process per variant.
 
 python bench/memory.py [variant]
 """
@@ -21,7 +21,7 @@ VARIANTS = ("veneer", "peft", "compiled", "full")
 
 
 def resident() -> int:
-    """Bytes of this process that lie in memory."""
+    """Returns bytes of this process that lie in memory."""
     pages = Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
     return int(pages) * 4096
 
@@ -46,7 +46,7 @@ class Peak:
 
 
 def step_of(variant: str, model: Any, batch: dict[str, torch.Tensor]) -> m.Step:
-    """A step of one variant on a loaded model."""
+    """Returns a step of one variant on a loaded model."""
     import train_step
 
     if variant in ("veneer", "veneer_eager"):
@@ -58,8 +58,8 @@ def step_of(variant: str, model: Any, batch: dict[str, torch.Tensor]) -> m.Step:
 
 
 def measure(variant: str) -> float:
-    """Bytes over the loaded model."""
-    import peft  # noqa: F401  so that no variant pays for an import that another has, here and in the next lines
+    """Returns bytes over the loaded model."""
+    import peft  # noqa: F401  (all variants have the same imports)
 
     torch.set_num_threads(1)
     torch.compile(lambda x: 2 * x)(torch.ones(5))

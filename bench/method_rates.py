@@ -1,10 +1,11 @@
-"""A coarse choice of each method's learning rate on the built-in model, by validation text, and what it then learns.
+"""Chooses each method's learning rate on the built-in model, coarsely, by validation text.
 
     python bench/method_rates.py --out runs/method_rates [method ..]
 
-Short trainings on English prose, one seed, four rates a factor of four apart: enough to tell rates that are wrong from those
-that are not, and no comparison of methods. Chosen is the rate with the least bits per byte on validation text. Resumable.
-Ends with one JSON line; --write puts it into bench/results/method_rates.json, from which a test checks the default rates.
+Short trainings on English prose, one seed, four rates a factor of four apart: enough to tell rates that are
+wrong from those that are not, and no comparison of methods. Chosen is the rate with the least bits per byte
+on validation text. Resumable. Ends with one JSON line; --write puts it into bench/results/method_rates.json,
+from which a test checks the default rates.
 """
 
 from __future__ import annotations

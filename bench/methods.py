@@ -1,11 +1,12 @@
-"""Seconds and kept bytes of a training step with each method: beside plain LoRA, and beside PEFT's own of the same method.
+"""Times each method's training step and its kept bytes, against plain LoRA and against PEFT.
 
     python bench/methods.py [method ..] [--write]
 
-A Llama of four layers (hidden 512, vocabulary 2048, bfloat16), two windows of 256 tokens, all linear layers unless the method
-chooses otherwise, the same loss and optimiser on both sides, PEFT at its default. Kept bytes are what a forward pass keeps for its
-backward, less what the model without adapters keeps. Merged models are timed against the base, and a bottleneck adapter against
-a merged LoRA at batch 1. A contest takes as many steps of each in turns as fit into its seconds, 9 at least and 51 at most.
+A Llama of four layers (hidden 512, vocabulary 2048, bfloat16), two windows of 256 tokens, all linear layers
+unless the method chooses otherwise, the same loss and optimiser on both sides, PEFT at its default. Kept
+bytes are what a forward pass keeps for its backward, less what the model without adapters keeps. Merged
+models are timed against the base, and a bottleneck adapter against a merged LoRA at batch 1. A contest takes
+as many steps of each in turns as fit into its seconds, 9 at least and 51 at most.
 """
 
 from __future__ import annotations
@@ -24,17 +25,13 @@ import veneer
 from veneer.adapt.acting.shared_inputs import discover
 
 ROWS, LENGTH, VOCABULARY = 2, 256, 2048
-SECONDS, ALONE, FEWEST, MOST = (
-    16.0,
-    6.0,
-    9,
-    51,
-)  # of the processor for a contest with PEFT, without; steps of each side
+# of the processor for a contest with PEFT, without; steps of each side
+SECONDS, ALONE, FEWEST, MOST = (16.0, 6.0, 9, 51)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Contest(NamedTuple):
-    """A method with its options, and PEFT's settings of the same: a class's name and its arguments, or None."""
+    """A method with its options, and PEFT's class and arguments of the same method, or None."""
 
     method: str
     options: dict[str, Any]
@@ -80,7 +77,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def ours(contest: Contest) -> Any:
-    """The model with our change, its layers that share an input grouped."""
+    """Returns the model with our change, its layers that share an input grouped."""
     model = veneer.attach(base(), contest.method, **contest.options)
     with discover(model):
         model(**batch()).loss.backward()
@@ -88,7 +85,7 @@ def ours(contest: Contest) -> Any:
 
 
 def peers(contest: Contest) -> Any:
-    """The same by PEFT."""
+    """Returns the same by PEFT."""
     import peft
 
     assert contest.peer is not None
@@ -105,7 +102,7 @@ def step_of(model: Any) -> m.Step:
 
 
 def kept(model: Any) -> int:
-    """Bytes that one forward pass keeps, without parameters and buffers, each storage once."""
+    """Returns bytes that one forward pass keeps, without parameters and buffers, each storage once."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}
 
@@ -123,21 +120,21 @@ def kept(model: Any) -> int:
 
 
 def frozen_but_passing() -> Any:
-    """The base as every adapter needs it: nothing trains, but gradients pass through all layers."""
+    """Returns the base as every adapter needs it: nothing trains, but gradients pass through all layers."""
     model = base().requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
     return model
 
 
 def in_turns(steps: dict[str, m.Step]) -> dict[str, float]:
-    """Median processor seconds of each: five steps leave ratios uncertain by a tenth, so that short ones are taken more often."""
+    """Returns median processor seconds of each; short steps are repeated more often, for precision."""
     round_ = sum(m.interleaved(steps, repeats=1).values())
     seconds = SECONDS if "peft" in steps else ALONE
     return m.interleaved(steps, repeats=int(min(MOST, max(FEWEST, seconds / round_))), warm=0)
 
 
 def of_methods(names: list[str]) -> dict[str, float]:
-    """Every method's step against LoRA's and against PEFT's."""
+    """Returns every method's step against LoRA's and against PEFT's."""
     figures: dict[str, float] = {}
     nothing, lora = kept(frozen_but_passing()), ours(CONTESTS["lora"])
     lora_kept = kept(lora) - nothing

@@ -1,10 +1,11 @@
-"""Chooses the built-in model's learning rate for every optimiser on validation text: a coarse sweep at one seed.
+"""Chooses each optimiser's learning rate on the built-in model: a coarse sweep, one seed.
 
     python bench/optimiser_rates.py --out runs/optimiser_rates
 
-LoRA of rank 8 on the standard library's prose, 60 steps of 4 windows of 256 tokens; rates a factor of about three apart.
-One seed and 60 steps say which rates are of the right size, and not which optimiser is better. Resumable; ends with one
-JSON line, which --write puts into bench/results/optimiser_rates.json, from which a test checks train/rates.py.
+LoRA of rank 8 on the standard library's prose, 60 steps of 4 windows of 256 tokens; rates a factor of about
+three apart. One seed and 60 steps say which rates are of the right size, and not which optimiser is better.
+Resumable; ends with one JSON line, which --write puts into bench/results/optimiser_rates.json, from which a
+test checks train/rates.py.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""What `veneer plan` foretells against what `veneer fit` takes: memory, and seconds a step, for three methods on the built-in model,
-and for LoRA on its four bits.
+"""Compares the predictions of `veneer plan` with `veneer fit`: memory, and seconds per step.
 
 python bench/plan.py [--rounds 3] [--methods lora qlora]
 
-Both run in processes of their own at the same time and take their steps in turns, one waiting while the other computes, so
-that what else the machine does falls on both. Memory is the peak of the process in steps 3 to 6 over what it held when the
-model was loaded. Seconds are the processor's, of the probe as `plan` tells them and of the run's steps but the first, as
-other programs slow wall time down by any factor; `wall_error` has that too.
+Both run in processes of their own at the same time and take their steps in turns, one waiting while the other
+computes, so that what else the machine does falls on both. Memory is the peak of the process in steps 3 to 6
+over what it held when the model was loaded. Seconds are the processor's, of the probe as `plan` tells them
+and of the run's steps but the first, as other programs slow wall time down by any factor; `wall_error` has
+that too.
 
-`qlora_part_.._error` are of bytes by part, as `plan` tells them without a probe: the tensors of another run of that kind, of
-which weights are what is packed with its scales and all that is not, and activations what autograd holds for the backward.
+`qlora_part_.._error` are of bytes by part, as `plan` tells them without a probe: the tensors of another run
+of that kind, of which weights are what is packed with its scales and all that is not, and activations what
+autograd holds for the backward.
 """
 
 from __future__ import annotations
@@ -41,22 +42,23 @@ def turn():
 """
 FORETOLD = """
 import json
-from veneer.app import measure
-from veneer.app.plan import plan
+from veneer.verbs.plan import probe as measure
+from veneer.verbs.plan.plan import plan
 timed = measure._timed
 def in_turn(*given):
     turn()
     return timed(*given)
 measure._timed = in_turn
 found = plan(settings(sys.argv[1], sys.argv[2]), progress=False)
-print(json.dumps({"bytes": found.growth, "wall": found.measured.seconds, "processor": found.measured.processor_seconds}))
+took = found.measured
+print(json.dumps({"bytes": found.growth, "wall": took.seconds, "processor": took.processor_seconds}))
 """
 REAL = """
 import json, statistics, time
 import torch
-from veneer.analyse import resident
-from veneer.app import fit as app
-from veneer.train.step import Learner
+from veneer.analyse.cost import process_memory as resident
+from veneer.runs import fit as app
+from veneer.train.loop.step import Learner
 cpu, loaded, steps = torch.device("cpu"), [], []
 prepare, step = app.prepare, Learner.step
 def prepared(*given):
@@ -74,7 +76,8 @@ app.prepare, Learner.step = prepared, watched
 app.fit(settings(sys.argv[1], sys.argv[2]), progress=False)
 walls, processor, peaks = zip(*steps)
 middle = lambda times: statistics.median(times[1:])
-print(json.dumps({"bytes": max(peaks[2:6]) - loaded[0], "wall": middle(walls), "processor": middle(processor)}))
+used = max(peaks[2:6]) - loaded[0]
+print(json.dumps({"bytes": used, "wall": middle(walls), "processor": middle(processor)}))
 """
 
 
@@ -101,7 +104,7 @@ class Program:
 
 
 def in_turns(*programs: Program) -> list[dict[str, float]]:
-    """What the programs print at their ends."""
+    """Returns the last lines that the programs print."""
     while waiting := [p for p in programs if p.line == "step"]:
         for program in waiting:
             program.step()
@@ -125,7 +128,7 @@ def measure(method: str, rounds: int) -> dict[str, tuple[float, float]]:
 
 
 def of_parts(method: str) -> dict[str, float]:
-    """Bytes of each part, and by what share the forecast of each is wrong."""
+    """Returns bytes of each part, and by what share the forecast of each is wrong."""
     with tempfile.TemporaryDirectory() as folder:
         pairs = parts(settings(method, f"{folder}/run"))
     print(

@@ -1,10 +1,10 @@
-"""What keeping a frozen matrix in 8 or 4 bits costs: time, error and bytes, beside bfloat16.
+"""Measures time, error and bytes of a frozen matrix in 8 or 4 bits, against bfloat16.
 
 python bench/quantised.py
 
-Products of one layer, d x d, with 1, 256 and 1024 tokens, forward and forward with the gradient of x, as multiples of the
-same product in bfloat16; a LoRA step of a Llama of 4 layers, d = 512, in the same way; the error in W, in a product and in the
-model's logits, for normal weights; bits a number as stored.
+Products of one layer, d x d, with 1, 256 and 1024 tokens, forward and forward with the gradient of x, as
+multiples of the same product in bfloat16; a LoRA step of a Llama of 4 layers, d = 512, in the same way; the
+error in W, in a product and in the model's logits, for normal weights; bits a number as stored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ D, TOKENS, ROWS, LENGTH, VOCABULARY = 1024, (1, 256, 1024), 4, 128, 4096
 
 
 def layers() -> dict[str, nn.Module]:
-    """The same frozen layer in bfloat16 and in every format."""
+    """Returns the same frozen layer in bfloat16 and in every format."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(D, D, bias=False)).to(torch.bfloat16).requires_grad_(False)
     nn.init.normal_(plain[0].weight, std=0.02)

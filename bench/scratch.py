@@ -1,12 +1,13 @@
-"""From nothing, at equal tokens: all weights, GaLore, ReLoRA, and ReLoRA with LoRA+'s rates, each at its own best rate.
+"""Trains from scratch at equal tokens: all weights, GaLore, ReLoRA, each at its best rate.
 
     python bench/scratch.py --out runs/scratch
 
-A Llama of width 128 (4 layers, vocabulary 1024, 0.9 M parameters) on the standard library's own source; 200 steps of 8 windows of
-64 tokens; bits per byte of held-out modules. Rank 32 (a quarter of the width) and a period of 50 steps for all; ReLoRA and
-"lora" (the same without restarts) begin with 50 steps at full rank. Rates a factor of two apart at seed 0, of the matrices (at
-full rank, where ReLoRA begins, that of "full") or of A; embeddings and norms have one rate for all. The chosen rate twice more
-with other seeds. Resumable; ends with one JSON line, which --write puts into bench/results/scratch.json.
+A Llama of width 128 (4 layers, vocabulary 1024, 0.9 M parameters) on the standard library's own source; 200
+steps of 8 windows of 64 tokens; bits per byte of held-out modules. Rank 32 (a quarter of the width) and a
+period of 50 steps for all; ReLoRA and "lora" (the same without restarts) begin with 50 steps at full rank.
+Rates a factor of two apart at seed 0, of the matrices (at full rank, where ReLoRA begins, that of "full") or
+of A; embeddings and norms have one rate for all. The chosen rate twice more with other seeds. Resumable; ends
+with one JSON line, which --write puts into bench/results/scratch.json.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SIZES = {
 STEPS, BATCH, LENGTH, VOCABULARY, FULL_STEPS, PERIOD, SEEDS = 200, 8, 64, 1024, 50, 50, (0, 1, 2)
 NEVER = 1 << 30
 ADAM_LR = 8e-3  # of embeddings and norms
-# What differs from the script's defaults, which rate is tried, and rates.
+# Arguments that differ from the script's defaults, the searched rate, and its values.
 CONTENDERS: dict[str, tuple[dict[str, Any], str, list[float]]] = {
     "full": ({"via": "full"}, "matrix_lr", [2.5e-4, 5e-4, 1e-3, 2e-3]),
     "galore": ({"via": "galore"}, "matrix_lr", [2e-3, 4e-3, 8e-3, 1.6e-2]),
@@ -55,7 +56,7 @@ class Data(NamedTuple):
 
 
 def read() -> Data:
-    """A part of the script's own texts, more than all steps see."""
+    """Returns a part of the script's own texts, more than all steps see."""
     plain = [d for d in texts.library() if not texts.is_test(d.title)][::8]
     known = texts.known("valid")[:6]
     tokenizer = build.train_tokenizer(plain, VOCABULARY)

@@ -1,9 +1,10 @@
-"""Useful tokens a second in supervised fine-tuning: lognormal lengths (median 110, sigma 0.8), half of the tokens prompt.
+"""Measures useful tokens per second in supervised fine-tuning on texts of lognormal lengths.
 
-Veneer packs texts into windows of 256 tokens, in which longer texts are cut and their parts no longer see each other, and once
-more into windows of 1024, in which all are whole (`_w1024`), and learns from labels only. PEFT pads batches of 8, at random or of
-like length, and at its best (adapters in the model's dtype, fused AdamW, compiled, lengths padded to multiples of 64) too. The
-unmeasured rounds are whole epochs, so that every length of either side is compiled before.
+Veneer packs texts into windows of 256 tokens, in which longer texts are cut and their parts no longer see
+each other, and once more into windows of 1024, in which all are whole (`_w1024`), and learns from labels
+only. PEFT pads batches of 8, at random or of like length, and at its best (adapters in the model's dtype,
+fused AdamW, compiled, lengths padded to multiples of 64) too. The unmeasured rounds are whole epochs, so that
+every length of either side is compiled before.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def texts(seed: int = 0) -> list[Tensor]:
 
 
 def padded(rows: Sequence[Tensor], multiple: int = 1) -> dict[str, Tensor]:
-    """A batch as transformers takes it; the first half of every text is prompt."""
+    """Returns a batch as transformers takes it; the first half of every text is prompt."""
     longest = -(-max(len(r) for r in rows) // multiple) * multiple
     batch = dict(
         input_ids=torch.zeros(len(rows), longest, dtype=torch.long),
@@ -70,7 +71,7 @@ def windows(found: list[Tensor], length: int) -> list[dict[str, Tensor]]:
 
 
 def peer(found: list[Tensor], *, grouped: bool, best: bool) -> m.Step:
-    """An epoch of PEFT."""
+    """Returns an epoch of PEFT."""
     model = m.peft_model(m.llama(SIZE, VOCABULARY, torch.bfloat16), best=best)
     adam, every = (
         m.optimiser(model, fused=best),
@@ -85,7 +86,7 @@ def peer(found: list[Tensor], *, grouped: bool, best: bool) -> m.Step:
 
 
 def ours(found: list[Tensor], length: int) -> m.Step:
-    """An epoch of Veneer in windows of `length`."""
+    """Returns an epoch of Veneer in windows of `length`."""
     from veneer.train.speed.compiling import prepare
 
     model, every = m.veneer_model(m.llama(SIZE, VOCABULARY, torch.bfloat16)), windows(found, length)
@@ -112,7 +113,8 @@ def main() -> None:
     useful = sum(map(len, found))
     print({k: f"{useful / v:.0f} tokens/s" for k, v in seconds.items()}, file=sys.stderr)
     print(
-        f"{sum(len(t) > SHORT + 1 for t in found)} of {len(found)} texts are longer than {SHORT} tokens and cut",
+        f"{sum(len(t) > SHORT + 1 for t in found)} of {len(found)} texts are longer than {SHORT} tokens and"
+        " cut",
         file=sys.stderr,
     )
     names = {

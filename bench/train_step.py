@@ -1,4 +1,4 @@
-"""Seconds of one LoRA step: Veneer, PEFT at its default and at its best, and the matrix products that nobody can avoid.
+"""Times one LoRA step: Veneer, PEFT at default and best, and the unavoidable matrix products.
 
 python bench/train_step.py [configuration ..]
 """
@@ -24,7 +24,7 @@ BOUND = {"h512_32k_bf16", "h512_32k_fp32"}
 
 
 def products(model: Any, rows: int) -> Callable[[], None]:
-    """The products with frozen weights of one step, forward and for the input's gradient, into buffers that exist."""
+    """Computes the products with frozen weights of one step, forward and backward, into buffers."""
     from torch import nn
 
     jobs = []
@@ -42,7 +42,7 @@ def products(model: Any, rows: int) -> Callable[[], None]:
 
 
 def ours(model: Any, batch: dict[str, torch.Tensor], compiled: bool = True) -> m.Step:
-    """A step of Veneer as `veneer fit --compile on` takes it."""
+    """Returns a step of Veneer as `veneer fit --compile on` takes it."""
     from veneer.train.speed.compiling import prepare, warm_up
 
     model, batch = m.veneer_model(model), m.shifted(batch)
@@ -53,14 +53,14 @@ def ours(model: Any, batch: dict[str, torch.Tensor], compiled: bool = True) -> m
 
 
 def peer(model: Any, batch: dict[str, torch.Tensor], *, best: bool) -> m.Step:
-    """A step of PEFT."""
+    """Returns a step of PEFT."""
     model = m.peft_model(model, best=best)
     adam = m.optimiser(model, fused=best)
     return lambda: m.peer_step(model, adam, batch)
 
 
 def measure(name: str) -> dict[str, float]:
-    """The figures of one configuration."""
+    """Returns the figures of one configuration."""
     size, vocabulary, dtype, rows, length = CONFIGURATIONS[name]
     torch._dynamo.reset()
     batch = m.random_batch(rows, length, vocabulary)

@@ -1,17 +1,18 @@
-"""LoRA+'s argument by width: which ratio of rates is best for a layer of n inputs and outputs, and what the adaptive rules do.
+"""Searches the best ratio of rates of A and B by width of the layer, and tests adaptive rules.
 
     python bench/width.py --picture docs/width.png
 
-Two tasks for LoRA of rank 4 and 8 on one n x n layer, B = 0 at first, moments by 0.9 and 0.99, 200 steps, 20 of them warm-up
-of a cosine:
+Two tasks for LoRA of rank 4 and 8 on one n x n layer, B = 0 at first, moments by 0.9 and 0.99, 200 steps, 20
+of them warm-up of a cosine:
 
-- network: the paper's kind of toy. f(x) = w relu((W + s B A) relu(V x)) with x in 5 dimensions learns a fixed function from 128
-  examples; V, W, w are random and frozen. The score is the loss over its start.
-- layer: a linear layer learns a change D of rank 16, whose singular values fall from 2 to 0.2, from inputs x = M z in batches
-  of 32 with noise 0.02; M is symmetric with singular values from 1.5 down to 0.15. The score is |(s B A - D) M|^2 over its
-  start, less what no matrix of rank 8 can reach.
+- network: a toy like the paper's. f(x) = w relu((W + s B A) relu(V x)) with x in 5 dimensions learns a fixed
+  function from 128 examples; V, W, w are random and frozen. The score is the loss over its start.
+- layer: a linear layer learns a change D of rank 16, whose singular values fall from 2 to 0.2, from inputs
+  x = M z in batches of 32 with noise 0.02; M is symmetric with singular values from 1.5 down to 0.15. The
+  score is |(s B A - D) M|^2 over its start, minus the part that no matrix of rank 8 can reach.
 
-For every rule and width the rate is searched in steps of 2 until both neighbours are worse; scores are means over the seeds.
+For every rule and width the rate is searched in steps of 2 until both neighbours are worse; scores are means
+over the seeds.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ RULES |= {name: (name, {}) for name in ("scaled", "balanced", "lora-muon", "lora
 
 
 class Network:
-    """f(x) = w relu(Z + s B A H), H = relu(V x) (n, 128), Z = W H, against the outputs of a network of width 32."""
+    """f(x) = w relu(Z + s B A H), H = relu(V x) (n, 128), Z = W H, against a network of width 32."""
 
     rank, name = 4, "network"
 
@@ -87,7 +88,7 @@ class Layer:
 
 
 def train(task: Network | Layer, n: int, rule: Rule, rate: float, seed: int) -> float:
-    """The score after one training; infinite where it diverges."""
+    """Returns the score after one training; infinite where it diverges."""
     host = nn.Sequential(nn.utils.skip_init(nn.Linear, n, n, bias=False))  # its weight is never used
     parts = groups.of_adapter(
         veneer.attach(host, to=["0"], rank=task.rank, alpha=S * task.rank, seed=seed), "default"
@@ -109,7 +110,7 @@ def train(task: Network | Layer, n: int, rule: Rule, rate: float, seed: int) -> 
 
 
 def best(tasks: list[Any], n: int, rule: Rule, exponent: int) -> tuple[int, float]:
-    """The best power of 2 for a rate, searched from `exponent`, and the mean score there."""
+    """Returns the best power of 2 for a rate, searched from `exponent`, and the mean score there."""
     tried: dict[int, float] = {}
 
     def score(e: int) -> float:
