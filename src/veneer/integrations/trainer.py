@@ -29,8 +29,8 @@ STATE = (
 class AdapterTrainer:
     """A mixin to put before a Trainer, as `adapter_trainer` does: `class My(AdapterTrainer, SFTTrainer)`.
 
-    A checkpoint holds the adapter in PEFT's layout, its exact state, and the Trainer's optimiser, scheduler and
-    generators. optimiser: the name of one of Veneer's optimisers, or None for the one in the arguments.
+    A checkpoint holds the adapter in PEFT's layout, its exact state, and the Trainer's optimiser, scheduler
+    and generators. optimiser: the name of one of Veneer's optimisers, or None for the one in the arguments.
     """
 
     optimiser: str | None = None
@@ -79,8 +79,8 @@ class AdapterTrainer:
 def adapter_trainer(kind: type, optimiser: str | None = None, **options: Any) -> type:
     """Returns the trainer class `kind` with checkpoints that hold adapters only.
 
-    optimiser: a name that `veneer methods` lists, such as "loraplus"; options: its own. Raises ConfigError for
-    unknown ones.
+    optimiser: a name that `veneer methods` lists, such as "loraplus"; options: its own.
+    Raises ConfigError for unknown ones.
 
         trainer = adapter_trainer(SFTTrainer, "loraplus", ratio=8)(model=model, args=args, train_dataset=rows)
     """

@@ -2,13 +2,13 @@
 https://arxiv.org/abs/2308.03303
 
 A is LoRA's start of that name; B starts at zero, whatever the start has for it. The gradient of B needs h = A
-x alone, so the layer's input is not kept. With orthonormal rows of A (pissa, keeplora) the correction of B's
+x alone, so the layer's input is not kept. With orthonormal rows of A (pissa) the correction of B's
 gradient in PEFT's optimiser for it, (A A')^-1, is a multiple of the identity; AdamW is blind to it.
 
 Parameters: r out a layer.
 State: B and A.
 Cost: LoRA's without the gradient of A; the backward keeps r numbers per token; merged: none.
-Use: if activations limit the memory of a training; with init keeplora, to leave given directions untouched.
+Use: if activations limit the memory of a training.
 Against: the change reads r fixed directions of the input. It learned less than LoRA of the same rank in
 PEFT's comparison (40.4 against 47.8).
 """
@@ -54,7 +54,7 @@ class LoRAFA(FactoredDelta, PeftStored):
         alpha: numerator of the scale s; the default is that of lora
         stabilised: s = alpha / sqrt(r) instead of alpha / r
         dropout: share of the adapter's inputs dropped in training; the base path keeps all
-        init: start of A, as for lora; keeplora needs the loss's gradient
+        init: start of A, as for lora
         init_options: options of the start by name, such as gamma=64
         seed: key of the random draws, together with the layer's name
         """

@@ -74,7 +74,7 @@ class Site(ABC):
     def stamp(self) -> tuple[Any, ...] | None:
         """Returns a value that changes when W is written to or replaced, or None under a tracer.
 
-        Casts and moves are no writes; those through `.data` leave no trace.
+        Casts and moves do not count as writes; writes through `.data` are not seen.
         """
         own = list(self.module.parameters(recurse=False))
         if not all(type(p) is nn.Parameter for p in own):

@@ -15,7 +15,7 @@ from veneer.sites.base import Site
 class LeafSite(Site):
     """W is (n, 1): all parameters that `module` holds itself, in their order.
 
-    A change acts inside the module, which runs once with W' in place of W, whatever its arguments and outputs are.
+    A change acts inside the module, which runs once with W' in place of W for any arguments and outputs.
     """
 
     kind = "leaf"

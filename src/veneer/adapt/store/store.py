@@ -50,9 +50,9 @@ def save(
 ) -> Path:
     """Writes an adapter into `folder`, whole or not at all, and returns the folder.
 
-    name: the adapter; the only attached one, or "default", unless given. probe: keyword arguments of one call of the model, whose outputs are kept and compared on loading;
-    language models and token classifiers have a default. dtype: of the tensors, float32 unless given. allow:
-    "zero", "finite". Raises FormatError, before anything is written, for changes that are zero, empty or not
+    name: the adapter; the only attached one, or "default", unless given. probe: keyword arguments of one call
+    of the model, whose outputs are compared on loading; language models and token classifiers have a default.
+    dtype: of the tensors, float32 unless given. allow: "zero", "finite". Raises FormatError, before anything is written, for changes that are zero, empty or not
     finite, and for a dtype that would lose more than a twentieth of a change.
 
     >>> veneer.save(model, "out/french", "french")
@@ -76,10 +76,16 @@ def save(
         "no_probe": None if isinstance(kept, dict) else kept,
         "allow": sorted(used.union(*(_let_through(delta) for _, delta in changes))),
     }
-    tensors = {n: rounding.rounded(t, dtype) for n, t in (written.tensors if written else state).items()}
-    whole, config = (written.whole, written.config) if written else ({}, None)
-    _write(folder, {**tensors, **whole}, config, content)
+    _write(folder, *_in_files(written, state, dtype), content)
     return folder
+
+
+def _in_files(
+    written: writing.Written | None, state: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], Config | None]:
+    """Returns the tensors to write, rounded to dtype, and PEFT's settings where its layout is used."""
+    tensors = {n: rounding.rounded(t, dtype) for n, t in (written.tensors if written else state).items()}
+    return ({**tensors, **written.whole}, written.config) if written else (tensors, None)
 
 
 def only(model: nn.Module) -> str:
@@ -165,8 +171,8 @@ def load(
 ) -> nn.Module:
     """Attaches the adapter in `folder` as `name`, acting at strength 1, and returns the model.
 
-    folder, allow, initial: as in `read`, which see; a run's folder stands for its adapter. trainable: whether the adapter, and it alone,
-    takes gradients. Raises what `read` raises, and FormatError if the golden probe fails or an adapter of
+    folder, allow, initial: as in `read`; a run's folder stands for its adapter. trainable: let the adapter alone
+    take gradients. Raises the errors of `read`, and FormatError if the golden probe fails or an adapter of
     another program has no effect on the outputs; the model is then as it was.
     """
     hooks.check_name(model, name)
