@@ -11,6 +11,7 @@ import oracles
 import pytest
 import test_methods
 from support import table
+from test_layers import ROWS as LAYERS
 from torch import nn
 
 import veneer
@@ -65,12 +66,18 @@ def test_has_every_property(name, prop, site):
     PROPERTIES[prop](name, site)
 
 
+def test_the_table_of_rows_is_that_of_the_layers():
+    table = TEXT.split("| row | contents |")[1].split("\n\n")[0]
+    written = [tuple(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines()[2:]]
+    assert [frozenset(row) for row in written[::-1]] == [frozenset(row) for row in LAYERS[:-1]]
+
+
 def test_is_known_everywhere(capsys):
     from veneer.cli.frame import main
 
     assert "rescale" in methods.available()
     assert main(["methods"]) == 0
     assert "rescale: Rescale: W' = (I + diag u) W (I + diag v)" in (shown := capsys.readouterr().out)
-    assert "--inputs: scale the inputs too, not the outputs alone (default: yes)" in shown
+    assert "--inputs: scale the inputs too, not the outputs alone [yes]" in shown
     model = veneer.attach(nn.Sequential(nn.Linear(3, 2)), "rescale", inputs=False)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.deltas.default.u"]
