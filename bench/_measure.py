@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -77,6 +78,14 @@ def peer_step(model: Any, adam: torch.optim.Optimizer, batch: dict[str, Tensor])
     adam.step()
     adam.zero_grad()
     return loss
+
+
+def language_task() -> Any:
+    """Returns the task of language models, without a tokenizer: token 0 pads."""
+    from veneer.data.reading import Reading
+    from veneer.tasks.causal_lm import CausalLM
+
+    return CausalLM(SimpleNamespace(pad_token_id=0), Reading())
 
 
 def our_step(model: Any, objective: Any, adam: torch.optim.Optimizer, batch: dict[str, Tensor]) -> Any:

@@ -183,7 +183,7 @@ def flora() -> dict[str, float]:
 def training() -> dict[str, float]:
     """A step of eight adapters on a row of 128 tokens each: in one pass, and one adapter after the other."""
     from veneer.adapt.acting.shared_inputs import discover
-    from veneer.tasks import causal_lm
+    from veneer.tasks.text import next_token
 
     names = [f"a{i}" for i in range(8)]
     batch = m.shifted(m.random_batch(8, 128, 8192))
@@ -193,7 +193,7 @@ def training() -> dict[str, float]:
     veneer.train_only(model, *names)
 
     def learn(rows: dict[str, Tensor]) -> Tensor:
-        total, n = causal_lm.loss(model, rows)
+        total, n = next_token.loss(model, rows)
         (total / n).backward()
         model.zero_grad()
         return total
@@ -240,11 +240,11 @@ def training() -> dict[str, float]:
 
 
 def _one(model: Any, batch: dict[str, Tensor], name: str) -> Any:
-    from veneer.tasks import causal_lm
+    from veneer.tasks.text import next_token
 
     rows = batch if name == "bank" else {k: v[:1] for k, v in batch.items()}
     with veneer.using(model, name):
-        return causal_lm.loss(model, rows)
+        return next_token.loss(model, rows)
 
 
 def _kept(step: m.Step) -> int:

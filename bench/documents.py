@@ -35,7 +35,10 @@ def make(
 ) -> m.Step:
     """Returns one step, with boundaries or with transformers' mask."""
     model = m.veneer_model(m.llama("h512", VOCABULARY, dtype))
-    objective, adam = prepare(model, batch, compiled=compiled), m.optimiser(model, fused=True)
+    objective, adam = (
+        prepare(model, m.language_task(), batch, compiled=compiled),
+        m.optimiser(model, fused=True),
+    )
     if not boundaries:
         fast_attention.use_own(model)
     return lambda: m.our_step(model, objective, adam, batch).item()

@@ -32,8 +32,12 @@ def make(
     model = veneer.attach(
         m.llama("h512", vocabulary, torch.bfloat16), "lora", to=to, rank=m.RANK, alpha=m.ALPHA
     )
-    kept = Kept(model, frozen_blocks.look(model, batch["input_ids"][:1]), windows, out, {}) if out else None
-    objective, adam = prepare(model, batch, compiled=True), m.optimiser(model, fused=True)
+    kept = None
+    if out:
+        task, (_, t) = m.language_task(), batch["input_ids"].shape
+        prefix = frozen_blocks.look(model, {"input_ids": batch["input_ids"][:1], "use_cache": False}, t)
+        kept = Kept(model, prefix, task, windows, out, {})
+    objective, adam = prepare(model, m.language_task(), batch, compiled=True), m.optimiser(model, fused=True)
 
     def whole() -> float:
         return m.our_step(model, objective, adam, batch).item()

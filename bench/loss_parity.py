@@ -18,13 +18,12 @@ import _measure as m
 import torch
 
 from veneer.data.order import Order
-from veneer.data.pack import collate
 from veneer.models import pretrained
 from veneer.optim.base.groups import set_rates
 from veneer.runs.learner import learner
 from veneer.runs.prepare import prepare
+from veneer.tasks.text.bits import bits_per_byte
 from veneer.train.loop import schedule
-from veneer.train.loop.evaluate import bits_per_byte
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
@@ -54,7 +53,7 @@ def start() -> tuple[Any, Any]:
 
 def held_out(model: Any, objective: Any, found: Any) -> float:
     """Nats a byte of held-out text."""
-    return bits_per_byte(model, found["valid"].windows[:HELD_OUT], objective, batch=ROWS) * float(
+    return bits_per_byte(model, found["valid"].examples[:HELD_OUT], objective, batch=ROWS) * float(
         torch.log(torch.tensor(2.0))
     )
 
@@ -63,7 +62,7 @@ def ours(seed: int) -> tuple[list[float], float]:
     """Losses of every step, and on held-out text after the last."""
     torch.manual_seed(0)
     ready, found = start()
-    order = order_of(found["train"].windows, seed)
+    order = order_of(found["train"].examples, seed)
     trainer = learner(ready, order, Voice(False))
     losses = [trainer.step(order.step(i), rate(i)).loss for i in range(STEPS)]
     return losses, held_out(ready.model, trainer.objective, found)
@@ -74,7 +73,7 @@ def peer(seed: int) -> tuple[list[float], float]:
     from peft import LoraConfig, get_peft_model
 
     from veneer.adapt.attached import changes
-    from veneer.tasks import causal_lm
+    from veneer.tasks.text import next_token
 
     torch.manual_seed(0)
     ready, found = start()
@@ -91,17 +90,17 @@ def peer(seed: int) -> tuple[list[float], float]:
     adam = torch.optim.AdamW(
         [{"params": trained, "scale": 1.0, "base": 1.0, "share": 0.0}], lr=0.0, weight_decay=0.0
     )
-    losses, order = [], order_of(found["train"].windows, seed)
+    losses, order = [], order_of(found["train"].examples, seed)
     model.train()
     for i in range(STEPS):
-        loss, n = causal_lm.loss(model, collate(order.step(i)[0], ready.pad), chunked=False)
+        loss, n = next_token.loss(model, ready.task.collate(order.step(i)[0]), chunked=False)
         (loss / n).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         set_rates(adam, rate(i), 0.0)
         adam.step()
         adam.zero_grad()
         losses.append(float(loss.detach()) / n)
-    return losses, held_out(model, lambda *given: causal_lm.loss(*given, chunked=False), found)
+    return losses, held_out(model, lambda *given: next_token.loss(*given, chunked=False), found)
 
 
 def picture(curves: dict[str, list[list[float]]], file: Path) -> None:

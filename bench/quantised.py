@@ -21,7 +21,7 @@ import veneer
 from veneer.compress.quantise import quantise
 from veneer.ops import quant
 from veneer.ops.matrix.residual import split
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
 
 D, TOKENS, ROWS, LENGTH, VOCABULARY = 1024, (1, 256, 1024), 4, 128, 4096
 
@@ -100,7 +100,7 @@ def steps(figures: dict[str, float]) -> None:
             logits[name] = model(input_ids=batch["input_ids"]).logits.float()
         veneer.attach(model, "lora", rank=m.RANK, alpha=m.ALPHA)
         adam = m.optimiser(model, fused=True)
-        calls[name] = partial(m.our_step, model, causal_lm.loss, adam, shifted)
+        calls[name] = partial(m.our_step, model, next_token.loss, adam, shifted)
     seconds = m.interleaved(calls)
     for name in quant.FORMATS:
         figures[f"{name}_lora_step_over_base"] = seconds[name] / seconds["bf16"]

@@ -90,7 +90,7 @@ def ours(found: list[Tensor], length: int) -> m.Step:
     from veneer.train.speed.compiling import prepare
 
     model, every = m.veneer_model(m.llama(SIZE, VOCABULARY, torch.bfloat16)), windows(found, length)
-    objective: Any = prepare(model, every[0], compiled=True)
+    objective: Any = prepare(model, m.language_task(), every[0], compiled=True)
     adam = m.optimiser(model, fused=True)
 
     def act() -> None:

@@ -46,7 +46,10 @@ def ours(model: Any, batch: dict[str, torch.Tensor], compiled: bool = True) -> m
     from veneer.train.speed.compiling import prepare, warm_up
 
     model, batch = m.veneer_model(model), m.shifted(batch)
-    objective, adam = prepare(model, batch, compiled=compiled), m.optimiser(model, fused=True)
+    objective, adam = (
+        prepare(model, m.language_task(), batch, compiled=compiled),
+        m.optimiser(model, fused=True),
+    )
     if compiled:
         warm_up(model, objective, batch)
     return lambda: m.our_step(model, objective, adam, batch)

@@ -8,15 +8,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 from support import models
+from support.objectives import causal_lm
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from veneer.adapt.attach import attach
 from veneer.analyse.cost import repeats, simulate
 from veneer.analyse.cost.memory import Rise
 from veneer.analyse.cost.repeats import Stretch, joined
-from veneer.analyse.cost.simulate import Shape
 from veneer.compress.quantise import quantise
 from veneer.ops.chunked import cross_entropy
+from veneer.tasks.base.shape import Shape
 from veneer.train.speed import compiling
 
 SHAPE = Shape(rows=3, tokens=20, labels=50)
@@ -83,8 +84,8 @@ def whole(monkeypatch):
 def both(monkeypatch, model, shape, **how):
     with monkeypatch.context() as patch:
         whole(patch)
-        expected = simulate.step(model, shape, **how)
-    return simulate.step(model, shape, **how), expected
+        expected = simulate.step(model, shape, causal_lm(), **how)
+    return simulate.step(model, shape, causal_lm(), **how), expected
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,7 +113,7 @@ def test_so_it_is_where_blocks_are_computed_again(monkeypatch):
     with compiling.recomputing(model):
         found, expected = both(monkeypatch, model, SHAPE)
         assert found == expected
-    assert found.memory.activations < simulate.step(model, SHAPE).memory.activations
+    assert found.memory.activations < simulate.step(model, SHAPE, causal_lm()).memory.activations
 
 
 @pytest.mark.parametrize("labels", [300, 600, 1000])
@@ -128,7 +129,7 @@ def test_only_kinds_run(monkeypatch):
     for i, block in enumerate(model.model.layers):
         block.self_attn.register_forward_pre_hook(lambda module, args, i=i: ran.append(i))
     own = list(model.model.layers)
-    simulate.step(model, SHAPE)
+    simulate.step(model, SHAPE, causal_lm())
     assert ran == [0, 1]  # nothing below the first takes a gradient
     assert list(model.model.layers) == own and all(
         a is b for a, b in zip(model.model.layers, own, strict=True)

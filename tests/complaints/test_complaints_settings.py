@@ -23,7 +23,7 @@ from veneer.data.tokens import Tokens
 from veneer.errors import DataError, SiteError
 from veneer.optim.base import groups
 from veneer.runs.fit import fit
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
 from veneer.train.run import Run
 
 TENSORS = "adapter_model.safetensors"
@@ -50,7 +50,7 @@ def test_unsloth_9331_head_and_embedding_get_gradients_where_they_are_adapted(ti
     veneer.attach(model, "lora", to=["lm_head", "embed_tokens"], rank=2, untie=tied)
     models.randomise(model)
     ids = torch.randint(0, models.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-    causal_lm.loss(model, {"input_ids": ids, "labels": ids.clone()})[0].backward()
+    next_token.loss(model, {"input_ids": ids, "labels": ids.clone()})[0].backward()
     norms = {
         f"{site.name}.{n}": float(p.grad.norm())
         for site, d in changes(model, "default")
@@ -236,8 +236,8 @@ def test_axolotl_3453_packing_changes_no_loss():
     model = models.llama().double()
     found = [s for t in texts(9, 5, 14, 2) for s in segments(t, 30)]
     (window,) = pack(found, 30)
-    together, n = causal_lm.loss(model, collate([window], 0))
-    apart = sum(float(causal_lm.loss(model, collate([(s,)], 0))[0]) for s in found)
+    together, n = next_token.loss(model, collate([window], 0))
+    apart = sum(float(next_token.loss(model, collate([(s,)], 0))[0]) for s in found)
     assert n == 26 and float(together) == pytest.approx(apart, rel=1e-10) and apart > 26
 
 

@@ -31,7 +31,7 @@ from veneer.ops import quant
 from veneer.ops.matrix.residual import split
 from veneer.sites.quantised import formats
 from veneer.sites.quantised_linear import QuantisedLinear
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
 
 BOTH = pytest.mark.parametrize("name", ["int8", "nf4"])
 
@@ -291,7 +291,7 @@ def test_a_quantised_base_trains_and_the_loss_falls(name):
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
     for _ in range(12):
-        total, n = causal_lm.loss(model.train(), {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
+        total, n = next_token.loss(model.train(), {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
         (total / n).backward()
         adam.step()
         adam.zero_grad()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import models, tiny
+from support.objectives import causal_lm
 from support.step_memory import SHAPE, real_step
 
 import veneer
@@ -158,9 +159,12 @@ def test_a_run_that_starts_around_quantisation_keeps_its_base(folder, start):
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 def test_a_step_by_shapes_takes_what_a_real_one_does(name):
     model = veneer.attach(veneer.quantise(models.llama(), name), rank=4)
-    foreseen = simulate.step(model, SHAPE).memory
+    foreseen = simulate.step(model, SHAPE, causal_lm()).memory
     live, saved = real_step(model, model.parameters())
-    assert foreseen.weights < simulate.step(veneer.attach(models.llama(), rank=4), SHAPE).memory.weights
+    assert (
+        foreseen.weights
+        < simulate.step(veneer.attach(models.llama(), rank=4), SHAPE, causal_lm()).memory.weights
+    )
     assert foreseen.activations == pytest.approx(saved.kept.peak, rel=0.02)
     assert foreseen.growth - foreseen.optimiser == pytest.approx(live.made.peak, rel=0.05)
 

@@ -20,8 +20,8 @@ from veneer.data.pack import IGNORED, Segment
 from veneer.data.row_files import Row
 from veneer.data.tokens import Tokens, encode
 from veneer.errors import ConfigError, DataError
-from veneer.tasks.causal_lm import loss
-from veneer.train import checks
+from veneer.tasks.text import checks
+from veneer.tasks.text.next_token import loss
 
 LENGTH = 12
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -403,7 +403,7 @@ def of_length(*lengths: int) -> list[pack.Window]:
 def test_windows_that_are_not_packed_come_with_others_of_their_length():
     lengths = [7, 1, 5, 3, 8, 2, 6, 4] * 60  # 480 windows: two stretches and a half of 50 batches
     given = of_length(*lengths)
-    one = order.Order(given, 4, 1, total=960, seed=3, grouped=True)
+    one = order.Order(given, 4, 1, total=960, seed=3, sizes=lengths)
     steps = [drawn(one.step(step)) for step in range(240)]
     for epoch in (steps[:120], steps[120:]):
         assert sorted(i for step in epoch for i in step) == list(range(480))
@@ -413,7 +413,7 @@ def test_windows_that_are_not_packed_come_with_others_of_their_length():
     assert 1 - 2 * sum(lengths) / positions < 0.05 < 0.25 < 1 - 2 * sum(lengths) / without
     longest = [max(lengths[i] for i in step) for step in steps[:50]]
     assert longest != sorted(longest)  # the batches themselves come in a random order
-    again = order.Order(given, 4, 1, total=960, seed=3, grouped=True)
+    again = order.Order(given, 4, 1, total=960, seed=3, sizes=lengths)
     assert [drawn(again.step(step)) for step in (130, 7, 119)] == [steps[130], steps[7], steps[119]]
 
 

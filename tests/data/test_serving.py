@@ -16,7 +16,7 @@ from veneer.data.chat.rendering import common, specials
 from veneer.data.row_files import Row
 from veneer.data.tokens import encode
 from veneer.errors import DataError
-from veneer.runs.samples import continuation
+from veneer.tasks.text.samples import continuation
 
 # Reasoning leaves earlier turns once the user has spoken again, as in Qwen3.
 FORGETS = """{%- set ns = namespace(user=-1) %}

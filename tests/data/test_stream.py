@@ -15,19 +15,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
+from support.objectives import causal_lm
 from support.resuming import assert_same
 from support.tiny import jsonl
 
 from veneer.data import hub, row_files_streamed
 from veneer.data.forms.shape import Shape
-from veneer.data.order_streamed import Place, SegmentsFrom, Stream
+from veneer.data.order_streamed import PiecesFrom, Place, Stream
 from veneer.data.pack import OPEN, Packer, Segment, pack
 from veneer.data.row_files import Row, read_file
 from veneer.errors import ConfigError, DataError
 from veneer.runs import report
 from veneer.runs.fit import fit
 from veneer.runs.texts import sources, streamed, texts
-from veneer.train.loop.progress import Voice
+from veneer.tasks.causal_lm import CausalLM
+from veneer.train.loop.progress import Notes
 from veneer.train.run import Run
 
 ROWS = [{"text": tiny.text(100 + i, 5 + 7 * i % 60)} for i in range(60)]
@@ -56,23 +58,28 @@ def settings(place: Path, **changed: Any) -> dict[str, Any]:
     return tiny.settings(place, **{"data": str(place / "rows.jsonl"), "stream": True, "buffer": 7, **changed})
 
 
+def task_of(run: Run) -> CausalLM:
+    return causal_lm(tiny.tokenizer(), **tiny.reading(run))
+
+
 # -- order
 # ------------------------------------------------------------------------------------------------------------
 
 
-def endless(length: int = 3) -> SegmentsFrom:
+def endless(length: int = 3) -> PiecesFrom:
     """Rows without an end, of one, two or three segments, which are numbered through."""
 
     def read(place: Place) -> Iterator[tuple[Place, Segment]]:
         for row in itertools.count(place.row):
-            for i in range(place.segments if row == place.row else 0, row % 3 + 1):
+            for i in range(place.pieces if row == place.row else 0, row % 3 + 1):
                 yield Place(row, i + 1), segment(3 * row + i, length + row % 4)
 
     return read
 
 
 def stream(seed: int = 0, *, length: int | None = None, buffer: int = 10) -> Stream:
-    return Stream(endless(), length, 3, 2, buffer=buffer, seed=seed)
+    kind = causal_lm(length=length or 256, packing=length is not None)
+    return Stream(endless(), kind, 3, 2, buffer=buffer, seed=seed)
 
 
 def test_windows_are_mixed_over_the_buffer_and_none_is_lost():
@@ -142,11 +149,11 @@ def test_no_more_is_alive_than_the_buffer_holds(place, monkeypatch):
         tensors.extend(weakref.ref(s.inputs) for s in found)
         return found
 
-    real = streamed._segments
+    real = streamed._pieces
     monkeypatch.setattr(sources, "stream", unending)
-    monkeypatch.setattr(streamed, "_segments", counted)
+    monkeypatch.setattr(streamed, "_pieces", counted)
     run = Run.from_dict(settings(place, buffer=20, data="endless"))
-    made = streamed.order(run, tiny.tokenizer(), Voice(False))
+    made = streamed.order(run, task_of(run), Notes())
     alive = []
     for n in range(100):
         made.step(n)
@@ -159,9 +166,7 @@ def test_no_more_is_alive_than_the_buffer_holds(place, monkeypatch):
 
 def test_a_piece_of_a_long_text_does_not_keep_the_whole(place):
     run = Run.from_dict(settings(place))
-    found = streamed._segments(
-        Row("text", {"text": tiny.text(1, 3000)}, "long"), run, tiny.tokenizer(), Voice(False)
-    )
+    found = streamed._pieces(Row("text", {"text": tiny.text(1, 3000)}, "long"), task_of(run), Notes())
     assert len(found) > 100 and all(
         t.untyped_storage().nbytes() == t.numel() * t.element_size() for s in found for t in s
     )
@@ -193,9 +198,9 @@ def test_killed_and_resumed_it_is_bit_equal(place, whole, tmp_path, step):
 def test_what_is_learned_is_what_a_run_in_memory_learns(place):
     """One reading of the stream has the pieces of the same rows read as a whole, no more and no fewer."""
     run = Run.from_dict(settings(place))
-    held = texts.prepare(read_file(place / "rows.jsonl"), run, tiny.tokenizer(), Voice(False)).windows
+    held = texts.prepare(read_file(place / "rows.jsonl"), task_of(run), Notes()).examples
     wanted = sorted(s.inputs.tolist() for w in held for s in w)
-    source = streamed.order(run, tiny.tokenizer(), Voice(False)).segments_from(Place())
+    source = streamed.order(run, task_of(run), Notes()).pieces_from(Place())
     first = itertools.islice(source, len(wanted))
     assert sorted(s.inputs.tolist() for _, s in first) == wanted
     assert next(source)[0].row == 0  # and begins again
@@ -209,12 +214,12 @@ def test_reading_goes_on_from_any_place(place, tmp_path):
     left_out = streamed._keys([read_file(data)[3]])
 
     def read(where: Place, n: int) -> list[tuple[Place, list[int]]]:
-        found = streamed._reading(run, tiny.tokenizer(), left_out, where, Voice(False))
+        found = streamed._reading(run, task_of(run), left_out, where, Notes())
         return [(after, s.inputs.tolist()) for after, s in itertools.islice(found, n)]
 
     whole = read(Place(), 40)
     assert {after.row for after, _ in whole} == {0, 1, 2, 4, 5} and max(
-        after.segments for after, _ in whole
+        after.pieces for after, _ in whole
     ) > 3
     for i, (after, _) in enumerate(whole[:20]):
         assert read(after, 15) == whole[i + 1 : i + 16]
@@ -225,9 +230,7 @@ def test_rows_set_aside_for_validation_are_not_learned(place, tmp_path):
     given = settings(place, data=str(data), valid=[], steps=2, out=str(tmp_path / "run"))
     result = fit(Run.from_dict(given), progress=False)
     aside = json.loads((tmp_path / "run" / "config.json").read_text())["data"]["valid"]["rows"]
-    measured = texts.prepare(
-        read_file(data)[:aside], Run.from_dict(given), tiny.tokenizer(), Voice(False)
-    ).windows
+    measured = texts.prepare(read_file(data)[:aside], task_of(Run.from_dict(given)), Notes()).examples
     assert 4 <= aside <= 20 and len(measured) >= 4
     assert result.metrics["notes"][-4].startswith(
         f"no valid text is given: the first {aside} rows of the stream are set aside to choose the best"
@@ -235,7 +238,7 @@ def test_rows_set_aside_for_validation_are_not_learned(place, tmp_path):
         f" are not learned; give valid if the data is sorted"
     )
     run = Run.from_dict({**given, "known": "none"})
-    left_out = streamed._keys(streamed._set_aside(run, tiny.tokenizer()))
+    left_out = streamed._keys(streamed._set_aside(run, task_of(run)))
     left = [row.where for row in streamed._all(run) if streamed._is_learned(row, left_out)]
     assert len(left) == len(ROWS) + 4 - aside - min(aside, 4) and left[0].endswith(f"line {aside + 1}")
 

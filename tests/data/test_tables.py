@@ -280,8 +280,6 @@ def test_sources_have_weights_by_name(tmp_path):
     (tmp_path / "b@2").write_text("b")  # a file of that name is itself
     found = sources.rows([f"{tmp_path / 'a.txt'}@3", str(tmp_path / "b@2"), f"{tmp_path / 'b@2'}@2"], "train")
     assert [(r.columns["text"], r.times) for r in found] == [("a", 3), ("b", 1), ("b", 2)]
-    with pytest.raises(
-        DataError, match=r"a\.txt@0: a weight of 0 leaves nothing of the source; leave it out"
-    ):
+    with pytest.raises(DataError, match=r"a\.txt@0: weight must be above 0, got 0; leave the source out"):
         sources.rows([f"{tmp_path / 'a.txt'}@0"], "train")
     assert named(Run(data="builtin:prose@2")).valid == ("builtin:prose",)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
+from support.objectives import causal_lm
 
 from veneer.data import chat, row_files
 from veneer.data.pack import IGNORED, collate, segments
@@ -19,8 +20,8 @@ from veneer.data.tokens import Tokens, encode
 from veneer.errors import ConfigError, DataError
 from veneer.runs.fit import fit
 from veneer.runs.texts import texts
-from veneer.tasks.causal_lm import loss
-from veneer.train.loop.progress import Voice
+from veneer.tasks.text.next_token import loss
+from veneer.train.loop.progress import Notes
 from veneer.train.run import Run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -225,7 +226,10 @@ def test_the_loss_of_a_run_is_the_value_by_hand(tmp_path):
 
 
 def gathered(data: str, **more: Any) -> dict[str, list[Row]]:
-    return texts.gather(Run(data=data, valid=data, known="none", **more), Voice(False))
+    run = Run(data=data, valid=data, known="none", **more)
+    found = texts.gather(run, Notes())
+    causal_lm(tiny.tokenizer(), **tiny.reading(run)).check_rows(found["train"])
+    return found
 
 
 def test_roles_that_no_turn_has_are_refused(tmp_path):
@@ -251,23 +255,25 @@ def test_weights_are_for_what_is_learned_from(tmp_path):
     with pytest.raises(
         DataError, match=r"valid: .*@2: a measured text has no weight; remove @ and the number"
     ):
-        texts.gather(Run(data=data, valid=f"{data}@2", known="none"), Voice(False))
-    voice, run = Voice(False), Run(data=f"{data}@3", known="none", packing=False, length=64)
-    found = texts.gather(run, voice)
+        texts.gather(Run(data=data, valid=f"{data}@2", known="none"), Notes())
+    notes, run = Notes(), Run(data=f"{data}@3", known="none", packing=False, length=64)
+    found = texts.gather(run, notes)
     assert {r.times for r in found["train"]} == {3} and {r.times for r in found["valid"]} == {1}
-    assert f"by the weights of {data}@3, an epoch has 54 rows, of 18 different places" in voice.said
-    assert len(texts.prepare(found["train"], run, tiny.tokenizer(), voice).windows) == 54
+    assert f"by the weights of {data}@3, an epoch has 54 rows, of 18 different places" in notes.said
+    assert (
+        len(texts.prepare(found["train"], causal_lm(tiny.tokenizer(), **tiny.reading(run)), notes).examples)
+        == 54
+    )
 
 
 def test_it_is_said_when_no_end_of_a_turn_is_learned(rows):
-    by, voice = copy.deepcopy(tokenizer("mistral")), Voice(False)
-    run = Run(data="a.jsonl", length=256)
-    texts.prepare([rows["talk"]], run, by, voice)
-    assert voice.said == []
+    by, notes = copy.deepcopy(tokenizer("mistral")), Notes()
+    texts.prepare([rows["talk"]], causal_lm(by, length=256), notes)
+    assert notes.said == []
     by.chat_template = by.chat_template.replace("+ eos_token", "").replace(
         "endgeneration %}", "endgeneration %}{{ eos_token }}"
     )
-    texts.prepare([rows["talk"]], run, by, voice)
-    assert voice.said == [
+    texts.prepare([rows["talk"]], causal_lm(by, length=256), notes)
+    assert notes.said == [
         "in 1 conversations no end of a turn is learned: the chat template's markers leave it out"
     ]

@@ -10,7 +10,7 @@ from support.models import llama, randomise
 
 import veneer
 from veneer.ops.attention.short import LONGEST, attend
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
 from veneer.train.speed import compile_settings, fast_attention
 from veneer.train.speed.compile_settings import KEPT
 from veneer.train.speed.compiling import prepare, restore
@@ -86,7 +86,7 @@ def test_a_compiled_training_step_is_the_plain_one(make, kept, monkeypatch):
     model = veneer.attach(llama(attn_implementation="sdpa"), "lora", rank=2).train()
     randomise(model)
     given = make()
-    loss, gradients = step(model, causal_lm.loss, given)
+    loss, gradients = step(model, next_token.loss, given)
     monkeypatch.setattr(fast_attention, "FASTER", (torch.float32, torch.bfloat16))
     monkeypatch.setattr(compile_settings, "KEPT", kept)
     objective = prepare(model, given, compiled=True)
@@ -107,7 +107,7 @@ def test_blocks_that_are_adapted_in_other_layers_have_graphs_of_their_own(to):
     model = veneer.attach(llama(attn_implementation="sdpa"), "lora", to=to, rank=2).train()
     randomise(model)
     given = batch()
-    loss, gradients = step(model, causal_lm.loss, given)
+    loss, gradients = step(model, next_token.loss, given)
     ours, own = step(model, prepare(model, given, compiled=True), given)
     restore(model)
     assert relative(ours, loss) <= 1e-5 and own.keys() == gradients.keys()

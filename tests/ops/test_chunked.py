@@ -16,8 +16,8 @@ import veneer
 from veneer.errors import SiteError
 from veneer.ops import chunked
 from veneer.ops.chunked import blocked, cross_entropy, whole
-from veneer.tasks import causal_lm
-from veneer.tasks.head import cut
+from veneer.tasks.text import next_token
+from veneer.tasks.text.head import cut
 
 TOLERANCE = 1e-5
 
@@ -169,21 +169,21 @@ def batch(ignored=True):
     ids = torch.randint(0, VOCABULARY, (3, 9), generator=draw)
     labels = torch.randint(0, VOCABULARY, (3, 9), generator=draw)
     if ignored:
-        labels[torch.rand(3, 9, generator=draw) < 0.4] = causal_lm.IGNORED
+        labels[torch.rand(3, 9, generator=draw) < 0.4] = next_token.IGNORED
     return {"input_ids": ids, "labels": labels}
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_and_every_gradient_equal_the_plain_path(name, smoothing, monkeypatch):
-    monkeypatch.setattr(causal_lm, "cross_entropy", lambda *a, **k: cross_entropy(*a, **k, chunk=5))
+    monkeypatch.setattr(next_token, "cross_entropy", lambda *a, **k: cross_entropy(*a, **k, chunk=5))
     model = MODELS[name]().float().eval()
     results = []
     for chunked_ in (False, True):
         model.zero_grad()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # no falling back
-            loss, n = causal_lm.loss(model, batch(), chunked=chunked_, smoothing=smoothing)
+            loss, n = next_token.loss(model, batch(), chunked=chunked_, smoothing=smoothing)
         (loss / n).backward()
         results.append(
             (loss.detach(), n, {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
@@ -198,9 +198,9 @@ def test_loss_and_every_gradient_equal_the_plain_path(name, smoothing, monkeypat
 def test_the_head_runs_on_labelled_positions_only():
     model, rows = llama(), []
     model.lm_head.register_forward_hook(lambda m, args, y: rows.append(y.numel() // VOCABULARY))
-    causal_lm.loss(model, batch())  # with the check
+    next_token.loss(model, batch())  # with the check
     rows.clear()
-    _, n = causal_lm.loss(model, batch())
+    _, n = next_token.loss(model, batch())
     assert rows == [n] and n < 27
 
 
@@ -208,13 +208,13 @@ def test_the_head_runs_on_labelled_positions_only():
 def test_half_precision_is_as_close_as_the_plain_path(precision):
     model = llama().requires_grad_(True)
     exact = copy.deepcopy(model).double()
-    reference, _ = causal_lm.loss(exact, batch(), chunked=False)
+    reference, _ = next_token.loss(exact, batch(), chunked=False)
     reference.backward()
     errors = []
     for chunked_ in (False, True):
         other = copy.deepcopy(model).to(torch.bfloat16 if precision == "bf16" else torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            loss, _ = causal_lm.loss(other, batch(), chunked=chunked_)
+            loss, _ = next_token.loss(other, batch(), chunked=chunked_)
         loss.backward()
         errors.append(relative(other.lm_head.weight.grad, exact.lm_head.weight.grad))
         assert relative(loss, reference) < 0.01
@@ -241,14 +241,14 @@ def test_a_head_that_does_more_is_noticed_and_said():
     model = Odd(llama())
     with pytest.warns(
         UserWarning,
-        match=r"Odd does more to its logits than .*\(they differ by 0\.0\d of the largest\); its loss",
+        match=r"Odd: output layer .* do not give its logits \(relative difference 0\.0\d\); the loss",
     ):
-        loss, _ = causal_lm.loss(model, batch())
-    plain, _ = causal_lm.loss(model, batch(), chunked=False)
+        loss, _ = next_token.loss(model, batch())
+    plain, _ = next_token.loss(model, batch(), chunked=False)
     assert torch.equal(loss, plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        causal_lm.loss(model, batch())  # said once
+        next_token.loss(model, batch())  # said once
 
 
 def test_wrapped_and_other_models_take_the_plain_path():
@@ -261,10 +261,10 @@ def test_wrapped_and_other_models_take_the_plain_path():
 def test_the_check_leaves_modes_alone_and_finds_layers_never_called():
     model = llama(attention_dropout=0.5).train()
     model.lm_head.eval()
-    causal_lm.loss(model, batch())
+    next_token.loss(model, batch())
     assert model.model.training and not model.lm_head.training
     idle = llama()
     idle.model.spare = nn.Linear(4, 4)
     veneer.attach(idle, "lora", rank=2)
     with pytest.raises(SiteError, match=r"never called in the first training step: model\.spare"):
-        causal_lm.loss(idle, batch())
+        next_token.loss(idle, batch())

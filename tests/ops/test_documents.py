@@ -11,7 +11,7 @@ from support.models import VOCABULARY, llama, randomise
 import veneer
 from veneer.ops.attention import documents as ops
 from veneer.ops.attention.short import LONGEST
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
 from veneer.train.speed import fast_attention
 from veneer.train.speed.compiling import prepare, restore
 
@@ -80,7 +80,7 @@ def test_a_training_step_on_packed_windows_makes_no_mask_and_is_the_plain_one(co
     model = veneer.attach(small(), "lora", rank=2).train()
     randomise(model)
     given = packed(LONG)
-    loss, gradients = step(model, causal_lm.loss, given)
+    loss, gradients = step(model, next_token.loss, given)
     objective = prepare(model, given, compiled=compiled)
     assert model.config._attn_implementation == fast_attention.DOCUMENTS
     monkeypatch.setattr(
@@ -105,7 +105,7 @@ def given_to_attention(model, rows, monkeypatch):
     )
     prepare(model, packed(rows))
     seen.clear()
-    causal_lm.loss(model, packed(rows))[0]
+    next_token.loss(model, packed(rows))[0]
     return seen
 
 
@@ -150,7 +150,7 @@ def test_dropout_and_models_that_treat_masks_otherwise_are_pytorchs_own(monkeypa
     model = small(attention_dropout=0.5).train()
     prepare(model, packed(LONG))
     monkeypatch.setattr(fast_attention, "attend_within", lambda *a, **k: pytest.fail("it has no dropout"))
-    causal_lm.loss(model, packed(LONG))[0]
+    next_token.loss(model, packed(LONG))[0]
     restore(model)
     monkeypatch.undo()
     odd = small()

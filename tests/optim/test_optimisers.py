@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support import models
+from support.objectives import causal_lm
 from torch import Tensor, nn
 
 import veneer
@@ -23,7 +24,7 @@ from veneer.methods.lora import LoRA
 from veneer.ops.matrix.grams import gram
 from veneer.optim.balanced import over, product_norm
 from veneer.optim.base import groups, pairs
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
 from veneer.train.folder import checkpoint
 from veneer.train.loop import state
 from veneer.train.loop.step import Learner
@@ -65,7 +66,8 @@ def learner(
         models.llama().to(dtype), method, **{"rank": 2, "to": ["q_proj", "down_proj"], **options}
     )
     parts = groups.of_adapter(model, "default")
-    return Learner(model, parts, rule(name).build(optim.Trained(parts)), causal_lm.loss, 0, 1.0, decay)
+    optimiser = rule(name).build(optim.Trained(parts))
+    return Learner(model, parts, optimiser, causal_lm(), next_token.loss, 1.0, decay)
 
 
 def windows(n: int, length: int = 12) -> list[pack.Window]:
@@ -418,7 +420,7 @@ def test_embeddings_have_a_rate_of_their_own():
 def test_lorapro_clips_by_the_norm_of_the_projected_gradient():
     made = learner("lorapro sgd", dtype=torch.float64)
     models.randomise(made.model)
-    loss, n = causal_lm.loss(made.model.train(), made.batch(windows(2), torch.device("cpu")))
+    loss, n = next_token.loss(made.model.train(), made.batch(windows(2), torch.device("cpu")))
     (loss / n).backward()
     square = 0.0
     for _, d in changes(made.model, "default"):

@@ -28,9 +28,9 @@ from veneer.train import track
         (
             tasks,
             "causal_lm.py",
-            "causal_lm",
+            "causal-lm",
             "causal",
-            "unknown objective 'causal'; did you mean 'causal_lm'?",
+            "unknown task 'causal'; did you mean 'causal-lm'?",
         ),
         (track, "mlflow.py", "mlflow", "ml-flow", "unknown tracker 'ml-flow'; did you mean 'mlflow'?"),
     ],

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import models, tiny
+from support.objectives import causal_lm
 from torch import nn
 
 import veneer
@@ -23,6 +24,7 @@ from veneer import errors, optim, settings
 from veneer.adapt import attached
 from veneer.data import pack
 from veneer.data.row_files import Row
+from veneer.data.spread import spread
 from veneer.data.tokens import Tokens
 from veneer.errors import ConfigError, DataError, ShapeError, SiteError
 from veneer.models import pretrained
@@ -30,12 +32,12 @@ from veneer.optim.base import groups
 from veneer.runs import prepare
 from veneer.runs.fit import begin, fit, look, loop_of
 from veneer.runs.texts import texts
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
+from veneer.tasks.text.bits import bits_per_byte
 from veneer.train import checks, full
 from veneer.train.folder.result import Result
-from veneer.train.loop.evaluate import bits_per_byte, sample
-from veneer.train.loop.loop import Pace
-from veneer.train.loop.progress import Voice
+from veneer.train.loop.progress import Notes, Voice
+from veneer.train.loop.schedule import Pace
 from veneer.train.loop.step import Learner
 from veneer.train.run import Run
 
@@ -302,7 +304,7 @@ def test_padding_is_counted(given, tmp_path):
 def test_a_batch_without_a_label_is_refused():
     model = veneer.attach(models.llama(), rank=2)
     parts = groups.of_adapter(model, "default")
-    learner = Learner(model, parts, groups.adamw(parts, {}), causal_lm.loss, 0, 1.0, 0.0)
+    learner = Learner(model, parts, groups.adamw(parts, {}), causal_lm(), next_token.loss, 1.0, 0.0)
     masked = (pack.Segment(torch.tensor([1, 2]), torch.tensor([-100, -100]), torch.zeros(2)),)
     with pytest.raises(DataError) as e:
         learner.step([[masked]], 0.1)
@@ -318,8 +320,8 @@ def test_a_layer_that_is_never_called_is_refused(given, monkeypatch):
         model.idle = nn.Linear(4, 4)
         return model
 
-    real = pretrained.causal_lm
-    monkeypatch.setattr(pretrained, "causal_lm", with_idle)
+    real = pretrained.model
+    monkeypatch.setattr(pretrained, "model", with_idle)
     said = door_says(given, SiteError, to=["q_proj", "idle"], options={"rank": 2})
     assert said.startswith("1 adapted layers were never called in the first training step: idle.")
     said = door_says(given, SiteError, method="full", options={})
@@ -359,7 +361,7 @@ def test_a_module_that_takes_more_than_one_input_cannot_be_kept_as_a_change():
         )
         checks.check_leaves(
             MixtralForCausalLM(MixtralConfig(num_local_experts=2, **sizes)),
-            torch.zeros(1, 3, dtype=torch.int64),
+            {"input_ids": torch.zeros(1, 3, dtype=torch.int64), "use_cache": False},
         )
 
 
@@ -392,10 +394,11 @@ def measured(
     """Bits per byte of a text with the adapter loaded from its folder onto a fresh base."""
     model = veneer.load(pretrained.causal_lm(given["model"], dtype, torch.device("cpu")), result.adapter)
     run = Run.from_dict(given)
-    rows = texts.gather(texts.named(run), Voice(False))[part]
-    windows = texts.prepare(rows, run, pretrained.tokenizer(run.model), Voice(False)).windows
+    rows = texts.gather(texts.named(run), Notes())[part]
+    task = causal_lm(pretrained.tokenizer(run.model), **tiny.reading(run))
+    windows = texts.prepare(rows, task, Notes()).examples
     with veneer.using(model, {"default": strength}):
-        return bits_per_byte(model, sample(windows, run.eval_windows), causal_lm.loss, batch=run.batch)
+        return bits_per_byte(model, spread(windows, run.eval_windows), next_token.loss, batch=run.batch)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -526,8 +529,8 @@ def test_accumulated_micro_batches_are_one_batch(batch, accumulate):
             model,
             parts,
             optim.make("loraplus", ratio=4.0).build(optim.Trained(parts)),
-            causal_lm.loss,
-            0,
+            causal_lm(),
+            next_token.loss,
             0.01,
             0.1,
         )
@@ -544,9 +547,8 @@ def test_accumulated_micro_batches_are_one_batch(batch, accumulate):
 
 def test_bits_per_byte_by_hand():
     model = models.llama(vocab_size=len(tiny.tokenizer())).double()
-    run = Run(data="-", length=16)
     row = Row("text", {"text": "the cat sat on the möön"}, "")
-    windows = texts.prepare([row], run, tiny.tokenizer(), Voice(False)).windows
+    windows = texts.prepare([row], causal_lm(tiny.tokenizer(), length=16), Notes()).examples
     ids = torch.tensor(
         [
             tiny.tokenizer().bos_token_id,
@@ -563,11 +565,11 @@ def test_bits_per_byte_by_hand():
         nats -= float(p[torch.arange(len(some) - 1), some[1:]].sum())
     expected = nats / torch.log(torch.tensor(2.0, dtype=torch.float64)) / len(row.columns["text"].encode())
     model.train()
-    assert bits_per_byte(model, windows, causal_lm.loss, batch=2) == pytest.approx(float(expected), rel=1e-9)
+    assert bits_per_byte(model, windows, next_token.loss, batch=2) == pytest.approx(float(expected), rel=1e-9)
     assert (
         model.training
-        and sample([1, 2, 3, 4, 5, 6], 3) == [1, 3, 5]
-        and sample([1, 2], 0) == sample([1, 2], 5) == [1, 2]
+        and spread([1, 2, 3, 4, 5, 6], 3) == [1, 3, 5]
+        and spread([1, 2], 0) == spread([1, 2], 5) == [1, 2]
     )
 
 

@@ -27,6 +27,7 @@ from veneer.models import adapted
 from veneer.runs import findings
 from veneer.runs.fit import fit
 from veneer.runs.report import report
+from veneer.tasks.text import preview, samples
 from veneer.train.run import Run
 
 EVIL = '<script>"$a$"</script>&<img src=x>'
@@ -169,13 +170,13 @@ def test_the_preview_marks_what_is_learned(run):
     assert elements.escape('\x00\x1b"\t') == "␀␛&quot;\t"
     tokenizer = tiny.tokenizer()
     ids = tokenizer("né 日 cat")["input_ids"]  # letters of several tokens each
-    pieces = findings.pieces(ids, tokenizer)
+    pieces = preview.pieces(ids, tokenizer)
     assert "".join(pieces) == "né 日 cat" and len(pieces) == len(ids) and "" in pieces
 
 
 def test_samples_begin_with_the_prompt_and_end_with_the_text_itself(run):
     found = results(run)["samples"]
-    assert len(found["rows"]) == findings.SAMPLES
+    assert len(found["rows"]) == samples.SAMPLES
     for row in found["rows"]:
         assert any(row["prompt"] == r["prompt"] and r["completion"].startswith(row["truth"]) for r in ROWS)
         assert row["before"] != row["after"]

@@ -411,15 +411,15 @@ def test_metrics_that_were_lost_are_missed(given):
 
 def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     """Makes the loss of some forward passes of the training, counted from 1, not a number."""
-    from veneer.tasks import causal_lm
+    from veneer.tasks.text import next_token
 
-    real, passes = causal_lm.loss, iter(range(1, 1 << 30))
+    real, passes = next_token.loss, iter(range(1, 1 << 30))
 
     def loss(model: Any, batch: Any, **options: Any) -> Any:
         value, n = real(model, batch, **options)
         return (value * float("nan"), n) if model.training and next(passes) in bad else (value, n)
 
-    monkeypatch.setattr(causal_lm, "loss", loss)
+    monkeypatch.setattr(next_token, "loss", loss)
 
 
 def state(given: dict[str, Any], step: int) -> dict[str, torch.Tensor]:

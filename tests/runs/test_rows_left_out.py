@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from support import tiny
+from support.objectives import causal_lm
 
-from veneer.data.reading import Reading
 from veneer.errors import ConfigError, DataError
 from veneer.runs.fit import fit
 from veneer.runs.texts import texts
-from veneer.train.loop.progress import Voice
+from veneer.train.loop.progress import Notes
 from veneer.train.run import Run
 
 PAIRS = [{"prompt": f"q {i}: ", "completion": f"yes {i}"} for i in range(24)]
@@ -117,7 +117,7 @@ def test_length_is_chosen_from_the_rows_and_said(given):
 
 def test_an_undecided_length_is_not_used():
     with pytest.raises(ConfigError, match="length is 'auto' and not decided yet"):
-        texts.prepare([], Reading(), tiny.tokenizer(), Voice(False))
+        texts.prepare([], causal_lm(tiny.tokenizer(), length="auto"), Notes())
 
 
 def test_a_run_goes_on_with_the_length_that_it_began_with(given):

@@ -6,8 +6,8 @@ import torch
 from support import models
 
 from veneer.analyse.cost.memory import Live, Saved
-from veneer.analyse.cost.simulate import Shape
-from veneer.tasks import causal_lm
+from veneer.tasks.base.shape import Shape
+from veneer.tasks.text import next_token
 
 SHAPE = Shape(rows=3, tokens=20, labels=50)
 
@@ -17,17 +17,17 @@ def batch(shape=SHAPE):
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, models.VOCABULARY, (shape.rows, shape.tokens), generator=draw)
     labels = ids.flatten().clone()
-    labels[shape.labels :] = causal_lm.IGNORED
+    labels[shape.labels :] = next_token.IGNORED
     return {"input_ids": ids, "labels": labels.view_as(ids)}
 
 
 def real_step(model, parameters):
     """Bytes alive and bytes kept of a real step on the same shape, as the trackers see them; no gradient is left."""
     model.train()
-    causal_lm.loss(model, batch())  # the head is checked once, on logits that no later step makes
+    next_token.loss(model, batch())  # the head is checked once, on logits that no later step makes
     live, saved = Live(), Saved([*model.parameters(), *model.buffers()])
     with live, saved.watching():
-        causal_lm.loss(model, batch())[0].backward()
+        next_token.loss(model, batch())[0].backward()
     for p in parameters:
         p.grad = None
     return live, saved

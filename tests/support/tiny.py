@@ -8,12 +8,15 @@ import multiprocessing
 import os
 import signal
 import sys
+from dataclasses import fields
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
 from support import models
+
+from veneer.data.reading import Reading
 
 END = "<|end|>"
 WORDS = (
@@ -85,6 +88,11 @@ def settings(folder: Path, **changed: Any) -> dict[str, Any]:
         "out": str(folder / "run"),
     }
     return {**own, **changed}
+
+
+def reading(run: Any) -> dict[str, Any]:
+    """Returns the settings of a run that say how texts are read."""
+    return {f.name: getattr(run, f.name) for f in fields(Reading)}
 
 
 def jsonl(path: Path, *rows: dict[str, Any]) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import llama
+from support.objectives import causal_lm
 from support.tiny import base, metrics, settings, train
 from torch import nn
 
@@ -17,7 +18,7 @@ import veneer
 from veneer.data.pack import Segment, collate
 from veneer.errors import ConfigError
 from veneer.ops.attention.short import attend
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
 from veneer.train.run import Run
 from veneer.train.speed import compile_settings, compiling
 
@@ -81,7 +82,7 @@ def test_blocks_that_are_computed_again_give_the_same_gradients_and_keep_less():
     found = []
     for wanted in (False, True):
         compiling.recompute(model, wanted)
-        objective = compiling.prepare(model, batch)
+        objective = compiling.prepare(model, causal_lm(), batch)
         model.train()
         kept = 0
 
@@ -200,7 +201,7 @@ def test_a_first_step_changes_nothing():
     before = {n: p.clone() for n, p in model.state_dict().items()}
     batch = {k: torch.zeros(1, 4, dtype=torch.int64) for k in ("input_ids", "labels")}
     state = torch.get_rng_state()
-    compiling.warm_up(model, causal_lm.loss, batch)
+    compiling.warm_up(model, next_token.loss, batch)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     assert not gradients(model) and not model.training

@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import models, tiny
+from support.objectives import causal_lm
 from torch import nn
 
 import veneer
 from veneer.data.pack import Segment, collate, n_tokens
 from veneer.errors import ConfigError
 from veneer.runs.fit import fit
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
 from veneer.train.errors import Interrupted
 from veneer.train.loop.step import Learner
 from veneer.train.run import Run
@@ -74,7 +75,7 @@ def test_nothing_is_kept_for_the_backward_below_the_first_adapted_block(kind):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss, _ = causal_lm.loss(model, collate(SOME, 0))
+        loss, _ = next_token.loss(model, collate(SOME, 0))
     loss.backward()
     assert counts[0] == counts[1] == 0 and counts[2] > 0 and counts[3] > 0
 
@@ -89,16 +90,16 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_loss_and_gradients_are_those_of_the_whole_model(kind, dtype, tolerance, tmp_path, monkeypatch):
     model = upper(kind, dtype)
-    prefix = frozen_blocks.look(model, SOME[0][0].inputs[None])
+    prefix = frozen_blocks.look(model, next_token.inputs(collate([SOME[0][:1]], 0)), 5)
     assert (prefix.first, prefix.width, prefix.dtype) == (2, 32, dtype)
-    store, batch = Kept(model, prefix, SOME, tmp_path, {}), collate(SOME, 0)
-    loss, _ = causal_lm.loss(model, batch)
+    store, batch = Kept(model, prefix, causal_lm(), SOME, tmp_path, {}), collate(SOME, 0)
+    loss, _ = next_token.loss(model, batch)
     loss.backward()
     loss = loss.detach()
     expected, calls = gradients(model), []
     for _ in range(2):
         with store.passing(SOME, 12):
-            ours, _ = causal_lm.loss(model, batch)
+            ours, _ = next_token.loss(model, batch)
             ours.backward()
         assert float((ours.detach() - loss).abs() / loss.abs()) <= tolerance
         for name, g in gradients(model).items():
@@ -114,21 +115,21 @@ def test_loss_and_gradients_are_those_of_the_whole_model(kind, dtype, tolerance,
 
 def test_the_frozen_blocks_are_computed_once_for_each_window_and_again_where_the_disk_lost_them(tmp_path):
     model = upper("llama")
-    prefix, calls = frozen_blocks.look(model, SOME[0][0].inputs[None]), []
+    prefix, calls = frozen_blocks.look(model, next_token.inputs(collate([SOME[0][:1]], 0)), 5), []
     model.model.layers[0].mlp.register_forward_hook(lambda *a: calls.append(1))
     key = {"base": "one", "length": 12}
-    first = Kept(model, prefix, SOME, tmp_path, key)
+    first = Kept(model, prefix, causal_lm(), SOME, tmp_path, key)
     values = [first.of(w).clone() for w in SOME]
     assert (
         len(calls) == 3
         and all(torch.equal(first.of(w), v) for w, v in zip(SOME, values, strict=True))
         and len(calls) == 3
     )
-    again = Kept(model, prefix, SOME, tmp_path, key)
+    again = Kept(model, prefix, causal_lm(), SOME, tmp_path, key)
     assert all(torch.equal(again.of(w), v) for w, v in zip(SOME, values, strict=True)) and len(calls) == 3
     again._hidden[13].zero_()  # a page of the second window that never reached the disk
     assert torch.equal(again.of(SOME[1]), values[1]) and len(calls) == 4
-    other = Kept(model, prefix, SOME, tmp_path, {**key, "base": "two"})
+    other = Kept(model, prefix, causal_lm(), SOME, tmp_path, {**key, "base": "two"})
     assert torch.equal(other.of(SOME[0]), values[0]) and len(calls) == 5
 
 
@@ -167,36 +168,36 @@ def test_models_and_settings_that_do_not_allow_it_are_refused(tmp_path, monkeypa
 
     def refusal(model: nn.Module) -> str:
         with pytest.raises(ConfigError) as e:
-            frozen_blocks.look(model, ids)
+            frozen_blocks.look(model, {"input_ids": ids, "use_cache": False}, ids.shape[1])
         return str(e.value)
 
-    assert "of 4 the first is adapted already; adapt upper ones only, with to= or exclude=" in refusal(
+    assert "of 4 the first is adapted; adapt upper ones only, with to= or exclude=" in refusal(
         veneer.attach(BUILDS["llama"]())
     )
     assert "LlamaForCausalLM: none of its blocks is trained" in refusal(
         veneer.attach(BUILDS["llama"](), to=["lm_head"])
     )
-    assert "Linear: it has no stack of like blocks" in refusal(nn.Linear(2, 2))
+    assert "Linear: it lacks a stack of similar blocks" in refusal(nn.Linear(2, 2))
     below = veneer.attach(
         BUILDS["llama"](), to=[*(f"layers.3.mlp.{n}_proj" for n in ("up", "down")), "embed_tokens"], rank=2
     )
     models.randomise(below)
     assert "something below block 3 is trained (an embedding?)" in refusal(below)
-    assert "not twice the same; is there dropout in the base?" in refusal(upper("gpt2", embd_pdrop=0.5))
+    assert "two passes differ behind block 1; does the base have dropout?" in refusal(
+        upper("gpt2", embd_pdrop=0.5)
+    )
     crossed = veneer.attach(Stack(), to=["layers.2.own"], rank=2)
-    assert "take more from the lower ones than what leaves the last of them" in refusal(crossed)
+    assert "read more of the lower ones than the last hidden states" in refusal(crossed)
     monkeypatch.setattr(frozen_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     with pytest.raises(ConfigError, match=r"needs 3 GB in .*, but 1 MB are free; choose another out"):
         frozen_cache.check_room(tmp_path / "none" / "yet", 3 * 10**9)
     for changed, message in (
-        ({"stream": True, "steps": 3}, "and a stream's are not known before; leave one of them out"),
-        ({"method": "full"}, "and method 'full' adapts none; leave it out"),
+        ({"stream": True, "steps": 3}, "which a stream lacks; leave one of them out"),
+        ({"method": "full"}, "method 'full' trains all: leave it out"),
     ):
         with pytest.raises(ConfigError, match=message):
             Run.from_dict({"data": "a.txt", "cache_frozen": True, **changed})
-    with pytest.raises(
-        ConfigError, match="cache_frozen cannot be: the runs have different windows in one pass"
-    ):
+    with pytest.raises(ConfigError, match="cache_frozen needs one run a pass, and here all share it"):
         veneer.fit_many([Run.from_dict({"data": "a.txt", "cache_frozen": True})], progress=False)
 
 
@@ -229,7 +230,7 @@ def test_a_run_learns_the_same_and_leaves_nothing_behind(place, tmp_path, packin
             assert a[name] == pytest.approx(b[name], rel=1e-4)
     assert not (tmp_path / "True" / "frozen").exists()
     assert any(
-        "what leaves the 1 blocks below the first adapted one is kept until the end" in note
+        "the hidden states of the 1 blocks below the first adapted one are cached until the end" in note
         for note in told["notes"]
     )
 
@@ -262,10 +263,9 @@ def test_a_plan_tells_the_size_and_a_single_pass_is_said_to_gain_nothing(place, 
     width = json.loads((place / "base/config.json").read_text())["hidden_size"]
     assert found.as_dict()["cache_frozen_bytes"] == 4 * width * tokens
     assert (
-        f"cache_frozen: {size(4 * width * tokens)} on disk" in text(found)
+        f"--cache-frozen: {size(4 * width * tokens)} on disk" in text(found)
         and not (tmp_path / "plan").exists()
     )
     assert any(
-        "no window is read twice in this run, so that cache_frozen gains nothing" in note
-        for note in told["notes"]
+        "no window is read twice in this run, so cache_frozen saves nothing" in note for note in told["notes"]
     )

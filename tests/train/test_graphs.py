@@ -10,7 +10,7 @@ from support.tiny import settings
 import veneer
 from veneer.errors import ConfigError
 from veneer.runs.fit import fit
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
 from veneer.train.run import Run
 from veneer.train.speed.compiling import prepare, restore
 from veneer.train.speed.graphs import on_graphs
@@ -53,11 +53,11 @@ def test_without_a_gpu_they_are_refused(tmp_path):
 
 def test_gradients_are_added_into_tensors_that_were_there_before():
     model, given, places = adapted(), batches(), []
-    expected = accumulated(model, causal_lm.loss, given)
+    expected = accumulated(model, next_token.loss, given)
 
     def objective(model, batch, smoothing):
         places.append({n: p.grad.data_ptr() for n, p in model.named_parameters() if p.requires_grad})
-        return causal_lm.loss(model, batch, smoothing=smoothing)
+        return next_token.loss(model, batch, smoothing=smoothing)
 
     found = accumulated(model, on_graphs(objective), given)
     assert (
@@ -69,14 +69,14 @@ def test_gradients_are_added_into_tensors_that_were_there_before():
         torch.testing.assert_close(found[name], g)
     model.zero_grad()
     with torch.no_grad():
-        on_graphs(causal_lm.loss)(model, given[0])
+        on_graphs(next_token.loss)(model, given[0])
     assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_steps_on_graphs_are_the_plain_ones():
     model, given = adapted("cuda"), batches("cuda")
-    expected = accumulated(model, causal_lm.loss, given)
+    expected = accumulated(model, next_token.loss, given)
     objective = prepare(model, given[0], compiled=True, with_graphs=True)
     for _ in range(4):  # the first runs warm up and record
         found = accumulated(model, objective, given)

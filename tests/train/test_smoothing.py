@@ -13,24 +13,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import models, tiny
+from support.objectives import causal_lm
 
 import veneer
 from veneer.data.pack import IGNORED, Segment
 from veneer.errors import ConfigError
 from veneer.optim.base import groups
 from veneer.runs.fit import fit
-from veneer.tasks import causal_lm
-from veneer.train.loop.evaluate import bits_per_byte
+from veneer.tasks.text import next_token
+from veneer.tasks.text.bits import bits_per_byte
 from veneer.train.loop.step import Learner, under_autocast
 from veneer.train.run import Run
 from veneer.train.speed import compile_settings, compiling
 
 OBJECTIVES = {
-    "plain": lambda: causal_lm.loss,
+    "plain": lambda: next_token.loss,
     "compiled": lambda: compile_settings.lean(
-        functools.partial(causal_lm.loss, kernel=compiling.compiled_kernel())
+        functools.partial(next_token.loss, kernel=compiling.compiled_kernel())
     ),
-    "in full precision under autocast": lambda: under_autocast(causal_lm.loss, torch.device("cpu")),
+    "in full precision under autocast": lambda: under_autocast(next_token.loss, torch.device("cpu")),
 }
 
 
@@ -48,7 +49,7 @@ def test_a_step_lowers_pytorchs_smoothed_loss_and_what_is_measured_is_without(na
     model = veneer.attach(models.llama(), rank=2)
     models.randomise(model)
     parts = groups.of_adapter(model, "default")
-    learner = Learner(model, parts, groups.adamw(parts, {}), OBJECTIVES[name](), 0, 0.0, 0.0, 0.5)
+    learner = Learner(model, parts, groups.adamw(parts, {}), causal_lm(), OBJECTIVES[name](), 0.0, 0.0, 0.5)
     batch = learner.batch(windows(), torch.device("cpu"))
     learned = batch["labels"] != IGNORED
     logits, labels = model(input_ids=batch["input_ids"]).logits[learned], batch["labels"][learned]

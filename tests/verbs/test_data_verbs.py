@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
-from dataclasses import replace
 
 import pytest
 from support import tiny
+from support.objectives import causal_lm
 
 from veneer.cli import coloured_tokens
 from veneer.cli.frame import main
@@ -17,7 +17,8 @@ from veneer.data.row_files import Row
 from veneer.errors import ConfigError, DataError
 from veneer.models import pretrained
 from veneer.runs.texts import texts
-from veneer.train.loop.progress import Voice
+from veneer.tasks.text import preview, survey
+from veneer.train.loop.progress import Notes
 from veneer.train.run import Run
 from veneer.verbs.data import check, show
 
@@ -28,7 +29,7 @@ LONG = "one two three four five six seven eight nine ten eleven twelve thirteen 
 def by(monkeypatch):
     """The tiny tokenizer stands for the model's."""
     tokenizer = copy.deepcopy(tiny.tokenizer())
-    monkeypatch.setattr(pretrained, "tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr(pretrained, "processor", lambda name, kind: tokenizer)
     return tokenizer
 
 
@@ -69,7 +70,7 @@ def test_the_first_token_is_shown_as_not_learned(by, tmp_path):
 @pytest.mark.parametrize("text", ["a😀b", "ä" * 9, "\ufffd\ufffdx", "日本語 text", " the cat"])
 def test_pieces_are_the_text(text):
     ids = tiny.tokenizer()(text)["input_ids"]
-    found = show.pieces(ids, tiny.tokenizer())
+    found = preview.pieces(ids, tiny.tokenizer())
     assert len(found) == len(ids) and "".join(found) == text
 
 
@@ -153,8 +154,8 @@ def test_rows_whose_every_label_is_masked_stop_a_run_and_are_shown(by, tmp_path)
     )
     given = run(data, valid=data)
     with pytest.raises(DataError, match="text: 1 of 1 rows have nothing to learn"):
-        rows = texts.gather(given, Voice(False))["train"]
-        texts.prepare(rows, replace(given, length=16), by, Voice(False))
+        rows = texts.gather(given, Notes())["train"]
+        texts.prepare(rows, causal_lm(by, length=16), Notes())
     assert show.show(given)["rows"][0]["learned"] == 0
     assert check.check(given).wrong[0] == (
         f"train: 1 of 1 rows have nothing to learn (every label is masked): {data} line 1; at most 10% may"
@@ -217,7 +218,7 @@ def test_only_what_is_learned_is_compared():
 
 
 def test_lengths_in_doublings():
-    assert check.histogram([2, 8, 9, 16, 17, 70]) == {8: 2, 16: 2, 32: 1, 64: 0, 128: 1}
+    assert survey.histogram([2, 8, 9, 16, 17, 70]) == {8: 2, 16: 2, 32: 1, 64: 0, 128: 1}
 
 
 # -- the command line

@@ -10,6 +10,7 @@ import pytest
 from veneer.cli.frame import main
 from veneer.embedded.texts import DOMAINS, has
 from veneer.runs.dial import Point, recommend
+from veneer.tasks.text.bits import BITS
 from veneer.verbs import demo as module
 from veneer.verbs.demo import CONTENDERS, demo, text
 
@@ -100,6 +101,6 @@ def test_the_recommended_strength_keeps_most_of_the_learning_and_forgets_least()
         Point(1, 1.5, 1.4),
         Point(1.25, 1.55, 1.8),
     ]
-    assert recommend(points) == 0.75  # 96 % of the learning at half the forgetting
-    assert recommend([Point(0, 2.0, 1.0), Point(1, 1.0, 1.5), Point(1.25, 0.5, 2.0)]) == 1.25
-    assert recommend([Point(0, 2.0, 1.0), Point(1, 2.1, 1.5)]) == 1.0
+    assert recommend(points, BITS) == 0.75  # 96 % of the learning at half the forgetting
+    assert recommend([Point(0, 2.0, 1.0), Point(1, 1.0, 1.5), Point(1.25, 0.5, 2.0)], BITS) == 1.25
+    assert recommend([Point(0, 2.0, 1.0), Point(1, 2.1, 1.5)], BITS) == 1.0

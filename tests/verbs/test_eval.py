@@ -20,8 +20,8 @@ from veneer.data.pack import segments as cut
 from veneer.data.tokens import Tokens
 from veneer.errors import ConfigError, DataError
 from veneer.models import pretrained
-from veneer.tasks import causal_lm
-from veneer.train.loop.evaluate import bits_per_byte, nats_by_window
+from veneer.tasks.text import next_token
+from veneer.tasks.text.bits import bits_per_byte, nats_by_window
 from veneer.verbs.eval import benchmarks
 from veneer.verbs.eval.evaluate import evaluate
 
@@ -202,16 +202,18 @@ def test_nats_by_window_are_those_of_the_whole(place):
         every += cut(Tokens(ids, learned, torch.ones(n, dtype=torch.int64)), 16)
     windows = pack(every, 24)
     model.train()
-    found = nats_by_window(model, windows, batch=3)
+    found = nats_by_window(model, windows, next_token.nats, batch=3)
     assert model.training and found.dtype == torch.float64
-    one_by_one = [causal_lm.loss(model.eval(), collate([w], 0))[0].item() for w in windows]
+    one_by_one = [next_token.loss(model.eval(), collate([w], 0))[0].item() for w in windows]
     torch.testing.assert_close(found, torch.tensor(one_by_one, dtype=torch.float64), rtol=1e-5, atol=1e-5)
     total = sum(int(s.n_bytes.sum()) for w in windows for s in w)
     assert float(found.sum()) / math.log(2) / total == pytest.approx(
-        bits_per_byte(model, windows, causal_lm.loss, batch=2), rel=1e-6
+        bits_per_byte(model, windows, next_token.loss, batch=2), rel=1e-6
     )
-    causal_lm._heads[model] = None  # as for a model whose head cannot be cut off
-    torch.testing.assert_close(nats_by_window(model, windows, batch=2), found, rtol=1e-5, atol=1e-5)
+    next_token._heads[model] = None  # as for a model whose head cannot be cut off
+    torch.testing.assert_close(
+        nats_by_window(model, windows, next_token.nats, batch=2), found, rtol=1e-5, atol=1e-5
+    )
 
 
 # -- benchmarks -------------------------------------------------------------------------------------------------------

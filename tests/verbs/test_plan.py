@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import models, tiny
+from support.objectives import causal_lm
 from support.step_memory import SHAPE, batch, real_step
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +22,7 @@ from veneer.analyse.cost.memory import Live, Saved, n_bytes
 from veneer.analyse.cost.simulate import Memory
 from veneer.cli.frame import main
 from veneer.runs import start_calibration
-from veneer.tasks import causal_lm
+from veneer.tasks.text import next_token
 from veneer.train.run import Run
 from veneer.verbs.plan import plan as module
 from veneer.verbs.plan import smaller
@@ -59,7 +60,7 @@ def planned(folder):
 def test_a_square_layer_trains_2r_of_d_and_the_sums_are_those_of_the_closed_form():
     model = models.llama()
     attach(model, "lora", to=["q_proj", "gate_proj"], rank=4)
-    found = simulate.step(model, SHAPE).memory
+    found = simulate.step(model, SHAPE, causal_lm()).memory
     trained = 2 * 2 * 4 * 32 + 2 * 4 * (32 + 48)  # two layers of 32 x 32, two of 48 x 32
     assert (found.adapter, found.gradients) == (4 * trained, 4 * trained)
     assert found.optimiser == 2 * 4 * trained + 4 * 8  # two moments, and a step for each of 8 tensors
@@ -135,7 +136,7 @@ def test_saved_counts_a_storage_once_and_no_parameter():
 def test_a_step_by_shapes_keeps_and_takes_what_a_real_one_does(method):
     model = models.llama()
     attach(model, method, rank=4)
-    foreseen = simulate.step(model, SHAPE).memory
+    foreseen = simulate.step(model, SHAPE, causal_lm()).memory
     live, saved = real_step(model, model.parameters())
     assert foreseen.activations == pytest.approx(saved.kept.peak, rel=0.02)
     assert foreseen.growth - foreseen.optimiser == pytest.approx(live.made.peak, rel=0.05)
@@ -144,13 +145,13 @@ def test_a_step_by_shapes_keeps_and_takes_what_a_real_one_does(method):
 
 def test_full_fine_tuning_by_shapes_is_that_of_a_real_step():
     model = models.llama()
-    foreseen = simulate.step(model, SHAPE, full=True).memory
+    foreseen = simulate.step(model, SHAPE, causal_lm(), full=True).memory
     live, saved = real_step(model, model.parameters())
     assert foreseen.activations == pytest.approx(saved.kept.peak, rel=0.02)
     assert foreseen.growth - foreseen.optimiser == pytest.approx(live.made.peak, rel=0.05)
     attach(model, "lora", rank=4)
     with using(model):
-        assert simulate.step(model, SHAPE, full=True).memory._replace(adapter=0) == foreseen
+        assert simulate.step(model, SHAPE, causal_lm(), full=True).memory._replace(adapter=0) == foreseen
 
 
 def test_a_foreseen_step_changes_nothing():
@@ -158,7 +159,7 @@ def test_a_foreseen_step_changes_nothing():
     attach(model, "lora", rank=4, dropout=0.1)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
-    simulate.step(model, SHAPE._replace(passes=3, packed=True), base=torch.bfloat16)
+    simulate.step(model, SHAPE._replace(passes=3, packed=True), causal_lm(), base=torch.bfloat16)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags and not model.training
 
@@ -168,9 +169,9 @@ def test_operations_are_those_that_torch_counts_in_a_real_step(full):
     model = models.llama(attn_implementation="eager")  # torch counts no fused attention on a CPU
     if not full:
         attach(model, "lora", rank=4)
-    found = simulate.step(model, SHAPE, full=full).flops
+    found = simulate.step(model, SHAPE, causal_lm(), full=full).flops
     with FlopCounterMode(display=False) as counter:
-        causal_lm.loss(model.train(), batch(), chunked=False)[0].backward()
+        next_token.loss(model.train(), batch(), chunked=False)[0].backward()
     unlearned = 2 * (SHAPE.rows * SHAPE.tokens - SHAPE.labels) * models.VOCABULARY * 32
     assert (
         found.total == counter.get_total_flops() - (3 if full else 2) * unlearned
@@ -180,7 +181,7 @@ def test_operations_are_those_that_torch_counts_in_a_real_step(full):
 def test_operations_by_part_are_the_closed_forms():
     model = models.llama()
     attach(model, "lora", rank=4)
-    found = simulate.step(model, SHAPE).flops
+    found = simulate.step(model, SHAPE, causal_lm()).flops
     n = SHAPE.rows * SHAPE.tokens
     rows = {
         "q": (32, 32),
@@ -205,7 +206,10 @@ def test_operations_by_part_are_the_closed_forms():
 def test_passes_add_operations_and_no_activations():
     model = models.llama()
     attach(model, "lora", rank=4)
-    one, four = simulate.step(model, SHAPE), simulate.step(model, SHAPE._replace(passes=4))
+    one, four = (
+        simulate.step(model, SHAPE, causal_lm()),
+        simulate.step(model, SHAPE._replace(passes=4), causal_lm()),
+    )
     assert four.flops.total == 4 * one.flops.total and four.memory.activations == one.memory.activations
     assert 0 < four.memory.peak - one.memory.peak <= one.memory.gradients + 8  # and the sum of the loss
 

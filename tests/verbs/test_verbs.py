@@ -14,7 +14,7 @@ from veneer.cli.frame import main
 from veneer.errors import ConfigError
 from veneer.models import pretrained
 from veneer.models.adapted import parse
-from veneer.runs.samples import continuation
+from veneer.tasks.text.samples import continuation
 
 IDS = torch.arange(2, 34).view(2, 16)
 

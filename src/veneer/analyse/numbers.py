@@ -7,12 +7,14 @@ from typing import Any
 
 
 def moved(change: Mapping[str, float]) -> str:
-    """Returns "1.513 → 1.405" for a change in bits per byte."""
+    """Returns "1.513 → 1.405" for the change of a figure."""
     return f"{change['before']:.3f} → {change['after']:.3f}"
 
 
 def percent(change: Mapping[str, float]) -> str:
-    """Returns "-7.1 %", the change relative to the value before."""
+    """Returns "-7.1 %", the change relative to the value before; the plain change from 0."""
+    if not change["before"]:
+        return f"{change['after']:+.3f}".replace("-", "\N{MINUS SIGN}")
     return f"{100 * (change['after'] / change['before'] - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
 
 

@@ -11,19 +11,17 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import typer
 from rich.markup import escape
 
-from veneer import methods, optim, settings
+from veneer import methods, optim, settings, tasks
 from veneer.cli import panels
 from veneer.cli.panels import OTHER, panel_of, place
 from veneer.methods.base.described import helps_of, option_helps
 from veneer.train.run import Run
 
 T = TypeVar("T")
-METHOD, OPTIMISER = (
-    "options",
-    "optimiser_options",
-)  # settings that hold options, which have flags of their own
+# Settings that hold options, which have flags of their own.
+METHOD, OPTIMISER, TASK = "options", "optimiser_options", "task_options"
 OF_THE_RUN = ("seed",)  # options that the setting of this name gives to every method
-KINDS = {METHOD: "method", OPTIMISER: "optimiser"}  # whose options these are
+KINDS = {METHOD: "method", OPTIMISER: "optimiser", TASK: "task"}  # whose options these are
 
 
 class Flag(NamedTuple):
@@ -107,15 +105,24 @@ def _by_owner(helps: Mapping[str, str]) -> str:
 
 def of_optimisers() -> list[Flag]:
     """Returns a flag for every option of every optimiser, prefixed by its name: --loraplus-ratio."""
+    return _of_owners(optim, OPTIMISER, panels.OPTIMISER)
+
+
+def of_tasks() -> list[Flag]:
+    """Returns a flag for every option of every task, prefixed by the task's name."""
+    return _of_owners(tasks, TASK, panels.MODEL)
+
+
+def _of_owners(choices: Any, into: str, panel: str) -> list[Flag]:
     made = []
-    for name in optim.available():
-        known = optim.options_of(name)
-        helps = helps_of(optim.get(name).__init__, known)
+    for name in choices.available():
+        known = choices.options_of(name)
+        helps = helps_of(choices.get(name).__init__, known)
         for option, p in known.items():
             text = f"{helps.get(option, '')}{shown_default(p.default)}"
             flag = f"{name}_{option}".replace("-", "_")
-            own = Flag(flag, p.annotation, text, owners=(name,), into=OPTIMISER, key=option)
-            made.append(own._replace(panel=panels.OPTIMISER))
+            own = Flag(flag, p.annotation, text, owners=(name,), into=into, key=option)
+            made.append(own._replace(panel=panel))
     return made
 
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-START, METHOD, OPTIMISER, SPEED, OUTPUT = (
-    "To begin with",
-    "Method",
-    "Optimiser",
-    "Speed and memory",
-    "Output",
-)
-OTHER = "Options"
-ORDER = (START, "Data", "Model", METHOD, OPTIMISER, "Schedule", "Evaluation", SPEED, OUTPUT, OTHER)
+START, MODEL, METHOD = "To begin with", "Model", "Method"
+OPTIMISER, SPEED, OUTPUT, OTHER = "Optimiser", "Speed and memory", "Output", "Options"
+ORDER = (START, "Data", MODEL, METHOD, OPTIMISER, "Schedule", "Evaluation", SPEED, OUTPUT, OTHER)
 
 # The ten flags that most runs need.
 FIRST = ("config", "data", "model", "method", "rank", "to", "lr", "steps", "batch", "out")

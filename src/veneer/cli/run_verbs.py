@@ -138,7 +138,7 @@ def _of_run() -> list[flags.Flag]:
     """Returns the flags of a Run: its settings, and every option of every method and optimiser."""
     from veneer.train.run import Run
 
-    return [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers()]
+    return [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers(), *flags.of_tasks()]
 
 
 def _run(config: Path | None, every: list[flags.Flag], values: dict[str, Any]) -> Run:
@@ -165,9 +165,9 @@ def summary(result: Result) -> str:
     """Returns the outcome of a training, for people."""
     from veneer.analyse.numbers import started
 
-    lines = [_measured(f"learned ({result.metrics['learned']['text']})", result.learned)]
+    lines = [_measured(f"learned ({result.metrics['learned']['text']})", result.learned, result)]
     if result.forgotten:
-        lines.append(_measured("forgotten (known)", result.forgotten))
+        lines.append(_measured("forgotten (known)", result.forgotten, result))
     if "start" in result.metrics:
         lines.append(started(result.metrics["start"]))
     page = result.folder / "report.html"
@@ -177,6 +177,6 @@ def summary(result: Result) -> str:
     return "\n".join([*lines, *ending])
 
 
-def _measured(name: str, change: Change) -> str:
-    share = (change.after - change.before) / change.before
-    return f"{name:<18} {change.before:.3f} -> {change.after:.3f} bits per byte ({share:+.1%})"
+def _measured(name: str, change: Change, result: Result) -> str:
+    share = f" ({(change.after - change.before) / change.before:+.1%})" if change.before else ""
+    return f"{name:<18} {change.before:.3f} -> {change.after:.3f} {result.metric.words}{share}"

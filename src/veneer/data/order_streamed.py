@@ -1,121 +1,112 @@
-"""Chooses the windows of each step of a stream, in an order that depends on seed and data alone."""
+"""Chooses the examples of each step of a stream, in an order that depends on seed and data alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from veneer.data.pack import Packer, Segment, Window
 from veneer.ops.draws import keyed
 
 PREFIX = "stream."  # of the stream's tensors in a checkpoint
 
 
 class Place(NamedTuple):
-    """A position in the data: the row, counted from 0, and how many of its segments have been read."""
+    """A position in the data: the row, counted from 0, and how many of its pieces have been read."""
 
     row: int = 0
-    segments: int = 0
+    pieces: int = 0
 
 
-# Yields the segments from a place on, without end, each with the place after it.
-SegmentsFrom = Callable[[Place], Iterator[tuple[Place, Segment]]]
+# Yields the pieces from a place on, without end, each with the place after it.
+PiecesFrom = Callable[[Place], Iterator[tuple[Place, Any]]]
+
+
+class Joiner(Protocol):
+    """Joins pieces into examples, one at a time. open: the unfinished examples, oldest first."""
+
+    open: list[Any]
+
+    def add(self, piece: Any) -> Any | None:
+        """Adds a piece to an example. Returns the example that this finishes, if any."""
+
+
+class ExampleKind(Protocol):
+    """A kind of example: joined from pieces, and stored in a checkpoint as tensors."""
+
+    def joiner(self, still_open: Iterable[Any] = ()) -> Joiner:
+        """Returns a joiner with these unfinished examples."""
+
+    def as_tensors(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """Returns examples as tensors by name."""
+
+    def from_tensors(self, tensors: Mapping[str, Tensor]) -> list[Any]:
+        """Returns the examples of `as_tensors`; other names may be among them."""
 
 
 class Stream:
-    """Steps of `accumulate` micro-batches of `batch` windows, read as needed.
+    """Steps of `accumulate` micro-batches of `batch` examples, read as needed.
 
-    Holds `buffer` windows and those still being packed. Each window is drawn from the next `buffer` ones,
+    Holds `buffer` examples and the unfinished ones. Each example is drawn from the next `buffer` ones,
     which separates neighbours in the data by about that distance.
     """
 
     def __init__(
         self,
-        segments_from: SegmentsFrom,
-        length: int | None,
+        pieces_from: PiecesFrom,
+        kind: ExampleKind,
         batch: int,
         accumulate: int,
         *,
         buffer: int,
         seed: int,
     ) -> None:
-        """length: of the packed windows, in tokens; None: without packing."""
-        self.segments_from, self.length, self.batch, self.accumulate = (
-            segments_from,
-            length,
-            batch,
-            accumulate,
-        )
+        self.pieces_from, self.kind, self.batch, self.accumulate = pieces_from, kind, batch, accumulate
         self.buffer = buffer
         self.draw = keyed(seed, "order of a stream")
-        self.made, self.place, self.held, self.packer = 0, Place(), list[Window](), Packer(length or 0)
-        self._source: Iterator[tuple[Place, Segment]] | None = None
+        self.made, self.place, self.held, self.joiner = 0, Place(), list[Any](), kind.joiner()
+        self._source: Iterator[tuple[Place, Any]] | None = None
 
-    def step(self, step: int) -> list[list[Window]]:
+    def step(self, step: int) -> list[list[Any]]:
         """Returns the micro-batches of the next step, counted from 0. Raises the errors of reading."""
         if step != self.made:
             raise ValueError(f"a stream's steps must be in order: the next one is {self.made}, got {step}")
-        found = [[self._window() for _ in range(self.batch)] for _ in range(self.accumulate)]
+        found = [[self._example() for _ in range(self.batch)] for _ in range(self.accumulate)]
         self.made += 1
         return found
 
-    def _window(self) -> Window:
+    def _example(self) -> Any:
         while len(self.held) <= self.buffer:
             self.held.append(self._read())
         i = int(torch.randint(self.buffer, (), generator=self.draw))
         taken, self.held[i] = self.held[i], self.held.pop()
         return taken
 
-    def _read(self) -> Window:
-        self._source = self._source or self.segments_from(self.place)
+    def _read(self) -> Any:
+        self._source = self._source or self.pieces_from(self.place)
         while True:
-            self.place, segment = next(self._source)
-            window = (segment,) if self.length is None else self.packer.add(segment)
-            if window is not None:
-                return window
+            self.place, piece = next(self._source)
+            example = self.joiner.add(piece)
+            if example is not None:
+                return example
 
     def state(self) -> dict[str, Tensor]:
         """Returns all that later steps depend on beside the data. Call it between two steps."""
         counts = torch.tensor([self.made, *self.place, len(self.held)])
-        windows = [*self.held, *map(tuple, self.packer.open)]
+        examples = self.kind.as_tensors([*self.held, *self.joiner.open])
         return {
             f"{PREFIX}{name}": t
-            for name, t in {"draw": self.draw.get_state(), "counts": counts, **_flat(windows)}.items()
+            for name, t in {"draw": self.draw.get_state(), "counts": counts, **examples}.items()
         }
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Restores `state`; earlier rows are skipped."""
         own = {name.removeprefix(PREFIX): t for name, t in saved.items() if name.startswith(PREFIX)}
         self.draw.set_state(own["draw"])
-        self.made, row, segments, n = own["counts"].tolist()
-        windows = _windows(own)
-        self.place, self.held, self.packer = (
-            Place(row, segments),
-            windows[:n],
-            Packer(self.length or 0, windows[n:]),
-        )
+        self.made, row, pieces, n = own["counts"].tolist()
+        examples = self.kind.from_tensors(own)
+        self.place, self.held = Place(row, pieces), examples[:n]
+        self.joiner = self.kind.joiner(examples[n:])
         self._source = None
-
-
-def _flat(windows: Sequence[Window]) -> dict[str, Tensor]:
-    """Returns windows as tensors: fields of all segments end to end (int32), lengths, segments per window."""
-    segments = [s for w in windows for s in w]
-    empty = torch.zeros(0, dtype=torch.int64)
-    fields = {
-        name: torch.cat([empty, *(getattr(s, name) for s in segments)]).int() for name in Segment._fields
-    }
-    return {
-        **fields,
-        "lengths": torch.tensor([len(s.inputs) for s in segments]),
-        "sizes": torch.tensor([len(w) for w in windows]),
-    }
-
-
-def _windows(flat: Mapping[str, Tensor]) -> list[Window]:
-    fields = [flat[name].long().split(flat["lengths"].tolist()) for name in Segment._fields]
-    segments = iter([Segment(*one) for one in zip(*fields, strict=True)])
-    return [tuple(islice(segments, n)) for n in flat["sizes"].tolist()]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.data import tables
-from veneer.data.forms.columns import example, form_of, used
+from veneer.data.forms.columns import EMPTY, FORMS, example, form_of, used
 from veneer.data.forms.shape import AS_IS, Shape
 from veneer.errors import DataError, first_few, suggest
 
@@ -66,6 +66,8 @@ def read_file(path: Path, shape: Shape = AS_IS) -> list[Row]:
     if suffix in tables.WRITTEN:
         return checked(str(path), tables.written(path, text), shape)
     if suffix != ".jsonl":
+        if not shape.reads_text:
+            raise DataError(f"{path}: columns must be {shape.wanted}, got plain text; write a .jsonl or .csv")
         return [Row("text", {"text": text}, str(path))]
     listed = tables.listed(path, text) if text.lstrip().startswith("[") else None
     return checked(str(path), listed or _lines(path, text), shape)
@@ -115,7 +117,7 @@ def checked(name: str, found: Iterable[tables.Entry], shape: Shape = AS_IS) -> l
         try:
             columns = shape.applied(read_columns())
             form = form or form_of(columns, shape)
-            rows.append(Row(*example(form, columns), where))
+            rows.append(Row(*example(form, columns, shape), where))
         except DataError as e:
             problems.append(f"{where}: {e}")
             if form is None:  # an unknown form of the first row would make every other row wrong too
@@ -139,5 +141,6 @@ def json_object(line: str) -> dict[str, Any]:
 
 
 def unused(rows: Iterable[Row]) -> list[str]:
-    """Returns the names of columns that no kind of example uses."""
-    return sorted({name for row in rows for name in row.columns if name not in used(row.kind)})
+    """Returns the names of columns that no kind of text uses; rows of a task's own kinds are not looked at."""
+    texts = (row for row in rows if row.kind in (*FORMS, EMPTY))
+    return sorted({name for row in texts for name in row.columns if name not in used(row.kind)})

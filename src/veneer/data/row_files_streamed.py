@@ -30,7 +30,7 @@ def stream_file(path: Path, shape: Shape = AS_IS) -> Iterator[Row]:
     return (
         stream_rows(_objects(path), shape)
         if suffix == ".jsonl"
-        else (row for _ in (0,) for row in read_file(path))
+        else (row for _ in (0,) for row in read_file(path, shape))
     )
 
 
@@ -41,7 +41,7 @@ def stream_rows(entries: Iterator[Entry], shape: Shape = AS_IS) -> Iterator[Row]
         try:
             columns = shape.applied(read_columns())
             form = form or form_of(columns, shape)
-            row = Row(*example(form, columns), where)
+            row = Row(*example(form, columns, shape), where)
         except DataError as e:
             raise DataError(f"{where}: {e}") from None
         yield row

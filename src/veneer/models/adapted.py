@@ -220,15 +220,21 @@ def open_all(
     return opened, wanted
 
 
-def open_base(base: str, wanted: Sequence[Wanted], dtype: torch.dtype, device: str) -> Opened:
+def open_base(
+    base: str,
+    wanted: Sequence[Wanted],
+    dtype: torch.dtype,
+    device: str,
+    auto: str = pretrained.LANGUAGE_MODEL,
+    processor: str = pretrained.TOKENIZER,
+) -> Opened:
     """Returns the base alone, in the quantised form that these adapters were trained on.
 
     Its tokenizer gets the chat template that the adapters were trained with, if all of them name the same.
     """
-    tokenizer = pretrained.tokenizer(base)
+    tokenizer = pretrained.processor(base, processor)
     templates = {chat_template(w.folder) for w in wanted} - {None}
     if len(templates) == 1:
         tokenizer.chat_template = templates.pop()
-    return Opened(
-        pretrained.causal_lm(base, dtype, torch.device(device), format_of(wanted, base)), tokenizer, base
-    )
+    model = pretrained.model(base, auto, dtype, torch.device(device), format_of(wanted, base))
+    return Opened(model, tokenizer, base)

@@ -1,7 +1,8 @@
-"""Loads base models and their tokenizers from a folder, the hub, or the installation itself."""
+"""Loads base models and their processors from a folder, the hub, or the installation itself."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from veneer.compress.quantise import quantise
 from veneer.errors import ConfigError, first_few
 from veneer.sites import changed
 
+LANGUAGE_MODEL, TOKENIZER = "transformers.AutoModelForCausalLM", "transformers.AutoTokenizer"
+
 
 def source(name: str) -> str:
     """Returns the model's name for transformers: the built-in model's folder for "builtin", else the name.
@@ -27,10 +30,19 @@ def source(name: str) -> str:
 
 def tokenizer(name: str) -> Any:
     """Returns the model's tokenizer. Raises ConfigError if it is missing."""
-    from transformers import AutoTokenizer
+    return processor(name, TOKENIZER)
 
-    with _found(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(source(name))
+
+def processor(name: str, auto: str) -> Any:
+    """Returns the model's processor, loaded by a class such as transformers.AutoTokenizer. Raises ConfigError."""
+    with _found(name, "tokenizer" if auto == TOKENIZER else "processor"):
+        return _class(auto).from_pretrained(source(name))
+
+
+def _class(path: str) -> Any:
+    """Returns the class of a dotted name."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def config(name: str) -> Any:
@@ -42,29 +54,34 @@ def config(name: str) -> Any:
 
 
 def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: str | None = None) -> nn.Module:
-    """Returns the language model in eval mode, with the changed layers of a folder that holds such.
+    """Returns the language model, as `model` does."""
+    return model(name, LANGUAGE_MODEL, dtype, device, quantised)
 
-    quantised: the format of its linear layers, or None. Raises ConfigError if the model or a weight is missing.
+
+def model(
+    name: str, auto: str, dtype: torch.dtype, device: torch.device, quantised: str | None = None
+) -> nn.Module:
+    """Returns the model in eval mode, with the changed layers of a folder that holds such.
+
+    auto: the class that loads it, such as transformers.AutoModelForCausalLM. quantised: the format of its linear
+    layers, or None. Raises ConfigError if the model or a weight is missing.
     """
-    from transformers import AutoModelForCausalLM
-
     made_from, kind = changed.origin(name), changed.kind_of_folder(name)
     if (inner := changed.kind_of_folder(made_from)) is not None and inner.whole:
         found = changed.open_whole(made_from, dtype)
         return _finished(found, name, kind, quantised, device)
-    with _found(name, "causal language model"), no_bars():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source(name), dtype=dtype, output_loading_info=True
-        )
+    what = "causal language model" if auto == LANGUAGE_MODEL else f"model for {auto.rpartition('.')[2]}"
+    with _found(name, what), no_bars():
+        loaded, info = _class(auto).from_pretrained(source(name), dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(
-            f"model {name!r} lacks {len(missing)} weights of a {type(model).__name__}, which would be random:"
+            f"model {name!r} lacks {len(missing)} weights of a {type(loaded).__name__}, which would be random:"
             f" {first_few(missing)}"
         )
     if made_from == embedded.PREFIX:
-        model.name_or_path = name  # what adapters record; the folder is this machine's own
-    return _finished(model, name, kind, quantised, device)
+        loaded.name_or_path = name  # recorded by adapters; the folder is this machine's own
+    return _finished(loaded, name, kind, quantised, device)
 
 
 def _finished(
@@ -117,11 +134,9 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def skeleton(model: str) -> nn.Module:
-    """Returns the language model on the meta device: names and shapes. Raises ConfigError if missing."""
-    from transformers import AutoModelForCausalLM
-
+def skeleton(model: str, auto: str = LANGUAGE_MODEL) -> nn.Module:
+    """Returns the model on the meta device: names and shapes. Raises ConfigError if missing."""
     settings = config(model)
     with _found(model, "language model"), torch.device("meta"):
-        found: nn.Module = AutoModelForCausalLM.from_config(settings)
+        found: nn.Module = _class(auto).from_config(settings)
     return found

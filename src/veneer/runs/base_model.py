@@ -1,4 +1,4 @@
-"""The base of a run: plain, quantised as it says, or quantised around the adapter that it starts with."""
+"""Loads the base of a run: plain, quantised, or quantised around the start of its adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer import methods
+from veneer import methods, tasks
 from veneer.compress.quantise import quantise, quantise_around
 from veneer.methods import Stats, inits
 from veneer.methods.base.options import option
@@ -27,21 +27,21 @@ def start_of(run: Run) -> str | None:
 
 
 def own_base(run: Run) -> Path:
-    """The folder of the quantised layers of a run whose base is its own."""
+    """Returns the folder of the quantised layers of a run with its own base."""
     return Path(run.out) / BASE
 
 
 def base(
     run: Run, dtype: torch.dtype, device: torch.device, voice: Voice, *, only_shapes: bool = False
 ) -> tuple[nn.Module, Mapping[str, Stats] | None]:
-    """The base in eval mode, and what a start that makes up for its quantisation starts from.
+    """Returns the base in eval mode, and the statistics of a start that compensates for its quantisation.
 
-    It is quantised where it was loaded, and goes to the device in few bits. Raises the errors of both.
+    It is quantised where it was loaded, and moves to the device in few bits. Raises the errors of both.
     """
-    start = start_of(run)
+    start, auto = start_of(run), tasks.get(run.task).AUTO
     if run.quantise is None:
-        return pretrained.causal_lm(run.model, dtype, device), None
-    model = pretrained.causal_lm(run.model, dtype, torch.device("cpu"))
+        return pretrained.model(run.model, auto, dtype, device), None
+    model = pretrained.model(run.model, auto, dtype, torch.device("cpu"))
     before, stats = _size(model), None
     if start is None:
         quantise(model, run.quantise)
@@ -52,16 +52,17 @@ def base(
         stats = quantise_around(
             model, run.quantise, start=start, rank=rank, iterations=times, seed=run.seed, **layers
         )
-        model.__dict__["name_or_path"] = str(own_base(run))  # what the adapter's files say that it belongs to
+        model.__dict__["name_or_path"] = str(own_base(run))  # recorded by the adapter's files
     voice.say(f"the base in {run.quantise}: {size(_size(model))} instead of {size(before)}")
     return model.to(device), stats
 
 
 def base_again(run: Run, out: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The base that the run in folder `out` had: its own where it kept one. Raises what reading it raises."""
+    """Returns the base of the run in folder `out`, its own if it has one. Raises the errors of loading."""
+    auto = tasks.get(run.task).AUTO
     if changed.kind_of_folder(out / BASE) is not None:
-        return pretrained.causal_lm(str(out / BASE), dtype, device)
-    return pretrained.causal_lm(run.model, dtype, device, run.quantise)
+        return pretrained.model(str(out / BASE), auto, dtype, device)
+    return pretrained.model(run.model, auto, dtype, device, run.quantise)
 
 
 def _size(model: nn.Module) -> int:

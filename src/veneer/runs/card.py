@@ -1,4 +1,4 @@
-"""README.md beside an adapter: its run told as a model card, from the files of the run and nothing else."""
+"""Writes README.md beside an adapter: a model card, from the files of its run and nothing else."""
 
 from __future__ import annotations
 
@@ -16,32 +16,21 @@ from veneer.analyse.page.run_record import RunRecord
 from veneer.files import read_json, replacing
 from veneer.methods.base import described
 from veneer.runs import usage
+from veneer.tasks import Metric
 from veneer.train.folder.drift import record as record_of
 from veneer.train.folder.layout import ADAPTER, RESULTS
 from veneer.units import duration, size
 
 CARD = "README.md"
-# Settings that shape a training, in the order of the card; data, method and places are told elsewhere.
+# Settings that shape a training, in the card's order; data, method and places have sections of their own.
 SHAPING = (
-    *(
-        "steps",
-        "epochs",
-        "batch",
-        "accumulate",
-        "length",
-        "packing",
-        "lr",
-        "embedding_lr",
-        "schedule",
-        "warmup",
-        "optimiser",
-    ),
-    *("optimiser_options", "weight_decay", "betas", "clip", "label_smoothing", "precision", "seed"),
-)
+    "steps epochs batch accumulate length packing lr embedding_lr schedule warmup optimiser optimiser_options"
+    " weight_decay betas clip label_smoothing precision seed"
+).split()
 
 
 def write(run: Path) -> Path:
-    """Writes the card into the adapter's folder of a finished run. Raises FormatError for files that are damaged."""
+    """Writes the card into the adapter's folder of a finished run. Raises FormatError for damaged files."""
     folder = run / ADAPTER
     content = text(
         RunRecord(read_json(run / RESULTS), record_of(run), (), run),
@@ -59,11 +48,11 @@ def _peft(folder: Path) -> dict[str, Any] | None:
 
 
 def text(run: RunRecord, record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> str:
-    """The whole card. record: veneer.json; peft: adapter_config.json, or None where PEFT cannot express the adapter."""
+    """Returns the card. record: veneer.json; peft: adapter_config.json, None if PEFT cannot express the adapter."""
     settings = run.config["run"]
     about = described.of_module(methods.get(record["method"]))
     parts = [
-        _header(settings, record, peft),
+        _header(settings, run.task.PIPELINE, record, peft),
         f"# {about.summary.partition(':')[0]} on {Path(settings['model']).name}",
         run_page.lead(run),
         *_section("Base", _base(run)),
@@ -72,7 +61,7 @@ def text(run: RunRecord, record: Mapping[str, Any], peft: Mapping[str, Any] | No
         *_section("Learned and forgotten", _figures(run)),
         *_section("Training", _table(("setting", "value"), _settings(settings))),
         *_section("Cost", _cost(run)),
-        *_section("Load it", *usage.ways(settings["model"], record, peft)),
+        *_section("Load it", *usage.ways(settings["model"], run.task.AUTO, record, peft)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -81,14 +70,16 @@ def _section(title: str, *parts: str) -> list[str]:
     return [f"## {title}", *parts]
 
 
-def _header(settings: Mapping[str, Any], record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> str:
-    """The Hub's YAML. A base that is a folder of somebody's machine has no name there, and no licence is made up."""
+def _header(
+    settings: Mapping[str, Any], pipeline: str, record: Mapping[str, Any], peft: Mapping[str, Any] | None
+) -> str:
+    """Returns the Hub's YAML, without a licence, and without a base that is a folder of this machine."""
     tags = dict.fromkeys([record["method"], *([peft["peft_type"].lower()] if peft else []), "veneer"])
     model = settings["model"]
     lines = [] if Path(model).exists() or "/" not in model else [f"base_model: {json.dumps(model)}"]
     lines += [
         f"library_name: {'peft' if peft else 'veneer'}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {pipeline}",
         "tags:",
         *(f"- {tag}" for tag in tags),
     ]
@@ -97,7 +88,10 @@ def _header(settings: Mapping[str, Any], record: Mapping[str, Any], peft: Mappin
 
 def _base(run: RunRecord) -> str:
     base = run.config["base"]
-    return f"`{base['model']}`, a {base['class']}; fingerprint of its weights `{base['sha256']}`. Veneer refuses to load this on another base."
+    return (
+        f"`{base['model']}`, a {base['class']}; fingerprint of its weights `{base['sha256']}`."
+        " Veneer refuses to load this on another base."
+    )
 
 
 def _method(about: described.Described, record: Mapping[str, Any], run: RunRecord) -> str:
@@ -107,20 +101,14 @@ def _method(about: described.Described, record: Mapping[str, Any], run: RunRecor
     sites = record["sites"].values()
     ranks = sorted({s["rank"] for s in sites if "rank" in s})
     scales = sorted({s["scaling"] for s in sites if "scaling" in s})
-    shown = (f", of rank {_span(ranks)}" if ranks else "") + (
-        f", scaled by {_span(scales)}" if scales else ""
-    )
+    shown = f", of rank {_span(ranks)}" if ranks else ""
+    shown += f", scaled by {_span(scales)}" if scales else ""
     trained = (
         f"{len(sites)} layers are changed{shown}: {run.results['trainable_parameters']:,} trained parameters."
     )
     rows = [(f"`{name}`", plain(value), helps.get(name, "")) for name, value in options.items()]
-    return "\n\n".join(
-        [
-            f"{about.summary}{paper}.",
-            trained,
-            *([_table(("option", "value", "meaning"), rows)] if rows else []),
-        ]
-    )
+    options = [_table(("option", "value", "meaning"), rows)] if rows else []
+    return "\n\n".join([f"{about.summary}{paper}.", trained, *options])
 
 
 def _span(values: Sequence[float]) -> str:
@@ -128,26 +116,21 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _data(run: RunRecord) -> str:
-    settings, facts = run.config["run"], run.config["data"]
+    settings, facts, shown = run.config["run"], run.config["data"], run.task.FACTS
     rows = [
         (
             part,
             ", ".join(_named(s) for s in settings.get(part if part != "train" else "data", ()))
             or "split off from train",
         )
-        + tuple(f"{facts[part][k]:,}" for k in ("rows", "windows", "tokens", "learned_tokens"))
+        + tuple(f"{facts[part][k]:,}" for k in shown)
         for part in run_record.PARTS
         if part in facts
     ]
     if settings.get("stream"):
         rows[0] = (f"{rows[0][0]} (the beginning of a stream)", *rows[0][1:])
-    what = (
-        "Of prompts and conversations only completions and the turns of "
-        + ", ".join(settings["train_roles"])
-        + " are learned."
-    )
-    mask = "Every token is learned." if settings["train_on"] == "all" else what
-    return f"{_table(('text', 'from', 'rows', 'windows', 'tokens', 'learned tokens'), rows)}\n\n{mask}"
+    table = _table(("text", "from", *(k.replace("_", " ") for k in shown)), rows)
+    return "\n\n".join(filter(None, [table, run.task.described(settings)]))
 
 
 def _named(source: str) -> str:
@@ -161,19 +144,23 @@ def _figures(run: RunRecord) -> str:
         for name in run_record.PARTS
         if name in after
     ]
-    says = ["Bits per byte; lower is better. One run with one seed: small differences may be noise."]
+    words, better = run.metric.words, run.metric.better
+    says = [
+        f"{words[0].upper()}{words[1:]}; {better} is better. One run with one seed: small differences may be noise."
+    ]
     if "test" not in after:
         says.append(run_record.NO_TEST)
     if dial := run.results.get("dial"):
-        says.append(_dialled(dial))
+        says.append(_dialled(dial, run.metric))
     return f"{_table(('text', 'before', 'after', 'change'), rows)}\n\n{' '.join(says)}"
 
 
-def _dialled(dial: Mapping[str, Any]) -> str:
+def _dialled(dial: Mapping[str, Any], metric: Metric) -> str:
     at = next(p for p in dial["points"] if p["strength"] == dial["recommended"])
-    known = f", {at['known_bpb']:.3f} on known text" if at.get("known_bpb") is not None else ""
+    on_known = at.get(f"known_{metric.name}")
+    known = f", {on_known:.3f} on known text" if on_known is not None else ""
     chosen = f"Used at strength {dial['recommended']:g}, chosen on {dial['chosen_on']}"
-    return f"{chosen}: {at['target_bpb']:.3f} on {dial['text']}{known}."
+    return f"{chosen}: {at[f'target_{metric.name}']:.3f} on {dial['text']}{known}."
 
 
 def _moved(before: float, after: float) -> tuple[str, str, str]:
@@ -194,12 +181,12 @@ def _cost(run: RunRecord) -> str:
     )
     kept = "" if r["best_step"] in (None, r["steps"]) else f"; the weights are those of step {r['best_step']}"
     return (
-        f"{r['steps']:,} steps and {r['tokens']:,} tokens in {duration(r['seconds'])} on {r['hardware']}{memory}{kept}."
-        f" The adapter takes {size(r['adapter_bytes'])}. {versions}."
+        f"{r['steps']:,} steps and {r['tokens']:,} tokens in {duration(r['seconds'])} on"
+        f" {r['hardware']}{memory}{kept}. The adapter takes {size(r['adapter_bytes'])}. {versions}."
     )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown, with bars inside cells written so that they do not end them."""
+    """Returns a Markdown table; bars inside cells are escaped."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells])

@@ -1,4 +1,4 @@
-"""`fit_many`: several adapters of one base, trained side by side in one pass a step, each in a run of its own."""
+"""`fit_many`: several adapters of one base, trained side by side in one pass a step, each in its own run."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from veneer import tasks
 from veneer.errors import ConfigError
-from veneer.runs.fit import Begun, begin, end, look, loop_of
+from veneer.runs.finish import Begun, end
+from veneer.runs.fit import begin, look, loop_of
 from veneer.runs.prepare import NAME
+from veneer.tasks.base.abilities import Joint
 from veneer.train.folder.result import Result
 from veneer.train.loop import together
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.signals import listening
 from veneer.train.run import Run
 
-SHARED = ("model", "precision", "quantise", "device", "gradient_checkpointing")
+SHARED = ("model", "task", "precision", "quantise", "device", "gradient_checkpointing")
 
 
 def fit_many(runs: Sequence[Run], *, progress: bool = True) -> list[Result]:
-    """Trains all runs at once, and returns what came of each, in their order; each is a folder as `fit` writes it.
+    """Trains all runs at once and returns their results in order; each has a folder as `fit` writes it.
 
-    They have one base in memory, and one pass through it for the batches of all; data, method, rank, rate, optimiser and
-    length may be different. Every adapter learns what it would have learned alone, up to rounding; nothing is compiled.
-    Raises ConfigError for runs that do not go together and for methods without a normal form, before anything is trained,
-    and the errors of `fit`, for one run or another, with all of them saved.
+    The runs share one base in memory and one pass through it for all batches; data, method, rank, rate, optimiser
+    and length may differ. Every adapter learns what it would alone, up to rounding; nothing is compiled. Raises
+    ConfigError, before any training, for runs that do not fit together and methods without a normal form, and the
+    errors of `fit` for any run, with all of them saved.
     """
     _check(runs)
     with ExitStack() as stack:
@@ -49,27 +52,29 @@ def _train(going: Sequence[Begun], stack: ExitStack) -> list[Result]:
 
 
 def _check(runs: Sequence[Run]) -> None:
-    """Raises ConfigError for all reasons why these runs cannot be trained together."""
+    """Raises ConfigError for all reasons against training these runs together."""
     if not runs:
-        raise ConfigError("there is no run to train; give a list of them")
+        raise ConfigError("runs must be a list with a run or more, got none")
     values = {name: sorted({str(getattr(run, name)) for run in runs}) for name in SHARED}
     problems = [
-        f"{name} must be the same for all runs, not {' and '.join(found)}"
+        f"{name} must be the same for all runs, got {' and '.join(found)}"
         for name, found in values.items()
         if len(found) > 1
     ]
     outs = [str(Path(run.out).absolute()) for run in runs]
     problems += [
-        f"two runs have the folder {out}; give each its own out"
+        f"out must differ between runs, got {out} twice; give each its own"
         for out in sorted({o for o in outs if outs.count(o) > 1})
     ]
     if any(run.trains_base for run in runs):
-        problems.append("method 'full' trains the base itself, which the runs share; train it alone")
+        problems.append("method 'full' trains the base, which the runs share; train it alone")
+    unfit = sorted({run.task for run in runs if not issubclass(tasks.get(run.task), Joint)})
+    problems += [f"task {name!r} has no joint training; train its runs alone" for name in unfit]
     if any(run.cache_frozen for run in runs):
         problems.append(
-            "cache_frozen cannot be: the runs have different windows in one pass; train them alone, or leave it out"
+            "cache_frozen needs one run a pass, and here all share it; train them alone, or leave it out"
         )
     if asked := sorted({run.compile for run in runs} & {"on", "graphs"}):
-        problems.append(f"compile={asked[0]!r} cannot be: runs that are trained together are not compiled")
+        problems.append(f"compile must be 'off' or 'auto' for runs trained together, got {asked[0]!r}")
     if problems:
         raise ConfigError("\n".join(problems))

@@ -1,181 +1,144 @@
-"""A run made ready: texts, model and settings read and checked against each other, with nothing written yet."""
+"""Prepares a run: reads texts, model and settings and checks them against each other; writes nothing."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from veneer import embedded, methods, optim
-from veneer.adapt import attach, attached, hooks, switch
+from veneer import methods, optim, tasks
 from veneer.adapt.store import fingerprint
 from veneer.analyse.numbers import started
-from veneer.data.pack import collate
-from veneer.errors import ConfigError
-from veneer.methods.full import Full
-from veneer.models import machine
+from veneer.models import machine, pretrained
 from veneer.optim.base import groups
-from veneer.runs import base_model, start_calibration, start_left
-from veneer.runs.texts import decided as texts_decided
+from veneer.runs import base_model, start_calibration, start_left, trained
+from veneer.runs.decide import decided
 from veneer.runs.texts import streamed, texts
+from veneer.runs.texts.decided import with_length
 from veneer.runs.texts.texts import Text
-from veneer.train import checks, rates
-from veneer.train.loop.progress import Voice
+from veneer.runs.trained import NAME
+from veneer.tasks import Task
+from veneer.tasks.base.encoded import Encoded
+from veneer.train import checks
+from veneer.train.loop.progress import Notes, Voice
 from veneer.train.run import Run
-from veneer.train.speed import compiling, frozen_blocks, frozen_cache, graphs
+from veneer.train.speed import compiling, frozen_blocks, frozen_cache
 from veneer.train.speed.frozen_blocks import Prefix
 from veneer.units import size
 from veneer.version import __version__
 
-NAME = "default"  # of the adapter
-TRIED = 32  # tokens that the model is tried on
-
 
 class Ready(NamedTuple):
-    """run: with every setting decided; parts: what is trained; optimiser: by what; config: the content of config.json; frozen: the
-    blocks that are computed once for each window, None where the run does not ask for that."""
+    """A prepared run. run: with every setting decided; parts: the trained parameters; config: of config.json.
+
+    frozen: the blocks whose hidden states are cached, or None.
+    """
 
     run: Run
+    task: Task
     model: nn.Module
     parts: list[groups.Part]
     optimiser: optim.Optimiser
-    pad: int
     texts: dict[str, Text]
     config: dict[str, Any]
     frozen: Prefix | None = None
 
     @property
     def trained(self) -> optim.Trained:
-        """What the optimiser is made for."""
-        return _trained(self.run, self.parts)
+        """Returns the parameters as the optimiser takes them."""
+        return trained.for_optimiser(self.run, self.parts)
 
 
 def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool = False) -> Ready:
-    """Reads and checks everything, the cheap things first. Raises the errors of what does not fit.
+    """Reads and checks everything, cheap things first. Raises the errors of what does not fit.
 
-    only_shapes: what is trained need not start where a training would start.
+    only_shapes: the trained parameters need not have their starting values.
     """
     run = decided(texts.named(run), device)
     with voice.phase("reading texts"):
-        run, tokenizer, ready = read(run, voice)
+        run, task, found = read(run, voice)
     with voice.phase("loading the model"):
         model, stats = base_model.base(run, run.base_dtype, device, voice, only_shapes=only_shapes)
-    checks.check_length(model, run.window)
-    checks.check_vocabulary(model, (w for t in ready.values() for w in t.windows))
+    task.check(model, [e for t in found.values() for e in t.examples])
     base = {"model": run.model, "class": type(model).__name__, "sha256": fingerprint.measure(model)["sha256"]}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     if start_calibration.needed(run):
         blank = only_shapes or start_calibration.goes_on(run)
-        stats = (
-            start_calibration.unseen(model, run)
-            if blank
-            else start_calibration.look(model, run, ready["train"].windows, pad, voice)
-        )
+        train = None if blank else found["train"].examples
+        stats = start_calibration.statistics(model, run, task, train, voice)
     with voice.phase("starting the adapter"):
-        parts = adapt(model, run, stats)
+        parts = trained.open_parameters(model, run, stats)
     begun = {} if only_shapes else _begun(model, run, stats, voice)
     compiling.recompute(model, run.gradient_checkpointing)
-    ids = _try_out(model, run, ready)
-    prefix = _frozen(model, ids, run, ready["train"], voice) if run.cache_frozen else None
+    prefix = _try_out(model, run, task, found, voice)
     optimiser = optim.make(run.optimiser, **run.optimiser_options)
-    optimiser.build(_trained(run, parts))  # before anything is written: it may find no pair of factors
-    voice.say(_described(model, run, parts))
-    announcement = optimiser.announcement(_trained(run, parts))
-    if announcement:
-        voice.say(announcement)
-    voice.say("; ".join(texts.counted(part, t.facts) for part, t in ready.items()))
+    _announce(model, run, task, parts, optimiser, found, voice)
     config = {
         "veneer": __version__,
         "versions": machine.versions(),
         "run": asdict(run),
-        "data": {part: t.facts for part, t in ready.items()},
+        "data": {part: t.facts for part, t in found.items()},
         "base": base,
         **begun,
         "notes": list(voice.said),
     }
-    return Ready(run, model, parts, optimiser, pad, ready, config, prefix)
+    return Ready(run, task, model, parts, optimiser, found, config, prefix)
 
 
-def read(run: Run, voice: Voice) -> tuple[Run, Any, dict[str, Text]]:
-    """Returns the run with its length decided, the tokenizer, and the texts by part, a stream's beginning.
+def read(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, Text]]:
+    """Returns the run with its length decided, its task, and the texts by part, a stream's beginning.
 
     Raises DataError, ConfigError.
     """
-    rows = (streamed if run.stream else texts).gather(run, voice)
-    tokenizer = texts_decided.tokenizer_of(run, voice)
-    encoded = texts.encode_all(rows, run, tokenizer)
-    texts_decided.say_template(rows, tokenizer, voice)
-    looked_at = streamed.looked_at(run, tokenizer) if run.stream else encoded["train"]
-    run = texts_decided.with_length(run, looked_at, voice)
-    found = texts.prepare_all(encoded, run, tokenizer, voice)
-    return run, tokenizer, streamed.begin(found, run, tokenizer, voice) if run.stream else found
+    run, task, encoded = encoded_texts(run, notes)
+    found = texts.prepare_all(encoded, task, notes)
+    return run, task, streamed.begin(found, run, task, notes) if run.stream else found
 
 
-def decided(run: Run, device: torch.device) -> Run:
-    """The run with the settings that depend on method, model and machine."""
-    rated = optim.make(run.optimiser, **run.optimiser_options).rated_as
-    lr = run.lr or rates.default(
-        run.method, rated, run.model == embedded.PREFIX, str(run.options.get("init"))
-    )
-    fastest = max(lr, run.embedding_lr or 0.0)
-    if fastest * run.weight_decay >= 1:
-        problem = (
-            f"weight_decay {run.weight_decay:g} at rate {fastest:g} leaves nothing of a weight in one step"
-        )
-        raise ConfigError(f"{problem}; use less than {1 / fastest:g}")
-    if run.compile == "graphs" and (against := graphs.reason_against(device)):
-        raise ConfigError(against)
-    epochs = None if run.steps else run.epochs or 1.0
-    options = {
-        **{name: p.default for name, p in optim.options_of(run.optimiser).items()},
-        **run.optimiser_options,
-    }
-    return replace(
-        run,
-        lr=lr,
-        optimiser_options=options,
-        epochs=epochs,
-        precision=run.precision_on(device),
-        device=str(device),
-    )
+def encoded_texts(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, list[Encoded]]]:
+    """Returns the run with its length decided, its task, and the rows by part as the task reads them."""
+    rows = (streamed if run.stream else texts).gather(run, notes)
+    task = task_of(run)
+    for sentence in task.opening(rows):
+        notes.say(sentence)
+    if "train" in rows:
+        task.check_rows(rows["train"])
+    encoded = texts.encode_all(rows, task)
+    run = with_length(run, streamed.looked_at(run, task) if run.stream else encoded["train"], notes)
+    return run, task.with_reading(run), encoded
 
 
-def adapt(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None) -> list[groups.Part]:
-    """Attaches the adapter, or opens the base for full fine-tuning: what is trained. Raises ConfigError, SiteError, ShapeError."""
-    if run.trains_base:
-        switch.train_only(model, hooks.BASE)
-        _keep_frozen(
-            model,
-            {
-                id(p)
-                for s in Full.find(model, run.to, run.exclude)
-                for p in s.module.parameters(recurse=False)
-            },
-        )
-        parts = groups.of_base(model)
-    else:
-        seed = {"seed": run.seed} if "seed" in methods.options_of(methods.get(run.method)) else {}
-        layers: dict[str, Any] = {
-            name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")
-        }
-        attach.attach(model, run.method, name=NAME, stats=stats, **layers, **{**seed, **run.options})
-        parts = groups.of_adapter(model, NAME)
-    if run.embedding_lr is not None and not any(p.embedding for p in parts):
-        raise ConfigError(
-            "embedding_lr is given, but no embedding is changed; leave it out, or adapt embeddings with to="
-        )
-    return parts
+def task_of(run: Run) -> Task:
+    """Returns the run's task with the model's processor. Raises ConfigError if the model has none."""
+    processor = pretrained.processor(run.model, tasks.get(run.task).PROCESSOR)
+    return tasks.build(run.task, processor, run, run.task_options)
+
+
+def _announce(
+    model: nn.Module,
+    run: Run,
+    task: Task,
+    parts: list[groups.Part],
+    optimiser: optim.Optimiser,
+    found: Mapping[str, Text],
+    voice: Voice,
+) -> None:
+    """Reports parameters and texts. Builds the optimiser once before anything is written: it may refuse them."""
+    given = trained.for_optimiser(run, parts)
+    optimiser.build(given)
+    voice.say(trained.described(model, run, parts))
+    if announcement := optimiser.announcement(given):
+        voice.say(announcement)
+    voice.say("; ".join(texts.counted(part, t.facts, task) for part, t in found.items()))
 
 
 def _begun(
     model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None, voice: Voice
 ) -> dict[str, Any]:
-    """What a start that is taken out of the weights leaves there, for config.json."""
+    """Returns, for config.json, the share of the weights that a start leaves."""
     init = start_left.of_weights(run)
     layers = start_left.left(model, NAME, stats) if init else {}
     if init is None or not layers:
@@ -185,62 +148,25 @@ def _begun(
     return {"start": found}
 
 
-def _keep_frozen(model: nn.Module, trained: set[int]) -> None:
-    """Of the base only these parameters, by id, take gradients."""
-    for p in model.parameters():
-        p.requires_grad_(id(p) in trained)
-
-
-def _trained(run: Run, parts: list[groups.Part]) -> optim.Trained:
-    embedding = 1.0 if run.embedding_lr is None or run.lr is None else run.embedding_lr / run.lr
-    return optim.Trained(parts, run.betas, embedding)
-
-
-def _try_out(model: nn.Module, run: Run, ready: Mapping[str, Text]) -> Tensor:
-    """Returns the first text's first token ids (1, t), on which the model was tried. Raises its errors."""
-    windows = [w for t in ready.values() for w in t.windows]
-    ids = collate([w[:1] for w in windows[:1]], 0)["input_ids"][:, :TRIED]
-    ids = ids.to(next(model.parameters()).device)
+def _try_out(
+    model: nn.Module, run: Run, task: Task, found: Mapping[str, Text], voice: Voice
+) -> Prefix | None:
+    """Runs the model on a small example. Returns the frozen blocks if they are to be cached; raises its errors."""
+    examples = [e for t in found.values() for e in t.examples]
+    trial, device = task.trial(examples), next(model.parameters()).device
+    inputs = task.inputs({k: v.to(device) for k, v in task.collate([trial]).items()})
     if run.trains_base:
-        checks.check_leaves(model, ids)
+        checks.check_leaves(model, inputs)
     else:
-        checks.check_called(model, ids)
-    if any(len(w) > 1 for w in windows):
-        checks.check_packing(model)
-    return ids
-
-
-def _frozen(model: nn.Module, ids: Tensor, run: Run, train: Text, voice: Voice) -> Prefix:
-    """The blocks below the first adapted one. Raises ConfigError where what leaves them cannot be kept."""
-    found = frozen_blocks.look(model, ids)
-    needed = found.bytes(train.facts["tokens"])
+        checks.check_called(model, inputs)
+    task.check_adapted(model, examples)
+    if not run.cache_frozen:
+        return None
+    prefix = frozen_blocks.look(model, inputs, task.size(trial))
+    needed = prefix.bytes(sum(map(task.size, found["train"].examples)))
     frozen_cache.check_room(Path(run.out), needed)
     voice.say(
-        f"what leaves the {found.first} blocks below the first adapted one is kept until the end, in {size(needed)} on disk"
+        f"the hidden states of the {prefix.first} blocks below the first adapted one are cached until the end, in"
+        f" {size(needed)} on disk"
     )
-    return found
-
-
-def _described(model: nn.Module, run: Run, parts: list[groups.Part]) -> str:
-    n, total = sum(p.parameter.numel() for p in parts), attached.n_base_parameters(model)
-    if run.trains_base:
-        return f"full fine-tuning: all {n:,} parameters are trained, at lr {run.lr:g}"
-    found = attached.changes(model, NAME)
-    forms = [d.to_peft(site) for site, d in found if isinstance(d, methods.PeftStored)]
-    scales = sorted({round(s, 6) for form in forms if (s := _scale(form)) is not None})
-    scale = (
-        f"; scale {' to '.join(f'{s:g}' for s in (scales[:1] + scales[-1:] if len(scales) > 1 else scales))}"
-        if scales
-        else ""
-    )
-    lr = f"lr {run.lr:g}{rates.borrowed(run.method, run.lr or 0.0)}"
-    trained = f"{n:,} trained parameters, {n / total:.2%} of the model's {total:,}"
-    return f"{run.method} on {len(found)} layers: {trained}{scale}; {lr}"
-
-
-def _scale(form: methods.PeftForm | None) -> float | None:
-    """What B A is multiplied by, as PEFT computes it from rank and alpha."""
-    if form is None or "lora_alpha" not in form.config:
-        return None
-    rank, alpha = int(form.config["r"]), float(form.config["lora_alpha"])
-    return alpha / math.sqrt(rank) if form.config.get("use_rslora") else alpha / rank
+    return prefix

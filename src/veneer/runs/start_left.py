@@ -1,4 +1,4 @@
-"""How much of the weights a start takes: what is left of each when the part that A and B begin with is taken away."""
+"""Measures the share of each weight that a start leaves when the part in A and B is subtracted."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ def of_weights(run: Run) -> str | None:
 
 @torch.no_grad()
 def left(model: nn.Module, name: str, stats: Mapping[str, Stats] | None) -> dict[str, float]:
-    """||W - s B A|| / ||W|| by layer, of the starts of adapter `name`.
+    """Returns ||W - s B A|| / ||W|| by layer, of the starts of adapter `name`.
 
-    stats: for starts that make up for quantisation, where W is the weight as it was loaded and what is left is
-    ||W - Q - s B A|| / ||W||.
+    stats: of starts that compensate for quantisation to Q, for which it is ||W - Q - s B A|| / ||W||.
     """
     found = {}
     for site, delta in changes(model, name):
@@ -40,6 +39,6 @@ def left(model: nn.Module, name: str, stats: Mapping[str, Stats] | None) -> dict
 
 
 def described(init: str, layers: Mapping[str, float]) -> dict[str, Any]:
-    """For config.json and results.json: the start, and what it leaves of the weights."""
+    """Returns, for config.json and results.json, the start and the share of the weights that it leaves."""
     middle = {"median": median(layers.values()), "least": min(layers.values()), "most": max(layers.values())}
     return {"init": init, "left": middle, "layers": dict(layers)}

@@ -1,4 +1,4 @@
-"""How a saved adapter is used, as commands: only the ways that its files really allow."""
+"""Describes the ways to use a saved adapter, as commands: only those that its files allow."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ OURS = """With Veneer, in this folder:
 
 ```python
 import veneer
-from transformers import AutoModelForCausalLM
+from {library} import {auto}
 {imports}
-model = AutoModelForCausalLM.from_pretrained({base}){quantised}
+model = {auto}.from_pretrained({base}){quantised}
 veneer.load(model, "."{allow})  # veneer.using(model, {{"default": 0.75}}) dials it down
 ```"""
 
@@ -30,9 +30,9 @@ PEFT = """With PEFT, in this folder:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from {library} import {auto}
 {imports}
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), ".")
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}), ".")
 ```"""
 
 VLLM = """With vLLM, whose documented checks these files pass (it was not started here):
@@ -42,11 +42,15 @@ vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.
 ```"""
 
 
-def ways(model: str, record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> list[str]:
-    """The ways for an adapter of base `model`. record: veneer.json; peft: adapter_config.json, or None."""
+def ways(model: str, auto: str, record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> list[str]:
+    """Returns the ways to use an adapter of base `model`, which the class `auto` loads.
+
+    record: veneer.json; peft: adapter_config.json, or None.
+    """
     builtin = model == PREFIX
-    base = "embedded.folder()" if builtin else f'"{model}"'
-    imports = "\nfrom veneer import embedded\n" if builtin else ""
+    library, _, name = auto.rpartition(".")
+    given = {"library": library, "auto": name, "base": "embedded.folder()" if builtin else f'"{model}"'}
+    given["imports"] = "\nfrom veneer import embedded\n" if builtin else ""
     allow = f", allow={record['allow']!r}" if record["allow"] else ""
     own = record["options"].get("init") in quantise.STARTS
     packed = changed.recorded(record["base"]).get("quantised", [])
@@ -57,17 +61,20 @@ def ways(model: str, record: Mapping[str, Any], peft: Mapping[str, Any] | None) 
         if packed
         else ""
     )
-    found = [OURS.format(base=base, imports=imports, allow=allow, quantised=quantised)]
+    found = [OURS.format(**given, allow=allow, quantised=quantised)]
     if own:
         return [
             *found,
-            "Its base is its own, quantised around its start: other programs need the model that `veneer merge` writes.",
+            "Its base is quantised around its start: other programs need the model that `veneer merge` writes.",
         ]
     if record["layout"] != manifest.PEFT or peft is None:
-        return [*found, f"PEFT has no words for this change; {_otherwise(model, record)}"]
-    found.append(PEFT.format(base=base, imports=imports))
+        return [*found, f"PEFT cannot express this change; {_otherwise(model, record)}"]
+    found.append(PEFT.format(**given))
     found.append(_vllm(model, record, peft))
-    near = f"It was trained on a base in {' and '.join(packed)}: on the plain one, and in other programs' formats, it does nearly the same."
+    near = (
+        f"It was trained on a base in {' and '.join(packed)}: on the plain one, and in other programs' formats, its"
+        " outputs are nearly the same."
+    )
     return [*found, near] if packed else found
 
 
@@ -75,22 +82,24 @@ def _vllm(model: str, record: Mapping[str, Any], peft: Mapping[str, Any]) -> str
     sites = record["sites"].values()
     odd = sorted({s["kind"] for s in sites} - set(SERVED))
     if odd:
-        return f"vLLM adapts no layers of the kind {', '.join(odd)}, which this adapter changes."
+        return f"vLLM cannot adapt layers of the kind {', '.join(odd)}, which this adapter changes."
     if peft["peft_type"] != "LORA" or peft.get("use_dora") or peft.get("modules_to_save"):
         return f"vLLM reads plain LoRA alone; {_otherwise(model, record)}"
     try:
         rank = vllm.legal_rank(max(s["rank"] for s in sites))
     except FormatError as e:
-        return f"Not with vLLM as it is: {e}."
+        return f"vLLM cannot serve it unchanged: {e}."
     return VLLM.format(base=FOLDER if model == PREFIX else shlex.quote(model), rank=rank)
 
 
 def _otherwise(model: str, record: Mapping[str, Any]) -> str:
-    """What makes something of the change that other programs read."""
+    """Returns the command that converts the change for other programs."""
     sites, base = record["sites"].values(), shlex.quote(model)
     if any(s["norm"] is None for s in sites):
-        return "it is no change of weights, and is used by Veneer alone."
+        return "it changes no weights, and works in Veneer only."
     if any(s["kind"] not in SERVED for s in sites):
-        return f"`veneer merge . --model {base} --out merged` writes it into a copy of the base, which any program reads."
-    plain = "makes plain LoRA of it, which PEFT and vLLM read, and says what that loses."
+        return (
+            f"`veneer merge . --model {base} --out merged` writes it into a copy of the base for any program."
+        )
+    plain = "makes plain LoRA of it for PEFT and vLLM, and reports the loss."
     return f"`veneer combine . --model {base} --rank 64 --out plain` {plain}"

@@ -1,31 +1,50 @@
-"""One objective, one file; the file's name is the objective's name."""
+"""Tasks, one file each: the file's name, with dashes, is the task's name."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any
 
-from torch import Tensor, nn
-
+from veneer.data.reading import Reading
 from veneer.registry import Registry
+from veneer.tasks.base.figure import Figure, Metric
+from veneer.tasks.base.task import Batch, Objective, Say, Task
 
-OBJECTIVES = Registry(__name__, "objective")
-Batch = Mapping[str, Tensor]
+__all__ = [
+    "DEFAULT",
+    "Batch",
+    "Figure",
+    "Metric",
+    "Objective",
+    "Say",
+    "Task",
+    "available",
+    "build",
+    "get",
+    "options_of",
+]
 
-
-class Objective(Protocol):
-    """What a training lowers and an evaluation measures."""
-
-    def __call__(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
-        """Sum of the losses in nats, and the number of labels. smoothing: share of each label that is spread over all."""
+TASKS = Registry(__name__, "task", apart=("base", "text"), dashes=True)
+DEFAULT = "causal-lm"
 
 
 def available() -> list[str]:
-    """Names of all objectives."""
-    return OBJECTIVES.names()
+    """Returns the names of all tasks."""
+    return TASKS.names()
 
 
-def get(name: str) -> Objective:
-    """The function `loss` of an objective's file. Raises ConfigError for an unknown one."""
-    found: Objective = OBJECTIVES.module(name).loss
-    return found
+def get(name: str) -> type[Task]:
+    """Returns the task called `name`. Raises ConfigError with the nearest name for an unknown one."""
+    return TASKS.own_class(name, Task)  # type: ignore[type-abstract]
+
+
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """Returns a task's options with their types and defaults."""
+    parameters = inspect.signature(get(name).__init__, eval_str=True).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def build(name: str, processor: Any, reading: Reading, options: Mapping[str, Any] | None = None) -> Task:
+    """Returns the task `name` with its processor, its way of reading and its options."""
+    return get(name)(processor, reading, **(options or {}))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from veneer import methods, optim, settings
+from veneer import methods, optim, settings, tasks
 from veneer.data.reading import Reading, Texts
 from veneer.errors import ConfigError, option
 from veneer.methods import inits
@@ -42,6 +42,7 @@ class Run(Place, Speed, Evaluation, Steps, Updates, Change, Base, Reading, Texts
         """Yields a sentence for every problem of a part, then of settings that exclude each other."""
         for part in PARTS:
             yield from part.problems(self)
+        yield from _of_task(self)
         yield from _of_speed(self)
         yield from _of_full(self)
         yield from _of_start(self)
@@ -56,14 +57,17 @@ class Run(Place, Speed, Evaluation, Steps, Updates, Change, Base, Reading, Texts
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
         """Returns a run from settings by name. Raises one ConfigError for all unknown, missing or unsuitable."""
         method, optimiser = values.get("method", cls.method), values.get("optimiser", cls.optimiser)
+        task = values.get("task", cls.task)
         inside: dict[str, Any] = {
             "options": methods.options_of(methods.get(method)) if method in methods.available() else (),
             "optimiser_options": optim.options_of(optimiser) if optimiser in optim.available() else (),
+            "task_options": tasks.options_of(task) if task in tasks.available() else (),
         }
         try:
             return settings.from_dict(cls, values, inside)
         except ConfigError as e:  # without an object options are not checked yet: add their problems
             owners = {"options": f"method {method!r}", "optimiser_options": f"optimiser {optimiser!r}"}
+            owners["task_options"] = f"task {task!r}"
             more = [
                 sentence
                 for key, owner in owners.items()
@@ -79,6 +83,16 @@ class Run(Place, Speed, Evaluation, Steps, Updates, Change, Base, Reading, Texts
         if not path.is_file():
             raise ConfigError(f"{path} does not exist")
         return cls.from_dict(settings.read_yaml(path.read_text(encoding="utf-8"), str(path)))
+
+
+def _of_task(run: Run) -> Iterator[str]:
+    """Yields a sentence for every setting of reading that the task would ignore."""
+    if run.task not in tasks.available():
+        return
+    defaults = settings.table(Run)
+    for name in ("train_on", "train_roles", "label_smoothing"):
+        if name not in tasks.get(run.task).SETTINGS and getattr(run, name) != defaults[name].default:
+            yield f"{name} has no effect on task {run.task!r}; leave it out"
 
 
 def _of_speed(run: Run) -> Iterator[str]:

@@ -14,25 +14,25 @@ from veneer.adapt.attach import detach
 from veneer.adapt.store import store
 from veneer.adapt.switch import using
 from veneer.analyse.page import demo_report
+from veneer.analyse.page.demo_report import KNOWN, METRIC, TARGET
 from veneer.analyse.page.plots import TITLES, learning_vs_forgetting
 from veneer.analyse.page.run_report import REPORT
-from veneer.data.pack import Window
 from veneer.data.reading import Reading
+from veneer.data.spread import spread
 from veneer.embedded.texts import DOMAINS, describe, domain, has, known
 from veneer.errors import ConfigError, option
 from veneer.models import machine, pretrained
 from veneer.runs.dial import STRENGTHS, Point, dial, recommend
 from veneer.runs.fit import fit
-from veneer.runs.samples import continuation
 from veneer.runs.texts import sources, texts
+from veneer.tasks.text.samples import continuation
 from veneer.train.folder.layout import RESULTS, put
 from veneer.train.folder.result import Result
-from veneer.train.loop.evaluate import sample
-from veneer.train.loop.progress import Voice
+from veneer.train.loop.progress import Notes, Voice
 from veneer.train.run import Run
 from veneer.units import size
 
-NOISE = 0.03  # bits per byte: above twice the largest standard deviation over seeds in bench/results/demo_rates.json
+NOISE = 0.03  # of the metric: above twice the largest deviation over seeds in bench/results/demo_rates.json
 WINDOWS, LENGTH, BATCH = 24, 256, 4
 DIALLED = {"valid": [s for s in STRENGTHS if s >= 0.5], "test": [s for s in STRENGTHS if s]}
 PICTURE = "learning-vs-forgetting.png"
@@ -62,7 +62,7 @@ def demo(
     """Trains every method on every text that this interpreter has, and writes results.json and a picture into `out`.
 
     out: folder of the demo; trainings that are finished there are not repeated, one that was stopped goes on
-    steps: length of each training, 4 windows of 256 tokens a step
+    steps: length of each training, 1,024 tokens a step
     seed: decides starts and order
     fresh: remove what an earlier demo left in `out` and begin anew
     """
@@ -91,7 +91,7 @@ def demo(
             rows.append(judge.row(target, label, result))
     results = {
         "methods": rows,
-        "noise_bpb": NOISE,
+        f"noise_{METRIC.name}": NOISE,
         "steps": steps,
         "seed": seed,
         "texts": {t: {s: describe(domain(t, s)) for s in ("train", "valid", "test")} for t in targets}
@@ -100,7 +100,7 @@ def demo(
         "picture": PICTURE,
     }
     put(folder / RESULTS, results)
-    learning_vs_forgetting(rows, folder / PICTURE, NOISE)
+    learning_vs_forgetting(rows, folder / PICTURE, NOISE, METRIC)
     demo_report.write(folder)
     return results
 
@@ -148,17 +148,19 @@ class Judge:
     """Measures adapters on one base model: dials on validation text, reports on test text."""
 
     def __init__(self, seed: int) -> None:
-        self.tokenizer = pretrained.tokenizer(embedded.PREFIX)
-        self.model = pretrained.causal_lm(embedded.PREFIX, torch.float32, torch.device("cpu"))
-        self.objective, self.seed = tasks.get("causal_lm"), seed
-        self.windows: dict[tuple[str, str], Sequence[Window]] = {}
+        kind = tasks.get(tasks.DEFAULT)
+        self.tokenizer = pretrained.processor(embedded.PREFIX, kind.PROCESSOR)
+        self.task = tasks.build(tasks.DEFAULT, self.tokenizer, Reading(length=LENGTH))
+        self.model = pretrained.model(embedded.PREFIX, kind.AUTO, torch.float32, torch.device("cpu"))
+        self.seed = seed
+        self.examples: dict[tuple[str, str], Sequence[Any]] = {}
         self.base: dict[tuple[str, str], list[Point]] = {}
 
     def row(self, target: str, label: str, result: Result) -> dict[str, Any]:
-        """What results.json says of one run."""
+        """Returns the entry of one run for results.json."""
         store.load(self.model, result.adapter, "judged")
         try:
-            chosen = recommend(self.points(target, "valid"))
+            chosen = recommend(self.points(target, "valid"), self.task.METRIC)
             points = self.points(target, "test")
             at = {p.strength: p for p in points}
             samples = {"before": self.sample(target, 0.0), "after": self.sample(target, 1.0)}
@@ -167,37 +169,39 @@ class Judge:
         return {
             "method": label,
             "target": target,
-            "target_bpb_before": at[0.0].target_bpb,
-            "target_bpb_after": at[1.0].target_bpb,
-            "known_bpb_before": at[0.0].known_bpb,
-            "known_bpb_after": at[1.0].known_bpb,
+            **{f"{key}_before": value for key, value in self.named(at[0.0]).items()},
+            **{f"{key}_after": value for key, value in self.named(at[1.0]).items()},
             "recommended_strength": chosen,
-            "dial": [p._asdict() for p in points],
+            "dial": [p.as_dict(self.task.METRIC) for p in points],
             "prompt": PROMPTS[target],
             "samples": samples,
             **{k: result.metrics[k] for k in ("trainable_parameters", "adapter_bytes", "seconds", "lr")},
             "folder": str(result.folder),
         }
 
+    def named(self, point: Point) -> dict[str, float | None]:
+        """Returns the figures of a point by name, without its strength."""
+        return {k: v for k, v in point.as_dict(self.task.METRIC).items() if k != "strength"}
+
     def points(self, target: str, split: str) -> list[Point]:
-        """The dial of the attached adapter on one split; the base's own point is measured once."""
+        """Returns the dial of the attached adapter on one split; the base's point is measured once."""
         text = {"target": self.text(target, split), "known": self.text("known", split)}
         if (target, split) not in self.base:
-            self.base[target, split] = dial(self.model, "judged", text, self.objective, strengths=[0.0])
-        return self.base[target, split] + dial(
-            self.model, "judged", text, self.objective, strengths=DIALLED[split]
-        )
+            self.base[target, split] = dial(self.model, "judged", self.task, text, strengths=[0.0])
+        own = dial(self.model, "judged", self.task, text, strengths=DIALLED[split])
+        return self.base[target, split] + own
 
-    def text(self, name: str, split: str) -> Sequence[Window]:
-        """Windows of one text, evenly spaced, fewer of the validation text; read once."""
-        if (name, split) not in self.windows:
+    def text(self, name: str, split: str) -> Sequence[Any]:
+        """Returns examples of one text, evenly spaced, fewer of validation text; reads it once."""
+        if (name, split) not in self.examples:
             rows = sources.rows([f"{embedded.PREFIX}:{name}:{split}"], split)
-            whole = texts.prepare(rows, Reading(length=LENGTH), self.tokenizer, Voice(False))
-            self.windows[name, split] = sample(whole.windows, WINDOWS if split == "test" else WINDOWS // 2)
-        return self.windows[name, split]
+            whole = texts.prepare(rows, self.task, Notes())
+            n = WINDOWS if split == "test" else WINDOWS // 2
+            self.examples[name, split] = spread(whole.examples, n)
+        return self.examples[name, split]
 
     def sample(self, target: str, strength: float) -> str:
-        """The target's prompt continued at a strength of the attached adapter."""
+        """Returns the target's prompt continued at a strength of the attached adapter."""
         with using(self.model, *([{"judged": strength}] if strength else [])):
             return continuation(
                 self.model,
@@ -213,7 +217,7 @@ def text(results: Mapping[str, Any]) -> str:
     """The results for people: a table, the dial, what is noise, samples, and the next command."""
     rows = results["methods"]
     parts = [
-        table([r for r in rows if r["target"] == t], t, results["noise_bpb"])
+        table([r for r in rows if r["target"] == t], t, results[f"noise_{METRIC.name}"])
         for t in dict.fromkeys(r["target"] for r in rows)
     ]
     return "\n".join([*parts, _next(rows)])
@@ -223,8 +227,8 @@ def table(rows: Sequence[Mapping[str, Any]], target: str, noise: float) -> str:
     """One target's rows, its dial and its samples."""
     before = rows[0]
     lines = [
-        f"\nLearning {TITLES[target]}: bits per byte on text held out from training, {before['target_bpb_before']:.3f} before;"
-        f" on Python it knew, {before['known_bpb_before']:.3f} before",
+        f"\nLearning {TITLES[target]}: {METRIC.words} on text held out from training,"
+        f" {before[f'{TARGET}_before']:.3f} before; on Python it knew, {before[f'{KNOWN}_before']:.3f} before",
         "",
         f"{'':<18}{'trained':>11}{'adapter':>11}{'learned':>16}{'forgotten':>16}{'seconds':>9}   dialled to (learned, forgotten)",
     ]
@@ -246,11 +250,10 @@ def _line(r: Mapping[str, Any]) -> str:
     """One run as a line of the table."""
     at = next(p for p in r["dial"] if p["strength"] == r["recommended_strength"])
     moves = [
-        f"{r[f'{k}_bpb_after']:>8.3f} {r[f'{k}_bpb_after'] / r[f'{k}_bpb_before'] - 1:>+7.1%}"
-        for k in ("target", "known")
+        f"{r[f'{k}_after']:>8.3f} {r[f'{k}_after'] / r[f'{k}_before'] - 1:>+7.1%}" for k in (TARGET, KNOWN)
     ]
     sizes = f"{r['trainable_parameters']:>11,}{size(r['adapter_bytes']):>11}"
-    dialled = f"{at['strength']:g} ({at['target_bpb']:.3f}, {at['known_bpb']:.3f})"
+    dialled = f"{at['strength']:g} ({at[TARGET]:.3f}, {at[KNOWN]:.3f})"
     return f"{TITLES[r['method']]:<18}{sizes}{''.join(moves)}{r['seconds']:>9.0f}   {dialled}"
 
 
@@ -260,7 +263,7 @@ def _ties(rows: Sequence[Mapping[str, Any]], noise: float) -> str:
         for b in rows[i + 1 :]:
             same = [
                 w
-                for w, k in (("learned", "target_bpb_after"), ("forgotten", "known_bpb_after"))
+                for w, k in (("learned", f"{TARGET}_after"), ("forgotten", f"{KNOWN}_after"))
                 if abs(a[k] - b[k]) < noise
             ]
             if same:

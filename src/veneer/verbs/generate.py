@@ -9,7 +9,7 @@ import torch
 from veneer.data.chat.templates import asked
 from veneer.errors import ConfigError
 from veneer.models import adapted
-from veneer.runs.samples import continuation
+from veneer.tasks.text.samples import continuation
 
 
 def generate(

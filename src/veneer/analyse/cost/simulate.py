@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,26 +17,12 @@ from veneer.analyse.cost.flops import Count, Flops, counting, per_step
 from veneer.analyse.cost.memory import Live, Saved
 from veneer.analyse.cost.repeats import Repeats, Stretch
 from veneer.analyse.cost.stand_ins import StandIns, stand_ins
-from veneer.ops.chunked import CHUNK, blocked, cross_entropy
 from veneer.sites.blocks import stack
 from veneer.sites.own import is_own
-from veneer.tasks.head import cut
+from veneer.tasks.base.abilities import Outlined
+from veneer.tasks.base.shape import Shape
 
 LOOK = "find_packed_sequence_indices"
-
-
-class Shape(NamedTuple):
-    """Sizes of a step's batches.
-
-    rows: windows in one pass; tokens: of each window; labels: learned tokens of the pass; passes: of the
-    step; packed: True if a window holds several texts, which takes a mask (rows, 1, tokens, tokens).
-    """
-
-    rows: int
-    tokens: int
-    labels: int
-    passes: int = 1
-    packed: bool = False
 
 
 class Memory(NamedTuple):
@@ -68,6 +52,7 @@ class Step(NamedTuple):
 def step(
     model: nn.Module,
     shape: Shape,
+    task: Outlined,
     *,
     base: torch.dtype | None = None,
     full: bool = False,
@@ -84,7 +69,7 @@ def step(
     try:
         model.train()
         with FakeTensorMode(), _unpacked(), stand_ins(parts.stand_in) as fakes:
-            taken = _pass(model, fakes, shape, parts.device, autocast)
+            taken = _pass(model, fakes, shape, task, parts.device, autocast)
     finally:
         model.train(training)
     weights, adapter, gradients = map(parts.n_bytes, (parts.own, parts.acting, parts.trained))
@@ -92,7 +77,8 @@ def step(
     width = 2 if autocast else max(parts.dtype(t).itemsize for t in parts.own if t.ndim > 1)
     earlier = gradients if shape.passes > 1 else 0
     peak = weights + adapter + states + earlier + taken.made.high
-    memory = Memory(weights, adapter, gradients, states, taken.kept.high, _logits(model, shape, width), peak)
+    logits = 2 * task.outputs(model, shape) * width  # and their gradient
+    memory = Memory(weights, adapter, gradients, states, taken.kept.high, logits, peak)
     return Step(memory, per_step(taken.counts, shape.passes))
 
 
@@ -166,7 +152,9 @@ class _Meter(TorchDispatchMode):
         return out
 
 
-def _pass(model: nn.Module, fakes: StandIns, shape: Shape, device: torch.device, autocast: bool) -> Stretch:
+def _pass(
+    model: nn.Module, fakes: StandIns, shape: Shape, task: Outlined, device: torch.device, autocast: bool
+) -> Stretch:
     """Runs the last of the passes of a step. The gradients of earlier ones are there, and not counted."""
     live, saved = Live(), Saved()
     with counting(model) as count:
@@ -185,33 +173,6 @@ def _pass(model: nn.Module, fakes: StandIns, shape: Shape, device: torch.device,
         ready(model, [] if blocks is None else [blocks])
         with repeats.watching(model), meter, saved.watching():
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                total = _loss(model, shape, device, repeats)
+                total = task.outline(model, shape, device, repeats.counted)
             total.backward()
         return repeats.found()
-
-
-def _loss(model: nn.Module, shape: Shape, device: torch.device, repeats: Repeats) -> Tensor:
-    """Returns the objective on a batch of a shape, whose tokens nothing looks at."""
-    ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64, device=device)
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if shape.packed:
-        inputs["attention_mask"] = torch.ones(
-            shape.rows, 1, shape.tokens, shape.tokens, dtype=torch.bool, device=device
-        )
-    targets = ids.new_zeros(shape.labels)
-    head = cut(model)
-    if head is None:
-        logits = model(**inputs).logits.flatten(0, 1)[: shape.labels].float()
-        return F.cross_entropy(logits, targets, reduction="sum")
-    features = head.features(inputs).flatten(0, 1).index_select(0, targets)
-    # From the second one on, chunks and the rounds in them meet the numbers of the one before, and are alike.
-    kernel, parameters = functools.partial(blocked, rounds=2), head.parameters()
-    with repeats.counted(shape.labels / min(2 * CHUNK, shape.labels)):
-        return cross_entropy(features, targets, head.logits, parameters, kernel=kernel, chunks=2)
-
-
-def _logits(model: nn.Module, shape: Shape, width: int) -> int:
-    """Returns the bytes of logits and their gradient that exist at a time, at `width` bytes a number."""
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
-    rows = min(CHUNK, shape.labels) if cut(model) is not None else shape.rows * shape.tokens
-    return 2 * rows * vocabulary * width

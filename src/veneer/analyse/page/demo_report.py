@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from veneer import tasks
 from veneer.analyse.numbers import moved, percent
 from veneer.analyse.page import elements, plots, run_report
 from veneer.files import read_json
@@ -14,6 +15,8 @@ from veneer.train.folder.layout import RESULTS
 from veneer.units import count, duration, size
 
 Rows = Sequence[Mapping[str, Any]]
+METRIC = tasks.get(tasks.DEFAULT).METRIC  # of a demo's figures
+TARGET, KNOWN = f"target_{METRIC.name}", f"known_{METRIC.name}"
 
 
 def write(folder: Path) -> list[str]:
@@ -23,17 +26,16 @@ def write(folder: Path) -> list[str]:
     """
     results = read_json(folder / RESULTS)
     by_target = _by_target(results["methods"])
-    noise = results["noise_bpb"]
+    noise = results[f"noise_{METRIC.name}"]
     wanted: run_report.Pictures = {
-        f"dial-{t}": partial(plots.one_target, rows, noise) for t, rows in by_target.items()
+        f"dial-{t}": partial(plots.one_target, rows, noise, METRIC) for t, rows in by_target.items()
     }
     drawn, missing = run_report.draw(folder, wanted)
     title = "Learning and forgetting, method by method"
     ways = len({r["method"] for r in results["methods"]})
     says = (
-        f"The built-in model, adapted for {results['steps']} steps by {ways} methods. All figures are bits"
-        " per byte"
-        " on test text, which was used neither for training nor for choosing; lower is better."
+        f"The built-in model, adapted for {results['steps']} steps by {ways} methods. All figures are {METRIC.words}"
+        f" on test text, used neither for training nor for choosing; {METRIC.better} is better."
         f" Differences below {noise:g} are noise at one seed."
     )
     parts = [
@@ -87,13 +89,13 @@ USE = ["method", "best strength", "new, known there", "trained", "adapter", "tim
 
 
 def _moves(r: Mapping[str, Any]) -> list[str]:
-    changes = [{"before": r[f"{k}_bpb_before"], "after": r[f"{k}_bpb_after"]} for k in ("target", "known")]
+    changes = [{"before": r[f"{k}_before"], "after": r[f"{k}_after"]} for k in (TARGET, KNOWN)]
     return [_title(r), *(word for change in changes for word in (moved(change), percent(change)))]
 
 
 def _use(r: Mapping[str, Any]) -> list[str]:
     at = next(p for p in r["dial"] if p["strength"] == r["recommended_strength"])
-    dialled = [f"{at['strength']:g}", f"{at['target_bpb']:.3f}, {at['known_bpb']:.3f}"]
+    dialled = [f"{at['strength']:g}", f"{at[TARGET]:.3f}, {at[KNOWN]:.3f}"]
     return [
         _title(r),
         *dialled,
@@ -109,7 +111,7 @@ def _ties(rows: Rows, noise: float) -> str:
         f"{_title(a)} and {_title(b)} in {word}"
         for i, a in enumerate(rows)
         for b in rows[i + 1 :]
-        for word, key in (("learning", "target_bpb_after"), ("forgetting", "known_bpb_after"))
+        for word, key in (("learning", f"{TARGET}_after"), ("forgetting", f"{KNOWN}_after"))
         if abs(a[key] - b[key]) < noise
     ]
     return (

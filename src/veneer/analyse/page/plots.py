@@ -8,6 +8,7 @@ from typing import Any
 
 from veneer.analyse.page import figures
 from veneer.analyse.page.figures import PALETTE
+from veneer.tasks import Metric
 
 TITLES = {
     "full": "full fine-tuning",
@@ -21,17 +22,19 @@ COLOURS = {name: PALETTE[name] for name in ("full", "lora", "loraplus")}
 MARKED = 160  # most points of a loss curve; more are averaged in groups
 
 
-def learning_vs_forgetting(rows: Sequence[Mapping[str, Any]], file: Path, noise: float) -> Path:
-    """Plots bits per byte on the target against known text over the strength, one panel per target.
+def learning_vs_forgetting(
+    rows: Sequence[Mapping[str, Any]], file: Path, noise: float, metric: Metric
+) -> Path:
+    """Plots the metric on the target against known text over the strength, one panel per target.
 
-    rows: as in the demo's results.json, with `dial`, a list of {strength, target_bpb, known_bpb} on test
-    text. noise: half the size of a grey cross around the base. Returns the path of the PNG.
+    rows: as in the demo's results.json, with `dial`, the metric by strength on test text. noise: half the size
+    of a grey cross around the base. Returns the path of the PNG.
     """
     targets = list(dict.fromkeys(row["target"] for row in rows))
     with figures.style():
         figure = figures.blank((5.4 * len(targets), 4.6))
         for panel, target in zip(figure.subplots(1, len(targets), squeeze=False)[0], targets, strict=True):
-            dialled(panel, [row for row in rows if row["target"] == target], noise)
+            dialled(panel, [row for row in rows if row["target"] == target], noise, metric)
             panel.set_title(f"learning {TITLES.get(target, target)}")
         figure.suptitle(
             "Each line is one adapter from strength 0 (star) past full strength (large dot)", fontsize=10
@@ -40,18 +43,19 @@ def learning_vs_forgetting(rows: Sequence[Mapping[str, Any]], file: Path, noise:
     return file
 
 
-def one_target(rows: Sequence[Mapping[str, Any]], noise: float) -> Any:
+def one_target(rows: Sequence[Mapping[str, Any]], noise: float, metric: Metric) -> Any:
     """Plots the rows of one target."""
     figure = figures.blank((4.6, 3.8))
-    dialled(figure.subplots(), rows, noise)
+    dialled(figure.subplots(), rows, noise, metric)
     return figure
 
 
-def dialled(panel: Any, rows: Sequence[Mapping[str, Any]], noise: float) -> None:
+def dialled(panel: Any, rows: Sequence[Mapping[str, Any]], noise: float, metric: Metric) -> None:
     """Draws the dial of every row as a line: known text on x, new text on y."""
+    known, target = f"known_{metric.name}", f"target_{metric.name}"
     for row in rows:
         dial = sorted(row["dial"], key=lambda point: point["strength"])
-        x, y = [p["known_bpb"] for p in dial], [p["target_bpb"] for p in dial]
+        x, y = [p[known] for p in dial], [p[target] for p in dial]
         colour = COLOURS.get(row["method"], PALETTE["muted"])
         panel.plot(
             x, y, "-", color=colour, linewidth=1.5, label=f"{TITLES.get(row['method'], row['method'])}"
@@ -59,7 +63,7 @@ def dialled(panel: Any, rows: Sequence[Mapping[str, Any]], noise: float) -> None
         panel.scatter(x, y, s=[70 if p["strength"] == 1 else 14 for p in dial], color=colour, zorder=3)
         for point in dial:
             if point["strength"] in (0.5, 1):
-                at = (point["known_bpb"], point["target_bpb"])
+                at = (point[known], point[target])
                 panel.annotate(
                     f"{point['strength']:g}",
                     at,
@@ -68,16 +72,21 @@ def dialled(panel: Any, rows: Sequence[Mapping[str, Any]], noise: float) -> None
                     fontsize=8,
                     color=colour,
                 )
-    base = (rows[0]["known_bpb_before"], rows[0]["target_bpb_before"])
+    base = (rows[0][f"{known}_before"], rows[0][f"{target}_before"])
     panel.errorbar(*base, xerr=noise, yerr=noise, color=PALETTE["quiet"], linewidth=1)
     panel.scatter(*base, marker="*", s=160, color=PALETTE["ink"], zorder=4, label="base model")
-    panel.set_xlabel("known text, bits per byte  (further right: more forgotten)")
-    panel.set_ylabel("new text, bits per byte  (lower: more learned)")
+    panel.set_xlabel(f"known text, {metric.words}  (further {_side(metric)}: more forgotten)")
+    panel.set_ylabel(f"new text, {metric.words}  ({metric.better}: more learned)")
     panel.legend()
 
 
+def _side(metric: Metric) -> str:
+    """Returns the side of a horizontal axis on which the metric is worse."""
+    return "right" if metric.lower_is_better else "left"
+
+
 def training_loss(lines: Sequence[Mapping[str, Any]]) -> Any:
-    """Plots the loss of every step in nats per token, and its running mean; lines: of metrics.jsonl."""
+    """Plots the loss of every step, and its running mean; lines: of metrics.jsonl."""
     steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     x, y = [s for s, _ in steps], [v for _, v in steps]
     every = max(1, len(x) // MARKED)
@@ -95,7 +104,7 @@ def training_loss(lines: Sequence[Mapping[str, Any]]) -> Any:
     smooth = [_mean(y[max(0, i - half) : i + half + 1]) for i in range(0, len(y), every)]
     panel.plot(x[::every], smooth, color=PALETTE["ink"], label=f"mean of {2 * half + 1} steps")
     panel.set_xlabel("step")
-    panel.set_title("training loss, nats per token")
+    panel.set_title("training loss, mean over labels")
     panel.legend()
     return figure
 
@@ -104,13 +113,14 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def evaluations(lines: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Any:
-    """Plots bits per byte of valid, test and known text over steps; a dotted line marks the kept step."""
-    measured = [line for line in lines if "valid_bpb" in line]
+def evaluations(lines: Sequence[Mapping[str, Any]], results: Mapping[str, Any], metric: Metric) -> Any:
+    """Plots the metric on valid, test and known text over steps; a dotted line marks the kept step."""
+    measured = [line for line in lines if f"valid_{metric.name}" in line]
     figure = figures.blank()
     panel = figure.subplots()
     for word, colour in (("valid", "learned"), ("known", "forgotten")):
-        points = [(line["step"], line[f"{word}_bpb"]) for line in measured if f"{word}_bpb" in line]
+        key = f"{word}_{metric.name}"
+        points = [(line["step"], line[key]) for line in measured if key in line]
         panel.plot(
             *zip(*points, strict=True), "o-", color=PALETTE[colour], markersize=4, label=f"{word} text"
         ) if points else None
@@ -121,7 +131,7 @@ def evaluations(lines: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) 
     if best is not None:
         panel.axvline(best, color=PALETTE["muted"], linestyle=":", linewidth=1)
     panel.set_xlabel("step" if best is None else f"step  (dotted: {best}, the kept step)")
-    panel.set_title("bits per byte; lower is better")
+    panel.set_title(f"{metric.words}; {metric.better} is better")
     panel.margins(y=0.12)
     panel.legend()
     return figure
@@ -136,10 +146,11 @@ def _hollow(colour: str) -> dict[str, Any]:
     }
 
 
-def training_path(lines: Sequence[Mapping[str, Any]]) -> Any:
+def training_path(lines: Sequence[Mapping[str, Any]], metric: Metric) -> Any:
     """Plots the path of the training: known text on x, valid text on y, one dot per evaluation."""
-    measured = [line for line in lines if "valid_bpb" in line and "known_bpb" in line]
-    x, y = [line["known_bpb"] for line in measured], [line["valid_bpb"] for line in measured]
+    known, valid = f"known_{metric.name}", f"valid_{metric.name}"
+    measured = [line for line in lines if valid in line and known in line]
+    x, y = [line[known] for line in measured], [line[valid] for line in measured]
     figure = figures.blank()
     panel = figure.subplots()
     panel.plot(x, y, "o-", color=PALETTE["learned"], markersize=4)
@@ -149,22 +160,22 @@ def training_path(lines: Sequence[Mapping[str, Any]]) -> Any:
         panel.annotate(
             word, (x[i], y[i]), textcoords="offset points", xytext=(8, 5), fontsize=9, color=PALETTE["muted"]
         )
-    panel.set_xlabel("known text, bits per byte  (right: forgotten)")
-    panel.set_ylabel("valid text, bits per byte")
-    panel.set_title("down: learned; right: forgotten")
+    panel.set_xlabel(f"known text, {metric.words}  ({_side(metric)}: forgotten)")
+    panel.set_ylabel(f"valid text, {metric.words}")
+    panel.set_title(f"{'down' if metric.lower_is_better else 'up'}: learned; {_side(metric)}: forgotten")
     panel.margins(x=0.18, y=0.14)
     return figure
 
 
-def dial(points: Sequence[Mapping[str, Any]], chosen: float) -> Any:
-    """Plots the change of bits per byte against the base, in percent, over the strength of the adapter."""
+def dial(points: Sequence[Mapping[str, Any]], chosen: float, metric: Metric) -> Any:
+    """Plots the change of the metric against the base, in percent, over the strength of the adapter."""
     base = next(p for p in points if p["strength"] == 0)
     figure = figures.blank()
     panel = figure.subplots()
     panel.axhline(0, color=PALETTE["muted"], linewidth=1)
     for key, word, colour in (
-        ("target_bpb", "new text", "learned"),
-        ("known_bpb", "known text", "forgotten"),
+        (f"target_{metric.name}", "new text", "learned"),
+        (f"known_{metric.name}", "known text", "forgotten"),
     ):
         if base.get(key):
             y = [100 * (p[key] / base[key] - 1) for p in points]
@@ -174,6 +185,6 @@ def dial(points: Sequence[Mapping[str, Any]], chosen: float) -> Any:
     panel.axvline(chosen, color=PALETTE["muted"], linestyle=":", linewidth=1)
     panel.set_xticks([p["strength"] for p in points])
     panel.set_xlabel(f"strength of the adapter  (dotted: {chosen:g}, recommended)")
-    panel.set_title("bits per byte against the base, %; lower is better")
+    panel.set_title(f"{metric.words} against the base, %; {metric.better} is better")
     panel.legend()
     return figure

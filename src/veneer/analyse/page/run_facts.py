@@ -12,13 +12,10 @@ from veneer.units import duration, size
 
 
 def data(run: RunRecord) -> str:
-    head = ["text", "rows", "windows", "tokens", "trained tokens", "share"]
+    shown = run.task.FACTS
+    head = ["text", *(name.replace("_", " ") for name in shown)]
     rows = [
-        [
-            f"{part} (its beginning)" if "stream" in f else part,
-            *(f"{f[k]:,}" for k in ("rows", "windows", "tokens", "learned_tokens")),
-            f"{f['learned_tokens'] / f['tokens']:.1%}",
-        ]
+        [f"{part} (its beginning)" if "stream" in f else part, *(f"{f[k]:,}" for k in shown)]
         for part, f in sorted(
             run.config["data"].items(),
             key=lambda item: PARTS.index(item[0]) if item[0] in PARTS else len(PARTS),

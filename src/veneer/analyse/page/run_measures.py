@@ -8,6 +8,7 @@ from typing import Any
 from veneer.analyse.numbers import started
 from veneer.analyse.page import elements
 from veneer.analyse.page.run_record import NO_TEST, RunRecord
+from veneer.tasks.base.abilities import Writer
 
 Drawn = Mapping[str, str]
 
@@ -16,8 +17,8 @@ def curves(run: RunRecord, drawn: Drawn) -> str:
     skipped = run.results.get("skipped_steps")
     loss = "Loss on the batch of each step, before the update."
     loss += f" {skipped} steps were skipped." if skipped else ""
-    windows = run.config["run"]["eval_windows"]
-    part = f"on {windows} evenly spaced windows of each text" if windows else "on the full texts"
+    n, example = run.config["run"]["eval_windows"], run.task.EXAMPLE
+    part = f"on {n} evenly spaced {example}s of each text" if n else "on the full texts"
     test = (
         "Test text is measured before and after the run only." if "test" in run.results["after"] else NO_TEST
     )
@@ -29,10 +30,15 @@ def curves(run: RunRecord, drawn: Drawn) -> str:
         "Learning and forgetting",
         elements.row(
             _shown(drawn, "loss", "Training loss over steps", loss),
-            _shown(drawn, "evaluations", "Bits per byte on held-out and known text over steps", measured),
+            _shown(drawn, "evaluations", f"{_headed(run)} on held-out and known text over steps", measured),
             _shown(drawn, "learning-vs-forgetting", "Valid text against known text during training", path),
         ),
     )
+
+
+def _headed(run: RunRecord) -> str:
+    words = run.metric.words
+    return words[0].upper() + words[1:]
 
 
 def _shown(drawn: Drawn, name: str, label: str, caption: str) -> str:
@@ -57,19 +63,21 @@ def dial(run: RunRecord, drawn: Drawn) -> str:
         f" Recommended strength, chosen on {dial['chosen_on']}: {best}."
     ]
     if full and chosen is not full:
-        says.append(f"On {dial['text']} it reaches {_at(chosen)}; full strength reaches {_at(full)}.")
+        says.append(
+            f"On {dial['text']} it reaches {_at(run, chosen)}; full strength reaches {_at(run, full)}."
+        )
     elif full:
-        says.append(f"On {dial['text']} it reaches {_at(chosen)}.")
-    head, rows = _dial_rows(dial["points"])
+        says.append(f"On {dial['text']} it reaches {_at(run, chosen)}.")
+    head, rows = _dial_rows(run, dial["points"])
     use = f"veneer generate PROMPT --adapter {run.folder}@{dial['recommended']:g}"
     other = "none of which chose the strength" if dial["apart"] else "which also chose the strength"
-    windows = f"{dial['windows']} window{'s' if dial['windows'] > 1 else ''}"
-    caption = f"Measured on {windows} of {dial['text']}, {other}."
+    examples = f"{dial['windows']} {run.task.EXAMPLE}{'s' if dial['windows'] > 1 else ''}"
+    caption = f"Measured on {examples} of {dial['text']}, {other}."
     return elements.section(
         title,
         elements.paragraph(" ".join(says)),
         elements.pair(
-            _shown(drawn, "dial", "Bits per byte at every strength", caption),
+            _shown(drawn, "dial", f"{_headed(run)} at every strength", caption),
             elements.card(
                 elements.table(rows, head, numbers=0),
                 elements.paragraph("To use it:", "small"),
@@ -79,22 +87,27 @@ def dial(run: RunRecord, drawn: Drawn) -> str:
     )
 
 
-def _at(point: Mapping[str, Any]) -> str:
-    known = f" and {point['known_bpb']:.3f} on known text" if point.get("known_bpb") is not None else ""
-    return f"{point['target_bpb']:.3f} bits per byte on new{known}"
+def _at(run: RunRecord, point: Mapping[str, Any]) -> str:
+    target, *known = _values(run, point)
+    return f"{target:.3f} {run.metric.words} on new" + (f" and {known[0]:.3f} on known text" if known else "")
 
 
-def _dial_rows(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _values(run: RunRecord, point: Mapping[str, Any]) -> list[float]:
+    """Returns the metric on new text and, if measured, on known text."""
+    keys = (f"{text}_{run.metric.name}" for text in ("target", "known"))
+    return [point[k] for k in keys if point.get(k) is not None]
+
+
+def _dial_rows(run: RunRecord, points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     head = ["strength", "new text", "known text"]
-    rows = [
-        [f"{p['strength']:g}", *(f"{p[k]:.3f}" for k in ("target_bpb", "known_bpb") if p.get(k) is not None)]
-        for p in points
-    ]
+    rows = [[f"{p['strength']:g}", *(f"{v:.3f}" for v in _values(run, p))] for p in points]
     return head[: len(rows[0])], rows
 
 
 def samples(run: RunRecord) -> str:
     found = run.results.get("samples")
+    if not found and not issubclass(run.task, Writer):
+        return ""
     if not found:
         return elements.section(
             "Before and after",

@@ -49,18 +49,14 @@ def lead(run: RunRecord) -> str:
     """Returns the result of the run in two sentences."""
     r = run.results
     text, after, before = r["learned"]["text"], r["learned"]["after"], r["learned"]["before"]
-    learned = (
-        f"On {text} text the adapted model needs {after:.3f} bits per byte; the base needs {before:.3f}"
-        f" ({percent(r['learned'])})."
-    )
+    words = run.metric.words
+    learned = f"On {text} text: {after:.3f} {words}, the base {before:.3f} ({percent(r['learned'])})."
     if not r["forgotten"]:
         return f"{learned} Forgetting was not measured, because no known text was given."
     change = r["forgotten"]["after"] - r["forgotten"]["before"]
-    word = "more: the amount it forgot" if change > 0 else "less: no measurable forgetting"
-    return (
-        f"{learned} On known text it needs {abs(change):.3f} bits per byte {word}"
-        f" ({percent(r['forgotten'])})."
-    )
+    worse = run.metric.cost(change) > 0
+    word = "worse: the amount it forgot" if worse else "better: no measurable forgetting"
+    return f"{learned} On known text it is {abs(change):.3f} {words} {word} ({percent(r['forgotten'])})."
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, str, str]]:
@@ -69,7 +65,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str, str]]:
         (
             f"learned ({r['learned']['text']} text)",
             percent(r["learned"]),
-            f"{moved(r['learned'])} bits/byte",
+            f"{moved(r['learned'])} {run.metric.words}",
             "learned",
         )
     ]
@@ -78,7 +74,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str, str]]:
             (
                 "forgotten (known text)",
                 percent(r["forgotten"]),
-                f"{moved(r['forgotten'])} bits/byte",
+                f"{moved(r['forgotten'])} {run.metric.words}",
                 "forgotten",
             )
         )

@@ -7,6 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from veneer import tasks
+from veneer.tasks import Metric, Task
+from veneer.train.folder.result import metric_of
+
 PARTS = ("train", "valid", "test", "known")
 NO_TEST = (
     "No test text was given: learning is reported on the valid text that chose the step, so it is a little"
@@ -21,6 +25,16 @@ class RunRecord(NamedTuple):
     config: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
     folder: Path
+
+    @property
+    def metric(self) -> Metric:
+        """Returns the metric of the run's figures."""
+        return metric_of(self.results)
+
+    @property
+    def task(self) -> type[Task]:
+        """Returns the run's task."""
+        return tasks.get(self.config["run"].get("task", tasks.DEFAULT))
 
     def tokens_per_second(self) -> float | None:
         """Returns the speed of the median step after warm-up, or None if it was not logged."""

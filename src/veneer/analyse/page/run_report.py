@@ -63,16 +63,17 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _pictures(run: RunRecord) -> Pictures:
-    results, lines = run.results, run.lines
+    results, lines, metric = run.results, run.lines, run.metric
+    valid, known = f"valid_{metric.name}", f"known_{metric.name}"
     found: Pictures = {}
     if any(line.get("loss") is not None for line in lines):
         found["loss"] = lambda: plots.training_loss(lines)
-    if any("valid_bpb" in line for line in lines):
-        found["evaluations"] = lambda: plots.evaluations(lines, results)
-    if any("valid_bpb" in line and "known_bpb" in line for line in lines):
-        found["learning-vs-forgetting"] = lambda: plots.training_path(lines)
-    if results.get("dial"):
-        found["dial"] = lambda: plots.dial(results["dial"]["points"], results["dial"]["recommended"])
+    if any(valid in line for line in lines):
+        found["evaluations"] = lambda: plots.evaluations(lines, results, metric)
+    if any(valid in line and known in line for line in lines):
+        found["learning-vs-forgetting"] = lambda: plots.training_path(lines, metric)
+    if dial := results.get("dial"):
+        found["dial"] = lambda: plots.dial(dial["points"], dial["recommended"], metric)
     changed = [layer for layer in results.get("layers") or () if layer["norm"] > 0]
     if changed:
         found["singular-values"] = lambda: layer_plots.singular_values(changed)

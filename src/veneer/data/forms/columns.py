@@ -53,6 +53,8 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 def form_of(columns: Mapping[str, Any], shape: Shape = AS_IS) -> str:
     """Returns the form of these columns, a key of FORMS. Raises DataError for none, several, or another"
     " task's."""
+    if shape.forms:
+        return _own(columns, shape)
     if not shape.is_given:
         _refuse(columns)
     found = [form for form in STRUCTURED if all(n in columns for n in FORMS[form])]
@@ -74,6 +76,17 @@ def form_of(columns: Mapping[str, Any], shape: Shape = AS_IS) -> str:
     )
 
 
+def _own(columns: Mapping[str, Any], shape: Shape) -> str:
+    """Returns the form of a task's own; the first whose columns are there. Raises DataError if none is."""
+    found = next((form for form, names in shape.forms.items() if all(n in columns for n in names)), None)
+    if found is not None:
+        return found
+    half = next((names for names in shape.forms.values() if any(n in columns for n in names)), None)
+    if half is None:
+        raise DataError(f"columns must be {shape.wanted}, got {named(columns)}")
+    raise DataError(_lacks(next(n for n in half if n not in columns), columns))
+
+
 def _refuse(columns: Mapping[str, Any]) -> None:
     """Raises DataError for columns of a task that this one is not."""
     for names, kind in OTHER_TASKS.items():
@@ -88,12 +101,17 @@ def _refuse(columns: Mapping[str, Any]) -> None:
         )
 
 
-def example(form: str, columns: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def example(form: str, columns: Mapping[str, Any], shape: Shape = AS_IS) -> tuple[str, dict[str, Any]]:
     """Returns kind (messages, pair, text or empty) and columns of a row of this form; unused ones are
     unchanged.
 
-    Raises DataError if a column is missing or of a wrong type.
+    The kind of a task's own form is its name. Raises DataError if a column is missing or of a wrong type.
     """
+    for name in shape.forms.get(form, ()):
+        if name not in columns:
+            raise DataError(_lacks(name, columns))
+    if form in shape.forms:
+        return form, dict(columns)
     for name in FORMS[form]:
         if name not in columns:
             raise DataError(_lacks(name, columns))
@@ -115,7 +133,7 @@ def example(form: str, columns: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
 
 def used(kind: str) -> tuple[str, ...]:
     """Returns the columns that examples of this kind use."""
-    return () if kind == EMPTY else (*FORMS[kind], *MORE.get(kind, ()))
+    return (*FORMS.get(kind, ()), *MORE.get(kind, ()))
 
 
 def _answers(found: Iterable[Mapping[str, Any]]) -> bool:

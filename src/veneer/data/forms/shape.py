@@ -23,12 +23,24 @@ class Shape(NamedTuple):
     it.
 
     A shape with columns or a template leaves all other columns unused. tags: other names for the keys and
-    speakers of conversations, as {"from": .., "value": .., "human": .., "gpt": ..}.
+    speakers of conversations, as {"from": .., "value": .., "human": .., "gpt": ..}. forms: columns of a task's
+    own kinds of row, in place of those of text.
     """
 
     columns: Mapping[str, str] = {}
     template: str = ""
     tags: Mapping[str, str] = {}
+    forms: Mapping[str, tuple[str, ...]] = {}
+
+    @property
+    def reads_text(self) -> bool:
+        """Tells if a plain text is a row."""
+        return not self.forms or "text" in self.forms
+
+    @property
+    def wanted(self) -> str:
+        """Returns the columns of a task's own kinds of row, in words."""
+        return " or ".join(" and ".join(names) for names in self.forms.values())
 
     @property
     def is_given(self) -> bool:

@@ -1,53 +1,33 @@
-"""Decides what a run leaves open about its texts: the chat template and the longest window."""
+"""Decides the length of a run's examples, if the run leaves it open."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from veneer.data import lengths
-from veneer.data.chat import templates
 from veneer.data.reading import AUTO
-from veneer.data.row_files import Row
 from veneer.errors import ConfigError
 from veneer.models import pretrained
-from veneer.runs.texts.encoded import Encoded
+from veneer.tasks import get
+from veneer.tasks.base.encoded import Encoded
 from veneer.train.folder import drift, layout
-from veneer.train.loop.progress import Voice
+from veneer.train.loop.progress import Notes
 from veneer.train.run import Run
 
 
-def tokenizer_of(run: Run, voice: Voice) -> Any:
-    """Returns the model's tokenizer, with the chat template of the run. Raises ConfigError."""
-    tokenizer = pretrained.tokenizer(run.model)
-    for note in templates.choose(tokenizer, run.chat_template):
-        voice.say(note)
-    return tokenizer
-
-
-def say_template(rows: Mapping[str, Sequence[Row]], tokenizer: Any, voice: Voice) -> None:
-    """Says that conversations get the plain template, if the tokenizer lacks one."""
-    if not tokenizer.chat_template and any(row.kind == "messages" for some in rows.values() for row in some):
-        voice.say(
-            f"the tokenizer has no chat template: conversations are written by {templates.PLAIN!r}, which"
-            f" is saved"
-            f" with the adapter; chat_template chooses another one"
-        )
-
-
-def with_length(run: Run, encoded: Sequence[Encoded], voice: Voice) -> Run:
+def with_length(run: Run, encoded: Sequence[Encoded], notes: Notes) -> Run:
     """Returns the run with its length decided: as the run began, or from the rows and the model's context."""
     if run.length != AUTO:
         return run
     begun = Path(run.out)
     if run.resume and (begun / layout.CONFIG).exists():
         return replace(run, length=drift.record(begun)["run"]["length"])
-    choice = lengths.choose(
-        [one.whole for one in encoded if one.whole is not None and one.examples], _context(run)
-    )
-    voice.say(choice.reason)
+    if "length" not in get(run.task).SETTINGS:
+        return replace(run, length=lengths.LEAST)
+    choice = lengths.choose([one.whole for one in encoded if one.whole is not None], _context(run))
+    notes.say(choice.reason)
     return replace(run, length=choice.length)
 
 

@@ -1,33 +1,20 @@
-"""Turns rows into tokens, and leaves out rows that are too long or have nothing to learn."""
+"""Reads rows by a task, and leaves out rows that are too long or have nothing to learn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from veneer.data.chat import examples
 from veneer.data.forms.columns import EMPTY
-from veneer.data.pack import Segment, segments
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
-from veneer.data.tokens import Tokens, encode
 from veneer.errors import DataError, first_few
-from veneer.train.loop.progress import Voice
+from veneer.tasks import Task
+from veneer.tasks.base.encoded import Encoded
+from veneer.train.loop.progress import Notes
 
 LEFT_OUT = ("overlong", "empty")
 SHARE = 0.1  # of the rows of a part: leaving out more is an error
-
-
-class Encoded(NamedTuple):
-    """A row and the tokens of its examples."""
-
-    row: Row
-    examples: list[Tokens]
-
-    @property
-    def whole(self) -> int | None:
-        """Returns the predictions of the longest example; None for a text, which may be cut into windows."""
-        return None if self.row.kind == "text" else max((len(t.ids) - 1 for t in self.examples), default=0)
 
 
 class LeftOut(NamedTuple):
@@ -43,32 +30,26 @@ class LeftOut(NamedTuple):
         return {name: len(getattr(self, name)) for name in LEFT_OUT if getattr(self, name)}
 
 
-def encode_rows(rows: Sequence[Row], reading: Reading, tokenizer: Any) -> list[Encoded]:
-    """Returns the rows with their tokens; a conversation may have several examples, an empty row zero."""
-    return [Encoded(row, [] if row.kind == EMPTY else encode_row(row, reading, tokenizer)) for row in rows]
+def encode_rows(rows: Sequence[Row], task: Task) -> list[Encoded]:
+    """Returns the rows as the task reads them; an empty row has no content."""
+    return [Encoded(row, None) if row.kind == EMPTY else task.encode(row) for row in rows]
 
 
-def encode_row(row: Row, reading: Reading, tokenizer: Any) -> list[Tokens]:
-    """Returns the row's examples as tokens."""
-    found = examples(row, tokenizer, reading.train_on, reading.train_roles, reading.train_turns)
-    return [encode(one, tokenizer) for one in found]
+def pieces_of(one: Encoded, task: Task, window: int) -> list[Any]:
+    """Returns the pieces of a row, cut to the window; none of an empty one."""
+    return [] if one.row.kind == EMPTY else task.pieces(one, window)
 
 
-def segments_of(one: Encoded, window: int) -> list[Segment]:
-    """Returns the segments of a row; what does not fit into a window is cut off, but for texts."""
-    cut = one.examples if one.row.kind == "text" else [t.first(window + 1) for t in one.examples]
-    return [s for t in cut for s in segments(t, window)]
+def keep(encoded: Sequence[Encoded], task: Task, part: str, notes: Notes) -> tuple[list[Encoded], LeftOut]:
+    """Returns the rows to use and those left out.
 
-
-def keep(
-    encoded: Sequence[Encoded], reading: Reading, part: str, voice: Voice
-) -> tuple[list[Encoded], LeftOut]:
-    """Returns the rows to use and those left out. Raises DataError if the settings or their number forbid"
-    " it."""
+    Raises DataError if the settings forbid to leave rows out, or for too many of them.
+    """
+    reading = task.reading
     window, found = reading.window, LeftOut([], [], [])
     kept = []
     for one in encoded:
-        why = verdict(one, reading)
+        why = verdict(one, task)
         if why:
             getattr(found, why).append(one.row.where)
         if why not in LEFT_OUT:
@@ -79,24 +60,24 @@ def keep(
     for why, names in found._asdict().items():
         if names:
             rows = f"{len(names)} of {len(encoded)} rows"
-            voice.say(f"{part}: {rows} {words(why, window)}: {first_few(names, 3)}")
+            notes.say(f"{part}: {rows} {words(why, window)}: {first_few(names, 3)}")
     return kept, found
 
 
-def verdict(one: Encoded, reading: Reading) -> str:
+def verdict(one: Encoded, task: Task) -> str:
     """Returns the name of the field of LeftOut that the row belongs to, or an empty string."""
-    window, whole = reading.window, one.whole
+    window, whole = task.reading.window, one.whole
     long = whole is not None and whole > window
-    if not segments_of(one, whole or window if long else window):
+    if not pieces_of(one, task, whole or window if long else window):
         return "empty"
     if not long:
         return ""
     # A row whose whole answer would be cut away is left out.
-    return "cut" if reading.overlong == "cut" and segments_of(one, window) else "overlong"
+    return "cut" if task.reading.overlong == "cut" and pieces_of(one, task, window) else "overlong"
 
 
 def words(why: str, window: int) -> str:
-    """Returns the words for what happens to rows of a field of LeftOut."""
+    """Returns the rest of a sentence on rows of a field of LeftOut."""
     if why == "empty":
         return "have nothing to learn and are left out"
     return f"are longer than length={window} tokens and {'cut' if why == 'cut' else 'left out'}"
@@ -127,13 +108,3 @@ def _check_empty(names: Sequence[str], total: int, reading: Reading, part: str) 
             f" {first_few(names)};"
             f" {limit}give them a completion{',' if drop else ' or'} use train_on='all'{drop}"
         )
-
-
-def is_endless(one: Encoded, tokenizer: Any, reading: Reading) -> bool:
-    """Tells if a conversation has end tokens and learns none of them, so that the model would not learn"
-    " to stop."""
-    if one.row.kind != "messages" or "assistant" not in reading.train_roles:
-        return False
-    end, ids = tokenizer.eos_token_id, [i for t in one.examples for i in t.ids.tolist()]
-    learned = [i for t in one.examples for i in t.ids[t.learned].tolist()]
-    return bool(learned) and end in ids and end not in learned

@@ -1,5 +1,4 @@
-"""The texts that a run names, as rows: files, datasets, or texts that every Python interpreter carries;"
-" each with a weight."""
+"""Reads sources as rows: files, datasets, and texts of the Python interpreter; each may have a weight."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ FILES = (
     *tables.WRITTEN,
     *tables.ARROW,
     *REFUSED,
-)  # endings that no dataset's name is taken to have
+)  # endings that no dataset's name has
 
 
 def rows(names: Iterable[str], split: str, seed: int = 0, shape: Shape = AS_IS) -> list[Row]:
@@ -47,15 +46,22 @@ def rows(names: Iterable[str], split: str, seed: int = 0, shape: Shape = AS_IS) 
 
 
 def weight(name: str) -> float:
-    """3 for a.jsonl@3, and 1 for a source without a weight. Raises DataError for 0."""
+    """Returns 3 for a.jsonl@3, and 1 for a source without a weight. Raises DataError for 0."""
     _, times = _parted(name)
     if times is not None and not float(times):
-        raise DataError(f"{name}: a weight of 0 leaves nothing of the source; leave it out")
+        raise DataError(f"{name}: weight must be above 0, got {times}; leave the source out")
     return 1.0 if times is None else float(times)
 
 
+def weighted(names: Iterable[str], part: str) -> list[str]:
+    """Returns a sentence if sources of a measured text have a weight, else nothing."""
+    found = [name for name in names if weight(name) != 1]
+    advice = "remove @ and the number"
+    return [f"{part}: {' '.join(found)}: a measured text has no weight; {advice}"] if found else []
+
+
 def plain(name: str) -> str:
-    """The source without its weight."""
+    """Returns the source without its weight."""
     return _parted(name)[0]
 
 
@@ -67,7 +73,7 @@ def _parted(name: str) -> tuple[str, str | None]:
 def _read(name: str, split: str, seed: int, shape: Shape) -> list[Row]:
     kind = _kind(name)
     if kind == "builtin":
-        return _builtin(name, split)
+        return _builtin(name, split, shape)
     if kind == "listed":
         listed = _listed(name, shape)
         found = _read(listed.source, split, seed, listed.shape)
@@ -94,7 +100,7 @@ def stream(name: str, split: str, shape: Shape = AS_IS) -> Iterator[Row]:
     """Yields the rows of a source, read as needed. Raises DataError for a source that cannot be streamed."""
     kind = _kind(name)
     if kind == "builtin":
-        return iter(_builtin(name, split))
+        return iter(_builtin(name, split, shape))
     if kind == "listed":
         listed = _listed(name, shape)
         return islice(stream(listed.source, split, listed.shape), listed.n)
@@ -134,7 +140,7 @@ def _kind(name: str) -> str:
 
 
 def _folder(name: str) -> tuple[Path, str]:
-    """A dataset's folder, and the split that the name adds to it."""
+    """Returns a dataset's folder, and the split in its name."""
     if Path(name).is_dir():
         return Path(name), ""
     head, _, tail = name.rpartition(":")
@@ -146,14 +152,16 @@ def is_builtin(name: str) -> bool:
     return name.startswith(f"{embedded.PREFIX}:")
 
 
-def _builtin(name: str, split: str) -> list[Row]:
+def _builtin(name: str, split: str, shape: Shape) -> list[Row]:
+    if not shape.reads_text:
+        raise DataError(f"{name}: columns must be {shape.wanted}, got plain text; give files with columns")
     domain, _, own = name.removeprefix(f"{embedded.PREFIX}:").partition(":")
     part = own or split
     if domain not in NAMES:
         raise DataError(f"{name}: unknown built-in text {domain!r}{suggest(domain, NAMES)}")
     parts = ("valid", "test") if domain == "known" else texts.SPLITS
     if part not in parts:
-        raise DataError(f"{name}: the text {domain!r} has no part {part!r}; it has {', '.join(parts)}")
+        raise DataError(f"{name}: the part of {domain!r} must be one of {', '.join(parts)}, got {part!r}")
     try:
         documents = texts.known(part) if domain == "known" else texts.domain(domain, part)
     except texts.TextMissing as e:

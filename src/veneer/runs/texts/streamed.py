@@ -9,15 +9,16 @@ from typing import Any
 
 from veneer.data.forms.columns import EMPTY
 from veneer.data.order_streamed import Place, Stream
-from veneer.data.pack import Segment
 from veneer.data.reading import AUTO, NO_TEXT
 from veneer.data.row_files import Row
 from veneer.data.split import key
 from veneer.errors import DataError
-from veneer.runs.texts import decided, sources, texts
-from veneer.runs.texts.encoded import LEFT_OUT, Encoded, encode_rows, segments_of, verdict, words
+from veneer.runs.texts import sources, texts
+from veneer.runs.texts.encoded import LEFT_OUT, encode_rows, pieces_of, verdict, words
 from veneer.runs.texts.texts import Text
-from veneer.train.loop.progress import Voice
+from veneer.tasks import Task
+from veneer.tasks.base.encoded import Encoded
+from veneer.train.loop.progress import Notes
 from veneer.train.run import Run
 
 LOOKED = 64  # windows at the beginning, on which the model is tried out and which the report shows
@@ -25,9 +26,8 @@ VALID = 24  # windows of the first rows that are set aside, where all of valid t
 ROWS = 256  # rows at the beginning whose lengths decide the window
 
 
-def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
-    """Returns the measured rows by part; training text is not read yet. Raises one DataError for"
-    " unreadable texts."""
+def gather(run: Run, notes: Notes) -> dict[str, list[Row]]:
+    """Returns measured rows by part; training text is not read yet. Raises one DataError for unreadable texts."""
     weighted = [name for name in run.data if sources.weight(name) != 1]
     if weighted:
         raise DataError(
@@ -39,55 +39,57 @@ def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
             f"valid {NO_TEXT!r} needs all rows at the start, which a stream lacks; give valid text"
         )
     found = texts.read(run, ("valid", "test", "known"))
-    texts.say_what_is_left_out(found, voice)
+    texts.say_what_is_left_out(found, notes)
     return {part: rows for part, rows in found.items() if rows}
 
 
-def looked_at(run: Run, tokenizer: Any) -> list[Encoded]:
+def looked_at(run: Run, task: Task) -> list[Encoded]:
     """Returns the first rows, whose lengths decide the window, where the run leaves it open."""
     if run.length != AUTO:
         return []
-    return encode_rows(list(islice(_all(run), ROWS)), run, tokenizer)
+    return encode_rows(list(islice(_all(run), ROWS)), task)
 
 
-def begin(found: dict[str, Text], run: Run, tokenizer: Any, voice: Voice) -> dict[str, Text]:
+def begin(found: dict[str, Text], run: Run, task: Task, notes: Notes) -> dict[str, Text]:
     """Returns the parts with the beginning of the stream as train, and its first rows as valid if none is
     given.
 
     Raises DataError for a beginning with unusable rows.
     """
-    aside = _set_aside(run, tokenizer)
+    aside = _set_aside(run, task)
     if aside:
-        found = {"valid": texts.prepare(aside, run, tokenizer, voice, "valid"), **found}
-        voice.say(
+        found = {"valid": texts.prepare(aside, task, notes, "valid"), **found}
+        notes.say(
             f"no valid text is given: the first {len(aside)} rows of the stream are set aside to choose"
             f" the best"
             f" step by, and rows equal to them are not learned; give valid if the data is sorted"
         )
     left_out = _keys(aside)
-    head = _first((row for row in _all(run) if _is_learned(row, left_out)), LOOKED, run, tokenizer)
+    head = _first((row for row in _all(run) if _is_learned(row, left_out)), LOOKED, run, task)
     if not head:
         raise DataError(
             f"{' '.join(run.data)}: the rows set aside as valid text leave nothing to learn; give valid or"
             f" more data"
         )
-    decided.say_template({"train": head}, tokenizer, voice)
-    texts.check_roles([row for row in head if row.kind != EMPTY], run.train_roles)
-    train = texts.prepare(head, run, tokenizer, voice, "train")
+    for sentence in task.opening({"train": head}):
+        if sentence not in notes.said:
+            notes.say(sentence)
+    task.check_rows([row for row in head if row.kind != EMPTY])
+    train = texts.prepare(head, task, notes, "train")
     sizes = {name: Path(name).stat().st_size for name in run.data if Path(name).is_file()}
-    voice.say(
+    notes.say(
         f"data is read during training: the next window is drawn from {run.buffer}; rows are checked as"
         f" they come"
     )
-    return {"train": Text(train.windows[:LOOKED], {**train.facts, "stream": sizes}, train.left_out), **found}
+    return {"train": Text(train.examples[:LOOKED], {**train.facts, "stream": sizes}, train.left_out), **found}
 
 
-def order(run: Run, tokenizer: Any, voice: Voice) -> Stream:
+def order(run: Run, task: Task, notes: Notes) -> Stream:
     """Returns the windows that the steps of the run learn from."""
-    left_out = _keys(_set_aside(run, tokenizer))
+    left_out = _keys(_set_aside(run, task))
     return Stream(
-        lambda place: _reading(run, tokenizer, left_out, place, voice),
-        run.window if run.packing else None,
+        lambda place: _reading(run, task, left_out, place, notes),
+        task,
         run.batch,
         run.accumulate,
         buffer=run.buffer,
@@ -95,18 +97,17 @@ def order(run: Run, tokenizer: Any, voice: Voice) -> Stream:
     )
 
 
-def _set_aside(run: Run, tokenizer: Any) -> list[Row]:
+def _set_aside(run: Run, task: Task) -> list[Row]:
     """Returns the first rows, as many as valid text needs; none where valid text is given."""
-    return [] if run.valid else _first(_all(run), run.eval_windows or VALID, run, tokenizer)
+    return [] if run.valid else _first(_all(run), run.eval_windows or VALID, run, task)
 
 
-def _first(rows: Iterator[Row], n: int, run: Run, tokenizer: Any) -> list[Row]:
+def _first(rows: Iterator[Row], n: int, run: Run, task: Task) -> list[Row]:
     """Returns the first rows, as many as fill n windows."""
     found, filled = [], 0.0
     for row in rows:
-        own = _segments(row, run, tokenizer, Voice(False))
         found.append(row)
-        filled += sum(len(s.inputs) for s in own) / run.window if run.packing else len(own)
+        filled += task.filled(_pieces(row, task, Notes()))
         if filled >= n:
             break
     return found
@@ -114,7 +115,8 @@ def _first(rows: Iterator[Row], n: int, run: Run, tokenizer: Any) -> list[Row]:
 
 def _all(run: Run) -> Iterator[Row]:
     """Yields the rows of all sources, which take turns until each has ended."""
-    readings = [sources.stream(name, "train", run.shape) for name in run.data]
+    shape = texts.shape_of(run)
+    readings = [sources.stream(name, "train", shape) for name in run.data]
     while readings:
         for reading in list(readings):
             row = next(reading, None)
@@ -133,45 +135,38 @@ def _is_learned(row: Row, left_out: set[str]) -> bool:
 
 
 def _reading(
-    run: Run, tokenizer: Any, left_out: set[str], place: Place, voice: Voice
-) -> Iterator[tuple[Place, Segment]]:
-    """Yields the segments of the stream from a place on; it begins again where it ends."""
+    run: Run, task: Task, left_out: set[str], place: Place, notes: Notes
+) -> Iterator[tuple[Place, Any]]:
+    """Yields the pieces of the stream from a place on; it begins again where it ends."""
     while True:
         n = learned = 0
         for n, row in islice(enumerate(_all(run)), place.row, None):
             if _is_learned(row, left_out):
-                made = _segments(row, run, tokenizer, voice)
+                made = _pieces(row, task, notes)
                 learned += bool(made)
-                made = made[place.segments if n == place.row else 0 :]
-                yield from (
-                    (Place(n, place.segments * (n == place.row) + i), s) for i, s in enumerate(made, 1)
-                )
+                made = made[place.pieces if n == place.row else 0 :]
+                done = place.pieces if n == place.row else 0
+                yield from ((Place(n, i), piece) for i, piece in enumerate(made, done + 1))
         if not learned and not place.row:
             raise DataError(
                 f"{' '.join(run.data)}: nothing is left to learn; the data has changed since the run began"
             )
         again = f"all {n + 1} rows of the stream have been read; it begins again"
-        if again not in voice.said:
-            voice.say(again)
+        if again not in notes.said:
+            notes.say(again)
         place = Place()
 
 
-def _segments(row: Row, run: Run, tokenizer: Any, voice: Voice) -> list[Segment]:
-    """Returns the segments of one row, none of a row to leave out. Raises DataError where settings forbid
-    that.
-
-    Each segment has tensors of its own: a part of a long text must not keep the whole alive.
-    """
-    (one,) = encode_rows([row], run, tokenizer)
-    why = verdict(one, run)
-    if why in LEFT_OUT:
-        if getattr(run, why) == "error":
-            raise DataError(
-                f"{row.where}: {why}='error' refuses rows that {words(why, run.window).partition(' and ')[0]}"
-            )
-        sentence = f"rows of the stream {words(why, run.window)}"
-        if not any(said.startswith(sentence) for said in voice.said):
-            voice.say(f"{sentence}; the first is {row.where}")
-        return []
-    found = segments_of(one, run.window)
-    return [Segment(*(t.clone() for t in s)) for s in found] if len(found) > 1 else found
+def _pieces(row: Row, task: Task, notes: Notes) -> list[Any]:
+    """Returns the pieces of one row, none of a row to leave out. Raises DataError if the settings forbid that."""
+    (one,) = encode_rows([row], task)
+    why, window = verdict(one, task), task.reading.window
+    if why not in LEFT_OUT:
+        return pieces_of(one, task, window)
+    if getattr(task.reading, why) == "error":
+        refused = words(why, window).partition(" and ")[0]
+        raise DataError(f"{row.where}: {why}='error' refuses rows that {refused}")
+    sentence = f"rows of the stream {words(why, window)}"
+    if not any(said.startswith(sentence) for said in notes.said):
+        notes.say(f"{sentence}; the first is {row.where}")
+    return []

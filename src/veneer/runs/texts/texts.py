@@ -1,24 +1,23 @@
-"""From the names of texts to windows of tokens, by the part each plays in a run: train, valid, test,"
-" known."""
+"""Reads the texts that a run names into examples, by the part each plays: train, valid, test, known."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from veneer import embedded
 from veneer.data import leaks, row_files, split
-from veneer.data.chat import ASSISTANT
 from veneer.data.forms.columns import EMPTY
-from veneer.data.pack import Segment, Window, n_bytes, n_labels, n_tokens, pack
-from veneer.data.reading import NO_TEXT, Reading
+from veneer.data.forms.shape import Shape
+from veneer.data.reading import NO_TEXT
 from veneer.data.row_files import Row
-from veneer.errors import DataError, first_few, suggest
+from veneer.errors import DataError, first_few
 from veneer.runs.texts import sources
-from veneer.runs.texts.encoded import Encoded, LeftOut, encode_rows, is_endless, keep, segments_of
-from veneer.train.loop.progress import Voice
+from veneer.runs.texts.encoded import LeftOut, encode_rows, keep
+from veneer.tasks import Task, get
+from veneer.tasks.base.encoded import Encoded
+from veneer.train.loop.progress import Notes
 from veneer.train.run import Run
 
 FLATTERS = "; their figures flatter"
@@ -26,17 +25,15 @@ SAMPLE = 0.1  # of the training rows: measured in place of valid text where all 
 
 
 class Text(NamedTuple):
-    """A text ready for the model. facts: for config.json, unchanged when a run resumes; left_out: names"
-    " of rows."""
+    """A text as examples. facts: for config.json, the same in a resumed run; left_out: names of rows."""
 
-    windows: list[Window]
+    examples: list[Any]
     facts: dict[str, Any]
     left_out: LeftOut = LeftOut([], [], [])
 
 
 def named(run: Run) -> Run:
-    """Returns the run with the texts that it leaves open: other parts of built-in data, and its known"
-    " text."""
+    """Returns the run with default texts: other parts of built-in data, and the built-in model's known text."""
     builtin = all(sources.is_builtin(name) for name in run.data)
     # Names without a part of their own.
     own = tuple(sources.plain(name) for name in run.data if name.count(":") == 1) if builtin else ()
@@ -44,34 +41,33 @@ def named(run: Run) -> Run:
     return replace(run, valid=run.valid or own, test=run.test or own, known=known)
 
 
-def gather(run: Run, voice: Voice) -> dict[str, list[Row]]:
+def gather(run: Run, notes: Notes) -> dict[str, list[Row]]:
     """Returns the rows by part, empty ones last. Raises one DataError for all unreadable texts."""
     found = read(run, ("train", "valid", "test", "known"))
     empty = {part: [row for row in rows if row.kind == EMPTY] for part, rows in found.items()}
     found = {part: [row for row in rows if row.kind != EMPTY] for part, rows in found.items()}
     if not found["train"]:
         raise DataError(f"{' '.join(run.data)}: all {len(empty['train'])} rows are empty: nothing to learn")
-    check_roles(found["train"], run.train_roles)
     if not found["valid"]:
-        found["train"], found["valid"] = _set_aside(found["train"], run, voice)
+        found["train"], found["valid"] = _set_aside(found["train"], run, notes)
     found["valid"] = [replace(row, times=1) for row in found["valid"]]
     if any(sources.weight(name) != 1 for name in run.data):
         each = sum(row.times for row in found["train"])
-        voice.say(
+        notes.say(
             f"by the weights of {' '.join(run.data)}, an epoch has {each} rows, of {len(found['train'])}"
             f" different places"
         )
-    say_what_is_left_out(found, voice)
-    say_leaks(found, run, voice)
+    say_what_is_left_out(found, notes)
+    say_leaks(found, run, notes)
     return {part: [*rows, *empty[part]] for part, rows in found.items() if rows or empty[part]}
 
 
-def _set_aside(rows: list[Row], run: Run, voice: Voice) -> tuple[list[Row], list[Row]]:
+def _set_aside(rows: list[Row], run: Run, notes: Notes) -> tuple[list[Row], list[Row]]:
     """Returns training and valid rows of a run that names no valid text."""
     n = len(rows)
     if not run.chooses:
         sample = sorted(rows, key=lambda row: split.key(row, run.seed))[: max(1, round(SAMPLE * n))]
-        voice.say(
+        notes.say(
             f"valid is {NO_TEXT!r}: all {n} rows are learned and the last step is kept; figures of valid"
             f" text are of"
             f" {len(sample)} learned rows"
@@ -79,7 +75,7 @@ def _set_aside(rows: list[Row], run: Run, voice: Voice) -> tuple[list[Row], list
         return rows, sample
     train, valid = split.split_off(rows, run.seed)
     part = f"{len(valid)} of {n} rows are" if len(train) < n else "the last tenth of each text is"
-    voice.say(f"no valid text is given: {part} set aside to choose the best step by")
+    notes.say(f"no valid text is given: {part} set aside to choose the best step by")
     return train, valid
 
 
@@ -93,14 +89,13 @@ def read(run: Run, parts: Sequence[str]) -> dict[str, list[Row]]:
     }
     found: dict[str, list[Row]] = {}
     problems: list[str] = []
+    shape = shape_of(run)
     for part in parts:
         names = wanted[part]
         try:
-            if part != "train" and any(sources.weight(name) != 1 for name in names):
-                raise DataError(
-                    f"{part}: {' '.join(names)}: a measured text has no weight; remove @ and the number"
-                )
-            found[part] = sources.rows(names, "test" if part == "known" else part, run.seed, run.shape)
+            if part != "train" and (wrong := sources.weighted(names, part)):
+                raise DataError("\n".join(wrong))
+            found[part] = sources.rows(names, "test" if part == "known" else part, run.seed, shape)
         except DataError as e:
             problems.append(str(e))
     if problems:
@@ -108,26 +103,31 @@ def read(run: Run, parts: Sequence[str]) -> dict[str, list[Row]]:
     return found
 
 
-def say_what_is_left_out(found: Mapping[str, Sequence[Row]], voice: Voice) -> None:
+def shape_of(run: Run) -> Shape:
+    """Returns the shape of tables' columns, with the task's own kinds of row."""
+    return run.shape._replace(forms=get(run.task).FORMS)
+
+
+def say_what_is_left_out(found: Mapping[str, Sequence[Row]], notes: Notes) -> None:
     """Says which columns are unused, if text is broken, and if forgetting is not measured."""
     rows = [row for some in found.values() for row in some]
     idle = row_files.unused(rows)
     if idle:
-        voice.say(f"columns that are not used: {first_few(idle)}")
+        notes.say(f"unused columns: {first_few(idle)}")
     broken = [row.where for row in rows if "\\ufffd" in leaks.content(row)]  # as JSON writes U+FFFD
     if broken:
-        voice.say(f"{len(broken)} rows hold U+FFFD, the mark of broken text: {first_few(broken, 3)}")
+        notes.say(f"{len(broken)} rows hold U+FFFD, the mark of broken text: {first_few(broken, 3)}")
     if not found["known"]:
-        voice.say("forgetting is not measured: no known text (known=) is given")
+        notes.say("forgetting is not measured: no known text (known=) is given")
 
 
-def say_leaks(found: Mapping[str, Sequence[Row]], run: Run, voice: Voice) -> None:
+def say_leaks(found: Mapping[str, Sequence[Row]], run: Run, notes: Notes) -> None:
     """Warns of measured rows that are learned from too."""
     if not run.chooses:
         found = {part: rows for part, rows in found.items() if part != "valid"}
     for part, leak in leaks_in(found).items():
         for sentence in leak.sentences(part, [first_few(names, 3) for names in leak]):
-            voice.say(f"{sentence}{FLATTERS}")
+            notes.say(f"{sentence}{FLATTERS}")
 
 
 def leaks_in(found: Mapping[str, Sequence[Row]]) -> dict[str, leaks.Leaks]:
@@ -135,98 +135,63 @@ def leaks_in(found: Mapping[str, Sequence[Row]]) -> dict[str, leaks.Leaks]:
     return leaks.find(found["train"], {part: found[part] for part in ("valid", "test") if found.get(part)})
 
 
-def check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
-    """Raises DataError for roles to train that no turn has."""
-    there = {m["role"] for row in rows if row.kind == "messages" for m in row.columns["messages"]}
-    missing = [r for r in wanted if r not in there]
-    if missing and (there or tuple(wanted) != ASSISTANT):
-        has = suggest(missing[0], there) if there else "; the rows hold no conversation"
-        raise DataError(f"train_roles: no turn is of role {first_few(map(repr, missing))}{has}")
-
-
-def encode_all(
-    rows: Mapping[str, Sequence[Row]], reading: Reading, tokenizer: Any
-) -> dict[str, list[Encoded]]:
-    """Returns every part's rows as tokens. Raises one DataError for all rows of all parts that have no"
-    " tokens."""
+def encode_all(rows: Mapping[str, Sequence[Row]], task: Task) -> dict[str, list[Encoded]]:
+    """Returns every part's rows as the task reads them. Raises one DataError for all rows that it cannot read."""
     found: dict[str, list[Encoded]] = {}
     problems: list[str] = []
     for part, some in rows.items():
         try:
-            found[part] = encode_rows(some, reading, tokenizer)
+            found[part] = encode_rows(some, task)
         except DataError as e:
-            problems.append(str(e))
+            problems.append(e.text)
     if problems:
         raise DataError("\n".join(problems))
     return found
 
 
-def prepare_all(
-    encoded: Mapping[str, Sequence[Encoded]], reading: Reading, tokenizer: Any, voice: Voice
-) -> dict[str, Text]:
-    """Returns every part as windows. Raises one DataError for all unusable rows of all parts."""
+def prepare_all(encoded: Mapping[str, Sequence[Encoded]], task: Task, notes: Notes) -> dict[str, Text]:
+    """Returns every part as examples. Raises one DataError for all unusable rows of all parts."""
     found: dict[str, Text] = {}
     problems: list[str] = []
     for part, some in encoded.items():
         try:
-            found[part] = windows_of(some, reading, tokenizer, voice, part)
+            found[part] = text_of(some, task, notes, part)
         except DataError as e:
-            problems.append(str(e))
+            problems.append(e.text)
     if problems:
         raise DataError("\n".join(problems))
     return found
 
 
-def prepare(rows: Sequence[Row], reading: Reading, tokenizer: Any, voice: Voice, part: str = "text") -> Text:
-    """Returns rows as windows of at most reading.length tokens. Raises one DataError for all unusable"
-    " rows."""
-    return windows_of(encode_rows(rows, reading, tokenizer), reading, tokenizer, voice, part)
+def prepare(rows: Sequence[Row], task: Task, notes: Notes, part: str = "text") -> Text:
+    """Returns rows as examples. Raises one DataError for all unusable rows."""
+    return text_of(encode_rows(rows, task), task, notes, part)
 
 
-def windows_of(encoded: Sequence[Encoded], reading: Reading, tokenizer: Any, voice: Voice, part: str) -> Text:
-    """Returns encoded rows as windows, without those to leave out. Raises one DataError for all unusable"
-    " rows."""
-    kept, left_out = keep(encoded, reading, part, voice)
-    _say_endless(kept, reading, tokenizer, voice)
-    every = [s for one in kept for _ in range(one.row.times) for s in segments_of(one, reading.window)]
-    windows: list[Window] = pack(every, reading.window) if reading.packing else [(s,) for s in every]
-    return Text(windows, _facts([one.row for one in kept], windows, every, left_out), left_out)
+def text_of(encoded: Sequence[Encoded], task: Task, notes: Notes, part: str) -> Text:
+    """Returns encoded rows as examples, without rows to leave out. Raises one DataError for all unusable rows."""
+    kept, left_out = _kept(encoded, task, notes, part)
+    window = task.reading.window
+    pieces = [p for one in kept for _ in range(one.row.times) for p in task.pieces(one, window)]
+    examples = task.join(pieces)
+    facts = task.facts([one.row for one in kept], pieces, examples)
+    return Text(examples, {**facts, **left_out.counts}, left_out)
 
 
-def by_row(
-    rows: Sequence[Row], reading: Reading, tokenizer: Any, voice: Voice, part: str = "text"
-) -> list[list[Segment]]:
-    """Returns the segments of every row to use, at least one each. Raises as `prepare`."""
-    kept, _ = keep(encode_rows(rows, reading, tokenizer), reading, part, voice)
-    _say_endless(kept, reading, tokenizer, voice)
-    return [segments_of(one, reading.window) for one in kept]
+def by_row(rows: Sequence[Row], task: Task, notes: Notes, part: str = "text") -> list[list[Any]]:
+    """Returns the pieces of every row to use, at least one each. Raises as `prepare`."""
+    kept, _ = _kept(encode_rows(rows, task), task, notes, part)
+    return [task.pieces(one, task.reading.window) for one in kept]
 
 
-def _say_endless(kept: Sequence[Encoded], reading: Reading, tokenizer: Any, voice: Voice) -> None:
-    if endless := sum(is_endless(one, tokenizer, reading) for one in kept):
-        voice.say(
-            f"in {endless} conversations no end of a turn is learned: the chat template's markers leave it"
-            f" out"
-        )
+def _kept(encoded: Sequence[Encoded], task: Task, notes: Notes, part: str) -> tuple[list[Encoded], LeftOut]:
+    kept, left_out = keep(encoded, task, part, notes)
+    for sentence in task.remarks(kept):
+        notes.say(sentence)
+    return kept, left_out
 
 
-def _facts(
-    rows: Sequence[Row], windows: Sequence[Window], every: Sequence[Segment], left_out: LeftOut
-) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for s in every:
-        digest.update(s.inputs.numpy().tobytes() + s.labels.numpy().tobytes())
-    counts = {
-        "tokens": n_tokens(windows),
-        "learned_tokens": n_labels(windows),
-        "learned_bytes": n_bytes(windows),
-    }
-    talks = sum(row.kind == "messages" for row in rows)
-    own = {**({"conversations": talks} if talks else {}), **left_out.counts}
-    return {"rows": len(rows), **own, "windows": len(windows), **counts, "sha256": digest.hexdigest()}
-
-
-def counted(part: str, facts: Mapping[str, Any]) -> str:
+def counted(part: str, facts: Mapping[str, Any], task: Task) -> str:
     """Returns a sentence on the size of a part of a run."""
-    named = f"the beginning of {part}" if "stream" in facts else part
-    return f"{named}: {facts['rows']} rows, {facts['tokens']:,} tokens, {facts['windows']} windows"
+    counts = ", ".join(f"{facts[k]:,} {k.replace('_', ' ')}" for k in task.FACTS)
+    return f"{f'the beginning of {part}' if 'stream' in facts else part}: {counts}"

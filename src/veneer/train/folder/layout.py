@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, whether it is free for a new run, and its metrics line by line.
+"""A run's folder: its files, the check that it is free for a new run, and its metrics line by line.
 
 config.json  metrics.jsonl  results.json  rows.json  lock  adapter/  checkpoints/step-N/
 """
@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from veneer.errors import ConfigError, FormatError, option
 from veneer.files import replacing, unusable, write_json
@@ -23,8 +23,8 @@ CONFIG, METRICS, RESULTS, ADAPTER, CHECKPOINTS = (
     "adapter",
     "checkpoints",
 )
-BASE = "base"  # quantised layers that no other run has
 LEFT_OUT = "rows.json"  # names of rows that were left out or cut, by part and reason
+BASE = "base"  # quantised layers of this run alone
 
 
 def check_free(folder: Path, resume: bool) -> None:
@@ -44,7 +44,7 @@ def check_free(folder: Path, resume: bool) -> None:
 
 
 def put(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file, whole or not there."""
+    """Writes a JSON file in one step: readers see all of it or the one before."""
     with replacing(path) as (temporary,):
         write_json(temporary, content)
 
@@ -52,20 +52,29 @@ def put(path: Path, content: Mapping[str, Any]) -> None:
 class Metrics:
     """metrics.jsonl: one JSON object a line, in the order of steps."""
 
-    def __init__(self, folder: Path, n_bytes: int) -> None:
-        """Goes on after the first n_bytes of the file; what came later is dropped. Raises FormatError if it is shorter."""
+    def __init__(self, folder: Path, n_bytes: int, *, writes: bool = True) -> None:
+        """Continues after the first n_bytes of the file; later bytes are dropped.
+
+        writes: False in all but the first process. Raises FormatError if the file is shorter.
+        """
         self.path = folder / METRICS
+        self.file: IO[str] | None = None
+        if not writes:
+            return
         self.path.touch()
         there = self.path.stat().st_size
         if there < n_bytes:
             raise FormatError(
-                f"{self.path} has {there} bytes, but {n_bytes} when the checkpoint was written; restore it, or begin anew"
+                f"{self.path} must have {n_bytes} bytes or more, as at its checkpoint, got {there}; restore it or start"
+                " in another folder"
             )
         os.truncate(self.path, n_bytes)
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Adds a line, which other programs see at once. Raises NotSaved if there is no room for it."""
+        """Adds a line, which other programs see at once. Raises NotSaved on a full disk."""
+        if self.file is None:
+            return
         text = json.dumps(line, allow_nan=False) + "\n"
         try:
             self.file.write(text)
@@ -76,11 +85,15 @@ class Metrics:
             ) from e
 
     def sync(self) -> int:
-        """Has the file written to the disk: its length in bytes."""
+        """Writes the file to the disk and returns its length in bytes."""
+        if self.file is None:
+            return 0
         os.fsync(self.file.fileno())
         return self.path.stat().st_size
 
     def close(self) -> None:
-        """Ends the writing; what a full disk took no more is given up."""
+        """Closes the file; ignores errors of a full disk."""
+        if self.file is None:
+            return
         with suppress(OSError):
             self.file.close()

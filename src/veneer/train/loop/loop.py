@@ -1,21 +1,24 @@
-"""The training loop: evaluate, save, step; stopped by a signal it saves first, and resumed it goes on bit for bit."""
+"""The training loop: evaluates, saves, steps. A signal stops it after saving; resumed, it continues bit for bit."""
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from veneer.data.order import Steps
-from veneer.data.pack import Window
 from veneer.errors import DataError, option
+from veneer.tasks import Figure
+from veneer.tasks.base.task import nothing
 from veneer.train.errors import Diverged, Interrupted
 from veneer.train.folder import checkpoint
 from veneer.train.folder.layout import CHECKPOINTS, Metrics
-from veneer.train.loop import schedule, state
-from veneer.train.loop.evaluate import bits_per_byte
+from veneer.train.loop import state
 from veneer.train.loop.progress import Voice
+from veneer.train.loop.schedule import Pace
 from veneer.train.loop.signals import Stop, Wish
 from veneer.train.loop.state import Position
 from veneer.train.loop.step import Learner, Outcome
@@ -23,50 +26,32 @@ from veneer.train.speed.compiling import eagerly
 from veneer.train.track import Feed
 
 PATIENCE = 5  # steps in a row that may be skipped
-
-
-class Pace(NamedTuple):
-    """When what is done. Steps count from 0; lr is the peak."""
-
-    steps: int
-    lr: float
-    schedule: str
-    warmup: int
-    eval_every: int
-    save_every: int
-    keep: int
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        return self.lr * schedule.share(step, self.steps, self.warmup, self.schedule)
-
-    def evaluates(self, step: int) -> bool:
-        """Whether texts are measured before this step."""
-        return step % self.eval_every == 0 or step == self.steps
-
-    def saves(self, step: int) -> bool:
-        """Whether a checkpoint is due before this step."""
-        return step > 0 and (step % self.save_every == 0 or step == self.steps)
+Texts = Mapping[str, Sequence[Any]]
 
 
 class Loop:
-    """One training in one folder. texts: what is measured by name; "valid" chooses the best step, "test" waits for the end."""
+    """One training in one folder. texts: examples to measure by name; "valid" chooses the best step.
+
+    "test" is measured before and after only. precision: context of measurements, such as autocast; chooses:
+    False keeps the last step.
+    """
 
     def __init__(
         self,
         learner: Learner,
         order: Steps,
-        texts: Mapping[str, Sequence[Window]],
+        texts: Texts,
         pace: Pace,
         *,
         folder: Path,
         voice: Voice,
         feed: Feed | None = None,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         chooses: bool = True,
     ) -> None:
         self.learner, self.order, self.texts, self.pace, self.voice = learner, order, texts, pace, voice
+        self.world, self.precision, self.chooses = learner.world, precision, chooses
         self.folder, self.checkpoints = folder, folder / CHECKPOINTS
-        self.chooses = chooses  # else the last step is kept
         self.position = Position()
         self.saved: int | None = None
         self.metrics: Metrics
@@ -74,37 +59,43 @@ class Loop:
         self.feed = feed or Feed((), folder, {}, voice)
 
     def begin(self, resume: bool) -> None:
-        """Opens metrics.jsonl and tells the trackers, and goes on from the newest valid checkpoint if there is one. Raises FormatError."""
+        """Restores the newest valid checkpoint if there is one, and opens metrics.jsonl and the trackers.
+
+        Raises FormatError if the checkpoint does not fit.
+        """
         n_bytes = 0
         if resume:
-            found, damaged = checkpoint.newest(self.checkpoints)
+            found, damaged = self._newest()
             for sentence in damaged:
                 self.voice.say(sentence)
             if found:
                 state.restore(self.learner, found)
                 self.order.restore(found.tensors)
                 self.position, n_bytes = Position.from_meta(found.meta)
-                self.saved = (
-                    found.step
-                    if self.position.evaluated == found.step or not self.pace.evaluates(found.step)
-                    else None
-                )
-            self.voice.say(
-                f"goes on from step {self.position.step}"
-                if found
-                else "found no checkpoint to go on from; begins at step 0"
-            )
-        self.metrics = Metrics(self.folder, n_bytes)
+                measured = self.position.evaluated == found.step
+                self.saved = found.step if measured or not self.pace.evaluates(found.step) else None
+            where = f"resumes at step {self.position.step}"
+            self.voice.say(where if found else "no checkpoint to resume from; begins at step 0")
+        self.metrics = Metrics(self.folder, n_bytes, writes=self.world.first)
         self.feed.start(self.position.step)
 
+    def _newest(self) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+        """Returns the newest checkpoint; the first process sets damaged ones aside before others look."""
+        if not self.world.first:
+            self.world.barrier()
+        found = checkpoint.newest(self.checkpoints)
+        if self.world.first:
+            self.world.barrier()
+        return found
+
     def run(self, wish: Wish) -> Position:
-        """Trains to the end. Raises Interrupted after a signal and Diverged after too many skipped steps, once all is saved."""
+        """Trains to the end. Raises Interrupted after a signal, Diverged after too many skipped steps; both save."""
         self.wish = wish
         started = time.monotonic() - self.position.seconds
         try:
             with self.voice.bar(self.pace.steps, self.position.step):
                 while self.goes_on():
-                    wish.check()
+                    self.agree(wish)
                     micro, rate = self.due()
                     before = time.monotonic()
                     self.take(self.learner.step(micro, rate), before, started)
@@ -114,17 +105,21 @@ class Loop:
             self.metrics.close()
         return self.position
 
+    def agree(self, wish: Wish) -> None:
+        """Raises Stop in all processes if a signal came in any."""
+        if self.world.sum(wish.number or 0) and wish.number is None:
+            wish.number = signal.SIGTERM
+        wish.check()
+
     def interrupted(self) -> Interrupted:
-        """Saves what is not saved yet; the error to raise after a signal."""
+        """Saves a checkpoint unless there is one, and returns the error to raise after a signal."""
         self.save()
         number, p = self.wish.number or 0, self.position
         where = f"stopped by signal {number} after step {p.step} of {self.pace.steps}"
-        return Interrupted(
-            f"{where}; all is saved in {self.folder}: go on with {option('resume', True)}", number
-        )
+        return Interrupted(f"{where}; saved in {self.folder}: resume with {option('resume', True)}", number)
 
     def goes_on(self) -> bool:
-        """Evaluates and saves what is due before the next step; whether there is one."""
+        """Evaluates and saves if due before the next step; tells if there is a next step."""
         p, improved = self.position, False
         if self.pace.evaluates(p.step) and p.evaluated != p.step:
             improved = self._evaluate()
@@ -132,24 +127,27 @@ class Loop:
             self.save()
         return p.step < self.pace.steps
 
-    def due(self) -> tuple[list[list[Window]], float]:
-        """The micro-batches of the next step, and its rate. Raises DataError for a row of a stream that does not fit."""
-        p = self.position
+    def due(self) -> tuple[list[list[Any]], float]:
+        """Returns this process' micro-batches of the next step, and its rate.
+
+        Raises DataError for a bad row of a stream.
+        """
+        p, world = self.position, self.world
         try:
-            return self.order.step(p.step), self.pace.rate(p.step)
+            micro = self.order.step(p.step)
         except DataError as e:
             kept = [path.name for path in checkpoint.found(self.checkpoints)]
-            then = (
-                f"go on from {kept[-1]} with {option('resume', True)} {option('allow', 'data')}"
-                if kept
-                else "begin anew"
-            )
+            then = "start again"
+            if kept:
+                then = f"resume from {kept[-1]} with {option('resume', True)} {option('allow', 'data')}"
             raise DataError(
-                f"{e}\nthis ended the training after step {p.step} of {self.pace.steps}; put it right, and {then}"
+                f"{e.text}\nthe training ended after step {p.step} of {self.pace.steps}; correct the data and {then}"
             ) from e
+        shares = [some[world.rank :: world.size] for some in micro]
+        return [some for some in shares if some], self.pace.rate(p.step)
 
     def take(self, outcome: Outcome, before: float, started: float) -> None:
-        """Counts and writes down a step that was made. before, started: clock seconds of the step's and the training's beginning."""
+        """Records a step. before, started: clock seconds at the beginning of the step and of the training."""
         p, now = self.position, time.monotonic()
         rate = self.pace.rate(p.step)
         p.step, p.tokens, p.seconds = p.step + 1, p.tokens + outcome.tokens, now - started
@@ -168,55 +166,55 @@ class Loop:
 
     def _give_up(self, outcome: Outcome) -> None:
         p = self.position
-        p.skipped_in_a_row = 0  # whoever goes on, with other settings, has as many attempts again
+        p.skipped_in_a_row = 0  # a resumed run, with other settings, has as many attempts again
         self.save()
         raise Diverged(
-            f"{PATIENCE} steps in a row were skipped, the last one, step {p.step}, because the {outcome.skipped}; the state of the last"
-            f" good step is saved in {self.folder}. Try a lower lr (its peak was {self.pace.lr:g}), a longer warmup, or precision='fp32'"
+            f"{PATIENCE} steps in a row were skipped, the last, step {p.step}, because the {outcome.skipped};"
+            f" the last good step is saved in {self.folder}. Lower lr (its peak was {self.pace.lr:g}), lengthen"
+            f" warmup, or use {option('precision', 'fp32')}"
         )
 
     def _evaluate(self) -> bool:
+        """Measures the texts; tells if the validation text improved."""
         p = self.position
         figures = self.measure([name for name in self.texts if name != "test" or p.step == 0])
-        self._write(
-            {"step": p.step, **{f"{name}_bpb": v for name, v in figures.items()}, "seconds": p.seconds}
-        )
+        named = {f"{text}_{f.name}": f.value for text, some in figures.items() for f in some}
+        self._write({"step": p.step, **named, "seconds": p.seconds})
         p.evaluated = p.step
         if p.step == 0:
-            p.before = figures
-        elif p.best_step is None or not self.chooses or figures["valid"] < p.best["valid"]:
-            p.best_step, p.best = p.step, figures
+            p.keep("before", figures)
+        elif p.best_step is None or not self.chooses or figures["valid"][0].beats(p.best["valid"]):
+            p.best_step = p.step
+            p.keep("best", figures)
             return True
         return False
 
-    def measure(self, names: Sequence[str]) -> dict[str, float]:
-        """Bits per byte by text. Raises Stop if a signal comes."""
-        figures = {}
+    def measure(self, names: Sequence[str]) -> dict[str, list[Figure]]:
+        """Returns the figures of texts by name. Raises Stop if a signal comes and no other process waits."""
+        figures, between = {}, self.wish.check if self.world.size == 1 else nothing
         for name in names:
             self.voice.show(self.position.step, f"{name} text", "measuring")
-            with eagerly():
-                figures[name] = bits_per_byte(
-                    self.learner.model,
-                    self.texts[name],
-                    self.learner.objective,
-                    batch=self.order.batch,
-                    between=self.wish.check,
+            with eagerly(), self.precision():
+                figures[name] = self.learner.task.measure(
+                    self.learner.model, self.texts[name], batch=self.order.batch, between=between
                 )
         return figures
 
     def save(self) -> None:
-        """A checkpoint of where the training stands, unless there is one."""
+        """Writes a checkpoint of the current step unless there is one."""
         p = self.position
         if self.saved == p.step:
             return
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
         tensors = {**state.tensors(self.learner), **self.order.state()}
-        checkpoint.save(self.checkpoints, p.step, tensors, p.as_meta(self.metrics.sync()))
-        checkpoint.prune(self.checkpoints, self.pace.keep, {p.best_step or 0})
+        if self.world.first:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(self.checkpoints, p.step, tensors, p.as_meta(self.metrics.sync()))
+            checkpoint.prune(self.checkpoints, self.pace.keep, {p.best_step or 0})
+        self.world.barrier()
         self.saved = p.step
 
     def take_best(self) -> None:
-        """Puts the trained parameters of the best step back, where they are not the last ones."""
+        """Restores the trained parameters of the best step, unless it is the last one."""
         p = self.position
         if p.best_step in (None, p.step):
             return
@@ -224,9 +222,11 @@ class Loop:
         problem = checkpoint.damage(path)
         if problem:
             self.voice.say(
-                f"the best checkpoint, of step {p.best_step}, is damaged ({problem}); the last step's weights are used"
+                f"the best checkpoint, of step {p.best_step}, is damaged ({problem}); the weights of the last"
+                " step are used"
             )
-            p.best_step, p.best = p.step, self.measure([n for n in self.texts if n != "test"])
+            p.best_step = p.step
+            p.keep("best", self.measure([n for n in self.texts if n != "test"]))
             return
         state.put_back(self.learner, checkpoint.load(path))
 

@@ -12,12 +12,23 @@ from typing import Any
 INTERVAL = 10.0  # seconds between two lines of a phase
 
 
-class Voice:
-    """Prints notes and progress if `aloud`, and keeps all notes in `said` for the record."""
+class Notes:
+    """Keeps sentences in `said` for the record."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        """Keeps a sentence."""
+        self.said.append(sentence)
+
+
+class Voice(Notes):
+    """Prints notes and progress if `aloud`, and keeps all notes for the record."""
 
     def __init__(self, aloud: bool) -> None:
+        super().__init__()
         self.aloud = aloud
-        self.said: list[str] = []
         self._progress: Any = None
         self._task: Any = None
         self._now = ""  # the phase, and how far it is
@@ -26,7 +37,7 @@ class Voice:
 
     def say(self, sentence: str) -> None:
         """Prints a note on stderr, above the bar if there is one."""
-        self.said.append(sentence)
+        super().say(sentence)
         if self.aloud:
             self._print(sentence)
 

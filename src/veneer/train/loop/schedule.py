@@ -1,9 +1,10 @@
-"""The learning rate over a run, as a share of its peak."""
+"""The schedule of a run: its learning rate, evaluations and checkpoints."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
@@ -13,10 +14,34 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def share(step: int, steps: int, warmup: int, shape: str) -> float:
-    """Share of the peak rate at `step` of `steps`, counted from 0: a straight rise over `warmup` steps, then `shape`.
+    """Returns the share of the peak rate at `step` of `steps`, counted from 0.
 
-    The peak is reached at step `warmup`, and no step has rate 0.
+    It rises straight over `warmup` steps, reaches the peak at step `warmup`, then follows `shape`; it never is 0.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return SHAPES[shape]((step - warmup) / (steps - warmup))
+
+
+class Pace(NamedTuple):
+    """The steps at which things happen, counted from 0; lr is the peak."""
+
+    steps: int
+    lr: float
+    schedule: str
+    warmup: int
+    eval_every: int
+    save_every: int
+    keep: int
+
+    def rate(self, step: int) -> float:
+        """Returns the learning rate of a step."""
+        return self.lr * share(step, self.steps, self.warmup, self.schedule)
+
+    def evaluates(self, step: int) -> bool:
+        """Tells if texts are measured before this step."""
+        return step % self.eval_every == 0 or step == self.steps
+
+    def saves(self, step: int) -> bool:
+        """Tells if a checkpoint is due before this step."""
+        return step > 0 and (step % self.save_every == 0 or step == self.steps)

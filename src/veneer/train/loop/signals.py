@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the training asks for between steps, so that it can save first."""
+"""Keeps Ctrl-C and SIGTERM as a request that the training checks between steps, so that it can save first."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Wish:
 
 @contextmanager
 def listening() -> Iterator[Wish]:
-    """Within the block the first SIGINT or SIGTERM is kept as a wish; a second one acts as ever.
+    """Within the block the first SIGINT or SIGTERM requests a clean stop; the second interrupts at once.
 
-    Outside the main thread, where Python delivers no signals, nothing is kept.
+    Python delivers signals to the main thread only; in others there is no request.
     """
     wish = Wish()
     if threading.current_thread() is not threading.main_thread():

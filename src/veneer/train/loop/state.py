@@ -1,7 +1,8 @@
-"""What a training needs to go on exactly where it was: trained parameters, moments, random numbers, and where it stands."""
+"""State of a training: trained parameters, moments, random numbers and position, enough to resume bit for bit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,13 +12,15 @@ from torch import Tensor
 from veneer.adapt.attached import layers
 from veneer.errors import FormatError, first_few
 from veneer.sites.own import is_own
+from veneer.tasks import Figure
 from veneer.train.folder.checkpoint import Checkpoint
 from veneer.train.loop.step import Learner
+from veneer.train.world import World
 
 
 @dataclass
 class Position:
-    """Where a training stands after `step` steps; figures are bits per byte by text."""
+    """The position after `step` steps. before, best: the task's metric by text; others: further figures."""
 
     step: int = 0
     tokens: int = 0
@@ -29,27 +32,40 @@ class Position:
     before: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     best: dict[str, float] = field(default_factory=dict)
+    others: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # before or best, text, name
+
+    def keep(self, when: str, figures: Mapping[str, Sequence[Figure]]) -> None:
+        """Stores the figures of texts as "before" or "best": the first of each text apart."""
+        setattr(self, when, {text: some[0].value for text, some in figures.items()})
+        if others := {
+            text: {f.name: f.value for f in some[1:]} for text, some in figures.items() if some[1:]
+        }:
+            self.others[when] = others
 
     def as_meta(self, metrics: int) -> dict[str, Any]:
-        """For the checkpoint; metrics: length of metrics.jsonl in bytes."""
+        """Returns the position for a checkpoint; metrics: length of metrics.jsonl in bytes."""
         return {"position": asdict(self), "metrics_bytes": metrics}
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> tuple[Position, int]:
-        """The position, and the length of metrics.jsonl in bytes."""
+        """Returns the position, and the length of metrics.jsonl in bytes."""
         return cls(**meta["position"]), meta["metrics_bytes"]
 
 
 def fixed(learner: Learner) -> dict[str, Tensor]:
-    """b.<name>: what the adapters hold beside their parameters, such as a start that is subtracted."""
+    """Returns the adapters' tensors beside their parameters, such as a subtracted start, as b.<name>."""
     trained = {id(p) for d in layers(learner.model) for p in d.parameters()}
     held = learner.model.state_dict(keep_vars=True)
     return {f"b.{n}": t for n, t in held.items() if is_own(n) and id(t) not in trained}
 
 
 def tensors(learner: Learner) -> dict[str, Tensor]:
-    """p.<name>: parameters, b.<name>: see fixed, o.<name>.<key>: AdamW's state, rng and rng.cuda: the state of the random numbers."""
-    found = {"rng": torch.get_rng_state(), **fixed(learner)}
+    """Returns the tensors of a checkpoint.
+
+    p.<name>: parameters; b.<name>: see fixed; o.<name>.<key>: state of the optimiser; rng, rng.1, ..: random numbers
+    of each process; rng.cuda: of the first one's GPU. All processes must call it.
+    """
+    found = {**_draws(learner.world), **fixed(learner)}
     device = learner.parts[0].parameter.device
     if device.type == "cuda":
         found["rng.cuda"] = torch.cuda.get_rng_state(device)
@@ -61,7 +77,7 @@ def tensors(learner: Learner) -> dict[str, Tensor]:
 
 
 def restore(learner: Learner, saved: Checkpoint) -> None:
-    """Puts everything back. Raises FormatError, before anything is changed, if the checkpoint is of other parameters."""
+    """Restores everything. Raises FormatError, before any change, if the checkpoint has other parameters."""
     held = fixed(learner)
     wanted = {
         **{f"p.{p.name}": tuple(p.parameter.shape) for p in learner.parts},
@@ -71,7 +87,7 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
     wrong = sorted(n for n in {*wanted, *there} if wanted.get(n) != there.get(n))
     if wrong:
         raise FormatError(
-            f"the checkpoint of step {saved.step} is of other parameters: {first_few(wrong)}; begin anew in another folder"
+            f"the checkpoint of step {saved.step} has other parameters: {first_few(wrong)}; start in another folder"
         )
     put_back(learner, saved)
     for name, t in held.items():
@@ -82,13 +98,25 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
         if state:
             device = part.parameter.device
             learner.optimiser.state[part.parameter] = {k: t.clone().to(device) for k, t in state.items()}
-    torch.set_rng_state(saved.tensors["rng"])
+    own = "rng" if learner.world.first else f"rng.{learner.world.rank}"
+    torch.set_rng_state(saved.tensors.get(own, saved.tensors["rng"]))
     if "rng.cuda" in saved.tensors:
         torch.cuda.set_rng_state(saved.tensors["rng.cuda"], learner.parts[0].parameter.device)
 
 
+def _draws(world: World) -> dict[str, Tensor]:
+    """Returns the state of the random numbers of every process."""
+    own = torch.get_rng_state()
+    if world.size == 1:
+        return {"rng": own}
+    every = torch.zeros(world.size, len(own), dtype=torch.int64)
+    every[world.rank] = own.long()
+    states = world.sum(every).to(torch.uint8)
+    return {"rng" if rank == 0 else f"rng.{rank}": t.clone() for rank, t in enumerate(states)}
+
+
 @torch.no_grad()
 def put_back(learner: Learner, saved: Checkpoint) -> None:
-    """The trained parameters alone."""
+    """Restores the trained parameters alone."""
     for part in learner.parts:
         part.parameter.copy_(saved.tensors[f"p.{part.name}"])

@@ -1,27 +1,30 @@
-"""One training step: micro-batches, one gradient, one update, or none if a number is not finite."""
+"""One training step: micro-batches, one gradient, and one update unless a number is not finite."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from veneer.data.pack import Window, collate, n_labels, n_tokens, width
 from veneer.errors import DataError
 from veneer.optim.base.groups import Part, set_rates
 from veneer.optim.base.paired import Paired
-from veneer.tasks import Batch, Objective
+from veneer.tasks import Batch, Objective, Task
 from veneer.train.speed.compiling import Shapes, eagerly
 from veneer.train.speed.frozen_cache import Kept
+from veneer.train.world import ALONE, World
 
 
 class Outcome(NamedTuple):
-    """loss: nats per learned token, smoothed as it was learned; norm: of the gradient before clipping; positions: tokens and
-    padding; skipped: why nothing was changed, or None."""
+    """One step. loss: mean over labels, smoothed as it was learned; norm: of the gradient before clipping.
+
+    labels, tokens (sizes of examples) and positions (tokens and padding) are sums over the world. skipped: the
+    reason why nothing was changed, or None.
+    """
 
     loss: float
     norm: float
@@ -32,7 +35,7 @@ class Outcome(NamedTuple):
 
 
 def under_autocast(objective: Objective, device: torch.device) -> Objective:
-    """The objective with matrix products in bfloat16 on weights that stay in float32."""
+    """Returns the objective with matrix products in bfloat16 on weights that stay in float32."""
 
     def loss(model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
         with torch.autocast(device.type, torch.bfloat16):
@@ -42,42 +45,49 @@ def under_autocast(objective: Objective, device: torch.device) -> Objective:
 
 
 class Learner(NamedTuple):
-    """A model, what is trained of it, and by what. shapes: of the batches that run compiled, None where nothing does; kept: what
-    leaves the frozen blocks, where they are not computed again."""
+    """A model, its trained parameters, their optimiser and the task.
+
+    objective: the task's loss, made fast; shapes: of the batches that run compiled; kept: cached hidden states
+    of the frozen blocks; world: the processes that learn together.
+    """
 
     model: nn.Module
     parts: list[Part]
     optimiser: torch.optim.Optimizer
+    task: Task
     objective: Objective
-    pad: int
-    clip: float  # largest norm of the gradient; 0: not clipped
+    clip: float  # largest norm of the gradient; 0: no clipping
     decay: float
-    smoothing: float = 0.0  # of the labels that its steps learn
+    smoothing: float = 0.0  # of the labels in training
     shapes: Shapes | None = None
     kept: Kept | None = None
+    world: World = ALONE
 
-    def step(self, micro: Sequence[Sequence[Window]], rate: float) -> Outcome:
-        """Learns from the micro-batches as from one batch: the loss is a mean over all their labels together.
+    def step(self, micro: Sequence[Sequence[Any]], rate: float) -> Outcome:
+        """Learns from the micro-batches of all processes as from one batch: the loss is a mean over all labels.
 
-        If the loss or the gradient is not finite, no parameter and no moment changes. Raises DataError without a label.
+        If the loss or the gradient is not finite, no parameter and no moment changes. Raises DataError for a
+        batch without labels.
         """
         labels = self.begin(micro)
         return self.finish(micro, self._backward(micro, labels), rate)
 
-    def begin(self, micro: Sequence[Sequence[Window]]) -> int:
-        """Gets ready to learn from the micro-batches: the number of their labels. Raises DataError if there is none."""
-        labels = sum(n_labels(windows) for windows in micro)
+    def begin(self, micro: Sequence[Sequence[Any]]) -> int:
+        """Prepares a step and returns the number of labels in the world. Raises DataError if it is 0."""
+        labels = int(self.world.sum(self._count(self.task.labels, micro)))
         if not labels:
             raise DataError(
-                "no token of this batch is learned (every label is masked); give rows with a completion, or train_on='all'"
+                "no token of this batch is learned (every label is masked); give rows with a completion,"
+                " or train_on='all'"
             )
         self.model.train()
         self.optimiser.zero_grad(set_to_none=True)
         return labels
 
-    def finish(self, micro: Sequence[Sequence[Window]], loss: float, rate: float) -> Outcome:
-        """The update with the gradient that is there, unless it or the loss is not finite."""
-        norm = self._clip()
+    def finish(self, micro: Sequence[Sequence[Any]], loss: float, rate: float) -> Outcome:
+        """Updates with the gradient, unless it or the loss is not finite. loss: this process' share of the mean."""
+        self._join_gradients()
+        loss, norm = float(self.world.sum(loss)), self._clip()
         skipped = next(
             (f"{what} is {v}" for what, v in (("loss", loss), ("gradient", norm)) if not math.isfinite(v)),
             None,
@@ -86,9 +96,25 @@ class Learner(NamedTuple):
             set_rates(self.optimiser, rate, self.decay)
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        positions = sum(len(windows) * width(windows, self._widths()) for windows in micro)
-        labels, tokens = (sum(map(count, micro)) for count in (n_labels, n_tokens))
-        return Outcome(loss, norm, labels, tokens, positions, skipped)
+        return Outcome(loss, norm, *self._sizes(micro), skipped)
+
+    def _sizes(self, micro: Sequence[Sequence[Any]]) -> tuple[int, int, int]:
+        """Returns labels, tokens and positions of the step in the world."""
+        positions = sum(len(some) * self.task.width(some, self._widths()) for some in micro)
+        counts = (self._count(self.task.labels, micro), self._count(self.task.size, micro), positions)
+        labels, tokens, positions = (int(self.world.sum(n)) for n in counts)
+        return labels, tokens, positions
+
+    def _count(self, count: Any, micro: Sequence[Sequence[Any]]) -> int:
+        return sum(count(example) for some in micro for example in some)
+
+    def _join_gradients(self) -> None:
+        """Replaces every gradient by its sum over the world; a parameter without one adds zero."""
+        if self.world.size == 1:
+            return
+        for part in self.parts:
+            p = part.parameter
+            p.grad = self.world.sum(torch.zeros_like(p) if p.grad is None else p.grad)
 
     def _clip(self) -> float:
         parameters, most = [p.parameter for p in self.parts], self.clip or math.inf
@@ -96,23 +122,21 @@ class Learner(NamedTuple):
             return float(self.optimiser.clip(parameters, most))
         return float(nn.utils.clip_grad_norm_(parameters, most))
 
-    def _backward(self, micro: Sequence[Sequence[Window]], labels: int) -> float:
+    def _backward(self, micro: Sequence[Sequence[Any]], labels: int) -> float:
         device = self.parts[0].parameter.device
         total = torch.zeros((), dtype=torch.float64)
-        for windows in micro:
-            short = self.shapes is not None and len(windows) != self.shapes.rows
-            with (
-                eagerly(short),
-                self.kept.passing(windows, width(windows, self._widths())) if self.kept else nullcontext(),
-            ):
-                loss, _ = self.objective(self.model, self.batch(windows, device), smoothing=self.smoothing)
+        for some in micro:
+            short = self.shapes is not None and len(some) != self.shapes.rows
+            width = self.task.width(some, self._widths())
+            with eagerly(short), self.kept.passing(some, width) if self.kept else nullcontext():
+                loss, _ = self.objective(self.model, self.batch(some, device), smoothing=self.smoothing)
                 (loss / labels).backward()
             total += loss.detach().cpu()
         return float(total / labels)
 
-    def batch(self, windows: Sequence[Window], device: torch.device) -> Batch:
-        """Windows as the model takes them."""
-        return {k: v.to(device) for k, v in collate(windows, self.pad, self._widths()).items()}
+    def batch(self, examples: Sequence[Any], device: torch.device) -> Batch:
+        """Returns examples as the model takes them."""
+        return {k: v.to(device) for k, v in self.task.collate(examples, self._widths()).items()}
 
     def _widths(self) -> tuple[int, ...]:
         return self.shapes.widths if self.shapes else ()

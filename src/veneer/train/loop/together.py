@@ -1,8 +1,8 @@
-"""Several trainings in step on one base: one pass through it for the batches of all, each adapter learning from its own rows.
+"""Several trainings in step on one base: one pass for the batches of all; each adapter learns from its own rows.
 
-Every training has a model of its own, all of which hold the same base weights, and evaluates, saves and stops as if it were
-alone. Steps alone are made together, on one more such model, the carrier, whose bank has all their changes side by side: the
-gradient of an adapter depends on its own rows only, so that each learns what it would have learned alone, up to rounding.
+Every training has a model of its own and evaluates, saves and stops as if alone; the models share the base's weights.
+Only steps are made together, on one more model, the carrier, whose bank holds all the changes. An adapter's gradient
+depends on its own rows only: each learns what it would alone, up to rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -18,12 +18,11 @@ from veneer.adapt import attach, attached, hooks, switch
 from veneer.adapt.banks.bank import Bank
 from veneer.adapt.banks.entries import check_trainable
 from veneer.adapt.banks.make import living
-from veneer.data.pack import Window
 from veneer.errors import ConfigError, first_few
 from veneer.sites import site_of_kind
 from veneer.sites.find import output_head
 from veneer.sites.own import is_own
-from veneer.tasks import causal_lm
+from veneer.tasks.base.abilities import Joint
 from veneer.train.errors import Diverged
 from veneer.train.loop.loop import Loop
 from veneer.train.loop.signals import Stop, Wish
@@ -36,12 +35,12 @@ class Due(NamedTuple):
 
     number: int
     learner: Learner
-    micro: list[list[Window]]
+    micro: list[list[Any]]
     rate: float
 
 
 def share_base(models: Sequence[nn.Module]) -> None:
-    """Has models of equal weights hold those of the first one; their own are given back to the system."""
+    """Makes models of equal weights share those of the first; frees their own."""
     first = models[0]
     for model in models[1:]:
         for name, p in attached.base_parameters(model).items():
@@ -52,18 +51,19 @@ def share_base(models: Sequence[nn.Module]) -> None:
 
 
 def check(models: Mapping[str, nn.Module], adapter: str) -> None:
-    """Raises ConfigError, with all of them, where `adapter` of these models, by names for messages, cannot be trained together."""
+    """Raises ConfigError for all models, by name, whose `adapter` cannot be trained beside others."""
     check_trainable({name: attached.changes(model, adapter) for name, model in models.items()})
     for name, model in models.items():
         heads = sorted({site.name for site, _ in attached.changes(model, adapter)} & output_head(model))
         if heads:
             raise ConfigError(
-                f"{name!r} changes {first_few(heads)}, which sees the rows of all runs as one; leave it out with exclude="
+                f"{name!r} changes the output head {first_few(heads)}, which the rows of all runs share; leave it"
+                " out with exclude="
             )
 
 
 def carry(models: Sequence[nn.Module], adapter: str) -> Bank:
-    """The bank of a copy of the first model that holds the very same base; its adapter i + 1 is `adapter` of models[i]."""
+    """Returns the bank of a copy of the first model on the same weights; adapter i + 1 is models[i]'s."""
     found = {str(i): attached.changes(model, adapter) for i, model in enumerate(models)}
     first = models[0]
     carrier = copy.deepcopy(
@@ -80,7 +80,7 @@ def carry(models: Sequence[nn.Module], adapter: str) -> Bank:
 def run_together(loops: Sequence[Loop], bank: Bank, wish: Wish) -> list[Position]:
     """Trains all loops to their ends; loop i is adapter i + 1 of the bank.
 
-    Raises Interrupted after a signal and Diverged where one training skips too many steps, once all of them are saved.
+    Raises Interrupted after a signal, and Diverged if one training skips too many steps; all are saved first.
     """
     started = [time.monotonic() - loop.position.seconds for loop in loops]
     for loop in loops:
@@ -103,10 +103,11 @@ def run_together(loops: Sequence[Loop], bank: Bank, wish: Wish) -> list[Position
 
 
 def step(bank: Bank, work: Sequence[Due]) -> list[Outcome]:
-    """One step of each training, as Learner.step makes it, from one pass for the first micro-batches of all, the second ones, .."""
+    """Makes a step of each training, as Learner.step does: one pass for the k-th micro-batches of all."""
     labels = [due.learner.begin(due.micro) for due in work]
     totals = [0.0] * len(work)
     first = work[0].learner
+    assert isinstance(first.task, Joint)  # checked before the training
     device = first.parts[0].parameter.device
     bank.model.train()
     for k in range(max(len(due.micro) for due in work)):
@@ -114,7 +115,7 @@ def step(bank: Bank, work: Sequence[Due]) -> list[Outcome]:
         rows = [len(work[i].micro[k]) for i in turn]
         bank.use([work[i].number for i, n in zip(turn, rows, strict=True) for _ in range(n)])
         batch = first.batch([w for i in turn for w in work[i].micro[k]], device)
-        sums = causal_lm.losses(bank.model, batch, rows, [work[i].learner.smoothing for i in turn])
+        sums = first.task.losses(bank.model, batch, rows, [work[i].learner.smoothing for i in turn])
         means = [total / labels[i] for i, total in zip(turn, sums, strict=True)]
         sum(means[1:], means[0]).backward()
         for i, mean in zip(turn, means, strict=True):

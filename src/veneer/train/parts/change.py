@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from veneer import dtypes, methods
+from veneer import dtypes, methods, tasks
 from veneer.errors import ConfigError, option
 from veneer.methods import inits
 from veneer.ops.matrix.linalg import multiplies_bf16
@@ -20,11 +20,13 @@ FULL = "full"  # the method that trains the base itself
 
 @dataclass(frozen=True, kw_only=True)
 class Base(Settings):
-    """The base model, and the numbers that it computes with."""
+    """The base model, its task, and the numbers that it computes with."""
 
     PANEL = "Model"
 
     model: str = setting("builtin", "base model: a Hugging Face folder or id, or builtin")
+    task: str = setting(tasks.DEFAULT, f"task to train for: {', '.join(tasks.available())}")
+    task_options: dict[str, Any] = field(default_factory=dict, metadata=about("the task's own options"))
     precision: Literal["auto", "bf16", "fp32", "bfloat16", "float32"] = setting(
         "auto",
         "bf16: adapters on a bfloat16 base; full keeps float32 weights under autocast."
@@ -39,6 +41,15 @@ class Base(Settings):
         """Returns the precision that a training on `device` has."""
         narrow = multiplies_bf16(device) if self.precision == "auto" else self.precision == "bf16"
         return "bf16" if narrow else "fp32"
+
+    def problems(self) -> Iterator[str]:
+        """Yields a sentence for an unknown task, and for every unsuitable option of a known one."""
+        try:
+            known = tasks.options_of(self.task)
+        except ConfigError as e:
+            yield e.text
+            return
+        yield from unsuitable(f"task {self.task!r}", self.task_options, known)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""How torch.compile makes the graphs of a model's blocks: what they keep for the backward, and which may be used again."""
+"""Settings of torch.compile for a model's blocks: activations kept for the backward, and graphs to reuse."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from torch import Tensor, nn
 
 from veneer.tasks import Batch, Objective
 
-# Share of a block's activations that is kept for the backward; the compiler computes the rest again, what costs least first.
-# In a Llama's block four fifths spare norms and activation functions alone. 0.7 computes attention again too, and from 0.6 on
-# products with frozen weights: at 0.6 a step of a Llama of width 512 takes 5 % more, at 0.35, a quarter of the memory less, 25 %.
+# Share of a block's activations kept for the backward; the compiler recomputes the rest, the cheapest first. In a
+# Llama's block four fifths spare norms and activation functions alone. 0.7 recomputes attention too, 0.6 and less
+# products with frozen weights: at 0.6 a step of a Llama of width 512 takes 5 % more, at 0.35 25 % more for a quarter
+# less memory.
 KEPT = 0.8
 CACHED = "autograd_cache_allow_custom_autograd_functions"
 
 
 def lean(objective: Objective) -> Objective:
-    """The objective, whose blocks are compiled to keep little (see KEPT), and with a look at their hooks.
+    """Returns the objective, compiled to keep little (see KEPT) and with guards on hooks.
 
-    Without that look the graph of a block whose layers are not adapted would serve for blocks whose layers are. Graphs are
-    cached between runs though they hold derivatives of our own, which their keys hold too.
+    Without guards the graph of a block without adapters would serve for adapted ones too. Graphs are cached between
+    runs although they hold derivatives of our own, as their keys hold these too.
     """
 
     def act(model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:

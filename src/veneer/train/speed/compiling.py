@@ -1,4 +1,4 @@
-"""What makes a training fast before its first step: shared products, and torch.compile of the body and of the loss."""
+"""Makes a training fast before its first step: shared products, torch.compile of blocks and loss."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt.acting.shared_inputs import discover, ungroup
+from veneer.adapt.modes import in_mode
 from veneer.errors import ConfigError
 from veneer.ops.chunked import Kernel, whole
 from veneer.sites.blocks import blocks
-from veneer.tasks import Batch, Objective, causal_lm
-from veneer.tasks.head import cut
+from veneer.tasks import Batch, Objective, Task
+from veneer.tasks.base.abilities import Decoder
 from veneer.train.speed import fast_attention, graphs
 from veneer.train.speed.compile_settings import lean
 
-# A run is long enough for `auto` where its products take ten minutes or so: 4 per parameter and token, at what a core or a
-# GPU does in a second. Compilation takes about one, and makes steps a quarter to a third shorter.
+# A run is long enough for `auto` if its products take about ten minutes: 4 per parameter and token, at the speed of a
+# core or a GPU. Compilation takes about one minute and shortens steps by a quarter to a third.
 LONG = {"cpu": 600 * 1e11, "cuda": 600 * 1e14}
 COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
 def is_long(model: nn.Module, tokens: float, device: torch.device) -> bool:
-    """Whether compilation pays in a training on that many tokens."""
+    """Tells if compilation pays in a training on that many tokens."""
     return 4 * sum(p.numel() for p in model.parameters()) * tokens >= LONG.get(device.type, float("inf"))
 
 
 def missing(device: torch.device) -> str | None:
-    """What torch.compile needs on this device and does not find, or None."""
+    """Returns the tool that torch.compile needs on this device and does not find, or None."""
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "the package triton"
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
@@ -46,58 +47,55 @@ def missing(device: torch.device) -> str | None:
 
 
 class Shapes(NamedTuple):
-    """Of the batches that run compiled, one graph each; batches of other than `rows` rows, the last one of a run, do not."""
+    """Shapes of the batches that run compiled, one graph each; a batch of other than `rows` rows runs eagerly."""
 
     rows: int
     widths: tuple[int, ...]
 
 
 def prepare(
-    model: nn.Module, batch: Batch, *, compiled: bool = False, with_graphs: bool = False
+    model: nn.Module, task: Task, batch: Batch, *, compiled: bool = False, with_graphs: bool = False
 ) -> Objective:
-    """The objective to train this model with, as fast as it goes; the model is changed in nothing but its speed.
+    """Returns the task's objective for this model, as fast as possible; `restore` undoes all.
 
-    batch: any one of the training's, for a dry run that finds the layers with a common input. compiled: the model's
-    repeated blocks are compiled when first called, which takes a minute or less, once for each shape of a batch; with_graphs:
-    as CUDA graphs. `restore` undoes all.
+    batch: any one of the training, for a dry run that finds layers with a common input. compiled: compiles repeated
+    blocks on their first call, which takes up to a minute for each shape of a batch; with_graphs: as CUDA graphs.
     """
     restore(model)
     with discover(model), torch.no_grad():
-        causal_lm.loss(model, batch)
-    fast_attention.use_faster(model, batch["input_ids"], compiled=compiled)
+        task.loss(model, batch)
+    if isinstance(task, Decoder):
+        fast_attention.use_faster(model, task.tokens(batch), compiled=compiled)
     if not compiled:
-        return causal_lm.loss
-    head = cut(model)
-    body = model if head is None else head.body
+        return task.loss
+    body = task.body(model)
     options: dict[str, Any] = {"options": graphs.OPTIONS} if with_graphs else {}
-    for block in blocks(body) or [body]:
-        block.compile(
-            dynamic=False, **options
-        )  # a graph for each shape, whatever came before: a resumed training computes the same
-    objective = lean(functools.partial(causal_lm.loss, kernel=compiled_kernel()))
+    for block in blocks(body) or [
+        body
+    ]:  # one graph a shape, in any order: a resumed training computes the same
+        block.compile(dynamic=False, **options)
+    objective = lean(task.objective(compiled_kernel()))
     return graphs.on_graphs(objective) if with_graphs else objective
 
 
 def warm_up(model: nn.Module, objective: Objective, batch: Batch, *, smoothing: float = 0.0) -> float:
-    """Seconds of a first step that changes nothing, in which all is compiled. Raises ConfigError where that fails."""
-    started, training, device = time.monotonic(), model.training, next(model.parameters()).device
-    model.train()
+    """Compiles everything in a first step that changes nothing, and returns its seconds. Raises ConfigError."""
+    started, device = time.monotonic(), next(model.parameters()).device
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), in_mode(model, training=True):
             objective(model, batch, smoothing=smoothing)[0].backward()  # type: ignore[no-untyped-call, unused-ignore]
     except RuntimeError as e:
         restore(model)
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise ConfigError(f"torch.compile cannot compile this model: {lines[0]}; use compile='off'") from e
     finally:
-        model.train(training)
         model.zero_grad(set_to_none=True)
         _give_back_memory()
     return time.monotonic() - started
 
 
 def _give_back_memory() -> None:
-    """What compiling took and no longer needs, a hundred megabytes or more, back to the system, where its library can do that."""
+    """Returns the compiler's memory, a hundred megabytes or more, to the system, if its library can do that."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -106,7 +104,7 @@ def _give_back_memory() -> None:
 
 @contextmanager
 def eagerly(wanted: bool = True) -> Iterator[None]:
-    """Within the block nothing is compiled, nor runs compiled; `wanted` False changes nothing."""
+    """Within the block nothing is compiled or runs compiled; `wanted` False changes nothing."""
     if not wanted:
         yield
         return
@@ -115,10 +113,10 @@ def eagerly(wanted: bool = True) -> Iterator[None]:
 
 
 def widths(length: int, packing: bool) -> tuple[int, ...]:
-    """The widths of batches in a compiled training: few, as each is compiled for itself.
+    """Returns the widths of batches in a compiled training: few, as each is compiled for itself.
 
-    Packed windows are nearly full; their blocks exist with and without a mask, so that three widths are six graphs of the
-    eight that torch.compile makes of one function before it gives up.
+    Packed windows are nearly full; their blocks exist with and without a mask, so that three widths make six of the
+    eight graphs that torch.compile allows for one function.
     """
     eighths = (2, 4, 8) if packing else range(1, 9)
     return tuple(sorted({-(-length * n // 8) for n in eighths}))
@@ -133,7 +131,7 @@ def restore(model: nn.Module) -> None:
 
 
 def recompute(model: Any, wanted: bool) -> None:
-    """Has the model keep only what enters its blocks, and compute the rest again in the backward. Raises ConfigError."""
+    """Makes the model keep each block's input alone and recompute the rest in the backward. Raises ConfigError."""
     if not wanted:
         return
     try:
@@ -143,13 +141,13 @@ def recompute(model: Any, wanted: bool) -> None:
         enable({"use_reentrant": False})
     except (AttributeError, ValueError):
         raise ConfigError(
-            f"a {type(model).__name__} cannot compute its blocks again; use gradient_checkpointing=False"
+            f"a {type(model).__name__} cannot recompute its blocks; use gradient_checkpointing=False"
         ) from None
 
 
 @contextmanager
 def recomputing(model: Any) -> Iterator[None]:
-    """Within the block the model computes its blocks again in the backward. Raises ConfigError."""
+    """Within the block the model recomputes its blocks in the backward. Raises ConfigError."""
     recompute(model, True)
     try:
         yield
@@ -159,7 +157,7 @@ def recomputing(model: Any) -> Iterator[None]:
 
 @functools.cache
 def compiled_kernel() -> Kernel:
-    """The loss of one chunk, compiled once for any number of positions."""
+    """Returns the loss of one chunk, compiled once for any number of positions."""
     return functools.partial(whole, compiled=functools.cache(_for_any_number))
 
 

@@ -1,7 +1,7 @@
-"""The attention of transformers models in training on a CPU; outside of its reach it is PyTorch's own.
+"""Faster attention for transformers models in training on a CPU; in all other cases PyTorch's own.
 
-Two things are faster there than a fused kernel with a mask: the backward of short sequences, where it is compiled, and windows
-of several documents, each of which is computed for itself from where it begins, with no mask made.
+Two cases are faster than a fused kernel with a mask: the compiled backward of short sequences, and windows of several
+documents, each computed for itself from its beginning, without a mask.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapt.modes import in_mode
 from veneer.ops.attention.documents import as_mask, attend_within
 from veneer.ops.attention.short import LONGEST, attend, suits
-from veneer.train.checks import context
+from veneer.tasks.text.checks import context
 
-SHORT, DOCUMENTS = "veneer_short", "veneer_documents"  # the second one alone, or both
-OWN = "sdpa"  # what they stand in for
-FASTER = (torch.bfloat16,)  # where the first one has been measured to be
+SHORT, DOCUMENTS = "veneer_short", "veneer_documents"  # both cases, or the second alone
+OWN = "sdpa"  # the implementation that they replace
+FASTER = (torch.bfloat16,)  # dtypes in which SHORT was measured to be faster
 
 
 def use_faster(model: Any, ids: Tensor, *, compiled: bool) -> bool:
-    """Whether the model's attention is now what is faster: one on a CPU that uses PyTorch's fused one.
+    """Switches a model on a CPU to faster attention if it can; tells if it did.
 
-    That of short sequences pays only under torch.compile, which makes few passes of the many that its formulas are. ids: any
-    tokens, on which documents in a long window have to come out as they do with PyTorch's.
+    Short sequences are faster only under torch.compile, which fuses the many passes of their formulas. ids: any
+    tokens, on which documents in a long window must give PyTorch's features.
     """
     from transformers import PreTrainedModel
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -52,21 +53,17 @@ def use_faster(model: Any, ids: Tensor, *, compiled: bool) -> bool:
 
 
 def _features(model: Any, ids: Tensor) -> Tensor:
-    """What the model's body makes of two documents in a window just longer than `LONGEST`."""
-    t, training = LONGEST + 8, model.training
+    """Returns the body's features of two documents in a window just longer than `LONGEST`."""
+    t = LONGEST + 8
     row = ids.flatten().repeat(-(-t // ids.numel()))[None, :t]
     positions = torch.cat([torch.arange(t // 2), torch.arange(t - t // 2)])[None]
-    model.eval()
-    try:
-        with torch.enable_grad():  # the mask is another one without
-            found: Tensor = model.base_model(input_ids=row, position_ids=positions, use_cache=False)[0]
-    finally:
-        model.train(training)
+    with in_mode(model, training=False), torch.enable_grad():  # the mask is another one without gradients
+        found: Tensor = model.base_model(input_ids=row, position_ids=positions, use_cache=False)[0]
     return found.detach()
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:
-    """Whether the two differ by what rounding adds up to over a model's layers; texts that see each other differ by far more."""
+    """Tells if two features agree to a model's rounding; texts that see each other differ by far more."""
     return bool(
         (found - expected).float().norm()
         <= max(1e-4, 8 * torch.finfo(expected.dtype).eps) * expected.float().norm()
@@ -74,7 +71,7 @@ def _near(found: Tensor, expected: Tensor) -> bool:
 
 
 def use_own(model: Any) -> None:
-    """PyTorch's attention again, where `use_faster` took it away."""
+    """Switches back to PyTorch's attention after `use_faster`."""
     if getattr(model, "config", None) is not None and model.config._attn_implementation in (SHORT, DOCUMENTS):
         model.set_attn_implementation(OWN)
 
@@ -82,9 +79,9 @@ def use_own(model: Any) -> None:
 def mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0, **options: Any
 ) -> Tensor | None:
-    """transformers' interface: its own mask, or where each position's document begins, (b, 1, t, 1) in whole numbers.
+    """Returns transformers' own mask, or the position where each document begins, (b, 1, t, 1), as integers.
 
-    The latter in training on long windows whose positions see all of their document up to themselves and nothing else.
+    The latter in training on long windows whose positions see their document up to themselves and nothing else.
     """
     from transformers.masking_utils import sdpa_mask
 
@@ -104,10 +101,10 @@ def mask(
 
 
 def _starts(may: Callable[..., Tensor], b: int, t: int, device: Any) -> Tensor | None:
-    """Where documents begin, found out from `may`(row, head, position, seen position); None where it is another mask.
+    """Returns where documents begin, by asking `may`(row, head, position, seen position); None for another mask.
 
-    A document goes on where a position sees the one before it. Its last position then has to see its first, and none the next
-    one of its own or the last one of the document before: windows that slide, and images that see forward, are other masks.
+    A document continues where a position sees the one before it. Then its last position must see its first, and no
+    position its next one or the end of the document before: sliding windows and images that see forward are others.
     """
     row, place = torch.arange(b, device=device)[:, None], torch.arange(t, device=device)
 
@@ -131,7 +128,10 @@ def documents(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' interface: query (b, heads, t, d), key and value with as many heads or a divisor -> (b, t, heads, d)."""
+    """Returns attention (b, t, heads, d), as transformers asks for it.
+
+    query (b, heads, t, d); key and value have as many heads or a divisor.
+    """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     if attention_mask is None or attention_mask.dtype != torch.int64:
@@ -157,7 +157,7 @@ def short(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As `documents`, with a backward of its own for short sequences."""
+    """Returns attention as `documents` does, with its own backward for short sequences."""
     from transformers.integrations.sdpa_attention import repeat_kv
 
     causal = options.get("is_causal")
@@ -172,10 +172,6 @@ def short(
 
 
 def _knows(options: dict[str, Any]) -> bool:
-    """Whether nothing is asked for but these."""
-    return {n for n, v in options.items() if v is not None} <= {
-        "scaling",
-        "is_causal",
-        "position_ids",
-        "use_cache",
-    }
+    """Tells if the options that are set are all known here."""
+    known = {"scaling", "is_causal", "position_ids", "use_cache"}
+    return {n for n, v in options.items() if v is not None} <= known

@@ -1,7 +1,7 @@
-"""Blocks below the first adapted one: what leaves them is the same whenever a window is read, and need not be computed again.
+"""Blocks below the first adapted one: their hidden states depend on the example alone and can be cached.
 
-No model is known by name. The stack is the list of blocks that compilation uses too; everything else is found out by trying,
-and refused where a model does more between its blocks than hand on one tensor.
+No model is known by name. The stack is the list of blocks that compilation uses too; a trial finds the rest. A model
+that passes more than one tensor between its blocks is refused.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from veneer.adapt.modes import evaluating, in_mode
 from veneer.errors import ConfigError
 from veneer.sites.blocks import blocks, reach
 from veneer.train.speed.compiling import eagerly
 
 
 class Prefix(NamedTuple):
-    """The blocks of `stack` before number `first`. wraps: which of them return their hidden states in a tuple; width and dtype
-    of hidden states."""
+    """The blocks of `stack` before number `first`. wraps: for each, if it returns hidden states in a tuple.
+
+    width, dtype: of the hidden states.
+    """
 
     stack: nn.ModuleList
     first: int
@@ -31,32 +34,32 @@ class Prefix(NamedTuple):
     dtype: torch.dtype
 
     def bytes(self, tokens: int) -> int:
-        """Of what leaves the blocks for so many tokens."""
+        """Returns the bytes of the hidden states of so many tokens."""
         return tokens * self.width * self.dtype.itemsize
 
 
-def look(model: nn.Module, ids: Tensor) -> Prefix:
-    """The blocks of this model in which nothing is trained, found out on ids (1, t). Raises ConfigError where they cannot be kept."""
+def look(model: nn.Module, inputs: Mapping[str, Any], size: int) -> Prefix:
+    """Returns the blocks in which nothing is trained, found by a trial. Raises ConfigError if they cannot be cached.
+
+    inputs: of a batch with one example of this size.
+    """
     stack, first = _lowest_trained(model)
-    inputs = {"input_ids": ids, "use_cache": False}
-    training, gpus = model.training, [ids.device] if ids.device.type == "cuda" else []
+    device = next(model.parameters()).device
+    gpus = [device] if device.type == "cuda" else []
     wraps: dict[int, bool] = {}
     handles = [stack[i].register_forward_hook(functools.partial(_note, wraps, i)) for i in range(first)]
     try:
-        with torch.random.fork_rng(gpus), torch.enable_grad(), eagerly():
-            one, two = (reach(model.train(), stack[first], inputs) for _ in range(2))
+        with torch.random.fork_rng(gpus), torch.enable_grad(), eagerly(), in_mode(model, training=True):
+            one, two = (reach(model, stack[first], inputs) for _ in range(2))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
-    if not isinstance(one, Tensor) or one.shape[:2] != ids.shape or len(wraps) < first:
-        raise _refused(model, "its blocks hand on something else than one tensor of hidden states")
+    if not isinstance(one, Tensor) or one.shape[:2] != (1, size) or len(wraps) < first:
+        raise _refused(model, "its blocks pass more than one tensor of hidden states")
     if one.requires_grad:
         raise _refused(model, f"something below block {first} is trained (an embedding?)")
     if not torch.equal(one, two):
-        raise _refused(
-            model, f"what leaves block {first - 1} is not twice the same; is there dropout in the base?"
-        )
+        raise _refused(model, f"two passes differ behind block {first - 1}; does the base have dropout?")
     found = Prefix(stack, first, tuple(wraps[i] for i in range(first)), one.shape[-1], one.dtype)
     _check_equal(model, found, inputs)
     return found
@@ -72,20 +75,20 @@ def _lowest_trained(model: nn.Module) -> tuple[nn.ModuleList, int]:
         (m for m in model.modules() if isinstance(m, nn.ModuleList) and found and list(m) == found), None
     )
     if stack is None:
-        raise _refused(model, "it has no stack of like blocks")
+        raise _refused(model, "it lacks a stack of similar blocks")
     trained = [i for i, block in enumerate(found) if any(p.requires_grad for p in block.parameters())]
     if not trained:
         raise _refused(model, "none of its blocks is trained")
     if trained[0] == 0:
         raise ConfigError(
-            f"cache_frozen keeps what leaves the blocks below the first adapted one, and of {len(found)} the first is adapted already;"
-            f" adapt upper ones only, with to= or exclude=, or leave it out"
+            f"cache_frozen needs blocks below the first adapted one, and of {len(found)} the first is adapted; adapt"
+            " upper ones only, with to= or exclude=, or leave it out"
         )
     return stack, trained[0]
 
 
 def _note(wraps: dict[int, bool], i: int, module: nn.Module, args: Any, output: Any) -> None:
-    """Writes down how block i returns its hidden states, if it returns nothing else."""
+    """Records how block i returns its hidden states, if it returns nothing else."""
     if isinstance(output, Tensor):
         wraps[i] = False
     elif (
@@ -98,7 +101,7 @@ def _note(wraps: dict[int, bool], i: int, module: nn.Module, args: Any, output: 
 
 @contextmanager
 def skipping(prefix: Prefix, hidden: Tensor) -> Iterator[None]:
-    """Within the block the frozen blocks are not computed, and `hidden` (b, t, width) leaves the last of them."""
+    """Within the block the frozen blocks are skipped, and the last of them returns `hidden` (b, t, width)."""
     own = dict(prefix.stack._modules)
     for i, wraps in enumerate(prefix.wraps):
         prefix.stack._modules[str(i)] = _passing(prefix.stack[i], hidden, wraps)
@@ -109,7 +112,7 @@ def skipping(prefix: Prefix, hidden: Tensor) -> Iterator[None]:
 
 
 def _passing(block: nn.Module, hidden: Tensor, wraps: bool) -> nn.Module:
-    """A twin of the block, with all that a model may ask it for, that returns `hidden` whatever it is given."""
+    """Returns a twin of the block, with all its attributes, that returns `hidden` for any input."""
     twin = copy.copy(block)
     twin.__dict__["forward"] = lambda *args, **options: (hidden,) if wraps else hidden
     return twin
@@ -117,20 +120,20 @@ def _passing(block: nn.Module, hidden: Tensor, wraps: bool) -> nn.Module:
 
 @torch.no_grad()
 def _check_equal(model: nn.Module, prefix: Prefix, inputs: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the model has other logits when its frozen blocks are skipped."""
-    training = model.training
-    model.eval()
-    try:
-        with eagerly():
-            whole = model(**inputs).logits.float()
-            hidden = reach(model, prefix.stack[prefix.first], inputs)
-            short = torch.full_like(whole, torch.nan)
-            with suppress(TypeError, AttributeError, IndexError), skipping(prefix, hidden):
-                short = model(**inputs).logits.float()
-    finally:
-        model.train(training)
+    """Raises ConfigError if the model's outputs change when its frozen blocks are skipped."""
+    with evaluating(model), eagerly():
+        whole = _output(model(**inputs))
+        hidden = reach(model, prefix.stack[prefix.first], inputs)
+        short = torch.full_like(whole, torch.nan)
+        with suppress(TypeError, AttributeError, IndexError), skipping(prefix, hidden):
+            short = _output(model(**inputs))
     eps = torch.finfo(prefix.dtype).eps
     if not float((whole - short).abs().max()) <= 32 * eps * float(whole.abs().max()):
-        raise _refused(
-            model, "its upper blocks take more from the lower ones than what leaves the last of them"
-        )
+        raise _refused(model, "its upper blocks read more of the lower ones than the last hidden states")
+
+
+def _output(found: Any) -> Tensor:
+    """Returns the first tensor of a model's output, such as its logits."""
+    logits = getattr(found, "logits", None)
+    first: Tensor = found if isinstance(found, Tensor) else found[0] if logits is None else logits
+    return first.float()

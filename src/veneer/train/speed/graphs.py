@@ -1,6 +1,6 @@
-"""CUDA graphs: on a GPU the kernels of a compiled block, whose shapes repeat, are launched as one (`--compile graphs`).
+"""CUDA graphs: launches the kernels of a compiled block as one, as shapes repeat (`--compile graphs`).
 
-This has not been run on a GPU yet: the tests that need one are skipped where there is none, and no figure is known.
+Not yet run on a GPU: its tests are skipped without one, and no figure is known.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ OPTIONS: dict[str, bool] = {"triton.cudagraphs": True}  # of torch.compile
 
 
 def reason_against(device: torch.device) -> str | None:
-    """Why there are no CUDA graphs on this device, or None."""
+    """Returns the reason against CUDA graphs on this device, or None."""
+    on_gpu = device.type == "cuda"
     return (
         None
-        if device.type == "cuda"
-        else f"compile='graphs' is for GPUs, and this run computes on {device}; use compile='on'"
+        if on_gpu
+        else f"compile='graphs' needs a GPU, and this run computes on {device}; use compile='on'"
     )
 
 
 def on_graphs(objective: Objective) -> Objective:
-    """The objective of a model whose blocks are compiled with OPTIONS.
+    """Returns the objective of a model whose blocks are compiled with OPTIONS.
 
-    What a graph returns lies in memory that its next run writes again, and each call of this is such a run. Gradients outlive
-    it where a step has several batches: they are added into tensors that are there before the graph, and not handed out by it.
+    A graph's next run overwrites the memory of its results, and each call here is a run. Gradients must outlive it
+    if a step has several batches: they are added to tensors made before the graph.
     """
 
     def act(model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:

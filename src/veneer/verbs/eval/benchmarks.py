@@ -1,4 +1,4 @@
-"""Benchmarks of lm-eval: found by name, or refused with the nearest one, and asked of a model that is in memory."""
+"""Benchmarks of lm-eval: finds them by name and runs them on a model in memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError, DataError, suggest
+from veneer.tasks import Figure
 
 
 class UnknownTask(ConfigError):
-    """A benchmark that was asked for does not exist: nothing was measured."""
+    """Raised for an unknown benchmark, before anything is measured."""
 
     exit_code = 3
 
 
 class Known(NamedTuple):
-    """Names of tasks, groups and tags, and lm-eval's manager that has them."""
+    """Names of tasks, groups and tags, and lm-eval's manager of them."""
 
     names: list[str]
     manager: Any
@@ -38,24 +39,20 @@ class Options(NamedTuple):
     batch: int
 
 
-class Figure(NamedTuple):
-    """A measure of a task over n examples, which is sum(parts) / sum(weights) over them; both None where it is not."""
+class Answered(NamedTuple):
+    """A figure of a benchmark over n examples."""
 
     task: str
-    metric: str
-    lower_is_better: bool
-    value: float
     n: int
-    parts: Tensor | None
-    weights: Tensor | None
+    figure: Figure
 
 
 def find(names: Sequence[str], folder: str | None) -> Known:
-    """What the names and patterns stand for, in `folder` and among lm-eval's own. Raises UnknownTask for all that are neither."""
+    """Returns the benchmarks of names and patterns, in `folder` and lm-eval. Raises UnknownTask for others."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None and not any(Path(folder).rglob("*.yaml")):
-        raise ConfigError(f"task_folder {folder} holds no tasks (.yaml); name a folder with lm-eval's files")
+        raise ConfigError(f"task_folder {folder} must hold tasks of lm-eval (.yaml), got none; name another")
     with _quiet():
         manager = TaskManager(include_path=folder, include_defaults=folder is None)
         if folder is not None and not all(manager.match_tasks([name]) for name in names):
@@ -63,17 +60,20 @@ def find(names: Sequence[str], folder: str | None) -> Known:
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise UnknownTask(
-            "\n".join(f"there is no benchmark {name!r}{_near(name, manager.all_tasks)}" for name in unknown)
+            "\n".join(f"unknown benchmark {name!r}{_near(name, manager.all_tasks)}" for name in unknown)
         )
     return Known(list(dict.fromkeys(n for name in names for n in manager.match_tasks([name]))), manager)
 
 
 def _near(name: str, known: Sequence[str]) -> str:
-    return suggest(name, known, listed=False) or "; lm-eval ls tasks shows all that there are"
+    return suggest(name, known, listed=False) or "; lm-eval ls tasks lists all"
 
 
-def ask(model: nn.Module, tokenizer: Any, known: Known, options: Options) -> list[Figure]:
-    """Every measure of every task for the model as it is. Raises one DataError for all tasks whose examples cannot be had."""
+def ask(model: nn.Module, tokenizer: Any, known: Known, options: Options) -> list[Answered]:
+    """Returns every figure of every benchmark for the model as it is.
+
+    Raises one DataError for all benchmarks without examples here.
+    """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -90,9 +90,7 @@ def ask(model: nn.Module, tokenizer: Any, known: Known, options: Options) -> lis
                 task_manager=known.manager,
                 bootstrap_iters=0,
             )
-        except (
-            ValueError
-        ) as e:  # a task that runs code, a prompt beyond the context, a tokenizer without a template
+        except ValueError as e:  # a task that runs code, too long a prompt, a tokenizer without a template
             raise ConfigError(f"lm-eval refuses {', '.join(known.names)}: {e}") from e
     return list(_figures(found))
 
@@ -106,7 +104,7 @@ def _loaded(known: Known) -> list[Any]:
             ]
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as e:
             reason = (str(e).splitlines() or [""])[0][:200]
-            problems.append(f"benchmark {name}: its examples could not be had ({type(e).__name__}: {reason})")
+            problems.append(f"benchmark {name}: its examples are missing ({type(e).__name__}: {reason})")
     if problems:
         problems.append(
             "examples come from the Hugging Face hub or its cache; task_folder takes tasks with files of your own"
@@ -115,7 +113,7 @@ def _loaded(known: Known) -> list[Any]:
     return tasks
 
 
-def _figures(found: Mapping[str, Any]) -> Iterator[Figure]:
+def _figures(found: Mapping[str, Any]) -> Iterator[Answered]:
     for task, results in found["results"].items():
         examples = found["samples"].get(task, [])
         higher = found["higher_is_better"].get(task, {})
@@ -126,15 +124,16 @@ def _figures(found: Mapping[str, Any]) -> Iterator[Figure]:
             own = [e[metric] for e in examples if e["filter"] == by and metric in e]
             name = metric if by == "none" else f"{metric} ({by})"
             n = len(own) or int(results.get("sample_count", {}).get(key, results.get("sample_len", 0)))
-            yield Figure(task, name, higher.get(metric) is False, float(value), n, *_parts(own, float(value)))
+            lower = higher.get(metric) is False
+            yield Answered(task, n, Figure(name, float(value), "", lower, *_parts(own, float(value))))
 
 
 def _parts(examples: Sequence[Any], value: float) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Amounts and weights of the examples whose ratio is the value: a mean, or bits per byte. None where it is neither."""
+    """Returns parts and weights of the examples if their ratio is the value: a mean or bits per byte; else None."""
     try:
         pairs = [(-e[0] / math.log(2), e[1]) if isinstance(e, tuple) else (float(e), 1.0) for e in examples]
         found = torch.tensor(pairs, dtype=torch.float64)  # (n, 2)
-    except (TypeError, ValueError, IndexError):  # what a corpus measure keeps of an example
+    except (TypeError, ValueError, IndexError):  # details of a corpus-level measure
         return None, None
     if not len(found) or not math.isclose(
         float(found[:, 0].sum() / found[:, 1].sum()), value, rel_tol=1e-6, abs_tol=1e-9
@@ -145,7 +144,7 @@ def _parts(examples: Sequence[Any], value: float) -> tuple[Tensor, Tensor] | tup
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within the block lm-eval tells errors only; its tables of defaults and settings are not the user's."""
+    """Within the block lm-eval logs errors only; its tables of defaults and settings are not the user's."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -157,7 +156,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _without_git() -> Iterator[None]:
-    """Within the block lm-eval does not ask git which commit of the current folder this is: git would complain of other folders."""
+    """Within the block lm-eval does not ask git for the current commit: git warns in other folders."""
     from lm_eval import evaluator
 
     asking = evaluator.get_git_commit_hash
@@ -170,7 +169,7 @@ def _without_git() -> Iterator[None]:
 
 @contextmanager
 def _own_draws() -> Iterator[None]:
-    """Within the block random numbers are the benchmarks' own; what the process draws later is untouched by them."""
+    """Within the block random numbers are the benchmarks' own; later draws of the process stay the same."""
     import numpy
 
     plain, numbers = random.getstate(), numpy.random.get_state()

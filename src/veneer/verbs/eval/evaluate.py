@@ -1,70 +1,29 @@
-"""`veneer eval`: a base and its adapters measured on the same texts and benchmarks, side by side, with how sure it is."""
+"""`veneer eval`: measures a base and its adapters on the same texts and benchmarks, side by side, with intervals."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
+from torch import nn
 
 from veneer import dtypes
-from veneer.data.pack import Window, n_bytes
+from veneer.data.forms.shape import Shape
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
-from veneer.errors import ConfigError, DataError
+from veneer.data.spread import spread
+from veneer.errors import ConfigError
 from veneer.models import adapted, machine
-from veneer.ops import bootstrap
-from veneer.runs.texts import sources, texts
-from veneer.train import checks
-from veneer.train.loop.evaluate import nats_by_window, sample
-from veneer.train.loop.progress import Voice
+from veneer.runs.texts import sources
+from veneer.tasks import DEFAULT, Figure, Say, Task, build, get
+from veneer.tasks.text.checks import context
+from veneer.train.loop.progress import Notes, Voice
 from veneer.verbs.eval import benchmarks
+from veneer.verbs.eval.lines import BASE, Evaluation, Line, line, text
+from veneer.verbs.eval.measured import MeasuredText
 
-BASE = "the base"  # as a title: no adapter's name has a space
+__all__ = ["evaluate", "text"]
 LENGTH = 256  # as of veneer fit
-
-
-class Against(NamedTuple):
-    """A model with an adapter against its base on the same units.
-
-    low and high: of the difference, 95 %; None where nothing differs, of too few units, and of what is no mean over units.
-    """
-
-    value: float
-    difference: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Line:
-    """One figure of one text or benchmark; adapters by title. units: what was drawn again for the intervals, and how many."""
-
-    name: str
-    metric: str
-    lower_is_better: bool
-    units: str
-    n: int
-    base: float
-    adapters: dict[str, Against]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "adapters": {title: a._asdict() for title, a in self.adapters.items()}}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """notes: what to keep in mind when reading the lines."""
-
-    base: str
-    lines: list[Line]
-    notes: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"base": self.base, "lines": [line.as_dict() for line in self.lines], "notes": self.notes}
 
 
 def evaluate(
@@ -72,6 +31,7 @@ def evaluate(
     *,
     adapter: Sequence[str] = (),
     data: Sequence[str] = (),
+    task: str = DEFAULT,
     tasks: Sequence[str] = (),
     task_folder: str | None = None,
     length: int | None = None,
@@ -88,17 +48,18 @@ def evaluate(
     allow: Sequence[str] = (),
     progress: bool = True,
 ) -> Evaluation:
-    """The base alone and with each adapter, on every text in bits per byte and on every benchmark in its own measures.
+    """Measures the base alone and with each adapter on every text, by the task's metrics, and on every benchmark.
 
-    Everything is compared on the same documents and examples; the intervals come from drawing those again in pairs.
+    All are compared on the same documents and examples; the intervals come from paired resampling of these.
 
     base: the base model: a Hugging Face folder or id, or builtin
     adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times; each is compared with the base alone
     data: texts, as of veneer fit; may be given several times, each is a line
     tasks: benchmarks of lm-eval by name or pattern; may be given several times
     task_folder: folder with tasks of your own, as YAML files of lm-eval
-    length: longest window in tokens; 256, or what the model takes, unless given; figures compare only at the same one
-    train_on: what of prompts and conversations is measured: completion or all
+    task: task whose figures are measured on texts
+    length: longest window in tokens; 256, or the model's longest, unless given; compare figures of one length only
+    train_on: part of prompts and conversations to measure: completion or all
     truncate: cut prompts and conversations that are longer than length
     documents: at most that many of each text, evenly spaced; 0: all
     examples: at most that many of each benchmark, the first ones; 0: all
@@ -108,153 +69,88 @@ def evaluate(
     dtype: of the weights: fp32, bf16 or fp16
     device: cpu, cuda, ..; auto: cuda where there is one
     seed: decides the draws of the intervals
-    allow: what to let through when loading, see veneer.load
+    allow: checks to turn off when loading, see veneer.load
     """
-    _check(
-        data,
-        tasks,
-        length=1 if length is None else length,
-        documents=documents,
-        examples=examples,
-        batch=batch,
-    )
-    number_format = dtypes.of_name(dtype)
-    voice, kept = Voice(progress), Voice(False)  # the one tells how far it is, the other what to keep in mind
-    known = benchmarks.find(tasks, task_folder) if tasks else None  # the cheap refusals first
+    numbers = {"length": 1 if length is None else length, "batch": batch}
+    _check(data, tasks, {"documents": documents, "examples": examples}, numbers)
+    kind, number_format, notes = get(task), dtypes.of_name(dtype), Notes()
+    known = benchmarks.find(tasks, task_folder) if tasks else None  # cheap refusals first
     wanted = adapted.there(adapter)
-    rows = {name: sample(sources.rows([name], "test"), documents) for name in data}
-    opened = adapted.open_base(base, wanted, number_format, str(machine.device(device)))
-    length = length or min(LENGTH, checks.context(opened.model) or LENGTH)
-    checks.check_length(opened.model, length)
+    rows = {
+        name: spread(sources.rows([name], "test", shape=Shape(forms=kind.FORMS)), documents) for name in data
+    }
+    opened = adapted.open_base(
+        base, wanted, number_format, str(machine.device(device)), kind.AUTO, kind.PROCESSOR
+    )
+    length = length or min(LENGTH, context(opened.model) or LENGTH)
     adapted.check(opened.model, wanted, allow)
     overlong: Literal["cut", "error"] = "cut" if truncate else "error"
     reading = Reading(length=length, packing=False, train_on=train_on, overlong=overlong)
-    read = [_Text.of(name, some, reading, opened, kept) for name, some in rows.items()]
+    read = _texts(rows, build(task, opened.tokenizer, reading), opened.model, notes)
     options = benchmarks.Options(shots, chat, examples or None, batch)
-    nats: dict[str, list[Tensor]] = {}
-    figures: dict[str, list[benchmarks.Figure]] = {}
-    for title, acting in {BASE: None, **{adapted.title(w): w for w in wanted}}.items():
-        voice.say(f"measuring {title}: {', '.join([*rows, *(known.names if known else ())])}")
-        with adapted.alone(opened.model, acting, allow), voice.phase(f"measuring {title}"):
-            nats[title] = [nats_by_window(opened.model, t.windows, batch=batch) for t in read]
-            figures[title] = benchmarks.ask(opened.model, opened.tokenizer, known, options) if known else []
-    lines = [t.line({title: found[i] for title, found in nats.items()}, seed) for i, t in enumerate(read)]
-    lines += _benchmark_lines(figures, seed, kept)
-    if any(a.low is not None for line in lines for a in line.adapters.values()):
-        kept.say("95 % intervals cover the choice of texts, not of the seed of the training")
-    return Evaluation(base, lines, kept.said)
+    found = _measured(opened, wanted, read, known, options, allow, Voice(progress))
+    lines = [each for i, t in enumerate(read) for each in t.lines(found.texts(i), seed)]
+    lines += _benchmark_lines(found.benchmarks, seed, notes.say)
+    if any(a.low is not None for each in lines for a in each.adapters.values()):
+        notes.say("95 % intervals cover the choice of texts, not of the seed of the training")
+    return Evaluation(base, lines, notes.said)
 
 
-def _check(data: Sequence[str], tasks: Sequence[str], **numbers: int) -> None:
+def _check(
+    data: Sequence[str], tasks: Sequence[str], least_0: Mapping[str, int], least_1: Mapping[str, int]
+) -> None:
     problems = [] if data or tasks else ["nothing to measure: give texts by --data, or benchmarks by --tasks"]
-    problems += [
-        f"{name} {n} must be {least} or more"
-        for name, n in numbers.items()
-        if n < (least := int(name in ("length", "batch")))
-    ]
-    weighted = [name for name in data if sources.weight(name) != 1]
-    problems += [
-        f"{name}: a text that is measured has no weight; leave @ and what follows out" for name in weighted
-    ]
+    for least, numbers in enumerate((least_0, least_1)):
+        problems += [f"{name} must be {least} or more, got {n}" for name, n in numbers.items() if n < least]
+    problems += sources.weighted(data, "data")
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-class _Text(NamedTuple):
-    """A text as windows, and the unit (document, or window) that each belongs to."""
-
-    name: str
-    windows: list[Window]
-    owner: Tensor  # (windows,)
-    units: str
-
-    @classmethod
-    def of(
-        cls, name: str, rows: Sequence[Row], reading: Reading, opened: adapted.Opened, kept: Voice
-    ) -> _Text:
-        """Raises one DataError for all rows that cannot be measured."""
-        whole = texts.by_row(rows, reading, opened.tokenizer, kept, name)
-        windows: list[Window] = [(s,) for some in whole for s in some]
-        checks.check_vocabulary(opened.model, windows)
-        owner = torch.tensor([i for i, some in enumerate(whole) for _ in some])
-        if len(whole) >= bootstrap.FEWEST or len(windows) == len(whole):
-            return cls(name, windows, owner, "documents")
-        kept.say(
-            f"{name}: {len(whole)} documents are too few for an interval; it is over their windows, which are less independent"
-        )
-        return cls(name, windows, torch.arange(len(windows)), "windows")
-
-    def line(self, nats: Mapping[str, Tensor], seed: int) -> Line:
-        """The line of the text from the nats of every window (n,) by model."""
-        n = int(self.owner.max()) + 1
-        weights = _summed(
-            torch.tensor([n_bytes([w]) for w in self.windows], dtype=torch.float64), self.owner, n
-        )
-        if not float(weights.sum()):
-            raise DataError(f"{self.name}: the text has no byte that is measured")
-        bits = {title: _summed(x, self.owner, n) / math.log(2) for title, x in nats.items()}
-        base = bits.pop(BASE)
-        against = {title: compare(x, base, weights, seed) for title, x in bits.items()}
-        return Line(
-            self.name, "bits per byte", True, self.units, n, float(base.sum() / weights.sum()), against
-        )
+def _texts(
+    rows: Mapping[str, Sequence[Row]], task: Task, model: nn.Module, notes: Notes
+) -> list[MeasuredText]:
+    return [MeasuredText.of(name, some, task, model, notes) for name, some in rows.items()]
 
 
-def _summed(x: Tensor, owner: Tensor, n: int) -> Tensor:
-    return torch.zeros(n, dtype=torch.float64).index_add_(0, owner, x.double())
+class _Found(NamedTuple):
+    """Figures by title of the model: of every text in order, and of all benchmarks."""
+
+    by_text: dict[str, list[list[Figure]]]
+    benchmarks: dict[str, list[benchmarks.Answered]]
+
+    def texts(self, i: int) -> dict[str, list[Figure]]:
+        """Returns the figures of text i by title."""
+        return {title: found[i] for title, found in self.by_text.items()}
 
 
-def compare(adapted: Tensor, base: Tensor, weights: Tensor, seed: int) -> Against:
-    """Two models on the same units: their amounts (n,) over the units' weights (n,), and the difference with its interval."""
-    total, apart = float(weights.sum()), adapted - base
-    found = bootstrap.interval(apart, weights, seed=seed)
-    low, high = (
-        found if found and bool(apart.any()) else (None, None)
-    )  # where nothing differs, drawing again says nothing
-    return Against(float(adapted.sum()) / total, float(apart.sum()) / total, low, high)
+def _measured(
+    opened: adapted.Opened,
+    wanted: Sequence[adapted.Wanted],
+    read: Sequence[MeasuredText],
+    known: benchmarks.Known | None,
+    options: benchmarks.Options,
+    allow: Sequence[str],
+    voice: Voice,
+) -> _Found:
+    """Measures the base and every adapter alone."""
+    found = _Found({}, {})
+    names = [*(t.name for t in read), *(known.names if known else ())]
+    for title, acting in {BASE: None, **{adapted.title(w): w for w in wanted}}.items():
+        voice.say(f"measuring {title}: {', '.join(names)}")
+        with adapted.alone(opened.model, acting, allow), voice.phase(f"measuring {title}"):
+            found.by_text[title] = [t.measure(opened.model, options.batch) for t in read]
+            asked = benchmarks.ask(opened.model, opened.tokenizer, known, options) if known else []
+            found.benchmarks[title] = asked
+    return found
 
 
-def _benchmark_lines(found: Mapping[str, list[benchmarks.Figure]], seed: int, kept: Voice) -> Iterator[Line]:
-    others = {
-        title: {(f.task, f.metric): f for f in figures} for title, figures in found.items() if title != BASE
-    }
+def _benchmark_lines(
+    found: Mapping[str, Sequence[benchmarks.Answered]], seed: int, say: Say
+) -> Iterator[Line]:
+    named = {title: {(a.task, a.figure.name): a.figure for a in some} for title, some in found.items()}
     for base in found[BASE]:
-        against = {}
-        for title, figures in others.items():
-            own = figures[base.task, base.metric]
-            if base.parts is None or own.parts is None or base.weights is None:
-                against[title] = Against(own.value, own.value - base.value, None, None)
-            else:
-                against[title] = compare(own.parts, base.parts, base.weights, seed)
-        if against and base.parts is None:
-            kept.say(
-                f"{base.task} {base.metric}: no interval, as it is made of more than a mean over examples"
-            )
-        yield Line(base.task, base.metric, base.lower_is_better, "examples", base.n, base.value, against)
-
-
-def text(found: Evaluation) -> str:
-    """The comparison as a table for people."""
-    wide = max([len(line.name) for line in found.lines])
-    rows = []
-    for line in found.lines:
-        better = "lower" if line.lower_is_better else "higher"
-        told = f"{line.name:<{wide}}  {line.metric} ({better} is better; {line.n:,} {line.units}): base {line.base:.4f}"
-        rows.append(told)
-        rows += [
-            f"{'':<{wide}}    {title} {_told(a, line.lower_is_better)}" for title, a in line.adapters.items()
-        ]
-    return "\n".join([*rows, *found.notes])
-
-
-def _told(a: Against, lower_is_better: bool) -> str:
-    if a.low is None or a.high is None:
-        return f"{a.value:.4f}  difference {a.difference:+.4f}{'' if a.difference else '  nothing differs'}"
-    seen = (
-        "no difference seen"
-        if a.low <= 0 <= a.high
-        else "better"
-        if (a.high < 0) == lower_is_better
-        else "worse"
-    )
-    return f"{a.value:.4f}  difference {a.difference:+.4f} [{a.low:+.4f}, {a.high:+.4f}]  {seen}"
+        own = {title: figures[base.task, base.figure.name] for title, figures in named.items()}
+        if len(own) > 1 and base.figure.parts is None:
+            say(f"{base.task} {base.figure.name}: no interval, as it is no mean over examples")
+        yield line(base.task, "examples", base.n, own, seed)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
+from veneer import tasks
 from veneer.adapt.attached import n_base_parameters
 from veneer.adapt.switch import using
 from veneer.analyse.cost import process_memory, simulate
-from veneer.analyse.cost.simulate import Shape
 from veneer.compress.quantise import as_plain
 from veneer.data.order import Order
-from veneer.data.pack import Window, n_labels, n_tokens
+from veneer.errors import ConfigError
 from veneer.models import machine
 from veneer.runs import fit as training
 from veneer.runs.prepare import Ready, prepare
-from veneer.train.loop.loop import Pace
+from veneer.tasks.base.abilities import Outlined
+from veneer.tasks.base.shape import Shape
 from veneer.train.loop.progress import Voice
+from veneer.train.loop.schedule import Pace
 from veneer.train.run import Run
 from veneer.verbs.plan import room
 from veneer.verbs.plan.layers import layers
@@ -35,12 +36,17 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
     errors of `fit` for impossible settings, and NoRoom if the model alone does not fit.
     """
     voice, device = Voice(progress), machine.device(run.device)
+    if not issubclass(tasks.get(run.task), Outlined):
+        raise ConfigError(f"plan needs a task that states its shapes, which {run.task!r} does not")
     room.check_weights(run, device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         ready = prepare(run, device, voice, only_shapes=True)
         held = process_memory.forget_peak(device)
-        order, pace = training.lay_out(ready.run, ready.texts["train"].windows)
-        shape = _shape(ready.run, ready.texts["train"].windows, order)
+        examples = ready.texts["train"].examples
+        order, pace = training.lay_out(ready.run, ready.task, examples)
+        rows = min(ready.run.batch, order.total)
+        passes = min(ready.run.accumulate, math.ceil(order.total / rows))
+        shape = ready.task.shape(examples, rows, passes)
         with voice.phase("simulating a step"):
             own, full = _simulated(ready, shape)
         available = process_memory.available(device)
@@ -64,41 +70,33 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
         length=_length(ready, order, pace),
         measured=measured,
         halving=trials,
-        cache_frozen=ready.frozen.bytes(ready.texts["train"].facts["tokens"]) if ready.frozen else None,
+        cache_frozen=ready.frozen.bytes(sum(map(ready.task.size, examples))) if ready.frozen else None,
         available=available,
         problem=problem,
     )
 
 
-def _shape(run: Run, windows: Sequence[Window], order: Order) -> Shape:
-    """Returns the largest batch that the training may meet."""
-    rows = min(run.batch, order.total)
-    tokens = max(n_tokens([w]) for w in windows)
-    labels = min(rows * tokens, math.ceil(rows * n_labels(windows) / len(windows)))
-    passes = min(run.accumulate, math.ceil(order.total / rows))
-    return Shape(rows, tokens, labels, passes, packed=any(len(w) > 1 for w in windows))
-
-
 def _simulated(ready: Ready, shape: Shape) -> tuple[simulate.Step, simulate.Step]:
     """Returns a step of this method, and one of full fine-tuning."""
     narrow = ready.run.precision == "bf16"
-    states = ready.optimiser.state_bytes(ready.trained)
+    states, task = ready.optimiser.state_bytes(ready.trained), ready.task
+    assert isinstance(task, Outlined)  # checked at the start of the plan
     if ready.run.trains_base:
-        own = simulate.step(ready.model, shape, full=True, autocast=narrow, states=states)
+        own = simulate.step(ready.model, shape, task, full=True, autocast=narrow, states=states)
         return own, own
-    own = simulate.step(ready.model, shape, states=states)
+    own = simulate.step(ready.model, shape, task, states=states)
     with using(ready.model), as_plain(ready.model):
-        return own, simulate.step(ready.model, shape, full=True, base=torch.float32, autocast=narrow)
+        return own, simulate.step(ready.model, shape, task, full=True, base=torch.float32, autocast=narrow)
 
 
 def _length(ready: Ready, order: Order, pace: Pace) -> Length:
-    run, windows = ready.run, ready.texts["train"].windows
+    run, examples = ready.run, ready.texts["train"].examples
     evaluations = sum(pace.evaluates(step) for step in range(pace.steps + 1))
     batches = {
-        part: math.ceil(min(run.eval_windows or math.inf, len(t.windows)) / run.batch)
+        part: math.ceil(min(run.eval_windows or math.inf, len(t.examples)) / run.batch)
         for part, t in ready.texts.items()
     }
     # Test text is measured before and after only.
     often = {part: 2 if part == "test" else evaluations for part in batches if part != "train"}
-    tokens = round(order.total * n_tokens(windows) / len(windows))
+    tokens = round(order.total * sum(map(ready.task.size, examples)) / len(examples))
     return Length(order.steps, tokens, evaluations, sum(n * batches[part] for part, n in often.items()))

@@ -10,11 +10,11 @@ from veneer.analyse.cost import process_memory
 from veneer.analyse.cost.memory import Live, Saved
 from veneer.analyse.cost.simulate import Memory
 from veneer.data.order import Order
+from veneer.data.spread import spread
 from veneer.runs.learner import learner as learner_of
 from veneer.runs.prepare import Ready
-from veneer.train.loop.evaluate import bits_per_byte, sample
-from veneer.train.loop.loop import Pace
 from veneer.train.loop.progress import Voice
+from veneer.train.loop.schedule import Pace
 from veneer.train.loop.step import Learner
 from veneer.train.speed.compiling import eagerly
 
@@ -51,8 +51,8 @@ def measure(ready: Ready, order: Order, pace: Pace, *, held: int | None) -> Meas
     device = next(ready.model.parameters()).device
     learner = learner_of(ready, order, Voice(False))
     evaluation = _evaluate(learner, ready, order)
-    spread = [i * order.steps // (WARM + STEPS) for i in range(WARM + STEPS)]
-    times = [_timed(learner, order, pace, step) for step in spread]
+    steps = [i * order.steps // (WARM + STEPS) for i in range(WARM + STEPS)]
+    times = [_timed(learner, order, pace, step) for step in steps]
     walls, processors = zip(*times[WARM:], strict=True)
     most = process_memory.peak(device)
     growth = None if held is None or most is None else most - held
@@ -70,10 +70,12 @@ def _timed(learner: Learner, order: Order, pace: Pace, step: int) -> tuple[float
 def _evaluate(learner: Learner, ready: Ready, order: Order) -> float:
     """Returns the seconds of one batch of evaluation: the second one of each text, once all is loaded."""
     seconds = 0.0
-    for windows in (sample(t.windows, 2 * order.batch) for part, t in ready.texts.items() if part != "train"):
-        for batch in (windows[: order.batch], windows[-order.batch :]):
+    measured = [spread(t.examples, 2 * order.batch) for part, t in ready.texts.items() if part != "train"]
+    for examples in measured:
+        for batch in (examples[: order.batch], examples[-order.batch :]):
             started = time.monotonic()
-            bits_per_byte(learner.model, batch, learner.objective, batch=order.batch)
+            with eagerly():
+                ready.task.measure(learner.model, batch, batch=order.batch)
             seconds = time.monotonic() - started
     return seconds
 

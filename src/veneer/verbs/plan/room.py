@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from veneer import tasks
 from veneer.analyse.cost import process_memory
 from veneer.errors import ConfigError, VeneerError
 from veneer.models import pretrained
@@ -19,7 +20,7 @@ class NoRoom(VeneerError):
 
 def check_weights(run: Run, device: torch.device) -> None:
     """Raises NoRoom if the model's weights alone exceed the available memory; loads nothing to find out."""
-    n, room = pretrained_size(run.model), process_memory.available(device)
+    n, room = n_parameters(run), process_memory.available(device)
     narrow = not run.trains_base and run.precision_on(device) == "bf16"
     width = 2 if narrow else 4
     if n is not None and room is not None and n * width > room:
@@ -30,10 +31,11 @@ def check_weights(run: Run, device: torch.device) -> None:
         )
 
 
-def pretrained_size(name: str) -> int | None:
+def n_parameters(run: Run) -> int | None:
     """Returns a model's parameters by its configuration alone, tied ones once; None where that is unknown."""
     try:
-        return sum(p.numel() for p in pretrained.skeleton(name).parameters())
+        skeleton = pretrained.skeleton(run.model, tasks.get(run.task).AUTO)
+        return sum(p.numel() for p in skeleton.parameters())
     except ConfigError:  # loading the model says more
         return None
 

@@ -13,10 +13,12 @@ from torch import nn
 from veneer import methods
 from veneer.adapt import attach, switch
 from veneer.analyse.cost import simulate
-from veneer.analyse.cost.simulate import Memory, Shape
+from veneer.analyse.cost.simulate import Memory
 from veneer.optim.base.groups import of_adapter
 from veneer.runs import base_model, start_calibration
 from veneer.runs.prepare import NAME, Ready
+from veneer.tasks.base.abilities import Outlined
+from veneer.tasks.base.shape import Shape
 from veneer.train.run import Run
 from veneer.train.speed import compiling
 
@@ -75,6 +77,8 @@ def _batch(ready: Ready, shape: Shape, now: Memory) -> Trials:
 
 
 def _length(ready: Ready, shape: Shape, now: Memory) -> Trials:
+    if "length" not in ready.task.SETTINGS:
+        return
     for i in range(1, MOST + 1):
         tokens = shape.tokens >> i
         if tokens < 2:
@@ -112,9 +116,9 @@ def _memory(ready: Ready, shape: Shape, *, narrow: bool = False) -> Memory:
     full, bf16 = ready.run.trains_base, narrow or ready.run.precision == "bf16"
     base = torch.bfloat16 if narrow and not full else None
     states = ready.optimiser.state_bytes(ready.trained)
-    return simulate.step(
-        ready.model, shape, full=full, base=base, autocast=full and bf16, states=states
-    ).memory
+    assert isinstance(ready.task, Outlined)  # checked at the start of the plan
+    own: dict[str, Any] = {"full": full, "base": base, "autocast": full and bf16, "states": states}
+    return simulate.step(ready.model, shape, ready.task, **own).memory
 
 
 @contextmanager

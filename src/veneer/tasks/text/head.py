@@ -1,4 +1,4 @@
-"""A causal language model cut in two: a body that makes features, and a head that turns any of them into logits."""
+"""Cuts a language model in two: a body that makes features, and a head that turns them into logits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from veneer.adapt.modes import evaluating
+
 
 class Head(NamedTuple):
-    """logits = cap(head(features) * scale): the layer, with whatever hangs on it, and what models do to its output.
+    """logits = cap(layer(features) * scale), adapters of the layer included.
 
-    The scale is Cohere's `logit_scale` or the inverse of Granite's `logits_scaling`; cap(z) = c tanh(z / c) is Gemma 2's.
+    The scale is Cohere's `logit_scale` or the inverse of Granite's `logits_scaling`; cap(z) = c tanh(z / c)
+    is Gemma 2's.
     """
 
     body: nn.Module
@@ -21,26 +24,26 @@ class Head(NamedTuple):
     cap: float | None = None
 
     def features(self, inputs: Mapping[str, Any]) -> Tensor:
-        """(b, t, width): what the head reads."""
+        """Returns the head's input (b, t, width)."""
         found: Tensor = self.body(**inputs)[0]
         return found
 
     def logits(self, features: Tensor) -> Tensor:
-        """(.., vocabulary) for features (.., width)."""
+        """Returns logits (.., vocabulary) for features (.., width)."""
         logits: Tensor = self.layer(features)
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def parameters(self) -> list[Tensor]:
-        """What takes gradients in the head, a tied embedding or a change of it included."""
+        """Returns the head's trained parameters, those of a tied embedding and of adapters included."""
         return [p for p in self.layer.parameters() if p.requires_grad]
 
 
 def cut(model: nn.Module) -> Head | None:
-    """The two halves of a transformers model, or None where it is something else, or is wrapped as a whole.
+    """Returns the halves of a transformers model; None for another model or one that is wrapped as a whole.
 
-    Whether the halves make the same logits as the model has to be checked: models may do more to their logits.
+    Models may do more to their logits: check that the halves give the same ones.
     """
     body, find = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", None)
     if (
@@ -70,18 +73,13 @@ def _settings(model: nn.Module) -> Any:
 
 @torch.no_grad()
 def difference(model: nn.Module, head: Head, inputs: Mapping[str, Any], places: Tensor) -> float:
-    """Largest difference of the model's own logits and the halves' at `places` (b, t), over the largest logit.
+    """Returns the largest difference of the model's logits and the halves' at `places` (b, t), relative.
 
-    Computed without dropout; nan where the two have other shapes.
+    Relative to the largest logit, without dropout; nan if the shapes differ.
     """
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         own = model(**inputs).logits[places].double()
         cut = head.logits(head.features(inputs)[places]).double()
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if own.shape != cut.shape:
         return float("nan")
     return (

@@ -1,0 +1,124 @@
+"""Finishes a run: restores the best step, saves the adapter, results.json, report and card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from veneer.adapt.store import store
+from veneer.errors import FormatError, option
+from veneer.models import machine, pretrained
+from veneer.runs import card, report
+from veneer.runs.prepare import NAME, Ready
+from veneer.tasks import Figure
+from veneer.train import full, track
+from veneer.train.errors import NotSaved
+from veneer.train.folder import layout
+from veneer.train.folder.result import Result, figures
+from veneer.train.loop.loop import Loop
+from veneer.train.loop.progress import Voice
+from veneer.train.loop.signals import Stop, Wish
+from veneer.train.loop.state import Position
+from veneer.train.speed import compiling, frozen_cache
+from veneer.train.world import ALONE, World
+
+
+class Begun(NamedTuple):
+    """A run whose folder is held by this process, with all that a training needs."""
+
+    ready: Ready
+    out: Path
+    voice: Voice
+    feed: track.Feed
+    world: World = ALONE
+
+
+def end(begun: Begun, loop: Loop, position: Position, wish: Wish) -> Result:
+    """Evaluates, saves and reports the best step's adapter."""
+    ready, out, voice = begun.ready, begun.out, begun.voice
+    try:
+        loop.take_best()
+        with voice.phase("measuring test text"):
+            test = loop.measure([name for name in loop.texts if name == "test"])
+    except Stop:
+        raise loop.interrupted() from None
+    compiling.restore(ready.model)
+    if begun.world.first:
+        _write(begun, loop, position, test, wish)
+    begun.world.barrier()
+    result = Result.read(out)
+    begun.feed.finish(result.metrics)
+    return result
+
+
+def _write(
+    begun: Begun, loop: Loop, position: Position, test: Mapping[str, Sequence[Figure]], wish: Wish
+) -> None:
+    """Writes adapter, results, report and card."""
+    ready, out, voice = begun.ready, begun.out, begun.voice
+    frozen_cache.forget(out)
+    _save(ready, out, voice)
+    layout.put(out / layout.RESULTS, _results(ready, out, position, test, voice))
+    if ready.run.report:
+        report.at_the_end(ready, out, loop.precision, wish, voice)
+    try:
+        card.write(out)
+    except OSError as e:
+        voice.say(f"the run is finished and saved, but the adapter's {card.CARD} is not written: {e}")
+
+
+def _save(ready: Ready, out: Path, voice: Voice) -> None:
+    """Writes the adapter, and the processor if it belongs to the adapter. Raises NotSaved."""
+    run, model, where = ready.run, ready.model, out / layout.ADAPTER
+    if run.trains_base:
+        original = pretrained.model(run.model, ready.task.AUTO, torch.float32, torch.device("cpu"))
+        full.as_change(model, original.state_dict(), NAME)
+    try:
+        _save_adapter(model, where, voice)
+        processor = ready.task.companion(ready.texts["train"].facts)
+        if processor is not None:
+            processor.save_pretrained(where)
+    except (OSError, SafetensorError) as e:
+        raise NotSaved(
+            f"the adapter could not be written to {where}: {e}; the checkpoints are kept:"
+            f" {option('resume', True)} tries again"
+        ) from e
+
+
+def _save_adapter(model: nn.Module, where: Path, voice: Voice) -> None:
+    """Writes the adapter, even if parts learned nothing: a training must not be lost at its end."""
+    try:
+        store.save(model, where, NAME)
+    except FormatError as e:
+        voice.say(f"{e}\nthe adapter is saved unchanged; loading it needs {option('allow', 'zero')}")
+        store.save(model, where, NAME, allow="zero")
+
+
+def _results(
+    ready: Ready, out: Path, position: Position, test: Mapping[str, Sequence[Figure]], voice: Voice
+) -> dict[str, Any]:
+    """Returns the content of results.json."""
+    device = next(ready.model.parameters()).device
+    adapter = (out / layout.ADAPTER).glob("*.safetensors")
+    return {
+        **{name: getattr(ready.run, name) for name in ("model", "method", "optimiser", "lr")},
+        **figures(ready.task.METRIC, position, test),
+        "steps": position.step,
+        "best_step": position.best_step,
+        "skipped_steps": position.skipped,
+        "trainable_parameters": sum(p.parameter.numel() for p in ready.parts),
+        "adapter_bytes": sum(p.stat().st_size for p in adapter),
+        "tokens": position.tokens,
+        **{k: ready.config[k] for k in ("start",) if k in ready.config},
+        "padding_share": 1 - position.tokens / max(1, position.positions),
+        "seconds": position.seconds,
+        "peak_memory_bytes": machine.peak_memory(device),
+        "notes": voice.said,
+        "hardware": machine.hardware(device),
+        "versions": machine.versions(),
+    }

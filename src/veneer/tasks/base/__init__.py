@@ -1,0 +1,1 @@
+"""Interface of a task, and the figures that it measures."""

@@ -1,0 +1,1 @@
+"""Text for language models: rows as windows of tokens, the output head, figures, samples."""
