@@ -22,7 +22,8 @@ class Verb(NamedTuple):
 
 
 ADAPT, LOOK, CARRY, MEASURE = "Adapt a model", "Look", "Carry elsewhere", "Measure and check"
-GROUPS = (ADAPT, LOOK, CARRY, MEASURE)
+SERVE = "Serve"
+GROUPS = (ADAPT, LOOK, SERVE, CARRY, MEASURE)
 FIRST = ("demo", "fit", "generate", "eval", "merge")  # what `veneer` alone shows
 
 VERBS = {
@@ -100,6 +101,18 @@ VERBS = {
         "List methods, starts and optimisers, with options and papers.",
         ("veneer methods", "veneer methods lora --json"),
         "veneer.cli.listing:listing",
+    ),
+    "serve": Verb(
+        SERVE,
+        "Serve a base with any mixture of adapters behind OpenAI's interface, with a page.",
+        (
+            "veneer serve --demo",
+            "veneer serve ./llama --adapters ./adapters --port 8000",
+            "veneer serve --adapter french=runs/french --adapter formal=runs/formal --slots 16",
+            "veneer serve --adapters ./adapters --batch requests.jsonl --out answers.jsonl",
+        ),
+        "veneer.cli.serve_verb:serve",
+        own=True,
     ),
     "merge": Verb(
         CARRY,

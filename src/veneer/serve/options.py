@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from veneer.errors import ConfigError, suggest
-from veneer.settings import setting
+from veneer.settings import Settings, setting
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
     """Memory, time and sizes of a server."""
+
+    PANEL = "Speed and memory"
 
     slots: int = setting(64, "adapters in the bank at once; others wait on the disk or in RAM")
     running: int = setting(64, "requests in one batch")
@@ -34,21 +36,16 @@ class Options:
     watch: float = setting(
         2.0, "time between two looks for new and changed adapters; 0 for none", unit="seconds"
     )
-    engine: str = setting(
+    engine: Literal["auto", "packed", "static"] = setting(
         "auto", "packed: continuous batching; static: padded batches; auto: packed where it is exact"
     )
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"{f.name} must be at least {low:g}, got {value}"
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), int | float)
-            and value < (low := _LEAST.get(f.name, 1))
-        ]
-        if self.engine not in ("auto", "packed", "static"):
-            problems.append(f"engine must be auto, packed or static, got {self.engine!r}")
-        if problems:
-            raise ConfigError("serve: " + "; ".join(problems))
+    def problems(self) -> Iterator[str]:
+        """Yields a sentence for every option out of its range."""
+        for f in fields(Options):
+            value, low = getattr(self, f.name), _LEAST.get(f.name, 1)
+            if isinstance(value, int | float) and value < low:
+                yield f"{f.name} must be at least {low:g}, got {value}"
 
 
 _LEAST = dict.fromkeys(("prefix_cache", "adapter_memory", "watch", "patience"), 0)

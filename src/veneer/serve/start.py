@@ -22,10 +22,10 @@ from veneer.serve.adapters.reading import Reader
 from veneer.serve.adapters.registry import Registry
 from veneer.serve.adapters.slots import Slots
 from veneer.serve.adapters.version import Forms
+from veneer.serve.engine import choice
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.packed import Packed
 from veneer.serve.engine.prefixes import Prefixes
-from veneer.serve.engine.runner import Limits, Runner
+from veneer.serve.engine.runner import Limits
 from veneer.serve.engine.supervisor import Supervisor
 from veneer.serve.options import Options, adapters_of, options_of
 from veneer.serve.server import Parts, Server
@@ -91,7 +91,7 @@ def _parts(model: Any, tokenizer: Any, reader: Reader, options: Options, name: s
         options.running, options.step_tokens, options.cache_tokens, _context(model, options), options.patience
     )
     engine = Engine(
-        _runner(model, bank, options.engine),
+        choice.runner(model, bank, options.engine),
         slots,
         tokenizer,
         _ends(model, tokenizer),
@@ -136,10 +136,6 @@ def _hash(forms: Forms) -> str:
                 digest.update(f"{name} {n} {None if t is None else tuple(t.shape)} ".encode())
                 digest.update(b"" if t is None else t.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _runner(model: Any, bank: SegmentBank, engine: str) -> Runner:
-    return Packed(model, bank)
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

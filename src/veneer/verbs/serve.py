@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from veneer import settings
 from veneer.embedded.texts import has
 from veneer.errors import ConfigError
 from veneer.models import adapted
@@ -20,9 +22,11 @@ DEMO = {"prose": 5e-3, "c": 5e-3}  # texts of the demo's adapters and their lear
 DEMO_STEPS = 60
 
 
-@dataclass(frozen=True)
-class Settings(Options):
-    """All settings of the command: those of the server, and of its network and adapters."""
+@dataclass(frozen=True, kw_only=True)
+class Chosen(settings.Settings):
+    """The base and its adapters."""
+
+    PANEL = "Model and adapters"
 
     adapters: str | None = setting(
         None, "root folder: each adapter under it is served by its folder's name, new and changed ones too"
@@ -33,11 +37,18 @@ class Settings(Options):
     demo: bool = setting(
         False, "serve the built-in model with two adapters, which are trained first where they are missing"
     )
-    batch: str | None = setting(
-        None, "file of requests, a JSON object a line as in OpenAI's batches; answered without a network"
-    )
-    out: str | None = setting(None, "file for the answers of --batch; BATCH.answers.jsonl unless given")
     name: str | None = setting(None, "name of the base in requests")
+    device: str = setting("auto", "where to compute: cpu, cuda, or auto")
+    dtype: str = setting("fp32", "number format of the base: fp32, bf16 or fp16")
+    allow: tuple[str, ...] = setting((), "problems to let through when adapters are loaded, see veneer.load")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(settings.Settings):
+    """The address, and what clients may do."""
+
+    PANEL = "Network"
+
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
     port: int = setting(8000, "port to listen on; 0 for a free one")
     key_file: str | None = setting(
@@ -51,23 +62,38 @@ class Settings(Options):
     per_minute: int = setting(0, "requests of one key in a minute; 0 for no limit")
     seconds: float = setting(600.0, "longest time of one answer", unit="seconds")
     body_size: int = setting(8, "largest body of a request", unit="MiB")
-    device: str = setting("auto", "where to compute: cpu, cuda, or auto")
-    dtype: str = setting("float32", "of the base: float32, bfloat16 or float16")
-    allow: tuple[str, ...] = setting((), "problems to let through when adapters are loaded, see veneer.load")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+
+@dataclass(frozen=True, kw_only=True)
+class Offline(settings.Settings):
+    """Requests of a file instead of a network's."""
+
+    PANEL = "Offline"
+
+    batch: str | None = setting(None, "file of requests, a JSON object a line as in OpenAI's batches")
+    out: str | None = setting(None, "file for the answers of --batch; BATCH.answers.jsonl unless given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(Offline, Options, Network, Chosen):
+    """All settings of the command."""
+
+    def problems(self) -> Iterator[str]:
+        """Yields a sentence for every value out of range or contradiction."""
+        yield from super().problems()
         if sum([self.adapters is not None, bool(self.adapter), self.demo]) > 1:
-            raise ConfigError("serve: give one of --adapters, --adapter and --demo")
+            yield "give one of --adapters, --adapter and --demo"
+        if self.out is not None and self.batch is None:
+            yield "out needs --batch"
 
 
 def serve(model: str | None = None, **given: Any) -> dict[str, Any]:
     """Serves until SIGINT or SIGTERM, or answers the requests of a file and returns counts.
 
     model: name or folder of the base; the adapters' own unless given, or the built-in model. given: see
-    Settings.
+    Serving.
     """
-    s = Settings(**given)
+    s = Serving(**given)
     _check_packages(s.batch is not None)
     from veneer.serve.http import offline, running
 
@@ -86,7 +112,7 @@ def serve(model: str | None = None, **given: Any) -> dict[str, Any]:
     return {}
 
 
-def _server(base: str, adapters: Any, s: Settings) -> Any:
+def _server(base: str, adapters: Any, s: Serving) -> Any:
     from veneer.serve.start import serve as start
 
     options = {f.name: getattr(s, f.name) for f in fields(Options)}
@@ -115,7 +141,7 @@ def _check_packages(offline: bool) -> None:
         raise ConfigError(f"veneer serve needs {', '.join(missing)}: pip install 'veneer[{extras}]'")
 
 
-def _chosen(model: str | None, s: Settings) -> tuple[Any, str]:
+def _chosen(model: str | None, s: Serving) -> tuple[Any, str]:
     """Returns the adapters, as a root folder or by name, and the base."""
     if s.demo:
         return _demo(), model or "builtin"
