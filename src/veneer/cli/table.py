@@ -22,8 +22,7 @@ class Verb(NamedTuple):
 
 
 ADAPT, LOOK, CARRY, MEASURE = "Adapt a model", "Look", "Carry elsewhere", "Measure and check"
-SERVE = "Serve"
-GROUPS = (ADAPT, LOOK, SERVE, CARRY, MEASURE)
+GROUPS = (ADAPT, LOOK, CARRY, MEASURE)
 FIRST = ("demo", "fit", "generate", "eval", "merge")  # what `veneer` alone shows
 
 VERBS = {
@@ -103,7 +102,7 @@ VERBS = {
         "veneer.cli.listing:listing",
     ),
     "serve": Verb(
-        SERVE,
+        LOOK,
         "Serve a base with any mixture of adapters behind OpenAI's interface, with a page.",
         (
             "veneer serve --demo",

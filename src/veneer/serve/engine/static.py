@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class Static:
         else:
             self._leave()
         for w in works:
-            w.held.work = w
+            cast(Row, w.held).work = w
         width = max(len(w.tokens) for w in works)
         tokens, mask = self._padded(width)
         whole = any(w.sampled < 0 for w in works)
@@ -81,13 +81,13 @@ class Static:
         found = []
         for w in works:
             w.held.length += len(w.tokens)
-            own = logits[self.rows.index(w.held)]
+            own = logits[self.rows.index(cast(Row, w.held))]
             found.append(own[-len(w.tokens) :] if w.sampled < 0 else own[-1:] if w.sampled else None)
         return found
 
     def _begin(self, works: Sequence[Work]) -> None:
         order = sorted(works, key=lambda w: [(p.stack, p.place, s) for p, s in w.terms])
-        self.rows, self.cache = [w.held for w in order], None
+        self.rows, self.cache = [cast(Row, w.held) for w in order], None
         self.mask = torch.ones(len(order), 0, dtype=torch.long, device=self.model.device)
 
     def _leave(self) -> None:

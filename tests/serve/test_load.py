@@ -1,0 +1,235 @@
+"""Faults and load: mixed requests while adapters come, change and go; every answer is right or a clean
+error.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from support import served, tiny
+
+import veneer
+from veneer.serve.errors import RequestError, UnknownModel
+
+CLIENTS = 16
+NAMES = [f"a{i}" for i in range(6)]
+VARIANTS = 3  # contents that a name may have
+
+
+class Load:
+    """Clients that ask for random sums, and a hand that loads, replaces and unloads meanwhile."""
+
+    def __init__(self, root: Path, requests: int, seed: int) -> None:
+        self.root, self.requests, self.random = root, requests, random.Random(seed)
+        for i, name in enumerate(NAMES):
+            for v in range(VARIANTS):
+                options = {"method": "dora"} if i == 1 else {"method": "ia3"} if i == 2 else {"rank": 2 + i}
+                served.save(root, f"{name}-{v}", seed=10 * i + v, **options)
+        self.oracle = served.Oracle({f"{n}-{v}": root / f"{n}-{v}" for n in NAMES for v in range(VARIANTS)})
+        self.shared = [served.prompt(900 + k, 64) for k in range(3)]
+        self.problems: list[str] = []
+        self.right = self.refused = self.left = 0
+        self.lock = threading.Lock()
+
+    def prompt(self, draw: random.Random) -> tuple[int, ...]:
+        own = served.prompt(draw.randrange(40), draw.randrange(2, 20))
+        return draw.choice(self.shared) + own if draw.random() < 0.5 else own
+
+    def ask(self, server, number: int) -> None:
+        draw = random.Random(number)
+        names = draw.sample(NAMES, draw.choice([0, 1, 1, 1, 2, 3]))
+        terms = [(n, draw.choice([1.0, 1.0, 0.5, -0.75])) for n in names]
+        prompt, n = self.prompt(draw), draw.randrange(1, 14)
+        model = "+".join(f"{name}@{s}" for name, s in terms)
+        leaves = draw.random() < 0.15
+        got: list[int] = []
+        try:
+            for event in server.stream(prompt, model, max_tokens=n, temperature=0):
+                got += getattr(event, "tokens", ())
+                if leaves and len(got) > n // 2:
+                    break
+        except UnknownModel:
+            with self.lock:
+                self.refused += 1
+            return
+        except RequestError as e:
+            self.problems.append(f"{model}: {e}")
+            return
+        self.judge(prompt, terms, got, leaves)
+
+    def judge(self, prompt, terms, got, leaves) -> None:
+        """An answer must be that of one content of each of its names, from the first token to the last."""
+        found = []
+        for v in range(VARIANTS ** len(terms)):
+            own = tuple((f"{n}-{v // VARIANTS**k % VARIANTS}", s) for k, (n, s) in enumerate(terms))
+            with self.lock:
+                problem = self.oracle.differs(prompt, own, got) if got else None
+            if problem is None:
+                with self.lock:
+                    self.right += not leaves
+                    self.left += leaves
+                return
+            found.append(problem)
+        self.problems.append(f"{terms}: {found}")
+
+    def change(self, server, done: threading.Event) -> int:
+        changes = 0
+        while not done.is_set():
+            name, v = self.random.choice(NAMES), self.random.randrange(VARIANTS)
+            if name in server.adapters() and self.random.random() < 0.3:
+                server.unload(name)
+                time.sleep(0.01)
+            server.load(name, self.root / f"{name}-{v}", replace=name in server.adapters())
+            changes += 1
+        for name in NAMES:
+            if name not in server.adapters():
+                server.load(name, self.root / f"{name}-0")
+        return changes
+
+    def run(self) -> None:
+        first = {name: self.root / f"{name}-0" for name in NAMES}
+        options = dict(tokenizer=tiny.tokenizer(), slots=4, running=12, step_tokens=48)
+        with veneer.serve(served.model(), first, **options) as server:
+            done = threading.Event()
+            with ThreadPoolExecutor(CLIENTS + 1) as pool:
+                changing = pool.submit(self.change, server, done)
+                list(pool.map(lambda i: self.ask(server, i), range(self.requests)))
+                done.set()
+                assert changing.result() > self.requests / 50
+            assert server.engine.prefixes.hit > 0 and server.engine.slots.evictions > 0
+            deadline = time.monotonic() + 10
+            while server.engine.known and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert not server.engine.known
+            assert all(v.is_idle and not v.holds for v in server.engine.slots.placed.values())
+        assert self.problems == []
+        assert self.right > self.requests / 2
+
+
+@pytest.mark.parametrize("requests", [200, pytest.param(2000, marks=pytest.mark.slow)], ids=["short", "long"])
+def test_mixed_requests_are_right_while_adapters_come_change_and_go(tmp_path, requests):
+    Load(tmp_path, requests, seed=requests).run()
+
+
+@pytest.mark.parametrize("cycles", [60, pytest.param(1000, marks=pytest.mark.slow)], ids=["short", "long"])
+def test_loading_and_unloading_again_and_again_keeps_memory(tmp_path, cycles):
+    folders = [served.save(tmp_path, f"r{r}", seed=r, rank=r) for r in (4, 16, 24)]
+    with veneer.serve(served.model(), tokenizer=tiny.tokenizer(), slots=4) as server:
+
+        def cycle(i):
+            server.load("x", folders[i % 3])
+            assert server.complete(served.prompt(i, 40), "x", max_tokens=2).tokens is not None
+            server.unload("x")
+
+        for i in range(20):
+            cycle(i)
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        for i in range(cycles):
+            cycle(i)
+        gc.collect()
+        deadline = time.monotonic() + 5
+        while server.engine.slots.placed and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert psutil.Process().memory_info().rss <= 1.05 * before
+        assert not server.engine.slots.placed and not server.engine.slots.bank.stacks
+        assert server.registry.memory.bytes == 0 and server.adapters() == []
+
+
+def test_an_adapter_that_is_not_finite_harms_its_own_rows_only(tmp_path, folders, oracle):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    bad = served.save(tmp_path, "bad", rank=2)
+    file = bad / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = next(iter(tensors))
+    tensors[first] = torch.full_like(tensors[first], torch.nan)
+    save_file(tensors, file)
+    with pytest.raises(Exception, match="NaN or infinity"):
+        veneer.serve(served.model(), {"bad": bad}, tokenizer=tiny.tokenizer())
+    (bad / "veneer.json").unlink()
+    adapters = {"bad": bad, "french": folders / "french"}
+    with veneer.serve(
+        served.model(),
+        adapters,
+        tokenizer=tiny.tokenizer(),
+        allow=("finite", "zero", "sha256", "norm", "probe"),
+    ) as server:
+        prompts = [served.prompt(i, 20 + i) for i in range(6)]
+        with ThreadPoolExecutor(12) as pool:
+            good = [pool.submit(server.complete, p, "french", max_tokens=12, temperature=0) for p in prompts]
+            ill = [pool.submit(server.complete, p, "bad", max_tokens=12) for p in prompts]
+            for f in ill:
+                with pytest.raises(RequestError, match="not finite") as caught:
+                    f.result()
+                assert caught.value.status == 422
+        for p, f in zip(prompts, good, strict=True):
+            assert oracle.differs(p, (("french", 1.0),), list(f.result().tokens)) is None
+        again = [server.complete(p, "french", max_tokens=12, temperature=0) for p in prompts]
+        for p, a in zip(prompts, again, strict=True):
+            assert oracle.differs(p, (("french", 1.0),), list(a.tokens)) is None
+
+
+def test_no_adapter_starves_beside_one_that_is_asked_all_the_time(folders):
+    options = dict(tokenizer=tiny.tokenizer(), slots=1, running=2, patience=0.2, watch=0, queue=1000)
+    with veneer.serve(served.model(), folders, **options) as server:
+        for name in ("french", "formal"):
+            server.complete(served.prompt(1, 4), name, max_tokens=1)
+        done = threading.Event()
+
+        def busy(i):
+            while not done.is_set():
+                server.complete(served.prompt(i, 4), "french", max_tokens=20, temperature=0)
+
+        with ThreadPoolExecutor(4) as pool:
+            for i in range(4):
+                pool.submit(busy, i)
+            time.sleep(0.3)
+            began = time.monotonic()
+            try:
+                for i in range(3):
+                    server.complete(served.prompt(i, 4), "formal", max_tokens=2, temperature=0)
+                waited = (time.monotonic() - began) / 3
+            finally:
+                done.set()
+        assert waited < 3
+
+
+def test_many_adapters_over_little_memory_are_read_again_and_never_missing(tmp_path):
+    names = [f"m{i}" for i in range(10)]
+    for i, name in enumerate(names):
+        served.save(tmp_path, name, seed=i, rank=8)
+    oracle = served.Oracle({n: tmp_path / n for n in names})
+    options = dict(tokenizer=tiny.tokenizer(), slots=2, adapter_memory=0, watch=0)
+    with veneer.serve(served.model(), tmp_path, **options) as server:
+        p = served.prompt(3, 10)
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(2):
+                asked = pool.map(lambda n: server.complete(p, n, max_tokens=6, temperature=0), names)
+                for n, a in zip(names, asked, strict=True):
+                    assert oracle.differs(p, ((n, 1.0),), list(a.tokens)) is None
+        assert server.engine.slots.evictions >= 8
+        held = [e.version.forms is not None for e in server.registry.entries.values()]
+        assert sum(held) <= 3
+
+
+def test_pinned_adapters_keep_their_places(folders):
+    with veneer.serve(served.model(), folders, tokenizer=tiny.tokenizer(), slots=2, watch=0) as server:
+        p = served.prompt(3, 6)
+        server.complete(p, "french", max_tokens=1)
+        server.pin("french")
+        for name in ("formal", "dora", "wide", "gains"):
+            server.complete(p, name, max_tokens=1)
+        assert "french" in [v.name for v in server.engine.slots.placed.values()]
+        server.pin("french", False)
+        for name in ("formal", "dora"):
+            server.complete(p, name, max_tokens=1)
+        assert "french" not in [v.name for v in server.engine.slots.placed.values()]
