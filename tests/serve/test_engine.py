@@ -13,9 +13,10 @@ from veneer.adapt.banks.segments import SegmentBank
 from veneer.serve.adapters import expression, reading
 from veneer.serve.adapters.slots import Slots
 from veneer.serve.adapters.version import Version
-from veneer.serve.engine import lanes, prefixes, sampler
-from veneer.serve.engine.lanes import Lane, Pair, Strip
+from veneer.serve.engine import prefixes, sampler
 from veneer.serve.engine.request import Sampling
+from veneer.serve.engine.steps import lanes
+from veneer.serve.engine.steps.lanes import Lane, Pair, Strip
 from veneer.serve.engine.text import Detokeniser
 from veneer.serve.engine.waiting import Waiting
 from veneer.serve.errors import RequestError

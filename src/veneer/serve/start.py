@@ -22,10 +22,10 @@ from veneer.serve.adapters.reading import Reader
 from veneer.serve.adapters.registry import Registry
 from veneer.serve.adapters.slots import Slots
 from veneer.serve.adapters.version import Forms
-from veneer.serve.engine import choice
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.prefixes import Prefixes
-from veneer.serve.engine.runner import Limits
+from veneer.serve.engine.steps import choice
+from veneer.serve.engine.steps.runner import Limits
 from veneer.serve.engine.supervisor import Supervisor
 from veneer.serve.options import Options, adapters_of, options_of
 from veneer.serve.server import Parts, Server

@@ -17,12 +17,12 @@ from torch import Tensor
 from veneer.serve.adapters.slots import Slots
 from veneer.serve.engine import sampler
 from veneer.serve.engine.door import Broken, Door
-from veneer.serve.engine.packed import Work
 from veneer.serve.engine.prefixes import Prefixes, namespace
 from veneer.serve.engine.reply import Reply, Request
 from veneer.serve.engine.request import Failed
-from veneer.serve.engine.runner import Limits, Runner
 from veneer.serve.engine.stats import Stats
+from veneer.serve.engine.steps.packed import Work
+from veneer.serve.engine.steps.runner import Limits, Runner
 
 log = logging.getLogger("veneer.serve")
 T = TypeVar("T")

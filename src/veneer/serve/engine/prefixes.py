@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from veneer.serve.engine.lanes import Pair, Strip
+from veneer.serve.engine.steps.lanes import Pair, Strip
 
 BLOCK = 32  # tokens
 

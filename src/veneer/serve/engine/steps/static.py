@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.adapt.banks.segments import SegmentBank
 from veneer.errors import ConfigError
-from veneer.serve.engine.packed import Work
+from veneer.serve.engine.steps.packed import Work
 
 CACHES = ("past_key_values", "cache_params")  # names that models have for their cache
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from veneer.serve.engine.lanes import Lane, Pair, Strip, chunk_mask, decode_mask
+from veneer.serve.engine.steps.lanes import Lane, Pair, Strip, chunk_mask, decode_mask
 
 ATTENTION = "veneer_packed"
 UNKNOWN = ("s_aux", "position_bias", "sinks")  # arguments of attentions that this one does not compute

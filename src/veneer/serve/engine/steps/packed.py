@@ -13,8 +13,8 @@ from torch import Tensor
 
 from veneer.adapt.banks.program import Terms
 from veneer.adapt.banks.segments import SegmentBank
-from veneer.serve.engine.attention import ATTENTION, Held, Step, attending
-from veneer.serve.engine.lanes import Lane, capacity
+from veneer.serve.engine.steps.attention import ATTENTION, Held, Step, attending
+from veneer.serve.engine.steps.lanes import Lane, capacity
 
 
 class Work(NamedTuple):

@@ -11,9 +11,9 @@ from torch import Tensor
 from veneer.adapt.banks.segments import SegmentBank
 from veneer.adapt.probe import TOLERANCE
 from veneer.errors import ConfigError
-from veneer.serve.engine.packed import Packed, Work
-from veneer.serve.engine.runner import Runner
-from veneer.serve.engine.static import Static
+from veneer.serve.engine.steps.packed import Packed, Work
+from veneer.serve.engine.steps.runner import Runner
+from veneer.serve.engine.steps.static import Static
 
 log = logging.getLogger("veneer.serve")
 LENGTHS = (9, 5)  # tokens of the two texts that are tried
