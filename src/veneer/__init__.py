@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from veneer.adapt.merge import merge
     from veneer.adapt.store.store import load, read, save
     from veneer.adapt.switch import activate, train_only, using
+    from veneer.compress.compress import compress
     from veneer.compress.folder import save_compressed
     from veneer.compress.quantise import dequantise, quantise, quantise_around
     from veneer.compress.store import load_quantised, save_quantised
@@ -34,6 +35,7 @@ __all__ = [
     "bank",
     "calibrate",
     "combine",
+    "compress",
     "dequantise",
     "detach",
     "expand",
@@ -80,10 +82,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     home = next((module for module, names in _HOMES.items() if name in names), None)
-    if home is None:
+    if home is None and name != "compress":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if home is None:  # a package that is called, see veneer.compress
+        return importlib.import_module("veneer.compress")
     return getattr(importlib.import_module(home), name)
 
 

@@ -260,7 +260,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
     refused({"layers": {"a": record["layers"]["model.layers.0.mlp.up_proj"]}}, "a is missing in the model")
     name, entry = next(iter(record["layers"].items()))
     refused({"layers": {**record["layers"], name: {**entry, "rank": 2}}}, "of another model")
-    refused({"sha256": "0"}, "is not the file that factored.json describes")
+    refused({"files": {"factored.safetensors": "0"}}, r"is not the file that factored\.json describes")
     (path / "factored.safetensors").unlink()
     refused({}, "is missing")
     with pytest.raises(FormatError, match=r"there is no .*factored\.json"):

@@ -1,7 +1,7 @@
 """A model with factored layers as a Hugging Face folder that describes itself.
 
 config.json, generation_config.json and the tokenizer's files are those of the model that it was made from;
-all weights lie in factored.safetensors under the names of the state dict (`LAYER.A.weight`, `LAYER.B.weight`
+all weights lie in factored*.safetensors under the names of the state dict (`LAYER.A.weight`, `LAYER.B.weight`
 or `LAYER.C.weight` and `LAYER.order`), and factored.json says which layers are factored, in which form and
 rank. Programs that expect model.safetensors find none, and so refuse the folder instead of drawing random
 layers.
@@ -27,7 +27,7 @@ from veneer.sites.quantised import formats
 from veneer.version import __version__
 
 TENSORS, DESCRIPTION, FORMAT = "factored.safetensors", "factored.json", 1
-NEEDED = ("format", "model", "layers", "sha256")
+NEEDED = ("format", "model", "layers", "files")
 Record = dict[str, Any]
 
 
@@ -56,14 +56,20 @@ def write(model: nn.Module, folder: Path, *, tokenizer: Any, record: Mapping[str
     """Writes all files of such a folder into one that exists."""
     files.write_tensors(folder / TENSORS, weights(model))
     write_beside(model, folder, tokenizer)
+    layers = {n: described(m) for n, m in model.named_modules() if isinstance(m, Factored)}
+    describe(folder, layers, str(getattr(model, "name_or_path", "") or ""), record or {})
+
+
+def describe(folder: Path, layers: Mapping[str, Record], model: str, record: Mapping[str, Any]) -> None:
+    """Writes factored.json beside the tensors' files, with their checksums. model: from which it was made."""
     content = {
         "format": FORMAT,
         "veneer": __version__,
-        "model": str(getattr(model, "name_or_path", "") or ""),
-        "layers": {n: described(m) for n, m in model.named_modules() if isinstance(m, Factored)},
-        "sha256": files.sha256(folder / TENSORS),
+        "model": model,
+        "layers": dict(layers),
+        "files": {p.name: files.sha256(p) for p in sorted(folder.glob(f"{Path(TENSORS).stem}*.safetensors"))},
     }
-    files.write_json(folder / DESCRIPTION, {**(record or {}), **content})
+    files.write_json(folder / DESCRIPTION, {**record, **content})
 
 
 def _check(model: nn.Module, folder: Path) -> None:
@@ -167,17 +173,20 @@ def fill(model: nn.Module, folder: str | Path, record: Record, dtype: torch.dtyp
     """Loads the folder's weights into the model, in `dtype`. Raises FormatError for changed or missing files
     and weights.
     """
-    path = Path(folder) / TENSORS
-    if not path.is_file():
-        raise FormatError(f"{path} is missing; restore it from a copy")
-    if files.sha256(path) != record["sha256"]:
-        raise FormatError(f"{path} is not the file that {DESCRIPTION} describes; restore it from a copy")
-    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in files.read_tensors(path).items()}
+    tensors: dict[str, Tensor] = {}
+    for name, digest in record["files"].items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise FormatError(f"{path} is missing; restore it from a copy")
+        if files.sha256(path) != digest:
+            raise FormatError(f"{path} is not the file that {DESCRIPTION} describes; restore it from a copy")
+        held = files.read_tensors(path)
+        tensors |= {n: t.to(dtype) if t.is_floating_point() else t for n, t in held.items()}
     shared = {n for n in model.state_dict() if n not in weights(model)}
     own = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in shared}
     there = {n: tuple(t.shape) for n, t in tensors.items()}
     wrong = [f"{n} {there.get(n, 'missing')}" for n in own if there.get(n) != own[n]]
     wrong += [f"{n} unexpected" for n in there if n not in own]
     if wrong:
-        raise FormatError(f"{path} is of another model: {first_few(wrong)}")
+        raise FormatError(f"{folder} is of another model: {first_few(wrong)}")
     model.load_state_dict(tensors, strict=False, assign=True)

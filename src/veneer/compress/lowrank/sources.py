@@ -1,0 +1,107 @@
+"""Where a compression takes blocks from: a model in memory, or the files of one of which a block is in memory
+at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import nn
+
+from veneer.adapt.attach import refuse_compiled
+from veneer.adapt.attached import adapters
+from veneer.compress.lowrank.walk import Walk
+from veneer.errors import ConfigError, SiteError, first_few
+from veneer.sites import Site, find, site_for
+from veneer.sites.factored.layers import Factored
+from veneer.sites.find import Target
+
+KINDS = ("linear", "transposed")
+
+
+class Source(ABC):
+    """Blocks by number, each with the names of its layers to compress; `left` are layers outside, which stay."""
+
+    def __init__(self, model: nn.Module, to: Target, exclude: Target) -> None:
+        self.model, self.walk = model, Walk(model, lambda: self.block(0))
+        chosen = _chosen(model, to, exclude)
+        self.names: list[list[str]] = [
+            [n.removeprefix(f"{block}.") for n in chosen if n.startswith(f"{block}.")]
+            for block in self.walk.names
+        ]
+        inside = {f"{b}.{n}" for b, own in zip(self.walk.names, self.names, strict=True) for n in own}
+        self.left = [n for n in chosen if n not in inside]
+        if not inside:
+            raise SiteError(f"no layer inside the blocks is left to compress: to={to!r}, exclude={exclude!r}")
+
+    def __len__(self) -> int:
+        return len(self.walk)
+
+    @abstractmethod
+    def block(self, i: int) -> AbstractContextManager[nn.Module]:
+        """Yields block i in eval mode, in float32 at least and frozen; it must not be changed."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the blocks' weights are stored."""
+        return next(p.dtype for p in self.walk.blocks[0].parameters() if p.is_floating_point())
+
+    def sites(self, i: int, block: nn.Module) -> dict[str, Site]:
+        """Returns the sites of block i's layers to compress, of this copy of the block, by name inside it."""
+        return {n: site_for(n, block.get_submodule(n)) for n in self.names[i]}
+
+
+class Held(Source):
+    """A model in memory."""
+
+    @contextmanager
+    def block(self, i: int) -> Iterator[nn.Module]:
+        """Yields block i itself where it is precise already, else a copy in float32."""
+        block = self.walk.blocks[i]
+        wide = all(not p.is_floating_point() or p.element_size() >= 4 for p in block.parameters())
+        made = block if wide else copy.deepcopy(block).float()
+        wanted = [(p, p.requires_grad) for p in made.parameters()]
+        training = [(m, m.training) for m in made.modules()]
+        made.requires_grad_(False).eval()
+        try:
+            yield made
+        finally:
+            for p, was in wanted:
+                p.requires_grad_(was)
+            for m, mode in training:
+                m.training = mode
+
+
+def _chosen(model: nn.Module, to: Target, exclude: Target) -> list[str]:
+    """Names of the layers. Raises ConfigError and SiteError for those that cannot be compressed."""
+    refuse_compiled(model)
+    if adapters(model):
+        raise ConfigError(
+            f"compress the base first and attach afterwards; attached now: {first_few(adapters(model))}"
+        )
+    sites = find(model, to, exclude)
+    problems = {
+        "factored already": [s.name for s in sites if isinstance(s.module, Factored)],
+        "quantised; compress first and quantise then": [s.name for s in sites if s.is_packed],
+        "of kinds that are not compressed here": [s.name for s in sites if s.kind not in KINDS],
+        "hooked or have a forward of their own, which would be lost": [
+            s.name for s in sites if _held(s.module)
+        ],
+    }
+    told = [f"these layers are {why}: {first_few(names)}" for why, names in problems.items() if names]
+    if told:
+        raise SiteError("\n".join(told))
+    return [s.name for s in sites]
+
+
+def _held(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def wild(sites: Mapping[str, Site]) -> Sequence[str]:
+    """Returns the names of layers with NaN or infinity in their weights."""
+    return [n for n, s in sites.items() if not bool(torch.isfinite(s.weight()).all())]

@@ -1,0 +1,214 @@
+"""Measures, before any block is changed, what each layer's singular directions are worth to the model's loss.
+
+The loss is the cross-entropy of labels drawn from the model's own predictions, whose second derivatives are
+those of the KL divergence from the model (the Fisher information). One pass forward keeps the hidden states
+at every block; one pass backward, a block at a time, sums the inputs' moments C and those of the gradients at
+the outputs R. In this metric cutting a direction of singular value s costs s^2 / 2 nats a token (KFAC); a
+second pass over the block measures the same from the gradients of whole samples, whose tokens act together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.compress.lowrank.candidates import Candidate, tensors
+from veneer.compress.lowrank.moments import Moments, Watch
+from veneer.compress.lowrank.recipe import Recipe
+from veneer.compress.lowrank.sources import Source, wild
+from veneer.compress.lowrank.walk import Batch, Entered
+from veneer.compress.lowrank.work import Work
+from veneer.errors import DataError, SiteError, first_few
+from veneer.ops.draws import keyed
+from veneer.ops.matrix.linalg import precise
+from veneer.ops.matrix.whitening import Parts, decompose, regularised
+from veneer.sites import Site
+
+SLOPES = 0.01  # share of the mean added to the diagonal of the gradients' moments, which are noisier than the inputs'
+ENOUGH, FEW = 1e-6, 1e-2  # the same of the inputs' moments, with more tokens than inputs and with fewer
+
+
+def survey(source: Source, batches: Sequence[Batch], recipe: Recipe, seed: int, work: Work) -> None:
+    """Keeps the candidates of every block's layers in the work folder, from the last block to the first."""
+    names = [f"survey-{i:03}" for i in range(len(source))]
+    if work.has(names[0]):
+        return
+    entered = [source.walk.enter(b) for b in batches]
+    end = _forward(source, entered, work)
+    slopes = end if end is None else _slopes_at_end(source, entered, batches, end, seed)
+    for i in reversed(range(len(source))):
+        if not work.has(names[i]):
+            assert slopes is not None
+            with source.block(i) as block:
+                entries = work.get_list(f"entry-{i:03}")
+                found, metrics, slopes = _block(source, i, block, entered, entries, slopes, recipe)
+            work.put_list(f"slopes-{i:03}", slopes)
+            work.put(names[i], {**tensors(found), **metrics})
+        else:
+            slopes = work.get_list(f"slopes-{i:03}")
+        work.drop(f"entry-{i:03}")
+        work.drop(f"slopes-{i + 1:03}")
+    work.drop("slopes-000")
+
+
+@torch.no_grad()
+def _forward(source: Source, entered: Sequence[Entered], work: Work) -> list[Tensor] | None:
+    """Keeps the hidden states at every block not yet surveyed, and returns those at the end; None if none is
+    needed.
+    """
+    last = len(source) - 1
+    if work.has(f"survey-{last:03}"):
+        return None
+    hidden = [e.hidden for e in entered]
+    for i in range(len(source)):
+        if not work.has(f"entry-{i:03}"):
+            work.put_list(f"entry-{i:03}", hidden)
+        with source.block(i) as block:
+            hidden = [e.run(i, block, x) for e, x in zip(entered, hidden, strict=True)]
+    return hidden
+
+
+def _slopes_at_end(
+    source: Source, entered: Sequence[Entered], batches: Sequence[Batch], hidden: Sequence[Tensor], seed: int
+) -> list[Tensor]:
+    """The gradients (b, t, width) of the summed loss of drawn labels at the last block's output."""
+    found, draw = [], keyed(seed, "labels of the survey")
+    for e, batch, x in zip(entered, batches, hidden, strict=True):
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = precise(source.walk.leave(x, batch)).flatten(0, -2)
+            uniform = torch.rand(len(logits), 1, generator=draw).to(logits)
+            with torch.no_grad():
+                reached = logits.softmax(-1).cumsum(-1)
+                drawn = torch.searchsorted(reached, uniform * reached[:, -1:])[:, 0]
+                labels = drawn.clamp_max(logits.shape[-1] - 1)
+            if e.mask is not None:
+                labels = labels.masked_fill(~e.mask.flatten(), -100)
+            F.cross_entropy(logits, labels, reduction="sum").backward()
+        assert x.grad is not None
+        found.append(x.grad)
+    if not all(bool(torch.isfinite(g).all()) for g in found):
+        raise DataError(
+            "data: the loss's gradient is not finite on the calibration texts; check model and dtype"
+        )
+    return found
+
+
+def _block(
+    source: Source,
+    i: int,
+    block: nn.Module,
+    entered: Sequence[Entered],
+    entries: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    recipe: Recipe,
+) -> tuple[dict[str, list[Candidate]], dict[str, Tensor], list[Tensor]]:
+    """The candidates of a block's layers, the metrics of their outputs, and the gradients at the block before
+    it.
+    """
+    sites = source.sites(i, block)
+    if bad := wild(sites):
+        raise SiteError(f"NaN or infinity in the weights of {source.walk.names[i]}: {first_few(bad)}")
+    watch, back = Watch(sites, slopes=True), []
+    for e, x, g in zip(entered, entries, slopes, strict=True):
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad(), watch.over(e.mask):
+            e.run(i, block, x).backward(g)
+        assert x.grad is not None
+        back.append(x.grad)
+    silent = [n for n in sites if n not in watch.inputs or not watch.slopes[n].n]
+    if silent:
+        raise SiteError(
+            f"{source.walk.names[i]}: layers without a gradient: {first_few(silent)}; exclude them"
+        )
+    parts = {n: variants(s, watch.inputs[n], watch.slopes[n], recipe) for n, s in sites.items()}
+    if recipe.score != "curvature":
+        sampled = _sampled(i, block, sites, entered, entries, slopes, parts)
+    found = {}
+    for n, some in parts.items():
+        found[n] = [
+            Candidate.of(
+                p,
+                _score(recipe.score, p, None if recipe.score == "curvature" else sampled[n][j]),
+                mean,
+                precise(sites[n].weight()).dtype,
+            )
+            for j, (p, mean) in enumerate(some)
+        ]
+    metrics = (
+        {f"{n}|R": regularised(watch.slopes[n].moment(), SLOPES) for n in sites} if recipe.anchored else {}
+    )
+    return found, metrics, back
+
+
+Variant = tuple[Parts, Tensor | None]
+
+
+def variants(site: Site, inputs: Moments, slopes: Moments | None, recipe: Recipe) -> list[Variant]:
+    """W's parts in the metric of these moments, each with the inputs' mean where a bias takes its part."""
+    R = None if slopes is None else regularised(slopes.moment(), SLOPES)
+    W = site.weight().detach()
+    centres = {"never": (False,), "always": (True,), "choose": (False, True)}[recipe.centre]
+    return [
+        (decompose(W, inputs_metric(inputs, centred), R), inputs.mean if centred else None)
+        for centred in centres
+    ]
+
+
+def inputs_metric(inputs: Moments, centred: bool) -> Tensor:
+    """E[x x'] (in, in), regularised more where there were fewer rows than inputs."""
+    return regularised(inputs.moment(centred), ENOUGH if inputs.n >= len(inputs.total) else FEW)
+
+
+def _score(kind: str, parts: Parts, sampled: Tensor | None) -> Tensor:
+    """The predicted loss (k,) of leaving each direction out, in nats a token."""
+    curvature = parts.S.square() / 2
+    if sampled is None:
+        return curvature
+    return sampled if kind == "gradients" else (curvature + sampled) / 2
+
+
+def _sampled(
+    i: int,
+    block: nn.Module,
+    sites: Mapping[str, Site],
+    entered: Sequence[Entered],
+    entries: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    parts: Mapping[str, Sequence[Variant]],
+) -> dict[str, list[Tensor]]:
+    """Half the mean square, over samples, of the loss's derivative in the size of every direction, per token."""
+    sums = {n: [torch.zeros_like(p.S) for p, _ in some] for n, some in parts.items()}
+    mask: Tensor | None = None
+
+    def hooked(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+            y.register_hook(lambda g: _add(sums[name], parts[name], args[0].detach(), g, mask))
+
+        return hook
+
+    handles = [s.module.register_forward_hook(hooked(n)) for n, s in sites.items()]
+    try:
+        for e, x, g in zip(entered, entries, slopes, strict=True):
+            mask = e.mask
+            with torch.enable_grad():
+                e.run(i, block, x.detach().requires_grad_(True)).backward(g)
+    finally:
+        for handle in handles:
+            handle.remove()
+    n = sum(e.hidden.shape[:-1].numel() if e.mask is None else int(e.mask.sum()) for e in entered)
+    return {name: [s / (2 * n) for s in some] for name, some in sums.items()}
+
+
+def _add(sums: list[Tensor], parts: Sequence[Variant], x: Tensor, g: Tensor, mask: Tensor | None) -> None:
+    """Adds each sample's squared derivative: (sum over its tokens of (g . b_i) (a_i . x))^2."""
+    for total, (p, mean) in zip(sums, parts, strict=True):
+        left = (x if mean is None else x - mean.to(x)) @ p.A.to(x.dtype).mT  # (b, t, k)
+        both = left * (g @ p.B.to(g.dtype))
+        if mask is not None and both.shape[:-1] == mask.shape:
+            both = both * mask[..., None]
+        total += both.sum(-2).double().square().sum(tuple(range(both.ndim - 2)))

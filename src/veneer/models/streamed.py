@@ -1,0 +1,100 @@
+"""A model on the disk whose blocks are read one at a time, so that compression needs the memory of one block."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from veneer.compress.lowrank.sources import Source
+from veneer.errors import FormatError, first_few
+from veneer.models.compressed import hollow_model
+from veneer.sites.find import Target
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Streamed(Source):
+    """The causal language model in a Hugging Face folder; what lies outside the blocks is in memory, in
+    float32.
+
+    Raises FormatError for a folder whose files name weights otherwise than the model does, or lack some: such
+    a model has to be loaded whole.
+    """
+
+    def __init__(self, folder: Path, to: Target, exclude: Target) -> None:
+        from transformers import AutoConfig
+
+        self.folder = folder
+        self.files = _files(folder)
+        self.config: Any = AutoConfig.from_pretrained(folder)
+        model = hollow_model(self.config).eval().requires_grad_(False)
+        wanted = _names(model)
+        missing = [n for n in wanted if n not in self.files]
+        if missing:
+            raise FormatError(
+                f"{folder}: {len(missing)} weights are missing in its files: {first_few(missing)}"
+            )
+        super().__init__(model, to, exclude)
+        inside = tuple(f"{name}." for name in self.walk.names)
+        self.outside = [n for n in wanted if not n.startswith(inside)]
+        model.load_state_dict(self.read(self.outside), strict=False, assign=True)
+        model.tie_weights()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the blocks' weights in the files."""
+        first = f"{self.walk.names[0]}.{self.names[0][0]}.weight"
+        return self.stored([first])[first].dtype
+
+    @contextmanager
+    def block(self, i: int) -> Iterator[nn.Module]:
+        """Yields a copy of block i with its weights in float32, which is forgotten afterwards."""
+        name = self.walk.names[i]
+        made = copy.deepcopy(self.walk.blocks[i])
+        made.__dict__.pop("forward", None)
+        own = [n for n in made.state_dict()]
+        tensors = self.read([f"{name}.{n}" for n in own])
+        made.load_state_dict({n: tensors[f"{name}.{n}"] for n in own}, assign=True)
+        yield made.requires_grad_(False).eval()
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """Returns weights of the files by name, in float32."""
+        return {n: t.float() if t.is_floating_point() else t for n, t in self.stored(names).items()}
+
+    def stored(self, names: list[str]) -> dict[str, Tensor]:
+        """Returns weights of the files by name, in their own dtype."""
+        found = {}
+        for file in sorted({self.files[n] for n in names}):
+            with safe_open(self.folder / file, "pt") as f:
+                found |= {n: f.get_tensor(n) for n in names if self.files[n] == file}
+        return found
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The file that holds each weight, by the weight's name."""
+    if (folder / INDEX).is_file():
+        named: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return named
+    if not (folder / WEIGHTS).is_file():
+        raise FormatError(f"{folder}: {WEIGHTS} is missing")
+    with safe_open(folder / WEIGHTS, "pt") as f:
+        return dict.fromkeys(f.keys(), WEIGHTS)
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Names of the state dict, each shared tensor under its first name alone."""
+    seen: set[int] = set()
+    found = []
+    for name, t in model.state_dict(keep_vars=True).items():
+        if id(t) not in seen:
+            seen.add(id(t))
+            found.append(name)
+    return found

@@ -1,0 +1,1 @@
+"""`veneer compress`."""
