@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from veneer import settings
 from veneer.cli import flags, given
 from veneer.cli.calls import Call, Json, show
 from veneer.cli.panels import SPEED, panel_of
@@ -47,6 +48,9 @@ Action = Annotated[
 ]
 Files = Annotated[
     list[str] | None, typer.Argument(metavar="TEXT", help="Texts, as by --data.", show_default=False)
+]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or id, or builtin.", show_default=False)
 ]
 Rows = Annotated[int, typer.Option("--rows", metavar="<integer>", help="Rows to show.")]
 # The settings of a Run that decide how texts are read and learned.
@@ -180,3 +184,19 @@ def summary(result: Result) -> str:
 def _measured(name: str, change: Change, result: Result) -> str:
     share = f" ({(change.after - change.before) / change.before:+.1%})" if change.before else ""
     return f"{name:<18} {change.before:.3f} -> {change.after:.3f} {result.metric.words}{share}"
+
+
+def compress() -> Call:
+    """Returns the call of `veneer compress`."""
+    from veneer.compress.lowrank.recipe import Recipe
+    from veneer.verbs.compress import compress as verb
+
+    own = [f for f in flags.of_settings(verb.Options) if f.name != "progress"]
+    keep, *rest = flags.of_settings(Recipe)
+    bare = [f._replace(help=f"{settings.table(Recipe)[f.name].help} [the method's own]") for f in rest]
+    every = [*own, keep, *bare]
+
+    def call(model: Model, *, as_json: Json = False, debug: Debug = False, **values: Any) -> None:
+        show(verb.compress(model, **given.values(every, values)), verb.text, as_json)
+
+    return flags.declare(call, every)

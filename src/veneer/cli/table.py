@@ -128,6 +128,17 @@ VERBS = {
         ),
         "veneer.verbs.export:export",
     ),
+    "compress": Verb(
+        CARRY,
+        "Write a smaller model: linear layers of low rank, with ranks by predicted loss.",
+        (
+            "veneer compress builtin --keep 0.8 --out small",
+            "veneer compress ./llama --keep 0.7 --data code.jsonl --out small --method svd-llm",
+            "veneer compress ./llama --keep 0.8 --data code.jsonl --out dense --expand",
+        ),
+        "veneer.cli.run_verbs:compress",
+        own=True,
+    ),
     "combine": Verb(
         CARRY,
         "Make one plain LoRA adapter from several, weighted, or from one at a lower rank.",

@@ -1,4 +1,4 @@
-"""Compresses models: layers in fewer bits or with fewer numbers. `veneer.compress(model)` is compress.compress."""
+"""Compresses models: layers in fewer bits or with fewer numbers; `veneer.compress(model)` by low rank."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,25 +67,23 @@ def compress(
 ) -> Compressed:
     """Replaces the model's linear layers by factored ones that keep a share of their parameters.
 
-    method: svd, lord, svd-llm, centred, fisher, allocate, refine or auto, see veneer.compress.lowrank.recipe
-    data: batches of keyword arguments of the model with input_ids; padding is masked by attention_mask or
-    labels
-    folder: where finished blocks are kept until the end; a later call with the same settings goes on there
+    method: svd, lord, svd-llm, centred, fisher, allocate, refine or auto, see lowrank.recipe
+    data: keyword arguments of calls with input_ids; attention_mask or labels tell padding
+    folder: keeps finished blocks until the end; a later call with the same settings goes on there
     say: called with a line of text for every finished block
     settings: of the recipe, in place of the method's own
 
-    Raises ConfigError and SiteError, before anything is changed, for settings, texts and layers that cannot
-    be used.
+    Raises ConfigError and SiteError, before anything is changed, for what cannot be used.
 
         veneer.compress(model, keep=0.8, data=batches)
-
     """
     chosen, batches = recipe(method, keep, **settings), list(data)
     source = Held(model, to, exclude)
     notes = check_data(batches, chosen, source)
     with tempfile.TemporaryDirectory() as own:
         place = Path(own) if folder is None else Path(folder)
-        work = Work(place, {**chosen.as_dict(), "seed": seed, "batches": len(batches)})
+        settings = {**chosen.as_dict(), "seed": seed, "batches": len(batches)}
+        work = Work(place, settings, next(model.parameters()).device)
         job = Job(source, batches, chosen, work, source.dtype, seed, say)
         cuts = job.run()
         found = outcome(method, chosen, job, cuts, notes)
@@ -102,7 +100,7 @@ def _put(block: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, torc
     block.load_state_dict({n: t.to(device) for n, t in tensors.items()}, assign=True)
 
 
-def check_data(batches: list[Batch], chosen: Recipe, source: Source) -> list[str]:
+def check_data(batches: Sequence[Batch], chosen: Recipe, source: Source) -> list[str]:
     """Returns what to keep in mind about the calibration. Raises ConfigError without texts where some are
     needed.
     """

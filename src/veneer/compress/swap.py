@@ -10,7 +10,6 @@ from veneer.adapt.attach import detach
 from veneer.adapt.attached import active, adapters, changes, layers
 from veneer.adapt.hooks import hang
 from veneer.adapt.switch import activate, train_only
-from veneer.adapt.switch import activate, train_only
 from veneer.compress.places import Places
 from veneer.sites import Site, site_for
 from veneer.sites.find import kind_of

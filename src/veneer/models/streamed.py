@@ -1,4 +1,4 @@
-"""A model on the disk whose blocks are read one at a time, so that compression needs the memory of one block."""
+"""A model on the disk whose blocks are read one at a time: compression in the memory of one block."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ class Streamed(Source):
     a model has to be loaded whole.
     """
 
-    def __init__(self, folder: Path, to: Target, exclude: Target) -> None:
+    def __init__(self, folder: Path, to: Target, exclude: Target, device: torch.device | str = "cpu") -> None:
         from transformers import AutoConfig
 
-        self.folder = folder
+        self.folder, self.device = folder, torch.device(device)
         self.files = _files(folder)
         self.config: Any = AutoConfig.from_pretrained(folder)
         model = hollow_model(self.config).eval().requires_grad_(False)
+        for name, buffer in list(model.named_buffers()):
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner)._buffers[last] = buffer.to(self.device)
         wanted = _names(model)
         missing = [n for n in wanted if n not in self.files]
         if missing:
@@ -44,8 +47,8 @@ class Streamed(Source):
             )
         super().__init__(model, to, exclude)
         inside = tuple(f"{name}." for name in self.walk.names)
-        self.outside = [n for n in wanted if not n.startswith(inside)]
-        model.load_state_dict(self.read(self.outside), strict=False, assign=True)
+        outside = [n for n in wanted if not n.startswith(inside)]
+        model.load_state_dict(self.read(outside), strict=False, assign=True)
         model.tie_weights()
 
     @property
@@ -60,18 +63,19 @@ class Streamed(Source):
         name = self.walk.names[i]
         made = copy.deepcopy(self.walk.blocks[i])
         made.__dict__.pop("forward", None)
-        own = [n for n in made.state_dict()]
+        own = list(made.state_dict())
         tensors = self.read([f"{name}.{n}" for n in own])
         made.load_state_dict({n: tensors[f"{name}.{n}"] for n in own}, assign=True)
         yield made.requires_grad_(False).eval()
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Returns weights of the files by name, in float32."""
-        return {n: t.float() if t.is_floating_point() else t for n, t in self.stored(names).items()}
+        found = {n: t.to(self.device) for n, t in self.stored(names).items()}
+        return {n: t.float() if t.is_floating_point() else t for n, t in found.items()}
 
     def stored(self, names: list[str]) -> dict[str, Tensor]:
         """Returns weights of the files by name, in their own dtype."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for file in sorted({self.files[n] for n in names}):
             with safe_open(self.folder / file, "pt") as f:
                 found |= {n: f.get_tensor(n) for n in names if self.files[n] == file}

@@ -17,7 +17,7 @@ from veneer.errors import ConfigError
 
 
 class Choice(NamedTuple):
-    """What a choice costs, in parameters, and the loss that comes with it."""
+    """One choice: its cost in parameters, and the loss that comes with it."""
 
     cost: int
     loss: float
@@ -57,7 +57,7 @@ def _cheapest(menus: Sequence[Menu], budget: int) -> list[int]:
 
 
 def _hull(menu: Menu, first: int) -> list[int]:
-    """Indices on the lower convex hull, from the cheapest choice on, each with less loss than the one before."""
+    """Indices on the lower convex hull, from the cheapest choice on, with ever less loss."""
     found = [first]
     for i in sorted(range(len(menu)), key=lambda i: menu[i]):
         if menu[i].loss >= menu[found[-1]].loss:

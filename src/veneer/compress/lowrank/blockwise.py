@@ -19,16 +19,17 @@ from veneer.compress.lowrank.candidates import Candidate, biased, candidates
 from veneer.compress.lowrank.moments import Moments, Watch
 from veneer.compress.lowrank.plan import Cut, Size
 from veneer.compress.lowrank.recipe import Recipe
-from veneer.compress.lowrank.refine import refine
+from veneer.compress.lowrank.refine import Pairs, refine
 from veneer.compress.lowrank.sources import Source
 from veneer.compress.lowrank.survey import inputs_metric, survey
 from veneer.compress.lowrank.walk import Batch, Entered
 from veneer.compress.lowrank.work import Work
 from veneer.compress.places import Places
+from veneer.errors import SiteError, first_few
 from veneer.ops.matrix.linalg import precise
 from veneer.ops.matrix.whitening import decompose
 from veneer.sites import Site
-from veneer.sites.factored.layers import Factored
+from veneer.sites.factored.layers import Factored, holding
 
 Say = Callable[[str], None]
 
@@ -58,10 +59,16 @@ class Job:
         return cuts
 
     def _sizes(self) -> dict[str, Size]:
-        found = {}
-        for i, block in enumerate(self.source.walk.blocks):
-            for n, site in self.source.sites(i, block).items():
-                found[f"{self.source.walk.names[i]}.{n}"] = Size(site.out, site.in_, biased(site.module))
+        """Every layer's size. Raises SiteError for weights that are not finite."""
+        found, bad = {}, []
+        for i, name in enumerate(self.source.walk.names):
+            with self.source.block(i) as block:
+                for n, site in self.source.sites(i, block).items():
+                    found[f"{name}.{n}"] = Size(site.out, site.in_, biased(site.module))
+                    if not bool(torch.isfinite(site.weight()).all()):
+                        bad.append(f"{name}.{n}")
+        if bad:
+            raise SiteError(f"NaN or infinity in the weights of {first_few(bad)}; is the checkpoint whole?")
         return found
 
     def _ranks(self, sizes: Mapping[str, Size]) -> dict[str, Cut]:
@@ -112,7 +119,7 @@ class Job:
         def put(n: str, candidate: Candidate) -> None:
             rank = cuts[n].rank
             if rank is not None:
-                places.put(small.get_submodule(n), candidate.layer(sites[n], rank, self.recipe.storage))
+                places.put(small.get_submodule(n), candidate.layer(sites[n], rank, "plain"))
 
         if self.recipe.anchored:
             metrics = self._output_metrics(i, sites)
@@ -120,23 +127,15 @@ class Job:
         else:
             for n, candidate in self._candidates(i, block, sites, cuts, entered, here).items():
                 put(n, candidate)
-        record: dict[str, Any] = {
-            "before": sum(s.out * s.in_ for s in sites.values()),
-            "after": sum(_numbers(small.get_submodule(n)) for n in sites),
-            "layers": {n: described(m) for n, m in small.named_modules() if isinstance(m, Factored)},
-        }
-        if self.recipe.refine:
-            before, after = refine(
-                i,
-                small,
-                entered,
-                there,
-                targets,
-                epochs=self.recipe.refine,
-                rate=self.recipe.rate,
-                seed=self.seed,
-            )
+        record: dict[str, Any] = {}
+        if self.recipe.refine:  # two plain factors are better conditioned than the pivoted form
+            how: dict[str, Any] = dict(epochs=self.recipe.refine, rate=self.recipe.rate, seed=self.seed)
+            before, after = refine(small, Pairs(i, entered, there, targets), **how)
             record["error"] = {"before": before, "after": after}
+        stored(small, self.recipe.storage)
+        record["before"] = sum(s.out * s.in_ for s in sites.values())
+        record["after"] = sum(_numbers(small.get_submodule(n)) for n in sites)
+        record["layers"] = {n: described(m) for n, m in small.named_modules() if isinstance(m, Factored)}
         return small, record
 
     def _output_metrics(self, i: int, sites: Mapping[str, Site]) -> dict[str, Tensor | None]:
@@ -167,6 +166,16 @@ class Job:
         return {n: alone(s, watch.inputs.get(n), self.recipe) for n, s in sites.items()}
 
 
+def stored(block: nn.Module, form: str) -> None:
+    """Puts the block's factored layers into another form."""
+    places = Places(block)
+    for old in [m for m in block.modules() if isinstance(m, Factored) and m.form != form]:
+        A, B = old.factors()
+        made = holding(form, A, B, None if old.bias is None else old.bias.detach())
+        made.transposed, made.added_bias = old.transposed, old.added_bias
+        places.put(old, made.train(old.training))
+
+
 def _numbers(layer: nn.Module) -> int:
     """Parameters of a layer, of biases those alone that the compression added."""
     counted = sum(p.numel() for p in layer.parameters())
@@ -191,7 +200,7 @@ def as_kept(block: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def opened(block: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Returns a copy of the block with the factored layers and weights that were kept, in the block's dtype."""
+    """Returns a copy of the block with the layers and weights that were kept, in the block's dtype."""
     small = copy.deepcopy(block)
     wide = next(p.dtype for p in block.parameters())
     put_layers(small, dict(record), wide)

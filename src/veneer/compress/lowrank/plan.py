@@ -1,4 +1,4 @@
-"""Which rank each layer gets: alike for all, or by predicted loss over all of them."""
+"""Chooses the rank of each layer: alike for all, or by predicted loss over all of them."""
 
 from __future__ import annotations
 

@@ -2,73 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from veneer.errors import ConfigError, suggest
+from veneer.settings import Range, Settings, setting
 
-Metric = Literal["weights", "outputs", "inputs", "centred", "fisher"]
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
+    """Settings of a low-rank compression.
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a compression does with each layer.
-
-    keep: share of the parameters of the compressed layers that is kept, added biases included
-    metric: norm in which a matrix is approximated. weights: the SVD of W. inputs: E |Dx|^2, SVD-LLM's
-    whitening.
-      outputs: the eigenvectors of the outputs' covariance, LoRD. centred: the same optimum by the inputs'
-      covariance;
-      both with the mean in a bias. fisher: E |Dx|^2 weighed by the loss's curvature at the layer's outputs,
-      token by token
-    centre: in the fisher metric, whether a bias takes the mean's part: never, always, or where it pays
-    allocate: ranks alike (uniform), or by predicted loss over all layers (heap, ilp), where a layer may stay
-    dense
-    score: predicted loss of a singular direction in the fisher metric: curvature, gradients of samples, or
-    their mean
-    anchored: approximate the original outputs from the inputs that compressed layers give
-    refine: epochs of training of each compressed block on the original block's outputs
-    rate: learning rate of that training
-    storage: plain (two factors) or pivoted (r^2 numbers fewer)
-    multiple: ranks are multiples of it; 0: by the layer's size
-
+    The norm in which a matrix is approximated (metric) is that of W itself (weights), of the outputs E |Dx|^2
+    (inputs, SVD-LLM's whitening), of the outputs about their mean, which a bias takes over (outputs by the
+    outputs' covariance, LoRD's way, or centred by the inputs'), or of the loss: E |Dx|^2 weighed by its
+    curvature at the layer's outputs, token by token (fisher).
     """
 
-    keep: float = 0.8
-    metric: Metric = "fisher"
-    centre: Literal["never", "always", "choose"] = "choose"
-    allocate: Literal["uniform", "heap", "ilp"] = "heap"
-    score: Literal["curvature", "gradients", "mean"] = "mean"
-    anchored: bool = False
-    refine: int = 0
-    rate: float = 1e-3
-    storage: Literal["plain", "pivoted"] = "plain"
-    multiple: int = 0
+    PANEL = "Method"
 
-    def __post_init__(self) -> None:
-        problems = [] if 0 < self.keep <= 1 else [f"keep must be above 0 and at most 1, got {self.keep}"]
-        if self.refine < 0:
-            problems.append(f"refine must be 0 or more epochs, got {self.refine}")
-        if self.rate <= 0:
-            problems.append(f"rate must be above 0, got {self.rate}")
-        if self.multiple < 0:
-            problems.append(f"multiple must be 0 or more, got {self.multiple}")
+    keep: float = setting(0.8, "share of the compressed layers' parameters that stays, added biases included")
+    metric: Literal["weights", "outputs", "inputs", "centred", "fisher"] = setting(
+        "fisher", "norm of the approximation: weights, outputs (LoRD), inputs (SVD-LLM), centred, fisher"
+    )
+    centre: Literal["never", "always", "choose"] = setting(
+        "choose", "in the fisher metric, biases for the inputs' mean: never, always, or where they pay"
+    )
+    allocate: Literal["uniform", "heap", "ilp"] = setting(
+        "heap",
+        "ranks alike (uniform), or by predicted loss of all layers, dense where that is best (heap, ilp)",
+    )
+    score: Literal["curvature", "gradients", "mean"] = setting(
+        "mean", "predicted loss of a direction: by curvature, by gradients of samples, or their mean"
+    )
+    anchored: bool = setting(False, "fit the original outputs from the inputs that compressed layers give")
+    refine: int = setting(0, "epochs of training of every compressed block on the original one's outputs")
+    rate: float = setting(5e-4, "learning rate of the refinement")
+    storage: Literal["plain", "pivoted"] = setting(
+        "plain", "two factors, or pivot rows with r^2 numbers fewer"
+    )
+    multiple: int = setting(0, "ranks are multiples of it; 0: 1, 8 or 64 by the layer's size")
+
+    def problems(self) -> Iterator[str]:
+        """Yields a sentence for every value out of range or contradiction."""
+        yield from Range("above 0 and at most 1", ("keep",), 0, 1 + 1e-12, open=True).problems(self)
+        yield from Range("0 or more", ("refine", "multiple"), 0).problems(self)
+        yield from Range("above 0", ("rate",), 0, open=True).problems(self)
         if self.allocate != "uniform" and self.metric != "fisher":
-            problems.append(
-                f"allocate={self.allocate!r} compares layers by the loss, which metric={self.metric!r} does not measure;"
-                f" use metric='fisher' or allocate='uniform'"
+            yield (
+                f"allocate={self.allocate!r} compares layers by the loss, which"
+                f" metric={self.metric!r} does not measure; use metric='fisher' or allocate='uniform'"
             )
-        if problems:
-            raise ConfigError("\n".join(problems))
 
     @property
     def surveys(self) -> bool:
-        """Whether gradients of the loss are measured before the first block is compressed."""
+        """True if gradients of the loss are measured before the first block is compressed."""
         return self.metric == "fisher"
 
     @property
     def adds_bias(self) -> bool:
-        """Whether every layer gets a bias for the mean's part."""
+        """True if every layer gets a bias for the mean's part."""
         return self.metric in ("outputs", "centred") or (self.metric == "fisher" and self.centre == "always")
 
     def as_dict(self) -> dict[str, Any]:

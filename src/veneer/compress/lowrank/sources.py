@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from veneer.adapt.attach import refuse_compiled
 from veneer.adapt.attached import adapters
+from veneer.adapt.hooks import refuse_compiled
+from veneer.compress.folder import weights
 from veneer.compress.lowrank.walk import Walk
 from veneer.errors import ConfigError, SiteError, first_few
 from veneer.sites import Site, find, site_for
@@ -24,7 +25,7 @@ KINDS = ("linear", "transposed")
 
 
 class Source(ABC):
-    """Blocks by number, each with the names of its layers to compress; `left` are layers outside, which stay."""
+    """Blocks by number, each with the names of its layers; `left` are layers outside, which stay dense."""
 
     def __init__(self, model: nn.Module, to: Target, exclude: Target) -> None:
         self.model, self.walk = model, Walk(model, lambda: self.block(0))
@@ -49,6 +50,16 @@ class Source(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype in which the blocks' weights are stored."""
         return next(p.dtype for p in self.walk.blocks[0].parameters() if p.is_floating_point())
+
+    def outside(self) -> dict[str, Tensor]:
+        """Returns the weights that lie outside the blocks, each shared tensor under its first name alone."""
+        inside = tuple(f"{name}." for name in self.walk.names)
+        return {n: t for n, t in weights(self.model).items() if not n.startswith(inside)}
+
+    def biased(self) -> list[bool]:
+        """Returns whether each layer to compress has a bias, in order."""
+        modules = [(b, n) for b, own in zip(self.walk.blocks, self.names, strict=True) for n in own]
+        return [getattr(b.get_submodule(n), "bias", None) is not None for b, n in modules]
 
     def sites(self, i: int, block: nn.Module) -> dict[str, Site]:
         """Returns the sites of block i's layers to compress, of this copy of the block, by name inside it."""
@@ -100,8 +111,3 @@ def _chosen(model: nn.Module, to: Target, exclude: Target) -> list[str]:
 
 def _held(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def wild(sites: Mapping[str, Site]) -> Sequence[str]:
-    """Returns the names of layers with NaN or infinity in their weights."""
-    return [n for n, s in sites.items() if not bool(torch.isfinite(s.weight()).all())]

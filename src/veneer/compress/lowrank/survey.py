@@ -9,8 +9,8 @@ second pass over the block measures the same from the gradients of whole samples
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from veneer.compress.lowrank.candidates import Candidate, tensors
 from veneer.compress.lowrank.moments import Moments, Watch
 from veneer.compress.lowrank.recipe import Recipe
-from veneer.compress.lowrank.sources import Source, wild
+from veneer.compress.lowrank.sources import Source
 from veneer.compress.lowrank.walk import Batch, Entered
 from veneer.compress.lowrank.work import Work
 from veneer.errors import DataError, SiteError, first_few
@@ -28,8 +28,9 @@ from veneer.ops.matrix.linalg import precise
 from veneer.ops.matrix.whitening import Parts, decompose, regularised
 from veneer.sites import Site
 
-SLOPES = 0.01  # share of the mean added to the diagonal of the gradients' moments, which are noisier than the inputs'
-ENOUGH, FEW = 1e-6, 1e-2  # the same of the inputs' moments, with more tokens than inputs and with fewer
+# Shares of the mean diagonal that are added to it: of the gradients' moments, which are noisier than the
+# inputs', and of the inputs' with more tokens than inputs, and with fewer.
+SLOPES, ENOUGH, FEW = 0.01, 1e-6, 1e-2
 
 
 def survey(source: Source, batches: Sequence[Batch], recipe: Recipe, seed: int, work: Work) -> None:
@@ -45,7 +46,8 @@ def survey(source: Source, batches: Sequence[Batch], recipe: Recipe, seed: int, 
             assert slopes is not None
             with source.block(i) as block:
                 entries = work.get_list(f"entry-{i:03}")
-                found, metrics, slopes = _block(source, i, block, entered, entries, slopes, recipe)
+                view = View(i, block, source.sites(i, block), entered, entries, slopes)
+                found, metrics, slopes = _block(view, recipe)
             work.put_list(f"slopes-{i:03}", slopes)
             work.put(names[i], {**tensors(found), **metrics})
         else:
@@ -80,13 +82,14 @@ def _slopes_at_end(
     for e, batch, x in zip(entered, batches, hidden, strict=True):
         x = x.detach().requires_grad_(True)
         with torch.enable_grad():
-            logits = precise(source.walk.leave(x, batch)).flatten(0, -2)
+            whole = precise(source.walk.leave(x, batch))
+            logits = whole.flatten(0, -2)
             uniform = torch.rand(len(logits), 1, generator=draw).to(logits)
             with torch.no_grad():
                 reached = logits.softmax(-1).cumsum(-1)
                 drawn = torch.searchsorted(reached, uniform * reached[:, -1:])[:, 0]
                 labels = drawn.clamp_max(logits.shape[-1] - 1)
-            if e.mask is not None:
+            if e.mask is not None and whole.shape[:-1] == e.mask.shape:
                 labels = labels.masked_fill(~e.mask.flatten(), -100)
             F.cross_entropy(logits, labels, reduction="sum").backward()
         assert x.grad is not None
@@ -98,47 +101,48 @@ def _slopes_at_end(
     return found
 
 
-def _block(
-    source: Source,
-    i: int,
-    block: nn.Module,
-    entered: Sequence[Entered],
-    entries: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    recipe: Recipe,
-) -> tuple[dict[str, list[Candidate]], dict[str, Tensor], list[Tensor]]:
-    """The candidates of a block's layers, the metrics of their outputs, and the gradients at the block before
-    it.
-    """
-    sites = source.sites(i, block)
-    if bad := wild(sites):
-        raise SiteError(f"NaN or infinity in the weights of {source.walk.names[i]}: {first_few(bad)}")
-    watch, back = Watch(sites, slopes=True), []
-    for e, x, g in zip(entered, entries, slopes, strict=True):
+class View(NamedTuple):
+    """A block and its layers, with hidden states that enter it and gradients at its output, by batch."""
+
+    i: int
+    block: nn.Module
+    sites: Mapping[str, Site]
+    entered: Sequence[Entered]
+    entries: Sequence[Tensor]
+    slopes: Sequence[Tensor]
+
+    def backward(self) -> Iterator[tuple[Entered, Callable[[], Tensor]]]:
+        """Yields each batch with a call that passes it forward and back, and returns the gradient that
+        enters.
+        """
+        for e, x, g in zip(self.entered, self.entries, self.slopes, strict=True):
+            yield e, lambda e=e, x=x, g=g: self._back(e, x, g)  # type: ignore[misc]
+
+    def _back(self, e: Entered, x: Tensor, g: Tensor) -> Tensor:
         x = x.detach().requires_grad_(True)
-        with torch.enable_grad(), watch.over(e.mask):
-            e.run(i, block, x).backward(g)
+        with torch.enable_grad():
+            e.run(self.i, self.block, x).backward(g)
         assert x.grad is not None
-        back.append(x.grad)
+        return x.grad
+
+
+def _block(view: View, recipe: Recipe) -> tuple[dict[str, list[Candidate]], dict[str, Tensor], list[Tensor]]:
+    """The candidates of a block's layers, their outputs' metrics, and the gradients before the block."""
+    sites, watch, back = view.sites, Watch(view.sites, slopes=True), []
+    for e, passes in view.backward():
+        with watch.over(e.mask):
+            back.append(passes())
     silent = [n for n in sites if n not in watch.inputs or not watch.slopes[n].n]
     if silent:
-        raise SiteError(
-            f"{source.walk.names[i]}: layers without a gradient: {first_few(silent)}; exclude them"
-        )
+        raise SiteError(f"block {view.i}: layers without a gradient: {first_few(silent)}; exclude them")
     parts = {n: variants(s, watch.inputs[n], watch.slopes[n], recipe) for n, s in sites.items()}
-    if recipe.score != "curvature":
-        sampled = _sampled(i, block, sites, entered, entries, slopes, parts)
-    found = {}
+    sampled = None if recipe.score == "curvature" else _sampled(view, parts)
+    found: dict[str, list[Candidate]] = {}
     for n, some in parts.items():
-        found[n] = [
-            Candidate.of(
-                p,
-                _score(recipe.score, p, None if recipe.score == "curvature" else sampled[n][j]),
-                mean,
-                precise(sites[n].weight()).dtype,
-            )
-            for j, (p, mean) in enumerate(some)
-        ]
+        dtype = precise(sites[n].weight()).dtype
+        for j, (p, mean) in enumerate(some):
+            score = _score(recipe.score, p, None if sampled is None else sampled[n][j])
+            found.setdefault(n, []).append(Candidate.of(p, score, mean, dtype))
     metrics = (
         {f"{n}|R": regularised(watch.slopes[n].moment(), SLOPES) for n in sites} if recipe.anchored else {}
     )
@@ -172,16 +176,8 @@ def _score(kind: str, parts: Parts, sampled: Tensor | None) -> Tensor:
     return sampled if kind == "gradients" else (curvature + sampled) / 2
 
 
-def _sampled(
-    i: int,
-    block: nn.Module,
-    sites: Mapping[str, Site],
-    entered: Sequence[Entered],
-    entries: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    parts: Mapping[str, Sequence[Variant]],
-) -> dict[str, list[Tensor]]:
-    """Half the mean square, over samples, of the loss's derivative in the size of every direction, per token."""
+def _sampled(view: View, parts: Mapping[str, Sequence[Variant]]) -> dict[str, list[Tensor]]:
+    """Half the mean square, over samples, of the loss's derivative in every direction's size, per token."""
     sums = {n: [torch.zeros_like(p.S) for p, _ in some] for n, some in parts.items()}
     mask: Tensor | None = None
 
@@ -191,16 +187,16 @@ def _sampled(
 
         return hook
 
-    handles = [s.module.register_forward_hook(hooked(n)) for n, s in sites.items()]
+    handles = [s.module.register_forward_hook(hooked(n)) for n, s in view.sites.items()]
+    n = 0
     try:
-        for e, x, g in zip(entered, entries, slopes, strict=True):
+        for e, passes in view.backward():
             mask = e.mask
-            with torch.enable_grad():
-                e.run(i, block, x.detach().requires_grad_(True)).backward(g)
+            n += e.hidden.shape[:-1].numel() if mask is None else int(mask.sum())
+            passes()
     finally:
         for handle in handles:
             handle.remove()
-    n = sum(e.hidden.shape[:-1].numel() if e.mask is None else int(e.mask.sum()) for e in entered)
     return {name: [s / (2 * n) for s in some] for name, some in sums.items()}
 
 

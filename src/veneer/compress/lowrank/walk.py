@@ -110,7 +110,7 @@ class Walk:
                 del block.__dict__["forward"]
 
     def _gives_tuples(self, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
-        """Whether blocks return the hidden states within a tuple: what the first one does."""
+        """Returns True if the first block returns the hidden states within a tuple."""
         with self.first() as block:
             return isinstance(type(block).forward(block, *_precise(args), **_precise(given)), tuple)
 

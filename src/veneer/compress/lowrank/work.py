@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from veneer import files
@@ -19,16 +20,19 @@ class Work:
     settings.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, settings: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        """
+        device: where `get` puts tensors
+        """
+        self.folder, self.device = folder, device
         path = folder / SETTINGS
         if path.is_file():
             before = files.read_json(path)
             changed = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
             if changed:
                 raise ConfigError(
-                    f"{folder} holds the work of other settings ({', '.join(changed)}); remove it to begin anew,"
-                    f" or give the settings it was begun with"
+                    f"{folder} holds the work of other settings ({', '.join(changed)}); remove it to begin"
+                    f" anew, or give the settings it was begun with"
                 )
             return
         with files.replacing(path) as (temporary,):
@@ -42,7 +46,7 @@ class Work:
         return self.path(name).is_file()
 
     def put(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> None:
-        """Keeps tensors, and a record that is there as soon as they are."""
+        """Keeps tensors with a record, which is written before them."""
         if record is not None:
             with files.replacing(self.folder / f"{name}.json") as (temporary,):
                 files.write_json(temporary, record)
@@ -50,7 +54,7 @@ class Work:
             files.write_tensors(temporary, tensors)
 
     def get(self, name: str) -> dict[str, Tensor]:
-        return files.read_tensors(self.path(name))
+        return {n: t.to(self.device) for n, t in files.read_tensors(self.path(name)).items()}
 
     def record(self, name: str) -> dict[str, Any]:
         return files.read_json(self.folder / f"{name}.json")

@@ -1,0 +1,71 @@
+"""The texts that a compression looks at, as batches of windows drawn by a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer import embedded
+from veneer.data.pack import Window, collate
+from veneer.data.reading import Reading
+from veneer.errors import ConfigError
+from veneer.ops.draws import keyed
+from veneer.runs.texts import sources, texts
+from veneer.train.loop.progress import Voice
+
+BUILTIN = ("builtin:known:valid",)  # source code that the built-in model has not seen
+
+
+class Calibration(NamedTuple):
+    """batches of input_ids and labels (b, t); sha256 of all tokens."""
+
+    batches: list[dict[str, Tensor]]
+    windows: list[Window]
+    sha256: str
+
+
+def calibration(
+    model: str,
+    data: Sequence[str],
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    batch: int,
+    seed: int,
+    device: torch.device,
+) -> Calibration:
+    """Returns `samples` windows, drawn by the seed, in batches. Raises ConfigError without texts, and
+    DataError.
+    """
+    names = tuple(data) or (BUILTIN if model == embedded.PREFIX else ())
+    if not names:
+        raise ConfigError(
+            "data must name calibration texts, got none; give files or datasets close to the use"
+        )
+    reading = Reading(length=length, packing=False, train_on="all", allow=("truncate",))
+    rows = sources.rows(names, "train", seed)
+    windows = texts.prepare(rows, reading, tokenizer, Voice(False)).windows
+    order = torch.randperm(len(windows), generator=keyed(seed, "calibration windows")).tolist()
+    chosen = [windows[i] for i in (order[:samples] if samples else order)]
+    return Calibration(batches(chosen, batch, device), chosen, _digest(chosen))
+
+
+def batches(windows: Sequence[Window], size: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Returns the windows in batches; the longest together, so that little is padded."""
+    order = sorted(range(len(windows)), key=lambda i: -sum(len(s.inputs) for s in windows[i]))
+    ordered = [windows[i] for i in order]
+    made = [collate(ordered[i : i + size], 0) for i in range(0, len(ordered), size)]
+    return [{k: v.to(device) for k, v in b.items()} for b in made]
+
+
+def _digest(windows: Sequence[Window]) -> str:
+    digest = hashlib.sha256()
+    for window in windows:
+        for s in window:
+            digest.update(s.inputs.numpy().tobytes() + s.labels.numpy().tobytes())
+    return digest.hexdigest()
