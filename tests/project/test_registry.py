@@ -25,13 +25,7 @@ from veneer.train import track
             "lora_muon",
             "unknown optimiser 'lora_muon'; did you mean 'lora-muon'?",
         ),
-        (
-            tasks,
-            "causal_lm.py",
-            "causal-lm",
-            "causal",
-            "unknown task 'causal'; did you mean 'causal-lm'?",
-        ),
+        (tasks, "causal_lm.py", "causal-lm", "causal", "unknown task 'causal'; did you mean 'causal-lm'?"),
         (track, "mlflow.py", "mlflow", "ml-flow", "unknown tracker 'ml-flow'; did you mean 'mlflow'?"),
     ],
 )
