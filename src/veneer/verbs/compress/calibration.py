@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer import embedded
+from veneer import embedded, tasks
 from veneer.data.pack import Window, collate
 from veneer.data.reading import Reading
 from veneer.errors import ConfigError
 from veneer.ops.draws import keyed
 from veneer.runs.texts import sources, texts
-from veneer.train.loop.progress import Voice
+from veneer.train.loop.progress import Notes
 
 BUILTIN = ("builtin:known:valid",)  # source code that the built-in model has not seen
 
@@ -47,9 +47,9 @@ def calibration(
         raise ConfigError(
             "data must name calibration texts, got none; give files or datasets close to the use"
         )
-    reading = Reading(length=length, packing=False, train_on="all", allow=("truncate",))
+    reading = Reading(length=length, packing=False, train_on="all", overlong="cut")
     rows = sources.rows(names, "train", seed)
-    windows = texts.prepare(rows, reading, tokenizer, Voice(False)).windows
+    windows = texts.prepare(rows, tasks.build("causal-lm", tokenizer, reading), Notes()).examples
     order = torch.randperm(len(windows), generator=keyed(seed, "calibration windows")).tolist()
     chosen = [windows[i] for i in (order[:samples] if samples else order)]
     return Calibration(batches(chosen, batch, device), chosen, _digest(chosen))
