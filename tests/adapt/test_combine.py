@@ -131,9 +131,9 @@ def test_impossible_combinations_are_refused():
             "no adapter called 'plian' is attached; did you mean 'plain'",
         ),
         (lambda: combine(model, {"plain": 1.0}, "rs"), "'rs' is already attached"),
-        (lambda: combine(model, {"plain": 1.0}, "mix", density=0.0), "density 0.0 is not a share"),
-        (lambda: combine(model, {"plain": 1.0}, "mix", energy=1.5), "energy 1.5 is not a share"),
-        (lambda: combine(model, {"plain": 1.0}, "mix", rank=0), "rank 0 < 1"),
+        (lambda: combine(model, {"plain": 1.0}, "mix", density=0.0), r"density must be in \(0, 1\], got 0.0"),
+        (lambda: combine(model, {"plain": 1.0}, "mix", energy=1.5), r"energy must be in \(0, 1\], got 1.5"),
+        (lambda: combine(model, {"plain": 1.0}, "mix", rank=0), "rank must be >= 1, got 0"),
     ):
         with pytest.raises(ConfigError, match=text):
             call()

@@ -128,7 +128,7 @@ def test_a_spoiled_one_spoils_its_own_rows_alone_and_its_slot_can_be_used_again(
 
 
 def test_a_rank_of_none_is_refused():
-    with pytest.raises(ShapeError, match="rank 0 < 1 at '0'; use 1 or more"):
+    with pytest.raises(ShapeError, match="rank must be >= 1, got 0 at '0'"):
         veneer.attach(nn.Sequential(nn.Linear(3, 2)), "flora", rank=0)
 
 

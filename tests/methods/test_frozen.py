@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for method in ("vera", "loraxs"):
         with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), got 2"):
             veneer.attach(llama(), method, rank=4, dropout=2)
-    with pytest.raises(ShapeError, match="rank 0 < 1 at"):
+    with pytest.raises(ShapeError, match="rank must be >= 1, got 0 at"):
         veneer.attach(llama(), "vera", rank=0)
     config = peft.VeraConfig(target_modules=TO, task_type="CAUSAL_LM", r=4, save_projection=False)
     peft.get_peft_model(llama(), config).save_pretrained(tmp_path)

@@ -293,7 +293,7 @@ def test_factors_of_a_smaller_rank_have_a_pseudo_inverse():
     [
         ({"form": "ful"}, "unknown form 'ful'; did you mean 'full'?"),
         ({"x": "sylvestre"}, "unknown x 'sylvestre'; did you mean 'sylvester'?"),
-        ({"damping": -1.0}, "damping -1 must be 0 or more"),
+        ({"damping": -1.0}, "damping must be >= 0, got -1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

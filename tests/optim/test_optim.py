@@ -88,10 +88,10 @@ def test_nothing_to_train_is_refused():
         groups.of_adapter(model, "default")
     assert (
         str(e.value)
-        == "nothing would be trained: no parameter takes a gradient; choose a method with parameters, or other layers"
+        == "nothing to train: no parameter requires a gradient; choose a method with parameters, or other layers"
     )
     frozen = models.llama().requires_grad_(False)
-    with pytest.raises(ConfigError, match="nothing would be trained"):
+    with pytest.raises(ConfigError, match="nothing to train"):
         groups.of_base(frozen)
 
 

@@ -145,11 +145,13 @@ def test_what_has_no_pairs_is_refused_by_name(name):
     with pytest.raises(ConfigError) as e:
         rule(name).build(optim.Trained(parts))
     where = "model.layers.0.self_attn.q_proj.B, model.layers.1.self_attn.q_proj.B"
-    assert (
-        str(e.value)
-        == f"this optimiser works on pairs A (r, in), B (out, r), and at {where} is none; use optimiser 'adamw'"
+    assert str(e.value) == (
+        f"this optimiser needs one A (r, in) and one B (out, r) per layer, which {where} lack;"
+        " use optimiser 'adamw'"
     )
-    with pytest.raises(ConfigError, match="and none is trained; use optimiser 'adamw'"):
+    with pytest.raises(
+        ConfigError, match=r"needs trained pairs A \(r, in\), B \(out, r\), got none; use optimiser"
+    ):
         rule(name).build(optim.Trained(groups.of_base(models.llama())))
 
 
@@ -163,7 +165,7 @@ def test_numbers_that_are_not_finite_are_reported_with_the_layer(name):
     before = trained(made)
     with pytest.raises(NotFinite) as e:
         made.optimiser.step()
-    told = "A A' or B'B is not finite at model.layers.1.self_attn.q_proj; go on from a checkpoint with a lower lr"
+    told = "A A' or B'B is not finite at model.layers.1.self_attn.q_proj; resume from a checkpoint with a lower lr"
     assert str(e.value) == told and all(torch.equal(a, b) for a, b in zip(before, trained(made), strict=True))
 
 

@@ -112,11 +112,11 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         ),
         (
             {"optimiser_options": {"ratio": 0}, "optimiser": "loraplus"},
-            "optimiser 'loraplus': ratio 0 must be above 0",
+            "optimiser 'loraplus': ratio must be > 0, got 0",
         ),
         (
             {"optimiser_options": {"ratio": 0.5}, "optimiser": "loraplus"},
-            "optimiser 'loraplus': ratio 0.5 < 1 slows B down, the opposite of LoRA+; use 1 or more, or pass allow='ratio'",
+            "optimiser 'loraplus': ratio 0.5 < 1 slows B down, the opposite of LoRA+; use >= 1, or pass allow='ratio'",
         ),
         (
             {"optimiser": "loraplus", "method": "full"},

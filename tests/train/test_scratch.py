@@ -132,12 +132,13 @@ def test_factors_embeddings_and_bad_options():
     with pytest.raises(ConfigError) as e:
         made.build(Trained(adapter))
     assert str(e.value) == (
-        "optimiser 'galore' projects the gradients of weights, and model.layers.0.self_attn.q_proj.A,"
-        " model.layers.0.self_attn.q_proj.B and 2 more are factors of rank r already; use method 'full', or another optimiser"
+        "optimiser 'galore' projects gradients of full weights, but model.layers.0.self_attn.q_proj.A,"
+        " model.layers.0.self_attn.q_proj.B and 2 more are low-rank factors;"
+        " use method 'full' or another optimiser"
     )
     with pytest.raises(ConfigError) as e:
         optim.make("galore", rank=0, period=0, scale=0.0)
-    assert str(e.value) == "rank 0 must be 1 or more\nperiod 0 must be 1 or more\nscale 0 must be above 0"
+    assert str(e.value) == "rank must be >= 1, got 0\nperiod must be >= 1, got 0\nscale must be > 0, got 0"
 
 
 # -- ReLoRA -----------------------------------------------------------------------------------------------------------

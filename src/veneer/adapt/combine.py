@@ -57,7 +57,7 @@ def combine(
     if not weights:
         raise ConfigError("nothing to combine: give at least one adapter and its weight")
     if not 0 < density <= 1:
-        raise ConfigError(f"density {density} is not a share; use a number above 0 and at most 1")
+        raise ConfigError(f"density must be in (0, 1], got {density}")
     check_name(model, name)
     cuts = [
         (site, _join(site, own, (rank, energy), (how, density, seed)))

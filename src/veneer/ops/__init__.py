@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: nothing here knows a module."""
+"""Functions of tensors; they know no modules."""

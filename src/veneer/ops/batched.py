@@ -1,4 +1,4 @@
-"""y + (x A') B for rows of many adapters: every row of a batch with the factors of its own adapter.
+"""y + (x A') B for a batch in which every row uses the factors of its own adapter.
 
 x (b, t, in), y (b, t, out), A (n, r, in), B (n, r, out), ids (b,): row i is given adapter ids[i]. Adapter 0
 is the base, whose factors are zero. Four ways to the same sum:
@@ -27,11 +27,11 @@ SHORT = 8  # tokens a row up to which it is
 
 
 class Layout(NamedTuple):
-    """What can be known of ids (b,) once for all layers.
+    """Facts about ids (b,) that all layers share.
 
-    Buckets: of the rows that have an adapter, `rows`, the k-th lies at place[k] of n - 1 buckets of `size`;
-    filled: the row that lies at each place, any row where none does. others: by r, where in (b, (n - 1) r) a
-    number is not its row's own, as they are asked for.
+    rows: indices of the rows with an adapter; the k-th is at place[k] of n - 1 buckets of `size`. filled: the
+    row at each place, any row at free places. others: {r: mask (b, (n - 1) r), True outside the row's own},
+    filled on request.
     """
 
     rows: Tensor
@@ -51,7 +51,7 @@ def add(
     way: str = "gather",
     layout: Layout | None = None,
 ) -> Tensor:
-    """y + (x A[ids]') B[ids] in one of the four ways, written into y, which must be contiguous.
+    """Adds (x A[ids]') B[ids] to y, which must be contiguous, in one of four ways; returns y.
 
     layout: of `lay_out(ids, n)`, where it is known already.
     """
@@ -63,7 +63,7 @@ def add(
 
 
 def choose(x: Tensor, A: Tensor, *, finite: bool, layout: Layout | None) -> str:
-    """The way that measured best for these sizes on a CPU (bench/bank.py), of those that do what is wanted.
+    """Returns the fastest suitable way for these sizes on a CPU, as measured in bench/bank.py.
 
     finite: whether all factors are known to be finite, and stay so. layout: of ids, where it is known.
     """
@@ -80,7 +80,7 @@ def choose(x: Tensor, A: Tensor, *, finite: bool, layout: Layout | None) -> str:
 
 
 def lay_out(ids: Tensor, n: int) -> Layout:
-    """The buckets of n adapters for ids (b,)."""
+    """Returns the buckets of n adapters for ids (b,)."""
     rows = ids.nonzero()[:, 0]
     own = ids[rows] - 1
     counts = torch.bincount(own, minlength=n - 1)
@@ -115,14 +115,13 @@ def _bucket(x: Tensor, y: Tensor, A: Tensor, B: Tensor, layout: Layout) -> Tenso
 
 def _masked(x: Tensor, y: Tensor, A: Tensor, B: Tensor, others: Tensor) -> Tensor:
     b, t, _ = x.shape
-    h = F.linear(x, A[1:].flatten(0, 1)).masked_fill_(
-        others[:, None], 0
-    )  # (b, t, (n - 1) r); a product may overflow, inf * 0 is nan
+    # (b, t, (n - 1) r); a product may overflow, inf * 0 is nan
+    h = F.linear(x, A[1:].flatten(0, 1)).masked_fill_(others[:, None], 0)
     return y.view(b * t, -1).addmm_(h.view(b * t, -1), B[1:].flatten(0, 1)).view_as(y)
 
 
 def _others(ids: Tensor, A: Tensor, layout: Layout | None) -> Tensor:
-    """(b, (n - 1) r): False at each row's own adapter, True at all others."""
+    """Returns (b, (n - 1) r): False at each row's own adapter, True elsewhere."""
     n, r, _ = A.shape
     if layout is not None and r in layout.others:
         return layout.others[r]
@@ -147,8 +146,10 @@ def _grouped(x: Tensor, y: Tensor, A: Tensor, B: Tensor, ids: Tensor) -> Tensor:
 
 
 def _groupable(x: Tensor, A: Tensor) -> bool:
-    """Whether F.grouped_mm is there (torch 2.10) and takes these: not float64, strides in multiples of 16
-    bytes, and under compilation bfloat16 alone."""
+    """Returns True if F.grouped_mm (torch 2.10) supports these.
+
+    Needs strides in multiples of 16 bytes, no float64, and bfloat16 under compilation.
+    """
     if not hasattr(F, "grouped_mm") or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:

@@ -1,4 +1,4 @@
-"""How sure a difference is that was measured on a sample: an interval from drawing the sample's units again.
+"""Confidence intervals of differences on a sample, by resampling its units.
 
 Hesterberg 2014, What Teachers Should Know about the Bootstrap, section 3.2 and 4.5,
 https://arxiv.org/abs/1411.5279
@@ -23,8 +23,7 @@ FEWEST = 8  # units below which drawing them again says little about others
 def interval(
     parts: Tensor, weights: Tensor, *, seed: int = 0, level: float = LEVEL
 ) -> tuple[float, float] | None:
-    """Where sum(parts) / sum(weights) lies in `level` of all samples like this one; None of fewer than 8
-    units.
+    """Returns the `level` interval of sum(parts) / sum(weights), or None for fewer than 8 units.
 
     parts, weights: (n,), of the units that were drawn independently, such as documents. Percentiles of the
     ratio in 4000 samples drawn from these, taken as far out as Student's t asks for: without that the
@@ -48,6 +47,9 @@ def interval(
 
 
 def student(p: float, degrees: int) -> float:
-    """The quantile of Student's t, within 1 % from 7 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
+    """Returns the quantile of Student's t (Abramowitz & Stegun 26.7.5).
+
+    Within 1 % from 7 degrees of freedom on.
+    """
     z, v = NormalDist().inv_cdf(p), degrees
     return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)

@@ -1,5 +1,4 @@
-"""Cross-entropy behind any output head without ever holding all logits: chunk by chunk, forward and backward
-at once."""
+"""Cross-entropy behind any output head, in chunks, without holding all logits."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ def cross_entropy(
     kernel: Kernel | None = None,
     chunks: int | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropies in nats, in float32 (float64 for such features); exact in its gradients.
+    """Returns the sum of cross-entropies in nats, in at least float32, with exact gradients.
 
     features: (n, width), those of positions with a label; labels: (n,). parameters: all leaves that
     head(features) depends on and that take a gradient: what is not listed gets none. smoothing: share of
@@ -56,7 +55,7 @@ def whole(
     smoothing: float,
     compiled: Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., tuple[Tensor, ...]]] = lambda f: f,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss and gradient in a few formulas; `compiled` turns a function of the logits into a faster one.
+    """Returns loss and gradient in a few formulas; `compiled` compiles a function of the logits.
 
     Where a label is all of its position's target, the gradient is left as exp(logits - max) over its sum: the
     division by the sum waits for the product with the head, which makes the rows many times shorter. float16
@@ -74,8 +73,7 @@ def whole(
 
 
 def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(logits - the largest of their row), written over the logits; the largest (n, 1), and their exact
-    sum (n, 1)."""
+    """Overwrites logits with exp(logits - row maximum); returns maximum and exact sum, (n, 1) each."""
     top = logits.amax(-1, keepdim=True)
     wide = _wide(logits.dtype)
     exact = (logits.to(wide) - top.to(wide)).exp()
@@ -84,8 +82,7 @@ def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def softmax(logits: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """log sum exp (n, 1) and the sum of all logits, exact, and the gradient as it is where the label is not:
-    all that is long."""
+    """Returns logsumexp (n, 1), logit sum and softmax gradient, all before the label term."""
     exact = logits.to(_wide(logits.dtype))
     total = torch.logsumexp(exact, -1, keepdim=True)
     gradient = (exact - total).exp()
@@ -97,8 +94,7 @@ def softmax(logits: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
 def finish(
     logits: Tensor, labels: Tensor, smoothing: float, total: Tensor, every: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, None]:
-    """The loss, and the gradient put right at the labels: one number a row, which in a compiled loop would
-    cost a pass."""
+    """Returns the loss and corrects the gradient at the labels, one number per row."""
     vocabulary, rows = logits.shape[-1], torch.arange(len(labels), device=labels.device)
     right = logits[rows, labels].to(total.dtype)
     gradient[rows, labels] = ((right - total[:, 0]).exp() - (1 - smoothing) - smoothing / vocabulary).to(
@@ -134,7 +130,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Run(NamedTuple):
-    """Everything but the tensors that take gradients."""
+    """All arguments but the tensors with gradients."""
 
     head: Head
     labels: Tensor
@@ -156,8 +152,7 @@ class _Run(NamedTuple):
         return total
 
     def loss(self, logits: Tensor, read: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The kernel's, which may write over logits that nobody reads again: new ones, and no result that is
-        kept for the backward."""
+        """Returns the loss by a kernel that may overwrite the logits, if nothing else reads them."""
         seen = logits.untyped_storage()._cdata == read.untyped_storage()._cdata or hasattr(
             logits.grad_fn, "_saved_result"
         )

@@ -1,4 +1,4 @@
-"""Random draws keyed by (seed, name): the same on one process or eight, with or without the neighbours."""
+"""Random draws keyed by (seed, name): independent of processes and of other draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def keyed(seed: int, name: str) -> torch.Generator:
-    """A CPU generator whose stream depends on the seed and the name alone."""
+    """Returns a CPU generator whose stream depends on the seed and the name only."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -1,5 +1,4 @@
-"""x times a matrix that has few Fourier coefficients, exactly: by fast transforms of x, or of the
-coefficients.
+"""Multiplies x by a matrix with few Fourier coefficients, exactly, by fast transforms.
 
 The matrix is D[p, q] = sum_l c_l cos(2 pi (p j_l / out + q k_l / in)). With few rows of x on a large matrix x
 is transformed and D never made; with many on a small one D is made in each pass, and again in the backward.
@@ -23,8 +22,7 @@ from veneer.ops.scratch import scratch
 
 
 class Places(NamedTuple):
-    """Where frequencies lie in half spectra: rows in the output's, columns in the input's, and (n, 2, 1)
-    signs.
+    """Places of frequencies in half spectra: rows of the output, columns of the input, signs (n, 2, 1).
 
     Frequency k above half stands at size - k as its conjugate; the sign of the imaginary part says how often
     that was so.
@@ -36,7 +34,7 @@ class Places(NamedTuple):
 
 
 def places(j: Tensor, k: Tensor, out: int, in_: int) -> Places:
-    """The places of the frequencies (j_l, k_l), indices (n,) below out and in."""
+    """Returns the places of the frequencies (j_l, k_l), indices (n,) below out and in."""
     flipped = (j > out // 2) ^ (k <= in_ // 2)
     imaginary = torch.where(flipped, -1.0, 1.0)
     signs = torch.stack([torch.ones_like(imaginary), imaginary], 1)[..., None]
@@ -53,8 +51,7 @@ def added(
     writable: bool = False,
     frozen: Tensor | None = None,
 ) -> Tensor:
-    """y + x D': y (.., out) and x (.., in) of one dtype, c (n,) for frequencies j, k (n,); transforms in
-    float32 at least.
+    """Returns y + x D': y (.., out), x (.., in), c (n,) for frequencies j, k (n,); at least float32.
 
     writable: y belongs to the caller, and nobody else reads it before this changes it. frozen: W (out, in)
     where y is x W' and what takes no gradient; where D is made, one product backward then does for W + D.
@@ -74,34 +71,29 @@ def added(
 
 
 def dense(c: Tensor, j: Tensor, k: Tensor, out: int, in_: int, dtype: torch.dtype | None = None) -> Tensor:
-    """D (out, in) itself, in c's dtype or another: the left half is a transform of real numbers, the right
-    one its mirror."""
+    """Returns D (out, in) in c's or another dtype: the left half is transformed, the right is its mirror."""
     F = torch.zeros(out, in_, dtype=c.dtype, device=c.device).index_put_((j, k), c)
-    left = torch.fft.rfft2(F).real.to(
-        dtype or c.dtype
-    )  # (out, half): cosines do not know the direction of the transform
+    # (out, half): cosines do not know the direction of the transform
+    left = torch.fft.rfft2(F).real.to(dtype or c.dtype)
     right = left[:, 1 : in_ - in_ // 2].flip(0, 1).roll(1, 0)  # D[p, q] = D[-p, -q]
     return torch.cat([left, right], 1)
 
 
 def _small(out: int, in_: int, rows: int, dtype: torch.dtype) -> bool:
-    """Whether D is made sooner than x is transformed, as measured on one core: its numbers, and products with
-    them, count against the numbers of all rows."""
+    """Returns True if building D is faster than transforming x, as measured on one core."""
     cheap = 4000 if dtype in (torch.bfloat16, torch.float16) else 600
     return out * in_ * (0.5 + rows / cheap) < 1.1 * rows * (out + in_)
 
 
 def _weights(place: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """What a place of a half spectrum stands for: itself alone at both ends, else half of itself and its
-    conjugate."""
+    """Returns the weights of a half spectrum: 1 at both ends, else 1/2 for a number and its conjugate."""
     return torch.where((place == 0) | (2 * place == size), 1.0, 0.5).to(dtype)
 
 
 def waves(frequencies: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi f p / size, (n, size) each, for frequencies f (n,)."""
-    turns = (
-        frequencies[:, None] * torch.arange(size, device=frequencies.device) % size
-    )  # exact: whole numbers
+    """Returns cos and sin of 2 pi f p / size, (n, size) each, for frequencies f (n,)."""
+    # exact: whole numbers
+    turns = frequencies[:, None] * torch.arange(size, device=frequencies.device) % size
     angle = turns.double() * (2 * torch.pi / size)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -117,7 +109,7 @@ def _product(x: Tensor, c: Tensor, at: Places, out: int) -> Tensor:
 
 
 def _analysed(x: Tensor) -> Tensor:
-    """(n, size) -> its half spectrum (half, 2, n)."""
+    """Returns the half spectrum (half, 2, n) of (n, size)."""
     return torch.view_as_real(torch.fft.rfft(x)).permute(1, 2, 0).contiguous()
 
 
@@ -126,8 +118,7 @@ def _added(picked: Tensor, rows: Tensor, size: int) -> Tensor:
 
 
 def _composed(Z: Tensor, size: int) -> Tensor:
-    """Re sum_j Z_j exp(2 pi i p j / size), (half, 2, n) -> (n, size), for Z with the weights of its
-    places."""
+    """Returns Re sum_j Z_j exp(2 pi i p j / size), (half, 2, n) -> (n, size), for weighted Z."""
     found: Tensor = torch.fft.irfft(
         torch.view_as_complex(Z.permute(2, 0, 1).contiguous()), n=size, norm="forward"
     )

@@ -1,5 +1,4 @@
-"""y + (x A') B' in two steps, h = x A' and y + h B', that keep for the backward only x and h, and cast the
-factors once.
+"""y + (x A') B' in two steps that keep only x and h = x A' for the backward and cast factors once.
 
 Several layers that read one x share the first step: one product with their factors stacked, and one for dx.
 Under compilation the same formulas are written plainly: there the compiler decides what is kept, and fuses
@@ -17,8 +16,7 @@ from torch.autograd import Function
 
 
 def project(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """x A' for every A: x (..., in), A (r, in) each -> (..., r) each, in x's dtype whatever the factors are
-    kept in."""
+    """Returns x A' for every A: x (..., in), A (r, in) each -> (..., r) each, in x's dtype."""
     if is_traced():
         ranks = [A.shape[0] for A in factors]
         h = x @ _stack(factors, x.dtype).mT
@@ -28,7 +26,7 @@ def project(x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def expand(y: Tensor, h: Tensor, B: Tensor, *, writable: bool = False) -> Tensor:
-    """y + h B': y (..., out), h (..., r), B (out, r).
+    """Returns y + h B': y (..., out), h (..., r), B (out, r).
 
     writable: y belongs to the caller, and nobody else reads it before this changes it; the sum is then made
     in place where autograd allows that.
@@ -40,12 +38,12 @@ def expand(y: Tensor, h: Tensor, B: Tensor, *, writable: bool = False) -> Tensor
 
 
 def in_place(y: Tensor) -> bool:
-    """Whether a sum can be made in y: autograd does not allow it in a view, whose base would have to know."""
+    """Returns True if a sum may be written into y; autograd forbids writing into a view."""
     return y.is_contiguous() and not (torch.is_grad_enabled() and y._is_view())
 
 
 def is_traced() -> bool:
-    """Whether something traces or transforms operations, which then must be ordinary ones."""
+    """Returns True under compilation, tracing or a functorch transform, which need ordinary operations."""
     return (
         torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     )
@@ -65,8 +63,8 @@ def refuse_second_order() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "derivatives of second order (create_graph=True) are not supported by Veneer's low-rank product"
-            " and chunked loss;"
-            " torch.func.grad and hessian are, and causal_lm.loss(.., chunked=False)"
+            " and"
+            " chunked loss; use torch.func.grad or hessian, and causal_lm.loss(.., chunked=False)"
         )
 
 

@@ -1,5 +1,4 @@
-"""Matrices kept in 8 or 4 bits a number, and products with them that keep no unpacked matrix for the
-backward.
+"""Matrices in 8 or 4 bits per number, and products that keep no unpacked matrix for the backward.
 
 int8: w ~ c a / 127 with whole c in [-127, 127] and one a, the largest |w|, for each row: 8 bits a number.
 nf4: w ~ L[c] a with 16 levels L, the quantiles of a normal distribution in [-1, 1] with an exact 0, and one a
@@ -41,25 +40,25 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class Format(ABC):
-    """A way to keep W (out, in) as tensors; `names` are theirs, in order."""
+    """A storage format of W (out, in) as tensors; `names` are their names, in order."""
 
     name: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def pack(self, W: Tensor) -> Parts:
-        """W (out, in) in few bits; on the meta device the shapes alone."""
+        """Packs W (out, in); on the meta device only the shapes."""
 
     @abstractmethod
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """W (out, in) as it was kept, rounded to dtype."""
+        """Returns W (out, in) unpacked, rounded to dtype."""
 
     def times(self, x: Tensor, parts: Parts, shape: tuple[int, int]) -> Tensor:
-        """x W': x (.., in) -> (.., out)."""
+        """Returns x W': x (.., in) -> (.., out)."""
         return x @ self.unpack(parts, shape, x.dtype).mT
 
     def times_transposed(self, dy: Tensor, parts: Parts, shape: tuple[int, int]) -> Tensor:
-        """dy W: dy (.., out) -> (.., in)."""
+        """Returns dy W: dy (.., out) -> (.., in)."""
         return dy @ self.unpack(parts, shape, dy.dtype)
 
 
@@ -84,7 +83,7 @@ class Int8(Format):
             return super().times(x, parts, shape)
         codes, steps = parts[0], _steps(parts[1]).to(x.dtype)
         if x.numel() == shape[1] and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not is_traced():
-            # One vector, as in generation: torch's own product reads the codes as they are.
+            # One vector, as in generation: torch's own product reads the codes directly.
             return torch._weight_int8pack_mm(x.reshape(1, -1), codes, steps).view(*x.shape[:-1], -1)
         return (x @ codes.to(x.dtype).mT).mul_(steps)
 
@@ -95,13 +94,12 @@ class Int8(Format):
 
 
 def _steps(absmax: Tensor) -> Tensor:
-    """What a code of 1 stands for in each row (out,), in float32."""
+    """Returns the value of a code of 1 in each row (out,), in float32."""
     return absmax.float() / 127
 
 
 def _levels() -> tuple[float, ...]:
-    """NF4's 16 levels: 8 quantiles above 0, 7 below, 0 itself, over the largest (QLoRA, section 3 and
-    appendix E)."""
+    """Returns NF4's 16 levels: 8 quantiles above 0, 7 below, and 0 (QLoRA, section 3 and appendix E)."""
     tail = 1 - (1 / 32 + 1 / 30) / 2
     above, below = (
         torch.special.ndtri(torch.linspace(tail, 0.5, n, dtype=torch.float64))[:-1] for n in (9, 8)
@@ -111,7 +109,7 @@ def _levels() -> tuple[float, ...]:
 
 
 def _between(values: tuple[float, ...]) -> tuple[float, ...]:
-    """What separates each value from the next one."""
+    """Returns the midpoints between neighbouring values."""
     return tuple((a + b) / 2 for a, b in itertools.pairwise(values))
 
 
@@ -151,12 +149,12 @@ class NF4(Format):
 
 
 def _padded(flat: Tensor, size: int) -> Tensor:
-    """flat (n,) with zeros behind it as (n / size rounded up, size)."""
+    """Returns flat (n,) padded with zeros as (n / size rounded up, size)."""
     return F.pad(flat, (0, -len(flat) % size)).view(-1, size)
 
 
 def _scales(absmax: Tensor, largest: Tensor) -> Tensor:
-    """a (blocks,) of every block of nf4, in float32."""
+    """Returns the scale a (blocks,) of every block of nf4, in float32."""
     shares = torch.tensor(SHARES, dtype=torch.float32, device=absmax.device).index_select(0, absmax.int())
     return shares * largest.float().repeat_interleave(GROUP)[: len(shares)]
 
@@ -165,21 +163,23 @@ FORMATS: dict[str, Format] = {f.name: f for f in (Int8(), NF4())}
 
 
 def get(name: str) -> Format:
-    """The format called `name`. Raises ConfigError for an unknown one."""
+    """Returns the format `name`. Raises ConfigError for an unknown one."""
     if name not in FORMATS:
         raise ConfigError(f"unknown format {name!r} of quantised weights{suggest(name, FORMATS)}")
     return FORMATS[name]
 
 
 def rounded(W: Tensor, format: Format) -> Tensor:
-    """W (out, in) as it would be after packing, in W's dtype."""
+    """Returns W (out, in) packed and unpacked again, in W's dtype."""
     out, in_ = W.shape
     return format.unpack(format.pack(W), (out, in_), W.dtype)
 
 
 def product(x: Tensor, parts: Parts, format: Format, shape: tuple[int, int]) -> Tensor:
-    """x W' for a packed W (out, in): x (.., in) -> (.., out) in x's dtype; the packed W is all that is kept,
-    and takes no gradient."""
+    """Returns x W' for a packed W (out, in): x (.., in) -> (.., out) in x's dtype.
+
+    Only the packed W is kept for the backward; it takes no gradient.
+    """
     if torch.compiler.is_compiling():
         made: Tensor = _times(x, list(parts), format.name, *shape)
         return made
@@ -199,7 +199,7 @@ class _Product(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
-        parts = ctx.saved_tensors  # asked for once: under gradient checkpointing there is no second time
+        parts = ctx.saved_tensors  # read once: gradient checkpointing forbids a second read
         dx = ctx.format.times_transposed(dy, parts, ctx.shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, *(None for _ in parts)
 

@@ -1,4 +1,4 @@
-"""x times a matrix that is built in the forward, forgotten, and built again in the backward."""
+"""Multiplies x by a matrix that is built in the forward, dropped, and rebuilt in the backward."""
 
 from __future__ import annotations
 

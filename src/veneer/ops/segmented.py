@@ -1,4 +1,4 @@
-"""y + (x A') B for rows that lie sorted by adapter: factors are read where they are stored, and never copied.
+"""y + (x A') B for rows sorted by adapter; factors are read in place, never copied.
 
 Factors of several adapters lie side by side in stacks A (n, r, in) and B (n, r, out). A run is a stretch of
 rows whose adapters are neighbours in a stack, with the same number of rows each: one batched product over
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Segment(NamedTuple):
-    """Consecutive rows of one adapter: its stack, its place there, the number of rows, and its strength."""
+    """Consecutive rows of one adapter: its stack, its place in it, the number of rows, its strength."""
 
     stack: int
     place: int
@@ -25,7 +25,7 @@ class Segment(NamedTuple):
 
 
 class Run(NamedTuple):
-    """`places` neighbours of one stack from `first` on, with `rows` rows each, from row `start` on.
+    """`places` adjacent adapters of one stack from `first` on, with `rows` rows each, from row `start` on.
 
     strengths: (places, 1, 1), or None where all are 1.
     """
@@ -39,16 +39,16 @@ class Run(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The row after the last."""
+        """Returns the index after the last row."""
         return self.start + self.places * self.rows
 
     def of(self, t: Tensor) -> Tensor:
-        """The run's rows of t (rows, width) as a view (places, rows, width)."""
+        """Returns the run's rows of t (rows, width) as a view (places, rows, width)."""
         return t[self.start : self.end].view(self.places, self.rows, t.shape[1])
 
 
 def runs(segments: Iterable[tuple[int, Segment]], like: Tensor) -> list[Run]:
-    """The runs of segments, each given with its first row. like: device and dtype of the strengths."""
+    """Groups segments, each given with its first row, into runs. like: device and dtype of strengths."""
     found: list[list[tuple[int, Segment]]] = []
     for start, s in segments:
         if found and _joins(found[-1][-1], start, s):

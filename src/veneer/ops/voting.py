@@ -1,4 +1,4 @@
-"""Dense ways to join several changes of one matrix: TIES and DARE."""
+"""Joins several dense changes of one matrix: TIES and DARE."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from torch import Tensor
 
 
 def trim(D: Tensor, density: float) -> Tensor:
-    """D with all but the largest `density` share of its numbers set to zero, by magnitude."""
+    """Returns D with all but the largest `density` share of its numbers, by magnitude, set to zero."""
     k = max(1, round(density * D.numel()))
     threshold = D.abs().flatten().kthvalue(D.numel() - k + 1).values
     return torch.where(D.abs() >= threshold, D, 0)
 
 
 def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """Trim, elect a sign for every number by weighted mass, average those that agree (Yadav et al. 2023,
-    section 3).
+    """Trims, elects signs by weighted mass, averages agreeing numbers (Yadav et al. 2023, section 3).
 
     With equal weights this is the paper's mean; the paper's lambda is the strength the result is used at.
     https://arxiv.org/abs/2306.01708
@@ -31,7 +30,7 @@ def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) ->
 
 
 def dare(D: Tensor, density: float, draw: torch.Generator) -> Tensor:
-    """D with each number kept with probability `density` and divided by it (Yu et al. 2024, section 3.1).
+    """Keeps each number of D with probability `density`, divided by it (Yu et al. 2024, section 3.1).
 
     https://arxiv.org/abs/2311.03099
     """

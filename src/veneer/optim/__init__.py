@@ -1,5 +1,4 @@
-"""Optimisers that work by roles on any method: one file, one optimiser; the file's name is the optimiser's,
-with dashes."""
+"""Optimisers that work by roles on any method: one file each, named after the optimiser."""
 
 from __future__ import annotations
 
@@ -16,24 +15,23 @@ OPTIMISERS = Registry(__name__, "optimiser", apart=("base",), dashes=True)
 
 
 def available() -> list[str]:
-    """Names of all optimisers."""
+    """Returns the names of all optimisers."""
     return OPTIMISERS.names()
 
 
 def get(name: str) -> type[Optimiser]:
-    """The optimiser called `name`. Raises ConfigError with the nearest name for an unknown one."""
+    """Returns the class of optimiser `name`. Raises ConfigError, with the nearest name, if unknown."""
     return OPTIMISERS.own_class(name, Optimiser)  # type: ignore[type-abstract]
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:
-    """The optimiser's options with their types and defaults."""
+    """Returns the optimiser's options with types and defaults."""
     parameters = inspect.signature(get(name).__init__, eval_str=True).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def make(name: str, **options: Any) -> Optimiser:
-    """The optimiser with these options. Raises ConfigError for an unknown name or option, or a value that
-    cannot be."""
+    """Returns the optimiser with these options. Raises ConfigError for unknown names and bad values."""
     known = options_of(name)
     unknown = [
         f"optimiser {name!r} has no option {o!r}{suggest(o, known)}" for o in options if o not in known

@@ -19,7 +19,7 @@ from veneer.optim.base.optimiser import Optimiser, Trained
 
 
 class AdamW(Optimiser):
-    """Adam with decoupled weight decay, which has no options beside the run's betas."""
+    """Adam with decoupled weight decay, without options of its own."""
 
     def __init__(self) -> None: ...
 

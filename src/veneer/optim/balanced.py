@@ -27,15 +27,14 @@ from veneer.optim.base.pairs import Bucket
 
 
 class Balanced(Rule):
-    """Both factors have the same budget in weight space."""
+    """AdamW's directions with the same budget in weight space for both factors."""
 
     def __init__(self, *, floor: float = 0.1) -> None:
         """
-        floor: what a factor's reach counts at least, in shares of the other's, so that a step stays bounded
-        at B = 0
+        floor: least reach of a factor, relative to the other's, so that steps stay bounded at B = 0
         """
         if not 0 < floor <= 1:
-            raise ConfigError(f"floor {floor:g} must be in (0, 1]")
+            raise ConfigError(f"floor must be in (0, 1], got {floor:g}")
         self.floor = floor
 
     def steps(self, bucket: Bucket, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -47,10 +46,10 @@ class Balanced(Rule):
 
 
 def product_norm(left: Tensor, right: Tensor) -> Tensor:
-    """||L R|| (.., 1, 1) in the Frobenius norm, from L'L and R R' (.., r, r)."""
+    """Returns ||L R|| (.., 1, 1) in the Frobenius norm, from L'L and R R' (.., r, r)."""
     return (left * right).sum((-2, -1), keepdim=True).clamp_min(0).sqrt()
 
 
 def over(u: Tensor, length: Tensor) -> Tensor:
-    """u / length, and 0 where the length is 0."""
+    """Returns u / length, and 0 for a length of 0."""
     return torch.where(length > 0, u / torch.where(length > 0, length, 1), 0)

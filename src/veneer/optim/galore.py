@@ -34,7 +34,7 @@ from veneer.optim.base.optimiser import Optimiser, Trained
 
 
 class GaLore(Optimiser):
-    """Steps of rank r. Trains weights themselves, not factors."""
+    """Steps of rank r on the weights themselves."""
 
     def __init__(self, *, rank: int = 128, period: int = 200, scale: float = 0.25, adam: bool = True) -> None:
         """
@@ -44,11 +44,11 @@ class GaLore(Optimiser):
         adam: Adam in the subspace; without, plain gradient descent
         """
         problems = [
-            f"{name} {value} must be 1 or more"
+            f"{name} must be >= 1, got {value}"
             for name, value in (("rank", rank), ("period", period))
             if value < 1
         ]
-        problems += [f"scale {scale:g} must be above 0"] if not scale > 0 else []
+        problems += [f"scale must be > 0, got {scale:g}"] if not scale > 0 else []
         if problems:
             raise ConfigError("\n".join(problems))
         self.rank, self.period, self.scale, self.adam = rank, period, scale, adam
@@ -57,9 +57,9 @@ class GaLore(Optimiser):
         factors = [p.name for p in trained.parts if p.role in FACTORS]
         if factors:
             raise ConfigError(
-                f"optimiser 'galore' projects the gradients of weights, and {first_few(factors, 2)} are"
-                f" factors of rank r already;"
-                f" use method 'full', or another optimiser"
+                f"optimiser 'galore' projects gradients of full weights, but {first_few(factors, 2)} are"
+                " low-rank"
+                " factors; use method 'full' or another optimiser"
             )
         return Projected(trained, self)
 
@@ -76,8 +76,7 @@ def _is_projected(part: Part) -> bool:
 
 
 class Projected(torch.optim.Optimizer):
-    """The torch optimiser. `names` of a group are those of its projected weights, () for parameters that step
-    as AdamW does."""
+    """The torch optimiser. `names` of a group: its projected weights, () for parameters stepped by AdamW."""
 
     def __init__(self, trained: Trained, how: GaLore) -> None:
         self.betas, self.how = trained.betas, how
@@ -93,7 +92,7 @@ class Projected(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step from the gradients as they are."""
+        """Steps with the current gradients."""
         for group in self.param_groups:
             names = group["names"] or [""] * len(group["params"])
             for p, name in zip(group["params"], names, strict=True):
@@ -124,8 +123,7 @@ class Projected(torch.optim.Optimizer):
 
 
 def follow(state: State, G: Tensor, rank: int, name: str) -> None:
-    """P (short, r) onto the gradient G (short, long), and the moments into its basis; both are kept in the
-    state."""
+    """Returns P (short, r) for the gradient G (short, long), and moments in its basis; stores both."""
     old = state.get("P")
     if old is None:
         state["P"] = leading_svd(G, rank, keyed(0, name))[0].contiguous()

@@ -4,7 +4,7 @@ https://arxiv.org/abs/2606.12921
 With running means m_A, m_B of the gradients, R_A = (A A' + d)^-1/2, R_B = (B'B + d)^-1/2, msign(U S V') = U
 V' and t = sqrt(max(out, in)) / s:  A <- A - lr t/2 R_B msign(R_B m_A),  B <- B - lr t/2 msign(m_B R_A) R_A.
 Undamped, ||B dA|| = ||dB A||, and nothing depends on how B A is split into factors. d = damping (tr A A' + tr
-B'B) / r and the factor t are added here: without d the step of A has no bound where B is near 0, as it is at
+B'B) / r and the factor t are added here: without d the step of A is unbounded for B near 0, which includes
 the start.
 
 State: one number for each that is trained, half of AdamW's.
@@ -32,7 +32,7 @@ class LoRAMuon(Rule):
 
     def __init__(self, *, damping: float = 0.05) -> None:
         """
-        damping: what is added to both Gram matrices, in shares of their mean eigenvalues together
+        damping: added to both Gram matrices, relative to their mean eigenvalue
         """
         self.damping = check_damping(damping)
 
@@ -54,7 +54,7 @@ class LoRAMuon(Rule):
 
 
 def running(states: list[State], gradients: Tensor, beta: float) -> Tensor:
-    """The running means, corrected for their start at 0, stacked."""
+    """Returns the running means, corrected for their start at 0, stacked."""
     return stacked(
         [mean(s, "exp_avg", g, beta) / (1 - beta ** count(s)) for s, g in zip(states, gradients, strict=True)]
     )

@@ -25,7 +25,7 @@ from veneer.optim.base.optimiser import Optimiser, Trained
 
 
 class LoRAPlus(Optimiser):
-    """The run's rate is A's, and B's is `ratio` times it."""
+    """AdamW at the run's rate for A, and `ratio` times the rate for B."""
 
     needs = frozenset({"B"})
 
@@ -35,10 +35,10 @@ class LoRAPlus(Optimiser):
         theory
         """
         if not ratio > 0:
-            raise ConfigError(f"ratio {ratio:g} must be above 0")
+            raise ConfigError(f"ratio must be > 0, got {ratio:g}")
         self.ratio = ratio
         if ratio < 1:
-            self.doubts = {"ratio": f"ratio {ratio:g} < 1 slows B down, the opposite of LoRA+; use 1 or more"}
+            self.doubts = {"ratio": f"ratio {ratio:g} < 1 slows B down, the opposite of LoRA+; use >= 1"}
 
     def build(self, trained: Trained) -> torch.optim.Optimizer:
         return groups.adamw(

@@ -22,11 +22,11 @@ from veneer.optim.base.pairs import Bucket
 
 
 class Scaled(Rule):
-    """AdamW's rule on gradients that the Gram matrix of the other factor has scaled."""
+    """AdamW on gradients scaled by the Gram matrix of the other factor."""
 
     def __init__(self, *, damping: float = 0.05) -> None:
         """
-        damping: what is added to both Gram matrices, in shares of their mean eigenvalues together
+        damping: added to both Gram matrices, relative to their mean eigenvalue
         """
         self.damping = check_damping(damping)
 

@@ -1,1 +1,1 @@
-"""Attention kernels with a backward of their own."""
+"""Attention kernels with their own backward."""

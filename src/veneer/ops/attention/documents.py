@@ -1,5 +1,4 @@
-"""Causal attention within documents that lie one after the other in a row, computed document by document on a
-CPU.
+"""Causal attention within documents of a packed row, computed document by document on a CPU.
 
 With a mask the whole square of a row is computed, and every layer reads a number for every pair of positions;
 here it is a square for each document. To compilers each direction is one operation, as the documents of every
@@ -22,8 +21,7 @@ FUSED = 384
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *, scale: float) -> Tensor:
-    """softmax(scale q k') v over the positions from a document's start to one's own: (b, heads, t, d) each ->
-    (b, heads, t, d).
+    """Attends from a document's start to the own position: (b, heads, t, d) each -> (b, heads, t, d).
 
     starts: (b, t), where each position's document begins.
     """
@@ -32,13 +30,13 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *, scale: flo
 
 
 def as_mask(starts: Tensor) -> Tensor:
-    """(b, 1, t, t), True where a position may look."""
+    """Returns a mask (b, 1, t, t), True at visible positions."""
     place = torch.arange(starts.shape[-1], device=starts.device)
     return ((place <= place[:, None]) & (place >= starts[..., None]))[:, None]
 
 
 def _spans(starts: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(row, positions) of every document."""
+    """Yields (row, positions) of every document."""
     t = starts.shape[1]
     first = (starts == torch.arange(t)).nonzero().tolist()
     for (row, begin), (after, end) in zip(first, [*first[1:], [-1, t]], strict=True):
@@ -62,8 +60,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Te
 
 
 def _empty(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the output, laid out (b, t, heads, d) as models go on with it, and for the logarithms of the
-    sums (b, heads, t)."""
+    """Allocates the output, laid out (b, t, heads, d), and the log-sums (b, heads, t)."""
     b, heads, t, d = q.shape
     return q.new_empty(b, t, heads, d).transpose(1, 2), q.new_empty(b, heads, t, dtype=torch.float32)
 
@@ -103,9 +100,8 @@ def _by_products(
 ) -> tuple[Tensor, Tensor, Tensor]:
     t = q.shape[-2]
     later = torch.ones(t, t, dtype=torch.bool).triu_(1)
-    p = (
-        (q @ k.mT).float().mul_(scale).sub_(total[..., None]).masked_fill_(later, -torch.inf).exp_()
-    )  # (1, heads, t, t)
+    # (1, heads, t, t)
+    p = (q @ k.mT).float().mul_(scale).sub_(total[..., None]).masked_fill_(later, -torch.inf).exp_()
     inner = (do.float() * out).sum(-1, keepdim=True)
     ds = (do @ v.mT).float().sub_(inner).mul_(p).mul_(scale).to(q.dtype)
     return ds @ k, ds.mT @ q, p.to(q.dtype).mT @ do

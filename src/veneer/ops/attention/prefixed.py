@@ -1,4 +1,4 @@
-"""Attention of a text that takes no gradient to trained keys and values in front of it, on a CPU.
+"""Attention to trained keys and values in front of a text without gradients, on a CPU.
 
 So it is in a model's first layer. PyTorch's backward makes the gradients of all keys, of which those of the
 prefix are a few thin products.
@@ -18,7 +18,7 @@ from veneer.ops.lowrank import refuse_second_order
 def attend(
     q: Tensor, k: Tensor, v: Tensor, K: Tensor, V: Tensor, *, scale: float, mask: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale q [K k]') [V v]: q, k, v (b, heads, t, d) and K, V (heads, p, d) -> (b, heads, t, d).
+    """Returns softmax(scale q [K k]') [V v], (b, heads, t, d); K, V: (heads, p, d).
 
     mask: (b or 1, heads or 1, t, p + t), True where a position may look, and so at all of K.
     """
@@ -27,13 +27,13 @@ def attend(
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor, K: Tensor) -> bool:
-    """Whether `attend` is made for these: on a CPU, and only the prefix takes a gradient."""
+    """Returns True if `attend` supports these: on a CPU, with gradients for the prefix only."""
     moving = q.requires_grad or k.requires_grad or v.requires_grad
     return torch.is_grad_enabled() and K.requires_grad and not moving and q.device.type == "cpu"
 
 
 def behind(keys: Tensor, own: Tensor) -> Tensor:
-    """A text's keys or values (b, heads, t, d) with a prefix's (heads, p, d) in front."""
+    """Returns keys or values (b, heads, t, d) behind those of a prefix (heads, p, d)."""
     return torch.cat([own.expand(keys.shape[0], -1, -1, -1), keys], 2)
 
 

@@ -1,4 +1,4 @@
-"""Attention for short sequences on a CPU: the fused kernel forward, and a backward made of batched products.
+"""Attention for short sequences on a CPU: the fused kernel forward, batched products backward.
 
 PyTorch's fused backward on CPUs costs three times what its products do at a few hundred positions; the
 probabilities, which make this grow with the square of the length, are small then.
@@ -18,7 +18,7 @@ LONGEST = 384  # positions: from 512 on PyTorch's own backward is as fast
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
-    """softmax(scale q k' + mask) v: (b, heads, t, d) each -> (b, heads, t, d); causal unless a mask is given.
+    """Returns softmax(scale q k' + mask) v: (b, heads, t, d) each -> (b, heads, t, d); causal without a mask.
 
     mask: (b or 1, heads or 1, t, t), True where a position may look, in every row at least once.
     """
@@ -27,7 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
 
 
 def suits(q: Tensor, k: Tensor) -> bool:
-    """Whether `attend` is made for these: on a CPU, in training, short, without a cache in front."""
+    """Returns True if `attend` supports these: on a CPU, in training, short, without a cache."""
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     return training and q.device.type == "cpu" and q.shape[-2] == k.shape[-2] and 1 < q.shape[-2] <= LONGEST
 

@@ -1,5 +1,4 @@
-"""A matrix that is the sum of a few cosines, and the gradient of their sizes, by one complex transform of
-half its width.
+"""A matrix that is a sum of few cosines, and the gradient of their sizes, by a complex transform.
 
 D[p, q] = sum_l c_l cos(2 pi (p j_l / out + q k_l / in)). Neighbours D[p, 2 q] and D[p, 2 q + 1] are the real
 and the imaginary part of one number, so that the transform's result is D as it lies in memory: no half of it
@@ -17,15 +16,14 @@ from veneer.ops.scratch import scratch
 
 
 class Spots(NamedTuple):
-    """Where a spectrum (out, in / 2), flattened, is not zero: twice n indices, and what c counts there, (2n,
-    2) real and imaginary."""
+    """Non-zero places of a flattened spectrum (out, in / 2): 2n indices, and the weights of c, (2n, 2)."""
 
     at: Tensor
     weights: Tensor
 
 
 def spots(j: Tensor, k: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Spots:
-    """Those of the frequencies (j_l, k_l), indices (n,) below out and in; in must be even.
+    """Returns the spots of the frequencies (j_l, k_l), indices (n,) below out and in; in must be even.
 
     One cosine is the half sum of exp(i t) and exp(-i t), and i times the same a step of 2 pi k / in further
     on.
@@ -38,8 +36,7 @@ def spots(j: Tensor, k: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Sp
 
 
 def matrix(c: Tensor, where: Spots, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """D (out, in) in dtype, computed in c's; in working memory, which the next call of either function writes
-    over."""
+    """Returns D (out, in) in dtype, in working memory that the next call of this file overwrites."""
     numbers = where.weights * c.repeat(2)[:, None]
     shape, kind = (size[0], size[1] // 2), c.dtype.to_complex()
     spectrum = scratch("spectrum", shape, kind, c.device).zero_()
@@ -49,7 +46,7 @@ def matrix(c: Tensor, where: Spots, size: tuple[int, int], dtype: torch.dtype) -
 
 
 def gradient(G: Tensor, where: Spots) -> Tensor:
-    """dc (n,) in the weights' dtype, of the gradient G (out, in) of D."""
+    """Returns dc (n,) in the weights' dtype for the gradient G (out, in) of D."""
     shape, kind = (G.shape[0], G.shape[1] // 2), where.weights.dtype.to_complex()
     numbers = scratch("spectrum", shape, kind, G.device)
     torch.view_as_real(numbers).view(G.shape).copy_(G)

@@ -1,4 +1,4 @@
-"""Powers of small symmetric matrices, many at once: what every preconditioner of A and B is made of."""
+"""Powers of stacked small symmetric matrices, the parts of every preconditioner of A and B."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from torch import Tensor
 
 
 class Gram(NamedTuple):
-    """S = Q diag(w) Q' of symmetric S (.., r, r) without negative eigenvalues: w (.., r), Q (.., r, r)."""
+    """S = Q diag(w) Q' of a positive semidefinite S (.., r, r): w (.., r), Q (.., r, r)."""
 
     w: Tensor
     Q: Tensor
 
     @property
     def mean(self) -> Tensor:
-        """tr(S) / r (.., 1, 1)."""
+        """Returns tr(S) / r (.., 1, 1)."""
         return self.w.mean(-1)[..., None, None]
 
     def power(self, exponent: float, damping: Tensor | float = 0.0) -> Tensor:
-        """(S + damping)^exponent (.., r, r) on the range of S and zero elsewhere; damping: a number or (..,
-        1, 1).
+        """Returns (S + damping)^exponent (.., r, r) on the range of S, zero elsewhere.
+
+        damping: a number, or (.., 1, 1).
 
         The range ends at 10 r eps times the largest eigenvalue: below, a Gram matrix holds rounding errors
         alone.
@@ -34,7 +35,6 @@ class Gram(NamedTuple):
 
 
 def gram(S: Tensor) -> Gram:
-    """The spectrum of S (.., r, r), which is made symmetric first; eigenvalues that rounding made negative
-    are 0."""
+    """Returns the spectrum of S (.., r, r), symmetrised; negative eigenvalues become 0."""
     w, Q = torch.linalg.eigh((S + S.mT) / 2)
     return Gram(w.clamp_min(0), Q)

@@ -1,4 +1,4 @@
-"""Low-rank linear algebra: truncated decompositions, spectra of products, row norms without the product."""
+"""Low-rank linear algebra: truncated decompositions, spectra of products, row norms."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from veneer.errors import ShapeError
 
 
 def multiplies_bf16(where: torch.device) -> bool:
-    """Whether the device has instructions for products of bfloat16 matrices."""
+    """Returns True if the device has instructions for products of bfloat16 matrices."""
     if where.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    ask: Callable[[], dict[str, Any]] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )  # older versions of torch cannot say
+    # older versions of torch cannot say
+    ask: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = ask()
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def precise(W: Tensor) -> Tensor:
-    """W in float32, or in float64 where it already is: what decompositions are computed in."""
+    """Returns W in float32, or float64 if it already is: the precision of decompositions."""
     return W if W.dtype == torch.float64 else W.float()
 
 
@@ -38,14 +37,13 @@ def check_at_most(rank: int, most: int, what: str, where: str = "") -> None:
         raise ShapeError(f"rank must be an integer >= 1, got {rank!r}")
     at = f" at {where!r}" if where else ""
     if rank < 1:
-        raise ShapeError(f"rank {rank} < 1{at}; use 1 or more")
+        raise ShapeError(f"rank must be >= 1, got {rank}{at}")
     if rank > most:
         raise ShapeError(f"rank {rank} > {what} = {most}{at}; use at most {most} or exclude the layer")
 
 
 def range_finder(W: Tensor, sketch: Tensor, iterations: int) -> Tensor:
-    """Q (.., out, width) with orthonormal columns that nearly span W's leading directions, in float32 at
-    least.
+    """Returns orthonormal Q (.., out, width) that nearly spans W's leading directions, at least float32.
 
     W: (.., out, in), sketch: (.., in, width) random. Subspace iteration with a QR at every step (Halko,
     Martinsson & Tropp 2011, algorithm 4.4, which has one at every half step too). Where the machine
@@ -68,8 +66,7 @@ def _orthonormal(Y: Tensor) -> Tensor:
 def leading_svd(
     W: Tensor, rank: int, draw: torch.Generator, iterations: int = 3
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, r), S (r,), Vh (r, in): the leading singular triplets of W in float32 (float64 for a float64
-    W).
+    """Returns the leading triplets U (out, r), S (r,), Vh (r, in) of W, in at least float32.
 
     Randomised, with as many extra directions as the rank asks for (a sketch of 2 x rank + 8 columns), which
     on slowly falling spectra is what accuracy depends on; exact where that sketch would not be smaller than
@@ -82,8 +79,7 @@ def leading_svd(
 def leading_svds(
     Ws: Sequence[Tensor], rank: int, draws: Sequence[torch.Generator]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """leading_svd of matrices of one shape, dtype and device, each with its own draw, as one stack. Raises
-    ShapeError.
+    """Returns leading_svd of matrices of one shape, dtype and device as one stack. Raises ShapeError.
 
     The same numbers as one at a time up to rounding. It takes 6 bytes for every number of the matrices at
     once, 16 in float64.
@@ -96,15 +92,14 @@ def leading_svds(
 def _leading(
     W: Tensor, rank: int, draws: Sequence[torch.Generator], iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The triplets of W (out, in) with one draw, or of a stack W (n, out, in) with n."""
+    """Returns the triplets of W (out, in) with one draw, or of a stack W (n, out, in) with n."""
     out, in_ = W.shape[-2:]
     width = 2 * rank + 8
     if width >= min(out, in_):
         U, S, Vh = torch.linalg.svd(precise(W), full_matrices=False)
     else:
-        drawn = torch.stack(
-            [torch.randn(in_, width, generator=d) for d in draws]
-        )  # on the CPU: the same on every device
+        # on the CPU: the same on every device
+        drawn = torch.stack([torch.randn(in_, width, generator=d) for d in draws])
         Q = range_finder(W, drawn.view(*W.shape[:-2], in_, width).to(W.device), iterations)
         U, S, Vh = torch.linalg.svd(Q.mT @ precise(W), full_matrices=False)
         U = Q @ U
@@ -112,10 +107,11 @@ def _leading(
 
 
 def norm_without(W: Tensor, B: Tensor, A: Tensor) -> float:
-    """Frobenius norm of W - B A over that of W, from ||W||^2 - 2 <W A', B> + ||B A||^2: one thin product of
-    W. 0 for W = 0.
+    """Returns ||W - B A|| / ||W|| by one thin product of W; 0 for W = 0.
 
-    Sums are taken in float64, so that shares above a thousandth are told well.
+    ||W - B A||^2 = ||W||^2 - 2 <W A', B> + ||B A||^2.
+
+    Sums are in float64, so that shares above a thousandth are accurate.
     """
     whole = torch.linalg.vector_norm(W, dtype=torch.float64).square()
     cross = ((precise(W) @ precise(A).mT).double() * B.double()).sum()
@@ -124,8 +120,7 @@ def norm_without(W: Tensor, B: Tensor, A: Tensor) -> float:
 
 
 def product_spectrum(B: Tensor, A: Tensor) -> Tensor:
-    """Singular values (r,) of B A, largest first, from B (out, r) and A (r, in) without forming the
-    product."""
+    """Returns the singular values (r,) of B A, largest first, from B (out, r), A (r, in)."""
     RB = torch.linalg.qr(precise(B)).R
     RA = torch.linalg.qr(precise(A).mT).R
     spectrum: Tensor = torch.linalg.svdvals(RB @ RA.mT)
@@ -133,13 +128,13 @@ def product_spectrum(B: Tensor, A: Tensor) -> Tensor:
 
 
 def product_norm(B: Tensor, A: Tensor) -> Tensor:
-    """Frobenius norm of B A: sqrt(trace((B'B)(AA'))), without forming the product."""
+    """Returns the Frobenius norm of B A: sqrt(trace((B'B)(AA'))), without forming the product."""
     B, A = precise(B), precise(A)
     return ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt()
 
 
 def effective_rank(spectrum: Tensor) -> float:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007); 0 for a zero matrix."""
+    """Returns exp of the entropy of the normalised singular values (Roy & Vetterli 2007); 0 for zeros."""
     total = spectrum.sum()
     if total <= 0:
         return 0.0
@@ -148,14 +143,14 @@ def effective_rank(spectrum: Tensor) -> float:
 
 
 def row_norms(W: Tensor) -> Tensor:
-    """Norm of every row (out,), accumulated in float32 at least and without a copy of W in it."""
+    """Returns the norm of every row (out,), summed in at least float32 without a copy of W."""
     dtype = torch.promote_types(W.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=dtype)
     return norms
 
 
 def row_norms_of_sum(W: Tensor, squares: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Row norms (out,) of W + B A for W (out, in), A (r, in), B (out, r), given the squared row norms of W.
+    """Returns row norms (out,) of W + B A, given the squared row norms of W (out, in).
 
     ||w + bA||^2 = ||w||^2 + 2 b (A w') + b (A A') b', so nothing of the size of W is made.
     """

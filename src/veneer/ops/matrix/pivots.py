@@ -1,4 +1,4 @@
-"""Rows of a thin matrix that make all its others with small coefficients: the gauge-fixed form of a product.
+"""Rows of a thin matrix that express all others with small coefficients: a gauge-fixed product.
 
 B A with B (out, r) has r (out + in) numbers and r^2 of them say nothing, as B M^-1 M A is the same for any M.
 With M = B[p] for r rows p, the rows p of B M^-1 are the identity: r (out + in) - r^2 numbers are left.  PIFA
@@ -26,7 +26,7 @@ class Pivots(NamedTuple):
 
     @property
     def order(self) -> Tensor:
-        """Where each row of B stands among the pivots followed by the others: (out,) int64."""
+        """Returns the place of each row of B among pivots followed by the others: (out,) int64."""
         place = torch.empty(len(self.rows) + len(self.others), dtype=torch.int64, device=self.rows.device)
         place[torch.cat([self.rows, self.others])] = torch.arange(len(place), device=place.device)
         return place
@@ -62,7 +62,7 @@ def pivots(B: Tensor, swaps: int = 4) -> Pivots:
 
 
 def _partial_pivots(B: Tensor) -> Tensor:
-    """The rows of B (out, r) in the order in which Gaussian elimination takes them: (out,)."""
+    """Returns the rows of B (out, r) in the order of Gaussian elimination: (out,)."""
     order = torch.arange(len(B), device=B.device)
     for k, p in enumerate((torch.linalg.lu_factor(B).pivots - 1).tolist()):
         if p != k:

@@ -1,5 +1,4 @@
-"""Q + U S V' ~ W with Q in few bits and U S V' of low rank: a quantised matrix and what makes up for its
-error."""
+"""Q + U S V' ~ W with Q in few bits and U S V' of low rank, which compensates Q's error."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ class Split(NamedTuple):
 def split(
     W: Tensor, format: quant.Format, rank: int, *, iterations: int, draw: torch.Generator, whole_first: bool
 ) -> Split:
-    """The best of `iterations` alternations of Q = q(W - U S V') and U S V' = the rank-`rank` part of W - Q.
+    """Returns the best of `iterations` alternations of Q = q(W - U S V') and the low-rank part of W - Q.
 
     W: (out, in). whole_first: whether the first U S V' is that of W itself (QPiSSA), and not zero (LoftQ).
     """

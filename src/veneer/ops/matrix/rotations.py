@@ -1,5 +1,4 @@
-"""Rotations of blocks of numbers, each from a skew-symmetric generator, as their difference from the
-identity."""
+"""Rotations of blocks from skew-symmetric generators, as differences from the identity."""
 
 from __future__ import annotations
 

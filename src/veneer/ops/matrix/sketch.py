@@ -1,5 +1,4 @@
-"""A matrix that is seen once, as a sum of pieces, and never held: two thin products of it, and its leading
-part from them.
+"""Sketches a matrix given as a stream of summands: two thin products, and its leading part from them.
 
 Tropp, Yurtsever, Udell & Cevher 2017, https://arxiv.org/abs/1609.00048: of G (m, n) one keeps Y = G Omega (m,
 k) and Z = Psi G (l, n) for fixed random Omega and Psi. Both are linear in G, so that pieces may come in any
@@ -16,8 +15,7 @@ from torch import Tensor
 
 
 class Tests(NamedTuple):
-    """Omega (n, k) and Psi (l, m); Omega is the identity, and Psi empty, where the sketch would not be
-    smaller than G."""
+    """Omega (n, k) and Psi (l, m); identity and empty if the sketch would not be smaller than G."""
 
     Omega: Tensor
     Psi: Tensor
@@ -32,8 +30,7 @@ class Svd(NamedTuple):
 
 
 def tests(m: int, n: int, k: int, draw: torch.Generator) -> Tests:
-    """Gaussian test matrices for G (m, n), drawn on the CPU: k columns, and l = 2 k + 1 rows, the paper's
-    advice (section 4.5)."""
+    """Returns Gaussian test matrices for G (m, n): k columns, l = 2 k + 1 rows (section 4.5)."""
     rows = 2 * k + 1
     if k * m + rows * n >= m * n:
         return Tests(torch.eye(n), torch.empty(0, m))
@@ -41,7 +38,7 @@ def tests(m: int, n: int, k: int, draw: torch.Generator) -> Tests:
 
 
 def leading(Y: Tensor, Z: Tensor, Psi: Tensor, rank: int) -> Svd:
-    """The leading singular triplets of G, at most `rank` of them, from Y = G Omega, Z = Psi G and Psi.
+    """Returns at most `rank` leading singular triplets of G, from Y = G Omega, Z = Psi G and Psi.
 
     Exact where Omega was the identity.
     """

@@ -1,5 +1,4 @@
-"""Steps of A and B whose first-order change of s B A is the nearest to that of the whole matrix: the maths of
-LoRA-Pro.
+"""Steps of A and B whose first-order change of s B A is nearest to the full one: LoRA-Pro's maths.
 
 With W = W0 + s B A, A (.., r, n), B (.., m, r), and the gradients gA = s B'G (.., r, n), gB = s G A' (.., m,
 r), the pair
@@ -24,8 +23,7 @@ Choice = Literal["sylvester", "zero", "symmetric"]
 
 
 class Inverses(NamedTuple):
-    """What a step needs of A and B in (.., r, r): the spectra a, b of A A' and B'B, and their damped
-    pseudo-inverses; s as in point()."""
+    """Spectra a, b of A A' and B'B (.., r, r), and their damped pseudo-inverses; s as in point()."""
 
     s: Tensor | float
     a: Gram
@@ -35,7 +33,7 @@ class Inverses(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where A (.., r, n) and B (.., m, r) stand."""
+    """A position: A (.., r, n), B (.., m, r) and their inverses."""
 
     A: Tensor
     B: Tensor
@@ -52,7 +50,7 @@ class Mix(NamedTuple):
 
 
 def inverses(products: Tensor, s: Tensor | float, damping: float = 0.0) -> Inverses:
-    """From A A' and B'B, stacked (2, .., r, r).
+    """Returns the inverses from A A' and B'B, stacked (2, .., r, r).
 
     Both are damped by `damping` tr(A A') / r, as B'B damped by its own trace would cure nothing at B = 0.
     """
@@ -63,13 +61,12 @@ def inverses(products: Tensor, s: Tensor | float, damping: float = 0.0) -> Inver
 
 
 def point(A: Tensor, B: Tensor, s: Tensor | float, damping: float = 0.0) -> Point:
-    """The point (A, B); s: a number, or (.., 1, 1)."""
+    """Returns the point (A, B); s: a number, or (.., 1, 1)."""
     return Point(A, B, inverses(torch.stack([A @ A.mT, B.mT @ B]), s, damping))
 
 
 def mix(at: Inverses, gAA: Tensor, BgB: Tensor, x: Choice = "sylvester") -> Mix:
-    """How dA and dB are made, from gA A' and B'gB (.., r, r), which are the same where both gradients are of
-    one G.
+    """Returns the mix for dA and dB from gA A' and B'gB (.., r, r), which are equal if both come from one G.
 
     x: how the freedom X is used. "sylvester": dA and dB are as near to gA and gB as can be; "zero": what both
     could do, A does; "symmetric": each does half of it.
@@ -89,19 +86,19 @@ def mix(at: Inverses, gAA: Tensor, BgB: Tensor, x: Choice = "sylvester") -> Mix:
 
 
 def adjust(at: Point, gA: Tensor, gB: Tensor, x: Choice = "sylvester") -> tuple[Tensor, Tensor]:
-    """dA (.., r, n) and dB (.., m, r) from gA and gB; x as in mix()."""
+    """Returns dA (.., r, n) and dB (.., m, r) from gA and gB; x as in mix()."""
     m = mix(at.inverses, gA @ at.A.mT, at.B.mT @ gB, x)
     return _plus(m.on_gA @ gA, m.on_A, at.A), _plus(gB @ m.on_gB, at.B, m.on_B)
 
 
 def _plus(into: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """into + left right (.., i, j), added in place."""
+    """Adds left right (.., i, j) to `into`, in place."""
     flat, L, R = (t.reshape(-1, *t.shape[-2:]) for t in (into, left, right))
     return flat.baddbmm_(L, R).view_as(into)
 
 
 def squared_norm(at: Inverses, BgB: Tensor, gAgA: Tensor, gBgB: Tensor) -> Tensor:
-    """<gA, dA> + <gB, dB> (..) with the pair of X = 0, from B'gB, gA gA' and gB'gB (.., r, r) alone.
+    """Returns <gA, dA> + <gB, dB> (..) for X = 0, from B'gB, gA gA' and gB'gB (.., r, r) only.
 
     Without damping that is the squared norm of the projected G, and the first-order fall of the loss per unit
     of rate.

@@ -1,4 +1,4 @@
-"""Best low-rank factors of a matrix, of a product, and of sums of products, with what the cut lost."""
+"""Best low-rank factors of a matrix, a product, or a sum of products, with their error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.ops.matrix.linalg import precise
 
 
 class Truncated(NamedTuple):
-    """A (k, in), B (out, k) with the singular values split evenly; error: ||D - B A|| / ||D||."""
+    """A (k, in), B (out, k) with singular values split evenly; error: ||D - B A|| / ||D||."""
 
     A: Tensor
     B: Tensor
@@ -20,16 +20,15 @@ class Truncated(NamedTuple):
 
 
 def choose_rank(spectrum: Tensor, rank: int | None, energy: float | None) -> int:
-    """How many singular values to keep: at most `rank` of those that are not rounding, and enough for
-    `energy`.
+    """Returns the number of singular values to keep: at most `rank`, above rounding, enough for `energy`.
 
     energy is the share of the squared norm, in (0, 1]. At least one is kept. Raises ConfigError for
     impossible values.
     """
     if rank is not None and rank < 1:
-        raise ConfigError(f"rank {rank} < 1; use 1 or more")
+        raise ConfigError(f"rank must be >= 1, got {rank}")
     if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"energy {energy} is not a share; use a number above 0 and at most 1")
+        raise ConfigError(f"energy must be in (0, 1], got {energy}")
     real = int((spectrum > len(spectrum) * torch.finfo(spectrum.dtype).eps * spectrum[0]).sum())
     keep = real if rank is None else min(rank, real)
     if energy is not None and energy < 1:
@@ -41,13 +40,13 @@ def choose_rank(spectrum: Tensor, rank: int | None, energy: float | None) -> int
 
 
 def truncate(D: Tensor, rank: int | None = None, energy: float | None = None) -> Truncated:
-    """The best factors of D (out, in) in the Frobenius norm (Eckart & Young 1936), by an exact SVD."""
+    """Returns the best factors of D (out, in) in the Frobenius norm (Eckart & Young), by an exact SVD."""
     U, S, Vh = torch.linalg.svd(precise(D), full_matrices=False)
     return _cut(U, S, Vh, rank, energy)
 
 
 def truncate_product(B: Tensor, A: Tensor, rank: int | None = None, energy: float | None = None) -> Truncated:
-    """The best factors of B A for B (out, k), A (k, in), without forming it: two thin QRs and a k x k SVD."""
+    """Returns the best factors of B A for B (out, k), A (k, in), by two thin QRs and a k x k SVD."""
     QB, RB = torch.linalg.qr(precise(B))
     QA, RA = torch.linalg.qr(precise(A).mT)
     U, S, Vh = torch.linalg.svd(RB @ RA.mT, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Trained parameters by role: rates and weight decay of every parameter group.
+"""Groups trained parameters by role, with a rate and a weight decay each.
 
 Weight decay means the same for every method: the change of the weights shrinks by (1 - rate * decay) per
 step. A change that is a product of n trained factors shrinks as a whole: each factor takes the n-th root. For
@@ -75,8 +75,8 @@ def _trained(parts: Iterable[Part]) -> list[Part]:
     found = [p for p in parts if p.parameter.requires_grad]
     if not sum(p.parameter.numel() for p in found):
         raise ConfigError(
-            "nothing would be trained: no parameter takes a gradient; choose a method with parameters, or"
-            " other layers"
+            "nothing to train: no parameter requires a gradient; choose a method with parameters, or other"
+            " layers"
         )
     return found
 
@@ -109,7 +109,7 @@ def adamw(
 def by_rate(
     parts: Iterable[Part], scales: Mapping[str, float], embedding: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups as `set_rates` knows them, one for every rate and decay.
+    """Returns groups as `set_rates` expects them, one per rate and decay.
 
     scales: multiples of the run's rate by role. embedding: the multiple for what changes embeddings, in place
     of these.
@@ -124,7 +124,7 @@ def by_rate(
 
 
 def set_rates(optimiser: torch.optim.Optimizer, rate: float, decay: float) -> None:
-    """The rate of this step and the decay that goes with it, in every group.
+    """Sets the rate of this step and the matching decay in every group.
 
     AdamW multiplies by (1 - lr * weight_decay); the weight_decay given to it makes that (1 - base * rate *
     decay)^share.

@@ -1,5 +1,4 @@
-"""What every optimiser is: options that are checked when it is chosen, and a torch optimiser made for what is
-trained."""
+"""Base of all optimisers: checked options, and a torch optimiser for the trained parameters."""
 
 from __future__ import annotations
 
@@ -14,8 +13,10 @@ from veneer.optim.base.groups import Part
 
 
 class Trained(NamedTuple):
-    """What an optimiser is made for. betas: decay rates of moments; embedding: the rate of what changes
-    embeddings, in rates."""
+    """Input of an optimiser.
+
+    betas: decay rates of moments. embedding: rate of embeddings relative to the rate.
+    """
 
     parts: Sequence[Part]
     betas: tuple[float, float] = (0.9, 0.999)
@@ -23,8 +24,7 @@ class Trained(NamedTuple):
 
 
 class Optimiser(ABC):
-    """One way to step. Its options are the keyword parameters of __init__(self, *, ..): flags and files are
-    made from them.
+    """An optimiser. Its options are the keyword parameters of __init__(self, *, ..).
 
     needs: the roles that a method must have; doubts: what has to be allowed by name, as {check: sentence}.
     """
@@ -34,27 +34,25 @@ class Optimiser(ABC):
 
     @property
     def rated_as(self) -> str:
-        """The name under which train/rates.py has its rates: its own, unless a form of it wants others."""
+        """Returns the key of its rates in train/rates.py: its own name unless a form needs other rates."""
         return type(self).__module__.rsplit(".", 1)[-1].replace("_", "-")
 
     @abstractmethod
     def build(self, trained: Trained) -> torch.optim.Optimizer:
-        """The torch optimiser, whose groups `groups.set_rates` sets before each step and whose state is
-        tensors alone."""
+        """Returns the torch optimiser; `groups.set_rates` sets its groups, and its state is tensors only."""
 
     def state_bytes(self, trained: Trained) -> int:
-        """What its state takes: two numbers for each that is trained, and a count of steps for each
-        tensor."""
+        """Returns the bytes of its state: two numbers per trained one, and a step count per tensor."""
         every = [p.parameter for p in trained.parts]
         return sum(2 * p.numel() * p.element_size() + 4 for p in every)
 
     def announcement(self, trained: Trained) -> str | None:
-        """What whoever starts it should know before."""
+        """Returns a warning for the user before the training, or None."""
         return None
 
 
 def check_damping(damping: float) -> float:
-    """The damping of Gram matrices, if it is 0 or more. Raises ConfigError."""
+    """Returns the damping of Gram matrices. Raises ConfigError if it is negative."""
     if not damping >= 0:
-        raise ConfigError(f"damping {damping:g} must be 0 or more")
+        raise ConfigError(f"damping must be >= 0, got {damping:g}")
     return damping

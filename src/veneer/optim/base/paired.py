@@ -1,4 +1,4 @@
-"""Optimisers that step A and B of a layer together: the frame they share."""
+"""Base of optimisers that step A and B of a layer together."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ Present = tuple[nn.Parameter, nn.Parameter, str, float]  # A, B, where, scaling
 
 
 class Paired(torch.optim.Optimizer, ABC):
-    """Steps all pairs of a shape at once by `steps`, and every other parameter (norms, biases, magnitudes) as
-    AdamW does.
+    """Steps all pairs of one shape at once by `steps`, and other parameters (norms, biases) as AdamW does.
 
     A group of pairs has A and B of each in turn as `params`, with `where` and `scaling` of each; rates and
     decay are those of `groups.set_rates`: A and B both shrink by sqrt(1 - rate * decay), so that B A shrinks
@@ -53,23 +52,21 @@ class Paired(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def steps(self, bucket: Bucket) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
-        """What every A (r, n) and every B (m, r) moves by at rate 1, downhill being positive; remembers what
-        it needs in the states."""
+        """Returns the descent of every A (r, n) and B (m, r) at rate 1; updates the states."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step from the gradients as they are. Raises NotFinite before any parameter of the shape is
-        changed."""
+        """Steps with the current gradients. Raises NotFinite before any parameter of the shape is changed."""
         for group in self.param_groups:
             for p, change in self._changes(group):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.to(p.dtype), alpha=group["lr"])
 
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-        """Scales the gradients so that their norm together is at most `most`; the norm before."""
+        """Scales gradients to a joint norm of at most `most`; returns the norm before."""
         return nn.utils.clip_grad_norm_(parameters, most)
 
     def buckets(self) -> Iterator[Bucket]:
-        """The pairs that have gradients, a bucket for each shape."""
+        """Yields the pairs with gradients, one bucket per shape."""
         for group in self.param_groups:
             present = _present(group)
             if present:
@@ -105,13 +102,13 @@ class Paired(torch.optim.Optimizer, ABC):
 
 
 class Rule(Optimiser, ABC):
-    """An optimiser that is one rule for A and B, and the options that the rule has."""
+    """An optimiser given by one rule for A and B and its options."""
 
     needs = frozenset({"A", "B"})
 
     @abstractmethod
     def steps(self, bucket: Bucket, betas: tuple[float, float]) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
-        """As Paired.steps."""
+        """Returns the descent; see Paired.steps."""
 
     def build(self, trained: Trained) -> torch.optim.Optimizer:
         return Ruled(trained, self)

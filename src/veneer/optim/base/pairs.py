@@ -1,4 +1,4 @@
-"""The pairs A (r, in), B (out, r) among what is trained, found by their roles and put together by shape."""
+"""Finds the pairs A (r, in), B (out, r) among trained parameters, by role, and stacks them by shape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer.optim.base.groups import FACTORS, Part, decay_shares
 
 
 class Pair(NamedTuple):
-    """The factors of a change s B A, s its module's own scaling; where: the name of what has them."""
+    """Factors of a change s B A with their module's scaling s; where: the name of the layer."""
 
     where: str
     A: nn.Parameter
@@ -29,13 +29,15 @@ class Pair(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(out, in, r)."""
+        """Returns (out, in, r)."""
         return self.B.shape[0], self.A.shape[1], self.A.shape[0]
 
 
 def of(parts: Iterable[Part]) -> tuple[list[Pair], list[Part]]:
-    """The pairs, and what is in none. Raises ConfigError for a layer whose factors are not one A and one B,
-    or where there is no pair."""
+    """Returns the pairs and the other parameters.
+
+    Raises ConfigError for a layer with other than one A and one B, and without any pair.
+    """
     owned: dict[tuple[int, str], list[Part]] = defaultdict(list)
     others, shares, parts = [], {}, list(parts)
     for part, share in zip(parts, decay_shares(parts), strict=True):
@@ -47,12 +49,12 @@ def of(parts: Iterable[Part]) -> tuple[list[Pair], list[Part]]:
     odd = [found[0].name for found in owned.values() if not _is_pair(found)]
     if odd:
         raise ConfigError(
-            f"this optimiser works on pairs A (r, in), B (out, r), and at {first_few(odd)} is none; use"
-            f" optimiser 'adamw'"
+            f"this optimiser needs one A (r, in) and one B (out, r) per layer, which {first_few(odd)} lack;"
+            " use optimiser 'adamw'"
         )
     if not owned:
         raise ConfigError(
-            "this optimiser works on pairs A (r, in), B (out, r), and none is trained; use optimiser 'adamw'"
+            "this optimiser needs trained pairs A (r, in), B (out, r), got none; use optimiser 'adamw'"
         )
     return [_pair(found, shares[key]) for key, found in owned.items()], others
 
@@ -73,8 +75,7 @@ def _pair(found: list[Part], share: float) -> Pair:
 
 
 def by_shape(pairs: Iterable[Pair], *, mixed: bool = False) -> list[list[Pair]]:
-    """The pairs in buckets of one shape, dtype and rate, in the order of their first ones; mixed: on a CPU,
-    of one rank."""
+    """Returns the pairs in buckets of one shape, dtype and rate; mixed: on a CPU, of one rank."""
     buckets: dict[Any, list[Pair]] = defaultdict(list)
     for p in pairs:
         shape = p.shape[2] if mixed and p.A.device.type == "cpu" else p.shape
@@ -105,37 +106,36 @@ class Bucket:
 
     @cached_property
     def A(self) -> Tensor:
-        """(L, r, n)."""
+        """Returns (L, r, n)."""
         return torch.stack(self.every_A)
 
     @cached_property
     def B(self) -> Tensor:
-        """(L, m, r)."""
+        """Returns (L, m, r)."""
         return torch.stack(self.every_B)
 
     @cached_property
     def gA(self) -> Tensor:
-        """(L, r, n)."""
+        """Returns (L, r, n)."""
         return torch.stack(self.every_gA)
 
     @cached_property
     def gB(self) -> Tensor:
-        """(L, m, r)."""
+        """Returns (L, m, r)."""
         return torch.stack(self.every_gB)
 
     @property
     def one_by_one(self) -> bool:
-        """Whether products with whole factors are taken layer by layer: on a CPU, where stacking costs more
-        than it saves."""
+        """Returns True if products with factors run layer by layer: on a CPU, where stacking costs more."""
         return self.s.device.type == "cpu"
 
     def grams(self) -> tuple[Gram, Gram]:
-        """The spectra of A A' and B'B in one decomposition. Raises NotFinite."""
+        """Returns the spectra of A A' and B'B by one decomposition. Raises NotFinite."""
         w, Q = gram(self.products())
         return Gram(w[0], Q[0]), Gram(w[1], Q[1])
 
     def products(self) -> Tensor:
-        """A A' and B'B (2, L, r, r). Raises NotFinite, naming the layers, where one is not finite."""
+        """Returns A A' and B'B (2, L, r, r). Raises NotFinite with the layers that are not finite."""
         rows = [*self.every_A, *(B.t() for B in self.every_B)]
         S = (
             inner(rows, rows).unflatten(0, (2, -1))
@@ -146,16 +146,16 @@ class Bucket:
         if not fine.all():
             wrong = [name for name, ok in zip(self.where, fine.tolist(), strict=True) if not ok]
             raise NotFinite(
-                f"A A' or B'B is not finite at {first_few(wrong)}; go on from a checkpoint with a lower lr"
+                f"A A' or B'B is not finite at {first_few(wrong)}; resume from a checkpoint with a lower lr"
             )
         return S
 
 
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """X Y' (L, r, r) of each X, Y (r, k), one by one."""
+    """Returns X Y' (L, r, r) of each X, Y (r, k), one by one."""
     return torch.stack([torch.mm(X, Y.t()) for X, Y in zip(left, right, strict=True)])
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
-    """(L, ..) in float32 at least."""
+    """Returns (L, ..) in at least float32."""
     return precise(torch.stack([t.detach() for t in tensors]))

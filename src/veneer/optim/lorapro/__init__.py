@@ -43,7 +43,7 @@ FORMS: dict[str, type[Full | Factored | Plain]] = {"full": Full, "factored": Fac
 
 
 class LoRAPro(Optimiser):
-    """The exact rule with damping 0; the default damping keeps the first steps from B = 0 small."""
+    """LoRA-Pro. Damping 0 is the exact rule; the default damping keeps first steps from B = 0 small."""
 
     needs = frozenset({"A", "B"})
 
@@ -57,8 +57,8 @@ class LoRAPro(Optimiser):
         """
         form: full (the published one, with moments as large as the weights), factored (moments as large as
         the adapter), sgd (none)
-        x: what A and B can both do goes to: sylvester (the paper's choice), zero (A), symmetric (half each)
-        damping: what is added to both Gram matrices, in shares of the mean eigenvalue of A A'; 0 is the
+        x: factor for the part that both can change: sylvester (the paper's), zero (A), symmetric (both)
+        damping: added to both Gram matrices, relative to the mean eigenvalue of A A'; 0 is the
         paper's rule
         """
         for what, value, known in (("form", form, [*FORMS]), ("x", x, [*get_args(Choice)])):

@@ -1,5 +1,4 @@
-"""LoRA-Pro with moments of the adapter's size: an approximation of the published form that makes no (m, n)
-matrix.
+"""LoRA-Pro with moments of the adapter's size: approximates the published form without (m, n) matrices.
 
 The projected gradient E = s (B dA + dB A) = s L R with L = [B | dB] (m, 2r), R = [dA; A] (2r, n) has rank 2r,
 so that the sums of its squares along rows and columns follow from the factors, and so does Adafactor's
@@ -45,8 +44,7 @@ class Factored(Projected):
         return dA, dB
 
     def _carried(self, bucket: Bucket, at: Point, dA: Tensor, dB: Tensor) -> tuple[Tensor, Tensor]:
-        """The running means of the factors (L, r, n), (L, m, r) after they were carried here from the last
-        point."""
+        """Returns the running means of the factors (L, r, n), (L, m, r), transported from the last point."""
         for a, b, iA, iB in zip(
             bucket.states_a, bucket.states_b, at.inverses.of_a, at.inverses.of_b, strict=True
         ):
@@ -61,14 +59,14 @@ class Factored(Projected):
         return stacked(mA), stacked(mB)
 
     def _spread(self, bucket: Bucket, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
-        """The running means of the sums of squares along rows (L, m, 1) and columns (L, 1, n)."""
+        """Returns the running means of sums of squares along rows (L, m, 1) and columns (L, 1, n)."""
         beta = self.betas[1]
         rows = [mean(state, "exp_avg_sq", new, beta) for state, new in zip(bucket.states_b, row, strict=True)]
         cols = [mean(state, "exp_avg_sq", new, beta) for state, new in zip(bucket.states_a, col, strict=True)]
         return stacked(rows), stacked(cols)
 
     def _remember(self, bucket: Bucket, dA: Tensor, dB: Tensor) -> None:
-        """A_old A' and B'B_old for the next step, from where this one leads."""
+        """Stores A_old A' and B'B_old for the next step."""
         A, B = bucket.kept * bucket.A - bucket.rate * dA, bucket.kept * bucket.B - bucket.rate * dB
         for state, crossed in zip(bucket.states_a, bucket.A @ A.mT, strict=True):
             state["crossed"] = crossed.clone()
@@ -77,13 +75,12 @@ class Factored(Projected):
 
 
 def sums(left: Tensor, right: Tensor, s: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Sums of (s L R)^2 + EPS^2 along rows (.., m, 1) and columns (.., 1, n), from L (.., m, k), R (.., k, n)
-    alone."""
+    """Returns sums of (s L R)^2 + EPS^2 along rows (.., m, 1) and columns (.., 1, n), from L, R only."""
     row = s * s * ((left @ (right @ right.mT)) * left).sum(-1, keepdim=True)
     col = s * s * (((left.mT @ left) @ right) * right).sum(-2, keepdim=True)
     return row.clamp_min(0) + right.shape[-1] * EPS**2, col.clamp_min(0) + left.shape[-2] * EPS**2
 
 
 def floored(values: Tensor) -> Tensor:
-    """Sums (L, m, 1) or (L, 1, n), none far below their mean."""
+    """Returns sums (L, m, 1) or (L, 1, n), bounded below relative to their mean."""
     return torch.maximum(values, LEAST * values.mean((-2, -1), keepdim=True))

@@ -15,24 +15,23 @@ from veneer.optim.base.pairs import Bucket, inner
 
 
 class Projected(Paired):
-    """What the forms share: the point where A and B stand, and the norm of the projected gradient."""
+    """Shared by the forms: the point of A and B, and the norm of the projected gradient."""
 
     def __init__(self, trained: Trained, x: Choice, damping: float) -> None:
         super().__init__(trained)
         self.x, self.damping = x, damping
 
     def point(self, bucket: Bucket) -> Point:
-        """Where the pairs of a bucket stand. Raises NotFinite."""
+        """Returns the point of a bucket's pairs. Raises NotFinite."""
         return Point(bucket.A, bucket.B, self.inverses(bucket))
 
     def inverses(self, bucket: Bucket) -> Inverses:
-        """The inverses of all Gram matrices of a bucket. Raises NotFinite."""
+        """Returns the inverses of a bucket's Gram matrices. Raises NotFinite."""
         return inverses(bucket.products(), bucket.s, self.damping)
 
     @torch.no_grad()
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-        """As for any optimiser, by the norm that the projected gradient of the whole matrices has, with all
-        others' own."""
+        """Clips by the norm of the full matrices' projected gradient, jointly with other parameters."""
         squares = [self._square(b) for b in self.buckets()]
         others = [
             p
@@ -54,7 +53,7 @@ class Projected(Paired):
 
 
 class Plain(Projected):
-    """The projected gradient itself: Riemannian gradient descent on the matrices of rank r."""
+    """Descent along the projected gradient: Riemannian gradient descent on matrices of rank r."""
 
     mixes = True
 
@@ -78,8 +77,7 @@ class Plain(Projected):
 
 
 class Full(Projected):
-    """AdamW on the projected gradient E = s (B dA + dB A), whose direction is projected again. The moments
-    lie with B."""
+    """AdamW on the projected gradient E = s (B dA + dB A), projected again. State is kept with B."""
 
     def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         at = self.point(bucket)
