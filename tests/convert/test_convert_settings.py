@@ -423,7 +423,7 @@ def test_the_new_file_says_what_is_missing_from_it(folder):
     assert json.loads(json.dumps(done.as_dict()))["tool"] == "llamafactory"
     with pytest.raises(ConfigError, match=r"ours\.yaml exists; choose another or remove it"):
         convert_config(str(folder / "theirs.yaml"), out=str(folder / "ours.yaml"))
-    with pytest.raises(ConfigError, match="there is no file"):
+    with pytest.raises(ConfigError, match="does not exist"):
         convert_config(str(folder / "none.yaml"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from veneer.cli.frame import main
 from veneer.embedded import texts
 from veneer.errors import VeneerError
 from veneer.verbs import doctor as module
-from veneer.verbs.doctor import Check, Examination, Package, doctor, numbers, text
+from veneer.verbs import installed
+from veneer.verbs.doctor import Check, Examination, doctor, text
+from veneer.verbs.installed import Package, numbers, problem_of
 
 
 def named(checks):
@@ -38,7 +41,7 @@ def test_it_looks_at_everything_and_this_machine_is_well(capsys):
     assert {"built-in prose", "built-in C headers", "built-in known text"} <= names
     checks = {c["name"]: c for c in found["checks"]}
     assert "GB of memory available" in checks["cpu"]["found"] and "thread" in checks["cpu"]["found"]
-    assert {p.name for f in module.FEATURES for p in f.packages} | {"bitsandbytes", "torchao"} <= names
+    assert {p.name for f in installed.FEATURES for p in f.packages} | {"bitsandbytes", "torchao"} <= names
 
 
 def test_the_packages_are_those_that_are_declared():
@@ -47,37 +50,31 @@ def test_the_packages_are_those_that_are_declared():
         "project"
     ]
     extras = project["optional-dependencies"]
-    for feature in module.FEATURES:
+    for feature in installed.FEATURES:
         declared = extras[feature.extra] if feature.extra else project["dependencies"]
-        assert {f"{p.name}>={p.least}" for p in feature.packages} == set(declared)
+        own = {entry for entry in declared if not entry.startswith("veneer[")}
+        assert {f"{p.name}>={p.least}" for p in feature.packages} == own
     own = {
         "all",
         "test",
         "dev",
         "docs",
     }  # collections of the others, and what is for those who work on Veneer
-    assert {f.extra for f in module.FEATURES} == {"", *extras} - own
+    assert {f.extra for f in installed.FEATURES} == {"", *extras} - own
 
 
 def test_what_is_missing_old_or_broken_is_said_with_the_command(monkeypatch):
-    monkeypatch.setattr(
-        module,
-        "version",
-        lambda name: {"torch": "2.13.0+cpu", "safetensors": "0.4.1", "matplotlib": "3.9"}[name],
-    )
-    monkeypatch.setattr(
-        module,
-        "_version",
-        lambda name: {"torch": "2.13.0+cpu", "safetensors": "0.4.1", "matplotlib": "3.9"}.get(name),
-    )
-    real = module.importlib.import_module
+    versions = {"torch": "2.13.0+cpu", "safetensors": "0.4.1", "matplotlib": "3.9"}
+    for place in (installed, module):
+        monkeypatch.setattr(place, "version_of", versions.get)
+    real = installed.importlib.import_module
 
     def broken(name):
         if name == "matplotlib":
             raise ImportError("no libfreetype\nand more")
         return real(name)
 
-    monkeypatch.setattr(module.importlib, "import_module", broken)
+    monkeypatch.setattr(installed.importlib, "import_module", broken)
     found = named(module._packages())
     assert found["torch"] == Check("torch", True, "2.13.0+cpu (adapting models)", core=True)
     old = Check(
@@ -96,9 +93,10 @@ def test_what_is_missing_old_or_broken_is_said_with_the_command(monkeypatch):
 
 
 def test_a_library_of_quantised_layers_is_no_need(monkeypatch):
-    monkeypatch.setattr(module, "_version", lambda name: None)
+    monkeypatch.setattr(installed, "version_of", lambda name: None)
+    monkeypatch.setattr(module, "version_of", lambda name: None)
     found = named(module._layers())
-    cure = "pip install torchao, for a base in its format; --quantise needs none"
+    cure = "pip install torchao, for a base in its format; --quantise works without"
     assert found["torchao"] == Check("torchao", False, "missing (its quantised layers)", cure, core=False)
 
 
@@ -111,7 +109,7 @@ def test_only_what_the_core_needs_makes_it_fail(monkeypatch, capsys):
         ([fine, missing], 0),
         ([fine._replace(fine=False, cure="pip install torch"), missing], 3),
     ):
-        monkeypatch.setattr(module, "doctor", lambda checks=checks: Examination(checks))
+        monkeypatch.setattr(module, "doctor", functools.partial(lambda found: found, Examination(checks)))
         assert main(["doctor"]) == code
         shown = capsys.readouterr().out
         assert "no  plots" in shown and "-> pip install 'veneer[plots]'" in shown
@@ -159,5 +157,5 @@ def test_versions_are_compared_as_numbers():
         and numbers("0.4.3rc1") == (0, 4, 3)
         and numbers("2.9") < numbers("2.13")
     )
-    assert module._problem(Package("no-such-package", "nothing", "1")) == "missing"
+    assert problem_of(Package("no-such-package", "nothing", "1")) == "missing"
     assert text(Examination([])).endswith("the core works") and callable(doctor)

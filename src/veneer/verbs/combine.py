@@ -1,4 +1,4 @@
-"""`veneer combine` and `veneer extract`: adapters made from adapters, and from two checkpoints."""
+"""Makes adapters from adapters, and from two checkpoints."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def combine(
     model: str | None = None,
     allow: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Saves one plain LoRA adapter that does what the given ones do together, and returns what its cut lost by layer.
+    """Saves one plain LoRA adapter equal to the sum of others, and returns the loss of its cut by layer.
 
-    adapter: FOLDER, NAME=FOLDER or FOLDER@WEIGHT; may be given several times, or once to cut its rank or make it plain LoRA
-    out: folder of the new adapter; must not exist
-    rank: cut each layer to the best of this rank
-    energy: keep this share of each layer's squared norm, such as 0.9
-    how: sum (exact), ties or dare
-    density: share of the numbers that ties and dare keep
-    seed: decides what dare drops
-    model: the base; the one that the adapters were made for unless given
-    allow: what to let through when loading, see veneer.load
+    adapter: FOLDER, NAME=FOLDER or FOLDER@WEIGHT; several, or one to cut its rank or to make it plain LoRA
+    out: folder of the new adapter, which must not exist
+    rank: rank to cut each layer to
+    energy: share of each layer's squared norm to keep, such as 0.9
+    how: way to combine: sum (exact), ties or dare
+    density: share of numbers that ties and dare keep
+    seed: seed of the numbers that dare drops
+    model: base model [the one the adapters were made for]
+    allow: problems to let through when loading, see veneer.load
     """
     check_new(out)
     opened, wanted = adapted.open_all(adapter, model=model, allow=allow)
@@ -66,15 +66,15 @@ def extract(
     to: Sequence[str] = (),
     rest: str = "refuse",
 ) -> dict[str, Any]:
-    """Saves what a fine-tuned model changed in its base as a LoRA adapter, and returns what the cut lost by layer.
+    """Saves a fine-tuned model's change of its base as a LoRA adapter, and returns its loss by layer.
 
-    tuned: the fine-tuned model: a Hugging Face folder or id
-    base: the model that it was made from
-    out: folder of the new adapter; must not exist
-    rank: cut each layer to the best of this rank
-    energy: keep this share of each layer's squared norm, such as 0.9
-    to: names and endings of names of the layers to take; every linear one but the head unless given
-    rest: what else differs (embeddings, norms, the head): refuse, keep it whole beside the low-rank part, or drop it
+    tuned: fine-tuned model: a Hugging Face folder or id
+    base: model that it was made from
+    out: folder of the new adapter, which must not exist
+    rank: rank to cut each layer to
+    energy: share of each layer's squared norm to keep, such as 0.9
+    to: names or endings of names of layers to take [all linear ones but the head]
+    rest: other differences (embeddings, norms, head): refuse, keep (whole, beside the low-rank part) or drop
     """
     check_new(out)
     cpu = torch.device("cpu")
@@ -91,7 +91,7 @@ def _told(out: str, cuts: Sequence[Cut]) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The cut of every layer as a table for people."""
+    """Returns the cut of every layer as a table for people."""
     lines = [f"{'layer':<48} {'rank':>5} {'lost':>8}"]
     lines += [f"{c['site'][-48:]:<48} {c['rank']:>5} {c['error']:>8.2%}" for c in found["layers"]]
     return "\n".join([*lines, f"saved in {found['folder']}"])

@@ -1,4 +1,4 @@
-"""`veneer convert`: an adapter from one program's format into another's, with all that was rounded or left out said."""
+"""Converts an adapter from one program's format into another's, and reports roundings and omissions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer.convert import carry, pairs
 from veneer.convert.base import Base, of_model
 from veneer.convert.detect import NATIVE, Found, detect
 from veneer.convert.pairs import Kind, Pair, Pairs
-from veneer.errors import ConfigError, FormatError, first_few, suggest
+from veneer.errors import ConfigError, FormatError, first_few, option, suggest
 from veneer.files import check_new, replacing, write_json
 from veneer.models import adapted, pretrained
 from veneer.models.pretrained import skeleton
@@ -30,7 +30,7 @@ PLAIN_ONLY = ("vllm", "litgpt")  # dialects without DoRA
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted. notes: what was rounded, padded or cut; left_out: what the source held and the result does not."""
+    """A conversion. notes: roundings, paddings and cuts; left_out: parts missing from the result."""
 
     source: str
     dialect: str
@@ -58,45 +58,43 @@ def convert(
     dtype: str | None = None,
     allow: Sequence[str] = (),
 ) -> Conversion:
-    """Writes the adapter in another program's format, whatever format it is in, and says what was rounded or left out.
+    """Writes the adapter in another program's format, and returns its roundings and omissions.
 
-    adapter: a folder or a file of tensors, of PEFT, kohya or LyCORIS, diffusers, torchtune, mlx-lm, LitGPT or veneer
-    out: folder of the result; must not exist
-    to: peft, kohya, diffusers, torchtune, mlx, litgpt or vllm (plain LoRA of one legal rank, which other servers read too)
-    model: the base, where names or sizes of its layers, or its weights, are needed
-    names: file with the names of the base's modules, one a line, where there is no model to load
-    part: of a diffusers pipeline: the one to take, or the one that the adapter changes, such as unet
-    rank: cut to this rank; needed, or energy, to make plain LoRA of a change that is none
-    energy: cut, keeping this share of the squared norm, such as 0.99
-    dtype: of the factors in the result: fp32, bf16 or fp16; unchanged unless given
-    allow: names of tensors or settings that may be left out, with * for any text
+    adapter: folder or file of PEFT, kohya, LyCORIS, diffusers, torchtune, mlx-lm, LitGPT or Veneer
+    out: folder of the result, which must not exist
+    to: format: peft, kohya, diffusers, torchtune, mlx-lm, litgpt, or vllm (plain LoRA of one legal rank)
+    model: base model, for formats that need names, sizes or weights of its layers
+    names: file with the names of the base's modules, one a line, in place of a model
+    part: part of a diffusers pipeline to take, or that the adapter changes, such as unet
+    rank: rank to cut to; needed, or energy, to make plain LoRA of another kind of change
+    energy: share of the squared norm to keep in a cut, such as 0.99
+    dtype: number format of the result: fp32, bf16 or fp16 [that of the source]
+    allow: names of tensors or settings to leave out, with * for any text
     """
-    source, folder = adapter_folder(Path(adapter)), Path(out)
-    to = ALSO.get(to, to)
+    source, folder, to = adapter_folder(Path(adapter)), Path(out), ALSO.get(to, to)
     if to not in carry.WRITERS:
         raise ConfigError(f"to: unknown format {to!r}{suggest(to, carry.WRITERS)}")
     number_format = dtypes.of_name(dtype) if dtype is not None else None
     check_new(folder)
     found, base = detect(source), _base(model, names)
     ready, notes = _pairs(found, base, model, to, (rank, energy), allow)
-    if part:
-        ready = pairs.take_part(ready, part)
-    if number_format is not None:
-        ready, said = pairs.to_dtype(ready, number_format)
-        notes += said
-    notes += carry.write(ready, folder, to, base=base)
-    ranks = sorted({p.rank for p in ready.sites.values()})
-    done = Conversion(
-        str(source), found.dialect, to, str(folder), len(ready.sites), ranks, notes, list(ready.left_out)
-    )
-    with replacing(folder / RECORD) as (path,):
-        write_json(path, done.as_dict())
+    ready = pairs.take_part(ready, part) if part else ready
+    ready, said = pairs.to_dtype(ready, number_format) if number_format else (ready, [])
+    notes += said + carry.write(ready, folder, to, base=base)
+    ranks, left = sorted({p.rank for p in ready.sites.values()}), list(ready.left_out)
+    done = Conversion(str(source), found.dialect, to, str(folder), len(ready.sites), ranks, notes, left)
+    _record(done)
     return done
+
+
+def _record(done: Conversion) -> None:
+    with replacing(Path(done.out) / RECORD) as (path,):
+        write_json(path, done.as_dict())
 
 
 def _base(model: str | None, names: str | None) -> Base:
     if names is not None and not Path(names).is_file():
-        raise ConfigError(f"names: there is no file {names}")
+        raise ConfigError(f"{option('names')}: the file {names} does not exist")
     base = of_model(skeleton(model)) if model else Base()
     own = Path(names).read_text(encoding="utf-8").split() if names else []
     return replace(base, names=(*base.names, *own))
@@ -110,12 +108,13 @@ def _pairs(
     cut: tuple[int | None, float | None],
     allow: Sequence[str],
 ) -> tuple[Pairs, list[str]]:
-    """The adapter as pairs that `to` can hold: as they are, cut, or made on the base itself where they are none otherwise."""
+    """Returns the adapter as pairs that `to` can hold: unchanged, cut, or factored from the dense change."""
     command = f"veneer convert {found.folder} --to {to} --out OUT --model BASE"
     other = _otherwise(found)
     if other and model is None:
         raise FormatError(
-            f"{found.file} is {other}: the file has no factors of LoRA, but its base's layers make some of it:\n  {command}"
+            f"{found.file} is {other}: the file has no factors of LoRA; make them on the base's layers:\n"
+            f"  {command}"
         )
     if other and model is not None:
         ready, notes = _on_base(found, model, cut, command)
@@ -124,25 +123,27 @@ def _pairs(
         ready, notes = _on_base(found, model, cut, command)
         return ready, [
             *notes,
-            f"the start {found.config['init_lora_weights']!r} is written out, so that the ranks are twice the trained ones",
+            f"the start {found.config['init_lora_weights']!r} is written out: ranks are twice those trained",
         ]
     ready = carry.read_found(found, base, allow)
     dora = any(p.magnitude is not None for p in ready.sites.values())
     if dora and (to in PLAIN_ONLY or cut != (None, None)):
         if model is None or cut == (None, None):
             raise FormatError(
-                f"{found.file} is DoRA, which {to} does not have; make it plain LoRA of a rank that you choose:\n  {command} --rank 64"
+                f"{found.file} is DoRA, which {to} lacks; make it plain LoRA of a rank of your choice:\n"
+                f"  {command} --rank 64"
             )
         if found.dialect != "peft":
             raise FormatError(
-                f"{found.file} is DoRA, which {to} does not have; convert it to peft first, and that to {to}:\n  {command} --rank 64"
+                f"{found.file} is DoRA, which {to} lacks; convert it to peft first, and that to {to}:\n"
+                f"  {command} --rank 64"
             )
         return _on_base(found, model, cut, command)
     return pairs.cut(ready, *cut) if cut != (None, None) else (ready, [])
 
 
 def _otherwise(found: Found) -> str | None:
-    """What the adapter is, where only its base's layers make factors of it: kept in our own layout, or another kind of PEFT's."""
+    """Returns the kind of an adapter whose file holds no factors, None for one that does."""
     if found.dialect == NATIVE:
         record = manifest.record_of(found.folder)
         return f"{record['method'] if record else 'a change'} in Veneer's own layout"
@@ -162,9 +163,9 @@ def _moves_base(found: Found) -> bool:
 def _on_base(
     found: Found, model: str, cut: tuple[int | None, float | None], command: str
 ) -> tuple[Pairs, list[str]]:
-    """The change on the base's own weights as plain LoRA, of the rank that is asked for, with what the cut lost.
+    """Returns the change on the base's weights as plain LoRA of the wanted rank, and notes on the cut.
 
-    Without one it must be a product of two factors, and they are taken as they are.
+    Without a rank the change must be a product of two factors, which stay unchanged.
     """
     packed = adapted.format_of([adapted.Wanted("adapter", found.folder, 1.0)], model)
     base = pretrained.causal_lm(model, torch.float32, torch.device("cpu"), packed)
@@ -174,16 +175,15 @@ def _on_base(
         cuts = combine.to_lora(base, name, "plain", rank=cut[0], energy=cut[1])
         worst = max(cuts, key=lambda c: c.error)
         kept = 1 - worst.error**2
-        notes.append(
-            f"cut to ranks of at most {max(c.rank for c in cuts)}; {worst.site} kept least, {kept:.1%} of its energy"
-        )
+        most = max(c.rank for c in cuts)
+        notes.append(f"cut to ranks of at most {most}; {worst.site} kept least, {kept:.1%} of its energy")
         name = "plain"
     sites = {}
     for site, delta in combine.of_matrices(base, name):
         f = delta.factors(site)
         if f is None or not f.is_product:
             raise FormatError(
-                f"{found.file} changes {site.name!r} by no product of two factors; cut it to the nearest one of a rank:\n"
+                f"{found.file} changes {site.name!r} by more than two factors; cut it to a rank:\n"
                 f"  {command} --rank 64"
             )
         kind: Kind = "linear" if site.kind == "transposed" else site.kind  # type: ignore[assignment]
@@ -194,10 +194,9 @@ def _on_base(
 
 
 def text(done: Conversion) -> str:
-    """The conversion in a few lines for people."""
-    lines = [
-        f"{done.source}: {done.dialect} -> {done.to} in {done.out}: {done.layers} layers, ranks {first_few(map(str, done.ranks))}"
-    ]
+    """Returns the conversion in a few lines for people."""
+    ranks = first_few(map(str, done.ranks))
+    lines = [f"{done.source}: {done.dialect} -> {done.to} in {done.out}: {done.layers} layers, ranks {ranks}"]
     lines += [f"- {note}" for note in done.notes]
     if done.left_out:
         lines.append(f"- left out: {first_few(done.left_out)}")

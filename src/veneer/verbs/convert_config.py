@@ -1,4 +1,4 @@
-"""`veneer convert --config`: a run configuration of another program as one of ours, and what could not be carried."""
+"""Translates a run configuration of another program into ours, and lists the settings left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALSO = {"mlx-lm": "mlx", "llama-factory": "llamafactory"}  # other names of prog
 
 @dataclass(frozen=True)
 class Converted:
-    """problems: what `veneer fit` will ask for before it runs the new file."""
+    """A translation. problems: settings that `veneer fit` will ask for before it runs the new file."""
 
     translation: Translation
     out: str | None
@@ -37,16 +37,16 @@ class Converted:
 def convert_config(
     config: str, *, out: str | None = None, tool: str | None = None, model: str | None = None
 ) -> Converted:
-    """The settings of a configuration file of axolotl, LLaMA-Factory, torchtune or mlx-lm as settings of `veneer fit`.
+    """Returns a configuration of axolotl, LLaMA-Factory, torchtune or mlx-lm as settings of `veneer fit`.
 
-    config: a YAML or JSON file
-    out: the new YAML file, with what could not be carried as comments in it; must not exist
-    tool: axolotl, llamafactory, torchtune or mlx; told from the settings unless given
-    model: the base, whose number of layers mlx-lm's files ask for
+    config: YAML or JSON file
+    out: new YAML file, with uncarried settings as comments; must not exist
+    tool: program: axolotl, llamafactory, torchtune or mlx-lm [detected]
+    model: base model, for mlx-lm's files, which count its layers
     """
     path = Path(config)
     if not path.is_file():
-        raise ConfigError(f"config: there is no file {path}")
+        raise ConfigError(f"config: the file {path} does not exist")
     if out is not None:
         check_new(out)
     values = settings.read_yaml(path.read_text(encoding="utf-8"), str(path))  # JSON is YAML too
@@ -60,7 +60,7 @@ def convert_config(
 
 
 def _problems(found: dict[str, Any]) -> list[str]:
-    """What our Run says against the settings."""
+    """Returns the problems of a Run with these settings."""
     try:
         Run.from_dict(found)
     except ConfigError as e:
@@ -69,7 +69,7 @@ def _problems(found: dict[str, Any]) -> list[str]:
 
 
 def yaml_text(done: Converted, source: Path) -> str:
-    """The new file: comments with what was not carried, then one setting a line."""
+    """Returns the new file: comments with the uncarried settings, then one setting a line."""
     import yaml
 
     lines = [f"# made from {source.name} of {done.translation.tool}"]
@@ -85,7 +85,7 @@ def _remarks(done: Converted) -> list[str]:
 
 
 def text(done: Converted) -> str:
-    """The translation for people."""
+    """Returns the translation for people."""
     found = done.translation
     where = f", in {done.out}" if done.out else ""
     return "\n".join(

@@ -1,4 +1,4 @@
-"""`veneer export`: a base with adapters in its weights as one Hugging Face folder, kept only if it reloads to the same outputs."""
+"""Exports a base with adapters in its weights as a Hugging Face folder, if it reloads to the same outputs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ RECORD = "export.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. off: how far the reloaded folder's outputs are from those of base and adapters, relative to the
-    largest of them; allowed: what `dtype` may make of that; None where the model takes no token ids."""
+    """A written folder.
+
+    off: largest difference of the reloaded folder's outputs from those of base and adapters, over the largest
+    output, None for models that take no token ids; allowed: its limit in `dtype`.
+    """
 
     folder: str
     dtype: str
@@ -56,58 +59,49 @@ def export(
     force: bool = False,
     allow: Sequence[str] = (),
 ) -> Exported:
-    """Saves the base with the adapters in its weights as a model folder, with tokenizer, and returns what survived in it.
+    """Saves the base with the adapters in its weights and the tokenizer, and returns a verdict.
 
-    Sums are made in float32 and rounded once. The folder is reloaded before it gets its name. Raises NotMergeable, with
-    nothing written, if the adapters or a tensor would be lost in `dtype`, or the reloaded model does something else.
+    Adds in float32, rounds once, and reloads the folder before it gets its name. Raises NotMergeable, with
+    nothing written, if `dtype` would lose the adapters or a tensor, or if the reloaded model differs.
 
-    base: the base model: a Hugging Face folder or id, or builtin
-    out: folder of the new model; must not exist
-    adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times, whose changes are summed
-    dtype: of the weights: fp32, bf16, fp16, or auto, the dtype of the stored base
+    base: base model: a Hugging Face folder or id, or builtin
+    out: folder of the new model, which must not exist
+    adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; the changes of several are summed
+    dtype: number format of the weights: fp32, bf16, fp16, or auto for that of the base
     shard_size: largest file of weights, such as 500MB
-    limit: largest share of the change, and of its effect on the outputs, that rounding may take
+    limit: largest share of the change, and of its effect, that rounding may take
     force: save even if more is lost
-    allow: what to let through when loading, see veneer.load
+    allow: problems to let through when loading, see veneer.load
     """
-    _check(adapter, out, shard_size)
-    wanted_dtype = None if dtype == "auto" else dtypes.of_name(dtype, ("auto",))
-    name = dtypes.short(wanted_dtype or pretrained.config(base).dtype) or "fp32"
+    name = _checked(adapter, out, shard_size, dtype, base)
     opened, wanted = adapted.open_all(adapter, model=base, allow=allow)
     expand(dequantise(opened.model))
     strengths = adapted.summed(wanted)
     verdict = foresee(opened.model, strengths, limit, dtype=dtypes.NAMES[name])
     _refuse(verdict, force)
-    inputs = default_inputs(opened.model)
-    before = _both(opened.model, strengths, inputs) if inputs else None
-    merge_into(opened.model, strengths, probe={}, force=True)
-    _narrow(opened.model, name)
+    before = _merged(opened.model, strengths, name, inputs := default_inputs(opened.model))
     with making(Path(out)) as folder:
         _save(opened, folder, shard_size)
         del opened  # one model at a time in memory
         verdict, off = _reloaded(folder, verdict, inputs, before) if inputs and before else (verdict, None)
-        allowed = TOLERANCE[str(dtypes.NAMES[name]).removeprefix("torch.")]
-        found = Exported(out, name, base, strengths, verdict, off, allowed)
-        _refuse(verdict, force)
-        if off is not None and not off <= found.allowed and not force:
-            raise NotMergeable(
-                f"the exported model does something else than base and adapters: reloaded, its outputs are {off:.2g} off, and"
-                f" {found.allowed:g} is what {name} explains; use {option('dtype', 'fp32')}, or pass {option('force', True)}"
-            )
+        found = Exported(out, name, base, strengths, verdict, off, _tolerance(name))
+        _refuse_difference(found, force)
         write_json(folder / RECORD, found.as_dict())
-    return found
+        return found
 
 
-def _check(adapter: Sequence[str], out: str, shard_size: str) -> None:
+def _checked(adapter: Sequence[str], out: str, shard_size: str, dtype: str, base: str) -> str:
+    """Returns the name of the number format. Raises ConfigError for all problems of the arguments."""
     problems = [] if adapter else ["nothing to export: name at least one adapter"]
     if problem := unusable(Path(out)):
         problems.append(problem)
     if not SIZE.fullmatch(shard_size) or not float(re.split("[A-Z]", shard_size)[0]):
-        problems.append(
-            f"shard_size {shard_size!r} is no size; write a number and KB, MB or GB, such as 500MB"
-        )
+        wrong = f"{option('shard_size')} must be a size with its unit, such as 500MB, got {shard_size!r}"
+        problems.append(wrong)
     if problems:
         raise ConfigError("\n".join(problems))
+    wanted = None if dtype == "auto" else dtypes.of_name(dtype, ("auto",))
+    return dtypes.short(wanted or pretrained.config(base).dtype) or "fp32"
 
 
 def _refuse(verdict: Verdict, force: bool) -> None:
@@ -115,10 +109,35 @@ def _refuse(verdict: Verdict, force: bool) -> None:
         raise NotMergeable(refusal(verdict))
 
 
+def _refuse_difference(found: Exported, force: bool) -> None:
+    """Raises NotMergeable if reloaded outputs lack the adapters or differ beyond rounding."""
+    _refuse(found.verdict, force)
+    if found.off is not None and not found.off <= found.allowed and not force:
+        raise NotMergeable(
+            f"the exported model differs from base and adapters: its outputs are off by {found.off:.2g}, of"
+            f" which {found.dtype} explains {found.allowed:g};"
+            f" use {option('dtype', 'fp32')} or {option('force', True)}"
+        )
+
+
+def _tolerance(name: str) -> float:
+    return TOLERANCE[str(dtypes.NAMES[name]).removeprefix("torch.")]
+
+
+def _merged(
+    model: nn.Module, strengths: Mapping[str, float], name: str, inputs: Mapping[str, Any] | None
+) -> tuple[Tensor, Tensor] | None:
+    """Merges the adapters and converts the model; returns its outputs without and with them, before."""
+    before = _both(model, strengths, inputs) if inputs else None
+    merge_into(model, strengths, probe={}, force=True)
+    _narrow(model, name)
+    return before
+
+
 def _both(
     model: nn.Module, strengths: Mapping[str, float], inputs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """The outputs of the base alone, and with the adapters."""
+    """Returns the outputs of the base alone, and those with the adapters."""
     with using(model):
         plain = outputs(model, inputs)
     with using(model, strengths):
@@ -126,12 +145,14 @@ def _both(
 
 
 def _narrow(model: nn.Module, name: str) -> None:
-    """The model in that number format. Raises NotMergeable, naming them, for tensors with numbers beyond it."""
+    """Converts the model to that number format. Raises NotMergeable for tensors that exceed its range."""
     most = torch.finfo(dtypes.NAMES[name]).max
     beyond = list(_beyond(model, most))
     if beyond:
-        what = f"{len(beyond)} tensors have numbers that {name} has not (at most {most:g})"
-        raise NotMergeable(f"{what}: {first_few(beyond)}; use bf16 or fp32")
+        raise NotMergeable(
+            f"{len(beyond)} tensors exceed {name}'s range (at most {most:g}): {first_few(beyond)};"
+            f" use {option('dtype', 'bf16')} or {option('dtype', 'fp32')}"
+        )
     model.to(dtypes.NAMES[name])
 
 
@@ -142,7 +163,7 @@ def _beyond(model: nn.Module, most: float) -> Iterator[str]:
 
 
 def _save(opened: adapted.Opened, folder: Path, shard_size: str) -> None:
-    """Through save_pretrained, which alone knows the names that a model's weights have in files."""
+    """Saves through save_pretrained, which alone knows the names of a model's weights in files."""
     with pretrained.no_bars():
         opened.model.save_pretrained(folder, max_shard_size=shard_size)  # type: ignore[operator]
     opened.tokenizer.save_pretrained(folder)
@@ -151,7 +172,7 @@ def _save(opened: adapted.Opened, folder: Path, shard_size: str) -> None:
 def _reloaded(
     folder: Path, verdict: Verdict, inputs: Mapping[str, Any], before: tuple[Tensor, Tensor]
 ) -> tuple[Verdict, float]:
-    """The verdict with the effect on the outputs, and how far off the outputs are, of what the files hold."""
+    """Returns the verdict with the effect on the reloaded model's outputs, and their error."""
     plain, wanted = before
     y = outputs(pretrained.causal_lm(str(folder), torch.float32, torch.device("cpu")), inputs)
     off, effect = y - wanted, float((wanted - plain).norm())
@@ -160,17 +181,12 @@ def _reloaded(
 
 
 def text(found: Exported) -> str:
-    """What was exported, for people."""
+    """Returns the export for people."""
     files = sorted(Path(found.folder).glob("*.safetensors"))
     written = size(sum(f.stat().st_size for f in files))
-    told = [str(found.verdict)]
+    lines = [str(found.verdict)]
     if found.off is not None:
-        told.append(
-            f"reloaded: outputs are {found.off:.2g} from those of base and adapters ({found.allowed:g} allowed in {found.dtype})"
-        )
-    return "\n".join(
-        [
-            *told,
-            f"saved in {found.folder}: {found.dtype}, {written} in {len(files)} file{'s' * (len(files) > 1)}",
-        ]
-    )
+        allowed = f"{found.allowed:g} allowed in {found.dtype}"
+        lines.append(f"reloaded: outputs differ by {found.off:.2g} from base and adapters ({allowed})")
+    n = f"{len(files)} file" if len(files) == 1 else f"{len(files)} files"
+    return "\n".join([*lines, f"saved in {found.folder}: {found.dtype}, {written} in {n}"])

@@ -1,4 +1,4 @@
-"""`veneer inspect`: what an adapter changes, layer by layer, and whether it would survive a merge."""
+"""Measures an adapter's change of each layer, and whether a merge would keep it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Inspection:
-    """One adapter on its base. merge: by dtype, the share of the change that rounding would take."""
+    """One adapter on its base. merge: share of the change that rounding would take, by dtype."""
 
     name: str
     folder: str
@@ -39,15 +39,15 @@ class Inspection:
 
 
 def inspect(adapter: str, *, model: str | None = None, allow: Sequence[str] = ()) -> Inspection:
-    """The adapter's layers, ranks, norms and effective ranks, and what merging it into 16-bit weights would cost.
+    """Returns the adapter's layers, ranks, norms and effective ranks, and the cost of a merge into 16 bits.
 
     adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH
-    model: the base; the one that the adapter was made for unless given
-    allow: what to let through when loading, see veneer.load
+    model: base model [the one the adapter was made for]
+    allow: problems to let through when loading, see veneer.load
     """
     opened, (wanted,) = adapted.open_all([adapter], model=model, allow=allow)
     if wanted.strength == 0:
-        raise ConfigError(f"adapter {adapter}: at strength 0 there is nothing to inspect")
+        raise ConfigError(f"adapter {adapter}: strength must not be 0; there would be no change to inspect")
     found = changes(opened.model, wanted.name)
     verdicts = {word: _foreseen(opened.model, wanted, dtype) for word, dtype in NARROW.items()}
     return Inspection(
@@ -69,17 +69,16 @@ def _foreseen(model: nn.Module, wanted: adapted.Wanted, dtype: torch.dtype) -> A
 
 
 def text(found: Inspection) -> str:
-    """The inspection as a table for people."""
-    share = found.parameters / found.base_parameters
+    """Returns the inspection as a table for people."""
+    share = f"{found.parameters / found.base_parameters:.1%} of the base's {found.base_parameters:,}"
     lines = [
-        f"{found.name}: {found.method} on {found.base}, {found.parameters:,} numbers ({share:.1%} of the base's {found.base_parameters:,})",
+        f"{found.name}: {found.method} on {found.base}, {found.parameters:,} numbers ({share})",
         "",
         f"{'layer':<44} {'rank':>5} {'effective':>9} {'for 90 %':>8} {'norm':>9} {'of W':>7}",
     ]
     for s in found.layers:
-        lines.append(
-            f"{s.site[-44:]:<44} {s.rank:>5} {s.effective_rank:>9.1f} {s.energy_rank:>8} {s.norm:>9.3g} {s.relative:>7.1%}"
-        )
+        ranks = f"{s.rank:>5} {s.effective_rank:>9.1f} {s.energy_rank:>8}"
+        lines.append(f"{s.site[-44:]:<44} {ranks} {s.norm:>9.3g} {s.relative:>7.1%}")
     lines.append("")
     for dtype, error in found.merge.items():
         verdict = "survives" if found.survives[dtype] else "would be LOST"

@@ -1,4 +1,4 @@
-"""`veneer merge`: adapters written into a copy of their base, with a verdict; nothing is saved if they were lost."""
+"""Writes adapters into a copy of their base, with a verdict; saves nothing if rounding would lose them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.adapt.merge import merge as merge_into
 from veneer.compress import folder as compressed
 from veneer.compress import store
 from veneer.compress.quantise import dequantise
-from veneer.errors import ConfigError, NotMergeable, first_few
+from veneer.errors import ConfigError, NotMergeable, first_few, option
 from veneer.files import check_new, making, write_json
 from veneer.models import adapted, pretrained
 from veneer.ops.quant import FORMATS
@@ -35,22 +35,22 @@ def merge(
     force: bool = False,
     allow: Sequence[str] = (),
 ) -> Verdict:
-    """Saves the base with the adapters added to its weights, in Hugging Face's layout, and returns the verdict.
+    """Saves the base with the adapters in its weights, in Hugging Face's layout, and returns the verdict.
 
-    In a quantised base's own format only the quantised layers are saved, which name the model that the rest comes from.
+    In a quantised base's own format, saves the quantised layers and the name of the model with the rest.
 
-    adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times, whose changes are summed
-    out: folder of the merged model; must not exist
-    model: the base; the one that the adapters were made for unless given
-    dtype: of the merged weights: fp32, bf16 or fp16; for a quantised base also its own format, nf4 or int8
+    adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; the changes of several are summed
+    out: folder of the merged model, which must not exist
+    model: base model [the one the adapters were made for]
+    dtype: number format of the weights: fp32, bf16 or fp16; nf4 or int8 for a base in that format
     limit: largest share of the change that rounding may take
     force: save even if more is lost
-    allow: what to let through when loading, see veneer.load
+    allow: problems to let through when loading, see veneer.load
     """
     folder = Path(out)
     unpacked = None if dtype in FORMATS else dtypes.of_name(dtype, FORMATS)
     if not adapter:
-        raise ConfigError("nothing to merge: name at least one adapter")
+        raise ConfigError("merge: name at least one adapter")
     check_new(folder)
     opened, wanted = adapted.open_all(adapter, model=model, dtype=unpacked or torch.bfloat16, allow=allow)
     if unpacked is None:
@@ -77,7 +77,8 @@ def _check_packed(model: nn.Module, format: str) -> None:
     others = [d.site.name for d in layers(model) if there.get(d.site.name) != format or not d.site.is_packed]
     if others:
         raise ConfigError(
-            f"dtype {format!r} is for layers that are in it already, and {first_few(others, 3)} are not; use bfloat16"
+            f"{option('dtype', format)} is for layers in that format, which {first_few(others, 3)} are not;"
+            f" use {option('dtype', 'bf16')}"
         )
 
 

@@ -1,4 +1,4 @@
-"""`veneer verify`: proves that an adapter is complete, belongs to a base, was loaded and has an effect there."""
+"""Checks that an adapter is complete, belongs to a base, loads there and has an effect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer.files import read_json
 from veneer.models import adapted, pretrained
 
 NAME = "being-verified"
-# What `store.load` refuses, by the word that would let it through, and what it shows when it does not.
+# Problems that `store.load` refuses, by the word that lets each through, and the text of a passed check.
 LOADING = {
     "sha256": "the tensors are those that were saved",
     "unused": "every tensor belongs to a layer",
@@ -36,7 +36,7 @@ WITH_MANIFEST = ("sha256", "base", "norm", "probe")
 
 
 class Check(NamedTuple):
-    """passed: None where it could not be checked; text says what was seen, or why not."""
+    """One check. passed: None if it was impossible; text: the finding, or the reason."""
 
     name: str
     passed: bool | None
@@ -45,7 +45,7 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked. layers: of the base that the adapter changes; dead: those of them whose change is zero."""
+    """All checks of an adapter. layers: the layers that it changes; dead: those whose change is zero."""
 
     adapter: str
     checks: list[Check]
@@ -54,7 +54,7 @@ class Report:
 
     @property
     def good(self) -> bool:
-        """Whether no check said no; the command line exits with 3 otherwise."""
+        """Returns False if a check failed; the command line then exits with 3."""
         return all(c.passed is not False for c in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,12 +69,12 @@ class Report:
 
 
 def verify(adapter: str, *, model: str | None = None, dtype: str = "float32", device: str = "cpu") -> Report:
-    """Loads the adapter on its base and reports whether it is complete, belongs there and has an effect.
+    """Loads the adapter on its base and returns checks of its completeness, its base and its effect.
 
     adapter: folder of the adapter, or of the run that trained it
-    model: the base; the one that the adapter names unless given
-    dtype: of the base: fp32, bf16 or fp16
-    device: where to compute: cpu, cuda, ..
+    model: base model [the one that the adapter names]
+    dtype: number format of the base: fp32, bf16 or fp16
+    device: device to compute on: cpu, cuda, ..
     """
     folder = Path(adapter)
     number_format = dtypes.of_name(dtype)
@@ -86,7 +86,7 @@ def verify(adapter: str, *, model: str | None = None, dtype: str = "float32", de
 
 
 def examine(model: nn.Module, folder: str | Path, *, inputs: Mapping[str, Any] | None = None) -> Report:
-    """The report on the adapter in `folder` and a base in hand, which is left as it was.
+    """Returns the report on the adapter in `folder` and a loaded base, which stays unchanged.
 
     inputs: keyword arguments of one call of the model, for models that are not of language.
     """
@@ -120,7 +120,7 @@ def examine(model: nn.Module, folder: str | Path, *, inputs: Mapping[str, Any] |
 
 
 def _refused(model: nn.Module, folder: Path, allow: set[str]) -> str | None:
-    """What loading refuses when all of `allow` is let through, on one line; None if it loads."""
+    """Returns the problem, on one line, that loading finds beside those of `allow`, or None."""
     try:
         store.load(model, folder, NAME, allow=tuple(allow))
     except FormatError as e:
@@ -131,7 +131,7 @@ def _refused(model: nn.Module, folder: Path, allow: set[str]) -> str | None:
 
 
 def _targets(model: nn.Module, folder: Path) -> Iterator[Check]:
-    """Whether each entry of target_modules is a layer of the model: PEFT trains without those that are not, and says nothing."""
+    """Checks that each entry of target_modules is a layer of the model: PEFT skips missing ones silently."""
     path = folder / settings.CONFIG
     config = read_json(path) if path.is_file() else {}
     targets = config.get("target_modules")
@@ -147,7 +147,7 @@ def _targets(model: nn.Module, folder: Path) -> Iterator[Check]:
 
 
 def _no_manifest(folder: Path) -> dict[str, str]:
-    """Why something could not be checked, by word."""
+    """Returns the reasons why checks are impossible, by word."""
     record = manifest.record_of(folder)
     if record is None:
         return dict.fromkeys(
@@ -159,7 +159,7 @@ def _no_manifest(folder: Path) -> dict[str, str]:
 
 
 def _effect(model: nn.Module, inputs: Mapping[str, Any] | None) -> Check:
-    """Whether the outputs on a probe differ with the adapter on and off, and how much."""
+    """Checks that the outputs on a probe differ with the adapter on and off, and measures how much."""
     taken = probe.take(model, NAME, inputs)
     if isinstance(taken, str):
         return Check("effect", False if "finite" in taken else None, taken)
@@ -168,27 +168,20 @@ def _effect(model: nn.Module, inputs: Mapping[str, Any] | None) -> Check:
     if change == 0:
         return Check("effect", False, "the outputs with it are those of the base, bit for bit")
     flips = float((on.argmax(-1) != off.argmax(-1)).float().mean())
-    return Check(
-        "effect",
-        True,
-        f"the outputs move by up to {change:.3g}, where the largest is {largest:.3g}; {flips:.0%} of the first choices change",
-    )
+    moved = f"the outputs move by up to {change:.3g}, the largest is {largest:.3g}"
+    return Check("effect", True, f"{moved}; {flips:.0%} of the first choices change")
 
 
 def text(report: Report) -> str:
-    """The report for people, a check a line."""
+    """Returns the report for people, a check a line."""
     words = {True: "yes", False: "NO", None: "?"}
     lines = [f"{words[c.passed]:<4} {c.name:<9} {c.text}" for c in report.checks]
     if report.dead:
         lines.append(f"dead layers: {first_few(report.dead, 20)}")
-    total = (
-        f"{report.adapter}: "
-        + ("verified" if report.good else "NOT what it should be")
-        + f", {len(report.layers)} layers"
-    )
-    return "\n".join([*lines, total])
+    verdict = "verified" if report.good else "NOT what it should be"
+    return "\n".join([*lines, f"{report.adapter}: {verdict}, {len(report.layers)} layers"])
 
 
 def exit_code(report: Report) -> int:
-    """0, or 3 where a check said no."""
+    """Returns 0, or 3 if a check failed."""
     return 0 if report.good else 3

@@ -53,8 +53,7 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
         problem = room.problem(own.memory.growth, available, device)
         with voice.phase("measuring five steps"):
             measured = measure(ready, order, pace, held=held) if probe and problem is None else None
-        # Afterwards: memory that it leaves free in the process would hide growth from the probe.
-        with voice.phase("simulating smaller settings"):
+        with voice.phase("simulating smaller settings"):  # last: memory it leaves free would hide growth
             trials = halving(ready, shape, own.memory)
     if measured:
         own = own._replace(memory=measured.corrected(own.memory))
