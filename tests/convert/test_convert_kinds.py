@@ -56,9 +56,8 @@ def test_what_is_a_product_is_written_exactly(tmp_path, base, kind):
     with pytest.raises(FormatError) as refused:
         convert(str(tmp_path / "a"), out=str(tmp_path / "o"), to="vllm")
     assert str(refused.value) == (
-        f"{tmp_path / 'a' / 'adapter_model.safetensors'} is PEFT's {name}: the file has no factors of LoRA,"
-        " but its base's layers make"
-        f" some of it:\n  {command}"
+        f"{tmp_path / 'a' / 'adapter_model.safetensors'} is PEFT's {name}: the file has no factors of LoRA;"
+        f" make them on the base's layers:\n  {command}"
     )
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "o"), to="vllm", model=base)
     assert (
