@@ -18,6 +18,7 @@ from veneer.analyse.cost.repeats import Stretch, joined
 from veneer.compress.quantise import quantise
 from veneer.ops.chunked import cross_entropy
 from veneer.tasks.base.shape import Shape
+from veneer.tasks.text import next_token
 from veneer.train.speed import compiling
 
 SHAPE = Shape(rows=3, tokens=20, labels=50)
@@ -78,7 +79,7 @@ def whole(monkeypatch):
     monkeypatch.setattr(simulate, "stack", lambda model: None)
     monkeypatch.setattr(repeats.Repeats, "counted", lambda self, times: nullcontext())
     every = lambda *given, chunks, kernel, **rest: cross_entropy(*given, **rest)  # noqa: E731
-    monkeypatch.setattr(simulate, "cross_entropy", every)
+    monkeypatch.setattr(next_token, "cross_entropy", every)
 
 
 def both(monkeypatch, model, shape, **how):

@@ -22,13 +22,18 @@ from veneer.cli.app import app, beginning
 from veneer.cli.frame import explain, main
 from veneer.cli.panels import ORDER, OTHER
 from veneer.cli.table import FIRST, GROUPS, VERBS
+from veneer.tasks.text.bits import BITS
 from veneer.train.errors import Interrupted
 from veneer.train.folder.result import Change, Result
 from veneer.train.run import Run
 from veneer.verbs.inspect import Inspection
 
 RESULT = Result(
-    Path("runs/notes"), {"learned": {"text": "valid"}, "seconds": 1.5}, Change(2.0, 1.5), Change(1.0, 1.02)
+    Path("runs/notes"),
+    {"learned": {"text": "valid"}, "seconds": 1.5},
+    Change(2.0, 1.5),
+    Change(1.0, 1.02),
+    BITS,
 )
 
 
@@ -71,7 +76,7 @@ def called(monkeypatch):
 
 def test_every_setting_and_every_option_has_a_flag_with_help():
     made = {f.name: f for f in [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers()]}
-    wanted = {f.name for f in dataclasses.fields(Run)} - {"options", "optimiser_options"}
+    wanted = {f.name for f in dataclasses.fields(Run)} - {"options", "optimiser_options", "task_options"}
     wanted |= {f"{name}_{o}".replace("-", "_") for name in optim.available() for o in optim.options_of(name)}
     wanted |= {option for m in methods.available() for option in methods.options_of(methods.get(m))} | {
         "prefix_length"

@@ -316,11 +316,11 @@ def test_a_survey_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     veneer.compress(whole, "allocate", data=batches(), **SMALL)
     real, calls = module._block, []
 
-    def stopping(source, i, *rest):
-        calls.append(i)
+    def stopping(view, recipe):
+        calls.append(view.i)
         if len(calls) == 2:
             raise Stopped
-        return real(source, i, *rest)
+        return real(view, recipe)
 
     model = models.llama(num_hidden_layers=3)
     monkeypatch.setattr(module, "_block", stopping)

@@ -101,7 +101,7 @@ def test_merging_into_bfloat16_keeps_the_change_and_into_four_bits_says_what_is_
     assert main(["generate", "the cat", "--model", str(folder / "packed"), "--tokens", "3"]) == 0
     assert main(["merge", str(out), "--out", str(folder / "other"), "--dtype", "int8"]) == 2
     assert (
-        "dtype 'int8' is for layers that are in it already, and model.layers.0.self_attn.q_proj"
+        "dtype int8 is for layers in that format, which model.layers.0.self_attn.q_proj"
         in capsys.readouterr().err
     )
 

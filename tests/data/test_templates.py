@@ -235,16 +235,16 @@ def gathered(data: str, **more: Any) -> dict[str, list[Row]]:
 def test_roles_that_no_turn_has_are_refused(tmp_path):
     data = str(tiny.jsonl(tmp_path / "a.jsonl", TALK))
     with pytest.raises(
-        DataError, match="train_roles: no turn is of role 'asistant'; did you mean 'assistant'"
+        DataError, match="train_roles: no turn has the role 'asistant'; did you mean 'assistant'"
     ):
         gathered(data, train_roles=("asistant",))
     with pytest.raises(
-        DataError, match="train_roles: no turn is of role 'tool'; known: assistant, system, user"
+        DataError, match="train_roles: no turn has the role 'tool'; known: assistant, system, user"
     ):
         gathered(data, train_roles=("assistant", "tool"))
     plain = str(tiny.jsonl(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"}))
     with pytest.raises(
-        DataError, match="train_roles: no turn is of role 'user'; the rows hold no conversation"
+        DataError, match="train_roles: no turn has the role 'user'; the rows hold no conversation"
     ):
         gathered(plain, train_roles=("user",))
     assert gathered(plain)["train"] and gathered(data, train_roles=("user", "system"))["train"]

@@ -13,7 +13,7 @@ from support import models, tiny
 import veneer
 from veneer.adapt import leading_parts
 from veneer.adapt.attached import changes
-from veneer.cli.calls import summary
+from veneer.cli.run_verbs import summary
 from veneer.errors import ShapeError
 from veneer.models import pretrained
 from veneer.ops.matrix import linalg

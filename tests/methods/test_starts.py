@@ -351,8 +351,10 @@ def test_a_training_learns(place, tmp_path, init, lr):
     result = fit(Run.from_dict({**settings(place, tmp_path / "run", init=init), "lr": lr}), progress=False)
     lines = [m["valid_bpb"] for m in tiny.metrics(tmp_path / "run") if "valid_bpb" in m]
     assert lines[-1] < lines[0] - 0.1
-    said = [n for n in result.metrics["notes"] if "looked at" in n]
-    assert said == (["init 'loraga' looked at 5 windows of the training's text"] if init == "loraga" else [])
+    said = [n for n in result.metrics["notes"] if "used statistics" in n]
+    assert said == (
+        ["init 'loraga' used statistics of 5 windows of the training text"] if init == "loraga" else []
+    )
 
 
 def test_a_resumed_training_keeps_its_start_and_looks_at_nothing_again(place, tmp_path, monkeypatch):
@@ -520,7 +522,7 @@ def test_settings_are_checked_before_anything_is_read():
         )
     assert (
         str(e.value)
-        == "calibration 0 must be 1 or more\ninit 'loraga' has no option 'gama'; did you mean 'gamma'?"
+        == "calibration must be 1 or more, got 0\ninit 'loraga' has no option 'gama'; did you mean 'gamma'?"
     )
     with pytest.raises(ConfigError, match=r"unknown init 'lorag'; did you mean 'loraga'\?"):
         Run.from_dict({"data": "x.txt", "options": {"init": "lorag"}})

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import llama, randomise
+from support.objectives import causal_lm
 
 import veneer
 from veneer.ops.attention.short import LONGEST, attend
@@ -89,7 +90,7 @@ def test_a_compiled_training_step_is_the_plain_one(make, kept, monkeypatch):
     loss, gradients = step(model, next_token.loss, given)
     monkeypatch.setattr(fast_attention, "FASTER", (torch.float32, torch.bfloat16))
     monkeypatch.setattr(compile_settings, "KEPT", kept)
-    objective = prepare(model, given, compiled=True)
+    objective = prepare(model, causal_lm(), given, compiled=True)
     assert model.config._attn_implementation == fast_attention.SHORT
     ours, own = step(model, objective, given)
     assert relative(ours, loss) <= 1e-5 and own.keys() == gradients.keys()
@@ -108,7 +109,7 @@ def test_blocks_that_are_adapted_in_other_layers_have_graphs_of_their_own(to):
     randomise(model)
     given = batch()
     loss, gradients = step(model, next_token.loss, given)
-    ours, own = step(model, prepare(model, given, compiled=True), given)
+    ours, own = step(model, prepare(model, causal_lm(), given, compiled=True), given)
     restore(model)
     assert relative(ours, loss) <= 1e-5 and own.keys() == gradients.keys()
     for k, g in gradients.items():

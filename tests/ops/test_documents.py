@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import VOCABULARY, llama, randomise
+from support.objectives import causal_lm
 
 import veneer
 from veneer.ops.attention import documents as ops
@@ -81,7 +82,7 @@ def test_a_training_step_on_packed_windows_makes_no_mask_and_is_the_plain_one(co
     randomise(model)
     given = packed(LONG)
     loss, gradients = step(model, next_token.loss, given)
-    objective = prepare(model, given, compiled=compiled)
+    objective = prepare(model, causal_lm(), given, compiled=compiled)
     assert model.config._attn_implementation == fast_attention.DOCUMENTS
     monkeypatch.setattr(
         "transformers.masking_utils.sdpa_mask", lambda *a, **k: pytest.fail("a mask was made")
@@ -103,7 +104,7 @@ def given_to_attention(model, rows, monkeypatch):
         "documents",
         lambda m, q, k, v, mask, *a, **o: seen.append(mask) or real(m, q, k, v, mask, *a, **o),
     )
-    prepare(model, packed(rows))
+    prepare(model, causal_lm(), packed(rows))
     seen.clear()
     next_token.loss(model, packed(rows))[0]
     return seen
@@ -148,7 +149,7 @@ def test_windows_that_slide_and_images_that_see_forward_are_other_masks():
 
 def test_dropout_and_models_that_treat_masks_otherwise_are_pytorchs_own(monkeypatch):
     model = small(attention_dropout=0.5).train()
-    prepare(model, packed(LONG))
+    prepare(model, causal_lm(), packed(LONG))
     monkeypatch.setattr(fast_attention, "attend_within", lambda *a, **k: pytest.fail("it has no dropout"))
     next_token.loss(model, packed(LONG))[0]
     restore(model)

@@ -89,7 +89,9 @@ def test_the_header_names_what_the_hub_can_know(place):
             "pipeline_tag": "text-generation",
             "tags": tags,
         }  # the base is a folder here
-    assert card._header({"model": "org/llama"}, {"method": "dora"}, {"peft_type": "LORA"}).splitlines() == [
+    assert card._header(
+        {"model": "org/llama"}, "text-generation", {"method": "dora"}, {"peft_type": "LORA"}
+    ).splitlines() == [
         *("---", 'base_model: "org/llama"', "library_name: peft", "pipeline_tag: text-generation", "tags:"),
         *("- dora", "- lora", "- veneer", "---"),
     ]
@@ -131,7 +133,7 @@ def test_what_vllm_does_not_read_becomes_plain_lora_as_it_is_said(
 
 def test_what_is_no_change_of_weights_is_not_said_to_merge(place):
     text = made(place, "bottleneck", method="bottleneck", options={})[1]
-    assert "it is no change of weights, and is used by Veneer alone" in text and "veneer merge" not in text
+    assert "it changes no weights, and works in Veneer only" in text and "veneer merge" not in text
 
 
 def test_full_fine_tuning_loads_in_veneer_alone(place, monkeypatch, capsys):
@@ -164,12 +166,12 @@ RECORD = {
         (
             {"kind": "linear", "rank": 600, "norm": 1.0},
             {"peft_type": "LORA"},
-            "Not with vLLM as it is: rank 600 > 512, the largest",
+            "vLLM cannot serve it unchanged: rank 600 > 512, the largest",
         ),
         (
             {"kind": "conv", "rank": 4, "norm": 1.0},
             {"peft_type": "LORA"},
-            "vLLM adapts no layers of the kind conv",
+            "vLLM cannot adapt layers of the kind conv",
         ),
         ({"kind": "linear", "rank": 4, "norm": 1.0}, {"peft_type": "MISS"}, "vLLM reads plain LoRA alone"),
         (
@@ -181,7 +183,7 @@ RECORD = {
     ],
 )
 def test_only_ways_that_work_are_named(sites, peft, says):
-    ways = usage.ways("builtin", {**RECORD, "sites": {"a": sites}}, peft)
+    ways = usage.ways("builtin", "transformers.AutoModelForCausalLM", {**RECORD, "sites": {"a": sites}}, peft)
     assert len(ways) == 3 and says in ways[2]
     assert "veneer.load(model, \".\", allow=['zero'])" in ways[0] and "from veneer import embedded" in ways[0]
 

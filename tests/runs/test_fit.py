@@ -227,7 +227,7 @@ def door_says(given: dict[str, Any], kind: type[errors.VeneerError], **changed: 
         (
             {"length": 129},
             ConfigError,
-            "length 129 > 128, the longest sequence this model takes (max_position_embeddings); use at most 128",
+            "length must be at most 128, this model's longest sequence (max_position_embeddings), got 129",
         ),
         ({"to": ["q_prj"]}, SiteError, "no layer is called 'q_prj'; did you mean 'q_proj'?"),
         (
@@ -325,7 +325,7 @@ def test_a_layer_that_is_never_called_is_refused(given, monkeypatch):
     said = door_says(given, SiteError, to=["q_proj", "idle"], options={"rank": 2})
     assert said.startswith("1 adapted layers were never called in the first training step: idle.")
     said = door_says(given, SiteError, method="full", options={})
-    assert said.startswith("method 'full' keeps what was learned as a change of each module")
+    assert said.startswith("method 'full' saves a change of each module")
 
 
 def test_a_tokenizer_of_another_model_and_missing_weights_are_refused(given, tmp_path):
@@ -333,9 +333,7 @@ def test_a_tokenizer_of_another_model_and_missing_weights_are_refused(given, tmp
     small.save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
     said = door_says(given, DataError, model=str(tmp_path / "base"))
-    assert said.endswith(
-        "but the model has embeddings for 40 tokens (0 to 39); the two do not belong together"
-    )
+    assert said.endswith("got 317 from the tokenizer; use the model's own tokenizer")
     (tmp_path / "base" / "model.safetensors").unlink()
     small.save_pretrained(
         tmp_path / "base", state_dict={k: v for k, v in small.state_dict().items() if "lm_head" not in k}
@@ -624,7 +622,7 @@ def test_conversations_without_valid_text_are_learned_and_a_part_is_set_aside(gi
     data = tiny.jsonl(tmp_path / "talks.jsonl", *talks)
     result = fit(Run.from_dict({**given, "data": str(data), "valid": [], "known": "none"}), progress=False)
     notes = result.metrics["notes"]
-    assert "columns that are not used: source" in notes
+    assert "unused columns: source" in notes
     assert "no valid text is given: 3 of 30 rows are set aside to choose the best step by" in notes
     assert result.forgotten is None and result.learned.after < result.learned.before
     config = json.loads((result.folder / "config.json").read_text())

@@ -80,8 +80,7 @@ def test_a_stopped_training_goes_on_in_every_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(together, "step", interrupted)
     with pytest.raises(
-        Interrupted,
-        match=r"stopped by signal 15 after step 3 of 4; all is saved in .*a: go on with resume=True",
+        Interrupted, match=r"stopped by signal 15 after step 3 of 4; saved in .*a: resume with resume=True"
     ):
         veneer.fit_many(runs, progress=False)
     assert calls == [2, 2, 2]
@@ -150,11 +149,12 @@ def test_files_of_settings_are_trained_by_the_command_line(tmp_path, capsys):
 def test_files_that_do_not_go_together_are_refused_by_the_command_line(tmp_path, capsys):
     a = file(tmp_path, "a")
     assert main(["fit-many", a, a]) == 2
-    assert f"two runs have the folder {tmp_path / 'a'}; give each its own out" in capsys.readouterr().err
-    assert main(["fit-many", a, "--compile", "on"]) == 2
     assert (
-        "compile='on' cannot be: runs that are trained together are not compiled" in capsys.readouterr().err
+        f"out must differ between runs, got {tmp_path / 'a'} twice; give each its own"
+        in capsys.readouterr().err
     )
+    assert main(["fit-many", a, "--compile", "on"]) == 2
+    assert "compile must be 'off' or 'auto' for runs trained together, got 'on'" in capsys.readouterr().err
     assert main(["fit-many", a, "--out", "x"]) == 2
     assert "No such option: --out" in capsys.readouterr().err
     assert main(["fit-many", str(tmp_path / "gone.yaml")]) == 2
@@ -170,7 +170,7 @@ def refusal(runs):
 
 def test_runs_that_do_not_go_together_are_refused_before_anything_is_written(tmp_path):
     a, b = run(tmp_path, "a"), run(tmp_path, "b")
-    assert refusal([]) == "there is no run to train; give a list of them"
+    assert refusal([]) == "runs must be a list with a run or more, got none"
     text = refusal(
         [
             a,
@@ -180,10 +180,10 @@ def test_runs_that_do_not_go_together_are_refused_before_anything_is_written(tmp
         ]
     )
     assert text.splitlines() == [
-        "precision must be the same for all runs, not bf16 and fp32",
-        f"two runs have the folder {a.out}; give each its own out",
+        "precision must be the same for all runs, got bf16 and fp32",
+        f"out must differ between runs, got {a.out} twice; give each its own",
         "method 'full' trains the base itself, which the runs share; train it alone",
-        "compile='on' cannot be: runs that are trained together are not compiled",
+        "compile must be 'off' or 'auto' for runs trained together, got 'on'",
     ]
     text = refusal([a, replace(b, options={"rank": 2, "dropout": 0.1})])
     assert text == f"{b.out!r} drops inputs (dropout=0.1), which a bank does not; attach it without"

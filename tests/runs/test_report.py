@@ -200,7 +200,7 @@ def test_without_measurements_the_page_says_how_to_get_them(run, tmp_path, capsy
         measured.pop(key)
     (bare / "results.json").write_text(json.dumps(measured))
     assert main(["report", str(bare)]) == 0
-    assert f"written: {bare}/report.html" in capsys.readouterr().out
+    assert f"report: {bare}/report.html" in capsys.readouterr().out
     assert f"Not measured in this run; to measure it: veneer report {bare} --measure" in text_of(bare)
     assert main(["report", str(bare), "--prompt", "the cat <i>"]) == 0
     again = results(bare)
@@ -266,13 +266,11 @@ def test_a_signal_during_the_report_leaves_a_finished_run(tmp_path, monkeypatch)
 def test_what_is_no_finished_run_is_refused(tmp_path, run):
     with pytest.raises(ConfigError) as e:
         report(str(tmp_path))
-    assert (
-        str(e.value) == f"{tmp_path} holds no run: a report is made from results.json,"
-        " which a run writes when it is finished"
-    )
+    assert str(e.value) == f"{tmp_path}: a report needs results.json of a finished run, got other files"
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
-        ConfigError, match="holds an unfinished run; go on with it first: a report is made from"
+        ConfigError,
+        match="a report needs results.json of a finished run, got an unfinished run; resume it first",
     ):
         report(str(tmp_path))
     shutil.copy(run / "results.json", tmp_path)

@@ -192,7 +192,7 @@ def test_a_bit_flipped_in_the_newest_checkpoint_changes_nothing(given, whole):
         n.startswith("step-000007 is damaged (state.safetensors is not what MANIFEST.json says)")
         for n in result.metrics["notes"]
     )
-    assert "goes on from step 6" in result.metrics["notes"]
+    assert "resumes at step 6" in result.metrics["notes"]
 
 
 class Killed(BaseException):
@@ -367,7 +367,10 @@ def test_other_settings_texts_or_weights_are_refused_with_a_list(given, place, t
     with pytest.raises(ConfigError, match=r"or pass allow=\('data', 'base'\)"):
         fit(resumed(given, **changed, allow=["config"]), progress=False)
     result = fit(resumed(given, **changed, allow=["config", "data", "base"]), progress=False)
-    assert "differs from how the run began, as allowed: config: lr: 0.01 -> 0.5" in result.metrics["notes"]
+    assert (
+        "differs from the beginning of the run, as allowed: config: lr: 0.01 -> 0.5"
+        in result.metrics["notes"]
+    )
     config = json.loads((Path(given["out"]) / "config.json").read_text())
     assert config["run"]["lr"] == 0.5 and "config: lr: 0.01 -> 0.5" in config["allowed"]
 
@@ -402,7 +405,7 @@ def test_metrics_that_were_lost_are_missed(given):
     with pytest.raises(FormatError) as e:
         fit(resumed(given), progress=False)
     assert str(e.value) == (
-        f"{metrics} has {length - 1} bytes, but {length} when the checkpoint was written; restore it, or begin anew"
+        f"{metrics} must have {length} bytes or more, as at its checkpoint, got {length - 1}; restore it or start in another folder"
     )
 
 
@@ -448,8 +451,8 @@ def test_five_such_steps_in_a_row_end_the_training_with_the_last_good_state(give
     with pytest.raises(Diverged) as e:
         fit(Run.from_dict({**given, "keep": 9, "save_every": 2}), progress=False)
     assert str(e.value) == (
-        "5 steps in a row were skipped, the last one, step 7, because the loss is nan; the state of the last good step is saved in"
-        f" {given['out']}. Try a lower lr (its peak was 0.01), a longer warmup, or precision='fp32'"
+        "5 steps in a row were skipped, the last, step 7, because the loss is nan; the last good step is saved in"
+        f" {given['out']}. Lower lr (its peak was 0.01), lengthen warmup, or use precision='fp32'"
     )
     good, last = state(given, 2), state(given, 7)
     assert all(torch.equal(good[k], last[k]) for k in good if k != "rng")

@@ -131,7 +131,7 @@ def test_a_run_goes_on_with_the_length_that_it_began_with(given):
     (out / "config.json").write_text(json.dumps(config))
     (out / "results.json").unlink()
     notes = trained({**given, "length": "auto"}, *PAIRS, save_every=1, resume=True, overlong="cut")
-    assert any(note.startswith("goes on from step") for note in notes)
+    assert any(note.startswith("resumes at step") for note in notes)
     with pytest.raises(ConfigError, match="length: 48 -> 64"):
         trained({**given, "length": 64}, *PAIRS, save_every=1, resume=True, overlong="cut")
 
@@ -172,7 +172,7 @@ def test_measured_rows_that_are_learned_too_are_said(given, tmp_path):
 def test_columns_and_templates_are_settings_of_a_run(given, tmp_path):
     rows = [{"question": f"q {i}", "choice": i, "id": i} for i in range(24)]
     notes = trained(given, *rows, columns={"completion": "choice"}, prompt_template="Q: {question}\\nA: ")
-    assert "columns that are not used: id" in notes
+    assert "unused columns: id" in notes
     template = tmp_path / "own.jinja"
     template.write_text(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"

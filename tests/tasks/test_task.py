@@ -191,5 +191,5 @@ def test_rows_of_other_columns_are_refused(place, tmp_path):
     plain.write_text("a cat")
     with pytest.raises(DataError, match="columns must be text and score, got plain text"):
         fit(Run.from_dict({**given, "data": str(plain)}), progress=False)
-    with pytest.raises(DataError, match="builtin:prose: this task reads columns, not plain text"):
+    with pytest.raises(DataError, match="builtin:prose: columns must be text and score, got plain text"):
         fit(Run.from_dict({**given, "data": "builtin:prose"}), progress=False)

@@ -106,7 +106,7 @@ def test_blocks_that_are_computed_again_give_the_same_gradients_and_keep_less():
 
 def test_a_model_that_cannot_compute_its_blocks_again_is_refused():
     with pytest.raises(
-        ConfigError, match=r"a Linear cannot compute its blocks again; use gradient_checkpointing=False"
+        ConfigError, match=r"a Linear cannot recompute its blocks; use gradient_checkpointing=False"
     ):
         compiling.recompute(nn.Linear(2, 2), True)
 
@@ -163,14 +163,14 @@ def test_without_a_compiler_on_is_refused_and_auto_goes_on(place, tmp_path, monk
     monkeypatch.setattr(compiling, "missing", lambda device: "a C++ compiler (g++)")
     with pytest.raises(
         ConfigError,
-        match=r"compile='on' needs a C\+\+ compiler \(g\+\+\), which is not found here; install it, or use",
+        match=r"compile='on' needs a C\+\+ compiler \(g\+\+\), not found here; install it, or use",
     ):
         fitted(place, tmp_path / "on", compile="on")
     monkeypatch.setattr(compiling, "is_long", lambda *given: True)
     notes = fitted(place, tmp_path / "auto")["notes"]
     assert not any("compiled" in n for n in notes)
     assert (
-        "steps of this run could be shorter: torch.compile needs a C++ compiler (g++), which is not found here"
+        "steps of this run could be shorter: torch.compile needs a C++ compiler (g++), not found here"
         in notes
     )
     assert not any("torch.compile" in n for n in fitted(place, tmp_path / "off", compile="off")["notes"])
@@ -184,7 +184,7 @@ def test_what_cannot_be_compiled_is_said_and_auto_goes_on_without(place, tmp_pat
     monkeypatch.setattr(compiling, "is_long", lambda *given: True)
     notes = fitted(place, tmp_path / "auto")["notes"]
     assert any(
-        "torch.compile cannot compile this model: no kernel; use compile='off'; goes on without" in n
+        "torch.compile cannot compile this model: no kernel; use compile='off'; continues without" in n
         for n in notes
     )
     with pytest.raises(ConfigError, match="cannot compile this model: no kernel"):

@@ -192,7 +192,7 @@ def test_models_and_settings_that_do_not_allow_it_are_refused(tmp_path, monkeypa
     with pytest.raises(ConfigError, match=r"needs 3 GB in .*, but 1 MB are free; choose another out"):
         frozen_cache.check_room(tmp_path / "none" / "yet", 3 * 10**9)
     for changed, message in (
-        ({"stream": True, "steps": 3}, "which a stream lacks; leave one of them out"),
+        ({"stream": True, "steps": 3}, "which stream lacks; leave one of them out"),
         ({"method": "full"}, "method 'full' trains all: leave it out"),
     ):
         with pytest.raises(ConfigError, match=message):

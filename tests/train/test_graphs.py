@@ -41,7 +41,7 @@ def adapted(device="cpu"):
 def test_without_a_gpu_they_are_refused(tmp_path):
     run = Run.from_dict({**settings(tmp_path), "out": str(tmp_path / "run"), "compile": "graphs"})
     with pytest.raises(
-        ConfigError, match="compile='graphs' is for GPUs, and this run computes on cpu; use compile='on'"
+        ConfigError, match="compile='graphs' needs a GPU, and this run computes on cpu; use compile='on'"
     ):
         fit(run, progress=False)
     assert not (tmp_path / "run").exists()

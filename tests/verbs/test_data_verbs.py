@@ -56,7 +56,7 @@ def test_show_gives_every_token_and_what_is_learned(by, tmp_path):
     assert (row["length"], row["learned"]) == (len(row["tokens"]), sum(t["learned"] for t in row["tokens"]))
     assert found["notes"] == ["forgetting is not measured: no known text (known=) is given"]
     assert "rows are set aside" in show.show(run(data))["notes"][0]
-    with pytest.raises(ConfigError, match="rows 0 must be 1 or more"):
+    with pytest.raises(ConfigError, match="rows=0 must be 1 or more"):
         show.show(run(data), 0)
 
 
