@@ -267,7 +267,7 @@ def test_a_bad_row_ends_the_training_when_it_comes_and_a_mended_one_goes_on(plac
     why, then = str(e.value).splitlines()
     assert why.startswith(f"{data} line 56: column 'text' is missing")
     assert then == (
-        f"this ended the training after step {int(kept[-1].name[5:])} of 14; put it right, and go on from"
+        f"the training ended after step {int(kept[-1].name[5:])} of 14; correct the data and resume from"
         f" {kept[-1].name} with resume=True allow='data'"
     )
     data.write_text("\n".join([*good, '{"text": "x"}']), encoding="utf-8")

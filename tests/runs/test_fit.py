@@ -239,12 +239,12 @@ def door_says(given: dict[str, Any], kind: type[errors.VeneerError], **changed: 
         (
             {"embedding_lr": 0.1},
             ConfigError,
-            "embedding_lr is given, but no embedding is changed; leave it out, or adapt embeddings with to=",
+            "embedding_lr needs a trained embedding; leave it out, or adapt embeddings with to=",
         ),
         (
             {"weight_decay": 200, "lr": 0.1},
             ConfigError,
-            "weight_decay 200 at rate 0.1 leaves nothing of a weight in one step; use less than 10",
+            "weight_decay must be less than 10 at rate 0.1, got 200",
         ),
         ({"device": "gpu"}, ConfigError, "device 'gpu' cannot be used here: "),
         (
@@ -255,7 +255,7 @@ def door_says(given: dict[str, Any], kind: type[errors.VeneerError], **changed: 
         (
             {"known": "builtin:known:train"},
             DataError,
-            "builtin:known:train: the text 'known' has no part 'train'; it has valid, test",
+            "builtin:known:train: the part of 'known' must be one of valid, test, got 'train'",
         ),
         ({"model": "/nowhere/at/all"}, ConfigError, "model: the folder /nowhere/at/all does not exist"),
         ({"model": HERE}, ConfigError, f"model: the folder {HERE} holds no model: config.json is missing"),

@@ -182,11 +182,11 @@ def test_runs_that_do_not_go_together_are_refused_before_anything_is_written(tmp
     assert text.splitlines() == [
         "precision must be the same for all runs, got bf16 and fp32",
         f"out must differ between runs, got {a.out} twice; give each its own",
-        "method 'full' trains the base itself, which the runs share; train it alone",
+        "method 'full' trains the base, which the runs share; train it alone",
         "compile must be 'off' or 'auto' for runs trained together, got 'on'",
     ]
     text = refusal([a, replace(b, options={"rank": 2, "dropout": 0.1})])
-    assert text == f"{b.out!r} drops inputs (dropout=0.1), which a bank does not; attach it without"
+    assert text == f"{b.out!r} drops inputs (dropout=0.1), which a bank cannot; attach it with dropout=0"
     text = refusal([a, replace(b, method="bat", options={"rank": 4})])
     assert text.startswith(f"{b.out!r}: bat has no normal form at model.layers.0.")
     text = refusal([a, replace(b, to=("lm_head", "q_proj"))])

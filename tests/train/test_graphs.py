@@ -46,7 +46,7 @@ def test_without_a_gpu_they_are_refused(tmp_path):
         fit(run, progress=False)
     assert not (tmp_path / "run").exists()
     with pytest.raises(
-        ConfigError, match="compile='graphs' cannot be: runs that are trained together are not compiled"
+        ConfigError, match="compile must be 'off' or 'auto' for runs trained together, got 'graphs'"
     ):
         veneer.fit_many([run], progress=False)
 
