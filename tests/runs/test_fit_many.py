@@ -192,6 +192,6 @@ def test_runs_that_do_not_go_together_are_refused_before_anything_is_written(tmp
     text = refusal([a, replace(b, to=("lm_head", "q_proj"))])
     assert (
         text
-        == f"{b.out!r} changes lm_head, which sees the rows of all runs as one; leave it out with exclude="
+        == f"{b.out!r} changes the output head lm_head, which the rows of all runs share; leave it out with exclude="
     )
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()

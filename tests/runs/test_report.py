@@ -270,7 +270,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path, run):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
         ConfigError,
-        match="a report needs results.json of a finished run, got an unfinished run; resume it first",
+        match=r"a report needs results\.json of a finished run, got an unfinished run; resume it first",
     ):
         report(str(tmp_path))
     shutil.copy(run / "results.json", tmp_path)
