@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from veneer.compress.folder import save_compressed
     from veneer.compress.quantise import dequantise, quantise, quantise_around
     from veneer.compress.store import load_quantised, save_quantised
+    from veneer.compress.trp.trp import TRP
     from veneer.models.compressed import load_compressed
     from veneer.models.expand import expand
     from veneer.runs.fit import fit
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from veneer.train.run import Run
 
 __all__ = [
+    "TRP",
     "Run",
     "activate",
     "active",
@@ -73,6 +75,7 @@ _HOMES = {
     "veneer.models.expand": ("expand",),
     "veneer.compress.folder": ("save_compressed",),
     "veneer.models.compressed": ("load_compressed",),
+    "veneer.compress.trp.trp": ("TRP",),
     "veneer.compress.store": ("load_quantised", "save_quantised"),
     "veneer.compress.quantise": ("dequantise", "quantise", "quantise_around"),
     "veneer.serve.start": ("serve",),

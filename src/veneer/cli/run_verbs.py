@@ -190,8 +190,9 @@ def compress() -> Call:
     """Returns the call of `veneer compress`."""
     from veneer.compress.lowrank.recipe import Recipe
     from veneer.verbs.compress import compress as verb
+    from veneer.verbs.compress.options import Options
 
-    own = [f for f in flags.of_settings(verb.Options) if f.name != "progress"]
+    own = [f for f in flags.of_settings(Options) if f.name != "progress"]
     keep, *rest = flags.of_settings(Recipe)
     bare = [f._replace(help=f"{settings.table(Recipe)[f.name].help} [the method's own]") for f in rest]
     every = [*own, keep, *bare]

@@ -87,9 +87,14 @@ def compress(
         job = Job(source, batches, chosen, work, source.dtype, seed, say)
         cuts = job.run()
         found = outcome(method, chosen, job, cuts, notes)
-        for i, block in enumerate(source.walk.blocks):
-            _put(block, work.record(f"block-{i:03}"), work.get(f"block-{i:03}"))
+        put_blocks(source, work)
     return found
+
+
+def put_blocks(source: Source, work: Work) -> None:
+    """Puts the finished blocks of the work folder into the source's model."""
+    for i, block in enumerate(source.walk.blocks):
+        _put(block, work.record(f"block-{i:03}"), work.get(f"block-{i:03}"))
 
 
 def _put(block: nn.Module, record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -36,8 +36,10 @@ Say = Callable[[str], None]
 
 @dataclass
 class Job:
-    """A compression: of the source's blocks by a recipe on batches, kept in the work folder; dtype: of what
-    is kept.
+    """A compression of the source's blocks by a recipe on batches, kept in the work folder.
+
+    dtype: of what is kept. surveys: the folder of the survey, which does not depend on keep; the work folder
+    unless given.
     """
 
     source: Source
@@ -47,16 +49,22 @@ class Job:
     dtype: torch.dtype
     seed: int = 0
     say: Say = lambda text: None
+    surveys: Work | None = None
 
     def run(self) -> dict[str, Cut]:
         """Finishes every block in the work folder, and returns each layer's cut by its name in the model."""
         sizes = self._sizes()
         if self.recipe.surveys:
             self.say(f"surveying {len(self.source)} blocks")
-            survey(self.source, self.batches, self.recipe, self.seed, self.work)
+            survey(self.source, self.batches, self.recipe, self.seed, self.surveyed)
         cuts = self._ranks(sizes)
         self._blocks(cuts)
         return cuts
+
+    @property
+    def surveyed(self) -> Work:
+        """The folder that holds the survey."""
+        return self.surveys or self.work
 
     def _sizes(self) -> dict[str, Size]:
         """Every layer's size. Raises SiteError for weights that are not finite."""
@@ -76,7 +84,7 @@ class Job:
             return plan.uniform(sizes, self.recipe)
         losses: dict[str, list[tuple[Tensor, bool]]] = {}
         for i, names in enumerate(self.source.names):
-            held = self.work.get(f"survey-{i:03}")
+            held = self.surveyed.get(f"survey-{i:03}")
             for n in names:
                 own = candidates(held, n)
                 losses[f"{self.source.walk.names[i]}.{n}"] = [(c.losses, c.mean is not None) for c in own]
@@ -142,7 +150,7 @@ class Job:
         """The metric R of each layer's outputs that the survey kept, None without one."""
         if not self.recipe.surveys:
             return dict.fromkeys(sites)
-        held = self.work.get(f"survey-{i:03}")
+        held = self.surveyed.get(f"survey-{i:03}")
         return {n: held[f"{n}|R"] for n in sites}
 
     def _candidates(
@@ -156,7 +164,7 @@ class Job:
     ) -> dict[str, Candidate]:
         """The candidate that each layer's cut names: from the survey, or from the inputs' moments."""
         if self.recipe.surveys:
-            held = self.work.get(f"survey-{i:03}")
+            held = self.surveyed.get(f"survey-{i:03}")
             return {n: candidates(held, n)[cuts[n].variant] for n in sites}
         watch = Watch(sites)
         if self.recipe.metric != "weights":

@@ -21,6 +21,7 @@ from veneer.sites.blocks import blocks
 Batch = Mapping[str, Any]
 HIDDEN = "hidden_states"  # the keyword by which transformers' blocks take them
 IGNORED = -100
+Once = dict[int, tuple[Tensor, Tensor]]
 Act = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
@@ -75,11 +76,12 @@ class Walk:
         entered: list[Tensor] = []
         rest: list[tuple[Any, ...]] = []
         named: list[dict[str, Any]] = []
+        once: Once = {}
 
         def note(i: int, hidden: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> Tensor:
             entered.append(hidden)
-            rest.append(_precise(args))
-            named.append(_precise(given))
+            rest.append(_precise(args, once))
+            named.append(_precise(given, once))
             return hidden
 
         with self._replaced(note):
@@ -112,7 +114,7 @@ class Walk:
     def _gives_tuples(self, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
         """Returns True if the first block returns the hidden states within a tuple."""
         with self.first() as block:
-            return isinstance(type(block).forward(block, *_precise(args), **_precise(given)), tuple)
+            return isinstance(type(block).forward(block, *_precise(args, {}), **_precise(given, {})), tuple)
 
     def _stand_in(self, i: int, block: nn.Module, act: Act) -> Callable[..., Any]:
         def forward(*args: Any, **given: Any) -> Any:
@@ -141,10 +143,16 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return {**{k: v for k, v in batch.items() if k != "labels"}, "use_cache": False}
 
 
-def _precise(given: Any) -> Any:
-    """The arguments with floating tensors in float32 at least, in tuples and dictionaries too."""
+def _precise(given: Any, once: Once) -> Any:
+    """The arguments with floating tensors in float32 at least, in tuples and dictionaries too.
+
+    once: by id, what was made of a tensor before, as blocks are called with the same masks and positions.
+    """
     if isinstance(given, Tensor):
-        return precise(given.detach()) if given.is_floating_point() else given
+        if id(given) not in once:
+            made = precise(given.detach()) if given.is_floating_point() else given
+            once[id(given)] = (given, made)  # the original is held, so that no other gets its id
+        return once[id(given)][1]
     if isinstance(given, tuple):
-        return tuple(_precise(v) for v in given)
-    return {k: _precise(v) for k, v in given.items()} if isinstance(given, dict) else given
+        return tuple(_precise(v, once) for v in given)
+    return {k: _precise(v, once) for k, v in given.items()} if isinstance(given, dict) else given

@@ -160,7 +160,7 @@ def hollow(form: str, out: int, in_: int, rank: int, bias: bool, dtype: torch.dt
     own = nn.Parameter(torch.empty(out, dtype=dtype, device="meta"), requires_grad=False) if bias else None
     if form == "pivoted":
         C = plain_linear(torch.empty(out - rank, rank, dtype=dtype, device="meta"))
-        return PivotedLinear(A, C, torch.empty(out, dtype=torch.int64, device="meta"), own)
+        return PivotedLinear(A, C, torch.empty(out, dtype=torch.int32, device="meta"), own)
     return FactoredLinear(A, plain_linear(torch.empty(out, rank, dtype=dtype, device="meta"), own))
 
 
@@ -171,7 +171,7 @@ def holding(form: str, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Fact
         return FactoredLinear(plain_linear(A), plain_linear(B, own))
     held = pivots(B)
     rows = (B.double()[held.rows] @ A.double()).to(A.dtype)
-    return PivotedLinear(plain_linear(rows), plain_linear(held.C.to(A.dtype)), held.order, own)
+    return PivotedLinear(plain_linear(rows), plain_linear(held.C.to(A.dtype)), held.order.int(), own)
 
 
 def plain_linear(W: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:

@@ -13,10 +13,13 @@ from veneer import embedded, tasks
 from veneer.data.pack import Window, collate
 from veneer.data.reading import Reading
 from veneer.errors import ConfigError
+from veneer.models import pretrained
 from veneer.ops.draws import keyed
 from veneer.runs.texts import sources, texts
 from veneer.train.loop.progress import Notes
+from veneer.verbs.compress.options import Options
 
+LENGTH = 256  # as of veneer fit
 BUILTIN = ("builtin:known:valid",)  # source code that the built-in model has not seen
 
 
@@ -27,32 +30,33 @@ class Calibration(NamedTuple):
     windows: list[Window]
     sha256: str
 
+    def in_batches(self, size: int, device: torch.device) -> list[dict[str, Tensor]]:
+        """Returns the windows in batches of another size, or of windows that were replaced."""
+        return batches(self.windows, size, device)
 
-def calibration(
-    model: str,
-    data: Sequence[str],
-    tokenizer: Any,
-    *,
-    samples: int,
-    length: int,
-    batch: int,
-    seed: int,
-    device: torch.device,
-) -> Calibration:
-    """Returns `samples` windows, drawn by the seed, in batches. Raises ConfigError without texts, and
+
+def calibration(model: str, s: Options, tokenizer: Any, device: torch.device) -> Calibration:
+    """Returns windows of the texts, drawn by the seed, in batches. Raises ConfigError without texts, and
     DataError.
     """
-    names = tuple(data) or (BUILTIN if model == embedded.PREFIX else ())
+    names = s.data or (BUILTIN if model == embedded.PREFIX else ())
     if not names:
         raise ConfigError(
             "data must name calibration texts, got none; give files or datasets close to the use"
         )
+    windows = windows_of(names, "train", model, s, tokenizer)
+    order = torch.randperm(len(windows), generator=keyed(s.seed, "calibration windows")).tolist()
+    chosen = [windows[i] for i in (order[: s.samples] if s.samples else order)]
+    return Calibration(batches(chosen, s.batch, device), chosen, _digest(chosen))
+
+
+def windows_of(names: Sequence[str], split: str, model: str, s: Options, tokenizer: Any) -> list[Window]:
+    """Returns all windows of the texts, as long as the settings or the model's context say."""
+    context = getattr(pretrained.config(model), "max_position_embeddings", None) or LENGTH
+    length = s.length or min(LENGTH, context)
     reading = Reading(length=length, packing=False, train_on="all", overlong="cut")
-    rows = sources.rows(names, "train", seed)
-    windows = texts.prepare(rows, tasks.build("causal-lm", tokenizer, reading), Notes()).examples
-    order = torch.randperm(len(windows), generator=keyed(seed, "calibration windows")).tolist()
-    chosen = [windows[i] for i in (order[:samples] if samples else order)]
-    return Calibration(batches(chosen, batch, device), chosen, _digest(chosen))
+    rows = sources.rows(names, split, s.seed)
+    return texts.prepare(rows, tasks.build("causal-lm", tokenizer, reading), Notes()).examples
 
 
 def batches(windows: Sequence[Window], size: int, device: torch.device) -> list[dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,15 +21,14 @@ from veneer.compress.lowrank.work import Work
 from veneer.errors import ConfigError, FormatError, VeneerError
 from veneer.models import machine, pretrained
 from veneer.models.streamed import Streamed
-from veneer.settings import setting
 from veneer.sites import changed
 from veneer.sites.find import Target
 from veneer.train.loop.progress import Voice
 from veneer.units import size
 from veneer.verbs.compress.assemble import assemble, model_numbers
 from veneer.verbs.compress.calibration import Calibration, calibration
-
-LENGTH = 256  # as of veneer fit
+from veneer.verbs.compress.draw import Drawn, draw
+from veneer.verbs.compress.options import Options
 
 
 @dataclass(frozen=True)
@@ -52,38 +51,12 @@ class Written:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(settings.Settings):
-    """Settings of the command beside those of the recipe."""
-
-    PANEL = "Options"
-
-    out: str = setting(settings.REQUIRED, "folder of the compressed model; must not exist")
-    method: Literal["auto", "svd", "lord", "svd-llm", "centred", "fisher", "allocate", "refine"] = setting(
-        "auto", "a published recipe, or auto, their combination; other flags replace parts of it"
-    )
-    data: tuple[str, ...] = setting((), "calibration texts, as of veneer fit; may be given several times")
-    samples: int = setting(256, "windows of the texts, drawn by the seed; 0: all", unit="windows")
-    length: int = setting(0, "of a window; 0: 256, or the model's context if shorter", unit="tokens")
-    batch: int = setting(4, "windows in one pass", unit="windows")
-    to: str | tuple[str, ...] = setting("all-linear", "layers: all-linear, names, endings, or an expression")
-    exclude: str | tuple[str, ...] = setting((), "layers that stay dense")
-    expand: bool = setting(False, "write plain dense weights for other programs")
-    dtype: str = setting("auto", "of the weights: fp32, bf16, fp16, or auto: as the model is stored")
-    device: str = setting("auto", "where to compute: cpu, cuda, or auto")
-    seed: int = setting(0, "decides windows, drawn labels and the order of the refinement")
-    progress: bool = setting(True, "say what is done")
-
-    def problems(self) -> Iterator[str]:
-        """Yields a sentence for every value out of range."""
-        yield from settings.Range("0 or more", ("samples", "length"), 0).problems(self)
-        yield from settings.Range("1 or more", ("batch",), 1).problems(self)
-
-
-def compress(model: str, **given: Any) -> Written:
+def compress(model: str, **given: Any) -> Written | Drawn:
     """Writes the model with linear layers of low rank into a folder that opens like any base.
 
     The same command goes on with an interrupted compression at its block.
+
+    With curve=True it measures several ratios instead, and writes their table and picture.
 
     model: a Hugging Face folder or id, or builtin. given: settings of Options and of a Recipe.
     """
@@ -91,6 +64,8 @@ def compress(model: str, **given: Any) -> Written:
     s = Options(**own)
     chosen = recipe(s.method, **{k: v for k, v in given.items() if k not in own})
     _check(s, model)
+    if s.curve:
+        return draw(model, s, {k: v for k, v in given.items() if k not in own})
     voice, where = Voice(s.progress), machine.device(s.device)
     source = opened(model, s.to, s.exclude, where)
     kept = source.dtype if s.dtype == "auto" else dtypes.of_name(s.dtype)
@@ -109,7 +84,8 @@ def compress(model: str, **given: Any) -> Written:
         assemble(job, found, Path(s.out), pretrained.tokenizer(model), model, expand=s.expand)
     shutil.rmtree(place)
     after = before if s.expand else before - found.before + found.after
-    return Written(s.out, model, found, (before, after), (before * kept.itemsize, after * kept.itemsize))
+    on_disk = sum(p.stat().st_size for p in Path(s.out).glob("*.safetensors"))
+    return Written(s.out, model, found, (before, after), (before * kept.itemsize, on_disk))
 
 
 def _check(s: Options, model: str) -> None:
@@ -149,9 +125,7 @@ def _expandable(chosen: Recipe, source: Source) -> Recipe:
 def _texts(model: str, s: Options, chosen: Recipe, device: torch.device) -> Calibration:
     if chosen.metric == "weights" and not chosen.refine and not s.data:
         return Calibration([], [], "")
-    context = getattr(pretrained.config(model), "max_position_embeddings", None) or LENGTH
-    sizes = dict(samples=s.samples, length=s.length or min(LENGTH, context), batch=s.batch, seed=s.seed)
-    return calibration(model, s.data, pretrained.tokenizer(model), device=device, **sizes)
+    return calibration(model, s, pretrained.tokenizer(model), device)
 
 
 def _stamp(model: str) -> dict[str, list[int]]:
@@ -174,8 +148,10 @@ def full_disk(place: Path) -> Iterator[None]:
         ) from None
 
 
-def text(written: Written) -> str:
+def text(written: Written | Drawn) -> str:
     """Returns the outcome for people."""
+    if isinstance(written, Drawn):
+        return written.text
     found = written.found
     factored = sum(r is not None for r in found.layers.values())
     before, after = written.parameters
