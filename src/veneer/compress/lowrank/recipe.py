@@ -38,7 +38,7 @@ class Recipe(Settings):
     )
     anchored: bool = setting(False, "fit the original outputs from the inputs that compressed layers give")
     refine: int = setting(0, "epochs of training of every compressed block on the original one's outputs")
-    rate: float = setting(5e-4, "learning rate of the refinement")
+    rate: float = setting(1e-3, "learning rate of the refinement")
     storage: Literal["plain", "pivoted"] = setting(
         "plain", "two factors, or pivot rows with r^2 numbers fewer"
     )
@@ -69,7 +69,7 @@ class Recipe(Settings):
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-REFINED = {"refine": 16}
+REFINED = {"refine": 8}
 PRESETS: dict[str, dict[str, Any]] = {
     "svd": {"metric": "weights", "allocate": "uniform"},
     "lord": {"metric": "outputs", "allocate": "uniform"},
