@@ -87,7 +87,7 @@ def refused(path: Path) -> str:
             b'{"conversations": [], "messages": []}\n',
             "FILE line 1: the columns must be of one kind of example, got messages, conversations; name"
             " those to use"
-            " (columns)",
+            " by columns",
         ),
         (
             "a.jsonl",
@@ -199,12 +199,12 @@ def test_a_template_without_an_end_gets_one():
     assert learned(row, bare) == ("[user] 2 + 2? [assistant] 4 <|end|>", "4 <|end|>")
 
 
-def test_the_name_of_the_end_token_in_a_text_is_text():
+@pytest.mark.parametrize(("special", "n"), [(True, 3), (False, 2)])
+def test_the_name_of_the_end_token_in_a_text_is_read_or_spelt_out(special, n):
     tokenizer = tiny.tokenizer()
-    found = encode(chat.parts(Row("text", {"text": "x <|end|> y"}, ""), tokenizer, "all"), tokenizer)
-    assert (
-        found.ids.tolist().count(tokenizer.eos_token_id) == 2
-    )  # the one before and the one after, none between
+    (parts,) = chat.examples(Row("text", {"text": "x <|end|> y"}, ""), tokenizer, "all", special=special)
+    found = encode(parts, tokenizer)
+    assert found.ids.tolist().count(tokenizer.eos_token_id) == n  # before, after, and between if it is read
     assert tokenizer("<|end|>")["input_ids"] == [tokenizer.eos_token_id]  # the tokenizer itself is as it was
 
 

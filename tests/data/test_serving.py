@@ -193,7 +193,7 @@ def test_all_of_a_rewritten_conversation_can_be_learned():
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (MUTE, CALLS, f"{LACKS} call of 'sky'; remove it, or choose another template (chat_template)"),
+        (MUTE, CALLS, f"{LACKS} call of 'sky'; remove it, or choose another template by chat_template"),
         (MUTE, [user("A?"), said("a.", reasoning_content="x")], f"{LACKS} reasoning;"),
         (MUTE.replace("m.content or", "m.content | upper or"), TWO, f"{LACKS} content;"),
         (NEEDS_USER + MUTE, [said("Hi.")], "the chat template refuses this conversation: no user"),

@@ -31,6 +31,9 @@ def text(found: Mapping[str, Any], colour: bool) -> str:
     for row in found["rows"]:
         warning = f", longer than --length {found['length']}" if row["too_long"] else ""
         lines.append(f"\n{row['where']}: {row['length']} tokens, {row['learned']} learned{warning}")
+        if row["spelt"]:
+            spelt = ", ".join(f"{name} ({n})" for name, n in row["spelt"].items())
+            lines.append(f"names of special tokens that are spelt out, not these tokens: {spelt}")
         lines.append(_coloured(row["tokens"]) if colour else _marked(row["tokens"]))
     return "\n".join([*lines, *(["", *found["notes"]] if found["notes"] else [])])
 

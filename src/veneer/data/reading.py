@@ -86,6 +86,9 @@ class Reading(Settings):
     prompt_template: str | None = setting(
         None, "prompt written from columns, as 'Q: {question}\\nA:', or a file of such text"
     )
+    special_tokens: Literal["parse", "spell", "refuse"] = setting(
+        "parse", "names of special tokens in texts and pairs: read as these tokens, spelt out, or refused"
+    )
     train_on: Literal["completion", "all"] = setting(
         "completion", "learn completions and assistant turns, or all of each text"
     )

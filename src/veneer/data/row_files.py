@@ -45,7 +45,7 @@ def read_files(paths: Iterable[Path], shape: Shape = AS_IS) -> list[Row]:
         try:
             rows += read_file(path, shape)
         except DataError as e:
-            problems.append(str(e))
+            problems.append(e.text)
     if problems:
         raise DataError("\n".join(problems))
     return rows
@@ -119,7 +119,7 @@ def checked(name: str, found: Iterable[tables.Entry], shape: Shape = AS_IS) -> l
             form = form or form_of(columns, shape)
             rows.append(Row(*example(form, columns, shape), where))
         except DataError as e:
-            problems.append(f"{where}: {e}")
+            problems.append(f"{where}: {e.text}")
             if form is None:  # an unknown form of the first row would make every other row wrong too
                 break
     if problems:

@@ -43,7 +43,7 @@ def stream_rows(entries: Iterator[Entry], shape: Shape = AS_IS) -> Iterator[Row]
             form = form or form_of(columns, shape)
             row = Row(*example(form, columns, shape), where)
         except DataError as e:
-            raise DataError(f"{where}: {e}") from None
+            raise DataError(f"{where}: {e.text}") from None
         yield row
 
 

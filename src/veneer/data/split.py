@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 
 from veneer.data.row_files import Row
-from veneer.errors import DataError
+from veneer.errors import DataError, option
 
 SHARE = 0.1
 FEW = 10  # different rows; with fewer, texts are cut instead
@@ -25,7 +25,9 @@ def split_off(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
         halves = [_cut(r) for r in rows]
         return [h for h, _ in halves], [t for _, t in halves]
     if len(order) < 2:
-        raise DataError(f"{rows[0].where}: a single example cannot be split; give valid or more data")
+        raise DataError(
+            f"{rows[0].where}: a single example cannot be split; give {option('valid')} or more data"
+        )
     chosen = set(order[: max(1, round(SHARE * len(order)))])
     return [r for r, k in zip(rows, keys, strict=True) if k not in chosen], [
         r for r, k in zip(rows, keys, strict=True) if k in chosen
@@ -46,7 +48,7 @@ def _cut(row: Row) -> tuple[Row, Row]:
     if not (head.strip() and tail.strip()):
         raise DataError(
             f"{row.where}: {len(text)} characters are too few to split off validation text;"
-            f" give valid or more data"
+            f" give {option('valid')} or more data"
         )
     first, last = ({**row.columns, "text": part} for part in (head, tail))
     return replace(row, columns=first), replace(row, columns=last, where=f"{row.where} (end)")

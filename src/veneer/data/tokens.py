@@ -29,17 +29,26 @@ Token = tuple[int, bool, int]
 
 
 def encode(parts: Sequence[Part], tokenizer: Any) -> Tokens:
-    """Returns the tokens of one row: the tokenizer's beginning token, if it has one, then the parts."""
-    found: list[Token] = [(i, False, 0) for i in beginning(tokenizer)]
-    if parts and parts[0].special:
-        found = []  # a chat template writes its own
+    """Returns the tokens of one row: the tokenizer's beginning token, if it has one, then the parts.
+
+    A text that spells its own beginning or end token gets no second one.
+    """
+    found: list[Token] = []
+    begins = [] if parts and parts[0].rendered else beginning(tokenizer)
     for is_end, run in groupby(parts, lambda p: p.text is None):
         stretch = list(run)
-        found += (
-            [(end_token(tokenizer), p.learned, 0) for p in stretch]
-            if is_end
-            else _stretch(stretch, tokenizer)
+        if not is_end:
+            found += _stretch(stretch, tokenizer)
+            continue
+        own = (
+            bool(found)
+            and parts[0].special
+            and not parts[0].rendered
+            and found[-1][0] == end_token(tokenizer)
         )
+        found += [(end_token(tokenizer), p.learned, 0) for p in stretch[own:]]
+    if begins and not (parts[0].special and found and found[0][0] == begins[0]):
+        found = [(begins[0], False, 0), *found]
     ids, learned, n_bytes = zip(*found, strict=True) if found else ((), (), ())
     return Tokens(
         torch.tensor(ids, dtype=torch.int64),

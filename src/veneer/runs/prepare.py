@@ -18,7 +18,7 @@ from veneer.optim.base import groups
 from veneer.runs import base_model, start_calibration, start_left, trained
 from veneer.runs.decide import decided
 from veneer.runs.texts import streamed, texts
-from veneer.runs.texts.decided import with_length
+from veneer.runs.texts.decided import as_begun, with_length
 from veneer.runs.texts.texts import Text
 from veneer.runs.trained import NAME
 from veneer.tasks import Task
@@ -101,6 +101,7 @@ def read(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, Text]]:
 def encoded_texts(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, list[Encoded]]]:
     """Returns the run with its length decided, its task, and the rows by part as the task reads them."""
     rows = (streamed if run.stream else texts).gather(run, notes)
+    run = as_begun(run)
     task = task_of(run)
     for sentence in task.opening(rows):
         notes.say(sentence)

@@ -23,7 +23,7 @@ from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.shape import Counted, Shape
 from veneer.tasks.base.task import Batch, Between, Objective, Single, nothing
-from veneer.tasks.text import checks, next_token, survey, windows
+from veneer.tasks.text import checks, next_token, special_names, survey, windows
 from veneer.tasks.text.bits import BITS, bits_per_byte, nats_by_window
 from veneer.tasks.text.head import cut
 from veneer.tasks.text.preview import preview
@@ -46,6 +46,7 @@ class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer):
         "train_roles",
         "train_turns",
         "chat_template",
+        "special_tokens",
         "label_smoothing",
     )
     FACTS = ("rows", "windows", "tokens", "learned_tokens")
@@ -73,7 +74,8 @@ class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer):
 
     def opening(self, rows: Mapping[str, Sequence[Row]]) -> list[str]:
         every = (row for some in rows.values() for row in some)
-        return [*self.notes, *windows.opening(every, self.processor)]
+        spelt = special_names.opening(rows, self.reading, self.processor)
+        return [*self.notes, *windows.opening(every, self.processor), *spelt]
 
     def encode(self, row: Row) -> Encoded:
         return windows.encode_row(row, self.reading, self.processor)

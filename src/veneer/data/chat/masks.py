@@ -14,11 +14,16 @@ ASSISTANT = ("assistant",)
 
 
 class Part(NamedTuple):
-    """A stretch of text; None is the end-of-text token. special: names of special tokens stand for them."""
+    """A stretch of text; None is the end-of-text token.
+
+    special: names of special tokens stand for them; rendered: by a chat template, which writes the beginning
+    too.
+    """
 
     text: str | None
     learned: bool
     special: bool = False
+    rendered: bool = False
 
 
 def examples(
@@ -26,22 +31,23 @@ def examples(
     tokenizer: Any,
     train_on: str = "completion",
     roles: Collection[str] = ASSISTANT,
+    *,
     which: Literal["all", "last"] = "all",
+    special: bool = True,
 ) -> list[list[Part]]:
     """Returns the row as examples, each a list of parts in order.
 
     train_on="all" learns all text; "completion" learns completions, and the turns of `roles` in
     conversations. A conversation becomes several examples where its template rewrites earlier turns, see
-    `serving`. which="last" learns the last such turn only. Raises DataError for a conversation that has no
-    such form.
+    `serving`. which="last" learns the last such turn only. special: names of special tokens in texts and
+    pairs stand for these. Raises DataError for a conversation without such a form.
     """
     everything = train_on == "all"
     if row.kind == "text":
-        found = [[Part(row.columns["text"], True), Part(None, True)]]
+        found = [[Part(row.columns["text"], True, special), Part(None, True)]]
     elif row.kind == "pair":
-        found = [
-            [Part(row.columns["prompt"], False), Part(row.columns["completion"], True), Part(None, True)]
-        ]
+        asked, answer = row.columns["prompt"], row.columns["completion"]
+        found = [[Part(asked, False, special), Part(answer, True, special), Part(None, True)]]
     else:
         found = _conversation(row, tokenizer, turns.chosen(row.columns["messages"], roles, which), everything)
     return [[p._replace(learned=p.learned or everything) for p in one if p.text != ""] for one in found]
@@ -67,7 +73,7 @@ def _conversation(row: Row, tokenizer: Any, learned: list[int], everything: bool
 def _cut(one: serving.Example) -> list[Part]:
     found, at = [], 0
     for start, end in one.spans:
-        found += [Part(one.text[at:start], False, True), Part(one.text[start:end], True, True)]
+        found += [Part(one.text[at:start], False, True, True), Part(one.text[start:end], True, True, True)]
         at = end
-    found.append(Part(one.text[at:], False, True))
+    found.append(Part(one.text[at:], False, True, True))
     return found if one.end is None else [*found, Part(None, one.end)]

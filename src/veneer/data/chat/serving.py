@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from veneer.data.chat.rendering import TAGS, Conversation, Span, common, has_call, is_in, split_reasoning
-from veneer.errors import DataError
+from veneer.errors import DataError, option
 
 REASONING = "reasoning"
 
@@ -80,7 +80,7 @@ def _answer(talk: Conversation, i: int) -> Example:
         if reasoned is None:
             raise DataError(
                 f"{_where(talk, i)}: the chat template does not write its {lost};"
-                f" remove it, or choose another template (chat_template)"
+                f" remove it, or choose another template by {option('chat_template')}"
             )
         prompt, written = reasoned
     shift = len(prompt)

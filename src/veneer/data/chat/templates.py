@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, suggest
+from veneer.errors import ConfigError, option, suggest
 
 PLAIN = "plain"
 ENDING = ".jinja"
@@ -31,12 +31,13 @@ def chosen(wanted: str, tokenizer: Any) -> str:
         try:
             return Path(wanted).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ConfigError(f"chat_template: the file {wanted} must be UTF-8 text") from None
+            raise ConfigError(f"{option('chat_template')}: the file {wanted} must be UTF-8 text") from None
     if wanted in own:
         return str(own[wanted])
     if wanted not in names():
         raise ConfigError(
-            f"chat_template must be a file or a name, got {wanted!r}{suggest(wanted, [*own, *names()])}"
+            f"{option('chat_template')} must be a file or a name, got"
+            f" {wanted!r}{suggest(wanted, [*own, *names()])}"
         )
     return packaged(wanted, tokenizer)
 

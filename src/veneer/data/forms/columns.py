@@ -19,7 +19,7 @@ from typing import Any
 from veneer.data.forms import messages, peers
 from veneer.data.forms.messages import shown
 from veneer.data.forms.shape import AS_IS, Shape
-from veneer.errors import DataError, first_few, suggest
+from veneer.errors import DataError, first_few, option, suggest
 
 # The columns that make a form, and the optional ones it uses.
 FORMS = {
@@ -41,7 +41,7 @@ MORE = {
 STRUCTURED = ("messages", "conversations", "conversation", "alpaca", "pair")
 COLUMNS = [c for names in FORMS.values() for c in names]
 EMPTY = "empty"
-CHOSEN = "to learn the chosen answers, set columns to prompt=..,completion=chosen"
+CHOSEN = f"to learn the chosen answers, set {option('columns')} to prompt=..,completion=chosen"
 OTHER_TASKS = {
     ("chosen", "rejected"): f"preferences; {CHOSEN}",
     ("input_ids",): "token ids; give the text itself",
@@ -60,7 +60,8 @@ def form_of(columns: Mapping[str, Any], shape: Shape = AS_IS) -> str:
     found = [form for form in STRUCTURED if all(n in columns for n in FORMS[form])]
     if len(found) > 1:
         raise DataError(
-            f"the columns must be of one kind of example, got {', '.join(found)}; name those to use (columns)"
+            f"the columns must be of one kind of example, got {', '.join(found)}; name those to use by"
+            f" {option('columns')}"
         )
     found = found or [form for form, names in FORMS.items() if all(n in columns for n in names)]
     if found:
@@ -72,7 +73,8 @@ def form_of(columns: Mapping[str, Any], shape: Shape = AS_IS) -> str:
     near = next((hint for n in columns if (hint := suggest(n, COLUMNS)).startswith("; did")), "")
     wanted = "text, prompt and completion, messages, conversations, or instruction and output"
     raise DataError(
-        f"columns must be {wanted}, got {named(columns)}{near or '; name those to use (columns)'}"
+        f"columns must be {wanted}, got"
+        f" {named(columns)}{near or '; name those to use by ' + option('columns')}"
     )
 
 
@@ -97,7 +99,8 @@ def _refuse(columns: Mapping[str, Any]) -> None:
         other = "text" if "text" in columns else "completion"
         raise DataError(
             f"{LABELLED!r} beside {other!r} is of another task (classification or KTO);"
-            f" to learn it as text, set columns to prompt=text,completion=label, else to {other}={other}"
+            f" to learn it as text, set {option('columns')} to prompt=text,completion=label, else to"
+            f" {other}={other}"
         )
 
 

@@ -69,7 +69,7 @@ def message(i: int, given: Any) -> dict[str, Any]:
     try:
         check_flags(found)
     except DataError as e:
-        raise DataError(f"message {i}: {e}") from None
+        raise DataError(f"message {i}: {e.text}") from None
     return found
 
 

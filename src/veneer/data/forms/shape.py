@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from veneer.data.forms.messages import opened
-from veneer.errors import DataError, first_few
+from veneer.errors import DataError, first_few, option
 
 # The columns that a kind of example is made of.
 TARGETS = (
@@ -105,17 +105,19 @@ def problems(columns: Mapping[str, str], template: str) -> Iterator[str]:
     """Yields a sentence for every unsuitable setting of a shape."""
     odd = [name for name in columns if name not in TARGETS]
     if odd:
-        yield f"columns must set {', '.join(TARGETS)}, got {first_few(map(repr, odd))}; write NEW=COLUMN"
+        known, given = ", ".join(TARGETS), first_few(map(repr, odd))
+        yield f"{option('columns')} must set {known}, got {given}; write NEW=COLUMN"
     if template:
         try:
             named = fields(template)
         except ValueError as e:
-            yield f"prompt_template must be text with {{column}} in it: {e}; write a brace as {{{{ or }}}}"
+            must = "must be text with {column} in it"
+            yield f"{option('prompt_template')} {must}: {e}; write a brace as {{{{ or }}}}"
             return
         if not named or not all(re.fullmatch(r"[^\s{}!:\[\]]+", path) for path in named):
-            yield f"prompt_template must name columns as {{column}}, got {template!r}"
+            yield f"{option('prompt_template')} must name columns as {{column}}, got {template!r}"
         if "prompt" in columns:
-            yield "prompt_template writes the prompt, so columns cannot set it too; leave one of them out"
+            yield f"{option('prompt_template')} writes the prompt, so {option('columns')} cannot set it too"
 
 
 def at(row: Mapping[str, Any], path: str) -> Any:

@@ -17,13 +17,23 @@ from veneer.train.loop.progress import Notes
 from veneer.train.run import Run
 
 
+def as_begun(run: Run) -> Run:
+    """Returns a resumed run that reads special tokens as it began; runs of older versions spelt them out."""
+    if not _goes_on(run) or run.special_tokens != Run.special_tokens:
+        return run
+    return replace(run, special_tokens=drift.record(Path(run.out))["run"]["special_tokens"])
+
+
+def _goes_on(run: Run) -> bool:
+    return run.resume and (Path(run.out) / layout.CONFIG).exists()
+
+
 def with_length(run: Run, encoded: Sequence[Encoded], notes: Notes) -> Run:
     """Returns the run with its length decided: as the run began, or from the rows and the model's context."""
     if run.length != AUTO:
         return run
-    begun = Path(run.out)
-    if run.resume and (begun / layout.CONFIG).exists():
-        return replace(run, length=drift.record(begun)["run"]["length"])
+    if _goes_on(run):
+        return replace(run, length=drift.record(Path(run.out))["run"]["length"])
     if "length" not in get(run.task).SETTINGS:
         return replace(run, length=lengths.LEAST)
     choice = lengths.choose([one.whole for one in encoded if one.whole is not None], _context(run))

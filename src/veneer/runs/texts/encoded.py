@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from veneer.data.forms.columns import EMPTY
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
-from veneer.errors import DataError, first_few
+from veneer.errors import DataError, first_few, option
 from veneer.tasks import Task
 from veneer.tasks.base.encoded import Encoded
 from veneer.train.loop.progress import Notes
@@ -89,22 +89,25 @@ def _check_overlong(found: LeftOut, lengths: dict[str, int], reading: Reading, p
         return
     most, named = max(lengths[where] for where in long), first_few(f"{w} ({lengths[w]})" for w in long)
     are = "have their whole answer beyond" if cuts else "are longer than"
-    rows = f"{part}: {len(long)} of {len(lengths)} rows {are} length={reading.window} tokens: {named}"
+    length = option("length", reading.window)
+    rows = f"{part}: {len(long)} of {len(lengths)} rows {are} {length} tokens: {named}"
     if reading.overlong == "error":
-        raise DataError(f"{rows}; use length={most}, shorten them, or set overlong to drop or cut")
-    if len(long) > SHARE * len(lengths):
-        cut = "" if cuts else ", set overlong='cut'"
         raise DataError(
-            f"{rows}; at most {SHARE:.0%} may be left out: use length={most}{cut}, or shorten them"
+            f"{rows}; use {option('length', most)}, shorten them, or set {option('overlong')} to drop or cut"
+        )
+    if len(long) > SHARE * len(lengths):
+        cut = "" if cuts else f", set {option('overlong', 'cut')}"
+        raise DataError(
+            f"{rows}; at most {SHARE:.0%} may be left out: use {option('length', most)}{cut}, or shorten them"
         )
 
 
 def _check_empty(names: Sequence[str], total: int, reading: Reading, part: str) -> None:
     if names and (reading.empty == "error" or len(names) > SHARE * total):
         limit = "" if reading.empty == "error" else f"at most {SHARE:.0%} may be left out: "
-        drop = ", or set empty='drop'" if reading.empty == "error" else ""
+        drop = f", or set {option('empty', 'drop')}" if reading.empty == "error" else ""
         raise DataError(
             f"{part}: {len(names)} of {total} rows have nothing to learn (every label is masked):"
             f" {first_few(names)};"
-            f" {limit}give them a completion{',' if drop else ' or'} use train_on='all'{drop}"
+            f" {limit}give them a completion{',' if drop else ' or'} use {option('train_on', 'all')}{drop}"
         )

@@ -13,7 +13,7 @@ from veneer.data.forms.shape import AS_IS, Shape
 from veneer.data.repeats import weigh
 from veneer.data.row_files import REFUSED, Row, read_files
 from veneer.embedded import texts
-from veneer.errors import DataError, suggest
+from veneer.errors import DataError, option, suggest
 
 NAMES = (*texts.DOMAINS, "known")
 WEIGHTED = re.compile(r"(?P<name>.+)@(?P<weight>\d+(\.\d+)?)")
@@ -39,7 +39,7 @@ def rows(names: Iterable[str], split: str, seed: int = 0, shape: Shape = AS_IS) 
         try:
             found += weigh(_read(plain(name), split, seed, shape), weight(name), seed)
         except DataError as e:
-            problems.append(str(e))
+            problems.append(e.text)
     if problems:
         raise DataError("\n".join(problems))
     return found
@@ -89,7 +89,8 @@ def _listed(name: str, shape: Shape) -> dataset_info.Listed:
     """Returns a data set of a dataset_info.json. Raises DataError if the run names columns too."""
     if shape.is_given:
         raise DataError(
-            f"{name}: {dataset_info.NAME} names the columns already; leave columns and prompt_template out"
+            f"{name}: {dataset_info.NAME} names the columns already;"
+            f" leave {option('columns')} and {option('prompt_template')} out"
         )
     found = dataset_info.parted(name)
     assert found is not None, name

@@ -12,7 +12,7 @@ from veneer.data.order_streamed import Place, Stream
 from veneer.data.reading import AUTO, NO_TEXT
 from veneer.data.row_files import Row
 from veneer.data.split import key
-from veneer.errors import DataError
+from veneer.errors import DataError, option
 from veneer.runs.texts import sources, texts
 from veneer.runs.texts.encoded import LEFT_OUT, encode_rows, pieces_of, verdict, words
 from veneer.runs.texts.texts import Text
@@ -36,7 +36,7 @@ def gather(run: Run, notes: Notes) -> dict[str, list[Row]]:
         )
     if not run.chooses:
         raise DataError(
-            f"valid {NO_TEXT!r} needs all rows at the start, which a stream lacks; give valid text"
+            f"{option('valid', NO_TEXT)} needs all rows at the start, which a stream lacks; give valid text"
         )
     found = texts.read(run, ("valid", "test", "known"))
     texts.say_what_is_left_out(found, notes)
@@ -68,8 +68,8 @@ def begin(found: dict[str, Text], run: Run, task: Task, notes: Notes) -> dict[st
     head = _first((row for row in _all(run) if _is_learned(row, left_out)), LOOKED, run, task)
     if not head:
         raise DataError(
-            f"{' '.join(run.data)}: the rows set aside as valid text leave nothing to learn; give valid or"
-            f" more data"
+            f"{' '.join(run.data)}: the rows set aside as valid text leave nothing to learn; give"
+            f" {option('valid')} or more data"
         )
     for sentence in task.opening({"train": head}):
         if sentence not in notes.said:
@@ -165,7 +165,7 @@ def _pieces(row: Row, task: Task, notes: Notes) -> list[Any]:
         return pieces_of(one, task, window)
     if getattr(task.reading, why) == "error":
         refused = words(why, window).partition(" and ")[0]
-        raise DataError(f"{row.where}: {why}='error' refuses rows that {refused}")
+        raise DataError(f"{row.where}: {option(why, 'error')} refuses rows that {refused}")
     sentence = f"rows of the stream {words(why, window)}"
     if not any(said.startswith(sentence) for said in notes.said):
         notes.say(f"{sentence}; the first is {row.where}")

@@ -97,7 +97,7 @@ def read(run: Run, parts: Sequence[str]) -> dict[str, list[Row]]:
                 raise DataError("\n".join(wrong))
             found[part] = sources.rows(names, "test" if part == "known" else part, run.seed, shape)
         except DataError as e:
-            problems.append(str(e))
+            problems.append(e.text)
     if problems:
         raise DataError("\n".join(dict.fromkeys(problems)))  # the parts of one built-in text fail alike
     return found

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from veneer.data.chat.rendering import specials
 from veneer.data.pack import Window, n_labels, n_tokens
 from veneer.data.row_files import Row
 from veneer.data.tokens import Tokens
@@ -58,7 +60,10 @@ def epoch(found: Sequence[Window], window: int, per_step: int) -> dict[str, Any]
 
 
 def entries(one: Encoded, window: int, tokenizer: Any) -> list[dict[str, Any]]:
-    """Returns the row's examples token by token, as {where, kind, length, learned, too_long, tokens}."""
+    """Returns the row's examples token by token.
+
+    Each is {where, kind, length, learned, special, spelt, too_long, tokens}.
+    """
     own, where = one.content or [], one.row.where
     names = [f"{where}, example {i} of {len(own)}" for i in range(1, len(own) + 1)]
     names = names if len(own) > 1 else [where]
@@ -73,6 +78,16 @@ def _entry(where: str, row: Row, found: Tokens, window: int, tokenizer: Any) -> 
         "kind": row.kind,
         "length": len(ids),
         "learned": sum(learned),
+        **_special(ids, tokenizer),
         "too_long": row.kind != "text" and len(ids) - 1 > window,
         "tokens": [{"id": i, "text": text, "learned": is_learned} for i, text, is_learned in each],
     }
+
+
+def _special(ids: Sequence[int], tokenizer: Any) -> dict[str, dict[str, int]]:
+    """Returns how often each special token occurs, and how often its name is only spelt out."""
+    names = specials(tokenizer)
+    spoken = Counter(names.findall(tokenizer.decode(ids)) if names else ())
+    every = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    there = Counter({name: ids.count(i) for name, i in every})
+    return {"special": dict(+there), "spelt": dict(spoken - there)}

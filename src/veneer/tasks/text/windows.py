@@ -15,7 +15,7 @@ from veneer.data.pack import Segment, Window, n_bytes, n_labels, n_tokens, segme
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.data.tokens import encode
-from veneer.errors import DataError, first_few, suggest
+from veneer.errors import DataError, first_few, option, suggest
 from veneer.tasks.base.encoded import Encoded
 
 
@@ -25,7 +25,7 @@ def check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
     missing = [r for r in wanted if r not in there]
     if missing and (there or tuple(wanted) != ASSISTANT):
         has = suggest(missing[0], there) if there else "; the rows hold no conversation"
-        raise DataError(f"train_roles: no turn has the role {first_few(map(repr, missing))}{has}")
+        raise DataError(f"{option('train_roles')}: no turn has the role {first_few(map(repr, missing))}{has}")
 
 
 def encode_row(row: Row, reading: Reading, tokenizer: Any) -> Encoded:
@@ -33,7 +33,14 @@ def encode_row(row: Row, reading: Reading, tokenizer: Any) -> Encoded:
 
     Its whole is the predictions of the longest example. Plain text may be cut anywhere.
     """
-    found = examples(row, tokenizer, reading.train_on, reading.train_roles, reading.train_turns)
+    found = examples(
+        row,
+        tokenizer,
+        reading.train_on,
+        reading.train_roles,
+        which=reading.train_turns,
+        special=reading.special_tokens != "spell",
+    )
     tokens = [encode(one, tokenizer) for one in found]
     whole = None if row.kind == "text" else max((len(t.ids) - 1 for t in tokens), default=0)
     return Encoded(row, tokens, whole)

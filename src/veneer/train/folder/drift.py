@@ -23,7 +23,9 @@ def record(folder: Path) -> dict[str, Any]:
     defaults = {
         name: s.default for name, s in settings.table(Run).items() if s.default is not settings.REQUIRED
     }
-    before = {"overlong": "cut"} if "truncate" in config["run"].get("allow", ()) else {}
+    before = {"special_tokens": "spell"}  # the only way before there was a setting
+    if "truncate" in config["run"].get("allow", ()):
+        before["overlong"] = "cut"
     return {**config, "run": {**defaults, **before, **config["run"]}}
 
 
