@@ -174,7 +174,7 @@ class Server:
     def tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """Returns the prompt's tokens."""
         if isinstance(prompt, str):
-            ids: list[int] = self.tokenizer(prompt)["input_ids"]
+            ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]  # check() has its own words
             return ids
         return list(prompt)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from veneer import settings
+from veneer import files, settings
 from veneer.embedded.texts import has
 from veneer.errors import ConfigError
 from veneer.models import adapted
@@ -100,9 +100,11 @@ def serve(model: str | None = None, **given: Any) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     adapters, base = _chosen(model, s)
     if s.batch is not None:
-        answers = Path(s.out or f"{s.batch}.answers.jsonl")
+        lines, answers = offline.read(Path(s.batch)), Path(s.out or f"{s.batch}.answers.jsonl")
+        if problem := files.unusable(answers, new=False):
+            raise ConfigError(problem)
         with _server(base, adapters, s) as server:
-            return {**offline.answer(server, Path(s.batch), answers).as_dict(), "answers": str(answers)}
+            return {**offline.answer(server, lines, answers).as_dict(), "answers": str(answers)}
     keys, listening = _keys(s.key_file), running.bind(s.host, s.port)
     with _server(base, adapters, s) as server:
         print(_greeting(server, s.host, listening.getsockname()[1]), file=sys.stderr, flush=True)

@@ -86,7 +86,7 @@ def conversation(
         except Exception as e:  # templates fail in ways of their own
             refusal = refusal or e
             continue
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
     why = str(refusal)[:200] or type(refusal).__name__
     raise RequestError(f"the chat template refuses these messages: {why}", param="messages")

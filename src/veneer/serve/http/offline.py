@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -48,11 +48,11 @@ class Done(NamedTuple):
 def read(path: Path) -> list[Line]:
     """Returns a file's requests. Raises DataError that names every line that cannot be read."""
     lines, problems = [], []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(_text(path).splitlines(), 1):
         if text.strip():
             try:
-                lines.append(_line(json.loads(text), number))
-            except (ValueError, TypeError) as e:
+                lines.append(_line(text, number))
+            except ValueError as e:
                 problems.append(f"{path.name}:{number}: {e}")
     ids = [line.id for line in lines]
     problems += [
@@ -63,9 +63,22 @@ def read(path: Path) -> list[Line]:
     return lines
 
 
-def _line(content: Any, number: int) -> Line:
-    if not isinstance(content, dict):
-        raise ValueError("a line must be a JSON object")
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} must be UTF-8 text, a JSON object a line") from None
+
+
+def _line(text: str, number: int) -> Line:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("body", {}), dict):
+        raise ValueError(f"a line must be a JSON object, got {text[:40]!r}")
     body = content.get("body", content)
     url = content.get("url") or ("/v1/chat/completions" if "messages" in body else "/v1/completions")
     if url not in URLS:
@@ -73,11 +86,9 @@ def _line(content: Any, number: int) -> Line:
     return Line(str(content.get("custom_id", number)), url, body)
 
 
-def answer(server: Server, path: Path, out: Path) -> Done:
-    """Answers a file's requests, many at a time, and appends a line for each to `out`; answers that are there
-    are kept.
-    """
-    lines, there = read(path), _there(out)
+def answer(server: Server, lines: Sequence[Line], out: Path) -> Done:
+    """Answers requests, many at a time, and appends a line for each to `out`; keeps the answers it holds."""
+    there = _there(out)
     wanted = [line for line in lines if line.id not in there]
     failed = 0
     width = max(1, min(server.options.running * 2, server.options.queue))
