@@ -37,23 +37,6 @@ LESS_IS_BETTER += (
     "_memory_vs_",
 )
 LESS_IS_BETTER += ("_kept_vs_", "_time_vs_lora", "_over_merged_")
-FORECAST = 0.1  # by which forecasts of `plan` were seen to differ from round to round
-# of learning; hours, and not of speed
-SWEEPS = {"demo_rates", "method_rates", "optimiser_rates", "scratch", "width", "loraga", "trp"}
-SWEEPS |= {"compress", "compress_adapt", "compress_real"}
-LESS_IS_BETTER = ("_over_bound", "peak_vs_", "pissa_excess_ratio", "final_loss_difference", "_over_base")
-LESS_IS_BETTER += (
-    "_vs_default_adamw",
-    "_mib",
-    "_error",
-    "_bits",
-    "_over_whole",
-    "_sketch_size",
-    "_bpb",
-    "_overhead",
-    "_memory_vs_",
-)
-LESS_IS_BETTER += ("_kept_vs_", "_time_vs_lora", "_over_merged_")
 # Not better in either direction, or seconds and bytes of one machine.
 FORECAST = re.compile(r"memory_error|time_error|\w+_(bytes|processor)_error|\w+_part\w*_error\w*")
 BESIDE = re.compile(

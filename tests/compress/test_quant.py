@@ -29,11 +29,12 @@ from veneer.compress.quantise import as_plain
 from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, SiteError
 from veneer.ops import quant
 from veneer.ops.matrix.residual import split
+from veneer.ops.quant.scales import scales as nf4_scales
 from veneer.sites.quantised import formats
 from veneer.sites.quantised_linear import QuantisedLinear
 from veneer.tasks.text import next_token
 
-BOTH = pytest.mark.parametrize("name", ["int8", "nf4"])
+EVERY = pytest.mark.parametrize("name", ["int8", "nf4", "spqr"])
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -80,7 +81,7 @@ def test_nf4_takes_the_nearest_level_at_every_scale():
     format = quant.get("nf4")
     parts = format.pack(W)
     blocks = W.reshape(-1, 64).double().numpy()
-    scales = quant._scales(parts[1], parts[2]).double().numpy()
+    scales = nf4_scales(parts[1], parts[2]).double().numpy()
     kept = format.unpack(parts, (64, 48), torch.float32).reshape(-1, 64).numpy()
     np.testing.assert_allclose(
         kept, oracle.nearest(blocks, oracle.nf4_levels(), np.tile(scales[:, None], 64)), rtol=1e-6
@@ -129,9 +130,53 @@ def test_bits_a_number_are_those_of_the_paper():
     # the largest of a group in bfloat16
     assert bits["nf4"] == 4 + 8 / 64 + 16 / (64 * 256) and bits["nf4"] - 4 < 0.127
     assert bits["int8"] == 8 + 16 / 256
+    # codes, scale and zero of 16 numbers, 3 outliers of 256 with their columns
+    assert bits["spqr"] == 4 + (8 + 4) / 16 + 3 * (16 + 16) / 256 + 16 / (16 * 256)
 
 
-@BOTH
+@settings(max_examples=40, deadline=None)
+@given(
+    out=st.integers(1, 40),
+    in_=st.integers(1, 300),
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([1e-6, 0.02, 1.0, 1e4]),
+    heavy=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_spqr_keeps_outliers_and_finds_them_again(out, in_, seed, size, heavy, dtype):
+    W = normal(out, in_, seed=seed, dtype=torch.float64)
+    W = (size * (W**3 if heavy else W)).to(dtype)
+    W[0] = 0
+    format = quant.get("spqr")
+    kept = quant.rounded(W, format)
+    again = quant.rounded(kept, format)
+    lost = float((kept.double() - W.double()).norm())
+    assert float((again.double() - kept.double()).norm()) <= 0.5 * lost + 1e-30
+    k = -(-in_ // 100)
+    columns = W.double().abs().topk(k, dim=1).indices
+    there = W.gather(1, columns).bfloat16().to(dtype)
+    assert torch.equal(kept.gather(1, columns), there) and not kept[0].any()
+    rest = W.double().scatter(1, columns, 0.0)
+    off = (kept.double() - W.double()).scatter(1, columns, 0.0)
+    width = rest.amax().clamp_min(0) - rest.amin().clamp_max(0)
+    assert float(off.abs().max()) <= 0.12 * float(width) + 1e-30
+
+
+def test_spqr_packs_to_almost_the_same_numbers_again():
+    W = normal(128, 1024)
+    kept = quant.rounded(W, quant.get("spqr"))
+    again = quant.rounded(kept, quant.get("spqr"))
+    assert (again - kept).norm() < 0.005 * W.norm() and (again != kept).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(("power", "bound"), [(1, 0.062), (3, 0.062)])
+def test_spqr_loses_far_less_than_nf4(power, bound):
+    W = normal(256, 1024).pow(power)
+    lost = {n: float((quant.rounded(W, quant.get(n)) - W).norm() / W.norm()) for n in ("spqr", "nf4")}
+    assert lost["spqr"] < bound and lost["spqr"] < 0.7 * lost["nf4"]
+
+
+@EVERY
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_product_and_gradient_are_those_of_the_unpacked_matrix(name, dtype):
     format, W = quant.get(name), 0.1 * normal(24, 40, dtype=dtype)
@@ -150,7 +195,7 @@ def test_product_and_gradient_are_those_of_the_unpacked_matrix(name, dtype):
     torch.testing.assert_close(x.grad.double(), dy.double() @ exact, rtol=eps, atol=eps)
 
 
-@BOTH
+@EVERY
 def test_one_vector_is_multiplied_as_many_are(name):
     format, W = quant.get(name), 0.1 * normal(32, 64, dtype=torch.bfloat16)
     parts, x = format.pack(W), normal(2, 1, 64, dtype=torch.bfloat16)
@@ -160,7 +205,7 @@ def test_one_vector_is_multiplied_as_many_are(name):
     torch.testing.assert_close(one, many[:1])
 
 
-@BOTH
+@EVERY
 def test_nothing_of_the_unpacked_matrix_is_kept_for_the_backward(name):
     model, x, kept = layer(name, 64, 64, torch.float32), normal(2, 64).requires_grad_(True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -170,7 +215,7 @@ def test_nothing_of_the_unpacked_matrix_is_kept_for_the_backward(name):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
-@BOTH
+@EVERY
 def test_the_compiler_keeps_nothing_of_it_either_and_computes_the_same(name):
     torch._dynamo.reset()
     model, x, kept = layer(name, 48, 64, torch.float32), normal(3, 64).requires_grad_(True), []
@@ -184,7 +229,7 @@ def test_the_compiler_keeps_nothing_of_it_either_and_computes_the_same(name):
     assert kept and not any(t.is_floating_point() and t.numel() >= 48 * 64 for t in kept)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_works_on_a_quantised_layer(name, method):
     model, x = layer(name), normal(2, 3, 8, dtype=torch.float64)
@@ -211,7 +256,7 @@ def test_every_method_works_on_a_quantised_layer(name, method):
     assert torch.equal(model(x), base) and not model[0]._forward_hooks
 
 
-@BOTH
+@EVERY
 def test_layers_survive_safetensors_copies_pickles_dtypes_and_compilation(name):
     model, x = layer(name, 48, 96, torch.float32), normal(4, 96)
     y, other = model(x), layer(name, 48, 96, torch.float32)
@@ -234,7 +279,7 @@ def test_layers_survive_safetensors_copies_pickles_dtypes_and_compilation(name):
     assert f"format={name}" in repr(model)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("build", [models.llama, models.gpt2, models.bert])
 def test_a_model_is_quantised_layer_by_layer_but_for_head_embeddings_and_norms(name, build):
     model, n = build(), n_base_parameters(build())
@@ -283,7 +328,7 @@ def test_a_module_that_is_held_twice_stays_one():
     assert model.first is model.second and isinstance(model.first, QuantisedLinear)
 
 
-@BOTH
+@EVERY
 def test_a_quantised_base_trains_and_the_loss_falls(name):
     model = veneer.quantise(models.llama().bfloat16(), name)
     veneer.attach(model, "lora", rank=4)

@@ -195,7 +195,7 @@ def test_a_plan_has_both_columns_and_counts_the_base_as_it_was(folder, monkeypat
             {"options": {"init": "qpissa"}, "quantise": "nf4", "untie": True},
             "init qpissa is for quantised layers, and tied ones are not; leave untie out",
         ),
-        ({"quantise": "nf5"}, "quantise must be 'nf4' or 'int8', got 'nf5'; did you mean 'nf4'"),
+        ({"quantise": "nf5"}, "quantise must be 'nf4', 'int8' or 'spqr', got 'nf5'; did you mean 'nf4'"),
     ],
 )
 def test_settings_that_make_no_sense_are_said(settings, told):

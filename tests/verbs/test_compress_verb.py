@@ -169,7 +169,7 @@ def test_the_curve_measures_every_model_on_the_same_windows_and_says_what_is_bet
     found = json.loads((folder / "curve" / "curve.json").read_text())
     names = [(p["name"], p["keep"]) for p in found["points"]]
     each = [(n, k) for k in (0.9, 0.5) for n in ("low rank", "magnitude", "wanda")]
-    assert names == [("dense", None), ("int8", None), ("nf4", None), *each]
+    assert names == [("dense", None), ("int8", None), ("nf4", None), ("spqr", None), *each]
     at = {(p["name"], p["keep"]): p for p in found["points"]}
     assert at["nf4", None]["bytes_"] < at["int8", None]["bytes_"] < at["dense", None]["bytes_"]
     assert at["low rank", 0.5]["parameters"] < at["low rank", 0.9]["parameters"]

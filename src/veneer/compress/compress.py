@@ -67,7 +67,7 @@ def compress(
 ) -> Compressed:
     """Replaces the model's linear layers by factored ones that keep a share of their parameters.
 
-    method: svd, lord, svd-llm, centred, fisher, allocate, refine or auto, see lowrank.recipe
+    method: svd, lord, svd-llm, anchored, allocate, refine, fast, auto, .., see lowrank.recipe
     data: keyword arguments of calls with input_ids; attention_mask or labels tell padding
     folder: keeps finished blocks until the end; a later call with the same settings goes on there
     say: called with a line of text for every finished block

@@ -46,7 +46,7 @@ STARTS = {"qpissa": True, "loftq": False}  # True: the first low-rank part is th
 
 
 def quantise(model: nn.Module, format: str = "nf4", *, exclude: Target = ()) -> nn.Module:
-    """Quantises the linear layers of the model in place to `format`, int8 or nf4, and returns it.
+    """Quantises the linear layers of the model in place to `format`, int8, nf4 or spqr, and returns it.
 
     Attach adapters afterwards. exclude: layers to leave unchanged, as in attach. Raises ConfigError, and
     SiteError for layers that cannot be packed, before any change.

@@ -42,7 +42,7 @@ def merge(
     adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; the changes of several are summed
     out: folder of the merged model, which must not exist
     model: base model [the one the adapters were made for]
-    dtype: number format of the weights: fp32, bf16 or fp16; nf4 or int8 for a base in that format
+    dtype: number format of the weights: fp32, bf16 or fp16; nf4, int8 or spqr for a base in that format
     limit: largest share of the change that rounding may take
     force: save even if more is lost
     allow: problems to let through when loading, see veneer.load

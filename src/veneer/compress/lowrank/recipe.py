@@ -77,7 +77,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "centred": {"metric": "centred", "allocate": "uniform"},
     "fisher": {"metric": "fisher", "allocate": "uniform", "centre": "never"},
     "allocate": {"metric": "fisher", "centre": "never"},
+    "anchored": {"metric": "inputs", "allocate": "uniform", "anchored": True},
     "refine": {"metric": "inputs", "allocate": "uniform", **REFINED},
+    "fast": {"metric": "fisher", "centre": "never", "anchored": True, "storage": "pivoted"},
     "auto": {"metric": "fisher", "storage": "pivoted", **REFINED},
 }
 

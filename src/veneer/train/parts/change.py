@@ -32,8 +32,8 @@ class Base(Settings):
         "bf16: adapters on a bfloat16 base; full keeps float32 weights under autocast."
         " auto: bf16 where the processor supports it",
     )
-    quantise: Literal["nf4", "int8"] | None = setting(
-        None, "keep the frozen base's linear layers in 4 or 8 bits a number (QLoRA): nf4 or int8"
+    quantise: Literal["nf4", "int8", "spqr"] | None = setting(
+        None, "keep the frozen base's linear layers in 4 to 8 bits a number (QLoRA): nf4, int8 or spqr"
     )
     device: str = setting("auto", "device to compute on: cpu, cuda, cuda:1, ..; auto: cuda if available")
 

@@ -1,8 +1,8 @@
 """`veneer compress --curve`: quality against parameters, bytes and time for several ratios, beside
 quantisation.
 
-Quality is bits per byte and perplexity of texts that were not calibrated on. int8 and nf4, and magnitude and
-Wanda pruning at the bytes of each ratio, are measured on the same windows.
+Quality is bits per byte and perplexity of texts that were not calibrated on. The formats of quantisation, and
+magnitude and Wanda pruning at the bytes of each ratio, are measured on the same windows.
 """
 
 from __future__ import annotations

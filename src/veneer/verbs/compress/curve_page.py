@@ -8,6 +8,7 @@ from typing import Any
 
 from veneer.analyse.page import figures
 from veneer.analyse.page.figures import PALETTE
+from veneer.ops.quant import FORMATS
 from veneer.units import size
 
 COLOURS = {
@@ -16,6 +17,7 @@ COLOURS = {
     "wanda": PALETTE["forgotten"],
     "int8": PALETTE["lora"],
     "nf4": PALETTE["loraplus"],
+    "spqr": PALETTE["full"],
 }
 Point = Mapping[str, Any]
 
@@ -38,7 +40,7 @@ def advice(points: Sequence[Point]) -> str:
     dense = next(p for p in points if p["name"] == "dense")
     ours = sorted((p for p in points if p["name"] == "low rank"), key=lambda p: -p["bytes_"])
     lines = []
-    for q in (p for p in points if p["name"] in ("int8", "nf4")):
+    for q in (p for p in points if p["name"] in FORMATS):
         excess = q["bits_per_byte"] - dense["bits_per_byte"]
         worse = [p for p in ours if p["bytes_"] >= q["bytes_"] and p["bits_per_byte"] > q["bits_per_byte"]]
         if worse:
@@ -69,7 +71,7 @@ def picture(points: Sequence[Point], file: Path) -> Path:
             for name, colour in COLOURS.items():
                 own = sorted((p for p in points if p["name"] == name), key=lambda p: p[key])
                 x, y = [p[key] / unit for p in own], [p["bits_per_byte"] for p in own]
-                if own and (panel is left or name in ("low rank", "int8", "nf4")):
+                if own and (panel is left or name in ("low rank", *FORMATS)):
                     panel.plot(x, y, "-o" if len(own) > 1 else "s", color=colour, label=name, markersize=4)
         left.set_xlabel("MB of weights")
         right.set_xlabel("ms for a prompt of 256 tokens")
@@ -83,6 +85,6 @@ def picture(points: Sequence[Point], file: Path) -> Path:
 def _limit(panels: Sequence[Any], points: Sequence[Point]) -> None:
     """Cuts off the top where a method collapses, so that the others can be told apart."""
     low = min(p["bits_per_byte"] for p in points)
-    top = max(p["bits_per_byte"] for p in points if p["name"] in ("dense", "low rank", "int8", "nf4"))
+    top = max(p["bits_per_byte"] for p in points if p["name"] in ("dense", "low rank", *FORMATS))
     for panel in panels:
         panel.set_ylim(low - 0.05 * (top - low), low + 1.4 * (top - low) + 1e-6)

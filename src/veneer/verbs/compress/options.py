@@ -21,8 +21,10 @@ class Options(settings.Settings):
     PANEL = "Options"
 
     out: str = setting(settings.REQUIRED, "folder of the compressed model; must not exist")
-    method: Literal["auto", "svd", "lord", "svd-llm", "centred", "fisher", "allocate", "refine"] = setting(
-        "auto", "a published recipe, or auto, their combination; other flags replace parts of it"
+    method: Literal[
+        "auto", "fast", "svd", "lord", "svd-llm", "centred", "fisher", "anchored", "allocate", "refine"
+    ] = setting(
+        "auto", "a published recipe; auto, their combination; or fast, without training: flags replace parts"
     )
     data: tuple[str, ...] = setting((), "calibration texts, as of veneer fit; may be given several times")
     samples: int = setting(256, "windows of the texts, drawn by the seed; 0: all", unit="windows")
