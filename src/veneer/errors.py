@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 # Marks around a setting and its value in a message: Python and the command line write them differently.
@@ -157,3 +157,9 @@ def first_few(names: Iterable[str], n: int = 5) -> str:
     """Returns "a, b, c and 12 more", enough of a list to recognise it."""
     every = list(names)
     return ", ".join(every[:n]) + (f" and {len(every) - n} more" if len(every) > n else "")
+
+
+def listed(problems: Sequence[str], what: str, n: int = 5) -> list[str]:
+    """Returns the first problems and a line that counts the rest. what: the word for the place of one."""
+    rest = len(problems) - n
+    return [*problems[:n], *([f"and {rest} more {what}{'s' if rest > 1 else ''}"] if rest > 0 else [])]

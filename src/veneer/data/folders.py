@@ -24,13 +24,13 @@ def files(folder: Path, part: str) -> list[Path]:
     A file belongs to a part if its name or that of a folder above it begins with a split's name, such as
     train or valid. Without such names every file belongs to the part. Raises DataError if no file is left.
     """
-    every = sorted(p for p in folder.rglob("*") if p.is_file() and _is_shown(p.relative_to(folder)))
+    every = sorted(p for p in folder.rglob("*") if p.is_file() and is_shown(p.relative_to(folder)))
     found = [p for p in every if p.suffix.lower() in ROWS and p.name != dataset_info.NAME]
     found = found or [p for p in every if p.suffix.lower() in TEXTS]
     if not found:
         there = first_few((p.name for p in every), 3) or "it is empty"
         raise DataError(f"{folder}: the folder must hold {', '.join((*ROWS, *TEXTS))} files, got {there}")
-    parts = {path: _part(path.relative_to(folder)) for path in found}
+    parts = {path: part_of(path.relative_to(folder)) for path in found}
     if not any(parts.values()):
         return found
     wanted = part if part in parts.values() or part != "train" else ""  # unnamed files are for training
@@ -41,10 +41,11 @@ def files(folder: Path, part: str) -> list[Path]:
     return own
 
 
-def _is_shown(path: Path) -> bool:
+def is_shown(path: Path) -> bool:
+    """Tells if no step of a path is hidden."""
     return not any(step.startswith((".", "_")) for step in path.parts)
 
 
-def _part(path: Path) -> str:
+def part_of(path: Path) -> str:
     """Returns the part of a run that a file's name or folder says, or an empty string."""
     return next((part for step in path.parts for part, name in PARTS.items() if name.match(step)), "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,16 @@ SHOWN = 5  # problems of one file that are listed before "and 12 more"
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its kind (messages, pair, text, or empty), a name for people, and its repeats in an epoch."""
+    """One row: its kind (messages, pair, text, or empty), a name for people, and its repeats in an epoch.
+
+    source: the file that the row is from, beside which the files that it names are looked for.
+    """
 
     kind: str
     columns: dict[str, Any]
     where: str
     times: int = 1
+    source: str = field(default="", compare=False)
 
 
 def read_files(paths: Iterable[Path], shape: Shape = AS_IS) -> list[Row]:
@@ -117,7 +121,7 @@ def checked(name: str, found: Iterable[tables.Entry], shape: Shape = AS_IS) -> l
         try:
             columns = shape.applied(read_columns())
             form = form or form_of(columns, shape)
-            rows.append(Row(*example(form, columns, shape), where))
+            rows.append(Row(*example(form, columns, shape), where, source=name))
         except DataError as e:
             problems.append(f"{where}: {e.text}")
             if form is None:  # an unknown form of the first row would make every other row wrong too

@@ -24,24 +24,24 @@ def stream_file(path: Path, shape: Shape = AS_IS) -> Iterator[Row]:
     if suffix == ".json":
         raise DataError(f"{path}: a JSON list cannot be streamed; write it as .jsonl, with one object a line")
     if suffix in tables.ARROW:
-        return stream_rows(tables.arrow(path), shape)
+        return stream_rows(tables.arrow(path), shape, str(path))
     if suffix in tables.WRITTEN:
-        return stream_rows(tables.separated(path, _lines(path, "")), shape)
+        return stream_rows(tables.separated(path, _lines(path, "")), shape, str(path))
     return (
-        stream_rows(_objects(path), shape)
+        stream_rows(_objects(path), shape, str(path))
         if suffix == ".jsonl"
         else (row for _ in (0,) for row in read_file(path, shape))
     )
 
 
-def stream_rows(entries: Iterator[Entry], shape: Shape = AS_IS) -> Iterator[Row]:
+def stream_rows(entries: Iterator[Entry], shape: Shape = AS_IS, source: str = "") -> Iterator[Row]:
     """Yields the rows of one source. The first row's columns decide the form of all."""
     form = None
     for where, read_columns in entries:
         try:
             columns = shape.applied(read_columns())
             form = form or form_of(columns, shape)
-            row = Row(*example(form, columns, shape), where)
+            row = Row(*example(form, columns, shape), where, source=source)
         except DataError as e:
             raise DataError(f"{where}: {e.text}") from None
         yield row

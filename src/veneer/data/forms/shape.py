@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from veneer.data.forms.media import Media
 from veneer.data.forms.messages import opened
 from veneer.errors import DataError, first_few, option
 
@@ -23,14 +24,15 @@ class Shape(NamedTuple):
     it.
 
     A shape with columns or a template leaves all other columns unused. tags: other names for the keys and
-    speakers of conversations, as {"from": .., "value": .., "human": .., "gpt": ..}. forms: columns of a task's
-    own kinds of row, in place of those of text.
+    speakers of conversations, as {"from": .., "value": .., "human": .., "gpt": ..}. forms: columns of
+    a task's own kinds of row, in place of those of text. media: the layout of a folder of pictures or clips.
     """
 
     columns: Mapping[str, str] = {}
     template: str = ""
     tags: Mapping[str, str] = {}
     forms: Mapping[str, tuple[str, ...]] = {}
+    media: Media | None = None
 
     @property
     def reads_text(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from veneer.data.forms.columns import EMPTY
 from veneer.data.reading import Reading
-from veneer.data.row_files import Row
+from veneer.data.row_files import SHOWN, Row
 from veneer.errors import DataError, first_few, option
 from veneer.tasks import Task
 from veneer.tasks.base.encoded import Encoded
@@ -31,8 +31,20 @@ class LeftOut(NamedTuple):
 
 
 def encode_rows(rows: Sequence[Row], task: Task) -> list[Encoded]:
-    """Returns the rows as the task reads them; an empty row has no content."""
-    return [Encoded(row, None) if row.kind == EMPTY else task.encode(row) for row in rows]
+    """Returns the rows as the task reads them; an empty row has no content.
+
+    Raises one DataError for all rows that the task cannot read, naming a few.
+    """
+    found, problems = [], []
+    for row in rows:
+        try:
+            found.append(Encoded(row, None) if row.kind == EMPTY else task.encode(row))
+        except DataError as e:
+            problems.append(e.text)
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise DataError("\n".join([*problems[:SHOWN], *more]))
+    return found
 
 
 def pieces_of(one: Encoded, task: Task, window: int) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from veneer import embedded
 from veneer.data import dataset_info, folders, hub, row_files_streamed, tables
 from veneer.data.forms.shape import AS_IS, Shape
+from veneer.data.media import folders as media_folders
 from veneer.data.repeats import weigh
 from veneer.data.row_files import REFUSED, Row, read_files
 from veneer.embedded import texts
@@ -81,7 +82,8 @@ def _read(name: str, split: str, seed: int, shape: Shape) -> list[Row]:
     if kind == "folder":
         return hub.from_folder(*_folder(name), split, shape)
     if kind == "files":
-        return read_files(folders.files(Path(name), split), shape)
+        media = media_folders.rows(Path(name), split, shape.media) if shape.media else None
+        return media or read_files(folders.files(Path(name), split), shape)
     return hub.from_hub(name, split, shape) if kind == "hub" else read_files([Path(name)], shape)
 
 
@@ -108,6 +110,8 @@ def stream(name: str, split: str, shape: Shape = AS_IS) -> Iterator[Row]:
     if kind == "file":
         return row_files_streamed.stream_file(Path(name), shape)
     if kind == "files":
+        if shape.media and (media := media_folders.rows(Path(name), split, shape.media)):
+            return iter(media)
         files = folders.files(Path(name), split)
         return chain.from_iterable(row_files_streamed.stream_file(path, shape) for path in files)
     return row_files_streamed.stream_rows(

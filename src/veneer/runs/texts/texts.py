@@ -105,7 +105,8 @@ def read(run: Run, parts: Sequence[str]) -> dict[str, list[Row]]:
 
 def shape_of(run: Run) -> Shape:
     """Returns the shape of tables' columns, with the task's own kinds of row."""
-    return run.shape._replace(forms=get(run.task).FORMS)
+    task = get(run.task)
+    return run.shape._replace(forms=task.FORMS, media=task.MEDIA)
 
 
 def say_what_is_left_out(found: Mapping[str, Sequence[Row]], notes: Notes) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from veneer.data.forms.media import Media
 from veneer.data.order_streamed import Joiner
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
@@ -60,6 +61,7 @@ class Task(ABC):
     PIPELINE: ClassVar[str]  # the Hub's word for such a model
     METRIC: ClassVar[Metric]  # chooses the best step
     FORMS: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # columns of the task's own kinds of row; else text's
+    MEDIA: ClassVar[Media | None] = None  # layout of a folder of pictures or clips
     SETTINGS: ClassVar[tuple[str, ...]] = ("length",)  # shared settings that the task obeys
     FACTS: ClassVar[tuple[str, ...]] = ("rows", "examples", "labels")  # shown of a text, a subset of facts()
     EXAMPLE: ClassVar[str] = "example"  # word for what a batch is made of

@@ -76,9 +76,8 @@ def evaluate(
     kind, number_format, notes = get(task), dtypes.of_name(dtype), Notes()
     known = benchmarks.find(tasks, task_folder) if tasks else None  # cheap refusals first
     wanted = adapted.there(adapter)
-    rows = {
-        name: spread(sources.rows([name], "test", shape=Shape(forms=kind.FORMS)), documents) for name in data
-    }
+    shape = Shape(forms=kind.FORMS, media=kind.MEDIA)
+    rows = {name: spread(sources.rows([name], "test", shape=shape), documents) for name in data}
     opened = adapted.open_base(
         base, wanted, number_format, str(machine.device(device)), kind.AUTO, kind.PROCESSOR
     )

@@ -1,0 +1,1 @@
+"""Pictures and sound as tensors, and parts of the tasks that learn from them."""
