@@ -4,7 +4,7 @@ adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +36,17 @@ def through(model: nn.Module, name: str) -> Run:
 
 
 def take(
-    model: nn.Module, name: str, inputs: Mapping[str, Any] | None = None, kept_in: torch.dtype | None = None
+    model: nn.Module,
+    name: str,
+    inputs: Mapping[str, Any] | None = None,
+    kept_in: torch.dtype | None = None,
+    replaced: Sequence[str] = (),
 ) -> Record | str:
-    """Returns the probe of adapter `name` on `inputs`, keyword arguments of the model, or the reason for its
-    absence.
+    """Returns the probe of adapter `name` on `inputs` (keyword arguments), or the reason for its absence.
 
     Without `inputs` language models and classifiers of tokens get a fixed sequence. kept_in: the dtype of the
-    adapter's file if narrower than the adapter. Raises ConfigError for inputs that cannot be kept, and
+    adapter's file if narrower than the adapter. replaced: random modules that the file replaces; outputs
+    without the adapter are then not compared. Raises ConfigError for inputs that cannot be kept, and
     anything that the model raises with the adapter on but not off.
     """
     default = packed_default(model) if inputs is None else packed(inputs)
@@ -54,16 +58,15 @@ def take(
     except Exception as e:
         if inputs is not None:
             raise
-        return (
-            f"the model fails on bare token ids ({type(e).__name__}); pass probe= with the keyword "
-            "arguments of a call"
-        )
+        why = f"the model fails on bare token ids ({type(e).__name__})"
+        return f"{why}; pass probe= with the keyword arguments of a call"
     on = run(default, True)
     if not (torch.isfinite(off).all() and torch.isfinite(on).all()):
         return "the outputs are not finite"
     where = list(range(0, off.numel(), max(1, off.numel() // PICKED)))[:PICKED]
     dtypes = [_dtype(model)] + ([str(kept_in).removeprefix("torch.")] if kept_in else [])
     return {
+        **({"compared": ["on"]} if replaced else {}),
         "inputs": default,
         "shape": list(off.shape),
         "where": where,
@@ -81,7 +84,8 @@ def check(model: nn.Module, run: Run, saved: Record) -> list[str]:
         return [f"probe: the model's output is {tuple(off.shape)}, it was {there} when the adapter was saved"]
     relative = max(_tolerance(saved["dtype"]), _tolerance(_dtype(model)))
     problems = []
-    for state, y in (("off", off), ("on", on)):
+    compared = saved.get("compared", ("off", "on"))
+    for state, y in ((s, y) for s, y in (("off", off), ("on", on)) if s in compared):
         then = torch.tensor(saved[state])
         error = float((torch.tensor(_numbers(y, saved["where"])) - then).abs().max())
         limit = relative * float(torch.tensor(saved["off"] + saved["on"]).abs().max())

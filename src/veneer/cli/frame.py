@@ -24,6 +24,9 @@ EXTRAS = {
     "datasets": "data",
     "pyarrow": "data",
     "lm_eval": "eval",
+    "sklearn": "metrics",
+    "sacrebleu": "metrics",
+    "rouge_score": "metrics",
 }
 
 STOPPED = 130

@@ -63,14 +63,16 @@ def find(train: Sequence[Row], parts: Mapping[str, Sequence[Row]]) -> dict[str, 
 
 def content(row: Row) -> str:
     """Returns the columns that a row's example is made of, as JSON."""
-    return json.dumps({name: row.columns.get(name) for name in used(row.kind)}, sort_keys=True, default=str)
+    names = used(row.kind) or sorted(row.columns)  # rows of a task's own kind are compared whole
+    return json.dumps({name: row.columns.get(name) for name in names}, sort_keys=True, default=str)
 
 
 def learned(row: Row) -> str:
     """Returns the text of a row that is usually learned."""
     if row.kind == "messages":
         return "\n".join(m.get("content") or "" for m in row.columns["messages"] if m["role"] == "assistant")
-    return str(row.columns["completion" if row.kind == "pair" else "text"])
+    name = "completion" if row.kind == "pair" else "text"
+    return str(row.columns[name]) if name in row.columns else content(row)
 
 
 def _grams(text: str) -> Iterator[int]:

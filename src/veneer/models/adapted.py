@@ -20,7 +20,9 @@ from veneer.adapt.switch import using
 from veneer.errors import ConfigError, first_few, option
 from veneer.files import read_json
 from veneer.models import pretrained
+from veneer.models.of_task import for_task
 from veneer.sites import changed
+from veneer.tasks import Task
 from veneer.train.folder.layout import BASE, CONFIG, METRICS
 
 TEMPLATE = "chat_template.jinja"  # as transformers saves it beside a tokenizer
@@ -221,20 +223,23 @@ def open_all(
 
 
 def open_base(
-    base: str,
-    wanted: Sequence[Wanted],
-    dtype: torch.dtype,
-    device: str,
-    auto: str = pretrained.LANGUAGE_MODEL,
-    processor: str = pretrained.TOKENIZER,
+    base: str, wanted: Sequence[Wanted], dtype: torch.dtype, device: str, task: Task | None = None
 ) -> Opened:
     """Returns the base alone, in the quantised form that these adapters were trained on.
 
-    Its tokenizer gets the chat template that the adapters were trained with, if all of them name the same.
+    task: decides the class that loads it and brings the processor; language modelling unless given.
     """
-    tokenizer = pretrained.processor(base, processor)
+    read = task.processor if task else processor(base, wanted)
+    form, place = format_of(wanted, base), torch.device(device)
+    if task is None:
+        return Opened(pretrained.causal_lm(base, dtype, place, form), read, base)
+    return Opened(for_task(base, task, dtype, place, form), read, base)
+
+
+def processor(base: str, wanted: Sequence[Wanted], kind: str = pretrained.TOKENIZER) -> Any:
+    """Returns the base's processor, with the chat template of the adapters if all name the same."""
+    found = pretrained.processor(base, kind)
     templates = {chat_template(w.folder) for w in wanted} - {None}
     if len(templates) == 1:
-        tokenizer.chat_template = templates.pop()
-    model = pretrained.model(base, auto, dtype, torch.device(device), format_of(wanted, base))
-    return Opened(model, tokenizer, base)
+        found.chat_template = templates.pop()
+    return found

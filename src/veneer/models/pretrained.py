@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from veneer import embedded, network
 from veneer.compress.quantise import quantise
 from veneer.errors import ConfigError, first_few
 from veneer.sites import changed
+from veneer.sites.find import output_head
+from veneer.sites.own import DRAWN
 
 LANGUAGE_MODEL, TOKENIZER = "transformers.AutoModelForCausalLM", "transformers.AutoTokenizer"
 
@@ -59,21 +61,35 @@ def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: st
 
 
 def model(
-    name: str, auto: str, dtype: torch.dtype, device: torch.device, quantised: str | None = None
+    name: str,
+    auto: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantised: str | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """Returns the model in eval mode, with the changed layers of a folder that holds such.
 
-    auto: the class that loads it, such as transformers.AutoModelForCausalLM. quantised: the format of its linear
-    layers, or None. Raises ConfigError if the model or a weight is missing.
+    auto: the class that loads it, such as transformers.AutoModelForCausalLM. quantised: the format of its
+    linear layers, or None. options: further arguments of the class. new_head: draws a missing head, always
+    alike, and records the names of its weights. Raises ConfigError if the model or another weight is missing.
     """
     made_from, kind = changed.origin(name), changed.kind_of_folder(name)
     if (inner := changed.kind_of_folder(made_from)) is not None and inner.whole:
         found = changed.open_whole(made_from, dtype)
         return _finished(found, name, kind, quantised, device)
     what = "causal language model" if auto == LANGUAGE_MODEL else f"model for {auto.rpartition('.')[2]}"
-    with _found(name, what), no_bars():
-        loaded, info = _class(auto).from_pretrained(source(name), dtype=dtype, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
+    given = {**(options or {}), **({"ignore_mismatched_sizes": True} if new_head else {})}
+    with _found(name, what), no_bars(quiet=new_head), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # weights that are missing are drawn alike in every process
+        loaded, info = _class(auto).from_pretrained(
+            source(name), dtype=dtype, output_loading_info=True, **given
+        )
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if new_head:
+        loaded.__dict__[DRAWN], missing = _of_head(loaded, missing)
     if missing:
         raise ConfigError(
             f"model {name!r} lacks {len(missing)} weights of a {type(loaded).__name__}, which would be random:"
@@ -82,6 +98,14 @@ def model(
     if made_from == embedded.PREFIX:
         loaded.name_or_path = name  # recorded by adapters; the folder is this machine's own
     return _finished(loaded, name, kind, quantised, device)
+
+
+def _of_head(model: nn.Module, missing: list[str]) -> tuple[frozenset[str], list[str]]:
+    """Returns the missing weights that a head or a pooler holds, and the others."""
+    head = output_head(model)
+    owners = {name: name.rpartition(".")[0] for name in missing}
+    drawn = {name for name, owner in owners.items() if owner in head or "pooler" in owner.split(".")}
+    return frozenset(drawn), [name for name in missing if name not in drawn]
 
 
 def _finished(
@@ -121,15 +145,18 @@ def _missing(name: str, what: str, e: Exception) -> str:
 
 
 @contextmanager
-def no_bars() -> Iterator[None]:
-    """Hides transformers' progress bars within the block."""
+def no_bars(*, quiet: bool = False) -> Iterator[None]:
+    """Hides transformers' progress bars within the block. quiet: its warnings too, as of a missing head."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    if quiet:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

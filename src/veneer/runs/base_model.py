@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer import methods, tasks
+from veneer import methods
 from veneer.compress.quantise import quantise, quantise_around
 from veneer.methods import Stats, inits
 from veneer.methods.base.options import option
-from veneer.models import pretrained
+from veneer.models.of_task import for_task
 from veneer.sites import changed
+from veneer.tasks import Task
 from veneer.train.folder.layout import BASE
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
@@ -32,16 +33,16 @@ def own_base(run: Run) -> Path:
 
 
 def base(
-    run: Run, dtype: torch.dtype, device: torch.device, voice: Voice, *, only_shapes: bool = False
+    run: Run, task: Task, dtype: torch.dtype, device: torch.device, voice: Voice, *, only_shapes: bool = False
 ) -> tuple[nn.Module, Mapping[str, Stats] | None]:
     """Returns the base in eval mode, and the statistics of a start that compensates for its quantisation.
 
     It is quantised where it was loaded, and moves to the device in few bits. Raises the errors of both.
     """
-    start, auto = start_of(run), tasks.get(run.task).AUTO
+    start = start_of(run)
     if run.quantise is None:
-        return pretrained.model(run.model, auto, dtype, device), None
-    model = pretrained.model(run.model, auto, dtype, torch.device("cpu"))
+        return for_task(run.model, task, dtype, device), None
+    model = for_task(run.model, task, dtype, torch.device("cpu"))
     before, stats = _size(model), None
     if start is None:
         quantise(model, run.quantise)
@@ -57,12 +58,11 @@ def base(
     return model.to(device), stats
 
 
-def base_again(run: Run, out: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def base_again(run: Run, task: Task, out: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Returns the base of the run in folder `out`, its own if it has one. Raises the errors of loading."""
-    auto = tasks.get(run.task).AUTO
     if changed.kind_of_folder(out / BASE) is not None:
-        return pretrained.model(str(out / BASE), auto, dtype, device)
-    return pretrained.model(run.model, auto, dtype, device, run.quantise)
+        return for_task(str(out / BASE), task, dtype, device)
+    return for_task(run.model, task, dtype, device, run.quantise)
 
 
 def _size(model: nn.Module) -> int:

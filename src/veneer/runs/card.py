@@ -61,9 +61,13 @@ def text(run: RunRecord, record: Mapping[str, Any], peft: Mapping[str, Any] | No
         *_section("Learned and forgotten", _figures(run)),
         *_section("Training", _table(("setting", "value"), _settings(settings))),
         *_section("Cost", _cost(run)),
-        *_section("Load it", *usage.ways(settings["model"], run.task.AUTO, record, peft)),
+        *_section("Load it", *usage.ways(settings["model"], run.task.AUTO, record, peft, _head(run))),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _head(run: RunRecord) -> dict[str, Any]:
+    return run.task.head_options(run.config["run"].get("task_options") or {})
 
 
 def _section(title: str, *parts: str) -> list[str]:

@@ -31,6 +31,7 @@ def decided(run: Run, device: torch.device) -> Run:
     return replace(
         run,
         lr=lr,
+        eval_windows=tasks.get(run.task).EVALUATED if run.eval_windows is None else run.eval_windows,
         optimiser_options={**defaults, **run.optimiser_options},
         epochs=None if run.steps else run.epochs or 1.0,
         packing=run.packing and "packing" in tasks.get(run.task).SETTINGS,

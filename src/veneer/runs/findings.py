@@ -18,7 +18,7 @@ from veneer.errors import VeneerError
 from veneer.runs.dial import dial, recommend
 from veneer.runs.texts.texts import Text
 from veneer.tasks import Task
-from veneer.tasks.base.abilities import Previewed, Writer
+from veneer.tasks.base.abilities import Examined, Previewed, Writer
 from veneer.tasks.base.task import Between, nothing
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
@@ -26,6 +26,7 @@ from veneer.train.run import Run
 EXAMPLES = (
     6  # of each text and each half of known text: all strengths cost about as much as eight training steps
 )
+EXAMINED = 400  # examples whose answers are looked at one by one
 VALUES = 64  # singular values of a matrix that are kept
 DENSE = 3e10  # sum of out * in * min(out, in) over dense changes, up to which singular values take some 10 s
 
@@ -59,6 +60,8 @@ def examine(
     if isinstance(task, Previewed):
         found["preview"] = task.preview(texts["train"].examples)
     between()
+    if isinstance(task, Examined):
+        found["examined"] = looked_at(model, name, task, texts, run=run, voice=voice, precision=precision)
     if isinstance(task, Writer):
         rows = [{"prompt": p} for p in prompts] or task.prompts(model, texts["valid"].examples)
         source = "Prompts as given" if prompts else "Prompts from valid text, which was not trained on"
@@ -66,6 +69,24 @@ def examine(
             samples = written(model, name, task, rows, seed=run.seed, voice=voice, between=between)
         found["samples"] = samples and {"source": source, **samples}
     return {**found, "report_seconds": time.monotonic() - begun}
+
+
+def looked_at(
+    model: nn.Module,
+    name: str,
+    task: Examined,
+    texts: Texts,
+    *,
+    run: Run,
+    voice: Voice,
+    precision: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Any]:
+    """Returns the task's look at its answers to test text, else to valid text, with the adapter alone."""
+    part = "test" if "test" in texts else "valid"
+    examples = spread(texts[part].examples, EXAMINED)
+    with using(model, name), precision(), voice.phase("looking at answers"):
+        seen = task.examined(model, examples, batch=run.batch)
+    return {"text": part, "n": len(examples), **seen}
 
 
 def dialled(

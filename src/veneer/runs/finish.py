@@ -12,13 +12,14 @@ from torch import nn
 
 from veneer.adapt.store import store
 from veneer.errors import FormatError, option
-from veneer.models import machine, pretrained
+from veneer.models import machine
+from veneer.models.of_task import for_task
 from veneer.runs import card, report
 from veneer.runs.prepare import NAME, Ready
 from veneer.tasks import Figure
 from veneer.train import full, track
 from veneer.train.errors import NotSaved
-from veneer.train.folder import layout
+from veneer.train.folder import layout, task_record
 from veneer.train.folder.result import Result, figures
 from veneer.train.loop.loop import Loop
 from veneer.train.loop.progress import Voice
@@ -76,10 +77,11 @@ def _save(ready: Ready, out: Path, voice: Voice) -> None:
     """Writes the adapter, and the processor if it belongs to the adapter. Raises NotSaved."""
     run, model, where = ready.run, ready.model, out / layout.ADAPTER
     if run.trains_base:
-        original = pretrained.model(run.model, ready.task.AUTO, torch.float32, torch.device("cpu"))
+        original = for_task(run.model, ready.task, torch.float32, torch.device("cpu"))
         full.as_change(model, original.state_dict(), NAME)
     try:
         _save_adapter(model, where, voice)
+        task_record.write(where, run.task, run.task_options)
         processor = ready.task.companion(ready.texts["train"].facts)
         if processor is not None:
             processor.save_pretrained(where)

@@ -111,7 +111,9 @@ def loop_of(begun: Begun) -> Loop:
     torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, draws))))
     laid, pace = lay_out(run, task, examples["train"])
     order = streamed.order(run, task, begun.voice) if run.stream else laid
-    measured = {part: spread(some, run.eval_windows) for part, some in examples.items() if part != "train"}
+    measured = {
+        part: spread(some, run.eval_windows or 0) for part, some in examples.items() if part != "train"
+    }
     own = keeping(ready, learner(ready, laid, begun.voice), laid, begun.voice)._replace(world=begun.world)
     loop = Loop(
         own,

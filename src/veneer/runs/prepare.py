@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from torch import nn
 from veneer import methods, optim, tasks
 from veneer.adapt.store import fingerprint
 from veneer.analyse.numbers import started
+from veneer.data.forms.columns import EMPTY
+from veneer.data.row_files import Row
 from veneer.models import machine, pretrained
 from veneer.optim.base import groups
 from veneer.runs import base_model, start_calibration, start_left, trained
@@ -23,6 +25,7 @@ from veneer.runs.texts.texts import Text
 from veneer.runs.trained import NAME
 from veneer.tasks import Task
 from veneer.tasks.base.encoded import Encoded
+from veneer.tasks.base.heads import heads
 from veneer.train import checks
 from veneer.train.loop.progress import Notes, Voice
 from veneer.train.run import Run
@@ -62,7 +65,7 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     with voice.phase("reading texts"):
         run, task, found = read(run, voice)
     with voice.phase("loading the model"):
-        model, stats = base_model.base(run, run.base_dtype, device, voice, only_shapes=only_shapes)
+        model, stats = base_model.base(run, task, run.base_dtype, device, voice, only_shapes=only_shapes)
     task.check(model, [e for t in found.values() for e in t.examples])
     base = {"model": run.model, "class": type(model).__name__, "sha256": fingerprint.measure(model)["sha256"]}
     if start_calibration.needed(run):
@@ -70,7 +73,7 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
         train = None if blank else found["train"].examples
         stats = start_calibration.statistics(model, run, task, train, voice)
     with voice.phase("starting the adapter"):
-        parts = trained.open_parameters(model, run, stats)
+        parts = trained.open_parameters(model, run, stats, heads(model) if task.NEW_HEAD else ())
     begun = {} if only_shapes else _begun(model, run, stats, voice)
     compiling.recompute(model, run.gradient_checkpointing)
     prefix = _try_out(model, run, task, found, voice)
@@ -102,7 +105,7 @@ def encoded_texts(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, list[Enc
     """Returns the run with its length decided, its task, and the rows by part as the task reads them."""
     rows = (streamed if run.stream else texts).gather(run, notes)
     run = as_begun(run)
-    task = task_of(run)
+    run, task = _with_options(run, task_of(run), rows)
     for sentence in task.opening(rows):
         notes.say(sentence)
     if "train" in rows:
@@ -110,6 +113,17 @@ def encoded_texts(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, list[Enc
     encoded = texts.encode_all(rows, task)
     run = with_length(run, streamed.looked_at(run, task) if run.stream else encoded["train"], notes)
     return run, task.with_reading(run), encoded
+
+
+def _with_options(run: Run, task: Task, rows: Mapping[str, list[Row]]) -> tuple[Run, Task]:
+    """Returns run and task with the options that the rows to learn decide, a stream's first ones."""
+    learned = rows["train"] if "train" in rows else streamed.first_rows(run)
+    learned = [*learned, *(() if run.valid else rows.get("valid", ()))]
+    found = task.decided([row for row in learned if row.kind != EMPTY])
+    if not found:
+        return run, task
+    run = replace(run, task_options={**run.task_options, **found})
+    return run, tasks.build(run.task, task.processor, run, run.task_options)
 
 
 def task_of(run: Run) -> Task:

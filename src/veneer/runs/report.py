@@ -78,6 +78,6 @@ def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]
     run, task, texts = read(run, voice)
     for line in drift.differences(config["data"], {part: t.facts for part, t in texts.items()}):
         voice.say(f"the text differs from the training's: {line}")
-    model = base_model.base_again(run, out, run.base_dtype, machine.device("auto"))
+    model = base_model.base_again(run, task, out, run.base_dtype, machine.device("auto"))
     store.load(model, out / layout.ADAPTER, NAME)
     return findings.examine(model, NAME, task, texts, run=run, voice=voice, prompts=prompts)

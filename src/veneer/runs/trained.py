@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,8 @@ from veneer.adapt import attach, attached, hooks, switch
 from veneer.errors import ConfigError
 from veneer.methods.full import Full
 from veneer.optim.base import groups
+from veneer.sites import LeafSite
+from veneer.sites.find import kind_of, output_head
 from veneer.train import rates
 from veneer.train.run import Run
 
@@ -20,13 +23,13 @@ NAME = "default"  # of the adapter
 
 
 def open_parameters(
-    model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None
+    model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None, heads: Sequence[str] = ()
 ) -> list[groups.Part]:
     """Attaches the adapter, or opens the base for full fine-tuning; returns the trained parameters.
 
-    Raises ConfigError, SiteError, ShapeError.
+    heads: modules that are trained whole beside the adapter. Raises ConfigError, SiteError, ShapeError.
     """
-    parts = _of_base(model, run) if run.trains_base else _of_adapter(model, run, stats)
+    parts = _of_base(model, run) if run.trains_base else _of_adapter(model, run, stats, heads)
     if run.embedding_lr is not None and not any(p.embedding for p in parts):
         raise ConfigError(
             "embedding_lr needs a trained embedding; leave it out, or adapt embeddings with to="
@@ -43,13 +46,37 @@ def _of_base(model: nn.Module, run: Run) -> list[groups.Part]:
     return groups.of_base(model)
 
 
-def _of_adapter(model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None) -> list[groups.Part]:
+def _of_adapter(
+    model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None, heads: Sequence[str]
+) -> list[groups.Part]:
     seed = {"seed": run.seed} if "seed" in methods.options_of(methods.get(run.method)) else {}
     layers: dict[str, Any] = {
-        name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")
+        name: getattr(run, name) for name in ("to", "untie", "rank_pattern", "alpha_pattern")
     }
+    layers["exclude"] = _excluded(model, run, heads)
     attach.attach(model, run.method, name=NAME, stats=stats, **layers, **{**seed, **run.options})
+    if heads:
+        _train_whole(model, heads)
     return groups.of_adapter(model, NAME)
+
+
+def _excluded(model: nn.Module, run: Run, heads: Sequence[str]) -> str | tuple[str, ...]:
+    """Returns the layers to leave out: those of the run, and heads that all-linear would adapt."""
+    outside = output_head(model)
+    if run.to not in (None, "all-linear"):
+        return run.exclude
+    own = [name for name in heads if name not in outside and kind_of(model.get_submodule(name))]
+    if isinstance(run.exclude, str):
+        return "|".join([f"(?:{run.exclude})", *map(re.escape, own)]) if own else run.exclude
+    return (*run.exclude, *own)
+
+
+def _train_whole(model: nn.Module, heads: Sequence[str]) -> None:
+    """Adds changes of whole modules to the adapter, as PEFT's modules_to_save. Raises SiteError."""
+    sites = [LeafSite(name, model.get_submodule(name)) for name in heads]
+    hooks.refuse_clash(sites)
+    hooks.hang(model, NAME, [(site, methods.build(Full, site, {})) for site in sites])
+    switch.train_only(model, NAME)
 
 
 def for_optimiser(run: Run, parts: list[groups.Part]) -> optim.Trained:

@@ -16,13 +16,14 @@ from veneer.sites import changed
 FOLDER = "$(python -c 'from veneer import embedded; print(embedded.folder())')"  # of the built-in model
 SERVED = ("linear", "transposed", "embedding")  # kinds of layers that vLLM adapts
 
+NEARLY = "on the plain one, and in other programs' formats, its outputs are nearly the same"
 OURS = """With Veneer, in this folder:
 
 ```python
 import veneer
 from {library} import {auto}
 {imports}
-model = {auto}.from_pretrained({base}){quantised}
+model = {auto}.from_pretrained({base}{head}){quantised}
 veneer.load(model, "."{allow})  # veneer.using(model, {{"default": 0.75}}) dials it down
 ```"""
 
@@ -32,7 +33,7 @@ PEFT = """With PEFT, in this folder:
 from peft import PeftModel
 from {library} import {auto}
 {imports}
-model = PeftModel.from_pretrained({auto}.from_pretrained({base}), ".")
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}{head}), ".")
 ```"""
 
 VLLM = """With vLLM, whose documented checks these files pass (it was not started here):
@@ -42,14 +43,21 @@ vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.
 ```"""
 
 
-def ways(model: str, auto: str, record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> list[str]:
+def ways(
+    model: str,
+    auto: str,
+    record: Mapping[str, Any],
+    peft: Mapping[str, Any] | None,
+    head: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Returns the ways to use an adapter of base `model`, which the class `auto` loads.
 
-    record: veneer.json; peft: adapter_config.json, or None.
+    record: veneer.json; peft: adapter_config.json, or None; head: arguments of the class for the task's head.
     """
     builtin = model == PREFIX
     library, _, name = auto.rpartition(".")
     given = {"library": library, "auto": name, "base": "embedded.folder()" if builtin else f'"{model}"'}
+    given["head"] = "".join(f", {name}={value!r}" for name, value in (head or {}).items())
     given["imports"] = "\nfrom veneer import embedded\n" if builtin else ""
     allow = f", allow={record['allow']!r}" if record["allow"] else ""
     own = record["options"].get("init") in quantise.STARTS
@@ -71,10 +79,7 @@ def ways(model: str, auto: str, record: Mapping[str, Any], peft: Mapping[str, An
         return [*found, f"PEFT cannot express this change; {_otherwise(model, record)}"]
     found.append(PEFT.format(**given))
     found.append(_vllm(model, record, peft))
-    near = (
-        f"It was trained on a base in {' and '.join(packed)}: on the plain one, and in other programs' formats, its"
-        " outputs are nearly the same."
-    )
+    near = f"It was trained on a base in {' and '.join(packed)}: {NEARLY}."
     return [*found, near] if packed else found
 
 

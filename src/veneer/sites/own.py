@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 CHILD = "deltas"
+DRAWN = "_drawn_weights"  # attribute of a model: names of its parameters that its files lack, drawn at random
 
 
 def is_own(name: str) -> bool:

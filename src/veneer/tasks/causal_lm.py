@@ -39,7 +39,7 @@ class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer):
     AUTO = "transformers.AutoModelForCausalLM"
     PIPELINE = "text-generation"
     METRIC: ClassVar[Metric] = BITS
-    SETTINGS = (
+    SETTINGS: ClassVar[tuple[str, ...]] = (
         "length",
         "packing",
         "train_on",
@@ -51,6 +51,7 @@ class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer):
     )
     FACTS = ("rows", "windows", "tokens", "learned_tokens")
     EXAMPLE = "window"
+    EVALUATED = 24
 
     def __init__(self, processor: Any, reading: Reading) -> None:
         super().__init__(processor, reading)

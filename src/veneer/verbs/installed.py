@@ -26,6 +26,7 @@ class Feature(NamedTuple):
 
 
 MODULES = {
+    "scikit-learn": "sklearn",
     "pyyaml": "yaml",
     "mlflow-skinny": "mlflow",
     "sse-starlette": "sse_starlette",
@@ -45,6 +46,11 @@ FEATURES = (
     feature("command line", "cli", {"typer": "0.28", "rich": "13.7", "pyyaml": "6.0"}),
     feature("pictures of reports", "plots", {"matplotlib": "3.8"}),
     feature("parquet, arrow and datasets", "data", {"datasets": "3.0", "pyarrow": "15.0"}),
+    feature(
+        "figures of tasks",
+        "metrics",
+        {"scikit-learn": "1.4", "scipy": "1.11", "sacrebleu": "2.4", "rouge_score": "0.1.2"},
+    ),
     feature(
         "serve",
         "serve",

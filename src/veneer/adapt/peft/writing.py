@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ def write(model: nn.Module, changes: Changes) -> Written | None:
     if not known or len(known) < len(forms) or len({f.config["peft_type"] for f in known.values()}) > 1:
         return None
     kind = next(type(d) for _, d in changes if not isinstance(d, Full))
-    settings, saved = table(kind), outermost(s.name for s, _ in whole)
+    settings, saved = table(kind), _modules(model, [s.name for s, _ in whole])
     config = _settings(model, known, saved, settings)
     shared = _shared([f.shared for f in known.values()], _room(kind, changes, known))
     if config is None or shared is None:
@@ -140,6 +140,21 @@ def _endings(sites: Iterable[str], names: list[str]) -> list[str]:
     sites = list(sites)
     short = sorted({n.rsplit(".", 1)[-1] for n in sites})
     return short if {n for n in names if ends(n, short)} == set(sites) else sorted(sites)
+
+
+def _modules(model: nn.Module, sites: Sequence[str]) -> list[str]:
+    """Returns the modules to save: a head as one module if all of its layers are among them."""
+    heads = {end for known in HEADS.values() for end in known}
+    found = set(outermost(sites))
+    for name, module in model.named_modules():
+        inner = [f"{name}.{n}" for n, m in module.named_modules() if n and _holds(m) and not is_own(n)]
+        if name and name.rpartition(".")[2] in heads and inner and found >= {*inner}:
+            found = {name, *(found - {*inner})}
+    return sorted(found)
+
+
+def _holds(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def outermost(names: Iterable[str]) -> list[str]:

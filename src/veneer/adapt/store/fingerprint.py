@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,8 +56,21 @@ def _state(model: nn.Module) -> str:
 
 def _measured(model: nn.Module) -> Record:
     tensors = {name: _of(name, plain(p.detach())) for name, p in base_parameters(model).items()}
-    whole = hashlib.sha256("".join(f"{n} {t['sha256']}\n" for n, t in sorted(tensors.items())).encode())
-    return {"sha256": whole.hexdigest(), "tensors": tensors, **changed.forms_of(model)}
+    return {"sha256": _digest(tensors), "tensors": tensors, **changed.forms_of(model)}
+
+
+def without(record: Record, modules: Iterable[str]) -> Record:
+    """Returns the fingerprint without the parameters of these modules, which a file replaces whole."""
+    gone = sorted(modules)
+    if not gone:
+        return record
+    tensors = {n: t for n, t in record["tensors"].items() if not any(n.startswith(f"{m}.") for m in gone)}
+    return {**record, "sha256": _digest(tensors), "tensors": tensors, "replaced": gone}
+
+
+def _digest(tensors: Mapping[str, Record]) -> str:
+    whole = "".join(f"{n} {t['sha256']}\n" for n, t in sorted(tensors.items()))
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def _of(name: str, p: Tensor) -> Record:
@@ -90,7 +104,7 @@ def _sample(p: Tensor, most: int) -> Tensor:
 
 def differences(model: nn.Module, saved: Record) -> list[str]:
     """Returns a line per kind of difference between `model` and the base measured as `saved`; [] if none."""
-    now = measure(model)
+    now = without(measure(model), saved.get("replaced", ()))
     there_as, here_as = changed.recorded(saved), changed.recorded(now)
     if there_as != here_as:
         return [

@@ -37,6 +37,7 @@ from veneer.adapt.store.problems import (
 from veneer.adapt.store.sizes import size
 from veneer.errors import ConfigError, first_few
 from veneer.methods.prefix import Prefix
+from veneer.sites.own import DRAWN
 
 
 def save(
@@ -67,11 +68,12 @@ def save(
     state = {f"{site.name}.{k}": t for site, delta in on_disk for k, t in delta.state_dict().items()}
     problems = dead(on_disk, sizes) + not_finite(state) + ([] if written else native.homeless(changes))
     used = refuse(f"adapter {name!r} was not saved", problems, allowed)
-    kept = golden.take(model, name, probe, dtype)
+    drawn = _drawn(model, written)
+    kept = golden.take(model, name, probe, dtype, drawn)
     by_site = {n: targets.at(written.config, n) for n in sizes} if written else None
     content = {
         **manifest.describe(changes, sizes, written.own if written else {}, by_site),
-        "base": fingerprint.measure(model),
+        "base": fingerprint.without(fingerprint.measure(model), drawn),
         "probe": kept if isinstance(kept, dict) else None,
         "no_probe": None if isinstance(kept, dict) else kept,
         "allow": sorted(used.union(*(_let_through(delta) for _, delta in changes))),
@@ -86,6 +88,13 @@ def _in_files(
     """Returns the tensors to write, rounded to dtype, and PEFT's settings where its layout is used."""
     tensors = {n: rounding.rounded(t, dtype) for n, t in (written.tensors if written else state).items()}
     return ({**tensors, **written.whole}, written.config) if written else (tensors, None)
+
+
+def _drawn(model: nn.Module, written: writing.Written | None) -> list[str]:
+    """Returns the modules that the files replace whole and that the base's own files lack."""
+    saved = (written.config.get("modules_to_save") or []) if written else []
+    lacking = model.__dict__.get(DRAWN, ())
+    return [m for m in saved if any(name.startswith(f"{m}.") for name in lacking)]
 
 
 def only(model: nn.Module) -> str:
@@ -154,7 +163,10 @@ def read(
         other + found.problems + problems + not_finite(found.tensors) + clash(deltas) + dead(deltas, sizes)
     )
     if record and not other and set(sizes) <= set(record["sites"]):
-        problems += resized(sizes, record["sites"])
+        whole = tuple(f"{m}." for m in record["base"].get("replaced", ()))  # relative to a random head
+        problems += resized(
+            {n: s for n, s in sizes.items() if not f"{n}.".startswith(whole)}, record["sites"]
+        )
     used = refuse(f"{folder} was not loaded", problems, allowed)
     probe = record["probe"] if record and not other else None
     return Loaded(folder, deltas, probe, record is None, frozenset(allowed), frozenset(used))

@@ -98,6 +98,24 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), *, numbers: i
     )
 
 
+def cells(made: Iterable[str]) -> str:
+    """Returns a table's line of cells that are HTML already."""
+    return "<tr>" + "".join(f'<td class="wrap">{cell}</td>' for cell in made) + "</tr>"
+
+
+def table_of(lines: Iterable[str], head: Sequence[str]) -> str:
+    """Returns a table of lines made by `cells`."""
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    return "\n".join(
+        [
+            f'<div class="scroll"><table><thead><tr>{top}</tr></thead>',
+            "<tbody>",
+            *lines,
+            "</tbody></table></div>",
+        ]
+    )
+
+
 def facts(entries: Mapping[str, str]) -> str:
     """Returns names and values in two columns."""
     rows = (f'<tr><th>{escape(k)}</th><td class="wrap">{escape(v)}</td></tr>' for k, v in entries.items())

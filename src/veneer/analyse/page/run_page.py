@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from veneer.analyse.numbers import moved, percent
-from veneer.analyse.page import elements, plots, run_facts, run_measures
+from veneer.analyse.page import elements, plots, run_answers, run_facts, run_measures
 from veneer.analyse.page.run_measures import Drawn
 from veneer.analyse.page.run_record import RunRecord
 from veneer.units import count, duration, size
@@ -28,6 +28,7 @@ def page_of(run: RunRecord, drawn: Drawn, missing: Sequence[str]) -> str:
         elements.tiles(_tiles(run)),
         run_measures.curves(run, drawn),
         run_measures.dial(run, drawn),
+        run_answers.answers(run),
         run_measures.samples(run),
         run_measures.layers(run, drawn),
         run_facts.data(run),

@@ -72,6 +72,19 @@ class Previewed(ABC):
         """Returns the beginnings of a few rows, each a list of [text of a token, is it learned]."""
 
 
+class Examined(ABC):
+    """A task whose answers can be looked at one by one in the report."""
+
+    @abstractmethod
+    def examined(self, model: nn.Module, examples: Sequence[Any], *, batch: int) -> dict[str, Any]:
+        """Returns {"confusion": {"names": [..], "counts": [[..]]}, "worst": [..]}, each of them optional.
+
+        counts[i][j]: examples of class i answered as class j. worst: examples with the largest losses first,
+        each {"input": text, "truth": .., "answer": .., "loss": ..}; an input may also be
+        {"image": data URI} or {"audio": data URI}, as may an answer.
+        """
+
+
 class Surveyed(Task):
     """A task whose rows can be counted, checked and shown without a model."""
 

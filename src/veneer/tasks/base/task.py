@@ -65,6 +65,10 @@ class Task(ABC):
     SETTINGS: ClassVar[tuple[str, ...]] = ("length",)  # shared settings that the task obeys
     FACTS: ClassVar[tuple[str, ...]] = ("rows", "examples", "labels")  # shown of a text, a subset of facts()
     EXAMPLE: ClassVar[str] = "example"  # word for what a batch is made of
+    EVALUATED: ClassVar[int] = 0  # examples of a text that are measured unless the run says; 0: all
+    NEW_HEAD: ClassVar[bool] = (
+        False  # the model's head may be missing; it is trained whole beside the adapter
+    )
 
     def __init__(self, processor: Any, reading: Reading) -> None:
         self.processor, self.reading = processor, reading
@@ -81,6 +85,10 @@ class Task(ABC):
         return ""
 
     # -- rows and examples
+
+    def decided(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Returns options that the rows to learn decide, such as the names of classes. Raises DataError."""
+        return {}
 
     def check_rows(self, rows: Sequence[Row]) -> None:
         """Raises DataError if the rows to learn contradict the settings."""
@@ -182,6 +190,15 @@ class Task(ABC):
         return examples[0]
 
     # -- model
+
+    @classmethod
+    def head_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the arguments that give a loaded model this task's head, such as num_labels."""
+        return {}
+
+    def model_options(self) -> dict[str, Any]:
+        """Returns further arguments of the class that loads the model, such as id2label."""
+        return {}
 
     def check(self, model: nn.Module, examples: Sequence[Any]) -> None:
         """Raises ConfigError or DataError if the base and the examples do not fit together."""

@@ -31,8 +31,11 @@ class Evaluation(Settings):
     eval_every: int | None = setting(
         None, "distance of evaluations; a fifth of the run unless given", unit="steps"
     )
-    eval_windows: int = setting(
-        24, "examples (windows) to evaluate of each text, evenly spaced; 0: all", unit="examples"
+    eval_windows: int | None = setting(
+        None,
+        "examples (windows) to evaluate of each text, evenly spaced; 0: all; 24 of a language model,"
+        " all of other tasks unless given",
+        unit="examples",
     )
 
     def problems(self) -> Iterator[str]:

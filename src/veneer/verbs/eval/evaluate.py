@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from veneer import dtypes
+from veneer.adapt.store.folder import adapter_folder
+from veneer.data.forms.columns import EMPTY
 from veneer.data.forms.shape import Shape
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
@@ -17,6 +20,7 @@ from veneer.models import adapted, machine
 from veneer.runs.texts import sources
 from veneer.tasks import DEFAULT, Figure, Say, Task, build, get
 from veneer.tasks.text.checks import context
+from veneer.train.folder import task_record
 from veneer.train.loop.progress import Notes, Voice
 from veneer.verbs.eval import benchmarks
 from veneer.verbs.eval.lines import BASE, Evaluation, Line, line, text
@@ -78,14 +82,14 @@ def evaluate(
     wanted = adapted.there(adapter)
     shape = Shape(forms=kind.FORMS, media=kind.MEDIA)
     rows = {name: spread(sources.rows([name], "test", shape=shape), documents) for name in data}
-    opened = adapted.open_base(
-        base, wanted, number_format, str(machine.device(device)), kind.AUTO, kind.PROCESSOR
-    )
-    length = length or min(LENGTH, context(opened.model) or LENGTH)
-    adapted.check(opened.model, wanted, allow)
     overlong: Literal["cut", "error"] = "cut" if truncate else "error"
-    reading = Reading(length=length, packing=False, train_on=train_on, overlong=overlong)
-    read = _texts(rows, build(task, opened.tokenizer, reading), opened.model, notes)
+    reading = Reading(length=length or LENGTH, packing=False, train_on=train_on, overlong=overlong)
+    asked = _task(task, adapted.processor(base, wanted, kind.PROCESSOR), reading, wanted, rows)
+    opened = adapted.open_base(base, wanted, number_format, str(machine.device(device)), asked)
+    length = length or min(LENGTH, context(opened.model) or LENGTH)
+    asked = asked.with_reading(replace(reading, length=length))
+    adapted.check(opened.model, wanted, allow)
+    read = _texts(rows, asked, opened.model, notes)
     options = benchmarks.Options(shots, chat, examples or None, batch)
     found = _measured(opened, wanted, read, known, options, allow, Voice(progress))
     lines = [each for i, t in enumerate(read) for each in t.lines(found.texts(i), seed)]
@@ -104,6 +108,29 @@ def _check(
     problems += sources.weighted(data, "data")
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _task(
+    name: str,
+    processor: Any,
+    reading: Reading,
+    wanted: Sequence[adapted.Wanted],
+    rows: Mapping[str, Sequence[Row]],
+) -> Task:
+    """Returns the task with the options that the adapters were trained with, or else that the texts decide.
+
+    Raises ConfigError for adapters of several options.
+    """
+    found = [task_record.read(adapter_folder(w.folder)) for w in wanted]
+    trained = [options for task, options in found if task == name]
+    if any(options != trained[0] for options in trained):
+        raise ConfigError(
+            f"the adapters' options of task {name!r} must be alike, got {trained}; measure them apart"
+        )
+    task = build(name, processor, reading, trained[0] if trained else {})
+    learned = [row for some in rows.values() for row in some if row.kind != EMPTY]
+    decided = {} if trained else task.decided(learned)
+    return build(name, processor, reading, decided) if decided else task
 
 
 def _texts(
