@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from veneer.adapt.store import store
+from veneer.compress.trp import runs as trp
 from veneer.errors import FormatError, option
 from veneer.models import machine
 from veneer.models.of_task import for_task
@@ -44,6 +45,7 @@ def end(begun: Begun, loop: Loop, position: Position, wish: Wish) -> Result:
     ready, out, voice = begun.ready, begun.out, begun.voice
     try:
         loop.take_best()
+        trp.project(ready.model, loop.learner.optimiser, ready.run)
         with voice.phase("measuring test text"):
             test = loop.measure([name for name in loop.texts if name == "test"])
     except Stop:
@@ -63,6 +65,7 @@ def _write(
     """Writes adapter, results, report and card."""
     ready, out, voice = begun.ready, begun.out, begun.voice
     frozen_cache.forget(out)
+    trp.write(ready.model, out, ready.run, ready.task.processor)
     _save(ready, out, voice)
     layout.put(out / layout.RESULTS, _results(ready, out, position, test, voice))
     if ready.run.report:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from veneer.compress.trp import runs as trp
 from veneer.data.order import Order
 from veneer.errors import ConfigError
 from veneer.runs.prepare import Ready
@@ -37,6 +38,7 @@ def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
         run.weight_decay,
         run.label_smoothing,
     )
+    trp.hold(ready.model, plain.optimiser, run)
     if not _compiles(ready, order, device, voice):
         objective = compiling.prepare(ready.model, ready.task, plain.batch(order.step(0)[0], device))
         return plain._replace(objective=in_precision(run, objective, device))

@@ -82,6 +82,10 @@ class Change(Settings):
     calibration: int = setting(
         64, "examples of data to collect statistics from for a start such as loraga", unit="examples"
     )
+    trp: float | None = setting(
+        None, "with method full: train into low rank, until linear layers keep this share of their parameters"
+    )
+    trp_every: int = setting(20, "length between projections to low rank", unit="steps")
 
     @property
     def trains_base(self) -> bool:
@@ -96,7 +100,12 @@ class Change(Settings):
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for every unknown name, unsuitable option and contradiction."""
-        yield from Range("1 or more", ("calibration",), 1).problems(self)
+        yield from Range("1 or more", ("calibration", "trp_every"), 1).problems(self)
+        yield from Range("above 0 and at most 1", ("trp",), 0, 1 + 1e-12, open=True).problems(self)
+        if self.trp is not None and not self.trains_base:
+            full = option("method", "full")
+            trp = option("trp", self.trp)
+            yield f"{trp} projects the weights that {full} trains; add it, or leave trp out"
         try:
             known = methods.options_of(methods.get(self.method))
         except ConfigError as e:  # nothing else can be checked
