@@ -63,8 +63,8 @@ def test_targets_that_match_nothing_are_named_with_the_nearest():
         SiteError, match=r"'model.norm' is a LlamaRMSNorm, which holds no linear map known here"
     ):
         find(llama(), ["q_proj", "model.norm"])
-    with pytest.raises(SiteError, match=r"name layers inside it, e.g. model.layers.0.mlp.gate_proj"):
-        find(llama(), ["mlp"])
+    with pytest.raises(SiteError, match=r"name layers inside it, e.g. model.layers.0.self_attn.q_proj"):
+        find(llama(), ["self_attn"])
 
 
 def test_nothing_changes_when_attach_refuses():

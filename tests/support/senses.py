@@ -74,3 +74,48 @@ def spoken(folder: Path, n: int, seed: int) -> Path:
         clip(folder / f"{i:03d}.wav", words, seed=seed * 1000 + i)
         (folder / f"{i:03d}.txt").write_text(words + "\n", encoding="utf-8")
     return folder
+
+
+SHAPES = ("circle", "cross", "square")
+
+
+def picture_base(folder: Path, family: str) -> Path:
+    """A random classifier of pictures without its head, with its image processor."""
+    import transformers
+    from support import families
+
+    made = families.FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, made.config)(**made.settings)
+    kind = getattr(transformers, made.model.replace("ForImageClassification", "Model"))
+    kind(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def picture(shape: str, seed: int) -> Any:
+    """A Pillow picture of a shape, at a random place and of a random size and colour."""
+    from PIL import Image, ImageDraw
+
+    draw = torch.Generator().manual_seed(seed)
+    x, y, r = (int(torch.randint(a, b, (1,), generator=draw)) for a, b in ((11, 21), (11, 21), (6, 10)))
+    colour = tuple(torch.randint(140, 256, (3,), generator=draw).tolist())
+    found = Image.new("RGB", (32, 32), (20, 20, 40))
+    pen = ImageDraw.Draw(found)
+    if shape == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=3)
+    elif shape == "square":
+        pen.rectangle((x - r, y - r, x + r, y + r), fill=colour)
+    else:
+        pen.line((x - r, y - r, x + r, y + r), fill=colour, width=3)
+        pen.line((x - r, y + r, x + r, y - r), fill=colour, width=3)
+    return found
+
+
+def pictured(folder: Path, n: int, seed: int) -> Path:
+    """A folder for every shape with n pictures in each."""
+    for k, shape in enumerate(SHAPES):
+        (folder / shape).mkdir(parents=True)
+        for i in range(n):
+            picture(shape, 1000 * seed + 100 * k + i).save(folder / shape / f"{i:03d}.png")
+    return folder

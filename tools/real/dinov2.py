@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from real.onnx import Graph, Node, read
+from real.preprocessor import pictures
 
 
 def convert(unpacked: Path, out: Path) -> None:
@@ -27,6 +28,7 @@ def convert(unpacked: Path, out: Path) -> None:
         raise ValueError(f"tensors of the ViT that are missing or left over: {wrong[:6]}")
     model.load_state_dict({name: found[name].reshape(own[name].shape) for name in own})
     model.save_pretrained(out)
+    pictures(out, 224, 256, resample=3)
 
 
 def named(graph: Graph) -> dict[str, Any]:

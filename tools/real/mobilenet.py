@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from real.preprocessor import pictures
+
 
 def convert(unpacked: Path, out: Path) -> None:
     """Writes the model and its preprocessing. Raises ValueError if the two tensor lists differ in shape."""
@@ -22,3 +24,4 @@ def convert(unpacked: Path, out: Path) -> None:
         raise ValueError("the tensors of MobileNetV2 do not match in number or shape")
     model.load_state_dict(dict(zip(own, theirs, strict=True)), strict=False)
     model.save_pretrained(out)
+    pictures(out, 224, 256, resample=2)

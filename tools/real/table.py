@@ -182,5 +182,16 @@ ENTRIES = (
         (Download("debian", "pocketsphinx-testdata", "", "pocketsphinx-testdata_*.deb"),),
         ("*/test/data/librivox/*",),
     ),
+    Entry(
+        "voices",
+        "260 German and 260 Spanish sentences read by espeak-ng, 16 kHz",
+        "GPL-3 (espeak-ng); the sentences are our own",
+        tuple(
+            Download("debian", package, "", f"{package}_*.deb")
+            for package in ("espeak-ng", "espeak-ng-data", "libespeak-ng1", "libsonic0", "libpcaudio0")
+        ),
+        ("*/bin/espeak-ng", "*/espeak-ng-data/phontab"),
+        "voices",
+    ),
 )
 KEYS = tuple(entry.key for entry in ENTRIES)

@@ -107,7 +107,9 @@ class _Expand(Function):
             y.view(-1, y.shape[-1]).addmm_(_rows(h), narrow.mT)
             ctx.mark_dirty(y)
             return y
-        return torch.addmm(_rows(y), _rows(h), narrow.mT).view_as(y)
+        # A view made here could not be modified in place, as Falcon does with its layers' outputs.
+        out: Tensor = torch.ops.aten._unsafe_view(torch.addmm(_rows(y), _rows(h), narrow.mT), y.shape)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

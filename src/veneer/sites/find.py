@@ -17,6 +17,8 @@ from veneer.sites.factored.site import FactoredSite
 from veneer.sites.linear import LinearSite, TransposedSite
 from veneer.sites.own import base_modules
 from veneer.sites.quantised import packed_kind
+from veneer.sites.roles import output_head as output_head
+from veneer.sites.roles import resolved, without_idle
 
 Target = str | Sequence[str]
 
@@ -62,14 +64,17 @@ def find(
 ) -> list[Site]:
     """The sites that `to` names, in the model's order.
 
-    to: "all-linear" (every Linear and Conv1D but the output head), a regular expression that matches whole
-    names, or a list of names and endings of names ("q_proj"). `exclude` takes a regular expression or a list
-    in the same way. Raises SiteError, before anything is changed, for an entry that matches nothing, a layer
-    of an unknown kind, a layer whose owner reads its weight directly, and (unless `untie`) a layer that
-    shares its weight with another.
+    to: "all-linear" (every Linear and Conv1D but the output head), a role such as "attention" (see roles), a
+    regular expression for whole names, or a list of roles, names and endings of names ("q_proj"). exclude:
+    the same, but "all-linear". Raises SiteError, before anything is changed, for an entry that matches
+    nothing, a layer of an unknown kind, one whose owner reads its weight directly, and (unless `untie`) one
+    that shares its weight with another.
     """
     layers = _whole(base_modules(model))
-    wanted = _match(model, layers, to)
+    head = output_head(model)
+    kinds = {n: k.kind for n, m in layers.items() if n not in head and (k := kind_of(m))}
+    wanted = _match(model, layers, resolved(model, to, kinds))
+    exclude = without_idle(exclude, resolved(model, exclude, kinds), wanted)
     _check_exclude(wanted, exclude)
     names = [n for n in wanted if not _meant(n, exclude)]
     if not names:
@@ -181,16 +186,6 @@ def _meant(name: str, target: Target) -> bool:
     if isinstance(target, str):
         return re.fullmatch(target, name) is not None
     return any(_ends(name, entry) for entry in target)
-
-
-def output_head(model: nn.Module) -> set[str]:
-    """Names of the layers that turn features into outputs: what lies outside a transformers model's base
-    model."""
-    inner = getattr(model, "base_model", None)
-    if isinstance(inner, nn.Module) and inner is not model:
-        inside = {id(m) for m in inner.modules()}
-        return {n for n, m in model.named_modules() if id(m) not in inside}
-    return set()
 
 
 def _unknown(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:

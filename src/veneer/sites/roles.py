@@ -1,8 +1,10 @@
-"""What layers are called in transformers' models, by what they do: endings of names."""
+"""Names of layers in models of transformers and diffusers, by what the layers do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -73,3 +75,83 @@ def _does(name: str, what: str) -> bool:
     if what == "the end of the feed-forward block" and ends(name, ATTENTION_END):
         return False  # BERT's attention.output.dense
     return ends(name, NAMES[what])
+
+
+def output_head(model: nn.Module) -> set[str]:
+    """Returns the names of the layers that turn features into outputs.
+
+    These lie outside a transformers model's base model, or are what the model calls its output embeddings.
+    """
+    inner, own = getattr(model, "base_model", None), set[int]()
+    if isinstance(inner, nn.Module) and inner is not model:
+        own = {id(m) for m in model.modules()} - {id(m) for m in inner.modules()}
+    embeddings: Any = getattr(model, "get_output_embeddings", None)
+    if callable(embeddings):
+        own |= {id(m) for m in [embeddings()] if isinstance(m, nn.Module)}
+    return {n for n, m in model.named_modules() if id(m) in own}
+
+
+# Expressions for one step of a dotted name. A layer plays a role if a step of its name matches.
+ROLES = {
+    "attention": r"(\w*_)?attn\d*|\w*[aA]ttention|SelfAttention|EncDecAttention",
+    "mlp": r"mlp\w*|ffn\w*|ff(_context)?|feed_?forward\w*|DenseReluDense|fc\d|intermediate|output|pwconv\d",
+    "experts": r"experts?|shared_experts?|block_sparse_moe",
+    "text": r"text_\w+|language_model|lm",
+    "vision": r"vision_\w+|visual\w*|vision|image_encoder",
+    "encoder": r"encoder",
+    "decoder": r"decoder",
+}
+WITHOUT = {"mlp": ("attention", "experts")}  # such as BERT's attention.output.dense
+
+
+def plays(name: str, role: str) -> bool:
+    """Tells if a layer of this dotted name plays a role, a key of ROLES."""
+    if any(plays(name, other) for other in WITHOUT.get(role, ())):
+        return False
+    return any(re.fullmatch(ROLES[role], step) for step in name.split("."))
+
+
+def resolved(model: nn.Module, target: str | Sequence[str], kinds: Mapping[str, str]) -> str | Sequence[str]:
+    """Returns the target with the names of its layers in place of every role.
+
+    A role is a key of ROLES, alone or in a list, unless a linear layer is called so. It stands for linear
+    layers, or for convolutions in a model without such. kinds: of the layers outside the output head, by
+    name. Raises SiteError for a role that no layer plays.
+    """
+    alone = isinstance(target, str)
+    entries = [target] if isinstance(target, str) else list(target)
+    if not any(entry in ROLES for entry in entries):
+        return target
+    linear = [n for n, kind in kinds.items() if kind in ("linear", "transposed")]
+    layers = linear or [n for n, kind in kinds.items() if kind == "conv"]
+    roles = [e for e in entries if e in ROLES and not any(f".{n}".endswith(f".{e}") for n in layers)]
+    if not roles:
+        return target
+    found = {role: [n for n in layers if plays(n, role)] for role in roles}
+    missing = [role for role, names in found.items() if not names]
+    if missing:
+        raise SiteError("\n".join(_missing(model, role) for role in missing))
+    rest = [e for e in entries if e not in roles]
+    chosen = list(dict.fromkeys(n for names in found.values() for n in names))
+    return chosen if alone else [*rest, *chosen]
+
+
+def without_idle(
+    given: str | Sequence[str], found: str | Sequence[str], wanted: Sequence[str]
+) -> str | Sequence[str]:
+    """Returns resolved entries without a role's layers that are not wanted anyway, unless none of them is."""
+    if found is given:
+        return given
+    kept = [name for name in found if name in wanted or name in given]
+    return kept or found
+
+
+def _missing(model: nn.Module, role: str) -> str:
+    modules = base_modules(model).items()
+    bare = [n for n, m in modules if plays(n, role) and any(True for _ in m.parameters(recurse=False))]
+    if role == "experts" and bare:
+        return (
+            f"{role!r}: the experts are parameters of {bare[0]!r}, not layers, and cannot be adapted yet;"
+            " name other roles or layers"
+        )
+    return f"no layer of a {type(model).__name__} plays the role {role!r}; name layers"

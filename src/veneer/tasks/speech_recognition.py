@@ -124,7 +124,8 @@ class SpeechRecognition(Task):
         config: Any = model.config
         most = int(config.max_target_positions) - len(self.asked) - 1
         most = min(most, 2 * batch["labels"].shape[1] + 16)  # a loop without end is as wrong after as many
-        found = whisper.greedy(model, self.hidden(model, batch), [self.start, *self.asked], self.end, most)
+        start = batch["decoder_input_ids"][:, : len(self.asked) + 1]
+        found = whisper.greedy(model, self.hidden(model, batch), start, self.end, most)
         return list(self.tokenizer.batch_decode(found, skip_special_tokens=True))
 
     def truth(self, example: dict[str, Tensor]) -> str:

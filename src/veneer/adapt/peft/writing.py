@@ -110,6 +110,8 @@ def origin(model: nn.Module, saved: list[str]) -> Config:
     """
     kind, known = type(model), getattr(getattr(model, "config", None), "model_type", None)
     task = next((t for end, t in TASKS.items() if known and kind.__name__.endswith(end)), None)
+    if getattr(kind, "main_input_name", "input_ids") != "input_ids":
+        task = None  # PEFT's classes for tasks pass token ids by name, which Whisper's forward lacks
     heads = [n for n, _ in model.named_modules() if n.endswith(HEADS.get(task or "", ()))]
     if not set(heads) <= set(saved):
         task = None

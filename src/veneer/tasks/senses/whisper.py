@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,15 +55,15 @@ def encoded(model: Any, features: Tensor) -> Any:
 
 
 @torch.no_grad()
-def greedy(model: Any, h: Tensor, start: Sequence[int], end: int, most: int) -> Tensor:
-    """Returns the likeliest tokens (b, n), one at a time, after the start; `end` fills the ends of rows.
+def greedy(model: Any, h: Tensor, start: Tensor, end: int, most: int) -> Tensor:
+    """Returns the likeliest tokens (b, n) after the start (b, m); `end` fills the ends of rows.
 
     h: the encoder's hidden states (b, t, d). Tokens suppressed by the generation config are left out.
     """
     config = getattr(model, "generation_config", None)
     never = list(getattr(config, "suppress_tokens", None) or [])
     first = [*never, *(getattr(config, "begin_suppress_tokens", None) or [])]
-    ids = torch.tensor([list(start)] * len(h), device=h.device)
+    ids = start.to(h.device)
     open_, cache, found = torch.ones(len(h), dtype=torch.bool, device=h.device), None, []
     for step in range(most):
         out = model(encoder_outputs=(h,), decoder_input_ids=ids, past_key_values=cache, use_cache=True)

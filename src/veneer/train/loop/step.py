@@ -44,6 +44,14 @@ def under_autocast(objective: Objective, device: torch.device) -> Objective:
     return loss
 
 
+def learning(model: nn.Module) -> None:
+    """Puts the model into training mode, except batch norms: their statistics belong to the base."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 class Learner(NamedTuple):
     """A model, its trained parameters, their optimiser and the task.
 
@@ -80,7 +88,7 @@ class Learner(NamedTuple):
                 "no token of this batch is learned (every label is masked); give rows with a completion,"
                 " or train_on='all'"
             )
-        self.model.train()
+        learning(self.model)
         self.optimiser.zero_grad(set_to_none=True)
         return labels
 
