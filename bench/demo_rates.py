@@ -19,7 +19,7 @@ from _sweep import Row, arguments, conclude, kept
 
 from veneer.embedded.texts import DOMAINS, has
 from veneer.runs.fit import fit
-from veneer.verbs.demo import CONTENDERS, settings
+from veneer.verbs.demo.contenders import CONTENDERS, settings
 
 GRID = {
     "full": [1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3],

@@ -17,7 +17,7 @@ from typing import Any
 from _sweep import Row, arguments, conclude, kept
 
 from veneer.runs.fit import fit
-from veneer.verbs.demo import Contender, settings
+from veneer.verbs.demo.contenders import Contender, settings
 
 GRID: dict[str, tuple[dict[str, Any], list[float]]] = {
     "adamw": ({}, [1.5e-3, 5e-3, 1.5e-2]),

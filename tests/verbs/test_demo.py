@@ -11,8 +11,11 @@ from veneer.cli.frame import main
 from veneer.embedded.texts import DOMAINS, has
 from veneer.runs.dial import Point, recommend
 from veneer.tasks.text.bits import BITS
-from veneer.verbs import demo as module
-from veneer.verbs.demo import CONTENDERS, demo, text
+from veneer.verbs.demo import contenders, judge
+from veneer.verbs.demo import demo as module
+from veneer.verbs.demo.contenders import CONTENDERS, settings
+from veneer.verbs.demo.demo import demo, text
+from veneer.verbs.demo.judge import Judge
 
 TARGETS = [d for d in DOMAINS if has(d)]
 LEAST = {"prose": 0.10, "c": 0.15}  # what LoRA must learn, as a share of the base's bits per byte
@@ -23,8 +26,8 @@ def test_lora_learns_what_the_demo_promises(target, tmp_path):
     """The demo's own setting, its whole length, judged on test text that nothing was chosen by."""
     from veneer.runs.fit import fit
 
-    run = module.settings(tmp_path, target, "lora", CONTENDERS["lora"], steps=100, seed=0)
-    row = module.Judge(seed=0).row(target, "lora", fit(run, progress=False))
+    run = settings(tmp_path, target, "lora", CONTENDERS["lora"], steps=100, seed=0)
+    row = Judge(seed=0).row(target, "lora", fit(run, progress=False))
     assert row["target_bpb_after"] <= (1 - LEAST[target]) * row["target_bpb_before"]
     assert row["known_bpb_after"] > row["known_bpb_before"]  # it does forget, and says so
     assert row["samples"]["before"] != row["samples"]["after"]
@@ -32,8 +35,9 @@ def test_lora_learns_what_the_demo_promises(target, tmp_path):
 
 
 def test_the_demo_writes_what_it_says_and_a_second_run_repeats_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "WINDOWS", 2)
-    monkeypatch.setattr(module, "DIALLED", {"valid": [0.5, 1.0], "test": [0.5, 1.0]})
+    monkeypatch.setattr(judge, "WINDOWS", 2)
+    monkeypatch.setattr(contenders, "WINDOWS", 2)
+    monkeypatch.setattr(judge, "DIALLED", {"valid": [0.5, 1.0], "test": [0.5, 1.0]})
     monkeypatch.setattr(module, "has", lambda name: name == "prose")
     out = tmp_path / "demo"
     results = demo(str(out), steps=2, progress=False)
@@ -67,7 +71,8 @@ def test_the_demo_writes_what_it_says_and_a_second_run_repeats_nothing(tmp_path,
     capsys.readouterr()
     assert main(["demo", "--out", str(out), "--steps", "0", "--fresh"]) == 2  # before anything is removed
     assert (
-        capsys.readouterr().err == "error: steps 0 must be 1 or more\n" and (out / "results.json").is_file()
+        capsys.readouterr().err == "error: --steps must be 1 or more, got 0\n"
+        and (out / "results.json").is_file()
     )
     module._clear(out)
     assert [p.name for p in out.iterdir() if p.suffix != ".png"] == ["thesis.txt"]
@@ -81,14 +86,15 @@ def test_the_rates_are_those_of_the_committed_sweep():
 
 
 def test_without_c_headers_the_demo_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "WINDOWS", 2)
-    monkeypatch.setattr(module, "DIALLED", {"valid": [1.0], "test": [1.0]})
+    monkeypatch.setattr(judge, "WINDOWS", 2)
+    monkeypatch.setattr(contenders, "WINDOWS", 2)
+    monkeypatch.setattr(judge, "DIALLED", {"valid": [1.0], "test": [1.0]})
     monkeypatch.setattr(module, "has", lambda name: name == "prose")
     monkeypatch.setattr(module, "CONTENDERS", {"lora": CONTENDERS["lora"]})
     results = demo(str(tmp_path / "demo"), steps=1)
     assert [r["target"] for r in results["methods"]] == ["prose"]
     assert (
-        "this interpreter carries no text for 'C headers'; the demo goes on without it"
+        "text for 'C headers' is missing in this interpreter; the demo leaves it out"
         in capsys.readouterr().err
     )
 

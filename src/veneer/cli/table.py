@@ -30,7 +30,7 @@ VERBS = {
         ADAPT,
         "Adapt the built-in model in three ways and compare learning and forgetting.",
         ("veneer demo", "veneer demo --steps 20 --out runs/short"),
-        "veneer.verbs.demo:demo",
+        "veneer.verbs.demo.demo:demo",
     ),
     "fit": Verb(
         ADAPT,

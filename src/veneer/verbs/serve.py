@@ -18,7 +18,10 @@ from veneer.serve.options import Options
 from veneer.settings import setting
 
 KEYS = "VENEER_API_KEYS"
-DEMO = {"prose": 5e-3, "c": 5e-3}  # texts of the demo's adapters and their learning rates, see verbs/demo.py
+DEMO = {
+    "prose": 5e-3,
+    "c": 5e-3,
+}  # learning rates of two demo adapters, by text; see verbs/demo/contenders.py
 DEMO_STEPS = 60
 
 

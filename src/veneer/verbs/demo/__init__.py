@@ -1,0 +1,1 @@
+"""Trains three methods on the built-in model and shows learning beside forgetting."""
