@@ -17,7 +17,7 @@ from typing import Any
 import _measure as m
 import torch
 
-from veneer.data.order import Order
+from veneer.data.order.order import Order
 from veneer.models import pretrained
 from veneer.optim.base.groups import set_rates
 from veneer.runs.learner import learner

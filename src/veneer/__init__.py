@@ -1,4 +1,5 @@
-"""Thin low-rank layers over large models: adapt, train, merge, save, and see what was learned and forgotten."""
+"""Thin low-rank layers over large models: adapt, train, merge, save, and see what was learned and
+forgotten."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ __all__ = [
     "using",
 ]
 
-# Where every name lives. They are imported when they are first used, so that `veneer --help` need not load PyTorch.
+# Where every name lives. They are imported when they are first used, so that `veneer --help` need not load
+# PyTorch.
 _HOMES = {
     "veneer.adapt.combine": ("combine", "extract", "to_lora"),
     "veneer.adapt.attach": ("attach", "detach"),

@@ -1,4 +1,4 @@
-"""Settings declared once, as dataclass fields: their table, and values from YAML or a command line checked."""
+"""Reads tables of settings from dataclass fields, and checks values from YAML or a command line."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _panel(kind: type, name: str) -> str:
 
 
 class Range(NamedTuple):
-    """The range of numbers that the settings `names` must be in, in words and as bounds; open: `least` is excluded."""
+    """The range that the settings `names` must be in, in words and as bounds; open: `least` is excluded."""
 
     words: str
     names: tuple[str, ...]
@@ -106,9 +106,9 @@ class Range(NamedTuple):
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], inside: Mapping[str, Iterable[str]]) -> T:
-    """Returns an object of the dataclass. Raises one ConfigError for all unknown, missing and unsuitable settings.
+    """Returns an object of the dataclass; raises one ConfigError for all unsuitable settings.
 
-    inside: names that belong inside another setting, as {"options": ["rank", ..]}, for advice on unknown ones.
+    inside: names that belong inside another setting, as {"options": ["rank", ..]}, for advice.
     """
     known = table(kind)
     problems = [

@@ -88,7 +88,8 @@ def test_nothing_changes_when_attach_refuses():
 def test_every_layer_too_small_for_the_rank_is_named():
     with pytest.raises(
         ShapeError,
-        match=r"rank 17 > min\(out, in\) = 16 at 'model\.layers\.0\.self_attn\.q_proj'; use at most 16(.|\n)*and 9 more",
+        match=r"rank 17 > min\(out, in\) = 16 at 'model\.layers\.0\.self_attn\.q_proj'; use at"
+        r" most 16(.|\n)*and 9 more",
     ):
         veneer.attach(llama(), "lora", rank=17)
 

@@ -94,7 +94,8 @@ def test_the_base_stays_bit_for_bit_under_slot_0():
         model(input_ids=ids).logits, base
     )  # at the start all rows have the base
     bank.use([None, "dora", 0])
-    # Rows are compared with the rows at the same places of the same batch: elsewhere a product may round differently.
+    # Rows are compared with the rows at the same places of the same batch: elsewhere a product may round
+    # differently.
     assert torch.equal(model(input_ids=ids).logits[[0, 2]], base[[0, 2]])
     with veneer.using(model):
         assert torch.equal(model(input_ids=ids).logits, base)
@@ -394,7 +395,8 @@ def test_ids_of_another_batch_are_refused():
     model = mixed(names=("pissa",))
     veneer.bank(model, ["pissa"]).use(["pissa", None])
     assert refusal(lambda: model(input_ids=tokens(3)), ShapeError) == (
-        "the bank has ids of shape (2,) and 'model.layers.0.self_attn.q_proj' was called with (3, 6, 32); name an adapter for"
+        "the bank has ids of shape (2,) and 'model.layers.0.self_attn.q_proj' was called with (3, 6, 32);"
+        " name an adapter for"
         " every row of this batch with use([..]), or one for all of them with use(name)"
     )
 

@@ -108,7 +108,8 @@ def test_ties_and_dare_need_a_cut_and_reach_the_outputs(how):
     model = crowded()
     with pytest.raises(
         NotMergeable,
-        match=f"'plain' at 'model.layers.0.self_attn.q_proj': {how} leaves no low rank; give rank= or energy=",
+        match=f"'plain' at 'model.layers.0.self_attn.q_proj': {how} leaves no low rank; give rank="
+        " or energy=",
     ):
         combine(model, {"plain": 1.0, "rs": 1.0}, "mix", how=how)
     combine(model, {"plain": 1.0, "rs": 1.0}, "mix", how=how, rank=4)
@@ -174,7 +175,8 @@ def test_extraction_is_open_about_the_rest():
         tuned.model.embed_tokens.weight.add_(0.1)
     with pytest.raises(
         FormatError,
-        match=r"2 parameters outside the layers of to= differ too: model\.embed_tokens\.weight, model\.norm\.weight",
+        match=r"2 parameters outside the layers of to= differ too: model\.embed_tokens\.weight,"
+        r" model\.norm\.weight",
     ):
         extract(model, tuned, "found", rank=2)
     extract(model, tuned, "whole", rank=2, rest="keep")

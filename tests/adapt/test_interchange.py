@@ -82,7 +82,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "olora": ("lora", dict(alpha=3, init="olora"), dict(lora_alpha=3, init_lora_weights="olora")),
     "olora scaled": ("lora", dict(alpha=4, init="olora"), dict(lora_alpha=4, init_lora_weights="olora")),
 }
-# Every model with every method; the methods' variants, which do not depend on the kind of layer, on one model.
+# Every model with every method; the methods' variants, which do not depend on the kind of layer, on one
+# model.
 CELLS = [(kind, method) for kind in MODELS for method in ("lora", "rslora", "dora", "pissa", "olora")]
 CELLS += [("llama", method) for method in ("pissa scaled", "pissa dora", "pissa rslora", "olora scaled")]
 
@@ -326,7 +327,8 @@ def test_the_settings_of_other_methods_have_pefts_defaults(method: str, theirs: 
 
 
 def test_a_layer_whose_name_ends_another(tmp_path: Path) -> None:
-    """`fc` and `block.fc`: PEFT matches by endings, so neither a list of names nor a bare pattern would do."""
+    """`fc` and `block.fc`: PEFT matches by endings, so neither a list of names nor a bare pattern would
+    do."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -395,8 +397,8 @@ def test_a_random_start_needs_its_initial_or_converted_folder(tmp_path: Path) ->
     with pytest.raises(FormatError) as e:
         veneer.load(models.llama(), tmp_path / "trained")
     assert (
-        "init_lora_weights 'pissa_niter_4': its randomised SVD is not seeded, so that the base it was trained on cannot"
-        in str(e.value)
+        "init_lora_weights 'pissa_niter_4': its randomised SVD is not seeded, so that the base it was"
+        " trained on cannot" in str(e.value)
     )
     assert "Pass initial= with the folder saved before training" in str(e.value)
     assert "path_initial_model_for_weight_conversion" in str(e.value)
@@ -601,12 +603,12 @@ def test_a_resized_vocabulary_is_another_base(tmp_path: Path) -> None:
     with pytest.raises(FormatError) as e:
         veneer.load(models.llama(), tmp_path)
     assert (
-        "wrong shape: model.embed_tokens.lora_embedding_A is (3, 99), the model and the settings ask for (3, 97)"
-        in str(e.value)
+        "wrong shape: model.embed_tokens.lora_embedding_A is (3, 99), the model and the settings ask for (3,"
+        " 97)" in str(e.value)
     )
     assert (
-        "model.embed_tokens.weight in the file is another than the base's ((99, 32) in the file, (97, 32) here)"
-        in str(e.value)
+        "model.embed_tokens.weight in the file is another than the base's ((99, 32) in the file, (97, 32)"
+        " here)" in str(e.value)
     )
 
 

@@ -38,7 +38,8 @@ def test_a_change_below_bfloat16_is_refused_before_anything_is_written():
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
         NotMergeable,
-        match=r"the adapter would be lost in the merge: LOST: rounding took \d+\.\d% of the change.*\n.*force=True",
+        match=r"the adapter would be lost in the merge: LOST: rounding took \d+\.\d% of the"
+        r" change.*\n.*force=True",
     ) as e:
         merge(model)
     assert e.value.exit_code == 3
@@ -111,7 +112,8 @@ def test_merging_under_another_adapter_is_refused():
 
 
 def test_the_effect_on_the_outputs_is_compared_and_a_merge_that_spoils_it_is_undone(monkeypatch):
-    """logit_error recomputed from its definition; then a writer that damages the weights, as a bad quantiser would."""
+    """logit_error recomputed from its definition; then a writer that damages the weights, as a bad
+    quantiser would."""
     import veneer.adapt.merge as module
 
     model = adapted(torch.bfloat16, 3e-3)

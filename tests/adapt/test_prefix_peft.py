@@ -1,4 +1,5 @@
-"""Prefixes in PEFT's files: the same outputs and gradients on both sides wherever positions turn keys, and refusals elsewhere."""
+"""Prefixes in PEFT's files: the same outputs and gradients on both sides wherever positions turn keys, and
+refusals elsewhere."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def other(kind: str, **config) -> nn.Module:
     return getattr(transformers, f"{kind}ForCausalLM")(own).eval()
 
 
-# Model -> its builder; base, turned numbers and neighbours of its positions by layer, from its configuration; None where it has none.
+# Model -> its builder; base, turned numbers and neighbours of its positions by layer, from its configuration;
+# None where it has none.
 MODELS = {
     "llama": (llama, [(10000, 8, False)] * 2),
     "pairs of neighbours": (lambda: other("Cohere"), [(500000, 8, True)] * 2),

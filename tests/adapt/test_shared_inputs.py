@@ -1,4 +1,5 @@
-"""Layers that read the same input share a product: found by watching, and never at the price of a wrong number."""
+"""Layers that read the same input share a product: found by watching, and never at the price of a wrong
+number."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def same(a, b):
 
 @pytest.fixture
 def products(monkeypatch):
-    """How many factors every product with A had."""
+    """Counts the factors of every product with A."""
     counts = []
 
     def counting(x, factors):

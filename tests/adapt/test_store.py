@@ -1,4 +1,4 @@
-"""What is saved comes back as it was, and nothing that is wrong with it goes unsaid."""
+"""Saved adapters load to the same numbers, and every fault of a folder is reported."""
 
 from __future__ import annotations
 
@@ -311,8 +311,8 @@ def test_what_our_own_layout_refuses(tmp_path: Path) -> None:
     )
     text = refusal(tmp_path)
     assert (
-        "- delta.safetensors differs from the file that veneer.json describes: it was changed, or a save was cut off"
-        in text
+        "- delta.safetensors differs from the file that veneer.json describes: it was changed, or a save was"
+        " cut off" in text
     )
     assert "- the model has no layer 'gone'" in text
     assert "- unknown method 'ful'; did you mean 'full'?" in text
@@ -346,8 +346,8 @@ def test_a_base_of_another_shape(tmp_path: Path) -> None:
     veneer.save(adapted(to=["q_proj"]), tmp_path)
     text = refusal(tmp_path, models.llama(vocab_size=99, num_hidden_layers=3, attention_bias=True))
     assert (
-        "weights have other shapes: model.embed_tokens.weight (97, 32) -> (99, 32), lm_head.weight (97, 32) -> (99, 32)"
-        in text
+        "weights have other shapes: model.embed_tokens.weight (97, 32) -> (99, 32), lm_head.weight (97, 32)"
+        " -> (99, 32)" in text
     )
     assert (
         "another base: weights were not in the adapter's base: model.layers.0.self_attn.q_proj.bias" in text
@@ -380,8 +380,10 @@ def test_everything_is_said_at_once(tmp_path: Path) -> None:
     text = refusal(tmp_path, other)
     for line in (
         "another base: 1 of 21 weights have other values: lm_head.weight",
-        "adapter_model.safetensors differs from the file that veneer.json describes: it was changed, or a save was cut off",
-        "wrong shape: model.layers.0.self_attn.q_proj.lora_A.weight is (4, 32), the model and the settings ask for (3, 32)",
+        "adapter_model.safetensors differs from the file that veneer.json describes: it was changed, or a"
+        " save was cut off",
+        "wrong shape: model.layers.0.self_attn.q_proj.lora_A.weight is (4, 32), the model and the settings"
+        " ask for (3, 32)",
         "missing: model.layers.0.self_attn.q_proj.lora_B.weight (32, 3)",
         f"NaN or infinity in 1 of 8 tensors: {down}.lora_A.weight",
         "the change is zero at 1 of 3 layers, which have learned nothing: model.layers.0.mlp.down_proj",
@@ -397,8 +399,8 @@ def test_unused_tensors(tmp_path: Path) -> None:
     )
     text = refusal(tmp_path)
     assert (
-        "- 1 tensors belong to no layer: base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight (3, 32)\n"
-        in text
+        "- 1 tensors belong to no layer: base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight (3,"
+        " 32)\n" in text
     )
     assert text.endswith("to go on all the same: allow=('unused',)")
     veneer.load(models.llama(), tmp_path, allow=("unused",))
@@ -512,8 +514,10 @@ def test_an_untrained_adapter_is_not_saved(tmp_path: Path) -> None:
         with pytest.raises(FormatError) as e:
             veneer.save(model, tmp_path / "a")
         assert str(e.value) == (
-            "adapter 'default' was not saved:\n- the change is zero at 2 of 2 layers, which have learned nothing: "
-            "model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj\nto go on all the same: allow=('zero',)"
+            "adapter 'default' was not saved:\n- the change is zero at 2 of 2 layers, which have learned"
+            " nothing: "
+            "model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj\nto go on all the same:"
+            " allow=('zero',)"
         )
         assert not (tmp_path / "a").exists()
     veneer.save(model, tmp_path / "a", allow="zero")
@@ -686,7 +690,8 @@ def test_a_fine_tuned_base_is_another(dtype: torch.dtype) -> None:
             )
     (text,) = fingerprint.differences(tuned.to(dtype), record)
     assert text == (
-        "another base: 2 of 21 weights have other values: model.layers.0.self_attn.v_proj.weight, model.layers.1.self_attn.v_proj.weight"
+        "another base: 2 of 21 weights have other values: model.layers.0.self_attn.v_proj.weight,"
+        " model.layers.1.self_attn.v_proj.weight"
     )
 
 
@@ -767,7 +772,8 @@ def test_the_probe_holds_in_other_dtypes(build: Any, dtype: torch.dtype, tmp_pat
 def test_the_probe_allows_rounding_and_no_more(
     dtype: torch.dtype, allowed: float, which: str, tmp_path: Path
 ) -> None:
-    """allowed: of the largest output that is kept; another kernel's rounding stays well below, a wrong adapter well above."""
+    """allowed: of the largest output that is kept; another kernel's rounding stays well below, a wrong
+    adapter well above."""
     ours = adapted(build=lambda: models.llama().to(dtype))
     veneer.save(ours, tmp_path)
     probe = manifest(tmp_path)["probe"]

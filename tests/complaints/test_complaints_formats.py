@@ -1,4 +1,5 @@
-"""Complaints about formats, resuming, memory and platforms (docs/complaints.md), each test named after the thread it answers."""
+"""Complaints about formats, resuming, memory and platforms (docs/complaints.md), each test named after the
+thread it answers."""
 
 from __future__ import annotations
 

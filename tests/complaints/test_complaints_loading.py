@@ -1,4 +1,5 @@
-"""Complaints about adapters saved wrong or loaded dead (docs/complaints.md), each test named after the thread it answers."""
+"""Complaints about adapters saved wrong or loaded dead (docs/complaints.md), each test named after the
+thread it answers."""
 
 from __future__ import annotations
 

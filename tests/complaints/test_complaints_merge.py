@@ -51,7 +51,8 @@ def test_peft_1043_weights_packed_in_an_unknown_way_are_refused():
     model.model.layers[0].self_attn.q_proj = Linear4bit(32, 32)
     with pytest.raises(
         SiteError,
-        match=r"'model\.layers\.0\.self_attn\.q_proj' is a Linear4bit whose weight is packed \(torch\.uint8\)",
+        match=r"'model\.layers\.0\.self_attn\.q_proj' is a Linear4bit whose weight is packed"
+        r" \(torch\.uint8\)",
     ):
         veneer.attach(model, "lora", rank=2)
     assert not veneer.adapters(model)
@@ -135,7 +136,8 @@ def test_mlx_lm_1172_a_change_that_rounding_swallows_is_never_written(folder):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_unsloth_2142_the_folder_that_was_written_does_what_the_adapter_did(tmp_path, tied):
-    """Tied: the output head alone is adapted, so that the merged model may not share it with the embedding any more."""
+    """Tied: the output head alone is adapted, so that the merged model may not share it with the embedding
+    any more."""
     from transformers import AutoModelForCausalLM
 
     base = tiny.base(tmp_path / "base", tie_word_embeddings=tied)
@@ -150,7 +152,8 @@ def test_unsloth_2142_the_folder_that_was_written_does_what_the_adapter_did(tmp_
 
 
 def test_peft_1939_a_merge_takes_the_memory_of_a_few_matrices():
-    """Changes are made and written one layer at a time; copies for undoing are kept only where the model stays."""
+    """Changes are made and written one layer at a time; copies for undoing are kept only where the model
+    stays."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(32)))
     veneer.attach(model, "lora", to=[str(i) for i in range(32)], rank=2)

@@ -1,4 +1,5 @@
-"""Complaints about settings that were not what they seemed (docs/complaints.md), each test named after the thread it answers."""
+"""Complaints about settings that were not what they seemed (docs/complaints.md), each test named after the
+thread it answers."""
 
 from __future__ import annotations
 
@@ -254,7 +255,8 @@ def test_unsloth_126_a_packed_text_sees_no_other():
 
 
 def test_lerobot_3551_pefts_own_scale_is_kept_when_its_adapters_are_read(tmp_path):
-    """The scale of PEFT's default, alpha 8 whatever the rank, is kept as it is when such an adapter is read."""
+    """The scale of PEFT's default, alpha 8 whatever the rank, is kept as it is when such an adapter is
+    read."""
     theirs = peft.get_peft_model(
         models.llama(), peft.LoraConfig(r=16, target_modules=["q_proj"], init_lora_weights=False)
     )

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import models, tiny
 
-from veneer.data import chat, order, pack, row_files, split
+from veneer.data import chat, pack, row_files, split
 from veneer.data.chat import Part
+from veneer.data.order.order import order
 from veneer.data.pack import IGNORED, Segment
 from veneer.data.row_files import Row
 from veneer.data.tokens import Tokens, encode
@@ -24,7 +25,10 @@ from veneer.tasks.text import checks
 from veneer.tasks.text.next_token import loss
 
 LENGTH = 12
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 REWRITES = (
     "{% for m in messages %}<{{ m.role }}>{% if loop.last %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
 )
@@ -152,8 +156,12 @@ def learned(row: Row, template: str | None = None, train_on: str = "completion")
 
 
 TALK = Row("messages", {"messages": [
-    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"},
-    {"role": "user", "content": "And <|end|>?"}, {"role": "assistant", "content": "The end."}, {"role": "user", "content": "Bye"},
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And <|end|>?"},
+    {"role": "assistant", "content": "The end."},
+    {"role": "user", "content": "Bye"},
 ]}, "talk")  # fmt: skip
 
 
@@ -194,7 +202,10 @@ def test_only_completions_and_assistant_turns_are_learned(row, template, whole, 
 
 
 def test_a_template_without_an_end_gets_one():
-    bare = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    bare = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
     row = Row("messages", {"messages": TALK.columns["messages"][1:3]}, "")
     assert learned(row, bare) == ("[user] 2 + 2? [assistant] 4 <|end|>", "4 <|end|>")
 

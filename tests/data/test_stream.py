@@ -21,7 +21,7 @@ from support.tiny import jsonl
 
 from veneer.data import hub, row_files_streamed
 from veneer.data.forms.shape import Shape
-from veneer.data.order_streamed import PiecesFrom, Place, Stream
+from veneer.data.order.streamed import PiecesFrom, Place, Stream
 from veneer.data.pack import OPEN, Packer, Segment, pack
 from veneer.data.row_files import Row, read_file
 from veneer.errors import ConfigError, DataError

@@ -1,4 +1,5 @@
-"""Tables, datasets and weights: the same rows from every format, and what is said of those that cannot be read."""
+"""Tables, datasets and weights: the same rows from every format, and what is said of those that cannot be
+read."""
 
 from __future__ import annotations
 
@@ -159,7 +160,7 @@ def test_a_table_without_rows_is_refused(tmp_path):
         row_files.read_file(tmp_path / "a.parquet")
 
 
-# -- datasets ---------------------------------------------------------------------------------------------------------
+# -- datasets ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,8 @@ def test_folders_of_datasets_are_read_by_split(saved):
         (
             "splits",
             "test",
-            "splits: no split is named for test; choose one: FOLDER/splits:extra, FOLDER/splits:train, FOLDER/splits:va",
+            "splits: no split is named for test; choose one: FOLDER/splits:extra, FOLDER/splits:train,"
+            " FOLDER/splits:va",
         ),
         ("one:train", "train", "one: the dataset has no splits; remove :train"),
     ],
@@ -259,7 +261,7 @@ def test_a_missing_file_is_no_name_on_the_hub(tmp_path, monkeypatch):
             sources.rows([name], "train")
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
+# -- weights -------------------------------------------------------------------------------------------------
 
 
 def test_a_weight_says_how_often_an_epoch_has_a_row():

@@ -1,4 +1,5 @@
-"""Chat templates and their masks: whole conversations in tests/golden, written by hand, with what is learned between ⟦ and ⟧."""
+"""Chat templates and their masks: whole conversations in tests/golden, written by hand, with what is
+learned between ⟦ and ⟧."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ MARKED = [
 CASES = sorted(p.name.removesuffix(".txt") for p in GOLDEN.glob("*.txt"))
 
 TALK = {"messages": [
-    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"},
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
     {"role": "user", "content": "And 3 + 3?"}, {"role": "assistant", "content": "6"},
 ]}  # fmt: skip
 TOOLS = {
@@ -73,7 +76,10 @@ def rows(tmp_path) -> dict[str, Row]:
 
 
 def shown(found: Tokens, by: Any) -> str:
-    """The tokens as text, with ⟦ and ⟧ around what is learned. Masks change between tokens only, so this loses nothing."""
+    """The tokens as text, with ⟦ and ⟧ around what is learned.
+
+    Masks change between tokens only, so this loses nothing.
+    """
     out, before = [], False
     for token, learned in zip(found.ids.tolist(), found.learned.tolist(), strict=True):
         if learned != before:
@@ -122,7 +128,8 @@ def test_marked_masks_are_those_of_transformers(name, which, rows):
 
 def test_roles_that_are_learned_can_be_chosen(rows):
     assert of("llama3", rows["talk"], "user").split("⟦")[1:] == [
-        "2 + 2?<|eot_id|>⟧<|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+        "2 + 2?<|eot_id|>⟧<|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n",
         "And 3 + 3?<|eot_id|>⟧<|start_header_id|>assistant<|end_header_id|>\n\n6<|eot_id|>",
     ]
     both = of("chatml", rows["talk"], "assistant", "user")
@@ -160,7 +167,7 @@ def test_roles_that_make_no_sense_are_refused():
         Run(data="a.jsonl", train_roles=())
 
 
-# -- the loss, by hand ------------------------------------------------------------------------------------------------
+# -- the loss, by hand ----------------------------------------------------------------------------------
 
 
 class Fixed(torch.nn.Module):
@@ -222,7 +229,7 @@ def test_the_loss_of_a_run_is_the_value_by_hand(tmp_path):
     assert before["valid_bpb"] == pytest.approx(labels * math.log2(n) / len("yesno way"), rel=1e-6)
 
 
-# -- at the door ------------------------------------------------------------------------------------------------------
+# -- at the door ----------------------------------------------------------------------------------------
 
 
 def gathered(data: str, **more: Any) -> dict[str, list[Row]]:

@@ -148,7 +148,8 @@ def test_bottlenecks_that_make_no_sense_are_refused():
         veneer.attach(llama(), "bottleneck", activation="tanh")
     with pytest.raises(
         SiteError,
-        match=r"the layers of the end of the attention block .* are not known in a ConvNet; name them with to=",
+        match=r"the layers of the end of the attention block .* are not known in a ConvNet; name"
+        r" them with to=",
     ):
         veneer.attach(conv_net(), "bottleneck")
     with pytest.raises(

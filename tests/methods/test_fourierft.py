@@ -61,7 +61,10 @@ def test_every_parity_of_sizes_and_every_frequency_by_both_ways(out, in_, small,
     inputs = (x, delta.c.detach().requires_grad_())
     y = torch.randn(2, 3, out, dtype=torch.float64, requires_grad=True)
     for writable in (False, True):
-        sums = lambda y, z, c, w=writable: fourier.added(y * 1, z, c, delta.rows, delta.columns, writable=w)  # noqa: E731
+
+        def sums(y, z, c, w=writable):
+            return fourier.added(y * 1, z, c, delta.rows, delta.columns, writable=w)
+
         assert torch.autograd.gradcheck(sums, (y, *inputs))
 
 

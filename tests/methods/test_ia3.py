@@ -82,7 +82,8 @@ def test_it_dials_stacks_and_comes_off_a_whole_model():
 def test_models_whose_layers_are_not_known_are_refused():
     with pytest.raises(
         SiteError,
-        match=r"the layers of keys and values and the end of the feed-forward block are not known in a ConvNet",
+        match=r"the layers of keys and values and the end of the feed-forward block are not known"
+        r" in a ConvNet",
     ):
         veneer.attach(conv_net(), "ia3")
     with pytest.raises(

@@ -233,7 +233,7 @@ def test_any_shape_rank_and_dtype(in_, out, data, seed, dtype, batch, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_compiled_graph(method):
-    torch._dynamo.reset()  # every method is another version of the same functions, of which only so many are kept
+    torch._dynamo.reset()  # each method compiles these functions anew; the cache holds few versions
     _, model, x, _ = made(method, "linear")
     shake(model)
     y = model(x)

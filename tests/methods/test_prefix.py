@@ -42,8 +42,7 @@ def test_keys_and_values_stand_in_front_and_the_model_is_otherwise_itself(build)
 @pytest.mark.parametrize("moving", [True, False])
 @pytest.mark.parametrize("kind", ["causal", "free", "masked"])
 def test_an_attention_with_a_prefix_is_a_softmax_over_all(kind, moving):
-    """Whether the text takes gradients too, as behind the first layer, or the prefix alone, which has a
-    backward of its own."""
+    """With `text`, gradients reach the text too, as behind the first layer; otherwise the prefix alone."""
     model = with_prefix(lambda: llama().double())
     site, delta = changes(model, "default")[0]
     q, k, v = (torch.randn(2, heads, 5, 8, dtype=torch.float64, requires_grad=moving) for heads in (4, 2, 2))

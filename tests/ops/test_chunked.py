@@ -48,7 +48,7 @@ def test_the_kernels_gradient_is_that_of_cross_entropy(kernel, smoothing, dtype,
 
 @pytest.mark.parametrize("head", [nn.Identity(), nn.Sequential(nn.Linear(9, 9), nn.Tanh()), nn.Linear(9, 9)])
 def test_logits_that_somebody_reads_again_are_not_written_over(head):
-    """Those that are the features themselves, and those that tanh keeps for its backward."""
+    """Logits that are the features themselves, and logits kept by tanh for its backward."""
     features, labels = torch.randn(7, 9, requires_grad=True), torch.arange(7)
     before = features.detach().clone()
     loss = cross_entropy(features, labels, head, list(head.parameters()), chunk=3, kernel=whole)

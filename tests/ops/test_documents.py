@@ -96,7 +96,7 @@ def test_a_training_step_on_packed_windows_makes_no_mask_and_is_the_plain_one(co
 
 
 def given_to_attention(model, rows, monkeypatch):
-    """What the attention function gets as a mask."""
+    """Collects the masks that the attention function receives."""
     seen = []
     real = fast_attention.documents
     monkeypatch.setattr(

@@ -130,7 +130,7 @@ def test_8_at_b_zero_the_first_step_is_of_b_alone():
 
 
 def second_step(rate: float, damping: float) -> float:
-    """How far A moves, in shares of its length, in the second step from B = 0 along random signs."""
+    """Returns the second step of A over the length of A, from B = 0 along random signs."""
     draw = torch.Generator().manual_seed(3)
     start = (2 * torch.rand(R, N, generator=draw, dtype=torch.float64) - 1) / math.sqrt(N)
     signs = [torch.randn(M, N, generator=draw, dtype=torch.float64).sign() for _ in range(2)]
@@ -212,8 +212,8 @@ def test_13_state_sizes_of_a_llama_2_7b():
     parts = parts[:2]
     told = optim.make("lorapro", form="full").announcement(optim.Trained(parts))
     assert (
-        told
-        == "LoRA-Pro's full form keeps two matrices of every layer's size: 134 MB; form factored keeps 4.36 MB"
+        told == "LoRA-Pro's full form keeps two matrices of every layer's size: 134 MB; form"
+        " factored keeps 4.36 MB"
     )
     assert optim.make("lorapro").announcement(optim.Trained(parts)) is None
 

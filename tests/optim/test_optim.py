@@ -87,8 +87,8 @@ def test_nothing_to_train_is_refused():
     with pytest.raises(ConfigError) as e:
         groups.of_adapter(model, "default")
     assert (
-        str(e.value)
-        == "nothing to train: no parameter requires a gradient; choose a method with parameters, or other layers"
+        str(e.value) == "nothing to train: no parameter requires a gradient; choose a method with"
+        " parameters, or other layers"
     )
     frozen = models.llama().requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing to train"):
@@ -103,7 +103,10 @@ def test_an_unknown_optimiser_is_refused():
 def test_options_are_the_optimisers_own():
     with pytest.raises(ConfigError) as e:
         optim.make("loraplus", ration=2.0, damping=1.0)
-    told = "optimiser 'loraplus' has no option 'ration'; did you mean 'ratio'?\noptimiser 'loraplus' has no option 'damping'; known: ratio"
+    told = (
+        "optimiser 'loraplus' has no option 'ration'; did you mean 'ratio'?\noptimiser"
+        " 'loraplus' has no option 'damping'; known: ratio"
+    )
     assert str(e.value) == told
 
 

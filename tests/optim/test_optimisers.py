@@ -1,5 +1,5 @@
-"""What holds of every optimiser: it finds its pairs by role, learns, goes on bit for bit, and one batch is
-many micro-batches."""
+"""Every optimiser finds its pairs by role, learns, resumes bit for bit, and accumulates micro-batches
+exactly."""
 
 from __future__ import annotations
 
@@ -165,7 +165,10 @@ def test_numbers_that_are_not_finite_are_reported_with_the_layer(name):
     before = trained(made)
     with pytest.raises(NotFinite) as e:
         made.optimiser.step()
-    told = "A A' or B'B is not finite at model.layers.1.self_attn.q_proj; resume from a checkpoint with a lower lr"
+    told = (
+        "A A' or B'B is not finite at model.layers.1.self_attn.q_proj; resume from a checkpoint"
+        " with a lower lr"
+    )
     assert str(e.value) == told and all(torch.equal(a, b) for a, b in zip(before, trained(made), strict=True))
 
 

@@ -22,7 +22,7 @@ PARTS = {
 
 
 def changed(t, placement, curve, x, h):
-    """What becomes of the output h of a part that read x: a sequential adapter reads h, and a parallel one x,
-    four times as large."""
+    """Returns the new output for input x and output h: sequential adapters read h, parallel ones x, times
+    4."""
     read, s = (x, 4) if placement == "parallel" else (h, 1)
     return h + s * (CURVES[curve](read @ t["D"].T + t["a"]) @ t["U"].T + t["u"])

@@ -10,7 +10,7 @@ def projector(M):
 
 
 def projection(G, A, B):
-    """What of G a change of A and B can reach to first order: G - (1 - P_B) G (1 - P_A)."""
+    """Returns the part of G within first-order reach of A and B: G - (1 - P_B) G (1 - P_A)."""
     m, n = G.shape
     return G - (np.eye(m) - projector(B)) @ G @ (np.eye(n) - projector(A.T))
 

@@ -10,8 +10,10 @@ def best(G, k):
 
 
 def first_step(G, A, B, s):
-    """What one step of gradient descent at rate 1 does to s B A, to first order: B moves along s G A', A
-    along s B' G."""
+    """Returns the first-order change of s B A in one descent step at rate 1.
+
+    B moves along s G A', A along s B' G.
+    """
     return -s * ((s * G @ A.T) @ A + B @ (s * B.T @ G))
 
 

@@ -1,4 +1,5 @@
-"""The model card of a run: its numbers are the run's, its header is the Hub's, and what it says to type works."""
+"""The model card of a run: its numbers are the run's, its header is the Hub's, and what it says to type
+works."""
 
 from __future__ import annotations
 

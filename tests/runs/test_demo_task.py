@@ -1,4 +1,5 @@
-"""Every method and variant learns the demo's text with the built-in model at its rate there, and leaves the base as it was."""
+"""Every method and variant learns the demo's text with the built-in model at its rate there, and leaves
+the base as it was."""
 
 from __future__ import annotations
 

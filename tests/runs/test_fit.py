@@ -1,4 +1,5 @@
-"""`fit` as a whole: settings, what is checked at the door, learning by every method, and what lies in the folder afterwards."""
+"""`fit` as a whole: settings, what is checked at the door, learning by every method, and what lies in the
+folder afterwards."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def loaded(name: str) -> nn.Module:
     return pretrained.causal_lm(name, torch.float32, torch.device("cpu"))
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------
+# -- settings ------------------------------------------------------------------------------------------------
 
 
 def refused(**changed: Any) -> list[str]:
@@ -116,7 +117,8 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         ),
         (
             {"optimiser_options": {"ratio": 0.5}, "optimiser": "loraplus"},
-            "optimiser 'loraplus': ratio 0.5 < 1 slows B down, the opposite of LoRA+; use >= 1, or pass allow='ratio'",
+            "optimiser 'loraplus': ratio 0.5 < 1 slows B down, the opposite of LoRA+; use >= 1, or pass"
+            " allow='ratio'",
         ),
         (
             {"optimiser": "loraplus", "method": "full"},
@@ -207,7 +209,7 @@ def test_every_setting_has_a_help_text_and_every_number_that_has_a_unit_says_it(
     assert {n for n, row in table.items() if row.unit == "steps"} == {"steps", "eval_every", "save_every"}
 
 
-# -- the door ---------------------------------------------------------------------------------------------------------
+# -- the door ------------------------------------------------------------------------------------------------
 
 PAIRS = [{"prompt": f"{n} cats?", "completion": " yes" * (n % 3 + 1)} for n in range(11)]
 
@@ -309,8 +311,8 @@ def test_a_batch_without_a_label_is_refused():
     with pytest.raises(DataError) as e:
         learner.step([[masked]], 0.1)
     assert (
-        str(e.value)
-        == "no token of this batch is learned (every label is masked); give rows with a completion, or train_on='all'"
+        str(e.value) == "no token of this batch is learned (every label is masked); give rows with a"
+        " completion, or train_on='all'"
     )
 
 
@@ -340,8 +342,8 @@ def test_a_tokenizer_of_another_model_and_missing_weights_are_refused(given, tmp
     )
     said = door_says(given, ConfigError, model=str(tmp_path / "base"))
     assert (
-        said
-        == f"model {str(tmp_path / 'base')!r} lacks 1 weights of a LlamaForCausalLM, which would be random: lm_head.weight"
+        said == f"model {str(tmp_path / 'base')!r} lacks 1 weights of a LlamaForCausalLM, which"
+        " would be random: lm_head.weight"
     )
 
 
@@ -363,7 +365,7 @@ def test_a_module_that_takes_more_than_one_input_cannot_be_kept_as_a_change():
         )
 
 
-# -- learning ---------------------------------------------------------------------------------------------------------
+# -- learning ------------------------------------------------------------------------------------------------
 
 METHODS = {
     "lora": {"options": {"rank": 4}, "lr": 2e-2},
@@ -422,7 +424,10 @@ def test_every_method_learns_and_its_adapter_is_what_was_measured(given, name):
 def test_what_large_moments_take_is_said_before_the_training(given):
     result = fit(Run.from_dict({**given, **METHODS["lorapro"], "steps": 1, "to": ["q_proj"]}), progress=False)
     notes = "\n".join(json.loads((result.folder / "config.json").read_text())["notes"])
-    said = r"LoRA-Pro's full form keeps two matrices of every layer's size: [\d.]+ kB; form factored keeps [\d.]+ kB"
+    said = (
+        r"LoRA-Pro's full form keeps two matrices of every layer's size: [\d.]+ kB; form"
+        r" factored keeps [\d.]+ kB"
+    )
     assert re.search(said, notes)
 
 
@@ -571,7 +576,7 @@ def test_bits_per_byte_by_hand():
     )
 
 
-# -- the run's folder -------------------------------------------------------------------------------------------------
+# -- the run's folder ----------------------------------------------------------------------------------------
 
 
 def test_the_best_step_is_what_is_kept(given, monkeypatch):
@@ -658,7 +663,7 @@ def test_the_users_random_numbers_and_default_signals_are_left_alone(given):
     assert torch.equal(torch.rand(3), expected)
 
 
-# -- what is said -----------------------------------------------------------------------------------------------------
+# -- what is said --------------------------------------------------------------------------------------------
 
 
 def test_without_a_terminal_there_are_sentences_and_no_bar(given, capsys):

@@ -1,4 +1,5 @@
-"""Killed, stopped, damaged or misused, a training goes on bit for bit as if nothing had happened, or says why it cannot."""
+"""Killed, stopped, damaged or misused, a training goes on bit for bit as if nothing had happened, or says
+why it cannot."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def halfway(given: dict[str, Any], step: int = 5) -> None:
     assert tiny.train(given, signal_at=(step, signal.SIGTERM)) == 143
 
 
-# -- kills and signals ------------------------------------------------------------------------------------------------
+# -- kills and signals ---------------------------------------------------------------------------------------
 
 
 def test_metrics_are_what_a_training_computes(whole):
@@ -113,7 +114,7 @@ def test_a_finished_run_is_returned_as_it_is(given, whole):
     assert {p: p.stat().st_mtime_ns for p in Path(given["out"]).rglob("*") if p.name != "lock"} == before
 
 
-# -- damage -----------------------------------------------------------------------------------------------------------
+# -- damage --------------------------------------------------------------------------------------------------
 
 
 def saved(folder: Path, *numbers: int) -> None:
@@ -305,7 +306,7 @@ def test_a_full_disk_in_a_training_can_be_resumed_from(given, whole, monkeypatch
     assert_same(given, whole)
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------
 
 
 def test_two_trainings_in_one_folder_are_refused(given):
@@ -325,7 +326,8 @@ def test_another_run_and_other_files_in_the_folder_are_refused(given, tmp_path):
     with pytest.raises(ConfigError) as e:
         fit(Run.from_dict(given), progress=False)
     assert str(e.value) == (
-        f"out {given['out']} holds another run (unfinished); go on with it by resume=True, or choose another folder"
+        f"out {given['out']} holds another run (unfinished); go on with it by resume=True, or choose another"
+        " folder"
     )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
@@ -405,11 +407,12 @@ def test_metrics_that_were_lost_are_missed(given):
     with pytest.raises(FormatError) as e:
         fit(resumed(given), progress=False)
     assert str(e.value) == (
-        f"{metrics} must have {length} bytes or more, as at its checkpoint, got {length - 1}; restore it or start in another folder"
+        f"{metrics} must have {length} bytes or more, as at its checkpoint, got {length - 1}; restore it or"
+        " start in another folder"
     )
 
 
-# -- numbers that are not finite --------------------------------------------------------------------------------------
+# -- numbers that are not finite -----------------------------------------------------------------------------
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
@@ -451,7 +454,8 @@ def test_five_such_steps_in_a_row_end_the_training_with_the_last_good_state(give
     with pytest.raises(Diverged) as e:
         fit(Run.from_dict({**given, "keep": 9, "save_every": 2}), progress=False)
     assert str(e.value) == (
-        "5 steps in a row were skipped, the last, step 7, because the loss is nan; the last good step is saved in"
+        "5 steps in a row were skipped, the last, step 7, because the loss is nan; the last good step is"
+        " saved in"
         f" {given['out']}. Lower lr (its peak was 0.01), lengthen warmup, or use precision='fp32'"
     )
     good, last = state(given, 2), state(given, 7)

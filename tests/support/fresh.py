@@ -13,7 +13,7 @@ SOURCE = Path(veneer.__file__).parent.parent
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What a new interpreter did with these arguments."""
+    """Runs a new interpreter with these arguments and returns the finished process."""
     path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
@@ -21,7 +21,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def printed(code: str, *arguments: str) -> str:
-    """What a program prints that must not fail."""
+    """Returns the output of a program; fails the test if the program fails."""
     done = python("-c", code, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout

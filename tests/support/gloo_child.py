@@ -1,4 +1,4 @@
-"""What runs in each of several processes that are joined by gloo: one takes a share of the batches and keeps what came of all."""
+"""Runs in each of several gloo processes: computes a share of the batches and keeps the sums over all."""
 
 from __future__ import annotations
 

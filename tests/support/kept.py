@@ -1,4 +1,4 @@
-"""How many bytes a forward pass keeps for its backward."""
+"""Counts the bytes that a forward pass keeps for its backward."""
 
 from __future__ import annotations
 

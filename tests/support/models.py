@@ -60,7 +60,8 @@ def bert(seed: int = 0, **config: Any) -> nn.Module:
 
 
 class ConvNet(nn.Module):
-    """x (b, 3, 8, 8) -> (b, 5): 2-D convolutions with stride and padding, then a 1-D one over the flattened image."""
+    """x (b, 3, 8, 8) -> (b, 5): 2-D convolutions with stride and padding, then a 1-D one over the
+    flattened image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +93,8 @@ def inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def output(model: nn.Module, seed: int = 0) -> Tensor:
-    """The model's logits (b, ..) on `inputs(model, seed)`; a wrapper around one of the models is asked for its own."""
+    """The model's logits (b, ..) on `inputs(model, seed)`; a wrapper around one of the models is asked for
+    its own."""
     inner = getattr(getattr(model, "base_model", None), "model", model)  # PEFT's wrapper holds it there
     given = inputs(inner if isinstance(inner, ConvNet) else model, seed)
     y = model(**given)

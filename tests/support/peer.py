@@ -96,8 +96,7 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def _same_gradients(ours: nn.Module, theirs: nn.Module, names: Mapping[str, str]) -> None:
-    """That every parameter of every layer has its gradient there, number by number, and that there are no
-    others."""
+    """Asserts equal gradients for every parameter of every layer, and the same set of parameters."""
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     for site, delta in changes(ours, "default"):
         for name, p in delta.named_parameters():

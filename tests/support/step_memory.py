@@ -22,7 +22,8 @@ def batch(shape=SHAPE):
 
 
 def real_step(model, parameters):
-    """Bytes alive and bytes kept of a real step on the same shape, as the trackers see them; no gradient is left."""
+    """Bytes alive and bytes kept of a real step on the same shape, as the trackers see them; no gradient
+    is left."""
     model.train()
     next_token.loss(model, batch())  # the head is checked once, on logits that no later step makes
     live, saved = Live(), Saved([*model.parameters(), *model.buffers()])

@@ -1,4 +1,5 @@
-"""A tiny language model on disk, texts for it to learn, and trainings in processes of their own that may be killed."""
+"""A tiny language model on disk, texts for it to learn, and trainings in processes of their own that may
+be killed."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def base(folder: Path, **config: Any) -> Path:
 
 
 def settings(folder: Path, **changed: Any) -> dict[str, Any]:
-    """A short training with everything on that draws random numbers or adds up: dropout, accumulation, packing."""
+    """A short training with everything on that draws random numbers or adds up: dropout, accumulation,
+    packing."""
     if not (folder / "base").exists():
         base(folder / "base")
         (folder / "train.txt").write_text(text(1, 1200), encoding="utf-8")
@@ -133,7 +135,8 @@ def _forks() -> Any:
 def train(given: dict[str, Any], *, signal_at: tuple[int, int] | None = None, die_after: float = 0.0) -> int:
     """A training in a process of its own: its exit code, negative for the signal that killed it.
 
-    signal_at: (step, signal), sent as soon as that step is computed; die_after: seconds of training until a deadly alarm.
+    signal_at: (step, signal), sent as soon as that step is computed; die_after: seconds of training until a
+    deadly alarm.
     """
     from support import tiny_child
 

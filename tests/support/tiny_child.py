@@ -1,4 +1,5 @@
-"""What runs in the processes of tiny.start: imported once by the fork server, so that a training costs no imports."""
+"""Runs in the processes of tiny.start; the fork server imports it once, so that a training costs no
+imports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Finds sentences, lines, functions, files and folders that break the rules of CONTRIBUTING.
 
-`python tests/support/wording.py` prints every finding; a path limits the list. With `--shrink` it rewrites the lists
-in tests/project/left: entries that were mended go, counts that fell are lowered, none is added or raised.
+`python tests/support/wording.py` prints every finding; a path limits the list. `--shrink` rewrites the
+lists in tests/project/left: removes mended entries and lowers counts, but adds nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ OPENING = re.compile(
     r"(What|Whether|Which|How|That|The ones? that|The ones? whose|Those (that|who|which|whose))\b"
 )
 PHRASES = re.compile(
-    r"\b(is|are|was|were) no (?!longer\b)|\b(is|are|was|were|has|have) none\b|\b(is|are|was|were) (told|said)\b"
+    r"\b(is|are|was|were) no (?!longer\b)|\b(is|are|was|were|has|have) none\b"
+    r"|\b(is|are|was|were) (told|said)\b"
     r"|\btold of\b|(?<!just) as (it is|they are)\b|\bas ever\b|\bis nothing that\b|\bnot foreseen\b"
 )
 # Words about words: this file and the rules themselves must name what they forbid.
@@ -110,7 +111,7 @@ def prose(file: str, text: str) -> Iterator[Finding]:
 
 
 def columns(file: str, text: str) -> Iterator[Finding]:
-    """Yields lines over 110 columns; rows of Markdown tables and lines that are one address cannot be split."""
+    """Yields lines over 110 columns; rows of Markdown tables and lines that are one address may be longer."""
     for number, line in enumerate(text.splitlines(), 1):
         if (
             len(line) > COLUMNS
@@ -125,7 +126,7 @@ def lone_address(line: str) -> bool:
 
 
 def sizes(file: str, source: str) -> Iterator[Finding]:
-    """Yields a file of src over 250 lines and functions over 40 lines, docstring included."""
+    """Yields a file of src over 250 lines and functions over 40 lines, docstrings aside."""
     length = source.count("\n")
     if length > FILE_LINES:
         yield Finding("file", file, 1, f"{length} lines", length)
@@ -134,7 +135,13 @@ def sizes(file: str, source: str) -> Iterator[Finding]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 name = f"{above}{child.name}"
-                lines = (child.end_lineno or child.lineno) - child.lineno + 1
+                doc = ast.get_docstring(child, clean=False)
+                lines = (
+                    (child.end_lineno or child.lineno)
+                    - child.lineno
+                    + 1
+                    - len(doc.split("\n") if doc else [])
+                )
                 if lines > FUNCTION_LINES and not isinstance(child, ast.ClassDef):
                     yield Finding("function", f"{file}::{name}", child.lineno, f"{lines} lines", lines)
                 yield from walk(child, f"{name}.")
@@ -170,7 +177,7 @@ def look_over() -> list[Finding]:
 
 
 def room(place: str) -> str:
-    """Returns the list that a place belongs to: its room in src, else its first folder ("tests-train", "docs")."""
+    """Returns the list of a place: its room in src, else its first folder ("tests-train", "docs")."""
     parts = place.split("::")[0].split("/")
     if parts[0] == "src":
         return parts[2] if len(parts) > 3 else "src"
@@ -203,9 +210,9 @@ def listed(name: str = "*") -> dict[tuple[str, str], int]:
 
 
 HEADER = """\
-# Places of this room that do not yet follow the rules of tests/support/wording.py. The list may only get shorter.
-# Mend a place, then run `python tests/support/wording.py --shrink` and commit this file with it (after a conflict
-# too: take either side and run it). `python tests/support/wording.py PATH` prints the findings below PATH.
+# Places of this room that break the rules of tests/support/wording.py. The list only gets shorter:
+# mend a place, run `python tests/support/wording.py --shrink`, and commit this file with it. After a conflict
+# take either side and run it. `python tests/support/wording.py PATH` prints the findings below PATH.
 """
 
 

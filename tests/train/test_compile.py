@@ -1,4 +1,5 @@
-"""Compiled training: the same function, the same bits when resumed, few graphs, and a plain word where it cannot be."""
+"""Compiled training: the same function, the same bits when resumed, few graphs, and a plain word where it
+cannot be."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_a_batch_is_as_wide_as_the_least_width_that_holds_it(longest, width):
 
 
 def test_a_graph_that_holds_a_derivative_of_our_own_is_found_again():
-    """And is not taken for one that has another derivative: PyTorch leaves such graphs out of its cache unless told."""
+    """And is not taken for one that has another derivative: PyTorch leaves such graphs out of its cache
+    unless told."""
     draw = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 1, 2, 6, 8, generator=draw).requires_grad_()
     found = []

@@ -1,4 +1,5 @@
-"""Blocks below the first adapted one: no graph is made of them, and what leaves them can be kept instead of computed."""
+"""Blocks below the first adapted one: no graph is made of them, and what leaves them can be kept instead
+of computed."""
 
 from __future__ import annotations
 
@@ -133,7 +134,7 @@ def test_the_frozen_blocks_are_computed_once_for_each_window_and_again_where_the
     assert torch.equal(other.of(SOME[0]), values[0]) and len(calls) == 5
 
 
-# -- what cannot be kept ----------------------------------------------------------------------------------------------
+# -- what cannot be kept -------------------------------------------------------------------------------------
 
 
 class Crossed(nn.Module):
@@ -201,7 +202,7 @@ def test_models_and_settings_that_do_not_allow_it_are_refused(tmp_path, monkeypa
         veneer.fit_many([Run.from_dict({"data": "a.txt", "cache_frozen": True})], progress=False)
 
 
-# -- in a run ---------------------------------------------------------------------------------------------------------
+# -- in a run ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

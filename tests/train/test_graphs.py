@@ -1,4 +1,7 @@
-"""CUDA graphs: refused without a GPU, and gradients that no graph's memory holds. What needs a GPU is skipped without one."""
+"""CUDA graphs: refused without a GPU, and gradients that no graph's memory holds.
+
+What needs a GPU is skipped without one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Training from nothing at low rank: GaLore's steps against projections written out, ReLoRA's restarts, and the script's ways."""
+"""Training from nothing at low rank: GaLore's steps against projections written out, ReLoRA's restarts,
+and the script's ways."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def gradient(m: int, n: int, seed: int = 0) -> Tensor:
 def stepped(
     part: groups.Part, gradients: list[Tensor], decay: float = 0.0, **options: object
 ) -> tuple[np.ndarray, dict[str, Tensor]]:
-    """What the steps added to the weight, and the optimiser's state."""
+    """Returns the change of the weight over the steps, and the optimiser's state."""
     before = part.parameter.detach().clone()
     optimiser = optim.make("galore", **options).build(Trained([part]))
     for g in gradients:
@@ -51,12 +52,13 @@ def stepped(
     return (part.parameter.detach() - before).numpy(), optimiser.state[part.parameter]
 
 
-# -- GaLore -----------------------------------------------------------------------------------------------------------
+# -- GaLore --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("m", "n"), [(6, 40), (40, 6), (9, 9)])
 def test_with_gradient_descent_inside_a_step_is_the_projected_gradient(m, n):
-    """W <- W - lr scale P P' G, with P the leading singular vectors of the first gradient, on the smaller side."""
+    """W <- W - lr scale P P' G, with P the leading singular vectors of the first gradient, on the smaller
+    side."""
     first, second = gradient(m, n), gradient(m, n, 1)
     change, _ = stepped(weight(m, n), [first, second], rank=3, scale=0.5, adam=False)
     U, _, V = np.linalg.svd(first.numpy())
@@ -141,7 +143,7 @@ def test_factors_embeddings_and_bad_options():
     assert str(e.value) == "rank must be >= 1, got 0\nperiod must be >= 1, got 0\nscale must be > 0, got 0"
 
 
-# -- ReLoRA -----------------------------------------------------------------------------------------------------------
+# -- ReLoRA --------------------------------------------------------------------------------------------------
 
 
 def adapted() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -177,7 +179,8 @@ def test_a_restart_keeps_the_function_and_begins_anew():
 
 
 def test_after_a_restart_it_learns_from_the_next_step_on():
-    """The released code zeroes A where B is zero already, so that neither has a gradient until the next restart."""
+    """The released code zeroes A where B is zero already, so that neither has a gradient until the next
+    restart."""
     model, adam = adapted()
     relora.restart(model, "default", [adam], 1)
     model(**models.inputs(model)).logits.square().mean().backward()
@@ -225,7 +228,7 @@ def test_what_cannot_be_begun_anew_is_refused():
     )
 
 
-# -- the script -------------------------------------------------------------------------------------------------------
+# -- the script ----------------------------------------------------------------------------------------------
 
 WAYS = {
     "full": [],

@@ -1,4 +1,5 @@
-"""Trackers: what each library has kept, read back; going on under the same name; and a failure that costs no training."""
+"""Trackers: what each library has kept, read back; going on under the same name; and a failure that costs
+no training."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def kept(folder: Path, name: str) -> Any:
     return json.loads((folder / feed.KEPT).read_text(encoding="utf-8"))[name]
 
 
-# -- what each library has ---------------------------------------------------------------------------------------------
+# -- what each library has -----------------------------------------------------------------------------------
 
 
 def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path):
@@ -91,7 +92,8 @@ def test_wandb_writes_offline_runs_with_one_id(tmp_path):
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """The records of a file in LevelDB's log format: blocks of 32 KiB of (checksum, length, kind) and bytes, after a header of 7."""
+    """The records of a file in LevelDB's log format: blocks of 32 KiB of (checksum, length, kind) and
+    bytes, after a header of 7."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole, found = path.read_bytes(), 7, b"", []
@@ -149,7 +151,7 @@ def test_trackio_keeps_one_run_and_prints_nothing_on_stdout(tmp_path, monkeypatc
     assert any(m.get("results.learned.after") == 1.5 for _, _, m in rows)
 
 
-# -- the run ---------------------------------------------------------------------------------------------------------
+# -- the run -------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_told_what_metrics_jsonl_gets(tmp_path):
@@ -190,7 +192,10 @@ def test_a_tracker_that_fails_is_said_once_and_costs_nothing(tmp_path, monkeypat
     monkeypatch.setattr(feed, "get", lambda name: Broken)
     Broken.calls = []
     result = fit(Run.from_dict(tiny.settings(tmp_path, steps=4, eval_every=2, track="tensorboard")))
-    sentence = "tracker tensorboard failed (OSError: the disk) and gets no more figures; the run goes on, and metrics.jsonl has them all"
+    sentence = (
+        "tracker tensorboard failed (OSError: the disk) and gets no more figures; the run goes"
+        " on, and metrics.jsonl has them all"
+    )
     assert Broken.calls == ["start", "log", "log", "log"]
     assert capsys.readouterr().err.count(sentence) == 1 and sentence in result.metrics["notes"]
     assert [line["step"] for line in tiny.metrics(result.folder) if "loss" in line] == [1, 2, 3, 4]
@@ -222,7 +227,7 @@ def test_names_that_were_lost_are_said(tmp_path, monkeypatch):
     )
 
 
-# -- at the door -----------------------------------------------------------------------------------------------------
+# -- at the door ---------------------------------------------------------------------------------------------
 
 
 def test_names_are_checked_and_may_be_joined_by_commas():

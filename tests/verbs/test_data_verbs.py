@@ -77,7 +77,10 @@ def test_pieces_are_the_text(text):
 FOUND = {"shown": 1, "of": 1, "length": 4, "notes": ["a row is left out"], "rows": [
     {"where": "w", "length": 4, "learned": 2, "too_long": True, "spelt": {},
     "tokens": [
-    {"text": "a", "learned": False}, {"text": "\n", "learned": True}, {"text": "[b]", "learned": True}, {"text": "c", "learned": False},
+    {"text": "a", "learned": False},
+    {"text": "\n", "learned": True},
+    {"text": "[b]", "learned": True},
+    {"text": "c", "learned": False},
 ]}]}  # fmt: skip
 
 

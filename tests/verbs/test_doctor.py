@@ -1,4 +1,5 @@
-"""The doctor: what it looks at, what it says is missing with the command that brings it, and its exit codes."""
+"""The doctor: what it looks at, what it says is missing with the command that brings it, and its exit
+codes."""
 
 from __future__ import annotations
 

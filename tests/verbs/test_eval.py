@@ -1,4 +1,5 @@
-"""`veneer eval`: figures against a calculation by hand, pairs of the same documents, and lm-eval's benchmarks from a folder."""
+"""`veneer eval`: figures against a calculation by hand, pairs of the same documents, and lm-eval's
+benchmarks from a folder."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def whole(model: torch.nn.Module, out: Path) -> None:
 
 
 def by_hand(place: Path, adapter: str | None, texts: list[tuple[str, str]], length: int) -> float:
-    """Bits per byte of the second of each two texts after the first, and of the end token, in float64, a piece at a time."""
+    """Bits per byte of the second of each two texts after the first, and of the end token, in float64, a
+    piece at a time."""
     model = pretrained.causal_lm(str(place / "base"), torch.float32, torch.device("cpu"))
     if adapter:
         veneer.load(model, place / adapter)
@@ -135,7 +137,8 @@ def test_figures_are_those_by_hand(place):
 
 
 def test_documents_are_compared_in_pairs(place):
-    """The documents differ much more than the models: an interval that forgot the pairs would be as wide as they are."""
+    """The documents differ much more than the models: an interval that forgot the pairs would be as wide
+    as they are."""
     found = evaluate(
         str(place / "base"),
         adapter=[f"{place}/a@0.02"],
@@ -155,7 +158,8 @@ def test_of_few_documents_the_windows_are_drawn_and_of_a_handful_nothing(place):
     line = found.lines[0]
     assert line.units == "windows" and line.n > 8 and line.adapters["a"].low is not None
     assert found.notes[0] == (
-        f"{place}/one.txt: 1 documents are too few for an interval; it is over their windows, which are less independent"
+        f"{place}/one.txt: 1 documents are too few for an interval; it is over their windows, which are less"
+        " independent"
     )
     some = evaluate(
         str(place / "base"), data=[str(place / "notes.jsonl")], documents=4, length=128, **given
@@ -191,7 +195,8 @@ def test_the_table_and_json_say_the_same(place, capsys):
 
 
 def test_nats_by_window_are_those_of_the_whole(place):
-    """Packed windows with masked stretches, in batches that mix lengths, with and without a head to cut off."""
+    """Packed windows with masked stretches, in batches that mix lengths, with and without a head to cut
+    off."""
     model = pretrained.causal_lm(str(place / "base"), torch.float32, torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)
     every = []
@@ -216,7 +221,7 @@ def test_nats_by_window_are_those_of_the_whole(place):
     )
 
 
-# -- benchmarks -------------------------------------------------------------------------------------------------------
+# -- benchmarks ----------------------------------------------------------------------------------------------
 
 
 def picked(place: Path, adapter: str | None) -> float:
@@ -280,7 +285,9 @@ def test_benchmarks_of_a_folder_side_by_side(place, capfd, monkeypatch):
         own["value"] - roll["base"]
     )
     assert words_["adapters"]["a"]["low"] is None
-    assert "roll word_perplexity: no interval, as it is no mean over examples" in told["notes"]
+    assert ("roll word_perplexity: without an interval, because it is not a mean over examples") in told[
+        "notes"
+    ]
 
 
 def test_an_unknown_benchmark_is_refused_with_the_nearest(place, monkeypatch, capsys):
@@ -309,8 +316,8 @@ def test_examples_that_cannot_be_had_are_said_by_task(place, tmp_path):
     first, second = str(e.value).splitlines()
     assert first.startswith("benchmark gone: its examples are missing (FileNotFoundError: ")
     assert (
-        second
-        == "examples come from the Hugging Face hub or its cache; task_folder takes tasks with files of your own"
+        second == "examples come from the Hugging Face hub or its cache; task_folder takes tasks with"
+        " files of your own"
     )
 
 

@@ -1,4 +1,5 @@
-"""`veneer export`: a folder that transformers opens to the same outputs, in every number format, or nothing at all."""
+"""`veneer export`: a folder that transformers opens to the same outputs, in every number format, or
+nothing at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The plan: counts against closed forms, shapes against torch's own counters and a real step, and what it says."""
+"""The plan: counts against closed forms, shapes against torch's own counters and a real step, and what it
+says."""
 
 from __future__ import annotations
 
@@ -302,8 +303,8 @@ def test_what_does_not_fit_is_said_and_exits_3(folder, untried, monkeypatch, cap
     assert main(["plan", "--config", str(config)]) == 3
     err = capsys.readouterr().err
     assert (
-        "in 32 bits, and 1 kB of memory are available on cpu; free memory, use a smaller model, or --precision bf16"
-        in err
+        "in 32 bits, and 1 kB of memory are available on cpu; free memory, use a smaller model, or"
+        " --precision bf16" in err
     )
 
 

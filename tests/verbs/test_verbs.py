@@ -1,4 +1,5 @@
-"""generate, inspect and merge from the command line on a real model: the built-in one, adapted for two steps."""
+"""generate, inspect and merge from the command line on a real model: the built-in one, adapted for two
+steps."""
 
 from __future__ import annotations
 
@@ -174,7 +175,8 @@ def test_missing_and_ambiguous_adapters_are_usage_errors(run, capsys):
     assert capsys.readouterr().err == (
         f"error: adapter {run / 'gone'}: the folder does not exist\n"
         f"adapter {run / 'empty'}: it holds no adapter (adapter_config.json, veneer.json)\n"
-        f"adapter {run / 'begun'}: the run there has not finished, and has no adapter yet; go on with it by veneer fit --resume\n"
+        f"adapter {run / 'begun'}: the run there has not finished, and has no adapter yet; go on with it by"
+        " veneer fit --resume\n"
     )
     for verb in ("inspect", "verify"):
         assert main([verb, str(run)]) == 2

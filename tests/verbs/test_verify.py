@@ -1,4 +1,5 @@
-"""`veneer verify` and `veneer convert` as commands: every way in which an adapter can be wrong, said by a check."""
+"""`veneer verify` and `veneer convert` as commands: every way in which an adapter can be wrong, said by a
+check."""
 
 from __future__ import annotations
 
@@ -205,7 +206,7 @@ def test_other_models_need_inputs(tmp_path):
     assert said(examine(model, tmp_path / "a", inputs=models.inputs(model)))["effect"]
 
 
-# --- converting from the command line ---------------------------------------------------------------------------------
+# --- converting from the command line -----------------------------------------------------------------------
 
 
 def test_convert_and_back(tmp_path, base):
@@ -331,7 +332,10 @@ def test_our_own_layout_has_no_pairs(tmp_path, base):
     models.randomise(model)
     store.save(model, tmp_path / "a")
     assert (tmp_path / "a" / "delta.safetensors").is_file()
-    why = "is full in Veneer's own layout: the file has no factors of LoRA; make them on the base's layers:\n  veneer convert"
+    why = (
+        "is full in Veneer's own layout: the file has no factors of LoRA; make them on the"
+        " base's layers:\n  veneer convert"
+    )
     with pytest.raises(FormatError, match=why):
         convert(str(tmp_path / "a"), out=str(tmp_path / "x"), to="vllm")
     with pytest.raises(

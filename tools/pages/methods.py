@@ -1,4 +1,5 @@
-"""The page of methods, starts and optimisers: what their files say of themselves, and a hand-written note where there is one."""
+"""The page of methods, starts and optimisers: what their files say of themselves, and a hand-written note
+where there is one."""
 
 from __future__ import annotations
 
@@ -15,13 +16,15 @@ from veneer.methods.base.described import Described, helps_of, of_module, option
 
 HEAD = """# Methods, starts and optimisers
 
-Every method is one file of `veneer.methods`, every start one of `veneer.methods.inits`, every optimiser one of `veneer.optim`; this
-page is made of what they say, so that a new file is here as soon as it is there. `veneer methods` prints the short form.
+Every method is one file of `veneer.methods`, every start one of `veneer.methods.inits`, every optimiser one
+of `veneer.optim`. This page is generated from their signatures and docstrings; `veneer methods` prints the
+short form.
 `CONTRIBUTING.md` in the repository shows how one is added."""
 
 
 class Entry(NamedTuple):
-    """One file: about: its docstring; options: by name, with their helps; facts: sentences about it that the code knows."""
+    """One file: about: its docstring; options: by name, with their helps; facts: sentences about it that
+    the code knows."""
 
     name: str
     about: Described
@@ -79,7 +82,8 @@ def _method(name: str, kind: type[Delta]) -> Entry:
     )
     roles = ", ".join(f"`{p}`" for p in kind.roles) or "none that optimisers treat apart"
     facts = (
-        f'Use it: `veneer fit --method {name}`, `veneer.attach(model, "{name}")`. Saved in {file}. Roles: {roles}.',
+        f'Use it: `veneer fit --method {name}`, `veneer.attach(model, "{name}")`. Saved in {file}. Roles:'
+        f" {roles}.",
     )
     return Entry(
         name,

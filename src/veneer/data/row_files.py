@@ -145,6 +145,7 @@ def json_object(line: str) -> dict[str, Any]:
 
 
 def unused(rows: Iterable[Row]) -> list[str]:
-    """Returns the names of columns that no kind of text uses; rows of a task's own kinds are not looked at."""
+    """Returns the names of columns that no kind of text uses; rows of a task's own kinds are not looked
+    at."""
     texts = (row for row in rows if row.kind in (*FORMS, EMPTY))
     return sorted({name for row in texts for name in row.columns if name not in used(row.kind)})

@@ -48,7 +48,8 @@ def _peft(folder: Path) -> dict[str, Any] | None:
 
 
 def text(run: RunRecord, record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> str:
-    """Returns the card. record: veneer.json; peft: adapter_config.json, None if PEFT cannot express the adapter."""
+    """Returns the card. record: veneer.json; peft: adapter_config.json, None if PEFT cannot express the
+    adapter."""
     settings = run.config["run"]
     about = described.of_module(methods.get(record["method"]))
     parts = [
@@ -150,7 +151,8 @@ def _figures(run: RunRecord) -> str:
     ]
     words, better = run.metric.words, run.metric.better
     says = [
-        f"{words[0].upper()}{words[1:]}; {better} is better. One run with one seed: small differences may be noise."
+        f"{words[0].upper()}{words[1:]}; {better} is better. One run with one seed: small differences may be"
+        " noise."
     ]
     if "test" not in after:
         says.append(run_record.NO_TEST)

@@ -14,7 +14,10 @@ from veneer.train.speed import graphs
 
 
 def decided(run: Run, device: torch.device) -> Run:
-    """Returns the run with every setting decided. Raises ConfigError for settings that do not fit the device."""
+    """Returns the run with every setting decided.
+
+    Raises ConfigError for settings that do not fit the device.
+    """
     rated = optim.make(run.optimiser, **run.optimiser_options).rated_as
     lr = run.lr or rates.default(
         run.method, rated, run.model == embedded.PREFIX, str(run.options.get("init"))
@@ -22,7 +25,8 @@ def decided(run: Run, device: torch.device) -> Run:
     fastest = max(lr, run.embedding_lr or 0.0)
     if fastest * run.weight_decay >= 1:
         raise ConfigError(
-            f"weight_decay must be less than {1 / fastest:g} at rate {fastest:g}, got {run.weight_decay:g}: a step"
+            f"weight_decay must be less than {1 / fastest:g} at rate {fastest:g}, got {run.weight_decay:g}:"
+            " a step"
             " would remove whole weights"
         )
     if run.compile == "graphs" and (against := graphs.reason_against(device)):

@@ -1,4 +1,5 @@
-"""The strength dial: new and known text measured at several strengths of an adapter, and the one to recommend."""
+"""The strength dial: new and known text measured at several strengths of an adapter, and the one to
+recommend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Measures the parts of a report beyond the training's own figures: dial, layers, samples and a preview of the data."""
+"""Measures the parts of a report beyond the training's own figures: dial, layers, samples and a preview of
+the data."""
 
 from __future__ import annotations
 
@@ -45,10 +46,11 @@ def examine(
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     between: Between = nothing,
 ) -> dict[str, Any]:
-    """Returns base_parameters, dial, layers, preview, samples and report_seconds of adapter `name` for results.json.
+    """Returns base_parameters, dial, layers, preview, samples and report_seconds of adapter `name` for
+    results.json.
 
-    prompts: to continue, in place of beginnings of valid text; precision: context of measurements; between: called
-    often, its errors end everything.
+    prompts: to continue, in place of beginnings of valid text; precision: context of measurements; between:
+    called often, its errors end everything.
     """
     begun = time.monotonic()
     model.eval()
@@ -92,7 +94,10 @@ def looked_at(
 def dialled(
     model: nn.Module, name: str, task: Task, texts: Texts, *, batch: int, between: Between
 ) -> dict[str, Any]:
-    """Returns the dial. Its strength is chosen on valid text and measured on test text, or on halves of one text."""
+    """Returns the dial.
+
+    Its strength is chosen on valid text and measured on test text, or on halves of one text.
+    """
     chosen_on, reported = "half of the valid text", "the other half of the valid text"
     target = _halves(texts["valid"].examples)
     if "test" in texts:
@@ -133,7 +138,8 @@ def layers(model: nn.Module, name: str, voice: Voice) -> list[dict[str, Any]]:
             work += site.out * site.in_ * min(site.out, site.in_)
     if work > DENSE:
         voice.say(
-            "the report leaves out singular values, which would take minutes for dense changes: see veneer inspect"
+            "the report leaves out singular values, which would take minutes for dense changes: see veneer"
+            " inspect"
         )
         return []
     return [{**s.as_dict(), "values": s.values[:VALUES]} for s in spectra(model, name)]
@@ -149,7 +155,8 @@ def written(
     voice: Voice,
     between: Between,
 ) -> dict[str, Any] | None:
-    """Returns prompts continued by base and adapted model, with the same draws; None if the model cannot write."""
+    """Returns prompts continued by base and adapted model, with the same draws; None if the model cannot
+    write."""
     found: list[dict[str, str]] = []
     try:
         for row in rows:

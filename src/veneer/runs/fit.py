@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from veneer.compress.store import save_quantised
-from veneer.data.order import Order
+from veneer.data.order.order import Order
 from veneer.data.spread import spread
 from veneer.models import machine
 from veneer.ops.draws import keyed
@@ -37,7 +37,8 @@ def fit(run: Run, *, progress: bool = True, world: World = ALONE) -> Result:
 
     progress: prints sentences on stderr, and a bar on a terminal. world: the processes that train this run
     together, each with a share of every batch. Everything is checked before anything is written.
-    Raises the errors of veneer.errors, and those of veneer.train.errors for trainings that end early, all saved.
+    Raises the errors of veneer.errors, and those of veneer.train.errors for trainings that end early, all
+    saved.
 
         veneer.fit(veneer.Run(model="./llama", data="notes.jsonl", method="dora", options={"rank": 16}))
     """

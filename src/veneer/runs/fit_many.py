@@ -25,10 +25,10 @@ SHARED = ("model", "task", "precision", "quantise", "device", "gradient_checkpoi
 def fit_many(runs: Sequence[Run], *, progress: bool = True) -> list[Result]:
     """Trains all runs at once and returns their results in order; each has a folder as `fit` writes it.
 
-    The runs share one base in memory and one pass through it for all batches; data, method, rank, rate, optimiser
-    and length may differ. Every adapter learns what it would alone, up to rounding; nothing is compiled. Raises
-    ConfigError, before any training, for runs that do not fit together and methods without a normal form, and the
-    errors of `fit` for any run, with all of them saved.
+    The runs share one base in memory and one pass through it for all batches; data, method, rank, rate,
+    optimiser and length may differ. Every adapter learns what it would alone, up to rounding; nothing is
+    compiled. Raises ConfigError, before any training, for runs that do not fit together and methods without a
+    normal form, and the errors of `fit` for any run, with all of them saved.
     """
     _check(runs)
     with ExitStack() as stack:

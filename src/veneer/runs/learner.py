@@ -1,4 +1,5 @@
-"""Builds the learner of a run: parameters, optimiser, and an objective as fast as the run's length pays for."""
+"""Builds the learner of a run: parameters, optimiser, and an objective as fast as the run's length pays
+for."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from veneer.compress.trp import runs as trp
-from veneer.data.order import Order
+from veneer.data.order.order import Order
 from veneer.errors import ConfigError
 from veneer.runs.prepare import Ready
 from veneer.tasks import Objective
@@ -52,7 +53,8 @@ def keeping(ready: Ready, learner: Learner, order: Order, voice: Voice) -> Learn
     run, train = ready.run, ready.texts["train"]
     if order.total <= len(train.examples):
         voice.say(
-            f"no {ready.task.EXAMPLE} is read twice in this run, so cache_frozen saves nothing; leave it out, or"
+            f"no {ready.task.EXAMPLE} is read twice in this run, so cache_frozen saves nothing; leave it"
+            " out, or"
             " train for more epochs"
         )
     depends = {name: getattr(run, name) for name in ("length", "packing", "quantise", "device")}
@@ -77,7 +79,10 @@ def _autocast(run: Run) -> bool:
 
 
 def _compiles(ready: Ready, order: Order, device: torch.device, voice: Voice) -> bool:
-    """Tells if the run is compiled. Raises ConfigError if it must be and cannot; reports if it only would pay."""
+    """Tells if the run is compiled.
+
+    Raises ConfigError if it must be and cannot; reports if it only would pay.
+    """
     run = ready.run
     lacking, asked = compiling.missing(device), run.compile in ("on", "graphs")
     if asked and lacking:
@@ -91,7 +96,8 @@ def _compiles(ready: Ready, order: Order, device: torch.device, voice: Voice) ->
 
 
 def _compiled(ready: Ready, plain: Learner, order: Order, voice: Voice) -> Learner:
-    """Returns the learner with blocks and loss compiled; the plain one if that fails and the run allows both."""
+    """Returns the learner with blocks and loss compiled; the plain one if that fails and the run allows
+    both."""
     run, task, device = ready.run, ready.task, next(ready.model.parameters()).device
     learner = plain._replace(shapes=compiling.Shapes(run.batch, compiling.widths(run.window, run.packing)))
     batch = learner.batch(order.step(0)[0], device)

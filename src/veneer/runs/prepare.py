@@ -127,7 +127,7 @@ def _with_options(run: Run, task: Task, rows: Mapping[str, list[Row]]) -> tuple[
 
 
 def task_of(run: Run) -> Task:
-    """Returns the run's task with the model's processor. Raises ConfigError if the model has none."""
+    """Returns the run's task with the model's processor. Raises ConfigError if the model lacks one."""
     processor = pretrained.processor(run.model, tasks.get(run.task).PROCESSOR)
     return tasks.build(run.task, processor, run, run.task_options)
 
@@ -141,7 +141,10 @@ def _announce(
     found: Mapping[str, Text],
     voice: Voice,
 ) -> None:
-    """Reports parameters and texts. Builds the optimiser once before anything is written: it may refuse them."""
+    """Reports parameters and texts.
+
+    Builds the optimiser once before anything is written: it may refuse them.
+    """
     given = trained.for_optimiser(run, parts)
     optimiser.build(given)
     voice.say(trained.described(model, run, parts))
@@ -166,7 +169,10 @@ def _begun(
 def _try_out(
     model: nn.Module, run: Run, task: Task, found: Mapping[str, Text], voice: Voice
 ) -> Prefix | None:
-    """Runs the model on a small example. Returns the frozen blocks if they are to be cached; raises its errors."""
+    """Runs the model on a small example.
+
+    Returns the frozen blocks if they are to be cached; raises its errors.
+    """
     examples = [e for t in found.values() for e in t.examples]
     trial, device = task.trial(examples), next(model.parameters()).device
     inputs = task.inputs({k: v.to(device) for k, v in task.collate([trial]).items()})
@@ -181,7 +187,8 @@ def _try_out(
     needed = prefix.bytes(sum(map(task.size, found["train"].examples)))
     frozen_cache.check_room(Path(run.out), needed)
     voice.say(
-        f"the hidden states of the {prefix.first} blocks below the first adapted one are cached until the end, in"
+        f"the hidden states of the {prefix.first} blocks below the first adapted one are cached until the"
+        " end, in"
         f" {size(needed)} on disk"
     )
     return prefix

@@ -24,7 +24,8 @@ from veneer.train.run import Run
 def report(
     run: str, *, measure: bool = False, prompt: Sequence[str] = (), progress: bool = True
 ) -> dict[str, Any]:
-    """Writes report.html into the folder of a finished run or demo; returns the page's path and what it lacks.
+    """Writes report.html into the folder of a finished run or demo; returns the page's path and what it
+    lacks.
 
     run: folder of the run
     measure: measure dial, layers and samples again, which reads the model and the texts
@@ -66,7 +67,8 @@ def at_the_end(
     except (Stop, OSError) as e:
         why = "a signal came" if isinstance(e, Stop) else str(e)
         voice.say(
-            f"the run is finished and saved, but its report is not written ({why}): veneer report {out} --measure"
+            f"the run is finished and saved, but its report is not written ({why}): veneer report {out}"
+            " --measure"
             " writes it"
         )
 

@@ -50,8 +50,7 @@ class AttentionSite(Site):
 
 
 def is_self_attention(module: Any) -> bool:
-    """Whether a module is one, as transformers writes them: it knows its configuration, its heads and whether
-    it is causal."""
+    """Returns True for a self-attention of transformers: a module with a config, heads and `is_causal`."""
     crossed = getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__
     knows = all(getattr(module, name, None) is not None for name in ("config", "is_causal"))
     return knows and not crossed and _head_dim(module) is not None

@@ -10,8 +10,7 @@ from veneer.sites.base import Site
 
 
 class BiasSite(Site):
-    """W is (n, 1): the bias; a linear map that has none counts as one of zeros, to which nothing can be
-    written."""
+    """Presents a layer's bias as W (n, 1). A linear map without bias reads as zeros and cannot be written."""
 
     kind = "bias"
     is_matrix = False
@@ -37,7 +36,7 @@ class BiasSite(Site):
         self.module.bias.copy_(W[:, 0])
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
-        """What M (n, 1) adds to the layer's output, whatever x is."""
+        """Returns the addition of M (n, 1) to the layer's output; x plays no part."""
         return self.rows(M[:, 0])
 
     def drop(self, x: Tensor, p: float) -> Tensor:

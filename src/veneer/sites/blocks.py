@@ -33,8 +33,10 @@ class _Reached(Exception):
 
 
 def reach(model: nn.Module, block: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """What enters the block first, and nothing more of the model is computed than that takes; None where it
-    comes by a keyword."""
+    """Returns the first positional input of the block, or None if there is only keyword input.
+
+    Stops the forward pass there.
+    """
 
     def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
         raise _Reached(args[0] if args else None)

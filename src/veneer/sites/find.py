@@ -161,8 +161,7 @@ def _ends(name: str, entry: str) -> bool:
 
 
 def _check_exclude(names: Sequence[str], exclude: Target) -> None:
-    """Raises SiteError for an exclude that is no expression, or leaves nothing out that would be adapted
-    without it."""
+    """Raises SiteError for a malformed expression, and for entries that exclude no target."""
     if isinstance(exclude, str):
         try:
             re.compile(exclude)
@@ -182,7 +181,7 @@ def _check_exclude(names: Sequence[str], exclude: Target) -> None:
 
 
 def _meant(name: str, target: Target) -> bool:
-    """Whether an expression or a list of names means this one."""
+    """Returns True if an expression matches the name, or an entry of a list ends it."""
     if isinstance(target, str):
         return re.fullmatch(target, name) is not None
     return any(_ends(name, entry) for entry in target)

@@ -22,7 +22,7 @@ from veneer.sites.quantised_linear import QuantisedLinear
 
 
 class PackedSite(Site):
-    """What all have in common: to a method such a layer is a Linear."""
+    """Base of the packed layers: methods treat each as a Linear."""
 
     kind = "linear"
     is_packed: ClassVar[bool] = True
@@ -180,11 +180,11 @@ def _by_type(weight: Tensor) -> type[PackedSite] | None:
 
 
 def plain(weight: Tensor) -> Tensor:
-    """A parameter as a tensor that any operation reads: torchao's unpacked, all others as they are."""
+    """Returns a parameter as a plain tensor: torchao's unpacked, others unchanged."""
     found: Tensor = weight.dequantize() if _by_type(weight) is TorchaoSite else weight
     return found
 
 
 def formats(model: nn.Module) -> dict[str, str]:
-    """The format of every layer that veneer.quantise packed, by the layer's name; empty for a plain model."""
+    """Returns the formats of layers packed by veneer.quantise, by layer name; empty for a plain model."""
     return {n: m.format.name for n, m in model.named_modules() if isinstance(m, QuantisedLinear)}

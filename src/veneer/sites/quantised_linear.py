@@ -40,13 +40,12 @@ class QuantisedLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What W is unpacked to."""
+        """Returns the dtype of the unpacked W."""
         return self.parts[-1].dtype
 
     @property
     def weight(self) -> Tensor:
-        """W (out, in), unpacked anew each time it is asked for: for readers of a layer's weight, not for
-        products."""
+        """Unpacks W (out, in) on every access: for readers of a layer's weight, not for products."""
         return self.format.unpack(self.parts, self.shape, self.dtype)
 
     @torch.no_grad()
@@ -60,4 +59,5 @@ class QuantisedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, format={self.format.name}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, format={self.format.name}"

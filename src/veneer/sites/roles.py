@@ -66,8 +66,10 @@ def called(model: nn.Module, *what: str, hint: str) -> list[str]:
 
 
 def ends(name: str, endings: Iterable[str]) -> bool:
-    """Whether the last parts of a name are one of the endings; T5's attentions are called SelfAttention,
-    EncDecAttention."""
+    """Returns True if the name ends in one of the endings.
+
+    T5's attentions are SelfAttention, EncDecAttention.
+    """
     return any(f".{name}".endswith(e if e[0].isupper() else f".{e}") for e in endings)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.data import pack
 from veneer.data.chat import templates
-from veneer.data.order_streamed import Joiner
+from veneer.data.order.streamed import Joiner
 from veneer.data.pack import Packer, Segment, Window
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row

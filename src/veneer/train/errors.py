@@ -1,4 +1,4 @@
-"""How a training ends early."""
+"""Defines the errors that end a training early."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from veneer.errors import VeneerError
 
 
 class Interrupted(VeneerError):
-    """A signal ended the training after a step, and what it had is saved; exit code 128 + signal, as shells have it."""
+    """A signal ended the training after a step, and what it had is saved; exit code 128 + signal, as
+    shells have it."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)

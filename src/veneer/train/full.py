@@ -1,4 +1,5 @@
-"""Full fine-tuning kept as a change: W' - W hung on the restored base, so that it can be dialled, saved and taken off."""
+"""Full fine-tuning kept as a change: W' - W hung on the restored base, so that it can be dialled, saved
+and taken off."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from veneer.sites import LeafSite, Site
 
 
 def leaves(model: nn.Module) -> list[LeafSite]:
-    """The modules that hold parameters themselves that were trained, in the model's order; one that shares all of them included."""
+    """The modules that hold parameters themselves that were trained, in the model's order; one that shares
+    all of them included."""
     return [
         LeafSite(n, m)
         for n, m in model.named_modules()
@@ -25,10 +27,11 @@ def leaves(model: nn.Module) -> list[LeafSite]:
 
 @torch.no_grad()
 def as_change(model: nn.Module, original: Mapping[str, Tensor], name: str) -> None:
-    """Puts the weights of `original` (a state dict) back into the trained model, and what training made of them on top.
+    """Puts the weights of `original` (a state dict) back into the trained model, and what training made of
+    them on top.
 
-    The model's outputs stay those of the trained one, up to rounding; without adapter `name` they are the original's bit
-    for bit. Layers that share a weight share its change.
+    The model's outputs stay those of the trained one, up to rounding; without adapter `name` they are the
+    original's bit for bit. Layers that share a weight share its change.
     """
     sites = leaves(model)
     trained = [site.weight().clone() for site in sites]

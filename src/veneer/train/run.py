@@ -55,7 +55,10 @@ class Run(Place, Speed, Evaluation, Steps, Updates, Change, Base, Reading, Texts
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
-        """Returns a run from settings by name. Raises one ConfigError for all unknown, missing or unsuitable."""
+        """Returns a run from settings by name.
+
+        Raises one ConfigError for all unknown, missing or unsuitable.
+        """
         method, optimiser = values.get("method", cls.method), values.get("optimiser", cls.optimiser)
         task = values.get("task", cls.task)
         inside: dict[str, Any] = {

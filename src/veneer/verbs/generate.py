@@ -30,15 +30,12 @@ def generate(
 
     prompt: text to go on from
     adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times
-    model: the base; the one that the adapters were made for unless given, or the built-in one without adapters
-    base: show the base model's continuation too
-    tokens: longest continuation
-    temperature: 0 takes the likeliest token each time; higher is more surprising
-    top_p: draw from the likeliest tokens that together have this probability
-    seed: decides the draws; each model gets the same ones
-    chat: treat the prompt as a user's message, written by the chat template of training
-    device: where to compute
-    allow: what to let through when loading, see veneer.load
+    model: the base; the one that the adapters were made for unless given, or the built-in one without
+    adapters base: show the base model's continuation too tokens: longest continuation temperature: 0 takes
+    the likeliest token each time; higher is more surprising top_p: draw from the likeliest tokens that
+    together have this probability seed: decides the draws; each model gets the same ones chat: treat the
+    prompt as a user's message, written by the chat template of training device: where to compute allow: what
+    to let through when loading, see veneer.load
     """
     if tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ConfigError("tokens must be 1 or more, temperature 0 or more, top_p above 0 and at most 1")

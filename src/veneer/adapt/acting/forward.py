@@ -68,9 +68,8 @@ class Group:
     def part(self, deltas: Deltas, x: Tensor, dtype: torch.dtype) -> Part | None:
         """Returns this layer's part for the input x in dtype, or None if it must compute its own."""
         index = deltas.place
-        if not self.members or (
-            not torch.compiler.is_compiling() and x.is_inference()
-        ):  # inference tensors have no versions
+        # Inference tensors have no versions.
+        if not self.members or (not torch.compiler.is_compiling() and x.is_inference()):
             return None
         if index == 0:
             self.held = self._shared(x, dtype)

@@ -53,8 +53,9 @@ def save(
 
     name: the adapter; the only attached one, or "default", unless given. probe: keyword arguments of one call
     of the model, whose outputs are compared on loading; language models and token classifiers have a default.
-    dtype: of the tensors, float32 unless given. allow: "zero", "finite". Raises FormatError, before anything is written, for changes that are zero, empty or not
-    finite, and for a dtype that would lose more than a twentieth of a change.
+    dtype: of the tensors, float32 unless given. allow: "zero", "finite". Raises FormatError, before anything
+    is written, for changes that are zero, empty or not finite, and for a dtype that would lose more than a
+    twentieth of a change.
 
     >>> veneer.save(model, "out/french", "french")
     """
@@ -183,9 +184,9 @@ def load(
 ) -> nn.Module:
     """Attaches the adapter in `folder` as `name`, acting at strength 1, and returns the model.
 
-    folder, allow, initial: as in `read`; a run's folder stands for its adapter. trainable: let the adapter alone
-    take gradients. Raises the errors of `read`, and FormatError if the golden probe fails or an adapter of
-    another program has no effect on the outputs; the model is then as it was.
+    folder, allow, initial: as in `read`; a run's folder stands for its adapter. trainable: let the adapter
+    alone take gradients. Raises the errors of `read`, and FormatError if the golden probe fails or an adapter
+    of another program has no effect on the outputs; the model is then as it was.
     """
     hooks.check_name(model, name)
     if isinstance(folder, Loaded):

@@ -34,7 +34,8 @@ def write(folder: Path) -> list[str]:
     title = "Learning and forgetting, method by method"
     ways = len({r["method"] for r in results["methods"]})
     says = (
-        f"The built-in model, adapted for {results['steps']} steps by {ways} methods. All figures are {METRIC.words}"
+        f"The built-in model, adapted for {results['steps']} steps by {ways} methods. All figures are"
+        f" {METRIC.words}"
         f" on test text, used neither for training nor for choosing; {METRIC.better} is better."
         f" Differences below {noise:g} are noise at one seed."
     )

@@ -27,8 +27,8 @@ def learning_vs_forgetting(
 ) -> Path:
     """Plots the metric on the target against known text over the strength, one panel per target.
 
-    rows: as in the demo's results.json, with `dial`, the metric by strength on test text. noise: half the size
-    of a grey cross around the base. Returns the path of the PNG.
+    rows: as in the demo's results.json, with `dial`, the metric by strength on test text. noise: half the
+    size of a grey cross around the base. Returns the path of the PNG.
     """
     targets = list(dict.fromkeys(row["target"] for row in rows))
     with figures.style():

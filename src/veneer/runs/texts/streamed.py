@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.data.forms.columns import EMPTY
-from veneer.data.order_streamed import Place, Stream
+from veneer.data.order.streamed import Place, Stream
 from veneer.data.reading import AUTO, NO_TEXT
 from veneer.data.row_files import Row
 from veneer.data.split import key
@@ -27,7 +27,10 @@ ROWS = 256  # rows at the beginning whose lengths decide the window
 
 
 def gather(run: Run, notes: Notes) -> dict[str, list[Row]]:
-    """Returns measured rows by part; training text is not read yet. Raises one DataError for unreadable texts."""
+    """Returns measured rows by part; training text is not read yet.
+
+    Raises one DataError for unreadable texts.
+    """
     weighted = [name for name in run.data if sources.weight(name) != 1]
     if weighted:
         raise DataError(
@@ -161,7 +164,10 @@ def _reading(
 
 
 def _pieces(row: Row, task: Task, notes: Notes) -> list[Any]:
-    """Returns the pieces of one row, none of a row to leave out. Raises DataError if the settings forbid that."""
+    """Returns the pieces of one row, none of a row to leave out.
+
+    Raises DataError if the settings forbid that.
+    """
     (one,) = encode_rows([row], task)
     why, window = verdict(one, task), task.reading.window
     if why not in LEFT_OUT:

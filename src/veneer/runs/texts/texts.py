@@ -33,7 +33,8 @@ class Text(NamedTuple):
 
 
 def named(run: Run) -> Run:
-    """Returns the run with default texts: other parts of built-in data, and the built-in model's known text."""
+    """Returns the run with default texts: other parts of built-in data, and the built-in model's known
+    text."""
     builtin = all(sources.is_builtin(name) for name in run.data)
     # Names without a part of their own.
     own = tuple(sources.plain(name) for name in run.data if name.count(":") == 1) if builtin else ()
@@ -137,7 +138,10 @@ def leaks_in(found: Mapping[str, Sequence[Row]]) -> dict[str, leaks.Leaks]:
 
 
 def encode_all(rows: Mapping[str, Sequence[Row]], task: Task) -> dict[str, list[Encoded]]:
-    """Returns every part's rows as the task reads them. Raises one DataError for all rows that it cannot read."""
+    """Returns every part's rows as the task reads them.
+
+    Raises one DataError for all rows that it cannot read.
+    """
     found: dict[str, list[Encoded]] = {}
     problems: list[str] = []
     for part, some in rows.items():
@@ -170,7 +174,10 @@ def prepare(rows: Sequence[Row], task: Task, notes: Notes, part: str = "text") -
 
 
 def text_of(encoded: Sequence[Encoded], task: Task, notes: Notes, part: str) -> Text:
-    """Returns encoded rows as examples, without rows to leave out. Raises one DataError for all unusable rows."""
+    """Returns encoded rows as examples, without rows to leave out.
+
+    Raises one DataError for all unusable rows.
+    """
     kept, left_out = _kept(encoded, task, notes, part)
     window = task.reading.window
     pieces = [p for one in kept for _ in range(one.row.times) for p in task.pieces(one, window)]

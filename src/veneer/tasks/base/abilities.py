@@ -41,7 +41,8 @@ class Outlined(ABC):
 
 
 class Decoder(ABC):
-    """A task whose model reads tokens from left to right, several documents in a row; its attention can be faster."""
+    """A task whose model reads tokens from left to right, several documents in a row; its attention can be
+    faster."""
 
     @abstractmethod
     def tokens(self, batch: Batch) -> Tensor:
@@ -57,7 +58,10 @@ class Writer(ABC):
 
     @abstractmethod
     def write(self, model: nn.Module, prompt: str, *, seed: int) -> str:
-        """Returns the model's continuation of the prompt. Raises ConfigError if there is no room for one."""
+        """Returns the model's continuation of the prompt.
+
+        Raises ConfigError if the prompt fills the context.
+        """
 
     @abstractmethod
     def writing(self, model: nn.Module) -> Mapping[str, Any]:
@@ -94,7 +98,7 @@ class Surveyed(Task):
 
     @abstractmethod
     def problems(self, every: Sequence[Encoded]) -> dict[str, list[str]]:
-        """Returns the names of rows by their problem, as {"endless": [..]}; empty lists where there is none."""
+        """Returns the names of rows by their problem, as {"endless": [..]}; a list may be empty."""
 
     @abstractmethod
     def problem(self, problem: str, rows: Sequence[str]) -> str:

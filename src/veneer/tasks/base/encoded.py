@@ -8,7 +8,8 @@ from veneer.data.row_files import Row
 
 
 class Encoded(NamedTuple):
-    """A row and its content, such as tokens. whole: the size that must fit; None if the row may be cut anywhere."""
+    """A row and its content, such as tokens. whole: the size that must fit; None if the row may be cut
+    anywhere."""
 
     row: Row
     content: Any

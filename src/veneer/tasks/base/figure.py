@@ -34,9 +34,10 @@ class Metric(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A measured metric. parts, weights (n,): sum(parts) / sum(weights) is the value, over examples or documents.
+    """A measured metric. parts, weights (n,): sum(parts) / sum(weights) is the value, over examples or
+    documents.
 
-    Both are None where the value is no such ratio, or where they were not asked for.
+    Both are None for values of another form, and unless `each` was requested.
     """
 
     name: str

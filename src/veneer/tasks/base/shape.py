@@ -12,8 +12,8 @@ Counted = Callable[[float], AbstractContextManager[None]]
 class Shape(NamedTuple):
     """Sizes of a step's batches.
 
-    rows: examples in one pass; tokens: size of each; labels: of the pass; passes: of the step; packed: True if
-    a row holds several texts, which takes a mask (rows, 1, tokens, tokens).
+    rows: examples in one pass; tokens: size of each; labels: of the pass; passes: of the step; packed: True
+    if a row holds several texts, which takes a mask (rows, 1, tokens, tokens).
     """
 
     rows: int

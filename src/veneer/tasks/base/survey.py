@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Survey:
-    """parts: figures by part of the run; epoch: of one pass over the training text; wrong: reasons not to train.
+    """parts: figures by part of the run; epoch: of one pass over the training text; wrong: reasons not to
+    train.
 
     notes: further remarks.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.data.forms.media import Media
-from veneer.data.order_streamed import Joiner
+from veneer.data.order.streamed import Joiner
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.ops.chunked import Kernel

@@ -35,7 +35,8 @@ def bits_per_byte(
 ) -> float:
     """Returns the bits that the model needs for the learned text of the windows, per byte of it.
 
-    between: called before every batch; its errors end the evaluation. Raises DataError if there is no byte.
+    between: called before every batch; its errors end the evaluation. Raises DataError if the windows hold no
+    learned byte.
     """
     total = n_bytes(windows)
     if not total:

@@ -68,7 +68,8 @@ def check_packing(model: nn.Module) -> None:
     if seen > 4 * eps * size or moved > 32 * eps * size:
         what = "see each other" if seen > 4 * eps * size else "see their place in the window"
         raise ConfigError(
-            f"in a {type(model).__name__}, texts packed into one window {what}; use {option('packing', False)}"
+            f"in a {type(model).__name__}, texts packed into one window {what}; use"
+            f" {option('packing', False)}"
         )
 
 

@@ -62,7 +62,8 @@ def loss(
 
 
 def losses(model: nn.Module, batch: Batch, rows: Sequence[int], smoothing: Sequence[float]) -> list[Tensor]:
-    """Returns the sums of the first rows[0] rows with smoothing[0], of the next rows[1], .., from one pass."""
+    """Returns the sums of the first rows[0] rows with smoothing[0], of the next rows[1], .., from one
+    pass."""
     labels = batch["labels"]
     learned = labels != IGNORED
     given = inputs(batch)

@@ -68,7 +68,8 @@ def opening(rows: Iterable[Row], tokenizer: Any) -> list[str]:
     if tokenizer.chat_template or not any(row.kind == "messages" for row in rows):
         return []
     return [
-        f"the tokenizer has no chat template: conversations are written by {templates.PLAIN!r}, which is saved"
+        f"the tokenizer has no chat template: conversations are written by {templates.PLAIN!r}, which is"
+        " saved"
         " with the adapter; chat_template chooses another one"
     ]
 

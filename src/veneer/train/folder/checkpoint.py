@@ -1,8 +1,10 @@
-"""Checkpoints that are whole or not there: tensors and JSON with a SHA-256 manifest, under a temporary name until synced.
+"""Checkpoints that are whole or not there: tensors and JSON with a SHA-256 manifest, under a temporary name
+until synced.
 
     step-000120/  state.safetensors  meta.json  MANIFEST.json ({file: {sha256, bytes}}, written last)
 
-Nothing is unpickled. What does not match its manifest is set aside as corrupt-.. and the one before it is used.
+Nothing is unpickled. What does not match its manifest is set aside as corrupt-.. and the one before it is
+used.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ NAME = re.compile(r"step-(\d{6,})")
 
 
 class Checkpoint(NamedTuple):
-    """What was saved after `step` steps."""
+    """A checkpoint in memory, saved after `step` steps."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -35,7 +37,10 @@ class Checkpoint(NamedTuple):
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Writes the checkpoint of a step into `folder`, in place of one that is there. Raises NotSaved, leaving nothing behind."""
+    """Writes the checkpoint of a step into `folder`, in place of one that is there.
+
+    Raises NotSaved, leaving nothing behind.
+    """
     target = folder / f"step-{step:06d}"
     temporary = folder / f".tmp-{step}-{os.getpid()}"
     n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -52,7 +57,8 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, An
         shutil.rmtree(temporary, ignore_errors=True)
         left = ", ".join(p.name for p in reversed(found(folder))) or "none"
         raise NotSaved(
-            f"the checkpoint of step {step} ({n_bytes:,} bytes) could not be written to {target}: {e}; kept: {left}"
+            f"the checkpoint of step {step} ({n_bytes:,} bytes) could not be written to {target}: {e}; kept:"
+            f" {left}"
         ) from e
     return target
 
@@ -94,7 +100,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file must be there with the bytes of the manifest."""
+    """Returns the fault of a checkpoint, or None if every file has the bytes of the manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         entries = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest.items()}

@@ -1,4 +1,4 @@
-"""What a run was started with, and the refusal to go on with something else."""
+"""Records the settings, texts and base of a run, and refuses to resume with others."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def check_drift(folder: Path, now: Mapping[str, Any], allow: Collection[str]) -> list[str]:
-    """What differs between the run's config.json and `now` in allowed ways, for the record.
+    """Returns the allowed differences between the run's config.json and `now`, for the record.
 
-    Raises ConfigError with every difference that is not allowed: of settings (allow "config"), texts ("data") or base ("base").
+    Raises ConfigError with every difference that is not allowed: of settings (allow "config"), texts ("data")
+    or base ("base").
     """
     then = record(folder)
     found = {
@@ -56,7 +57,8 @@ def check_drift(folder: Path, now: Mapping[str, Any], allow: Collection[str]) ->
 
 
 def _spelled_out(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings with all options of its method and optimiser, those that were left out at their defaults."""
+    """A run's settings with all options of its method and optimiser, those that were left out at their
+    defaults."""
     method, optimiser = run["method"], run["optimiser"]
     known = {
         "options": methods.options_of(methods.get(method)) if method in methods.available() else {},
@@ -67,7 +69,8 @@ def _spelled_out(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """ "lr: 0.001 -> 0.002", or "options: rank: 4 -> 8, alpha: 4 -> 8", for every entry that differs; both as JSON has them."""
+    """ "lr: 0.001 -> 0.002", or "options: rank: 4 -> 8, alpha: 4 -> 8", for every entry that differs; both
+    as JSON has them."""
     old, new = (json.loads(json.dumps(d, default=list)) for d in (then, now))
     pairs = {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
     inside = {k: isinstance(a, dict) and isinstance(b, dict) for k, (a, b) in pairs.items()}

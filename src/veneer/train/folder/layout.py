@@ -65,7 +65,8 @@ class Metrics:
         there = self.path.stat().st_size
         if there < n_bytes:
             raise FormatError(
-                f"{self.path} must have {n_bytes} bytes or more, as at its checkpoint, got {there}; restore it or start"
+                f"{self.path} must have {n_bytes} bytes or more, as at its checkpoint, got {there}; restore"
+                " it or start"
                 " in another folder"
             )
         os.truncate(self.path, n_bytes)

@@ -1,4 +1,5 @@
-"""One training a folder: a lock that the operating system takes back when its holder ends, however it ends."""
+"""One training a folder: a lock that the operating system takes back when its holder ends, however it
+ends."""
 
 from __future__ import annotations
 
@@ -16,13 +17,17 @@ NAME = "lock"
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Within the block no other process, and no other thread, may train into the folder. Raises Busy, naming the holder."""
+    """Within the block no other process, and no other thread, may train into the folder.
+
+    Raises Busy, naming the holder.
+    """
     with open(folder / NAME, "a+", encoding="utf-8") as f:
         if not _take(f):
             f.seek(0)
             holder = f.read().strip() or "unknown"
             raise Busy(
-                f"{folder} is being written by another training ({holder}); wait for it, or choose another folder with out="
+                f"{folder} is being written by another training ({holder}); wait for it, or choose another"
+                " folder with out="
             )
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -25,7 +25,8 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run. metrics: results.json; metric: of the figures; learned: on test text, else on valid text.
+    """A finished run. metrics: results.json; metric: of the figures; learned: on test text, else on valid
+    text.
 
     forgotten: on known text, None without one.
     """
@@ -63,7 +64,8 @@ def metric_of(results: Mapping[str, Any]) -> Metric:
 
 
 def figures(metric: Metric, position: Position, test: Mapping[str, Sequence[Figure]]) -> dict[str, Any]:
-    """Returns metric, before, after, learned and forgotten for results.json. test: measured at the best step."""
+    """Returns metric, before, after, learned and forgotten for results.json. test: measured at the best
+    step."""
     after = {**position.best, **{text: some[0].value for text, some in test.items()}}
     before, reported = position.before, "test" if "test" in after else "valid"
     pair = {name: {"before": before[name], "after": after[name]} for name in after}

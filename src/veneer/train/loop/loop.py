@@ -1,4 +1,4 @@
-"""The training loop: evaluates, saves, steps. A signal stops it after saving; resumed, it continues bit for bit."""
+"""The training loop: evaluates, saves, steps. A signal saves and stops it; it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from veneer.data.order import Steps
+from veneer.data.order.order import Steps
 from veneer.errors import DataError, option
 from veneer.tasks import Figure
 from veneer.tasks.base.task import nothing
@@ -89,7 +89,7 @@ class Loop:
         return found
 
     def run(self, wish: Wish) -> Position:
-        """Trains to the end. Raises Interrupted after a signal, Diverged after too many skipped steps; both save."""
+        """Trains to the end. Saves and raises Interrupted after a signal, Diverged after skipped steps."""
         self.wish = wish
         started = time.monotonic() - self.position.seconds
         try:
@@ -141,7 +141,8 @@ class Loop:
             if kept:
                 then = f"resume from {kept[-1]} with {option('resume', True)} {option('allow', 'data')}"
             raise DataError(
-                f"{e.text}\nthe training ended after step {p.step} of {self.pace.steps}; correct the data and {then}"
+                f"{e.text}\nthe training ended after step {p.step} of {self.pace.steps}; "
+                f"correct the data and {then}"
             ) from e
         shares = [some[world.rank :: world.size] for some in micro]
         return [some for some in shares if some], self.pace.rate(p.step)
@@ -170,8 +171,8 @@ class Loop:
         self.save()
         raise Diverged(
             f"{PATIENCE} steps in a row were skipped, the last, step {p.step}, because the {outcome.skipped};"
-            f" the last good step is saved in {self.folder}. Lower lr (its peak was {self.pace.lr:g}), lengthen"
-            f" warmup, or use {option('precision', 'fp32')}"
+            f" the last good step is saved in {self.folder}. Lower lr (its peak was {self.pace.lr:g}),"
+            f" lengthen warmup, or use {option('precision', 'fp32')}"
         )
 
     def _evaluate(self) -> bool:

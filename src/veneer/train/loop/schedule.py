@@ -16,7 +16,8 @@ SHAPES: dict[str, Callable[[float], float]] = {
 def share(step: int, steps: int, warmup: int, shape: str) -> float:
     """Returns the share of the peak rate at `step` of `steps`, counted from 0.
 
-    It rises straight over `warmup` steps, reaches the peak at step `warmup`, then follows `shape`; it never is 0.
+    It rises straight over `warmup` steps, reaches the peak at step `warmup`, then follows `shape`; it never
+    is 0.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -29,7 +29,7 @@ class Wish:
 def listening() -> Iterator[Wish]:
     """Within the block the first SIGINT or SIGTERM requests a clean stop; the second interrupts at once.
 
-    Python delivers signals to the main thread only; in others there is no request.
+    Python delivers signals to the main thread only; other threads never see a request.
     """
     wish = Wish()
     if threading.current_thread() is not threading.main_thread():

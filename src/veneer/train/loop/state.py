@@ -1,4 +1,5 @@
-"""State of a training: trained parameters, moments, random numbers and position, enough to resume bit for bit."""
+"""State of a training: trained parameters, moments, random numbers and position, enough to resume bit for
+bit."""
 
 from __future__ import annotations
 
@@ -62,8 +63,8 @@ def fixed(learner: Learner) -> dict[str, Tensor]:
 def tensors(learner: Learner) -> dict[str, Tensor]:
     """Returns the tensors of a checkpoint.
 
-    p.<name>: parameters; b.<name>: see fixed; o.<name>.<key>: state of the optimiser; rng, rng.1, ..: random numbers
-    of each process; rng.cuda: of the first one's GPU. All processes must call it.
+    p.<name>: parameters; b.<name>: see fixed; o.<name>.<key>: state of the optimiser; rng, rng.1, ..: random
+    numbers of each process; rng.cuda: of the first one's GPU. All processes must call it.
     """
     found = {**_draws(learner.world), **fixed(learner)}
     device = learner.parts[0].parameter.device
@@ -87,7 +88,8 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
     wrong = sorted(n for n in {*wanted, *there} if wanted.get(n) != there.get(n))
     if wrong:
         raise FormatError(
-            f"the checkpoint of step {saved.step} has other parameters: {first_few(wrong)}; start in another folder"
+            f"the checkpoint of step {saved.step} has other parameters: {first_few(wrong)}; start in another"
+            " folder"
         )
     put_back(learner, saved)
     for name, t in held.items():

@@ -22,8 +22,8 @@ from veneer.train.world import ALONE, World
 class Outcome(NamedTuple):
     """One step. loss: mean over labels, smoothed as it was learned; norm: of the gradient before clipping.
 
-    labels, tokens (sizes of examples) and positions (tokens and padding) are sums over the world. skipped: the
-    reason why nothing was changed, or None.
+    labels, tokens (sizes of examples) and positions (tokens and padding) are sums over the world. skipped:
+    the reason why nothing was changed, or None.
     """
 
     loss: float
@@ -55,8 +55,8 @@ def learning(model: nn.Module) -> None:
 class Learner(NamedTuple):
     """A model, its trained parameters, their optimiser and the task.
 
-    objective: the task's loss, made fast; shapes: of the batches that run compiled; kept: cached hidden states
-    of the frozen blocks; world: the processes that learn together.
+    objective: the task's loss, made fast; shapes: of the batches that run compiled; kept: cached hidden
+    states of the frozen blocks; world: the processes that learn together.
     """
 
     model: nn.Module
@@ -72,7 +72,8 @@ class Learner(NamedTuple):
     world: World = ALONE
 
     def step(self, micro: Sequence[Sequence[Any]], rate: float) -> Outcome:
-        """Learns from the micro-batches of all processes as from one batch: the loss is a mean over all labels.
+        """Learns from the micro-batches of all processes as from one batch: the loss is a mean over all
+        labels.
 
         If the loss or the gradient is not finite, no parameter and no moment changes. Raises DataError for a
         batch without labels.
@@ -93,7 +94,8 @@ class Learner(NamedTuple):
         return labels
 
     def finish(self, micro: Sequence[Sequence[Any]], loss: float, rate: float) -> Outcome:
-        """Updates with the gradient, unless it or the loss is not finite. loss: this process' share of the mean."""
+        """Updates with the gradient, unless it or the loss is not finite. loss: this process' share of the
+        mean."""
         self._join_gradients()
         loss, norm = float(self.world.sum(loss)), self._clip()
         skipped = next(

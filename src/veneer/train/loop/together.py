@@ -1,8 +1,9 @@
-"""Several trainings in step on one base: one pass for the batches of all; each adapter learns from its own rows.
+"""Several trainings in step on one base: one pass for the batches of all; each adapter learns from its own
+rows.
 
-Every training has a model of its own and evaluates, saves and stops as if alone; the models share the base's weights.
-Only steps are made together, on one more model, the carrier, whose bank holds all the changes. An adapter's gradient
-depends on its own rows only: each learns what it would alone, up to rounding.
+Every training has a model of its own and evaluates, saves and stops as if alone; the models share the base's
+weights. Only steps are made together, on one more model, the carrier, whose bank holds all the changes. An
+adapter's gradient depends on its own rows only: each learns what it would alone, up to rounding.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def check(models: Mapping[str, nn.Module], adapter: str) -> None:
         heads = sorted({site.name for site, _ in attached.changes(model, adapter)} & output_head(model))
         if heads:
             raise ConfigError(
-                f"{name!r} changes the output head {first_few(heads)}, which the rows of all runs share; leave it"
+                f"{name!r} changes the output head {first_few(heads)}, which the rows of all runs share;"
+                " leave it"
                 " out with exclude="
             )
 

@@ -102,6 +102,7 @@ class Place(Settings):
         for name in self.allow:
             if name not in ALLOWED:
                 if name in MOVED:
-                    yield f"{option('allow')}: {name!r} is a setting of its own now; set {option(*MOVED[name])}"
+                    now = option(*MOVED[name])
+                    yield f"{option('allow')}: {name!r} is a setting of its own now; set {now}"
                 else:
                     yield f"{option('allow')}: unknown check {name!r}{suggest(name, ALLOWED)}"

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from veneer.tasks import Batch, Objective
 
-# Share of a block's activations kept for the backward; the compiler recomputes the rest, the cheapest first. In a
-# Llama's block four fifths spare norms and activation functions alone. 0.7 recomputes attention too, 0.6 and less
-# products with frozen weights: at 0.6 a step of a Llama of width 512 takes 5 % more, at 0.35 25 % more for a quarter
-# less memory.
+# Share of a block's activations kept for the backward; the compiler recomputes the rest, the cheapest first.
+# In a Llama's block four fifths spare norms and activation functions alone. 0.7 recomputes attention too, 0.6
+# and less products with frozen weights: at 0.6 a step of a Llama of width 512 takes 5 % more, at 0.35 25 %
+# more for a quarter less memory.
 KEPT = 0.8
 CACHED = "autograd_cache_allow_custom_autograd_functions"
 
@@ -20,8 +20,8 @@ CACHED = "autograd_cache_allow_custom_autograd_functions"
 def lean(objective: Objective) -> Objective:
     """Returns the objective, compiled to keep little (see KEPT) and with guards on hooks.
 
-    Without guards the graph of a block without adapters would serve for adapted ones too. Graphs are cached between
-    runs although they hold derivatives of our own, as their keys hold these too.
+    Without guards the graph of a block without adapters would serve for adapted ones too. Graphs are cached
+    between runs although they hold derivatives of our own, as their keys hold these too.
     """
 
     def act(model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:

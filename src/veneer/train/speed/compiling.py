@@ -27,8 +27,8 @@ from veneer.tasks.base.abilities import Decoder
 from veneer.train.speed import fast_attention, graphs
 from veneer.train.speed.compile_settings import lean
 
-# A run is long enough for `auto` if its products take about ten minutes: 4 per parameter and token, at the speed of a
-# core or a GPU. Compilation takes about one minute and shortens steps by a quarter to a third.
+# A run is long enough for `auto` if its products take about ten minutes: 4 per parameter and token, at the
+# speed of a core or a GPU. Compilation takes about one minute and shortens steps by a quarter to a third.
 LONG = {"cpu": 600 * 1e11, "cuda": 600 * 1e14}
 COMPILERS = ("g++", "clang++", "c++", "cl")
 
@@ -47,7 +47,8 @@ def missing(device: torch.device) -> str | None:
 
 
 class Shapes(NamedTuple):
-    """Shapes of the batches that run compiled, one graph each; a batch of other than `rows` rows runs eagerly."""
+    """Shapes of the batches that run compiled, one graph each; a batch of other than `rows` rows runs
+    eagerly."""
 
     rows: int
     widths: tuple[int, ...]
@@ -58,8 +59,9 @@ def prepare(
 ) -> Objective:
     """Returns the task's objective for this model, as fast as possible; `restore` undoes all.
 
-    batch: any one of the training, for a dry run that finds layers with a common input. compiled: compiles repeated
-    blocks on their first call, which takes up to a minute for each shape of a batch; with_graphs: as CUDA graphs.
+    batch: any one of the training, for a dry run that finds layers with a common input. compiled: compiles
+    repeated blocks on their first call, which takes up to a minute for each shape of a batch; with_graphs: as
+    CUDA graphs.
     """
     restore(model)
     with discover(model), torch.no_grad():
@@ -79,11 +81,15 @@ def prepare(
 
 
 def warm_up(model: nn.Module, objective: Objective, batch: Batch, *, smoothing: float = 0.0) -> float:
-    """Compiles everything in a first step that changes nothing, and returns its seconds. Raises ConfigError."""
+    """Compiles everything in a first step that changes nothing, and returns its seconds.
+
+    Raises ConfigError.
+    """
     started, device = time.monotonic(), next(model.parameters()).device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), in_mode(model, training=True):
-            objective(model, batch, smoothing=smoothing)[0].backward()  # type: ignore[no-untyped-call, unused-ignore]
+            loss = objective(model, batch, smoothing=smoothing)[0]
+            loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
     except RuntimeError as e:
         restore(model)
         lines = str(e).strip().splitlines() or [type(e).__name__]
@@ -95,7 +101,8 @@ def warm_up(model: nn.Module, objective: Objective, batch: Batch, *, smoothing: 
 
 
 def _give_back_memory() -> None:
-    """Returns the compiler's memory, a hundred megabytes or more, to the system, if its library can do that."""
+    """Returns the compiler's memory, a hundred megabytes or more, to the system, if its library can do
+    that."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -115,8 +122,8 @@ def eagerly(wanted: bool = True) -> Iterator[None]:
 def widths(length: int, packing: bool) -> tuple[int, ...]:
     """Returns the widths of batches in a compiled training: few, as each is compiled for itself.
 
-    Packed windows are nearly full; their blocks exist with and without a mask, so that three widths make six of the
-    eight graphs that torch.compile allows for one function.
+    Packed windows are nearly full; their blocks exist with and without a mask, so that three widths make six
+    of the eight graphs that torch.compile allows for one function.
     """
     eighths = (2, 4, 8) if packing else range(1, 9)
     return tuple(sorted({-(-length * n // 8) for n in eighths}))
@@ -131,7 +138,10 @@ def restore(model: nn.Module) -> None:
 
 
 def recompute(model: Any, wanted: bool) -> None:
-    """Makes the model keep each block's input alone and recompute the rest in the backward. Raises ConfigError."""
+    """Makes the model keep each block's input alone and recompute the rest in the backward.
+
+    Raises ConfigError.
+    """
     if not wanted:
         return
     try:

@@ -1,7 +1,7 @@
 """Faster attention for transformers models in training on a CPU; in all other cases PyTorch's own.
 
-Two cases are faster than a fused kernel with a mask: the compiled backward of short sequences, and windows of several
-documents, each computed for itself from its beginning, without a mask.
+Two cases are faster than a fused kernel with a mask: the compiled backward of short sequences, and windows of
+several documents, each computed for itself from its beginning, without a mask.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ FASTER = (torch.bfloat16,)  # dtypes in which SHORT was measured to be faster
 def use_faster(model: Any, ids: Tensor, *, compiled: bool) -> bool:
     """Switches a model on a CPU to faster attention if it can; tells if it did.
 
-    Short sequences are faster only under torch.compile, which fuses the many passes of their formulas. ids: any
-    tokens, on which documents in a long window must give PyTorch's features.
+    Short sequences are faster only under torch.compile, which fuses the many passes of their formulas. ids:
+    any tokens, on which documents in a long window must give PyTorch's features.
     """
     from transformers import PreTrainedModel
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -81,7 +81,8 @@ def mask(
 ) -> Tensor | None:
     """Returns transformers' own mask, or the position where each document begins, (b, 1, t, 1), as integers.
 
-    The latter in training on long windows whose positions see their document up to themselves and nothing else.
+    The latter in training on long windows whose positions see their document up to themselves and nothing
+    else.
     """
     from transformers.masking_utils import sdpa_mask
 
@@ -101,10 +102,12 @@ def mask(
 
 
 def _starts(may: Callable[..., Tensor], b: int, t: int, device: Any) -> Tensor | None:
-    """Returns where documents begin, by asking `may`(row, head, position, seen position); None for another mask.
+    """Returns where documents begin, by asking `may`(row, head, position, seen position); None for another
+    mask.
 
-    A document continues where a position sees the one before it. Then its last position must see its first, and no
-    position its next one or the end of the document before: sliding windows and images that see forward are others.
+    A document continues where a position sees the one before it. Then its last position must see its first,
+    and no position its next one or the end of the document before: sliding windows and images that see
+    forward are others.
     """
     row, place = torch.arange(b, device=device)[:, None], torch.arange(t, device=device)
 

@@ -1,7 +1,7 @@
 """Blocks below the first adapted one: their hidden states depend on the example alone and can be cached.
 
-No model is known by name. The stack is the list of blocks that compilation uses too; a trial finds the rest. A model
-that passes more than one tensor between its blocks is refused.
+No model is known by name. The stack is the list of blocks that compilation uses too; a trial finds the rest.
+A model that passes more than one tensor between its blocks is refused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Prefix(NamedTuple):
 
 
 def look(model: nn.Module, inputs: Mapping[str, Any], size: int) -> Prefix:
-    """Returns the blocks in which nothing is trained, found by a trial. Raises ConfigError if they cannot be cached.
+    """Returns the blocks in which nothing is trained, found by a trial.
+
+    Raises ConfigError if they cannot be cached.
 
     inputs: of a batch with one example of this size.
     """
@@ -81,7 +83,8 @@ def _lowest_trained(model: nn.Module) -> tuple[nn.ModuleList, int]:
         raise _refused(model, "none of its blocks is trained")
     if trained[0] == 0:
         raise ConfigError(
-            f"cache_frozen needs blocks below the first adapted one, and of {len(found)} the first is adapted; adapt"
+            f"cache_frozen needs blocks below the first adapted one, and of {len(found)} the first is"
+            " adapted; adapt"
             " upper ones only, with to= or exclude=, or leave it out"
         )
     return stack, trained[0]

@@ -46,7 +46,9 @@ def forget(out: Path) -> None:
 
 
 class Kept:
-    """The hidden states of examples. Each is computed alone and without padding, so it depends on nothing else.
+    """The hidden states of examples.
+
+    Each is computed alone and without padding, so it depends on nothing else.
 
     A resumed training has the same bits, from the disk or computed again.
     """
@@ -60,7 +62,10 @@ class Kept:
         out: Path,
         key: Mapping[str, Any],
     ) -> None:
-        """key: all that the hidden states depend on; a cache in out with another key is deleted. Raises ConfigError."""
+        """key: all that the hidden states depend on; a cache in out with another key is deleted.
+
+        Raises ConfigError.
+        """
         sizes = [task.size(e) for e in examples]
         ends = torch.tensor(sizes).cumsum(0).tolist()
         self.model, self.prefix, self.task = model, prefix, task
@@ -82,7 +87,8 @@ class Kept:
 
     @contextmanager
     def passing(self, examples: Sequence[Any], width: int) -> Iterator[None]:
-        """Within the block the model reads a batch of these examples, `width` wide, without its frozen blocks."""
+        """Within the block the model reads a batch of these examples, `width` wide, without its frozen
+        blocks."""
         device = next(self.model.parameters()).device
         # Zeros for padding, which no label sees.
         hidden = torch.zeros(len(examples), width, self.prefix.width, dtype=self.prefix.dtype)

@@ -26,8 +26,8 @@ def reason_against(device: torch.device) -> str | None:
 def on_graphs(objective: Objective) -> Objective:
     """Returns the objective of a model whose blocks are compiled with OPTIONS.
 
-    A graph's next run overwrites the memory of its results, and each call here is a run. Gradients must outlive it
-    if a step has several batches: they are added to tensors made before the graph.
+    A graph's next run overwrites the memory of its results, and each call here is a run. Gradients must
+    outlive it if a step has several batches: they are added to tensors made before the graph.
     """
 
     def act(model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:

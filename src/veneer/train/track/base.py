@@ -1,4 +1,4 @@
-"""What every tracker is: a library that is told of a run's start, its figures step by step, and its end."""
+"""Defines a tracker: a library that receives a run's start, its figures per step, and its end."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ TRACKERS = Registry("veneer.train.track", "tracker", apart=("base", "feed"))
 
 
 class Tracker(ABC):
-    """One run as one library shows it. Its methods may raise whatever the library raises: `Feed` sees to it."""
+    """One run as one library shows it.
+
+    Its methods may raise whatever the library raises: `Feed` sees to it.
+    """
 
     packages: ClassVar[tuple[str, ...]]  # modules that must be installed
 
     @abstractmethod
     def start(self, folder: Path, config: Mapping[str, Any], *, step: int, known: str | None) -> str | None:
-        """Begins, or goes on, before the figures after `step` come: what the library calls the run, to be kept for a resume.
+        """Begins, or goes on, before the figures after `step` come: what the library calls the run, to be
+        kept for a resume.
 
         folder: of the run; config: its config.json; known: what an earlier start of the same run returned.
         """
@@ -58,12 +62,12 @@ def check_installed(names: Iterable[str]) -> None:
 
 
 def title(folder: Path) -> str:
-    """What people call the run: its folder's name."""
+    """Returns the name of the run: its folder's name."""
     return folder.resolve().name
 
 
 def flat(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """("learned.after", 1.3) for every entry that is no table itself, tables within tables included."""
+    """Yields the leaves of nested tables by dotted name, such as ("learned.after", 1.3)."""
     for name, value in content.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{above}{name}.")

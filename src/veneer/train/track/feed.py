@@ -1,4 +1,5 @@
-"""A run's figures on their way to its trackers. metrics.jsonl is the truth: a tracker that fails is said, and left behind."""
+"""Feeds a run's figures to its trackers; a failing tracker is logged and dropped, metrics.jsonl stays
+complete."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Feed:
             layout.put(self.folder / KEPT, known)
         except OSError as e:
             self.voice.say(
-                f"{self.folder / KEPT} could not be written: {e}; a resumed run would begin anew in its trackers"
+                f"{self.folder / KEPT} could not be written: {e}; a resumed run would begin anew in its"
+                " trackers"
             )
 
     def _known(self) -> dict[str, Any]:
@@ -66,7 +68,8 @@ class Feed:
                 del self.at_work[name]
                 what = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
                 self.voice.say(
-                    f"tracker {name} failed ({what}) and gets no more figures; the run goes on, and metrics.jsonl has them all"
+                    f"tracker {name} failed ({what}) and gets no more figures; the run goes on, and"
+                    " metrics.jsonl has them all"
                 )
 
     def __enter__(self) -> Feed:

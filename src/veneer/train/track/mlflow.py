@@ -1,4 +1,7 @@
-"""MLflow: an SQLite store in the run's folder. To look at it: mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db"""
+"""MLflow: an SQLite store in the run's folder.
+
+To look at it: mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db
+"""
 
 from __future__ import annotations
 

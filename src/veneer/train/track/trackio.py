@@ -1,4 +1,7 @@
-"""trackio: its own store of this machine's runs (TRACKIO_DIR). To look at it: trackio show --project veneer"""
+"""trackio: its own store of this machine's runs (TRACKIO_DIR).
+
+To look at it: trackio show --project veneer
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ class Trackio(Tracker):
 
 @contextmanager
 def _local() -> Iterator[None]:
-    """What trackio prints goes to stderr, and what would send figures elsewhere is out of sight."""
+    """Sends trackio's output to stderr and hides the variables that would upload figures."""
     hidden = {name: os.environ.pop(name) for name in ELSEWHERE if name in os.environ}
     try:
         with redirect_stdout(sys.stderr):

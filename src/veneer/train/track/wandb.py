@@ -14,7 +14,8 @@ PROJECT = "veneer"
 
 
 class WeightsAndBiases(Tracker):
-    """One run of the project "veneer". A resumed run writes a second folder with the same id, which `wandb sync --append` joins."""
+    """One run of the project "veneer". A resumed run writes a second folder with the same id, which `wandb
+    sync --append` joins."""
 
     packages = ("wandb",)
 

@@ -44,7 +44,8 @@ def assemble(job: Job, found: Compressed, out: Path, tokenizer: Any, model: str,
 
 
 def _tensors(job: Job, folder: Path) -> dict[str, dict[str, Any]]:
-    """Writes a file for the weights outside the blocks and one for each block; returns the factored layers."""
+    """Writes a file for the weights outside the blocks and one for each block; returns the factored
+    layers."""
     outside = {n: t.to(job.dtype) if t.is_floating_point() else t for n, t in job.source.outside().items()}
     files.write_tensors(folder / f"{STEM}-outside.safetensors", outside)
     layers: dict[str, dict[str, Any]] = {}

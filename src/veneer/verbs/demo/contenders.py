@@ -13,7 +13,8 @@ WINDOWS, LENGTH, BATCH = 24, 256, 4
 
 
 class Contender(NamedTuple):
-    """One way to train. rates: the peak learning rate by target, chosen on validation text by bench/demo_rates.py."""
+    """One way to train. rates: the peak learning rate by target, chosen on validation text by
+    bench/demo_rates.py."""
 
     method: str
     rates: Mapping[str, float]

@@ -1,4 +1,5 @@
-"""`veneer demo`: full fine-tuning, LoRA and LoRA+ on the built-in model, measured in learning and forgetting."""
+"""`veneer demo`: full fine-tuning, LoRA and LoRA+ on the built-in model, measured in learning and
+forgetting."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ NOISE = 0.03  # of the metric: above twice the largest deviation over seeds in b
 def demo(
     out: str = "runs/demo", *, steps: int = 100, seed: int = 0, fresh: bool = False, progress: bool = True
 ) -> dict[str, Any]:
-    """Trains every method on every text that this interpreter has, and writes results.json and a picture into `out`.
+    """Trains every method on every text that this interpreter has, and writes results.json and a picture into
+    `out`.
 
     out: folder of the demo; trainings that are finished there are not repeated, one that was stopped goes on
     steps: length of each training, 1,024 tokens a step

@@ -30,7 +30,8 @@ def table(rows: Sequence[Mapping[str, Any]], target: str, noise: float) -> str:
     before = rows[0]
     lines = [
         f"\nLearning {TITLES[target]}: {METRIC.words} on text held out from training,"
-        f" {before[f'{TARGET}_before']:.3f} before; on Python it knew, {before[f'{KNOWN}_before']:.3f} before",
+        f" {before[f'{TARGET}_before']:.3f} before; on Python it knew, {before[f'{KNOWN}_before']:.3f}"
+        " before",
         "",
         f"{'':<18}{'trained':>11}{'adapter':>11}{'learned':>16}{'forgotten':>16}{'seconds':>9}"
         "   dialled to (learned, forgotten)",
@@ -81,7 +82,8 @@ def _next(rows: Sequence[Mapping[str, Any]]) -> str:
     folder = Path(lora["folder"])
     return (
         f"\nPicture: {folder.parent / PICTURE}    Numbers: {folder.parent / RESULTS}\n"
-        f"Next: veneer generate --adapter {folder}@{lora['recommended_strength']:g} {PROMPTS[lora['target']]!r}\n"
+        f"Next: veneer generate --adapter {folder}@{lora['recommended_strength']:g}"
+        f" {PROMPTS[lora['target']]!r}\n"
         f"      veneer inspect {folder}\n"
         f"      veneer fit --model YOUR_MODEL --data YOUR.jsonl --out runs/yours"
     )

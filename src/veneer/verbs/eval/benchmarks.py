@@ -48,7 +48,10 @@ class Answered(NamedTuple):
 
 
 def find(names: Sequence[str], folder: str | None) -> Known:
-    """Returns the benchmarks of names and patterns, in `folder` and lm-eval. Raises UnknownTask for others."""
+    """Returns the benchmarks of names and patterns, in `folder` and lm-eval.
+
+    Raises UnknownTask for others.
+    """
     from lm_eval.tasks import TaskManager
 
     if folder is not None and not any(Path(folder).rglob("*.yaml")):
@@ -70,7 +73,7 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 
 def ask(model: nn.Module, tokenizer: Any, known: Known, options: Options) -> list[Answered]:
-    """Returns every figure of every benchmark for the model as it is.
+    """Returns every figure of every benchmark for the model in its present state.
 
     Raises one DataError for all benchmarks without examples here.
     """
@@ -107,7 +110,8 @@ def _loaded(known: Known) -> list[Any]:
             problems.append(f"benchmark {name}: its examples are missing ({type(e).__name__}: {reason})")
     if problems:
         problems.append(
-            "examples come from the Hugging Face hub or its cache; task_folder takes tasks with files of your own"
+            "examples come from the Hugging Face hub or its cache; task_folder takes tasks with files of"
+            " your own"
         )
         raise DataError("\n".join(problems))
     return tasks
@@ -129,7 +133,8 @@ def _figures(found: Mapping[str, Any]) -> Iterator[Answered]:
 
 
 def _parts(examples: Sequence[Any], value: float) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Returns parts and weights of the examples if their ratio is the value: a mean or bits per byte; else None."""
+    """Returns parts and weights of the examples if their ratio is the value: a mean or bits per byte; else
+    None."""
     try:
         pairs = [(-e[0] / math.log(2), e[1]) if isinstance(e, tuple) else (float(e), 1.0) for e in examples]
         found = torch.tensor(pairs, dtype=torch.float64)  # (n, 2)

@@ -17,8 +17,8 @@ BASE = "the base"  # as a title: names of adapters contain no space
 class Against(NamedTuple):
     """A model with an adapter against its base on the same units.
 
-    low, high: 95 % interval of the difference; None without a difference, with too few units, and for figures that
-    are no mean over units.
+    low, high: 95 % interval of the difference; None without a difference, with too few units, and for figures
+    that are not means over units.
     """
 
     value: float
@@ -69,7 +69,7 @@ def line(name: str, units: str, n: int, found: Mapping[str, Figure], seed: int) 
 
 
 def against_base(own: Figure, base: Figure, seed: int) -> Against:
-    """Compares two figures on the same units; without parts there is no interval."""
+    """Compares two figures on the same units; the interval needs parts."""
     if own.parts is None or base.parts is None or base.weights is None:
         return Against(own.value, own.value - base.value, None, None)
     return compare(own.parts, base.parts, base.weights, seed)
@@ -91,7 +91,8 @@ def text(found: Evaluation) -> str:
     for each in found.lines:
         better = "lower" if each.lower_is_better else "higher"
         rows.append(
-            f"{each.name:<{wide}}  {each.metric} ({better} is better; {each.n:,} {each.units}): base {each.base:.4f}"
+            f"{each.name:<{wide}}  {each.metric} ({better} is better; {each.n:,} {each.units}): base"
+            f" {each.base:.4f}"
         )
         rows += [
             f"{'':<{wide}}    {title} {_described(a, each.lower_is_better)}"

@@ -36,13 +36,14 @@ class MeasuredText(NamedTuple):
             owner = torch.tensor([i for i, some in enumerate(whole) for _ in some])
             return cls(name, task, examples, owner, "documents")
         notes.say(
-            f"{name}: {len(whole)} documents are too few for an interval; it is over their {task.EXAMPLE}s, which are"
+            f"{name}: {len(whole)} documents are too few for an interval; it is over their {task.EXAMPLE}s,"
+            " which are"
             " less independent"
         )
         return cls(name, task, examples, torch.arange(len(examples)), f"{task.EXAMPLE}s")
 
     def measure(self, model: nn.Module, batch: int) -> list[Figure]:
-        """Returns the figures of the model as it is, their parts by unit."""
+        """Returns the figures of the model in its present state, their parts by unit."""
         return [self._by_unit(f) for f in self.task.measure(model, self.examples, batch=batch, each=True)]
 
     def _by_unit(self, figure: Figure) -> Figure:
@@ -51,7 +52,7 @@ class MeasuredText(NamedTuple):
         n = int(self.owner.max()) + 1
         parts, weights = (_summed(x, self.owner, n) for x in (figure.parts, figure.weights))
         if not float(weights.sum()):
-            raise DataError(f"{self.name}: the text has no byte that is measured")
+            raise DataError(f"{self.name}: the text holds no measured byte")
         return Figure.of(figure.metric, parts, weights)
 
     def lines(self, found: Mapping[str, Sequence[Figure]], seed: int) -> list[Line]:

@@ -11,7 +11,7 @@ from veneer.adapt.attached import n_base_parameters
 from veneer.adapt.switch import using
 from veneer.analyse.cost import process_memory, simulate
 from veneer.compress.quantise import as_plain
-from veneer.data.order import Order
+from veneer.data.order.order import Order
 from veneer.errors import ConfigError
 from veneer.models import machine
 from veneer.runs import fit as training

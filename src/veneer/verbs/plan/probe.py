@@ -9,7 +9,7 @@ from typing import NamedTuple
 from veneer.analyse.cost import process_memory
 from veneer.analyse.cost.memory import Live, Saved
 from veneer.analyse.cost.simulate import Memory
-from veneer.data.order import Order
+from veneer.data.order.order import Order
 from veneer.data.spread import spread
 from veneer.runs.learner import learner as learner_of
 from veneer.runs.prepare import Ready

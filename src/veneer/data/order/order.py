@@ -49,7 +49,8 @@ class Steps(Protocol):
 
 
 class Order:
-    """Orders `total` examples in steps of `accumulate` micro-batches of `batch`; only the last may be smaller.
+    """Orders `total` examples in steps of `accumulate` micro-batches of `batch`; only the last may be
+    smaller.
 
     Epochs follow each other without a gap, each in its own order.
     sizes: of the examples; similar ones share a batch. None: any examples do, such as packed windows.

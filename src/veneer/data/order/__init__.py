@@ -1,0 +1,1 @@
+"""Orders the examples of an epoch, in memory or as a stream."""
