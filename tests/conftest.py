@@ -1,7 +1,15 @@
 """Shared settings of the tests."""
 
 import os
+from pathlib import Path
 
+import torch
+
+# Compiled graphs of this checkout and this processor's instructions only: PyTorch's key leaves both out.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(__file__).parents[1] / ".pytest_cache" / f"inductor-{torch.backends.cpu.get_cpu_capability()}"),
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Fixtures that several files use.

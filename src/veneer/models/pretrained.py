@@ -36,7 +36,10 @@ def tokenizer(name: str) -> Any:
 
 
 def processor(name: str, auto: str) -> Any:
-    """Returns the model's processor, loaded by a class such as transformers.AutoTokenizer. Raises ConfigError."""
+    """Returns the model's processor, loaded by a class such as transformers.AutoTokenizer.
+
+    Raises ConfigError.
+    """
     with _found(name, "tokenizer" if auto == TOKENIZER else "processor"):
         return _class(auto).from_pretrained(source(name))
 
@@ -92,7 +95,8 @@ def model(
         loaded.__dict__[DRAWN], missing = _of_head(loaded, missing)
     if missing:
         raise ConfigError(
-            f"model {name!r} lacks {len(missing)} weights of a {type(loaded).__name__}, which would be random:"
+            f"model {name!r} lacks {len(missing)} weights of a {type(loaded).__name__}, which would be"
+            " random:"
             f" {first_few(missing)}"
         )
     if made_from == embedded.PREFIX:

@@ -73,7 +73,8 @@ def ways(
     if own:
         return [
             *found,
-            "Its base is quantised around its start: other programs need the model that `veneer merge` writes.",
+            "Its base is quantised around its start: other programs need the model that `veneer merge`"
+            " writes.",
         ]
     if record["layout"] != manifest.PEFT or peft is None:
         return [*found, f"PEFT cannot express this change; {_otherwise(model, record)}"]

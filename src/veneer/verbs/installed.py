@@ -51,6 +51,7 @@ FEATURES = (
         "metrics",
         {"scikit-learn": "1.4", "scipy": "1.11", "sacrebleu": "2.4", "rouge_score": "0.1.2"},
     ),
+    feature("compress", "compress", {"scipy": "1.11"}),
     feature(
         "serve",
         "serve",

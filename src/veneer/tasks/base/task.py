@@ -35,7 +35,7 @@ class Objective(Protocol):
     """A loss that a training lowers."""
 
     def __call__(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
-        """Returns the sum of the losses, and the number of labels. smoothing: share spread over all classes."""
+        """Returns the sum of the losses and the number of labels. smoothing: share for all classes."""
 
 
 class Single:
@@ -81,7 +81,7 @@ class Task(ABC):
 
     @classmethod
     def described(cls, settings: Mapping[str, Any]) -> str:
-        """Returns a sentence on the parts of a text that a run with these settings learns; "" for all of it."""
+        """Returns a sentence on the parts of a text that these settings learn; "" for all of it."""
         return ""
 
     # -- rows and examples
@@ -153,7 +153,7 @@ class Task(ABC):
         return {"rows": len(rows), "examples": len(examples), **counts, "sha256": digest.hexdigest()}
 
     def companion(self, facts: Mapping[str, Any]) -> Any:
-        """Returns the processor to save beside the adapter, or None if the base's own serves. facts: of train."""
+        """Returns the processor to save beside the adapter, or None for the base's own. facts: of train."""
         return None
 
     # -- batches

@@ -16,8 +16,8 @@ def show(run: Run, rows: int = 3) -> dict[str, Any]:
     """Returns the first rows of the training text, token by token.
 
     {"shown": rows, "of": all rows, "rows": [{where, kind, length, learned, special, spelt,
-    too_long, tokens: [{id, text, learned}]}], "notes": [..]}; a conversation with several examples has an entry for each.
-    The first token has no label. Raises the errors of unreadable texts.
+    too_long, tokens: [{id, text, learned}]}], "notes": [..]}; a conversation with several examples has an
+    entry for each. The first token has no label. Raises the errors of unreadable texts.
     """
     if rows < 1:
         raise ConfigError(f"{option('rows', rows)} must be 1 or more")

@@ -1,4 +1,5 @@
-"""`veneer eval`: measures a base and its adapters on the same texts and benchmarks, side by side, with intervals."""
+"""`veneer eval`: measures a base and its adapters on the same texts and benchmarks, side by side, with
+intervals."""
 
 from __future__ import annotations
 
@@ -52,28 +53,24 @@ def evaluate(
     allow: Sequence[str] = (),
     progress: bool = True,
 ) -> Evaluation:
-    """Measures the base alone and with each adapter on every text, by the task's metrics, and on every benchmark.
+    """Measures the base alone and with each adapter on every text, by the task's metrics, and on every
+    benchmark.
 
     All are compared on the same documents and examples; the intervals come from paired resampling of these.
 
     base: the base model: a Hugging Face folder or id, or builtin
-    adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times; each is compared with the base alone
-    data: texts, as of veneer fit; may be given several times, each is a line
-    tasks: benchmarks of lm-eval by name or pattern; may be given several times
-    task_folder: folder with tasks of your own, as YAML files of lm-eval
-    task: task whose figures are measured on texts
-    length: longest window in tokens; 256, or the model's longest, unless given; compare figures of one length only
-    train_on: part of prompts and conversations to measure: completion or all
-    truncate: cut prompts and conversations that are longer than length
-    documents: at most that many of each text, evenly spaced; 0: all
-    examples: at most that many of each benchmark, the first ones; 0: all
-    shots: examples shown before each question of a benchmark; its own number unless given
-    chat: ask benchmarks through the tokenizer's chat template
-    batch: windows or questions in one forward pass
-    dtype: of the weights: fp32, bf16 or fp16
-    device: cpu, cuda, ..; auto: cuda where there is one
-    seed: decides the draws of the intervals
-    allow: checks to turn off when loading, see veneer.load
+    adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times; each is compared with the
+    base alone data: texts, as of veneer fit; may be given several times, each is a line tasks: benchmarks of
+    lm-eval by name or pattern; may be given several times task_folder: folder with tasks of your own, as YAML
+    files of lm-eval task: task whose figures are measured on texts length: longest window in tokens; 256, or
+    the model's longest, unless given; compare figures of one length only train_on: part of prompts and
+    conversations to measure: completion or all truncate: cut prompts and conversations that are longer than
+    length documents: at most that many of each text, evenly spaced; 0: all examples: at most that many of
+    each benchmark, the first ones; 0: all shots: examples shown before each question of a benchmark; its own
+    number unless given chat: ask benchmarks through the tokenizer's chat template batch: windows or questions
+    in one forward pass dtype: of the weights: fp32, bf16 or fp16 device: cpu, cuda, ..; auto: cuda where
+    there is one seed: decides the draws of the intervals allow: checks to turn off when loading, see
+    veneer.load
     """
     numbers = {"length": 1 if length is None else length, "batch": batch}
     _check(data, tasks, {"documents": documents, "examples": examples}, numbers)
@@ -92,11 +89,7 @@ def evaluate(
     read = _texts(rows, asked, opened.model, notes)
     options = benchmarks.Options(shots, chat, examples or None, batch)
     found = _measured(opened, wanted, read, known, options, allow, Voice(progress))
-    lines = [each for i, t in enumerate(read) for each in t.lines(found.texts(i), seed)]
-    lines += _benchmark_lines(found.benchmarks, seed, notes.say)
-    if any(a.low is not None for each in lines for a in each.adapters.values()):
-        notes.say("95 % intervals cover the choice of texts, not of the seed of the training")
-    return Evaluation(base, lines, notes.said)
+    return Evaluation(base, _lines(read, found, seed, notes), notes.said)
 
 
 def _check(
@@ -139,6 +132,14 @@ def _texts(
     return [MeasuredText.of(name, some, task, model, notes) for name, some in rows.items()]
 
 
+def _lines(read: Sequence[MeasuredText], found: _Found, seed: int, notes: Notes) -> list[Line]:
+    lines = [each for i, t in enumerate(read) for each in t.lines(found.texts(i), seed)]
+    lines += _benchmark_lines(found.benchmarks, seed, notes.say)
+    if any(a.low is not None for each in lines for a in each.adapters.values()):
+        notes.say("95 % intervals cover the choice of texts, not of the seed of the training")
+    return lines
+
+
 class _Found(NamedTuple):
     """Figures by title of the model: of every text in order, and of all benchmarks."""
 
@@ -178,5 +179,6 @@ def _benchmark_lines(
     for base in found[BASE]:
         own = {title: figures[base.task, base.figure.name] for title, figures in named.items()}
         if len(own) > 1 and base.figure.parts is None:
-            say(f"{base.task} {base.figure.name}: no interval, as it is no mean over examples")
+            name = f"{base.task} {base.figure.name}"
+            say(f"{name}: without an interval, because it is not a mean over examples")
         yield line(base.task, "examples", base.n, own, seed)
