@@ -16,7 +16,7 @@ from support import models, tiny
 
 from veneer.data import chat, pack, row_files, split
 from veneer.data.chat import Part
-from veneer.data.order.order import order
+from veneer.data.order import order
 from veneer.data.pack import IGNORED, Segment
 from veneer.data.row_files import Row
 from veneer.data.tokens import Tokens, encode
@@ -42,7 +42,6 @@ def refused(path: Path) -> str:
 
 
 # -- files
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,6 @@ def test_jsonl_is_split_at_newlines_only_and_a_byte_order_mark_is_no_text(tmp_pa
 
 
 # -- masks
-# ------------------------------------------------------------------------------------------------------------
 
 
 def learned(row: Row, template: str | None = None, train_on: str = "completion") -> tuple[str, str]:
@@ -263,7 +261,6 @@ def test_tokens_count_every_byte_of_the_text_once(prompt, completion):
 
 
 # -- windows
-# ----------------------------------------------------------------------------------------------------------
 
 
 def row_of(n: int, first_learned: int = 0) -> Tokens:
@@ -373,7 +370,6 @@ def test_models_in_which_packed_texts_see_each_other_are_refused():
 
 
 # -- order and split
-# --------------------------------------------------------------------------------------------------
 
 
 def windows(n: int) -> list[pack.Window]:

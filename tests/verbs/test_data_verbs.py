@@ -107,7 +107,6 @@ def test_no_colour_when_not_wanted(monkeypatch):
 
 
 # -- check
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_check_counts_what_is_read(by, tmp_path):
@@ -225,7 +224,6 @@ def test_lengths_in_doublings():
 
 
 # -- the command line
-# -------------------------------------------------------------------------------------------------
 
 
 def test_the_verb_says_no_by_exit_code_3(by, tmp_path, capsys):

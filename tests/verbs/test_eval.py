@@ -343,4 +343,4 @@ def test_all_that_is_wrong_with_the_words_is_said_at_once(place, capsys):
     assert "adapter gone: the folder does not exist" in capsys.readouterr().err
     long = jsonl(place / "long.jsonl", {"prompt": tiny.text(1, 50), "completion": "x"})
     assert main(["eval", str(place / "base"), "--data", str(long), "--length", "32"]) == 1
-    assert "1 of 1 rows are longer than length=32 tokens" in capsys.readouterr().err
+    assert "1 of 1 rows are longer than --length 32 tokens" in capsys.readouterr().err

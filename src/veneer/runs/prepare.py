@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,8 +119,8 @@ def encoded_texts(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, list[Enc
 def _with_options(run: Run, task: Task, rows: Mapping[str, list[Row]]) -> tuple[Run, Task]:
     """Returns run and task with the options that the rows to learn decide, a stream's first ones."""
     learned = rows["train"] if "train" in rows else streamed.first_rows(run)
-    learned = [*learned, *(() if run.valid else rows.get("valid", ()))]
-    found = task.decided([row for row in learned if row.kind != EMPTY])
+    learned = chain(learned, () if run.valid else rows.get("valid", ()))
+    found = task.decided(row for row in learned if row.kind != EMPTY)
     if not found:
         return run, task
     run = replace(run, task_options={**run.task_options, **found})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ class SequenceClassification(Sequences):
         super().__init__(processor, reading)
         self.classes = tuple(labels)
 
-    def decided(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return {"labels": self.classes or classes.decided(rows)}
+    def decided(self, rows: Iterable[Row]) -> dict[str, Any]:
+        return {"labels": self.classes or classes.decided(list(rows))}
 
     @classmethod
     def head_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,12 +48,12 @@ def gather(run: Run, notes: Notes) -> dict[str, list[Row]]:
 
 def looked_at(run: Run, task: Task) -> list[Encoded]:
     """Returns the first rows, whose lengths decide the window, where the run leaves it open."""
-    return encode_rows(first_rows(run), task) if run.length == AUTO else []
+    return encode_rows(list(first_rows(run)), task) if run.length == AUTO else []
 
 
-def first_rows(run: Run) -> list[Row]:
-    """Returns the first rows of the stream, which decide what the run leaves open."""
-    return list(islice(_all(run), ROWS))
+def first_rows(run: Run) -> Iterator[Row]:
+    """Yields the first rows of the stream, which decide the settings that the run leaves open."""
+    return islice(_all(run), ROWS)
 
 
 def begin(found: dict[str, Text], run: Run, task: Task, notes: Notes) -> dict[str, Text]:

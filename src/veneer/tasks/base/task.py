@@ -86,8 +86,8 @@ class Task(ABC):
 
     # -- rows and examples
 
-    def decided(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Returns options that the rows to learn decide, such as the names of classes. Raises DataError."""
+    def decided(self, rows: Iterable[Row]) -> dict[str, Any]:
+        """Returns options that the rows to learn (a stream's are read as they come) decide, such as classes."""
         return {}
 
     def check_rows(self, rows: Sequence[Row]) -> None:
