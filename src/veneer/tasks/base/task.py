@@ -87,7 +87,7 @@ class Task(ABC):
     # -- rows and examples
 
     def decided(self, rows: Iterable[Row]) -> dict[str, Any]:
-        """Returns options that the rows to learn (a stream's are read as they come) decide, such as classes."""
+        """Returns options that the rows to learn decide, such as classes; a stream's rows come lazily."""
         return {}
 
     def check_rows(self, rows: Sequence[Row]) -> None:
