@@ -40,18 +40,18 @@ def survey(source: Source, batches: Sequence[Batch], recipe: Recipe, seed: int, 
         return
     entered = [source.walk.enter(b) for b in batches]
     end = _forward(source, entered, work)
-    slopes = end if end is None else _slopes_at_end(source, entered, batches, end, seed)
-    for i in reversed(range(len(source))):
-        if not work.has(names[i]):
-            assert slopes is not None
-            with source.block(i) as block:
-                entries = work.get_list(f"entry-{i:03}")
-                view = View(i, block, source.sites(i, block), entered, entries, slopes)
-                found, metrics, slopes = _block(view, recipe)
-            work.put_list(f"slopes-{i:03}", slopes)
-            work.put(names[i], {**tensors(found), **metrics})
-        else:
-            slopes = work.get_list(f"slopes-{i:03}")
+    left = next((i for i in range(len(source)) if work.has(names[i])), len(source))  # blocks below it
+    if end is None:
+        slopes = work.get_list(f"slopes-{left:03}")  # those of higher blocks are dropped already
+    else:
+        slopes = _slopes_at_end(source, entered, batches, end, seed)
+    for i in reversed(range(left)):
+        with source.block(i) as block:
+            entries = work.get_list(f"entry-{i:03}")
+            view = View(i, block, source.sites(i, block), entered, entries, slopes)
+            found, metrics, slopes = _block(view, recipe)
+        work.put_list(f"slopes-{i:03}", slopes)
+        work.put(names[i], {**tensors(found), **metrics})
         work.drop(f"entry-{i:03}")
         work.drop(f"slopes-{i + 1:03}")
     work.drop("slopes-000")
