@@ -13,11 +13,12 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH
 
-.PHONY: real real-clean test-real help demo test lint docs bench bench-check mutants clean
+.PHONY: real real-clean test-real test-portable help demo test lint docs bench bench-check mutants clean
 
 help:
 	@echo "make demo    adapt the built-in model in three ways and see what was learned and forgotten"
 	@echo "make test    run the tests"
+	@echo "make test-portable  run the tests three more times: AVX2, no AMX, four threads"
 	@echo "make real    fetch real pretrained models and data into .real (KEYS=\"smollm2 minilm\" for some; 600 MB in all)"
 	@echo "make test-real  run the tests that use them"
 	@echo "make lint    ruff and mypy"
@@ -36,6 +37,12 @@ demo: $(STAMP)
 # Two processes of one thread each: tiny tensors gain nothing from more threads.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Other instructions and thread counts sum in another order; see docs/promises.md.
+test-portable: $(STAMP)
+	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=4 $(BIN)/python -m pytest -n 1 $(ARGS)
 
 real: $(STAMP)
 	PYTHONPATH=tools HF_HUB_OFFLINE=1 $(BIN)/python -m real $(KEYS)

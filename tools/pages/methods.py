@@ -101,8 +101,7 @@ def _starts() -> list[Entry]:
 
 def _start(name: str, module: Any) -> Entry:
     known = inits.options_of(name)
-    needs = f" It needs the {module.NEEDS} that `veneer.calibrate` takes." if module.NEEDS else ""
-    facts = (f"Use it: `--init {name}`.{needs}",)
+    facts = (f"Use it: `--init {name}`. {module.NEEDS.sentence}".rstrip(),)
     return Entry(
         name,
         of_module(module.start),

@@ -65,7 +65,7 @@ def _key(kind: type[Delta], site: Site, options: dict[str, Any]) -> tuple[Any, .
     asks = (
         takes_stats(kind)
         and "init" in options_of(kind)
-        and inits.get(option(kind, "init", options)).NEEDS == "leading"
+        and inits.needs(option(kind, "init", options)).leading
     )
     if not asks or site.device.type == "meta":
         return None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from veneer.data.chat import Part
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import DataError
 
 
@@ -28,7 +29,7 @@ class Tokens(NamedTuple):
 Token = tuple[int, bool, int]
 
 
-def encode(parts: Sequence[Part], tokenizer: Any) -> Tokens:
+def encode(parts: Sequence[Part], tokenizer: Tokenizer) -> Tokens:
     """Returns the tokens of one row: the tokenizer's beginning token, if it has one, then the parts.
 
     A text that spells its own beginning or end token gets no second one.
@@ -57,7 +58,7 @@ def encode(parts: Sequence[Part], tokenizer: Any) -> Tokens:
     )
 
 
-def beginning(tokenizer: Any) -> list[int]:
+def beginning(tokenizer: Tokenizer) -> list[int]:
     """Returns the token ids that a document begins with.
 
     That is the beginning token if the tokenizer adds it itself, or if it is also the end token: such
@@ -70,7 +71,7 @@ def beginning(tokenizer: Any) -> list[int]:
     return [bos] if own[:1] == [bos] or bos == tokenizer.eos_token_id else []
 
 
-def end_token(tokenizer: Any) -> int:
+def end_token(tokenizer: Tokenizer) -> int:
     """Returns the id of the end-of-text token. Raises DataError if its eos_token is unset."""
     end: int | None = tokenizer.eos_token_id
     if end is None:
@@ -80,7 +81,7 @@ def end_token(tokenizer: Any) -> int:
     return end
 
 
-def _stretch(parts: list[Part], tokenizer: Any) -> Iterator[Token]:
+def _stretch(parts: list[Part], tokenizer: Tokenizer) -> Iterator[Token]:
     """Yields the tokens of the joined text; of each part if a token would cross a border of what is learned.
 
     Generation starts at that border, so training must split there too.
@@ -100,7 +101,7 @@ def _stretch(parts: list[Part], tokenizer: Any) -> Iterator[Token]:
         done = max(done, end)
 
 
-def _spans(text: str, tokenizer: Any, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+def _spans(text: str, tokenizer: Tokenizer, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
     """Returns token ids and the characters (from, to) of each."""
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__

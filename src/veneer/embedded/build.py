@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from veneer.data.tokenizer import Tokenizer
 from veneer.embedded import texts
 
 END, PAD = "<|end|>", "<|pad|>"
@@ -48,7 +49,7 @@ def train_tokenizer(documents: list[texts.Document], vocabulary: int) -> Any:
     )
 
 
-def build_model(tokenizer: Any, seed: int) -> nn.Module:
+def build_model(tokenizer: Tokenizer, seed: int) -> nn.Module:
     """Returns the untrained Llama in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,7 +103,7 @@ def load_checkpoint(
     return meta
 
 
-def export(folder: Path, model: nn.Module, tokenizer: Any, facts: dict[str, Any]) -> None:
+def export(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
     """Writes the model in bfloat16, its tokenizer and training.json, for AutoModelForCausalLM."""
     copy = build_model(tokenizer, 0)
     copy.load_state_dict(model.state_dict())

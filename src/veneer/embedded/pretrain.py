@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
+from veneer.data.tokenizer import Tokenizer
 from veneer.embedded import pretrain_ways, texts
 from veneer.embedded.build import build_model, export, load_checkpoint, save_checkpoint, train_tokenizer
 
@@ -55,7 +56,7 @@ def arguments() -> argparse.ArgumentParser:
     return p
 
 
-def token_stream(tokenizer: Any, documents: list[texts.Document]) -> Tensor:
+def token_stream(tokenizer: Tokenizer, documents: list[texts.Document]) -> Tensor:
     """Returns all documents, each after an end token, as one (n,) int16 stream."""
     end = [tokenizer.eos_token_id]
     ids = [i for d in documents for i in end + tokenizer(d.text, verbose=False)["input_ids"]]

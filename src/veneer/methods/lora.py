@@ -84,7 +84,7 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
         W = site.weight().detach().to(master_dtype(site))
         given = inits.Start(W, rank, self.scaling, keyed(seed, site.key), site.kind == "embedding", stats)
         A, B = chosen.start(given, **(init_options or {}))
-        shifted = not A.is_meta and bool(A.any()) and bool(B.any()) and chosen.NEEDS != "residual"
+        shifted = not A.is_meta and bool(A.any()) and bool(B.any()) and not chosen.NEEDS.residual
         self._hold(A, B, A.clone() if shifted else None, B.clone() if shifted else None)
 
     def _hold(self, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> None:

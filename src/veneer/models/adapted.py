@@ -17,6 +17,7 @@ from veneer.adapt.peft.settings import CONFIG as PEFT_CONFIG
 from veneer.adapt.store import manifest, store
 from veneer.adapt.store.folder import adapter_folder, holds_one
 from veneer.adapt.switch import using
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError, first_few, option
 from veneer.files import read_json
 from veneer.models import pretrained
@@ -46,7 +47,7 @@ class Opened(NamedTuple):
     """The base model in eval mode with all adapters attached, its tokenizer and its name."""
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: Tokenizer
     base: str
 
 

@@ -24,7 +24,7 @@ from veneer.units import size
 
 def start_of(run: Run) -> str | None:
     """Returns the run's start if it compensates for quantisation: the run then has a base of its own."""
-    return run.init if run.init is not None and inits.get(run.init).NEEDS == "residual" else None
+    return run.init if run.init is not None and inits.needs(run.init).residual else None
 
 
 def own_base(run: Run) -> Path:

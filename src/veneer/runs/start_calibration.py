@@ -24,7 +24,7 @@ from veneer.train.run import Run
 
 def needed(run: Run) -> bool:
     """Tells if the run's start needs statistics of the loss."""
-    return run.init is not None and inits.get(run.init).NEEDS == "gradient"
+    return run.init is not None and inits.needs(run.init).gradient
 
 
 def goes_on(run: Run) -> bool:

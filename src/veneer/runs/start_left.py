@@ -18,7 +18,7 @@ from veneer.train.run import Run
 
 def of_weights(run: Run) -> str | None:
     """Returns the run's start if it takes A and B out of the weights."""
-    return run.init if run.init is not None and inits.get(run.init).NEEDS in inits.OF_WEIGHT else None
+    return run.init if run.init is not None and inits.needs(run.init).of_weight else None
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -46,8 +46,8 @@ class ImageClassification(Task, Examined):
         pictures.check_processor(processor, NAME)
         self.classes = tuple(labels)
 
-    def decided(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return {"labels": self.classes or classes.decided(rows)}
+    def decided(self, rows: Iterable[Row]) -> dict[str, Any]:
+        return {"labels": self.classes or classes.decided(list(rows))}
 
     @classmethod
     def head_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:

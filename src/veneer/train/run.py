@@ -127,7 +127,7 @@ def _of_start(run: Run) -> Iterator[str]:
     if run.method not in methods.available():
         return
     init = run.init
-    if init not in inits.available() or inits.get(init).NEEDS != "residual":
+    if init not in inits.available() or not inits.needs(init).residual:
         return
     if run.quantise is None:
         nf4 = option("quantise", "nf4")

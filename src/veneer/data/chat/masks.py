@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from veneer.data.chat import serving, turns
 from veneer.data.chat.plain import plain
 from veneer.data.chat.rendering import Conversation
 from veneer.data.row_files import Row
+from veneer.data.tokenizer import Tokenizer
 
 ASSISTANT = ("assistant",)
 
@@ -28,7 +29,7 @@ class Part(NamedTuple):
 
 def examples(
     row: Row,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     train_on: str = "completion",
     roles: Collection[str] = ASSISTANT,
     *,
@@ -54,14 +55,14 @@ def examples(
 
 
 def parts(
-    row: Row, tokenizer: Any, train_on: str = "completion", roles: Collection[str] = ASSISTANT
+    row: Row, tokenizer: Tokenizer, train_on: str = "completion", roles: Collection[str] = ASSISTANT
 ) -> list[Part]:
     """Returns the parts of a row's only example. Raises ValueError if the row has several."""
     (only,) = examples(row, tokenizer, train_on, roles)
     return only
 
 
-def _conversation(row: Row, tokenizer: Any, learned: list[int], everything: bool) -> list[list[Part]]:
+def _conversation(row: Row, tokenizer: Tokenizer, learned: list[int], everything: bool) -> list[list[Part]]:
     messages, tools = row.columns["messages"], row.columns.get("tools", ())
     if not tokenizer.chat_template:
         return [[Part(*stretch) for stretch in plain(messages, learned=learned, tools=tools)]]

@@ -11,6 +11,7 @@ from typing import Any
 
 from veneer.data.forms.flags import FLAGS
 from veneer.data.row_files import Row
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -26,7 +27,7 @@ ORDINARY = (TypeError, ValueError, KeyError, AttributeError, IndexError)
 class Conversation:
     """One row's messages and the texts that the tokenizer's template makes of their beginnings."""
 
-    def __init__(self, row: Row, tokenizer: Any) -> None:
+    def __init__(self, row: Row, tokenizer: Tokenizer) -> None:
         """Raises DataError if the template takes the conversation in no form."""
         self.row, self.tokenizer = row, tokenizer
         self.tools = row.columns.get("tools")
@@ -204,7 +205,7 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
 
 
-def specials(tokenizer: Any) -> re.Pattern[str] | None:
+def specials(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Returns a pattern that matches the names of the tokenizer's special tokens."""
     return _pattern(tuple(str(t) for t in tokenizer.all_special_tokens))
 

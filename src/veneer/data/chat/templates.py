@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError, option, suggest
 
 PLAIN = "plain"
@@ -21,7 +22,7 @@ def names() -> list[str]:
     return sorted(p.name.removesuffix(ENDING) for p in FOLDER.iterdir() if p.name.endswith(ENDING))
 
 
-def chosen(wanted: str, tokenizer: Any) -> str:
+def chosen(wanted: str, tokenizer: Tokenizer) -> str:
     """Returns the template of this name: a file, one of the tokenizer's own by name, or one of `names()`.
 
     Raises ConfigError for an unknown name and an unreadable file.
@@ -42,7 +43,7 @@ def chosen(wanted: str, tokenizer: Any) -> str:
     return packaged(wanted, tokenizer)
 
 
-def packaged(name: str, tokenizer: Any) -> str:
+def packaged(name: str, tokenizer: Tokenizer) -> str:
     """Returns a template of `names()`; the plain one writes the tokenizer's beginning token, if any."""
     from veneer.data.tokens import beginning
 
@@ -50,7 +51,7 @@ def packaged(name: str, tokenizer: Any) -> str:
     return "{{- bos_token }}" + text if name == PLAIN and beginning(tokenizer) else text
 
 
-def choose(tokenizer: Any, wanted: str | None) -> list[str]:
+def choose(tokenizer: Tokenizer, wanted: str | None) -> list[str]:
     """Gives the tokenizer the wanted template, where one is named. Returns notes on it."""
     if wanted is None:
         return []
@@ -64,14 +65,14 @@ def choose(tokenizer: Any, wanted: str | None) -> list[str]:
     ]
 
 
-def complete(tokenizer: Any) -> Any:
+def complete(tokenizer: Tokenizer) -> Any:
     """Returns the tokenizer with a template: the plain one, unless it has its own."""
     if not tokenizer.chat_template:
         tokenizer.chat_template = packaged(PLAIN, tokenizer)
     return tokenizer
 
 
-def asked(message: str, tokenizer: Any, template: str | None = None) -> str:
+def asked(message: str, tokenizer: Tokenizer, template: str | None = None) -> str:
     """Returns a user's message with the request for an answer, by this template or the tokenizer's own."""
     template = template or tokenizer.chat_template or packaged(PLAIN, tokenizer)
     return str(

@@ -1,9 +1,7 @@
 """Starts of a low-rank pair: one file, one function `start`; the file's name is the start's name.
 
 The options of a start are the keyword parameters of its `start(s, *, ..)`, given together as `init_options`.
-The file also has `alpha(rank, stabilised)`, the default alpha, and `NEEDS`: "weight" if s B A is a part of W,
-"leading" if it is the leading part, "gradient" if it needs the loss's gradient from calibration, "residual"
-if it replaces the quantisation error (it then acts from the first step on and is not subtracted), or "".
+The file also has `alpha(rank, stabilised)`, the default alpha, and `NEEDS`, its input.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError, suggest
+from veneer.methods.base.needs import Needs
 from veneer.methods.base.stats import Stats
 from veneer.ops.matrix.linalg import leading_svd
 from veneer.ops.matrix.sketch import Svd
@@ -24,7 +23,6 @@ from veneer.registry import Registry
 
 STARTS = Registry(__name__, "init")
 Options = Mapping[str, float | str]
-OF_WEIGHT = ("weight", "leading", "residual")  # what a start NEEDS that takes B A out of the weight
 
 
 class Start(NamedTuple):
@@ -105,6 +103,12 @@ def available() -> list[str]:
 def get(name: str) -> ModuleType:
     """Returns the module of a start. Raises ConfigError for an unknown one."""
     return STARTS.module(name)
+
+
+def needs(name: str) -> Needs:
+    """Returns the input that a start needs. Raises ConfigError for an unknown one."""
+    found: Needs = get(name).NEEDS
+    return found
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:

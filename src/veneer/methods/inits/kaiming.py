@@ -6,9 +6,10 @@ import math
 import torch
 from torch import Tensor
 
+from veneer.methods.base.needs import NOTHING
 from veneer.methods.inits import Start
 
-NEEDS = ""
+NEEDS = NOTHING
 
 
 def alpha(rank: int, stabilised: bool) -> float:

@@ -5,9 +5,10 @@ The quantised base belongs to it: veneer.compress.quantise computes A and B and 
 
 from torch import Tensor
 
+from veneer.methods.base.needs import RESIDUAL
 from veneer.methods.inits import Start
 
-NEEDS = "residual"
+NEEDS = RESIDUAL
 
 
 def alpha(rank: int, stabilised: bool) -> float:

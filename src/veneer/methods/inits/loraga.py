@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.errors import ConfigError, ShapeError, suggest
+from veneer.methods.base.needs import GRADIENT
 from veneer.methods.inits import Start
 
-NEEDS = "gradient"
+NEEDS = GRADIENT
 # The directions among the leading 2r that go to A, and those that go to B; the names are the authors'.
 DIRECTIONS = {
     "ArB2r": lambda r: (torch.arange(r), torch.arange(r, 2 * r)),

@@ -4,10 +4,11 @@ https://arxiv.org/abs/2406.01775"""
 import torch
 from torch import Tensor
 
+from veneer.methods.base.needs import WEIGHT
 from veneer.methods.inits import Start
 from veneer.ops.matrix.linalg import check_rank, precise
 
-NEEDS = "weight"
+NEEDS = WEIGHT
 
 
 def alpha(rank: int, stabilised: bool) -> float:

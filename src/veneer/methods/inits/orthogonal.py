@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError
+from veneer.methods.base.needs import NOTHING
 from veneer.methods.inits import Start
 
-NEEDS = ""
+NEEDS = NOTHING
 
 
 def alpha(rank: int, stabilised: bool) -> float:

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from veneer.methods.base.needs import LEADING
 from veneer.methods.inits import Start
 
-NEEDS = "leading"
+NEEDS = LEADING
 
 
 def alpha(rank: int, stabilised: bool) -> float:

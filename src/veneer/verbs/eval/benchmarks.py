@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError, DataError, suggest
 from veneer.tasks import Figure
 
@@ -72,7 +73,7 @@ def _near(name: str, known: Sequence[str]) -> str:
     return suggest(name, known, listed=False) or "; lm-eval ls tasks lists all"
 
 
-def ask(model: nn.Module, tokenizer: Any, known: Known, options: Options) -> list[Answered]:
+def ask(model: nn.Module, tokenizer: Tokenizer, known: Known, options: Options) -> list[Answered]:
     """Returns every figure of every benchmark for the model in its present state.
 
     Raises one DataError for all benchmarks without examples here.
