@@ -319,7 +319,8 @@ def test_adapters_are_loaded_and_unloaded_as_in_vllm(folders):
         assert post("load", lora_name="../y", lora_path="dora") == (400, "invalid_request")
         for path in ("../adapters", "/etc", "..", "french/../../x", "a\0b"):
             assert post("load", lora_name="y", lora_path=path) == (400, "invalid_request")
-        assert post("load", lora_name="y", lora_path="nowhere") == (404, "not_found")
+        for path in ("nowhere", "0" * 1024, "french/adapter_config.json"):
+            assert post("load", lora_name="y", lora_path=path) == (404, "not_found")
         assert post("load", lora_name="y") == (400, "invalid_request")
         assert post("pin", lora_name="x")[0] == 200 and server.registry.entries["x"].version.pinned
         assert post("unload", lora_name="x") == (200, "Success: LoRA adapter 'x' removed successfully.")

@@ -5,18 +5,23 @@ error.
 from __future__ import annotations
 
 import gc
+import json
 import random
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+import torch
 from support import served, tiny
 
 import veneer
 from veneer.serve.errors import RequestError, UnknownModel
+from veneer.serve.http.running import Background
 
 CLIENTS = 16
 NAMES = [f"a{i}" for i in range(6)]
@@ -35,20 +40,28 @@ class Load:
         self.oracle = served.Oracle({f"{n}-{v}": root / f"{n}-{v}" for n in NAMES for v in range(VARIANTS)})
         self.shared = [served.prompt(900 + k, 64) for k in range(3)]
         self.problems: list[str] = []
-        self.right = self.refused = self.left = 0
+        self.counts: Counter[str] = Counter()
         self.lock = threading.Lock()
 
     def prompt(self, draw: random.Random) -> tuple[int, ...]:
         own = served.prompt(draw.randrange(40), draw.randrange(2, 20))
         return draw.choice(self.shared) + own if draw.random() < 0.5 else own
 
-    def ask(self, server, number: int) -> None:
+    def count(self, what: str) -> None:
+        with self.lock:
+            self.counts[what] += 1
+
+    def ask(self, server, url: str, number: int) -> None:
         draw = random.Random(number)
-        names = draw.sample(NAMES, draw.choice([0, 1, 1, 1, 2, 3]))
+        over_http = draw.random() < 0.2
+        names = draw.sample(NAMES, draw.choice([0, 1, 1] if over_http else [0, 1, 1, 1, 2, 3]))
         terms = [(n, draw.choice([1.0, 1.0, 0.5, -0.75])) for n in names]
         prompt, n = self.prompt(draw), draw.randrange(1, 14)
         model = "+".join(f"{name}@{s}" for name, s in terms)
         leaves = draw.random() < 0.15
+        if over_http:
+            self.ask_http(url, model, prompt, terms, n, leaves)
+            return
         got: list[int] = []
         try:
             for event in server.stream(prompt, model, max_tokens=n, temperature=0):
@@ -56,25 +69,62 @@ class Load:
                 if leaves and len(got) > n // 2:
                     break
         except UnknownModel:
-            with self.lock:
-                self.refused += 1
+            self.count("refused")
             return
         except RequestError as e:
             self.problems.append(f"{model}: {e}")
             return
         self.judge(prompt, terms, got, leaves)
 
+    def ask_http(self, url, model, prompt, terms, n, leaves) -> None:
+        """Reads a stream to its end, or leaves after the first text."""
+        body = {"model": model, "prompt": list(prompt), "max_tokens": n, "temperature": 0, "stream": True}
+        text = ""
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as r:
+            if r.status_code == 404:
+                self.count("refused")
+                return
+            for line in r.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    self.problems.append(f"{model}: {event}")
+                    return
+                text += event["choices"][0]["text"]
+                if leaves and text:
+                    break
+        for own in self.contents(terms):
+            with self.lock:
+                tokens, near = self.expected(prompt, own, n)
+            whole = tiny.tokenizer().decode(tokens, skip_special_tokens=True)
+            if near or (whole.startswith(text) if leaves else whole == text):
+                self.count("disconnected" if leaves else "over HTTP")
+                return
+        self.problems.append(f"{terms} over HTTP: {text!r}")
+
+    def expected(self, prompt, own, n) -> tuple[list[int], bool]:
+        """Tokens of one-by-one generation up to its end; True if two logits are within 1e-4 on the way."""
+        tokens, end = self.oracle.answer(prompt, own, n), tiny.tokenizer().eos_token_id
+        tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+        with torch.no_grad(), veneer.using(self.oracle.model, dict(own)):
+            logits = self.oracle.model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 :]
+        first, second = logits.topk(2).values.unbind(-1)
+        return tokens, bool((first - second < 1e-4).any())
+
+    def contents(self, terms):
+        """Yields the terms with every content that their names may have."""
+        for v in range(VARIANTS ** len(terms)):
+            yield tuple((f"{n}-{v // VARIANTS**k % VARIANTS}", s) for k, (n, s) in enumerate(terms))
+
     def judge(self, prompt, terms, got, leaves) -> None:
         """An answer must be that of one content of each of its names, from the first token to the last."""
         found = []
-        for v in range(VARIANTS ** len(terms)):
-            own = tuple((f"{n}-{v // VARIANTS**k % VARIANTS}", s) for k, (n, s) in enumerate(terms))
+        for own in self.contents(terms):
             with self.lock:
                 problem = self.oracle.differs(prompt, own, got) if got else None
             if problem is None:
-                with self.lock:
-                    self.right += not leaves
-                    self.left += leaves
+                self.count("cancelled" if leaves else "in process")
                 return
             found.append(problem)
         self.problems.append(f"{terms}: {found}")
@@ -96,13 +146,13 @@ class Load:
     def run(self) -> None:
         first = {name: self.root / f"{name}-0" for name in NAMES}
         options = dict(tokenizer=tiny.tokenizer(), slots=4, running=12, step_tokens=48)
-        with veneer.serve(served.model(), first, **options) as server:
+        with veneer.serve(served.model(), first, **options) as server, Background(server) as web:
             done = threading.Event()
             with ThreadPoolExecutor(CLIENTS + 1) as pool:
                 changing = pool.submit(self.change, server, done)
-                list(pool.map(lambda i: self.ask(server, i), range(self.requests)))
+                list(pool.map(lambda i: self.ask(server, web.url, i), range(self.requests)))
                 done.set()
-                assert changing.result() > self.requests / 50
+                self.counts["changes"] = changing.result()
             assert server.engine.prefixes.hit > 0 and server.engine.slots.evictions > 0
             deadline = time.monotonic() + 10
             while server.engine.known and time.monotonic() < deadline:
@@ -110,7 +160,10 @@ class Load:
             assert not server.engine.known
             assert all(v.is_idle and not v.holds for v in server.engine.slots.placed.values())
         assert self.problems == []
-        assert self.right > self.requests / 2
+        print(dict(self.counts), server.engine.prefixes.hit, server.engine.slots.evictions)
+        assert self.counts["changes"] > self.requests / 50
+        assert self.counts["in process"] + self.counts["over HTTP"] > self.requests / 2
+        assert min(self.counts[k] for k in ("over HTTP", "cancelled", "disconnected")) > self.requests / 100
 
 
 @pytest.mark.parametrize("requests", [200, pytest.param(2000, marks=pytest.mark.slow)], ids=["short", "long"])

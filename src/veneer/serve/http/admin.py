@@ -16,6 +16,7 @@ from veneer.serve.http.fields import DetokenizeBody, LoadBody, PinBody, Tokenize
 from veneer.serve.http.state import State
 from veneer.version import __version__
 
+TEXT: dict[int | str, Any] = {200: {"description": "Done", "content": {"text/plain": {}}}}
 STUCK = 300.0  # seconds of one step after which the server is not healthy
 
 
@@ -36,7 +37,7 @@ def router(state: State) -> APIRouter:
 def _health(routes: APIRouter, state: State) -> None:
     server = state.server
 
-    @routes.get("/health")
+    @routes.get("/health", response_class=Response)
     async def health() -> Response:
         alive = server.supervisor.is_alive and server.supervisor.stuck() < STUCK
         return Response(status_code=200 if alive else 503)
@@ -71,20 +72,20 @@ def _models(routes: APIRouter, state: State) -> None:
 def _adapters(routes: APIRouter, state: State) -> None:
     server = state.server
 
-    @routes.post("/v1/load_lora_adapter")
+    @routes.post("/v1/load_lora_adapter", responses=TEXT)
     async def load(body: LoadBody) -> Response:
         _check_loading(state)
         folder = _folder(state, body.lora_path)
         await state.run(lambda: server.load(body.lora_name, folder, replace=body.load_inplace))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @routes.post("/v1/unload_lora_adapter")
+    @routes.post("/v1/unload_lora_adapter", responses=TEXT)
     async def unload(body: UnloadBody) -> Response:
         _check_loading(state)
         await state.run(server.unload, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
-    @routes.post("/v1/pin_lora_adapter")
+    @routes.post("/v1/pin_lora_adapter", responses=TEXT)
     async def pin(body: PinBody) -> Response:
         _check_loading(state)
         await state.run(server.pin, body.lora_name, body.pinned)
@@ -155,13 +156,17 @@ def _folder(state: State, path: str) -> Path:
     assert root is not None
     relative = Path(path)
     inside = not relative.is_absolute() and ".." not in relative.parts and "\0" not in path
-    if not inside or not (root / relative).resolve().is_relative_to(root.resolve()):
+    try:
+        inside = inside and (root / relative).resolve().is_relative_to(root.resolve())
+        there = inside and is_adapter(root / relative)
+    except (OSError, UnicodeError):  # a name longer than the file system takes, or with half a character
+        there = False
+    if not inside:
         raise RequestError(
             "lora_path must be the name of a folder under the adapters' root", param="lora_path"
         )
-    found = root / relative
-    if not is_adapter(found):
+    if not there:
         error = RequestError(f"lora_path {path!r} holds no adapter", code="not_found", param="lora_path")
         error.status = 404
         raise error
-    return found
+    return root / relative

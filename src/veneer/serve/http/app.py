@@ -40,7 +40,9 @@ def app(
     may take to read a part of it; at_once, per_minute: requests of one key, 0 for no limit.
     """
     state = State(server, seconds, send_seconds, loading)
-    made = FastAPI(title="Veneer", version=__version__, docs_url=None, redoc_url=None)
+    made = FastAPI(
+        title="Veneer", version=__version__, docs_url=None, redoc_url=None, responses=errors.ANSWERS
+    )
     errors.install(made)
     for part in (completions, admin, metrics):
         made.include_router(part.router(state))

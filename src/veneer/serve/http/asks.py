@@ -83,10 +83,10 @@ def conversation(
             text = tokenizer.apply_chat_template(
                 turns, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
             )
+            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as e:  # templates fail in ways of their own
             refusal = refusal or e
             continue
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
     why = str(refusal)[:200] or type(refusal).__name__
     raise RequestError(f"the chat template refuses these messages: {why}", param="messages")
@@ -94,7 +94,9 @@ def conversation(
 
 def _turn(m: Message) -> dict[str, Any]:
     content = m.content if isinstance(m.content, str | None) else "".join(part.text for part in m.content)
-    more = {k: v for k in ("name", "tool_calls", "tool_call_id") if (v := getattr(m, k)) is not None}
+    more = {k: v for k in ("name", "tool_call_id") if (v := getattr(m, k)) is not None}
+    if m.tool_calls is not None:
+        more["tool_calls"] = [call.model_dump(exclude_none=True) for call in m.tool_calls]
     return {"role": m.role, "content": content or "", **more}
 
 

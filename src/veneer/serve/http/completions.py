@@ -21,6 +21,9 @@ from veneer.serve.http.shapes import Shape
 from veneer.serve.http.state import State
 from veneer.serve.http.streams import Ask, Choices, Disconnected
 
+STREAM: dict[int | str, Any] = {
+    200: {"description": "The answer, or its events with stream", "content": {"text/event-stream": {}}}
+}
 PING = 15  # seconds between comments that keep a silent stream open
 
 
@@ -28,14 +31,14 @@ def router(state: State) -> APIRouter:
     """Returns both routes."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions")
+    @routes.post("/v1/completions", responses=STREAM)
     async def completions(body: CompletionBody, request: Request) -> Response:
         asked = await state.run(asks.of_completion, state.server, body)
         echoes = await state.run(_echoes, state, body, asked)
         prompts = len(asked) // (body.n or 1)
         return await _answer(state, request, body, asked, prompts, echoes)
 
-    @routes.post("/v1/chat/completions")
+    @routes.post("/v1/chat/completions", responses=STREAM)
     async def chat(body: ChatBody, request: Request) -> Response:
         asked = await state.run(asks.of_chat, state.server, body)
         return await _answer(state, request, body, asked, 1, [""] * len(asked))

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -16,6 +17,34 @@ from veneer.serve.errors import RequestError
 log = logging.getLogger("veneer.serve")
 SHOWN, LONGEST = 5, 1000  # problems in one message, characters of each
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+
+
+class Problem(BaseModel):
+    """Fields of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Body(BaseModel):
+    """Body of an error, in OpenAI's shape."""
+
+    error: Problem
+
+
+# The answers that any path may give, for the OpenAPI description.
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Body, "description": "A value that cannot be served"},
+    401: {"model": Body, "description": "The API key is missing or unknown"},
+    403: {"model": Body, "description": "Loading is off, or the Host header names another host"},
+    404: {"model": Body, "description": "An unknown model, adapter or path"},
+    413: {"model": Body, "description": "A body above the limit"},
+    422: {"model": Body, "description": "An adapter that cannot be served"},
+    429: {"model": Body, "description": "Too many requests; Retry-After says when to try again"},
+    503: {"model": Body, "description": "The server is not ready; Retry-After says when to try again"},
+}
 
 
 def body(

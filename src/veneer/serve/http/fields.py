@@ -76,6 +76,23 @@ class TextPart(BaseModel):
     text: Text
 
 
+class Called(BaseModel):
+    """The function of a tool call, and its arguments as JSON text or an object."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: Annotated[StrictStr, Field(max_length=256)]
+    arguments: Text | dict[str, Any]
+
+
+class ToolCall(BaseModel):
+    """A tool call of an earlier turn."""
+
+    model_config = ConfigDict(extra="ignore")
+    id: Annotated[StrictStr, Field(max_length=256)] | None = None
+    type: Literal["function"] = "function"
+    function: Called
+
+
 class Message(BaseModel):
     """One turn of a conversation."""
 
@@ -83,7 +100,7 @@ class Message(BaseModel):
     role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
     content: Text | Annotated[list[TextPart], Field(max_length=256)] | None = None
     name: Annotated[StrictStr, Field(max_length=256)] | None = None
-    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=64)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=64)] | None = None
     tool_call_id: Annotated[StrictStr, Field(max_length=256)] | None = None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from veneer.serve.http.state import State
 from veneer.serve.server import Server
@@ -123,7 +123,7 @@ def router(state: State) -> APIRouter:
     """Returns the route /metrics."""
     routes, metrics = APIRouter(), Metrics(state.server)
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
