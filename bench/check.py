@@ -40,7 +40,7 @@ LESS_IS_BETTER += ("_kept_vs_", "_time_vs_lora", "_over_merged_")
 # Not better in either direction, or seconds and bytes of one machine.
 FORECAST = re.compile(r"memory_error|time_error|\w+_(bytes|processor)_error|\w+_part\w*_error\w*")
 BESIDE = re.compile(
-    r"veneer_minus_peft|peft_sd|.*_(crossover|predicted)_.*|.*_(bytes|wall|processor)|.*wall_error|.*_per_second"
+    r"veneer_minus_peft|peft_sd|.*_(crossover|predicted)_.*|.*_(bytes|wall|processor|per_second)|.*wall_error"
 )
 
 

@@ -30,7 +30,8 @@ QUICKSTART = (DOCS / "quickstart.md").read_text(encoding="utf-8")
 FORMAT = (DOCS / "format.md").read_text(encoding="utf-8")
 WRITTEN = sorted(p for p in DOCS.rglob("*.md") if "generated" not in p.parts)
 # Flags of other programs that the pages name.
-FOREIGN = set("--logdir --append --backend-store-uri --project --debug --enable-lora --max-lora-rank".split())
+FOREIGN = set("--logdir --append --backend-store-uri --project --debug".split())
+FOREIGN |= set("--enable-lora --max-lora-rank --lora-modules --replicas".split())
 
 
 @pytest.fixture(scope="module")

@@ -167,6 +167,16 @@ VERBS = {
         ),
         "veneer.verbs.convert:convert",
     ),
+    "push": Verb(
+        CARRY,
+        "Load an adapter into a running vLLM, and prove that it acts there; exit code 3 if not.",
+        (
+            "veneer push runs/notes http://localhost:8000 --out /shared/notes",
+            "veneer push runs/notes http://gpu:8000 --out served --path /adapters/served --replace",
+        ),
+        "veneer.verbs.push.push:push",
+        checks=True,
+    ),
     "convert-config": Verb(
         CARRY,
         "Translate a run's settings from axolotl, LLaMA-Factory, torchtune or mlx-lm.",
