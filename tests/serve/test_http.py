@@ -287,6 +287,18 @@ def test_keys_are_told_apart():
     assert Keys().tenant(None) == ""
 
 
+def test_the_time_of_a_key_does_not_depend_on_it(monkeypatch):
+    from veneer.serve.http import guard
+
+    compared, own = [], guard.hmac.compare_digest
+    monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or own(a, b))
+    keys = Keys.of(["alpha", "beta", "gamma"])
+    for given in ("alpha", "gamma", "a", "", None, "alphaalpha"):
+        compared.clear()
+        keys.tenant(given)
+        assert len(compared) == 3 and {len(part) for pair in compared for part in pair} == {32}
+
+
 def test_an_allowance_counts_by_tenant():
     allowance = Allowance(at_once=1)
     assert allowance.enter("a") is None and allowance.enter("b") is None

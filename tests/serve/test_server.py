@@ -67,16 +67,19 @@ def test_a_sum_answers_like_the_merged_model(server, folders, terms):
     ids = torch.tensor([served.prompt(5, 20)])
     with torch.no_grad():
         expected = torch.log_softmax(merged(ids).logits[0].double(), -1)
-    answer = server.complete(
-        ids[0].tolist(),
-        lora=[{"id": n, "scale": s} for n, s in terms.items()],
-        max_tokens=0,
-        prompt_logprobs=True,
-    )
-    got = torch.tensor([one.logprob for one in answer.prompt_logprobs[1:]])
-    assert math.isnan(answer.prompt_logprobs[0].logprob)
     chosen = expected[:-1].gather(1, ids[0, 1:, None])[:, 0]
-    torch.testing.assert_close(got, chosen.float(), rtol=1e-4, atol=1e-4)
+    listed = [{"id": n, "scale": s} for n, s in terms.items()]
+    expression = "+".join(f"{n}@{s}" for n, s in terms.items())
+    backwards = "+".join(f"{n}@{s}" for n, s in reversed(terms.items()))
+    for given in (dict(lora=listed), dict(model=expression), dict(model=backwards)):
+        answer = server.complete(ids[0].tolist(), **given, max_tokens=0, prompt_logprobs=True)
+        assert math.isnan(answer.prompt_logprobs[0].logprob)
+        got = torch.tensor([one.logprob for one in answer.prompt_logprobs[1:]])
+        torch.testing.assert_close(got, chosen.float(), rtol=1e-4, atol=1e-4)
+    merged.generation_config.eos_token_id = None
+    own = merged.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    found = server.complete(ids[0].tolist(), expression, max_tokens=12, temperature=0, ignore_eos=True)
+    assert list(found.tokens) == own[0, ids.shape[1] :].tolist()
 
 
 def test_beginnings_are_reused_for_the_same_adapters_only(folders, oracle):
