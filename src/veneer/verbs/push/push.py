@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,9 +66,8 @@ def push(
 ) -> Pushed:
     """Writes the adapter in the server's format, has it loaded there, and compares its effect.
 
-    The log-probabilities of the probe's tokens are asked from the server with and without the adapter, and
-    computed here on the base. An adapter without the same effect is unloaded again. An API key is read from
-    VENEER_PUSH_KEY.
+    Compares log-probabilities of the probe's tokens, computed here and there. An adapter without the same
+    effect is unloaded again. VENEER_PUSH_KEY holds the API key.
 
     adapter: folder of the adapter, or of its run
     url: address of the server, such as http://localhost:8000
@@ -84,39 +83,68 @@ def push(
     """
     if to not in SERVERS:
         raise ConfigError(f"{option('to')}: unknown server {to!r}{suggest(to, SERVERS)}")
-    server = Remote(url, os.environ.get(KEY, ""))
+    asked = Asked(adapter, out, name, path or str(Path(out).resolve()), replace, model, rank, limit, allow)
+    return _pushed(Remote(url, os.environ.get(KEY, "")), asked, to)
+
+
+class Asked(NamedTuple):
+    """Arguments of `push`."""
+
+    adapter: str
+    out: str
+    name: str | None
+    path: str
+    replace: bool
+    model: str | None
+    rank: int | None
+    limit: float
+    allow: Sequence[str]
+
+
+def _pushed(server: Remote, asked: Asked, to: str) -> Pushed:
     base = server.base()  # before anything is written
-    opened, wanted = adapted.open_all([adapter], model=model, dtype=torch.float32, allow=allow)
-    tokens = _tokens(opened.model)
-    off, on = (_logprobs(opened.model, tokens, names) for names in ((), (wanted[0].name,)))
-    change = float((on - off).norm())
-    if not change:
-        raise FormatError(f"adapter {adapter!r} does not change the probe's outputs; nothing can be proven")
-    served = name or wanted[0].name
-    done = convert(str(wanted[0].folder), out=out, to=to, model=model or opened.base, rank=rank, allow=allow)
-    server.load(served, path or str(Path(out).resolve()), replace=replace)
-    there = _proven(server, base, served, tokens)
-    error = float((there[1] - there[0] - (on - off)).norm()) / change
-    pushed = Pushed(
-        served,
-        server.url,
-        done.out,
-        len(tokens),
-        change,
-        error,
-        limit,
-        float((there[0] - off).abs().max()),
-        done.notes,
+    opened, wanted = adapted.open_all(
+        [asked.adapter], model=asked.model, dtype=torch.float32, allow=asked.allow
     )
+    tokens, own = _tokens(opened.model), wanted[0]
+    here, model = _here(opened.model, tokens, own.name), asked.model or opened.base
+    done = convert(str(own.folder), out=asked.out, to=to, model=model, rank=asked.rank, allow=asked.allow)
+    name = asked.name or own.name
+    server.load(name, asked.path, replace=asked.replace)
+    there = _there(server, base, name, tokens)
+    change, found = (float(v.norm()) for v in (here.change, there.change - here.change))
+    base_off = float((there.off - here.off).abs().max())
+    off = found / change
+    pushed = Pushed(name, server.url, done.out, len(tokens), change, off, asked.limit, base_off, done.notes)
     if not pushed.good:
-        server.unload(served)
+        server.unload(name)
     return pushed
 
 
-def _proven(server: Remote, base: str, name: str, tokens: list[int]) -> tuple[Tensor, Tensor]:
-    """Returns the server's log-probabilities with the base and with the adapter; unloads it if they fail."""
+class Effect(NamedTuple):
+    """Log-probabilities of the probe's tokens without the adapter and with it."""
+
+    off: Tensor
+    on: Tensor
+
+    @property
+    def change(self) -> Tensor:
+        """The difference that the adapter makes."""
+        return self.on - self.off
+
+
+def _here(model: Any, tokens: list[int], adapter: str) -> Effect:
+    """Returns the adapter's effect in this process. Raises FormatError for an adapter without one."""
+    found = Effect(_logprobs(model, tokens, ()), _logprobs(model, tokens, (adapter,)))
+    if not found.change.any():
+        raise FormatError(f"adapter {adapter!r} must change the probe's outputs to be proven; it does not")
+    return found
+
+
+def _there(server: Remote, base: str, name: str, tokens: list[int]) -> Effect:
+    """Returns the adapter's effect on the server; unloads it if that cannot be asked."""
     try:
-        return torch.tensor(server.logprobs(base, tokens)), torch.tensor(server.logprobs(name, tokens))
+        return Effect(*(torch.tensor(server.logprobs(n, tokens)) for n in (base, name)))
     except BaseException:
         server.unload(name)
         raise
