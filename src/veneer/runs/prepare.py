@@ -60,7 +60,7 @@ class Ready(NamedTuple):
 def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool = False) -> Ready:
     """Reads and checks everything, cheap things first. Raises the errors of what does not fit.
 
-    only_shapes: the trained parameters need not have their starting values.
+    only_shapes: the trained parameters need not have their starting values, nor the base a fingerprint.
     """
     run = decided(texts.named(run), device)
     with voice.phase("reading texts"):
@@ -68,7 +68,8 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     with voice.phase("loading the model"):
         model, stats = base_model.base(run, task, run.base_dtype, device, voice, only_shapes=only_shapes)
     task.check(model, [e for t in found.values() for e in t.examples])
-    base = {"model": run.model, "class": type(model).__name__, "sha256": fingerprint.measure(model)["sha256"]}
+    sha256 = "" if only_shapes else fingerprint.measure(model)["sha256"]
+    base = {"model": run.model, "class": type(model).__name__, "sha256": sha256}
     if start_calibration.needed(run):
         blank = only_shapes or start_calibration.goes_on(run)
         train = None if blank else found["train"].examples
