@@ -62,8 +62,8 @@ def failing(monkeypatch, error):
 def called(monkeypatch):
     """Puts a stand-in with the same signature for a verb's function, which keeps what it was called with."""
 
-    def put(verb, outcome):
-        module = importlib.import_module(f"veneer.verbs.{verb}")
+    def put(verb, outcome, file=None):
+        module = importlib.import_module(f"veneer.verbs.{file or verb}")
         calls: list[dict[str, object]] = []
         real = getattr(module, verb)
         monkeypatch.setattr(
@@ -337,13 +337,15 @@ def test_inspect_shows_a_table_or_json(called, capsys):
 
 
 def test_every_flag_made_from_a_function_has_help():
+    files = {"demo": "demo.choice"}
     for verb, without in {"demo": ["progress"], "generate": [], "inspect": [], "merge": []}.items():
-        made = flags.of_function(getattr(importlib.import_module(f"veneer.verbs.{verb}"), verb), without)
+        module = importlib.import_module(f"veneer.verbs.{files.get(verb, verb)}")
+        made = flags.of_function(getattr(module, verb), without)
         assert [f"{verb} {f.name}" for f in made if not f.help.split(" [")[0]] == []
 
 
 def test_demo_takes_what_is_given(called, capsys):
-    calls = called("demo", {"methods": []})
+    calls = called("demo", {"methods": []}, "demo.choice")
     assert main("demo --steps 20 --out runs/short --fresh --json".split()) == 0
     assert calls == [{"steps": 20, "out": "runs/short", "fresh": True}] and json.loads(
         capsys.readouterr().out

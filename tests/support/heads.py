@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from support import tiny
 
+ENDS = dict(bos_token=tiny.END, eos_token=tiny.END, pad_token=tiny.END)
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
 
 def base(folder: Path, kind: str = "bert", **changed: Any) -> Path:
     """Saves a tiny random model without a head, and its tokenizer.
 
-    kind: bert, roberta, distilbert or llama.
+    kind: bert, roberta, distilbert or llama; masked, t5 and lm have their heads.
     """
     import transformers as t
 
@@ -28,10 +29,22 @@ def base(folder: Path, kind: str = "bert", **changed: Any) -> Path:
     elif kind == "distilbert":
         sizes = dict(dim=32, hidden_dim=48, n_layers=2, n_heads=4)
         model = t.DistilBertModel(t.DistilBertConfig(**sizes, **places, **own))
+    elif kind == "lm":
+        return tiny.base(folder)
+    elif kind == "masked":
+        model = t.BertForMaskedLM(t.BertConfig(**SIZES, **places, **own))
+    elif kind == "t5":
+        sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        model = t.T5ForConditionalGeneration(t.T5Config(**sizes, **own, decoder_start_token_id=0))
     else:
         model = t.LlamaModel(t.LlamaConfig(**SIZES, **places, num_key_value_heads=2, **own))
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
+    if kind == "masked":  # 12 is a letter of its alphabet, which no text of the tests has
+        marks = {"mask_token": tiny.tokenizer().convert_ids_to_tokens(12)}
+        made = type(tiny.tokenizer())
+        masked = made(tokenizer_object=tiny.tokenizer().backend_tokenizer, **marks, **ENDS)
+        masked.save_pretrained(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from veneer.errors import ConfigError, DataError
 from veneer.runs.fit import fit
 from veneer.runs.report import report
 from veneer.tasks import build
-from veneer.tasks.text import scores
+from veneer.tasks.measures import scores
 from veneer.train.folder import task_record
 from veneer.train.run import Run
 from veneer.verbs.eval.evaluate import evaluate

@@ -28,9 +28,9 @@ FIRST = ("demo", "fit", "generate", "eval", "merge")  # what `veneer` alone show
 VERBS = {
     "demo": Verb(
         ADAPT,
-        "Adapt the built-in model in three ways and compare learning and forgetting.",
-        ("veneer demo", "veneer demo --steps 20 --out runs/short"),
-        "veneer.verbs.demo.demo:demo",
+        "Compare learning and forgetting of three methods on the built-in model, or teach a chat model.",
+        ("veneer demo", "veneer demo --steps 20 --out runs/short", "veneer demo --model smollm2"),
+        "veneer.verbs.demo.choice:demo",
     ),
     "fit": Verb(
         ADAPT,

@@ -13,6 +13,7 @@ import torch
 from veneer.compress.store import save_quantised
 from veneer.data.order.order import Order
 from veneer.data.spread import spread
+from veneer.errors import ConfigError, option
 from veneer.models import machine
 from veneer.ops.draws import keyed
 from veneer.runs import base_model
@@ -21,6 +22,7 @@ from veneer.runs.learner import keeping, learner, precision
 from veneer.runs.prepare import Ready, prepare
 from veneer.runs.texts import streamed
 from veneer.tasks import Task
+from veneer.tasks.base.custom import Loss, with_objective
 from veneer.train import track
 from veneer.train.folder import drift, layout, lock
 from veneer.train.folder.result import Result
@@ -32,23 +34,42 @@ from veneer.train.run import Run
 from veneer.train.world import ALONE, World
 
 
-def fit(run: Run, *, progress: bool = True, world: World = ALONE) -> Result:
+def fit(run: Run, *, progress: bool = True, world: World = ALONE, objective: Loss | None = None) -> Result:
     """Trains as `run` says, in the folder run.out, and returns the result.
 
     progress: prints sentences on stderr, and a bar on a terminal. world: the processes that train this run
-    together, each with a share of every batch. Everything is checked before anything is written.
-    Raises the errors of veneer.errors, and those of veneer.train.errors for trainings that end early, all
-    saved.
+    together, each with a share of every batch. objective: loss(model, batch) in place of the task's, which
+    returns the sum of the losses and the number of labels; figures stay the task's. Everything is checked
+    before anything is written. Raises the errors of veneer.errors, and those of veneer.train.errors for
+    trainings that end early, all saved.
 
         veneer.fit(veneer.Run(model="./llama", data="notes.jsonl", method="dora", options={"rank": 16}))
     """
     voice = Voice(progress and world.first)
     with ExitStack() as stack:
-        begun = begin(look(run, voice, stack, world), voice, stack, world)
+        ready = look(run, voice, stack, world)
+        if objective is not None:
+            ready = _with(ready, objective, voice)
+        begun = begin(ready, voice, stack, world)
         if isinstance(begun, Result):
             return begun
         wish, loop = stack.enter_context(listening()), loop_of(begun)
         return end(begun, loop, loop.run(wish), wish)
+
+
+def _with(ready: Ready, objective: Loss, voice: Voice) -> Ready:
+    """Returns the run with a loss of the user's own, recorded by its name."""
+    if ready.run.label_smoothing:
+        smoothing = option("label_smoothing")
+        raise ConfigError(f"{smoothing} has no effect on a loss of your own; leave it out")
+    name = getattr(objective, "__qualname__", type(objective).__name__)
+    voice.say(f"the loss is {name}, in place of that of task {ready.run.task!r}")
+    config = {**ready.config, "objective": name, "notes": list(voice.said)}
+    task, device = with_objective(ready.task, objective), next(ready.model.parameters()).device
+    trial = task.collate([task.trial(ready.texts["train"].examples)])
+    with torch.no_grad():  # what it returns is checked before anything is written
+        task.loss(ready.model, {k: v.to(device) for k, v in trial.items()})
+    return ready._replace(task=task, config=config)
 
 
 def look(run: Run, voice: Voice, stack: ExitStack, world: World = ALONE) -> Ready:

@@ -16,6 +16,7 @@ from veneer.adapt.store import fingerprint
 from veneer.analyse.numbers import started
 from veneer.data.forms.columns import EMPTY
 from veneer.data.row_files import Row
+from veneer.errors import ConfigError, option
 from veneer.models import machine, pretrained
 from veneer.optim.base import groups
 from veneer.runs import base_model, start_calibration, start_left, trained
@@ -75,7 +76,8 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
         train = None if blank else found["train"].examples
         stats = start_calibration.statistics(model, run, task, train, voice)
     with voice.phase("starting the adapter"):
-        parts = trained.open_parameters(model, run, stats, heads(model) if task.NEW_HEAD else ())
+        aside = trained.Aside(heads(model) if task.NEW_HEAD else [], task.unused(model))
+        parts = trained.open_parameters(model, run, stats, aside)
     begun = {} if only_shapes else _begun(model, run, stats, voice)
     compiling.recompute(model, run.gradient_checkpointing)
     prefix = _try_out(model, run, task, found, voice)
@@ -185,6 +187,11 @@ def _try_out(
     task.check_adapted(model, examples)
     if not run.cache_frozen:
         return None
+    if not task.FIXED:
+        raise ConfigError(
+            f"{option('cache_frozen')} needs a task whose model sees an example alike in every pass, got"
+            f" {run.task!r}; leave it out"
+        )
     prefix = frozen_blocks.look(model, inputs, task.size(trial))
     needed = prefix.bytes(sum(map(task.size, found["train"].examples)))
     frozen_cache.check_room(Path(run.out), needed)

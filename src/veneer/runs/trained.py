@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,14 +22,22 @@ from veneer.train.run import Run
 NAME = "default"  # of the adapter
 
 
+class Aside(NamedTuple):
+    """Modules of a task that no adapter changes: heads, which are trained whole, and unused ones."""
+
+    heads: list[str]
+    unused: list[str]
+
+
 def open_parameters(
-    model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None, heads: Sequence[str] = ()
+    model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None = None, aside: Aside | None = None
 ) -> list[groups.Part]:
     """Attaches the adapter, or opens the base for full fine-tuning; returns the trained parameters.
 
-    heads: modules that are trained whole beside the adapter. Raises ConfigError, SiteError, ShapeError.
+    aside: modules of the task that no adapter changes. Raises ConfigError, SiteError, ShapeError.
     """
-    parts = _of_base(model, run) if run.trains_base else _of_adapter(model, run, stats, heads)
+    aside = aside or Aside([], [])
+    parts = _of_base(model, run, aside) if run.trains_base else _of_adapter(model, run, stats, aside)
     if run.embedding_lr is not None and not any(p.embedding for p in parts):
         raise ConfigError(
             "embedding_lr needs a trained embedding; leave it out, or adapt embeddings with to="
@@ -37,35 +45,36 @@ def open_parameters(
     return parts
 
 
-def _of_base(model: nn.Module, run: Run) -> list[groups.Part]:
+def _of_base(model: nn.Module, run: Run, aside: Aside) -> list[groups.Part]:
     switch.train_only(model, hooks.BASE)
     sites = Full.find(model, run.to, run.exclude)
-    trained = {id(p) for s in sites for p in s.module.parameters(recurse=False)}
+    used = [s for s in sites if s.name not in aside.unused]
+    trained = {id(p) for s in used for p in s.module.parameters(recurse=False)}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
     return groups.of_base(model)
 
 
 def _of_adapter(
-    model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None, heads: Sequence[str]
+    model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None, aside: Aside
 ) -> list[groups.Part]:
     seed = {"seed": run.seed} if "seed" in methods.options_of(methods.get(run.method)) else {}
     layers: dict[str, Any] = {
         name: getattr(run, name) for name in ("to", "untie", "rank_pattern", "alpha_pattern")
     }
-    layers["exclude"] = _excluded(model, run, heads)
+    layers["exclude"] = _excluded(model, run, [*aside.heads, *aside.unused])
     attach.attach(model, run.method, name=NAME, stats=stats, **layers, **{**seed, **run.options})
-    if heads:
-        _train_whole(model, heads)
+    if aside.heads:
+        _train_whole(model, aside.heads)
     return groups.of_adapter(model, NAME)
 
 
-def _excluded(model: nn.Module, run: Run, heads: Sequence[str]) -> str | tuple[str, ...]:
-    """Returns the layers to leave out: those of the run, and heads that all-linear would adapt."""
+def _excluded(model: nn.Module, run: Run, aside: Sequence[str]) -> str | tuple[str, ...]:
+    """Returns the layers to leave out: those of the run, and those aside that all-linear would adapt."""
     outside = output_head(model)
     if run.to not in (None, "all-linear"):
         return run.exclude
-    own = [name for name in heads if name not in outside and kind_of(model.get_submodule(name))]
+    own = [name for name in aside if name not in outside and kind_of(model.get_submodule(name))]
     if isinstance(run.exclude, str):
         return "|".join([f"(?:{run.exclude})", *map(re.escape, own)]) if own else run.exclude
     return (*run.exclude, *own)

@@ -28,11 +28,16 @@ class LeafSite(Site):
         super().__init__(name, module)
 
     def weight(self) -> Tensor:
-        return torch.cat([self.module.get_parameter(n).reshape(-1, 1) for n in self.parameters])
+        return torch.cat([self._own(n).reshape(-1, 1) for n in self.parameters])
+
+    def _own(self, name: str) -> Tensor:
+        """Returns a parameter, or the tensor that stands in for it while a step is simulated."""
+        found: Tensor = getattr(self.module, name)
+        return found
 
     def split(self, W: Tensor) -> dict[str, Tensor]:
         """Returns W (n, 1) as the parameters by their names in the module, in the module's dtypes."""
-        like = [self.module.get_parameter(n) for n in self.parameters]
+        like = [self._own(n) for n in self.parameters]
         parts = torch.split(W.flatten(), [p.numel() for p in like])
         return {
             n: part.view_as(p).to(p.dtype) for n, part, p in zip(self.parameters, parts, like, strict=True)

@@ -18,9 +18,9 @@ from veneer.tasks.base.abilities import Examined
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.task import Batch, Between, Task, batches, nothing
+from veneer.tasks.measures.scores import ACCURACY
 from veneer.tasks.senses import pictures
 from veneer.tasks.text import classes
-from veneer.tasks.text.scores import ACCURACY
 
 NAME, WORST = "image-classification", 12
 

@@ -13,9 +13,9 @@ from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.tasks.base.figure import Figure
 from veneer.tasks.base.task import Between, nothing
+from veneer.tasks.measures.scores import ACCURACY, check_packages, of_classes
 from veneer.tasks.text import classes
 from veneer.tasks.text.padded import check_outputs
-from veneer.tasks.text.scores import ACCURACY, check_packages, of_classes
 from veneer.tasks.text.sequences import Sequences
 
 NAME = "sequence-classification"

@@ -14,8 +14,8 @@ from veneer.data.row_files import Row
 from veneer.errors import DataError
 from veneer.tasks.base.figure import Figure
 from veneer.tasks.base.task import Between, nothing
+from veneer.tasks.measures.scores import PEARSON, check_packages, of_numbers
 from veneer.tasks.text.padded import check_outputs
-from veneer.tasks.text.scores import PEARSON, check_packages, of_numbers
 from veneer.tasks.text.sequences import Sequences
 
 NAME = "sequence-regression"

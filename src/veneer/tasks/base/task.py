@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from veneer.data.forms.media import Media
@@ -17,6 +16,7 @@ from veneer.data.order.streamed import Joiner
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.ops.chunked import Kernel
+from veneer.tasks.base import flat
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.shape import Shape
@@ -66,6 +66,7 @@ class Task(ABC):
     FACTS: ClassVar[tuple[str, ...]] = ("rows", "examples", "labels")  # shown of a text, a subset of facts()
     EXAMPLE: ClassVar[str] = "example"  # word for what a batch is made of
     EVALUATED: ClassVar[int] = 0  # examples of a text that are measured unless the run says; 0: all
+    FIXED: ClassVar[bool] = True  # the model sees an example alike in every pass
     NEW_HEAD: ClassVar[bool] = (
         False  # the model's head may be missing; it is trained whole beside the adapter
     )
@@ -126,23 +127,11 @@ class Task(ABC):
 
     def as_tensors(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Returns examples as tensors by name: the values of each key end to end, and their shapes."""
-        found: dict[str, Tensor] = {}
-        for key in examples[0] if examples else ():
-            values = [e[key] for e in examples]
-            found[key] = torch.cat([v.reshape(-1) for v in values])
-            found[f"{key}.shape"] = torch.tensor([v.shape for v in values]).view(len(values), -1)
-        return found
+        return flat.as_tensors(examples)
 
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> list[Any]:
         """Returns the examples of `as_tensors`; other names may be among them."""
-        keys = [k.removesuffix(".shape") for k in tensors if k.endswith(".shape")]
-        columns_ = {}
-        for key in keys:
-            shapes = [tuple(s) for s in tensors[f"{key}.shape"].tolist()]
-            sizes = [torch.Size(s).numel() for s in shapes]
-            parts = tensors[key].split(sizes)
-            columns_[key] = [part.view(s) for part, s in zip(parts, shapes, strict=True)]
-        return [dict(zip(columns_, values, strict=True)) for values in zip(*columns_.values(), strict=True)]
+        return flat.from_tensors(tensors)
 
     def facts(self, rows: Sequence[Row], pieces: Sequence[Any], examples: Sequence[Any]) -> dict[str, Any]:
         """Returns counts of a text and a hash of its content; a resumed run must find the same."""
@@ -199,6 +188,10 @@ class Task(ABC):
     def model_options(self) -> dict[str, Any]:
         """Returns further arguments of the class that loads the model, such as id2label."""
         return {}
+
+    def unused(self, model: nn.Module) -> list[str]:
+        """Returns modules whose outputs the task does not use; they are not trained."""
+        return []
 
     def check(self, model: nn.Module, examples: Sequence[Any]) -> None:
         """Raises ConfigError or DataError if the base and the examples do not fit together."""

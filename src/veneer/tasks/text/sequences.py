@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.data.row_files import Row
-from veneer.tasks.base.abilities import Examined, Joint, Outlined
+from veneer.tasks.base.abilities import Examined, Outlined
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.shape import Counted, Shape
 from veneer.tasks.base.task import Batch
@@ -28,7 +28,7 @@ TEXTS: Mapping[str, tuple[str, ...]] = {
 WORST = 12  # examples shown in the report
 
 
-class Sequences(Padded, Joint, Outlined, Examined):
+class Sequences(Padded, Outlined, Examined):
     """A task with one answer per row, from a head that is trained whole beside the adapter."""
 
     AUTO = "transformers.AutoModelForSequenceClassification"
@@ -61,17 +61,6 @@ class Sequences(Padded, Joint, Outlined, Examined):
     def loss(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
         found = self.errors(self.logits(model, batch), batch["target"], smoothing)
         return found.sum(), len(found)
-
-    def losses(
-        self, model: nn.Module, batch: Batch, rows: Sequence[int], smoothing: Sequence[float]
-    ) -> list[Tensor]:
-        parts = zip(
-            self.logits(model, batch).split(list(rows)),
-            batch["target"].split(list(rows)),
-            smoothing,
-            strict=True,
-        )
-        return [self.errors(*part).sum() for part in parts]
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the head's outputs (b, n) in float32."""

@@ -1,0 +1,217 @@
+"""Every task trains, measures, resumes, streams, plans and reports, or says at the start that it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import heads, tiny
+from support.resuming import Killed, assert_same, killed_at
+
+from veneer import tasks
+from veneer.errors import ConfigError
+from veneer.runs.fit import fit
+from veneer.runs.fit_many import fit_many
+from veneer.runs.report import report
+from veneer.tasks.base.abilities import Examined, Joint, Outlined
+from veneer.train.run import Run
+from veneer.verbs.eval.evaluate import evaluate
+from veneer.verbs.plan.plan import plan
+
+# Tasks of pictures and sound, which have tests of their own.
+SENSES = {"speech-recognition", "image-classification", "text-to-image"}
+ANIMALS = ("cat", "dogs")
+
+
+def tagged(seed: int) -> dict[str, Any]:
+    words = heads.animal(seed)["text"].split()
+    return {"tokens": words, "tags": ["B-ANIMAL" if w in ANIMALS else "O" for w in words]}
+
+
+def paired(seed: int) -> dict[str, Any]:
+    row = heads.animal(seed)
+    return {"source": row["text"], "target": row["label"]}
+
+
+def together(seed: int) -> dict[str, Any]:
+    text = tiny.text(seed, 12).split()
+    return {"anchor": " ".join(text[:6]), "positive": " ".join(text[:4])}
+
+
+def rated(seed: int) -> dict[str, Any]:
+    first, other = (heads.animal(s) for s in (seed, seed // 3))
+    score = float(first["label"] == other["label"])
+    return {"text_a": first["text"], "text_b": other["text"], "score": score}
+
+
+def scored(seed: int) -> dict[str, Any]:
+    row = heads.animal(seed)
+    return {"text": row["text"], "label": float(row["label"] == "cat")}
+
+
+def asked(seed: int) -> dict[str, Any]:
+    row = heads.animal(seed)
+    return {"prompt": f"{row['text']} is ", "completion": row["label"]}
+
+
+def plain(seed: int) -> dict[str, Any]:
+    return {"text": tiny.text(seed, 24)}
+
+
+def solved(seed: int) -> dict[str, Any]:
+    name = "the cat sat on a mat".split()[seed % 6]
+    return {"prompt": f"{name} = ", "completion": f"'{name}'\n", "test": f"assert {name} == '{name}'"}
+
+
+# Rows, base, and the least improvement of the metric in the short training below.
+CASES: dict[str, tuple[Any, str]] = {
+    "causal-lm": (plain, "lm"),
+    "answers": (asked, "lm"),
+    "code": (solved, "lm"),
+    "sequence-classification": (heads.animal, "bert"),
+    "sequence-regression": (scored, "bert"),
+    "token-classification": (tagged, "bert"),
+    "masked-lm": (plain, "masked"),
+    "text-to-text": (paired, "t5"),
+    "embeddings": (together, "bert"),
+    "embedding-similarity": (rated, "bert"),
+}
+each_task = pytest.mark.parametrize("task", CASES)
+
+
+def test_every_task_is_here_or_has_tests_of_its_own():
+    assert {*tasks.available()} - SENSES == {*CASES}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("tasks")
+    for kind in ("bert", "lm", "t5", "masked"):
+        heads.base(root / kind, kind)
+    for task, (make, _) in CASES.items():
+        (root / task).mkdir()
+        heads.write(root / task, make)
+    return root
+
+
+def settings(place: Path, task: str, out: Path, **changed: Any) -> dict[str, Any]:
+    own = {"model": str(place / CASES[task][1]), **changed}
+    return heads.settings(place / task, task, out, **own)
+
+
+@pytest.fixture(scope="module")
+def runs(place) -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def whole(place, runs, task) -> Path:
+    """The folder of one uninterrupted training of the task."""
+    if task not in runs:
+        fit(Run.from_dict(settings(place, task, place / f"run-{task}", report=True)), progress=False)
+        runs[task] = place / f"run-{task}"
+    return runs[task]
+
+
+@each_task
+def test_fits_and_is_measured_on_valid_and_known_text(whole, task):
+    results = json.loads((whole / "results.json").read_text())
+    metric = tasks.get(task).METRIC
+    assert results["metric"] == metric._asdict()
+    for part in ("valid", "known"):
+        assert all(torch.isfinite(torch.tensor(results[when][part])) for when in ("before", "after"))
+    losses = [line["loss"] for line in tiny.metrics(whole) if "loss" in line]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert not metric.beats(results["before"]["valid"], results["after"]["valid"])
+
+
+@each_task
+def test_it_resumes_after_a_kill_bit_for_bit(place, whole, task, tmp_path, monkeypatch):
+    given = settings(place, task, tmp_path / "run")
+    reference = tmp_path / "reference"
+    fit(Run.from_dict({**given, "out": str(reference)}), progress=False)
+    with monkeypatch.context() as patch:
+        killed_at(patch, 8)
+        with pytest.raises(Killed):
+            fit(Run.from_dict(given), progress=False)
+    fit(Run.from_dict({**given, "resume": True}), progress=False)
+    assert_same(given, reference)
+
+
+@each_task
+def test_it_streams(place, task, tmp_path):
+    run = settings(place, task, tmp_path / "run", stream=True, buffer=8, steps=3, eval_every=3)
+    result = fit(Run.from_dict(run), progress=False)
+    assert result.metrics["steps"] == 3
+
+
+@each_task
+def test_eval_agrees_with_the_run(place, whole, task):
+    data = str(place / task / "valid.jsonl")
+    found = evaluate(
+        str(place / CASES[task][1]),
+        adapter=[f"own={whole}"],
+        data=[data],
+        task=task,
+        length=64,
+        progress=False,
+    )
+    results = json.loads((whole / "results.json").read_text())
+    line = found.lines[0]
+    assert line.metric == tasks.get(task).METRIC.words
+    assert line.base == pytest.approx(results["before"]["valid"], rel=1e-4, abs=1e-6)
+    assert line.adapters["own"].value == pytest.approx(results["after"]["valid"], rel=1e-3, abs=1e-6)
+
+
+@each_task
+def test_it_has_a_dial_a_report_and_a_card(whole, task):
+    results = json.loads((whole / "results.json").read_text())
+    name = tasks.get(task).METRIC.name
+    assert results["dial"]["points"][0].keys() == {"strength", f"target_{name}", f"known_{name}"}
+    assert ("examined" in results) == issubclass(tasks.get(task), Examined)
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert tasks.get(task).METRIC.words in page
+    card = (whole / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"pipeline_tag: {tasks.get(task).PIPELINE}" in card
+
+
+@each_task
+def test_it_is_reported_again_from_its_files(whole, task):
+    assert report(str(whole), measure=True, progress=False)["missing"] == []
+
+
+@each_task
+def test_plan_forecasts_it_or_says_that_it_cannot(place, task, tmp_path):
+    run = Run.from_dict(settings(place, task, tmp_path / "run"))
+    if not issubclass(tasks.get(task), Outlined):
+        with pytest.raises(
+            ConfigError, match=f"needs a task that states its shapes, which '{task}' does not"
+        ):
+            plan(run, progress=False)
+        return
+    found = plan(run, probe=False, progress=False)
+    assert found.memory.peak > found.memory.weights and found.flops.total > 0
+
+
+@each_task
+def test_several_train_together_or_are_refused(place, task, tmp_path):
+    runs = [
+        Run.from_dict(
+            settings(place, task, tmp_path / name, options={"rank": 4}, lr=lr, steps=3, accumulate=1)
+        )
+        for name, lr in (("a", 1e-2), ("b", 2e-2))
+    ]
+    if not issubclass(tasks.get(task), Joint):
+        with pytest.raises(ConfigError, match=f"task '{task}' has no joint training; train its runs alone"):
+            fit_many(runs, progress=False)
+    else:
+        assert [r.metrics["steps"] for r in fit_many(runs, progress=False)] == [3, 3]
+
+
+def test_hidden_tokens_are_drawn_anew_so_frozen_blocks_cannot_be_cached(place, tmp_path):
+    run = settings(place, "masked-lm", tmp_path / "run", cache_frozen=True, to=r".*layer\.1\..*dense")
+    with pytest.raises(ConfigError, match="cache_frozen needs a task whose model sees an example alike"):
+        fit(Run.from_dict(run), progress=False)
