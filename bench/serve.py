@@ -145,11 +145,16 @@ def share(rate: dict[str, float], what: str, of: str = "base") -> float:
 
 
 def shares(
-    dtype: torch.dtype, end: str, turns: int = 3, model: Any = None, tokenizer: Any = None
+    dtype: torch.dtype,
+    end: str,
+    turns: int = 3,
+    model: Any = None,
+    tokenizer: Any = None,
+    ranks: Sequence[int] = (16, 4),
 ) -> dict[str, float]:
     """64 requests with 64 adapters of one rank, against 64 of the base."""
     figures = {}
-    for rank in (16, 4):
+    for rank in ranks:
         with serving(base(dtype) if model is None else model, [("lora", rank)], 64, tokenizer) as server:
             kinds: dict[str, Terms] = {"base": [()] * 64, "own": single(64, 64)}
             rate = rates(server, kinds, turns=turns)
@@ -288,7 +293,7 @@ def real() -> dict[str, float]:
 
     folder = str(Path(os.environ["VENEER_REAL"]) / "smollm2")
     model = pretrained.causal_lm(folder, torch.float32, torch.device("cpu"))
-    return shares(torch.float32, "_smollm2", 3, model, pretrained.tokenizer(folder))
+    return shares(torch.float32, "_smollm2", 2, model, pretrained.tokenizer(folder), (16,))
 
 
 PARTS: dict[str, Callable[[], dict[str, float]]] = {
