@@ -7,6 +7,8 @@ TORCH ?=
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
+# The demo's packages alone; `make test` and others add the rest.
+LEAN := .venv/demo-installed
 # The tested versions hold for every call of pip, those that pip makes itself to build a package included. Relative, because
 # pip splits this variable at spaces.
 export PIP_CONSTRAINT := constraints.txt
@@ -28,10 +30,14 @@ help:
 	@echo "make clean   remove .venv and what tests and builds left behind (not runs/)"
 
 $(STAMP): pyproject.toml constraints.txt tools/install.py
-	$(PYTHON) tools/install.py .venv
+	@$(PYTHON) tools/install.py .venv
+	@touch $@ $(LEAN)
+
+$(LEAN): pyproject.toml constraints.txt tools/install.py
+	@$(PYTHON) tools/install.py .venv text,cli,plots
 	@touch $@
 
-demo: $(STAMP)
+demo: $(if $(wildcard $(STAMP)),$(STAMP),$(LEAN))
 	$(BIN)/veneer demo
 
 # Two processes of one thread each: tiny tensors gain nothing from more threads.

@@ -1,4 +1,7 @@
-"""Creates a virtual environment with Veneer and all tools of the Makefile: python3 tools/install.py .venv
+"""Creates a virtual environment with Veneer: python3 tools/install.py .venv [extras, with commas]
+
+The demo needs few packages (DEMO); tests, documentation and checks need all (EXTRAS). pip's output is shown
+only where it fails.
 
 PyPI's Linux builds of PyTorch include gigabytes of CUDA libraries. On Linux without an NVIDIA GPU, the
 version is requested with the local label "+cpu", which only CPU builds have, so that pip cannot install a
@@ -10,14 +13,17 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-EXTRAS = "all,test,dev,docs"
+DEMO, EXTRAS = "text,cli,plots", "all,test,dev,docs"
+QUIET = ["--quiet", "--no-input", "--progress-bar", "off"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, extras: str = EXTRAS) -> None:
+    begun = time.time()
     if sys.version_info < (3, 10):
         sys.exit(
             "Python must be 3.10 or newer, got %d.%d; name another one, e.g. make PYTHON=python3.12"
@@ -28,6 +34,7 @@ def main(folder: Path) -> None:
         "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv",
     )
     python = str(folder / "bin" / "python")
+    say("installing PyTorch and Veneer with %s into %s; this takes a few minutes" % (extras, folder))
     wanted = os.environ.get("TORCH", "")
     if not any(install(python, arguments) for arguments in choices(pinned_torch(), wanted, is_cpu_only())):
         sys.exit(
@@ -36,9 +43,21 @@ def main(folder: Path) -> None:
             f" name a version to install, e.g. make TORCH=torch=={pinned_torch()}"
         )
     run(
-        [python, "-m", "pip", "install", "-e", f"{ROOT}[{EXTRAS}]"],
+        [python, "-m", "pip", "install", *QUIET, "-e", f"{ROOT}[{extras}]"],
         "installing failed; see pip's message above",
     )
+    say("installed %d MB in %d s" % (megabytes(folder), time.time() - begun))
+
+
+def megabytes(folder: Path) -> int:
+    """Returns the size of all files of a folder, in millions of bytes."""
+    files = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+    return sum(p.stat().st_size for p in files) // 10**6
+
+
+def say(sentence: str) -> None:
+    """Prints a sentence on stderr."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def choices(version: str, wanted: str, cpu_only: bool) -> "list[list[str]]":
@@ -76,17 +95,20 @@ def pinned_torch() -> str:
 
 def install(python: str, arguments: "list[str]") -> bool:
     """Returns True if pip installed this, False if the version is missing; exits on any other error."""
-    done = subprocess.run([python, "-m", "pip", "install", *arguments], stderr=subprocess.PIPE, text=True)
+    command = [python, "-m", "pip", "install", *QUIET, *arguments]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode and "No matching distribution" not in done.stderr:
         sys.exit(done.stderr)
     return done.returncode == 0
 
 
 def run(command: "list[str]", otherwise: str) -> None:
-    """Runs the command; stops with the advice if it fails."""
-    if subprocess.run(command).returncode:
+    """Runs the command in silence; shows its output, and stops with the advice, if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        say(done.stdout)
         sys.exit(otherwise)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else ".venv"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ".venv"), *sys.argv[2:3])

@@ -134,7 +134,9 @@ PEERS = {
         "track": "report_to",
         "train_on": "train_on_inputs completion_only_loss assistant_only_loss",
         "valid": "eval_dataset validation_file eval_file val_data",
-        "warmup": "warmup_ratio",
+        "neftune": "neftune_noise_alpha neftune_alpha",
+        "patience": "early_stopping_patience",
+        "warmup": "warmup_ratio warmup_steps num_warmup_steps lr_warmup_steps",
         "weight_decay": "wd",
     }.items()
     for theirs in names.split()

@@ -183,8 +183,8 @@ def test_flags_replace_the_file_and_only_those_that_are_given(started, tmp_path)
         ("fit --config nowhere.yaml", "nowhere.yaml"),
         ("fit", "error: --data must be given: texts to learn from"),
         (
-            "fit --data a.txt --lr 0 --warmup 2",
-            "--lr must be above 0, got 0\n--warmup must be in [0, 1), got 2",
+            "fit --data a.txt --lr 0 --warmup -2",
+            "--lr must be above 0, got 0\n--warmup must be 0 or more, got -2",
         ),
         ("fit --data a.txt --steps 3 --epochs 2", "--steps and --epochs both set the length"),
         ("fit --data a.txt --learning-rate 1e-3", "No such option: --learning-rate; it is called --lr here"),
@@ -338,7 +338,8 @@ def test_inspect_shows_a_table_or_json(called, capsys):
 
 def test_every_flag_made_from_a_function_has_help():
     files = {"demo": "demo.choice"}
-    for verb, without in {"demo": ["progress"], "generate": [], "inspect": [], "merge": []}.items():
+    every = {"demo": ["progress"], "generate": [], "chat": [], "inspect": [], "merge": []}
+    for verb, without in every.items():
         module = importlib.import_module(f"veneer.verbs.{files.get(verb, verb)}")
         made = flags.of_function(getattr(module, verb), without)
         assert [f"{verb} {f.name}" for f in made if not f.help.split(" [")[0]] == []

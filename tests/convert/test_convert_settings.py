@@ -79,7 +79,7 @@ AXOLOTL_SETTINGS = {
     "clip": 1.0,
     "schedule": "constant",
     "steps": 500,
-    "warmup": 0.02,
+    "warmup": 10.0,
     "precision": "bf16",
     "eval_every": 50,
     "keep": 2,
@@ -215,7 +215,7 @@ TORCHTUNE_SETTINGS = {
     "clip": 0.0,
     "schedule": "cosine",
     "steps": 1000,
-    "warmup": 0.1,
+    "warmup": 100.0,
     "precision": "bf16",
     "device": "cuda",
 }
@@ -276,7 +276,7 @@ MLX_SETTINGS = {
     "weight_decay": 0.05,
     "clip": 0.0,
     "schedule": "cosine",
-    "warmup": 0.1,
+    "warmup": 50.0,
     "eval_every": 100,
     "save_every": 50,
     "track": ("wandb",),
@@ -286,7 +286,159 @@ MLX_LEFT = {
     "lr_schedule.warmup_init": "Veneer's warm-up starts at 0",
 }
 
+V1 = """
+model: Qwen/Qwen3-4B
+trust_remote_code: true
+model_class: llm
+template: qwen3_nothink
+peft_config:
+  name: lora
+  r: 16
+  lora_alpha: 32
+  lora_dropout: 0.05
+  target_modules: all
+dist_config:
+  name: fsdp2
+train_dataset: data/v1_sft_demo.yaml
+output_dir: outputs/test_lora
+micro_batch_size: 2
+global_batch_size: 8
+cutoff_len: 1024
+learning_rate: 1.0e-4
+bf16: false
+max_steps: 10
+"""
+V1_SETTINGS = {
+    "model": "Qwen/Qwen3-4B",
+    "data": ("data/identity.json",),
+    "out": "outputs/test_lora",
+    "method": "lora",
+    "to": "all-linear",
+    "options": {"rank": 16, "alpha": 32, "dropout": 0.05},
+    "lr": 1e-4,
+    "batch": 2,
+    "accumulate": 4,
+    "length": 1024,
+    "seed": 42,
+    "weight_decay": 0.0,
+    "clip": 1.0,
+    "schedule": "cosine",
+    "steps": 10,
+    "warmup": 0.0,
+    "precision": "fp32",
+}
+V1_LEFT = {
+    "train_dataset.identity.converter": "Veneer infers the format of rows from columns",
+    "train_dataset.identity.size": "not supported by Veneer",
+    "trust_remote_code": "not supported by Veneer",
+    "template": "the tokenizer's own chat template is used",
+    "dist_config.name": "Veneer trains on one device",
+}
+
+TRL = """
+model_name_or_path: Qwen/Qwen2-0.5B
+dataset_name: trl-lib/Capybara
+dataset_config: plain
+use_peft: true
+lora_r: 32
+lora_target_modules: q_proj v_proj
+use_dora: true
+load_in_4bit: true
+max_length: 2048
+packing: true
+num_train_epochs: 1
+learning_rate: 2.0e-4
+gradient_accumulation_steps: 8
+warmup_steps: 20
+eval_strategy: steps
+eval_steps: 100
+neftune_noise_alpha: 5
+lora_modules_to_save: [lm_head]
+dataset_num_proc: 4
+output_dir: Qwen2-0.5B-SFT
+report_to: none
+logging_steps: 25
+"""
+TRL_SETTINGS = {
+    "model": "Qwen/Qwen2-0.5B",
+    "out": "Qwen2-0.5B-SFT",
+    "data": ("trl-lib/Capybara:plain:train",),
+    "valid": ("trl-lib/Capybara:plain:test",),
+    "quantise": "nf4",
+    "method": "dora",
+    "to": ("q_proj", "v_proj"),
+    "options": {"rank": 32, "alpha": 32, "dropout": 0.05},
+    "length": 2048,
+    "packing": True,
+    "train_on": "completion",
+    "lr": 2e-4,
+    "batch": 8,
+    "accumulate": 8,
+    "seed": 42,
+    "weight_decay": 0.0,
+    "clip": 1.0,
+    "schedule": "linear",
+    "epochs": 1.0,
+    "warmup": 20.0,
+    "eval_every": 100,
+    "neftune": 5.0,
+    "gradient_checkpointing": True,
+}
+TRL_LEFT = {
+    "lora_modules_to_save": "Veneer does not fully train modules beside adapters",
+    "dataset_num_proc": "rows are read by one process",
+    "logging_steps": "Veneer logs every step",
+}
+
+UNSLOTH = """
+model_name: unsloth/Llama-3.2-1B
+max_seq_length: 4096
+load_in_4bit: true
+dataset: chats.jsonl
+r: 8
+lora_alpha: 8
+use_gradient_checkpointing: unsloth
+random_state: 3407
+use_rslora: true
+per_device_train_batch_size: 4
+warmup_steps: 5
+max_steps: 60
+learning_rate: 2e-4
+optim: adamw_8bit
+save_method: merged_16bit
+save_model: true
+"""
+UNSLOTH_SETTINGS = {
+    "model": "unsloth/Llama-3.2-1B",
+    "out": "outputs",
+    "data": ("chats.jsonl",),
+    "length": 4096,
+    "packing": False,
+    "quantise": "nf4",
+    "method": "lora",
+    "to": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "options": {"rank": 8, "alpha": 8, "dropout": 0.0, "stabilised": True},
+    "lr": 2e-4,
+    "batch": 4,
+    "accumulate": 4,
+    "seed": 3407,
+    "weight_decay": 0.01,
+    "clip": 1.0,
+    "schedule": "linear",
+    "steps": 60,
+    "warmup": 5.0,
+    "gradient_checkpointing": True,
+}
+UNSLOTH_LEFT = {
+    "optim": "Veneer's AdamW keeps its state in 32 bits",
+    "save_method": "export the trained adapter by `veneer export`",
+    "save_model": "export the trained adapter by `veneer export`",
+}
+
 FILES = {
+    "llamafactory-v1": (V1, V1_SETTINGS, V1_LEFT),
+    "trl": (TRL, TRL_SETTINGS, TRL_LEFT),
+    "unsloth": (UNSLOTH, UNSLOTH_SETTINGS, UNSLOTH_LEFT),
     "axolotl": (AXOLOTL, AXOLOTL_SETTINGS, AXOLOTL_LEFT),
     "llamafactory": (LLAMAFACTORY, LLAMAFACTORY_SETTINGS, LLAMAFACTORY_LEFT),
     "torchtune": (TORCHTUNE, TORCHTUNE_SETTINGS, TORCHTUNE_LEFT),
@@ -307,6 +459,9 @@ def folder(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text(
         json.dumps({"identity": {"file_name": "identity.json"}})
+    )
+    (tmp_path / "data" / "v1_sft_demo.yaml").write_text(
+        "identity: {path: data/identity.json, source: local, converter: alpaca, size: 500}\n"
     )
     for part in ("train", "valid"):
         (tmp_path / "data" / f"{part}.jsonl").write_text('{"text": "x"}\n')
@@ -357,6 +512,75 @@ def test_what_the_programs_do_in_silence():
     assert axolotl["method"] == "full" and axolotl["length"] == 512 and not axolotl["packing"]
 
 
+LISTED = {
+    "plain": {"file_name": "a.json"},
+    "hub": {"hf_hub_url": "org/name"},
+    "subset": {"hf_hub_url": "org/name", "subset": "en", "split": "test"},
+    "few": {"file_name": "a.json", "num_samples": 10},
+    "columns": {"file_name": "a.json", "columns": {"prompt": "q", "response": "a"}},
+    "tags": {"file_name": "a.json", "formatting": "sharegpt", "tags": {"role_tag": "role"}},
+    "ranked": {"file_name": "a.json", "ranking": True, "columns": {"chosen": "c", "rejected": "r"}},
+}
+
+
+def test_entries_of_dataset_info_are_carried_whole(folder):
+    """A plain entry by its file; all that say more by name, so that Veneer reads the entry itself."""
+    path = folder / "data" / "dataset_info.json"
+    path.write_text(json.dumps(LISTED))
+    given = {"model_name_or_path": "m", "stage": "sft", "finetuning_type": "lora"}
+    found = translate({**given, "dataset": ",".join(LISTED)}, folder=folder)
+    by_name = [f"{path}:{name}" for name in list(LISTED)[2:]]
+    assert found.settings["data"] == (str(folder / "data" / "a.json"), "org/name", *by_name)
+    refused = "of another task; Veneer refuses this data set"
+    assert [(u.key, u.why) for u in found.uncarried if u.key.startswith("dataset.")] == [
+        (f"dataset.ranked.{key}", refused) for key in ("ranking", "chosen", "rejected")
+    ]
+
+
+AXOLOTL_LEAST = {"base_model": "m", "micro_batch_size": 1, "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("entry", "source", "left"),
+    [
+        ({"path": "org/x", "name": "en", "split": "train[:10%]"}, "org/x:en:train[:10%]", []),
+        ({"path": "json", "data_files": "a.jsonl", "ds_type": "json"}, "a.jsonl", []),
+        ({"path": "a.jsonl", "split": "train", "shards": 4}, "a.jsonl", ["split", "shards"]),
+        (
+            {"path": "org/x", "field_messages": "talk", "type": "chat_template"},
+            "org/x",
+            ["field_messages", "type"],
+        ),
+    ],
+)
+def test_parts_of_axolotls_data_are_carried_or_listed(entry, source, left):
+    found = translate({**AXOLOTL_LEAST, "datasets": [entry], "val_set_size": 0.05})
+    assert found.settings["data"] == (source,) and "valid" not in found.settings
+    assert [u.key for u in found.uncarried] == [*(f"datasets[0].{key}" for key in left), "val_set_size"]
+
+
+def test_no_validation_means_none():
+    axolotl = translate({**AXOLOTL_LEAST, "datasets": [{"path": "a.jsonl"}], "val_set_size": 0})
+    lf = translate({"model_name_or_path": "m", "stage": "sft", "finetuning_type": "lora", "val_size": 0.0})
+    assert axolotl.settings["valid"] == lf.settings["valid"] == ("none",)
+    assert not axolotl.uncarried and not lf.uncarried
+
+
+def test_galore_and_parts_of_the_base():
+    options = {"rank": 64, "update_proj_gap": 100, "scale": 0.5}
+    given = {"optimizer": "galore_adamw", "optim_args": options, "optim_target_modules": ["mlp"]}
+    axolotl = translate({**AXOLOTL_LEAST, **given, "unfrozen_parameters": ["^lm_head"]})
+    own = {"optimiser": "galore", "optimiser_options": {"rank": 64, "period": 100, "scale": 0.5}}
+    assert own.items() <= axolotl.settings.items()
+    assert [u.key for u in axolotl.uncarried] == ["optim_target_modules", "unfrozen_parameters"]
+    lf = translate(
+        {"model_name_or_path": "m", "stage": "sft", "finetuning_type": "full", "use_galore": True,
+         "galore_rank": 64, "galore_update_interval": 100, "galore_scale": 0.5, "galore_target": "all"}
+    )  # fmt: skip
+    assert own.items() <= lf.settings.items() and [u.key for u in lf.uncarried] == ["galore_target"]
+    assert Run.from_dict({**lf.settings, "data": "x"}).optimiser == "galore"
+
+
 def test_the_last_layers_of_mlx(folder):
     values = read_yaml(MLX, "mlx")
     found = translate(values, folder=folder, layers=10)
@@ -395,7 +619,10 @@ def test_the_last_layers_of_mlx(folder):
             {"model": {"_component_": "x.lora_y"}, "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}},
             "torchtune: training must be supervised, got a preference recipe",
         ),
-        ({"rank": 4}, "is ambiguous; name it with tool=: axolotl, llamafactory, torchtune, mlx"),
+        (
+            {"rank": 4},
+            "is ambiguous; name it with tool=: axolotl, llamafactory, llamafactory-v1, torchtune, mlx, trl",
+        ),
     ],
 )
 def test_what_is_not_translated(values, text):

@@ -129,11 +129,7 @@ def test_a_field_may_be_long(tmp_path):
         ("a.csv", "text\n", "FILE: the table has column names but no rows"),
         ("a.csv", "text\n\n\n", "FILE: the table has column names but no rows"),
         ("a.csv", "prompt;completion\nx;y\n", "FILE row 1: columns must be text, prompt and completion, "),
-        (
-            "a.json",
-            '{"text": "x"}\n{"text": "y"}\n',
-            "FILE line 2: not JSON at column 1 (Extra data); name a file with one object a line .jsonl",
-        ),
+        ("a.json", '[{"text": "x"}]\n{"text": "y"}\n', "FILE line 2: not JSON at column 1 (Extra data)"),
         (
             "a.json",
             '{"train": []}',

@@ -85,3 +85,25 @@ def test_ci_calls_the_readmes_test_command():
     )
     assert block and block.group(1) == "make test"
     assert "test_command" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_demo_installs_its_own_extras_alone(script):
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"tools/install.py .venv {script.DEMO}\n" in make
+    assert "demo: $(if $(wildcard $(STAMP)),$(STAMP),$(LEAN))" in make
+    assert set(script.DEMO.split(",")) == {"text", "cli", "plots"}
+
+
+def test_installers_are_quiet_unless_they_fail(script, tmp_path, capfd):
+    python = script.sys.executable
+    script.run([python, "-c", "print('a line of pip')"], "advice")
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(SystemExit, match="advice"):
+        script.run([python, "-c", "print('why'); raise SystemExit(1)"], "advice")
+    assert "why" in capfd.readouterr().err
+
+
+def test_the_size_of_an_installation_counts_files_once(script, tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert script.megabytes(tmp_path) == 3

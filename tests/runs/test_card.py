@@ -199,3 +199,25 @@ def test_a_card_that_cannot_be_written_is_said(place, monkeypatch, capsys):
         "the run is finished and saved, but the adapter's README.md is not written: no space left"
         in capsys.readouterr().err
     )
+
+
+def test_it_names_the_template_used_and_the_rows_left_out(place):
+    rows = [
+        {"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"yes {i}"}]}
+        for i in range(40)
+    ]
+    rows[1]["messages"][1]["content"] = "no " * 200
+    rows[2]["messages"] = rows[2]["messages"][:1]
+    talks = str(tiny.jsonl(place / "talks.jsonl", *rows))
+    own = {"data": talks, "valid": talks, "known": "none", "length": 100, "report": False}
+    _, text = made(place, "talks", **own)
+    data = text.split("## Data\n")[1].split("\n## ")[0]
+    why = "since the base's tokenizer lacks one"
+    assert f"Conversations are rendered by the chat template 'plain', {why}, which is saved with" in data
+    assert (
+        "Left out: 1 train rows longer than 100 tokens, 1 train rows without anything to learn, 1 valid"
+        in data
+    )
+    _, other = made(place, "chatml", **own, chat_template="chatml")
+    assert "Conversations are rendered by the chat template 'chatml', which is saved with" in other
+    assert "Conversations are" not in made(place, "lora")[1]

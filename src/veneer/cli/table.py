@@ -73,6 +73,15 @@ VERBS = {
         ),
         "veneer.verbs.generate:generate",
     ),
+    "chat": Verb(
+        LOOK,
+        "Talk with a model and adapters, and change them between two messages.",
+        (
+            "veneer chat --adapter runs/notes",
+            "veneer chat --model ./llama --adapter formal=runs/a --adapter short=runs/b@0.5",
+        ),
+        "veneer.verbs.chat:chat",
+    ),
     "inspect": Verb(
         LOOK,
         "Show an adapter's change of each layer, and whether a merge would keep it.",
@@ -125,6 +134,7 @@ VERBS = {
         (
             "veneer export ./llama --adapter runs/notes --out exported --dtype fp16",
             "veneer export builtin --adapter runs/a@0.5 --adapter runs/b --out exported --shard-size 500MB",
+            "veneer export ./llama --adapter runs/notes --out ollama --format gguf --dtype fp16",
         ),
         "veneer.verbs.export:export",
     ),

@@ -10,7 +10,7 @@ from typing import Any
 
 from veneer.convert.base import Base
 from veneer.convert.detect import Found, detect
-from veneer.convert.dialects import diffusers, kohya, litgpt, mlx, peft, torchtune, vllm
+from veneer.convert.dialects import diffusers, gguf, kohya, litgpt, mlx, peft, torchtune, vllm
 from veneer.convert.leftovers import Leftovers
 from veneer.convert.pairs import Pairs
 from veneer.errors import ConfigError, FormatError, first_few, suggest
@@ -23,7 +23,7 @@ READERS: dict[str, ModuleType] = {
     "mlx": mlx,
     "litgpt": litgpt,
 }
-WRITERS: dict[str, ModuleType] = {**READERS, "vllm": vllm}
+WRITERS: dict[str, ModuleType] = {**READERS, "vllm": vllm, "gguf": gguf}
 
 
 def read(path: str | Path, *, base: Base | None = None, allow: str | Iterable[str] = ()) -> Pairs:

@@ -67,9 +67,9 @@ def read_file(path: Path, shape: Shape = AS_IS) -> list[Row]:
     text = decode(path)
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
-    if suffix in tables.WRITTEN:
+    if suffix in tables.WRITTEN and not tables.is_lines(path, text):
         return checked(str(path), tables.written(path, text), shape)
-    if suffix != ".jsonl":
+    if suffix not in (".jsonl", ".json"):
         if not shape.reads_text:
             raise DataError(f"{path}: columns must be {shape.wanted}, got plain text; write a .jsonl or .csv")
         return [Row("text", {"text": text}, str(path))]

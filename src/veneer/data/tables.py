@@ -28,6 +28,18 @@ def written(path: Path, text: str) -> Iterator[Entry]:
     )
 
 
+def is_lines(path: Path, text: str) -> bool:
+    """Tells if a .json file holds one object a line, as many public sets do."""
+    first, _, rest = text.lstrip().partition("\n")
+    if path.suffix.lower() != ".json" or not first.startswith("{") or not rest.strip():
+        return False
+    try:
+        json.loads(first)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
 def listed(path: Path, text: str) -> Iterator[Entry] | None:
     """Returns the rows of a JSON list in a file of another name; None if the file is not one list."""
     try:
@@ -41,8 +53,7 @@ def _listed(path: Path, text: str) -> Iterator[Entry]:
     try:
         found = without_surrogates(json.loads(text))
     except json.JSONDecodeError as e:
-        lines = "; name a file with one object a line .jsonl" if e.msg == "Extra data" else ""
-        raise DataError(f"{path} line {e.lineno}: not JSON at column {e.colno} ({e.msg}){lines}") from None
+        raise DataError(f"{path} line {e.lineno}: not JSON at column {e.colno} ({e.msg})") from None
     if not isinstance(found, list) or not found:
         inside = f"with {first_few(map(repr, found))}" if isinstance(found, dict) else "without rows"
         raise DataError(

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+from veneer import dtypes
 from veneer.errors import ConfigError
+from veneer.ops.matrix.linalg import multiplies_bf16
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -24,6 +26,13 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else found
+
+
+def dtype(name: str, where: torch.device) -> torch.dtype:
+    """Returns the dtype of a name; "auto" is bfloat16 where the device multiplies it. Raises ConfigError."""
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bf16(where) else torch.float32
+    return dtypes.of_name(name, ("auto",))
 
 
 def hardware(where: torch.device) -> str:

@@ -18,7 +18,7 @@ from veneer.methods.base import described
 from veneer.runs import usage
 from veneer.tasks import Metric
 from veneer.train.folder.drift import record as record_of
-from veneer.train.folder.layout import ADAPTER, RESULTS
+from veneer.train.folder.layout import ADAPTER, LEFT_OUT, RESULTS
 from veneer.units import duration, size
 
 CARD = "README.md"
@@ -94,7 +94,8 @@ def _header(
 def _base(run: RunRecord) -> str:
     base = run.config["base"]
     return (
-        f"`{base['model']}`, a {base['class']}; fingerprint of its weights `{base['sha256']}`."
+        f"`{run_record.named(base['model'])}`, a {base['class']};"
+        f" fingerprint of its weights `{base['sha256']}`."
         " Veneer refuses to load this on another base."
     )
 
@@ -125,7 +126,7 @@ def _data(run: RunRecord) -> str:
     rows = [
         (
             part,
-            ", ".join(_named(s) for s in settings.get(part if part != "train" else "data", ()))
+            ", ".join(run_record.named(s) for s in settings.get(part if part != "train" else "data", ()))
             or "split off from train",
         )
         + tuple(f"{facts[part][k]:,}" for k in shown)
@@ -135,11 +136,20 @@ def _data(run: RunRecord) -> str:
     if settings.get("stream"):
         rows[0] = (f"{rows[0][0]} (the beginning of a stream)", *rows[0][1:])
     table = _table(("text", "from", *(k.replace("_", " ") for k in shown)), rows)
-    return "\n\n".join(filter(None, [table, run.task.described(settings)]))
+    said = [run.task.described(settings), run.config.get("rendering", ""), *_left_out(facts, settings)]
+    return "\n\n".join(filter(None, [table, *said]))
 
 
-def _named(source: str) -> str:
-    return Path(source).name if Path(source).exists() or source.startswith(("/", ".")) else source
+def _left_out(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence on rows that were not used, or nothing."""
+    words = {"overlong": f"longer than {settings['length']} tokens", "empty": "without anything to learn"}
+    found = [
+        f"{facts[part][why]:,} {part} rows {words[why]}"
+        for part in run_record.PARTS
+        for why in words
+        if facts.get(part, {}).get(why)
+    ]
+    return [f"Left out: {', '.join(found)}. {LEFT_OUT} in the run's folder names them."] if found else []
 
 
 def _figures(run: RunRecord) -> str:

@@ -91,6 +91,14 @@ def looked_at(
     return {"text": part, "n": len(examples), **seen}
 
 
+def sampler(
+    model: nn.Module, task: Writer, examples: Sequence[Any], run: Run
+) -> Callable[[], list[dict[str, str]]]:
+    """Returns a function that continues the run's prompts with the model, as a list of {prompt, text}."""
+    prompts = [row["prompt"] for row in task.prompts(model, examples, run.samples)]
+    return lambda: [{"prompt": p, "text": task.write(model, p, seed=run.seed)} for p in prompts]
+
+
 def dialled(
     model: nn.Module, name: str, task: Task, texts: Texts, *, batch: int, between: Between
 ) -> dict[str, Any]:

@@ -12,16 +12,17 @@ import torch
 
 from veneer.compress.store import save_quantised
 from veneer.data.order.order import Order
-from veneer.data.spread import spread
 from veneer.errors import ConfigError, option
 from veneer.models import machine
 from veneer.ops.draws import keyed
 from veneer.runs import base_model
+from veneer.runs.findings import sampler
 from veneer.runs.finish import Begun, end
 from veneer.runs.learner import keeping, learner, precision
 from veneer.runs.prepare import Ready, prepare
-from veneer.runs.texts import streamed
+from veneer.runs.texts import streamed, texts
 from veneer.tasks import Task
+from veneer.tasks.base.abilities import Writer
 from veneer.tasks.base.custom import Loss, with_objective
 from veneer.train import track
 from veneer.train.folder import drift, layout, lock
@@ -30,6 +31,7 @@ from veneer.train.loop.loop import Loop
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.schedule import Pace
 from veneer.train.loop.signals import listening
+from veneer.train.noise import noisy
 from veneer.train.run import Run
 from veneer.train.world import ALONE, World
 
@@ -53,6 +55,8 @@ def fit(run: Run, *, progress: bool = True, world: World = ALONE, objective: Los
         begun = begin(ready, voice, stack, world)
         if isinstance(begun, Result):
             return begun
+        if run.neftune:
+            stack.callback(noisy(begun.ready.model, run.neftune).remove)
         wish, loop = stack.enter_context(listening()), loop_of(begun)
         return end(begun, loop, loop.run(wish), wish)
 
@@ -128,25 +132,26 @@ def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
 def loop_of(begun: Begun) -> Loop:
     """Returns the training, at its beginning or at the newest checkpoint."""
     ready, run, task = begun.ready, begun.ready.run, begun.ready.task
-    examples = {part: t.examples for part, t in ready.texts.items()}
     draws = "dropout" if begun.world.first else f"dropout of process {begun.world.rank}"
     torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, draws))))
-    laid, pace = lay_out(run, task, examples["train"])
+    laid, pace = lay_out(run, task, ready.texts["train"].examples)
     order = streamed.order(run, task, begun.voice) if run.stream else laid
-    measured = {
-        part: spread(some, run.eval_windows or 0) for part, some in examples.items() if part != "train"
-    }
     own = keeping(ready, learner(ready, laid, begun.voice), laid, begun.voice)._replace(world=begun.world)
+    sample = None
+    if run.samples:
+        assert isinstance(task, Writer)  # checked with the settings
+        sample = sampler(ready.model, task, ready.texts["valid"].examples, run)
     loop = Loop(
         own,
         order,
-        measured,
+        texts.evaluated(ready.texts, run, task),
         pace,
         folder=begun.out,
         voice=begun.voice,
         feed=begun.feed,
         precision=precision(run, next(ready.model.parameters()).device),
         chooses=run.chooses,
+        sample=sample,
     )
     loop.begin(run.resume)
     return loop
@@ -160,6 +165,6 @@ def lay_out(run: Run, task: Task, examples: Sequence[Any]) -> tuple[Order, Pace]
     sizes = None if run.packing else [task.size(e) for e in examples]
     order = Order(examples, run.batch, run.accumulate, total=total, seed=run.seed, sizes=sizes)
     every = run.eval_every or max(1, order.steps // 5)
-    warmup, save_every = round(run.warmup * order.steps), run.save_every or every
+    warmup, save_every = run.rising(order.steps), run.save_every or every
     lr = run.lr or math.nan
-    return order, Pace(order.steps, lr, run.schedule, warmup, every, save_every, run.keep)
+    return order, Pace(order.steps, lr, run.schedule, warmup, every, save_every, run.keep, run.patience)

@@ -74,6 +74,10 @@ def _check(runs: Sequence[Run]) -> None:
         problems.append(
             "cache_frozen needs one run a pass, and here all share it; train them alone, or leave it out"
         )
+    if any(run.neftune for run in runs):
+        problems.append(
+            "neftune changes embeddings, which all runs share here; train them alone, or leave it out"
+        )
     if asked := sorted({run.compile for run in runs} & {"on", "graphs"}):
         problems.append(f"compile must be 'off' or 'auto' for runs trained together, got {asked[0]!r}")
     if problems:

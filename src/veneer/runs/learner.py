@@ -18,6 +18,7 @@ from veneer.runs.prepare import Ready
 from veneer.tasks import Objective
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.step import Learner, under_autocast
+from veneer.train.mean import Mean
 from veneer.train.run import Run
 from veneer.train.speed import compiling
 from veneer.train.speed.frozen_cache import Kept
@@ -38,6 +39,7 @@ def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
         run.clip,
         run.weight_decay,
         run.label_smoothing,
+        mean=Mean(ready.parts, run.ema) if run.ema else None,
     )
     trp.hold(ready.model, plain.optimiser, run)
     if not _compiles(ready, order, device, voice):

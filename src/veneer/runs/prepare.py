@@ -83,12 +83,14 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
     prefix = _try_out(model, run, task, found, voice)
     optimiser = optim.make(run.optimiser, **run.optimiser_options)
     _announce(model, run, task, parts, optimiser, found, voice)
+    rendering = task.rendering(found["train"].facts)
     config = {
         "veneer": __version__,
         "versions": machine.versions(),
         "run": asdict(run),
         "data": {part: t.facts for part, t in found.items()},
         "base": base,
+        **({"rendering": rendering} if rendering else {}),
         **begun,
         "notes": list(voice.said),
     }

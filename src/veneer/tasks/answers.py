@@ -12,6 +12,7 @@ from torch import nn
 from veneer.data.pack import Window
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
+from veneer.data.spread import spread
 from veneer.errors import DataError, option
 from veneer.tasks.base.abilities import Examined
 from veneer.tasks.base.encoded import Encoded
@@ -33,7 +34,7 @@ class Answers(CausalLM, Examined):
 
     METRIC: ClassVar[Metric] = Metric("right", "share of right answers", lower_is_better=False)
     SETTINGS = tuple(name for name in CausalLM.SETTINGS if name != "train_on")
-    EVALUATED = 64
+    EVALUATED = 200
 
     def __init__(
         self, processor: Any, reading: Reading, *, match: Literal["exact", "json"] = "exact"
@@ -62,6 +63,10 @@ class Answers(CausalLM, Examined):
             raise DataError(
                 f"{row.where}: the answer must be JSON ({e}); correct it, or use {exact}"
             ) from None
+
+    def evaluated(self, kept: Sequence[Encoded], at_most: int) -> list[Window]:
+        # Every row asks one question: rows are counted, not windows of several.
+        return super().evaluated(spread(kept, at_most), 0)
 
     def measure(
         self,

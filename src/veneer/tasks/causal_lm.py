@@ -22,12 +22,13 @@ from veneer.tasks.base.abilities import Decoder, Joint, Outlined, Previewed, Sur
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.shape import Counted, Shape
-from veneer.tasks.base.task import Batch, Between, Objective, Single, nothing
+from veneer.tasks.base.single import Single
+from veneer.tasks.base.task import Batch, Between, Objective, nothing
 from veneer.tasks.text import checks, next_token, special_names, survey, windows
 from veneer.tasks.text.bits import BITS, bits_per_byte, nats_by_window
 from veneer.tasks.text.head import cut
 from veneer.tasks.text.preview import preview
-from veneer.tasks.text.samples import continuation, prompts, written
+from veneer.tasks.text.samples import SAMPLES, continuation, prompts, written
 
 TEMPERATURE = 0.7  # of samples
 TRIED = 32  # tokens of dry runs
@@ -108,6 +109,11 @@ class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer):
     def entries(self, one: Encoded) -> list[dict[str, Any]]:
         return survey.entries(one, self.reading.window, self.processor)
 
+    def evaluated(self, kept: Sequence[Encoded], at_most: int) -> list[Window]:
+        if at_most == 0 or any(one.whole is None for one in kept):
+            return super().evaluated(kept, at_most)
+        return super().evaluated(windows.some(kept, at_most), 0)
+
     def joiner(self, still_open: Iterable[Window] = ()) -> Joiner:
         return Packer(self.reading.window, still_open) if self.reading.packing else Alone()
 
@@ -132,6 +138,12 @@ class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer):
     def companion(self, facts: Mapping[str, Any]) -> Any:
         # Conversations were learned in this template, and must be asked in it.
         return templates.complete(self.processor) if "conversations" in facts else None
+
+    def rendering(self, facts: Mapping[str, Any]) -> str:
+        if "conversations" not in facts:
+            return ""
+        own = templates.described(self.processor, self.reading.chat_template)
+        return f"Conversations are rendered by {own}, which is saved with the adapter."
 
     def size(self, example: Window) -> int:
         return pack.n_tokens([example])
@@ -203,8 +215,8 @@ class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer):
     def preview(self, examples: Sequence[Window]) -> list[list[list[Any]]]:
         return preview(examples, self.processor)
 
-    def prompts(self, model: nn.Module, examples: Sequence[Window]) -> list[dict[str, str]]:
-        return prompts(model, examples, self.processor)
+    def prompts(self, model: nn.Module, examples: Sequence[Window], n: int = SAMPLES) -> list[dict[str, str]]:
+        return prompts(model, examples, self.processor, n)
 
     def write(self, model: nn.Module, prompt: str, *, seed: int) -> str:
         options: dict[str, Any] = {"top_p": 0.95, "max_new_tokens": written(model)}

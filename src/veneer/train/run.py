@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from veneer import methods, optim, settings, tasks
-from veneer.data.reading import Reading, Texts
+from veneer.data.reading import NO_TEXT, Reading, Texts
 from veneer.errors import ConfigError, option
 from veneer.methods import inits
+from veneer.tasks.base.abilities import Writer
 from veneer.train.parts.change import Base, Change
 from veneer.train.parts.options import unsuitable
 from veneer.train.parts.place import Evaluation, Place, Speed
@@ -44,6 +45,7 @@ class Run(Place, Speed, Evaluation, Steps, Updates, Change, Base, Reading, Texts
             yield from part.problems(self)
         yield from _of_task(self)
         yield from _of_speed(self)
+        yield from _of_evaluation(self)
         yield from _of_full(self)
         yield from _of_start(self)
         yield from _of_optimiser(self)
@@ -105,6 +107,17 @@ def _of_speed(run: Run) -> Iterator[str]:
     if run.stream and run.cache_frozen:
         cache, stream = option("cache_frozen"), option("stream")
         yield f"{cache} needs all examples at the start, which {stream} lacks; leave one of them out"
+
+
+def _of_evaluation(run: Run) -> Iterator[str]:
+    if run.patience is not None and not run.chooses:
+        patience, valid = option("patience"), option("valid", NO_TEXT)
+        yield f"{patience} needs valid text to improve on, which {valid} lacks; leave one of them out"
+    if run.neftune and run.cache_frozen:
+        cache, noise = option("cache_frozen"), option("neftune")
+        yield f"{cache} computes embeddings once, and {noise} changes them every step; leave one of them out"
+    if run.samples and run.task in tasks.available() and not issubclass(tasks.get(run.task), Writer):
+        yield f"{option('samples')}: task {run.task!r} writes no text; leave it out"
 
 
 def _of_full(run: Run) -> Iterator[str]:

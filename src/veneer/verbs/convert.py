@@ -25,7 +25,7 @@ from veneer.models.pretrained import skeleton
 
 RECORD = "convert.json"
 ALSO = {"mlx-lm": "mlx", "lycoris": "kohya"}  # other names of formats
-PLAIN_ONLY = ("vllm", "litgpt")  # dialects without DoRA
+PLAIN_ONLY = ("vllm", "litgpt", "gguf")  # dialects without DoRA
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def convert(
 
     adapter: folder or file of PEFT, kohya, LyCORIS, diffusers, torchtune, mlx-lm, LitGPT or Veneer
     out: folder of the result, which must not exist
-    to: format: peft, kohya, diffusers, torchtune, mlx-lm, litgpt, or vllm (plain LoRA of one legal rank)
+    to: format: peft, kohya, diffusers, torchtune, mlx-lm, litgpt, vllm (plain LoRA of one legal rank) or gguf
     model: base model, for formats that need names, sizes or weights of its layers
     names: file with the names of the base's modules, one a line, in place of a model
     part: part of a diffusers pipeline to take, or that the adapter changes, such as unet

@@ -37,11 +37,11 @@ class Converted:
 def convert_config(
     config: str, *, out: str | None = None, tool: str | None = None, model: str | None = None
 ) -> Converted:
-    """Returns a configuration of axolotl, LLaMA-Factory, torchtune or mlx-lm as settings of `veneer fit`.
+    """Returns a configuration of another program as settings of `veneer fit`.
 
     config: YAML or JSON file
     out: new YAML file, with uncarried settings as comments; must not exist
-    tool: program: axolotl, llamafactory, torchtune or mlx-lm [detected]
+    tool: program: axolotl, llamafactory, llamafactory-v1, torchtune, mlx-lm, trl or unsloth [detected]
     model: base model, for mlx-lm's files, which count its layers
     """
     path = Path(config)

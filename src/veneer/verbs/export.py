@@ -1,4 +1,4 @@
-"""Exports a base with adapters in its weights as a Hugging Face folder, if it reloads to the same outputs."""
+"""Exports a base with adapters in its weights as a folder or a GGUF file, if it reloads the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from veneer.files import making, unusable, write_json
 from veneer.models import adapted, pretrained
 from veneer.models.expand import expand
 from veneer.units import size
+from veneer.verbs.gguf import model as gguf_model
+from veneer.verbs.gguf import modelfile
 
 SIZE = re.compile(r"\d+(\.\d+)?([KMGT]i?)?B")  # as save_pretrained reads it
 RECORD = "export.json"
@@ -53,6 +55,7 @@ def export(
     *,
     out: str,
     adapter: Sequence[str] = (),
+    format: Literal["folder", "gguf"] = "folder",
     dtype: str = "auto",
     shard_size: str = "2GB",
     limit: float = 0.5,
@@ -61,12 +64,12 @@ def export(
 ) -> Exported:
     """Saves the base with the adapters in its weights and the tokenizer, and returns a verdict.
 
-    Adds in float32, rounds once, and reloads the folder before it gets its name. Raises NotMergeable, with
-    nothing written, if `dtype` would lose the adapters or a tensor, or if the reloaded model differs.
+    Adds in float32, rounds once and reloads. Raises NotMergeable, with nothing written, if that loses them.
 
     base: base model: a Hugging Face folder or id, or builtin
     out: folder of the new model, which must not exist
     adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; the changes of several are summed
+    format: Hugging Face folder, or a GGUF file with a Modelfile for Ollama
     dtype: number format of the weights: fp32, bf16, fp16, or auto for that of the base
     shard_size: largest file of weights, such as 500MB
     limit: largest share of the change, and of its effect, that rounding may take
@@ -76,18 +79,24 @@ def export(
     name = _checked(adapter, out, shard_size, dtype, base)
     opened, wanted = adapted.open_all(adapter, model=base, allow=allow)
     expand(dequantise(opened.model))
-    strengths = adapted.summed(wanted)
-    verdict = foresee(opened.model, strengths, limit, dtype=dtypes.NAMES[name])
+    verdict = foresee(opened.model, strengths := adapted.summed(wanted), limit, dtype=dtypes.NAMES[name])
     _refuse(verdict, force)
     before = _merged(opened.model, strengths, name, inputs := default_inputs(opened.model))
     with making(Path(out)) as folder:
-        _save(opened, folder, shard_size)
+        if format == "gguf":
+            _save_gguf(opened, folder, name)
+        else:
+            _save(opened, folder, shard_size)
         del opened  # one model at a time in memory
         verdict, off = _reloaded(folder, verdict, inputs, before) if inputs and before else (verdict, None)
-        found = Exported(out, name, base, strengths, verdict, off, _tolerance(name))
-        _refuse_difference(found, force)
-        write_json(folder / RECORD, found.as_dict())
-        return found
+        return _concluded(Exported(out, name, base, strengths, verdict, off, _tolerance(name)), folder, force)
+
+
+def _concluded(found: Exported, folder: Path, force: bool) -> Exported:
+    """Writes the record, and returns the export. Raises NotMergeable if it differs."""
+    _refuse_difference(found, force)
+    write_json(folder / RECORD, found.as_dict())
+    return found
 
 
 def _checked(adapter: Sequence[str], out: str, shard_size: str, dtype: str, base: str) -> str:
@@ -169,12 +178,24 @@ def _save(opened: adapted.Opened, folder: Path, shard_size: str) -> None:
     opened.tokenizer.save_pretrained(folder)
 
 
+def _save_gguf(opened: adapted.Opened, folder: Path, name: str) -> None:
+    """Writes one GGUF file and an Ollama Modelfile."""
+    gguf_model.write(opened.model, opened.tokenizer, folder / gguf_model.FILE, name, Path(opened.base).name)
+    written = modelfile.text(opened.tokenizer, gguf_model.FILE)
+    (folder / "Modelfile").write_text(written, encoding="utf-8")
+
+
 def _reloaded(
     folder: Path, verdict: Verdict, inputs: Mapping[str, Any], before: tuple[Tensor, Tensor]
 ) -> tuple[Verdict, float]:
     """Returns the verdict with the effect on the reloaded model's outputs, and their error."""
     plain, wanted = before
-    y = outputs(pretrained.causal_lm(str(folder), torch.float32, torch.device("cpu")), inputs)
+    if (folder / gguf_model.FILE).exists():
+        with pretrained.no_bars():
+            again = gguf_model.reloaded(folder)
+    else:
+        again = pretrained.causal_lm(str(folder), torch.float32, torch.device("cpu"))
+    y = outputs(again, inputs)
     off, effect = y - wanted, float((wanted - plain).norm())
     logit_error = float(off.norm()) / effect if effect else 1.0
     return replace(verdict, logit_error=logit_error), float(off.abs().max() / wanted.abs().max())
@@ -182,7 +203,7 @@ def _reloaded(
 
 def text(found: Exported) -> str:
     """Returns the export for people."""
-    files = sorted(Path(found.folder).glob("*.safetensors"))
+    files = sorted(p for p in Path(found.folder).iterdir() if p.suffix in (".safetensors", ".gguf"))
     written = size(sum(f.stat().st_size for f in files))
     lines = [str(found.verdict)]
     if found.off is not None:

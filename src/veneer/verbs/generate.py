@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from veneer.data.chat.templates import asked
 from veneer.errors import ConfigError
-from veneer.models import adapted
+from veneer.models import adapted, machine
 from veneer.tasks.text.samples import continuation
 
 
@@ -23,27 +21,28 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
     chat: bool = False,
-    device: str = "cpu",
+    dtype: str = "auto",
+    device: str = "auto",
     allow: Sequence[str] = (),
 ) -> dict[str, str]:
     """The continuation of the prompt by name: "base", then every adapter at its strength.
 
     prompt: text to go on from
     adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times
-    model: the base; the one that the adapters were made for unless given, or the built-in one without
-    adapters base: show the base model's continuation too tokens: longest continuation temperature: 0 takes
-    the likeliest token each time; higher is more surprising top_p: draw from the likeliest tokens that
-    together have this probability seed: decides the draws; each model gets the same ones chat: treat the
-    prompt as a user's message, written by the chat template of training device: where to compute allow: what
-    to let through when loading, see veneer.load
+    model: base model [that of the adapters, else the built-in one]
+    base: show the base model's continuation too
+    tokens: longest continuation
+    temperature: 0 takes the likeliest token each time; higher is more surprising
+    top_p: draw from the likeliest tokens that together have this probability
+    seed: decides the draws; each model gets the same ones
+    chat: treat the prompt as a user's message, written by the chat template of training
+    dtype: number format of the weights: fp32, bf16, fp16, or auto for the fastest one here
+    device: where to compute: cpu, cuda, ..; auto: cuda if available
+    allow: what to let through when loading, see veneer.load
     """
     if tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ConfigError("tokens must be 1 or more, temperature 0 or more, top_p above 0 and at most 1")
-    if not adapter and model is None:
-        model = "builtin"
-    wanted = adapted.there(adapter)
-    opened = adapted.open_base(model or adapted.base_of(wanted), wanted, torch.float32, device)
-    adapted.check(opened.model, wanted, allow)
+    opened, wanted = _opened(adapter, model, dtype, device, allow)
     options = {"max_new_tokens": tokens, "temperature": temperature, "top_p": top_p}
     found: dict[str, str] = {}
     shown: dict[str, adapted.Wanted | None] = {"base": None} if base or not wanted else {}
@@ -53,6 +52,19 @@ def generate(
             text = asked(prompt, opened.tokenizer, own) if chat else prompt
             found[title] = continuation(opened.model, opened.tokenizer, text, chat=chat, seed=seed, **options)
     return found
+
+
+def _opened(
+    specs: Sequence[str], model: str | None, dtype: str, device: str, allow: Sequence[str]
+) -> tuple[adapted.Opened, list[adapted.Wanted]]:
+    """Returns the base alone, and the adapters, each of which can be loaded."""
+    if not specs and model is None:
+        model = "builtin"
+    wanted, where = adapted.there(specs), machine.device(device)
+    base = model or adapted.base_of(wanted)
+    opened = adapted.open_base(base, wanted, machine.dtype(dtype, where), str(where))
+    adapted.check(opened.model, wanted, allow)
+    return opened, wanted
 
 
 def text(found: Mapping[str, str]) -> str:

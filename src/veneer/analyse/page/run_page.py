@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from veneer.analyse.numbers import moved, percent
-from veneer.analyse.page import elements, plots, run_answers, run_facts, run_measures
+from veneer.analyse.page import elements, plots, run_answers, run_facts, run_measures, run_record
 from veneer.analyse.page.run_measures import Drawn
 from veneer.analyse.page.run_record import RunRecord
 from veneer.units import count, duration, size
@@ -19,8 +19,9 @@ def page_of(run: RunRecord, drawn: Drawn, missing: Sequence[str]) -> str:
         if (settings["method"], settings["optimiser"]) == ("lora", "loraplus")
         else settings["method"]
     )
-    title = f"{plots.TITLES.get(method, method)} on {settings['model']}"
-    above = f"Veneer {run.config.get('veneer', '')} · {', '.join(settings['data'])} · {run.folder}"
+    title = f"{plots.TITLES.get(method, method)} on {run_record.named(settings['model'])}"
+    data = ", ".join(map(run_record.named, settings["data"]))
+    above = f"Veneer {run.config.get('veneer', '')} · {data} · {run.folder}"
     parts = [
         elements.title(title, above),
         elements.paragraph(lead(run), "lead"),
@@ -43,7 +44,7 @@ def page_of(run: RunRecord, drawn: Drawn, missing: Sequence[str]) -> str:
         elements.section("Log of the run", elements.card(elements.listed(run_facts.notes(run)))),
         elements.section("Versions", elements.card(elements.facts(run.results.get("versions", {})))),
     ]
-    return elements.whole(f"{title}: {', '.join(settings['data'])}", parts)
+    return elements.whole(f"{title}: {data}", parts)
 
 
 def lead(run: RunRecord) -> str:

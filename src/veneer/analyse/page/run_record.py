@@ -18,6 +18,11 @@ NO_TEST = (
 )
 
 
+def named(source: str) -> str:
+    """Returns a source's name; for a file or folder of this machine, the last part of its path."""
+    return Path(source).name if Path(source).exists() or source.startswith(("/", ".")) else source
+
+
 class RunRecord(NamedTuple):
     """Contents of results.json, config.json and metrics.jsonl, and the folder, of a finished run."""
 

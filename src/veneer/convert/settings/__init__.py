@@ -6,11 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.convert.settings import axolotl, llamafactory, mlx, torchtune
+from veneer.convert.settings import axolotl, llamafactory, llamafactory_v1, mlx, torchtune, trl, unsloth
 from veneer.convert.settings.given import Given, Translation, Uncarried
 from veneer.errors import ConfigError, suggest
 
-TOOLS = {"axolotl": axolotl, "llamafactory": llamafactory, "torchtune": torchtune, "mlx": mlx}
+TOOLS = {
+    "axolotl": axolotl,
+    "llamafactory": llamafactory,
+    "llamafactory-v1": llamafactory_v1,
+    "torchtune": torchtune,
+    "mlx": mlx,
+    "trl": trl,
+    "unsloth": unsloth,
+}
 
 __all__ = ["TOOLS", "Translation", "Uncarried", "tool_of", "translate"]
 
@@ -46,4 +54,7 @@ def translate(
         return mlx.translate(values, folder, layers)
     if name == "llamafactory":
         return llamafactory.translate(values, folder)
-    return axolotl.translate(values) if name == "axolotl" else torchtune.translate(values)
+    if name == "llamafactory-v1":
+        return llamafactory_v1.translate(values, folder)
+    plain = {"axolotl": axolotl.translate, "torchtune": torchtune.translate, "trl": trl.translate}
+    return {**plain, "unsloth": unsloth.translate}[name](values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from veneer.convert.settings import execution, trainer
@@ -36,6 +37,7 @@ ELSEWHERE = {
     "lora_modules_to_save": "Veneer does not fully train modules beside adapters",
     "lora_model_dir": "Veneer starts every training with a new adapter",
     "peft_layers_to_transform": "choose layers by an expression in to=",
+    "unfrozen_parameters": "method 'full' trains all parameters; choose layers of an adapter by to=",
     "val_set_size": "Veneer holds out a tenth of the data unless valid= is given",
     "wandb_project": "a run is named after its folder",
     "wandb_name": "a run is named after its folder",
@@ -50,6 +52,15 @@ ELSEWHERE = {
     "saves_per_epoch": "Veneer saves every save_every steps; set save_every",
     "logging_steps": "Veneer logs every step",
     "pad_to_sequence_len": "Veneer pads windows to the longest of a batch",
+}
+ROWS = {
+    "split": "a file has no parts",
+    "name": "a file has no configurations",
+    "shards": "all rows are read; name the source with a weight, as NAME@0.5",
+    "data_files": "name the files one by one in data=",
+    "field_messages": "name the column by columns=, as messages=COLUMN",
+    "roles_to_train": "set train_roles",
+    "train_on_eos": "the end of a learned turn is learned",
 }
 
 
@@ -78,9 +89,11 @@ def translate(values: Mapping[str, Any]) -> Translation:
         "seed": given.take("seed"),
     }
     trainer.optimiser(given, out, "optimizer")
+    _galore(given, out)
     trainer.schedule(given, out, "lr_scheduler")
     trainer.rhythm(given, out)
     trainer.precision(given, out)
+    trainer.noise_and_patience(given, out)
     _carried_out(given, out)
     if given.take("auto_resume_from_checkpoints"):
         out.settings["resume"] = True
@@ -89,6 +102,16 @@ def translate(values: Mapping[str, Any]) -> Translation:
         given.leave(key, why, HARMLESS.get(key, ()))
     out.uncarried += given.uncarried()
     return out
+
+
+def _galore(given: Given, out: Translation) -> None:
+    """Translates GaLore, whose options axolotl holds in optim_args."""
+    if not str(given.values.get("optimizer", "")).startswith("galore"):
+        return
+    given.left = [u for u in given.left if u.key != "optimizer"]
+    own = {"rank": "optim_args.rank", "period": "optim_args.update_proj_gap", "scale": "optim_args.scale"}
+    trainer.galore(given, out, own)
+    given.leave("optim_target_modules", "Veneer's GaLore projects every matrix of the blocks")
 
 
 def _carried_out(given: Given, out: Translation) -> None:
@@ -110,16 +133,29 @@ def _number(value: Any) -> float | None:
 def _data(given: Given, out: Translation) -> None:
     for theirs, ours in (("datasets", "data"), ("pretraining_dataset", "data"), ("test_datasets", "valid")):
         for i, entry in enumerate(given.take(theirs) or []):
-            table = entry if isinstance(entry, Mapping) else {"path": entry}
+            table = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
             if "path" in table:
-                out.settings[ours] = (*out.settings.get(ours, ()), str(table["path"]))
+                out.settings[ours] = (*out.settings.get(ours, ()), _source(table))
             for key, value in table.items():
-                if key != "path" and value not in NOTHING:
-                    out.uncarried.append(
-                        Uncarried(
-                            f"{theirs}[{i}].{key}", value, "Veneer infers the format of rows from columns"
-                        )
-                    )
+                if value not in NOTHING:
+                    why = ROWS.get(key, "Veneer infers the format of rows from columns")
+                    out.uncarried.append(Uncarried(f"{theirs}[{i}].{key}", value, why))
+    if "valid" not in out.settings and given.values.get("val_set_size") in (0, 0.0):
+        out.settings["valid"] = ("none",)
+
+
+def _source(table: dict[str, Any]) -> str:
+    """Takes path, name and split of a data set from its table; returns Veneer's name of the source."""
+    files, path = table.pop("data_files", None), str(table.pop("path"))
+    if isinstance(files, str):
+        table.pop("ds_type", None)
+        return files
+    if files is not None:
+        table["data_files"] = files
+    if Path(path).suffix:  # a file, which has one part
+        return path
+    parts = [str(table.pop(key)) for key in ("name", "split") if table.get(key) not in NOTHING]
+    return ":".join([path, *parts])
 
 
 def _method(given: Given, out: Translation) -> None:

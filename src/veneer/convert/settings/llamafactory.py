@@ -38,8 +38,9 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "overwrite_output_dir": (False,),
     "plot_loss": (True, False),
     "logging_steps": (),
-    "val_size": (0, 0.0),
     "pissa_convert": (True, False),
+    "galore_layerwise": (False,),
+    "val_size": (0, 0.0),
     "packing": (True, False),
 }
 ELSEWHERE = {
@@ -47,12 +48,18 @@ ELSEWHERE = {
     "additional_target": "Veneer does not fully train modules beside adapters",
     "val_size": "Veneer holds out a tenth of the data unless valid= is given",
     "mask_history": "Veneer trains on every assistant turn",
-    "max_samples": "all rows are read",
+    "max_samples": "all rows are read; a source takes a share of its rows by its weight, as NAME@0.5",
+    "galore_target": "Veneer's GaLore projects every matrix of the blocks",
+    "galore_layerwise": "Veneer keeps one gradient for each weight",
+    "freeze_trainable_layers": "method 'full' trains all layers",
     "adapter_name_or_path": "Veneer starts every training with a new adapter",
     "deepspeed": "Veneer trains on one device",
     "logging_steps": "Veneer logs every step",
     "buffer_size": "Veneer's stream holds windows, not rows; set buffer",
 }
+INFO = "dataset_info.json"
+OTHER_TASKS = ("ranking", "chosen", "rejected", "kto_tag", "images", "videos", "audios")
+GALORE = {"rank": "galore_rank", "period": "galore_update_interval", "scale": "galore_scale"}
 
 
 def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
@@ -74,6 +81,8 @@ def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
     if kind == "full":
         out.settings["method"] = "full"
         given.leave("quantization_bit", "full fine-tuning needs an unquantised base")
+        if given.take("use_galore"):
+            trainer.galore(given, out, GALORE)
     else:
         _method(given, out)
         _quantised(given, out)
@@ -98,6 +107,7 @@ def _training(given: Given, out: Translation, stage: str) -> None:
     trainer.schedule(given, out, "lr_scheduler_type")
     trainer.rhythm(given, out)
     trainer.precision(given, out)
+    trainer.noise_and_patience(given, out)
     smoothing = given.take("label_smoothing_factor")
     out.settings |= {"label_smoothing": float(smoothing)} if smoothing else {}
     execution.recomputed(given, out, "gradient_checkpointing")
@@ -150,16 +160,24 @@ def _quantised(given: Given, out: Translation) -> None:
 def _data(given: Given, out: Translation, folder: Path) -> None:
     """Translates names of data into files by dataset_info.json; lists unknown names as not carried."""
     where = folder / str(given.take("dataset_dir"))
-    known = read_json(where / "dataset_info.json") if (where / "dataset_info.json").is_file() else {}
+    known = read_json(where / INFO) if (where / INFO).is_file() else {}
     for theirs, ours in (("dataset", "data"), ("eval_dataset", "valid")):
         names = given.take(theirs) or ()
         for name in [n.strip() for n in names.split(",")] if isinstance(names, str) else names:
             entry = known.get(name, {})
-            if "file_name" in entry:
-                out.settings[ours] = (*out.settings.get(ours, ()), str(where / entry["file_name"]))
-            elif "hf_hub_url" in entry:
-                out.settings[ours] = (*out.settings.get(ours, ()), str(entry["hf_hub_url"]))
+            if {"file_name", "hf_hub_url"} & {*entry}:
+                out.settings[ours] = (*out.settings.get(ours, ()), _listed(where, name, entry))
+                for key in [k for k in OTHER_TASKS if entry.get(k) or entry.get("columns", {}).get(k)]:
+                    why = "of another task; Veneer refuses this data set"
+                    out.uncarried.append(Uncarried(f"{theirs}.{name}.{key}", True, why))
             else:
-                out.uncarried.append(
-                    Uncarried(theirs, name, f"{where / 'dataset_info.json'} does not list this name")
-                )
+                out.uncarried.append(Uncarried(theirs, name, f"{where / INFO} does not list this name"))
+    if "valid" not in out.settings and given.values.get("val_size") in (0, 0.0):
+        out.settings["valid"] = ("none",)
+
+
+def _listed(where: Path, name: str, entry: Mapping[str, Any]) -> str:
+    """Returns the file of a plain entry; else the entry's name, which stands for its columns and parts."""
+    if set(entry) == {"file_name"}:
+        return str(where / entry["file_name"])
+    return f"{where / INFO}:{name}" if set(entry) != {"hf_hub_url"} else str(entry["hf_hub_url"])

@@ -11,7 +11,7 @@ from typing import Any
 
 from veneer.convert.settings import execution
 from veneer.convert.settings.given import UNSUPPORTED, Given, Translation, without_nothing
-from veneer.convert.settings.trainer import OTHER_OPTIMISER
+from veneer.convert.settings.trainer import OTHER_OPTIMISER, warmup
 from veneer.errors import ConfigError
 
 SIGNS = ("fine_tune_type", "num_layers", "iters", "lora_parameters", "adapter_path", "mask_prompt")
@@ -140,5 +140,5 @@ def _optimiser(given: Given, out: Translation, steps: int) -> None:
     if schedule is not None and schedule not in SCHEDULES:
         given.leave("lr_schedule.name", "unsupported schedule; supported: constant, cosine, linear")
     if number := given.take("lr_schedule.warmup"):
-        out.settings["warmup"] = min(float(number) / steps, 0.99)
+        out.settings["warmup"] = warmup(float(number), steps)
     given.leave("lr_schedule.warmup_init", "Veneer's warm-up starts at 0", harmless=(0, 0.0))

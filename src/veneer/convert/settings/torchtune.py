@@ -9,7 +9,7 @@ from typing import Any
 from veneer.convert.dialects.torchtune import HEAD, MODULES
 from veneer.convert.settings import execution
 from veneer.convert.settings.given import UNSUPPORTED, Given, Translation, without_nothing
-from veneer.convert.settings.trainer import DECAY, OTHER_OPTIMISER, STATE_BITS, WARMUP
+from veneer.convert.settings.trainer import DECAY, OTHER_OPTIMISER, STATE_BITS, warmup
 from veneer.errors import ConfigError, suggest
 
 SIGNS = ("model._component_", "tokenizer._component_", "checkpointer._component_", "optimizer._component_")
@@ -173,6 +173,4 @@ def _schedule(given: Given, out: Translation, steps: int | None) -> None:
     out.settings["schedule"] = "cosine" if "cosine" in name else "constant"
     if name and "cosine" not in name:
         given.leave("lr_scheduler._component_", "unsupported schedule; supported: constant, cosine, linear")
-    out.settings["warmup"] = min(float(number) / steps, 0.99) if number and steps else 0.0
-    if number and not steps:
-        given.leave("lr_scheduler.num_warmup_steps", WARMUP)
+    out.settings["warmup"] = warmup(float(number), steps) if number else 0.0

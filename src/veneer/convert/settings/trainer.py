@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from veneer.convert.settings.given import Given, Translation, without_nothing
@@ -16,7 +17,6 @@ SCHEDULES = {
 OTHER_OPTIMISER = "AdamW is used instead; `veneer methods` lists the supported optimisers"
 STATE_BITS = "Veneer's AdamW keeps its state in 32 bits"
 DECAY = "weight_decay: Veneer decays the product B A, the other program A and B separately"
-WARMUP = "Veneer's warm-up is a share of the steps, whose number is not in the file; set warmup"
 RHYTHM = "Veneer evaluates and saves every so many steps"
 STARTS = {True: "kaiming", "true": "kaiming", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 
@@ -54,19 +54,27 @@ def schedule(given: Given, out: Translation, key: str) -> None:
     epochs = given.take("num_epochs" if "num_epochs" in given.defaults else "num_train_epochs")
     steps = int(steps) if steps and int(steps) > 0 else None
     out.settings |= {"steps": steps} if steps else {"epochs": float(epochs)}
-    out.settings["warmup"] = warmup(given, out, "warmup_steps", steps)
+    ratio, number = given.take("warmup_ratio"), given.take("warmup_steps")
+    # The Trainer takes a share in warmup_steps too.
+    out.settings["warmup"] = warmup(float(number), steps) if number else float(ratio or 0.0)
 
 
-def warmup(given: Given, out: Translation, key: str, steps: int | None) -> float:
-    """Returns the warm-up as a share of the steps; a number of steps is converted if the length is known."""
-    ratio, number = given.take("warmup_ratio"), given.take(key)
-    if number and steps:
-        return min(float(number) / steps, 0.99)
-    if number and 0 < float(number) < 1:  # the Trainer takes a share here too
-        return float(number)
-    if number:
-        given.leave(key, WARMUP)
-    return float(ratio or 0.0)
+def warmup(number: float, steps: int | None) -> float:
+    """Returns a warm-up in steps, shorter than the training if its length is known; a share below 1 stays."""
+    return number if number < 1 else float(min(int(number), (steps or 1 << 62) - 1))
+
+
+def noise_and_patience(given: Given, out: Translation) -> None:
+    """Translates NEFTune and early stopping."""
+    noise, patience = given.take("neftune_noise_alpha"), given.take("early_stopping_patience")
+    out.settings |= {"neftune": float(noise)} if noise else {}
+    out.settings |= {"patience": int(patience)} if patience else {}
+
+
+def galore(given: Given, out: Translation, names: Mapping[str, str]) -> None:
+    """Translates GaLore. names: the other program's keys for rank, period and scale."""
+    options = {ours: given.take(theirs) for ours, theirs in names.items()}
+    out.settings |= {"optimiser": "galore", "optimiser_options": without_nothing(options)}
 
 
 def rhythm(given: Given, out: Translation) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,15 @@ def choose(tokenizer: Tokenizer, wanted: str | None) -> list[str]:
     ]
 
 
+def described(tokenizer: Tokenizer, wanted: str | None) -> str:
+    """Returns words for the template that conversations get."""
+    if wanted is not None:
+        return f"the chat template {Path(wanted).name!r}"
+    if tokenizer.chat_template:
+        return "the chat template of the base's tokenizer"
+    return f"the chat template {PLAIN!r}, since the base's tokenizer lacks one"
+
+
 def complete(tokenizer: Tokenizer) -> Any:
     """Returns the tokenizer with a template: the plain one, unless it has its own."""
     if not tokenizer.chat_template:
@@ -74,10 +84,15 @@ def complete(tokenizer: Tokenizer) -> Any:
 
 def asked(message: str, tokenizer: Tokenizer, template: str | None = None) -> str:
     """Returns a user's message with the request for an answer, by this template or the tokenizer's own."""
+    return rendered([{"role": "user", "content": message}], tokenizer, template)
+
+
+def rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Any, template: str | None = None) -> str:
+    """Returns messages with the request for an answer, by this template or the tokenizer's own."""
     template = template or tokenizer.chat_template or packaged(PLAIN, tokenizer)
     return str(
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}],
+            list(messages),
             chat_template=None if isinstance(template, dict) else template,
             tokenize=False,
             add_generation_prompt=True,

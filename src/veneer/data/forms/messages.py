@@ -1,5 +1,4 @@
-"""Reads conversations: lists of role and content (OpenAI), of from and value (ShareGPT), or of texts in"
-" turn."""
+"""Reads conversations: lists of role and content (OpenAI), of from and value (ShareGPT), or of texts."""
 
 from __future__ import annotations
 

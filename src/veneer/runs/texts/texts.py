@@ -25,11 +25,15 @@ SAMPLE = 0.1  # of the training rows: measured in place of valid text where all 
 
 
 class Text(NamedTuple):
-    """A text as examples. facts: for config.json, the same in a resumed run; left_out: names of rows."""
+    """A text as examples. facts: for config.json, the same in a resumed run; left_out: names of rows.
+
+    kept: the rows of a measured text as the task reads them.
+    """
 
     examples: list[Any]
     facts: dict[str, Any]
     left_out: LeftOut = LeftOut([], [], [])
+    kept: Sequence[Encoded] = ()
 
 
 def named(run: Run) -> Run:
@@ -183,7 +187,14 @@ def text_of(encoded: Sequence[Encoded], task: Task, notes: Notes, part: str) -> 
     pieces = [p for one in kept for _ in range(one.row.times) for p in task.pieces(one, window)]
     examples = task.join(pieces)
     facts = task.facts([one.row for one in kept], pieces, examples)
-    return Text(examples, {**facts, **left_out.counts}, left_out)
+    return Text(examples, {**facts, **left_out.counts}, left_out, () if part == "train" else kept)
+
+
+def evaluated(found: Mapping[str, Text], run: Run, task: Task) -> dict[str, list[Any]]:
+    """Returns the examples that a training measures, by part."""
+    return {
+        part: task.evaluated(t.kept, run.eval_windows or 0) for part, t in found.items() if part != "train"
+    }
 
 
 def by_row(rows: Sequence[Row], task: Task, notes: Notes, part: str = "text") -> list[list[Any]]:

@@ -53,8 +53,8 @@ class Writer(ABC):
     """A task whose model writes text."""
 
     @abstractmethod
-    def prompts(self, model: nn.Module, examples: Sequence[Any]) -> list[dict[str, str]]:
-        """Returns a few prompts from held-out examples, each as {prompt, truth}."""
+    def prompts(self, model: nn.Module, examples: Sequence[Any], n: int = 2) -> list[dict[str, str]]:
+        """Returns n prompts from held-out examples, each as {prompt, truth}."""
 
     @abstractmethod
     def write(self, model: nn.Module, prompt: str, *, seed: int) -> str:

@@ -15,11 +15,13 @@ from veneer.data.forms.media import Media
 from veneer.data.order.streamed import Joiner
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
+from veneer.data.spread import spread
 from veneer.ops.chunked import Kernel
 from veneer.tasks.base import flat
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.shape import Shape
+from veneer.tasks.base.single import Single
 
 Own = TypeVar("Own", bound="Task")
 Batch = Mapping[str, Tensor]
@@ -36,17 +38,6 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
         """Returns the sum of the losses and the number of labels. smoothing: share for all classes."""
-
-
-class Single:
-    """Joins nothing: every piece is an example."""
-
-    def __init__(self) -> None:
-        self.open: list[Any] = []
-
-    def add(self, piece: Any) -> Any:
-        """Returns the piece."""
-        return piece
 
 
 class Task(ABC):
@@ -121,6 +112,10 @@ class Task(ABC):
         """Returns what joins pieces one at a time, with these unfinished examples."""
         return Single()
 
+    def evaluated(self, kept: Sequence[Encoded], at_most: int) -> list[Any]:
+        """Returns the examples of a text to measure: at most that many, evenly spaced; all of them for 0."""
+        return spread(self.join(p for one in kept for p in self.pieces(one, self.reading.window)), at_most)
+
     def filled(self, pieces: Sequence[Any]) -> float:
         """Returns about how many examples the pieces make."""
         return len(pieces)
@@ -146,6 +141,10 @@ class Task(ABC):
         return None
 
     # -- batches
+
+    def rendering(self, facts: Mapping[str, Any]) -> str:
+        """Returns a sentence on the form that rows with these facts were written in; "" for their own."""
+        return ""
 
     @abstractmethod
     def size(self, example: Any) -> int:

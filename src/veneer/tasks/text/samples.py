@@ -70,20 +70,22 @@ def written(model: nn.Module) -> int:
     return min(WRITTEN, room(model) // 2)
 
 
-def prompts(model: nn.Module, windows: Sequence[Window], tokenizer: Any) -> list[dict[str, str]]:
-    """Returns beginnings of the texts and their real continuations, evenly spaced.
+def prompts(
+    model: nn.Module, windows: Sequence[Window], tokenizer: Any, n: int = SAMPLES
+) -> list[dict[str, str]]:
+    """Returns beginnings of n texts and their real continuations, evenly spaced.
 
     A beginning ends before the first learned token, or after a few tokens of plain text.
     """
-    n = written(model)
-    longest = max(1, min(LONGEST, room(model) - n - 8))
+    length = written(model)
+    longest = max(1, min(LONGEST, room(model) - length - 8))
     found = []
-    for s in spread([s for w in windows for s in w], SAMPLES):
+    for s in spread([s for w in windows for s in w], n):
         ids, learned = learned_tokens(s)
         first = learned.index(True)
         start = first if first > 1 else min(PROMPT, len(ids) // 2)
         prompt = tokenizer.decode(ids[max(0, start - longest) : start], clean_up_tokenization_spaces=False)
-        truth = tokenizer.decode(ids[start : start + n], clean_up_tokenization_spaces=False)
+        truth = tokenizer.decode(ids[start : start + length], clean_up_tokenization_spaces=False)
         found.append(
             {
                 "prompt": prompt.removeprefix(tokenizer.bos_token or ""),

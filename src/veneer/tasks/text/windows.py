@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -14,9 +15,12 @@ from veneer.data.chat import ASSISTANT, examples, templates
 from veneer.data.pack import Segment, Window, n_bytes, n_labels, n_tokens, segments
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
+from veneer.data.spread import spread
 from veneer.data.tokens import encode
 from veneer.errors import DataError, first_few, option, suggest
 from veneer.tasks.base.encoded import Encoded
+
+USUAL = 512  # tokens of a usual window
 
 
 def check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
@@ -52,6 +56,17 @@ def cut(one: Encoded, window: int) -> list[Segment]:
     found = [s for t in tokens for s in segments(t, window)]
     # Copies: a part of a long text in a stream's buffer must not keep the whole alive.
     return [Segment(*(t.clone() for t in s)) for s in found] if len(found) > 1 else found
+
+
+def some(kept: Sequence[Encoded], at_most: int) -> list[Encoded]:
+    """Returns evenly spaced rows of pairs or conversations, about `at_most` usual windows full of them.
+
+    The choice depends on the rows alone, not on the length or packing of windows: figures of runs that differ
+    in these are of the same text.
+    """
+    total = sum(one.whole or 0 for one in kept)
+    full = math.ceil(len(kept) * at_most * USUAL / max(1, total))
+    return spread(kept, max(at_most, full))
 
 
 def is_endless(one: Encoded, tokenizer: Any, reading: Reading) -> bool:

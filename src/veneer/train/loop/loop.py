@@ -16,7 +16,7 @@ from veneer.tasks.base.task import nothing
 from veneer.train.errors import Diverged, Interrupted
 from veneer.train.folder import checkpoint
 from veneer.train.folder.layout import CHECKPOINTS, Metrics
-from veneer.train.loop import state
+from veneer.train.loop import best, state
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.schedule import Pace
 from veneer.train.loop.signals import Stop, Wish
@@ -33,7 +33,7 @@ class Loop:
     """One training in one folder. texts: examples to measure by name; "valid" chooses the best step.
 
     "test" is measured before and after only. precision: context of measurements, such as autocast; chooses:
-    False keeps the last step.
+    False keeps the last step; sample: writes texts with the model, after every evaluation.
     """
 
     def __init__(
@@ -48,9 +48,11 @@ class Loop:
         feed: Feed | None = None,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         chooses: bool = True,
+        sample: Callable[[], list[dict[str, str]]] | None = None,
     ) -> None:
         self.learner, self.order, self.texts, self.pace, self.voice = learner, order, texts, pace, voice
         self.world, self.precision, self.chooses = learner.world, precision, chooses
+        self.sample = sample
         self.folder, self.checkpoints = folder, folder / CHECKPOINTS
         self.position = Position()
         self.saved: int | None = None
@@ -125,6 +127,14 @@ class Loop:
             improved = self._evaluate()
         if self.pace.saves(p.step) or improved:
             self.save()
+        if p.step < self.pace.steps and self.pace.is_over(p.step, p.best_step):
+            n = self.pace.patience
+            self.voice.say(
+                f"valid text has not improved for {n} evaluations: the training ends after step {p.step}"
+                f" of {self.pace.steps}"
+            )
+            self.save()
+            return False
         return p.step < self.pace.steps
 
     def due(self) -> tuple[list[list[Any]], float]:
@@ -156,7 +166,7 @@ class Loop:
         p.skipped_in_a_row = p.skipped_in_a_row + 1 if outcome.skipped else 0
         p.skipped += outcome.skipped is not None
         speed = outcome.tokens / max(now - before, 1e-9)
-        self._write(_line(p, outcome, rate, speed))
+        self._write(outcome.line(p, rate, speed))
         self.voice.show(p.step, f"loss {outcome.loss:.3f}  {speed:,.0f} tokens/s")
         if p.skipped_in_a_row >= PATIENCE:
             self._give_up(outcome)
@@ -181,6 +191,7 @@ class Loop:
         figures = self.measure([name for name in self.texts if name != "test" or p.step == 0])
         named = {f"{text}_{f.name}": f.value for text, some in figures.items() for f in some}
         self._write({"step": p.step, **named, "seconds": p.seconds})
+        self._sample()
         p.evaluated = p.step
         if p.step == 0:
             p.keep("before", figures)
@@ -190,12 +201,27 @@ class Loop:
             return True
         return False
 
+    def _sample(self) -> None:
+        """Adds texts that the model writes to metrics.jsonl, and shows them."""
+        if self.sample is None or not self.world.first:
+            return
+        with eagerly(), self.precision(), self._averaged():
+            self.learner.model.eval()
+            samples = self.sample()
+        self.metrics.write({"step": self.position.step, "samples": samples})
+        for one in samples:
+            self.voice.tell(f"step {self.position.step}: {one['prompt']} ⟦{one['text']}⟧")
+
+    def _averaged(self) -> AbstractContextManager[Any]:
+        """Returns a context in which the running mean, if the training has one, stands for the parameters."""
+        return nullcontext() if self.learner.mean is None else self.learner.mean.used()
+
     def measure(self, names: Sequence[str]) -> dict[str, list[Figure]]:
         """Returns the figures of texts by name. Raises Stop if a signal comes and no other process waits."""
         figures, between = {}, self.wish.check if self.world.size == 1 else nothing
         for name in names:
             self.voice.show(self.position.step, f"{name} text", "measuring")
-            with eagerly(), self.precision():
+            with eagerly(), self.precision(), self._averaged():
                 figures[name] = self.learner.task.measure(
                     self.learner.model, self.texts[name], batch=self.order.batch, between=between
                 )
@@ -215,33 +241,5 @@ class Loop:
         self.saved = p.step
 
     def take_best(self) -> None:
-        """Restores the trained parameters of the best step, unless it is the last one."""
-        p = self.position
-        if p.best_step in (None, p.step):
-            return
-        path = self.checkpoints / f"step-{p.best_step:06d}"
-        problem = checkpoint.damage(path)
-        if problem:
-            self.voice.say(
-                f"the best checkpoint, of step {p.best_step}, is damaged ({problem}); the weights of the last"
-                " step are used"
-            )
-            p.best_step = p.step
-            p.keep("best", self.measure([n for n in self.texts if n != "test"]))
-            return
-        state.put_back(self.learner, checkpoint.load(path))
-
-
-def _line(p: Position, outcome: Outcome, rate: float, speed: float) -> dict[str, float | int | str | None]:
-    shown = {"loss": outcome.loss, "gradient_norm": outcome.norm}
-    line = {k: None if outcome.skipped else v for k, v in shown.items()}
-    return {
-        "step": p.step,
-        **line,
-        "lr": rate,
-        "labels": outcome.labels,
-        "tokens": p.tokens,
-        **({"skipped": outcome.skipped} if outcome.skipped else {}),
-        "seconds": p.seconds,
-        "tokens_per_second": speed,
-    }
+        """Restores the trained parameters of the best step, or their running means."""
+        best.restore(self)

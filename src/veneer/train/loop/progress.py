@@ -41,6 +41,11 @@ class Voice(Notes):
         if self.aloud:
             self._print(sentence)
 
+    def tell(self, sentence: str) -> None:
+        """Prints a sentence without keeping it."""
+        if self.aloud:
+            self._print(sentence)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Names what goes on within the block, every ten seconds or beside the bar. Phases nest."""

@@ -34,6 +34,7 @@ class Pace(NamedTuple):
     eval_every: int
     save_every: int
     keep: int
+    patience: int | None = None  # evaluations without improvement that end the training
 
     def rate(self, step: int) -> float:
         """Returns the learning rate of a step."""
@@ -42,6 +43,12 @@ class Pace(NamedTuple):
     def evaluates(self, step: int) -> bool:
         """Tells if texts are measured before this step."""
         return step % self.eval_every == 0 or step == self.steps
+
+    def is_over(self, step: int, best: int | None) -> bool:
+        """Tells if patience has ended before this step. best: the best step so far."""
+        if self.patience is None or best is None:
+            return False
+        return sum(self.evaluates(later) for later in range(best + 1, step + 1)) >= self.patience
 
     def saves(self, step: int) -> bool:
         """Tells if a checkpoint is due before this step."""

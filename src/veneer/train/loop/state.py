@@ -63,10 +63,11 @@ def fixed(learner: Learner) -> dict[str, Tensor]:
 def tensors(learner: Learner) -> dict[str, Tensor]:
     """Returns the tensors of a checkpoint.
 
-    p.<name>: parameters; b.<name>: see fixed; o.<name>.<key>: state of the optimiser; rng, rng.1, ..: random
-    numbers of each process; rng.cuda: of the first one's GPU. All processes must call it.
+    p.<name>: parameters; m.<name>: their running means; b.<name>: see fixed;
+    o.<name>.<key>: state of the optimiser; rng, rng.1, ..: random numbers
+    of each process; rng.cuda: of the first one's GPU. All processes must call it.
     """
-    found = {**_draws(learner.world), **fixed(learner)}
+    found = {**_draws(learner.world), **fixed(learner), **(learner.mean.tensors() if learner.mean else {})}
     device = learner.parts[0].parameter.device
     if device.type == "cuda":
         found["rng.cuda"] = torch.cuda.get_rng_state(device)
@@ -119,6 +120,8 @@ def _draws(world: World) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_back(learner: Learner, saved: Checkpoint) -> None:
-    """Restores the trained parameters alone."""
+    """Restores the trained parameters and their means alone."""
     for part in learner.parts:
         part.parameter.copy_(saved.tensors[f"p.{part.name}"])
+    if learner.mean is not None:
+        learner.mean.restore(saved.tensors)

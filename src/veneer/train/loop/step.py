@@ -14,6 +14,7 @@ from veneer.errors import DataError
 from veneer.optim.base.groups import Part, set_rates
 from veneer.optim.base.paired import Paired
 from veneer.tasks import Batch, Objective, Task
+from veneer.train.mean import Mean
 from veneer.train.speed.compiling import Shapes, eagerly
 from veneer.train.speed.frozen_cache import Kept
 from veneer.train.world import ALONE, World
@@ -32,6 +33,20 @@ class Outcome(NamedTuple):
     tokens: int
     positions: int
     skipped: str | None
+
+    def line(self, position: Any, rate: float, speed: float) -> dict[str, float | int | str | None]:
+        """Returns the step for metrics.jsonl. position: after the step; speed: in tokens a second."""
+        shown = {"loss": self.loss, "gradient_norm": self.norm}
+        return {
+            "step": position.step,
+            **{k: None if self.skipped else v for k, v in shown.items()},
+            "lr": rate,
+            "labels": self.labels,
+            "tokens": position.tokens,
+            **({"skipped": self.skipped} if self.skipped else {}),
+            "seconds": position.seconds,
+            "tokens_per_second": speed,
+        }
 
 
 def under_autocast(objective: Objective, device: torch.device) -> Objective:
@@ -56,7 +71,8 @@ class Learner(NamedTuple):
     """A model, its trained parameters, their optimiser and the task.
 
     objective: the task's loss, made fast; shapes: of the batches that run compiled; kept: cached hidden
-    states of the frozen blocks; world: the processes that learn together.
+    states of the frozen blocks; world: the processes that learn together;
+    mean: of the parameters over the steps.
     """
 
     model: nn.Module
@@ -70,6 +86,7 @@ class Learner(NamedTuple):
     shapes: Shapes | None = None
     kept: Kept | None = None
     world: World = ALONE
+    mean: Mean | None = None
 
     def step(self, micro: Sequence[Sequence[Any]], rate: float) -> Outcome:
         """Learns from the micro-batches of all processes as from one batch: the loss is a mean over all
@@ -105,6 +122,8 @@ class Learner(NamedTuple):
         if skipped is None:
             set_rates(self.optimiser, rate, self.decay)
             self.optimiser.step()
+            if self.mean is not None:
+                self.mean.update()
         self.optimiser.zero_grad(set_to_none=True)
         return Outcome(loss, norm, *self._sizes(micro), skipped)
 

@@ -33,15 +33,21 @@ class Evaluation(Settings):
     )
     eval_windows: int | None = setting(
         None,
-        "examples (windows) to evaluate of each text, evenly spaced; 0: all; 24 of a language model,"
-        " all of other tasks unless given",
+        "examples to evaluate of each text, evenly spaced: windows of text, or as much in rows; 0: all;"
+        " 24 of a language model, all of other tasks unless given",
         unit="examples",
+    )
+    patience: int | None = setting(
+        None, "evaluations without better valid text that end the training early", unit="evaluations"
+    )
+    samples: int = setting(
+        0, "prompts of valid text to continue at every evaluation, into metrics.jsonl", unit="prompts"
     )
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for every value out of range."""
-        yield from Range("1 or more", ("eval_every",), 1).problems(self)
-        yield from Range("0 or more", ("eval_windows",), 0).problems(self)
+        yield from Range("1 or more", ("eval_every", "patience"), 1).problems(self)
+        yield from Range("0 or more", ("eval_windows", "samples"), 0).problems(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,11 +35,16 @@ class Updates(Settings):
         0.0, "share of each label spread over all classes in training, not in evaluations"
     )
 
+    neftune: float = setting(0.0, "NEFTune's alpha: noise on embeddings in training, usually 5; 0: no noise")
+    ema: float = setting(
+        0.0, "decay of a running mean of the trained weights, measured and saved in their place; 0: no mean"
+    )
+
     def problems(self) -> Iterator[str]:
         """Yields a sentence for every unknown name, unsuitable option and value out of range."""
         yield from Range("above 0", ("lr", "embedding_lr"), 0, open=True).problems(self)
-        yield from Range("0 or more", ("weight_decay", "clip"), 0).problems(self)
-        yield from Range("in [0, 1)", ("label_smoothing",), 0, 1).problems(self)
+        yield from Range("0 or more", ("weight_decay", "clip", "neftune"), 0).problems(self)
+        yield from Range("in [0, 1)", ("label_smoothing", "ema"), 0, 1).problems(self)
         if not all(0 <= b < 1 for b in self.betas):
             yield f"{option('betas')} must both be in [0, 1), got {self.betas}"
         try:
@@ -63,15 +68,27 @@ class Steps(Settings):
     batch: int = setting(8, "examples (windows of text) in one forward pass", unit="examples")
     accumulate: int = setting(1, "forward passes a step", unit="passes")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "shape of the rate after warm-up")
-    warmup: float = setting(0.05, "length of the rate's straight rise", unit="share of the steps")
+    warmup: float = setting(
+        0.05, "length of the rate's straight rise: a share of the steps, or steps if 1 or more"
+    )
     seed: int = setting(0, "seed of starts, order, dropout and the split of data")
+
+    def rising(self, steps: int) -> int:
+        """Returns the steps of the rate's rise in a training of so many; one step at least follows it."""
+        return min(int(self.warmup), steps - 1) if self.warmup >= 1 else round(self.warmup * steps)
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for every value out of range or contradiction."""
         yield from Range("above 0", ("epochs",), 0, open=True).problems(self)
         yield from Range("0 or more", ("seed",), 0).problems(self)
         yield from Range("1 or more", ("steps", "batch", "accumulate"), 1).problems(self)
-        yield from Range("in [0, 1)", ("warmup",), 0, 1).problems(self)
+        yield from Range("0 or more", ("warmup",), 0).problems(self)
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            wanted = "a share below 1 or a whole number of steps"
+            yield f"{option('warmup')} must be {wanted}, got {self.warmup:g}"
+        if self.steps is not None and self.warmup >= max(1, self.steps):
+            got = f"{self.warmup:g} and {self.steps}"
+            yield f"{option('warmup')} must be less than {option('steps')}, got {got}"
         if self.steps is not None and self.epochs is not None:
             got = f"{self.steps} and {self.epochs:g}"
             yield f"{option('steps')} and {option('epochs')} both set the length, got {got}; give one of them"

@@ -16,6 +16,7 @@ from veneer.errors import ConfigError
 from veneer.models import machine
 from veneer.runs import fit as training
 from veneer.runs.prepare import Ready, prepare
+from veneer.runs.texts import texts
 from veneer.tasks.base.abilities import Outlined
 from veneer.tasks.base.shape import Shape
 from veneer.train.loop.progress import Voice
@@ -91,11 +92,9 @@ def _simulated(ready: Ready, shape: Shape) -> tuple[simulate.Step, simulate.Step
 def _length(ready: Ready, order: Order, pace: Pace) -> Length:
     run, examples = ready.run, ready.texts["train"].examples
     evaluations = sum(pace.evaluates(step) for step in range(pace.steps + 1))
-    batches = {
-        part: math.ceil(min(run.eval_windows or math.inf, len(t.examples)) / run.batch)
-        for part, t in ready.texts.items()
-    }
+    measured = texts.evaluated(ready.texts, run, ready.task)
+    batches = {part: math.ceil(len(some) / run.batch) for part, some in measured.items()}
     # Test text is measured before and after only.
-    often = {part: 2 if part == "test" else evaluations for part in batches if part != "train"}
+    often = {part: 2 if part == "test" else evaluations for part in batches}
     tokens = round(order.total * sum(map(ready.task.size, examples)) / len(examples))
     return Length(order.steps, tokens, evaluations, sum(n * batches[part] for part, n in often.items()))

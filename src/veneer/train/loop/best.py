@@ -1,0 +1,35 @@
+"""Restores the parameters of the best step of a training, or the running means of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from veneer.train.folder import checkpoint
+from veneer.train.loop import state
+
+if TYPE_CHECKING:
+    from veneer.train.loop.loop import Loop
+
+
+def restore(loop: Loop) -> None:
+    """Leaves the model with the parameters that were measured at the best step."""
+    p = loop.position
+    if p.best_step not in (None, p.step):
+        _from_checkpoint(loop)
+    if loop.learner.mean is not None:
+        loop.learner.mean.take()
+
+
+def _from_checkpoint(loop: Loop) -> None:
+    p = loop.position
+    path = loop.checkpoints / f"step-{p.best_step:06d}"
+    problem = checkpoint.damage(path)
+    if not problem:
+        state.put_back(loop.learner, checkpoint.load(path))
+        return
+    loop.voice.say(
+        f"the best checkpoint, of step {p.best_step}, is damaged ({problem}); the weights of the last"
+        " step are used"
+    )
+    p.best_step = p.step
+    p.keep("best", loop.measure([n for n in loop.texts if n != "test"]))

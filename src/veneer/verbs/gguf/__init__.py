@@ -1,0 +1,1 @@
+"""Writes whole models as GGUF files, for llama.cpp and Ollama."""
