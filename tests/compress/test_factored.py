@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,17 @@ def test_a_quantiser_packs_both_factors_and_an_adapter_hangs_on_the_whole(form, 
     veneer.dequantise(model)
     assert not formats(model) and isinstance(model.model.layers[0].mlp.up_proj, Factored)
     torch.testing.assert_close(models.output(model), y, rtol=1e-4, atol=1e-4)
+
+
+def test_pivoted_factors_in_four_bits_are_warned_of():
+    with pytest.warns(
+        UserWarning, match=r"pivoted layers lose far more in nf4 .* storage='plain', or use int8"
+    ):
+        veneer.quantise(factored(form="pivoted"), "nf4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        veneer.quantise(factored(form="pivoted"), "int8")
+        veneer.quantise(factored(form="plain"), "nf4")
 
 
 def test_quantised_factors_are_kept_beside_their_compressed_base(tmp_path):

@@ -18,6 +18,7 @@ reproduce LoftQ's figures.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -38,6 +39,7 @@ from veneer.ops.matrix.linalg import check_rank
 from veneer.ops.matrix.residual import split
 from veneer.sites import Site, find, site_for
 from veneer.sites.factored.layers import Factored
+from veneer.sites.factored.site import factored_forms
 from veneer.sites.find import Target
 from veneer.sites.quantised import packed_kind
 from veneer.sites.quantised_linear import QuantisedLinear
@@ -53,6 +55,7 @@ def quantise(model: nn.Module, format: str = "nf4", *, exclude: Target = ()) -> 
     """
     chosen = quant.get(format)
     sites, places = plain_sites(model, exclude), Places(model)
+    _warn_of_pivots(model, format)
     for site in one_by_one(sites):
         places.put(site.module, layer_of(site, chosen.pack(_as_loaded(site)), chosen))
     return model
@@ -130,6 +133,17 @@ def as_plain(model: nn.Module) -> Iterator[None]:
     finally:
         for module in packed.values():
             places.put(module, module)
+
+
+def _warn_of_pivots(model: nn.Module, format: str) -> None:
+    """Warns of factors that lose far more in 4 bits than a dense layer does."""
+    pivoted = [n for n, form in factored_forms(model).items() if form == "pivoted"]
+    if pivoted and format != "int8":
+        warnings.warn(
+            f"quantise: {len(pivoted)} pivoted layers lose far more in {format} than plain factors;"
+            " compress with storage='plain', or use int8",
+            stacklevel=3,
+        )
 
 
 def _ranks(sites: list[Site], rank: int, pattern: Mapping[str, int]) -> dict[str, int]:
