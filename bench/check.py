@@ -23,7 +23,7 @@ ALLOWED = 0.15
 ALLOWED_FORECAST = 0.1  # by which forecasts of `plan` were seen to differ from round to round
 # of learning; hours, and not of speed
 SWEEPS = {"demo_rates", "method_rates", "optimiser_rates", "scratch", "width", "loraga", "trp"}
-SWEEPS |= {"compress", "compress_adapt", "compress_real", "first_run"}
+SWEEPS |= {"compress", "compress_adapt", "compress_real", "first_run", "real"}
 LESS_IS_BETTER = ("_over_bound", "peak_vs_", "pissa_excess_ratio", "final_loss_difference", "_over_base")
 LESS_IS_BETTER += (
     "_vs_default_adamw",
