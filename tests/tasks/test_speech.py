@@ -17,6 +17,7 @@ from veneer.data.row_files import Row
 from veneer.errors import ConfigError, DataError
 from veneer.models import pretrained
 from veneer.runs.fit import fit
+from veneer.runs.report import report
 from veneer.tasks.senses import audio, whisper
 from veneer.tasks.senses.words import word_errors
 from veneer.train.run import Run
@@ -78,6 +79,9 @@ def test_a_folder_of_clips_is_learned_and_evaluated(place, tmp_path):
     assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["metric"]["name"] == "wer"
+    assert report(str(tmp_path / "run"), measure=True, progress=False)["missing"] == []
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert page.count('<audio controls src="data:audio/wav;base64,') == 8
     found = evaluate(
         str(place / "base"),
         adapter=[f"own={tmp_path / 'run'}"],

@@ -12,7 +12,7 @@ from veneer.convert.base import Base
 from veneer.convert.detect import Found, detect
 from veneer.convert.dialects import diffusers, gguf, kohya, litgpt, mlx, peft, torchtune, vllm
 from veneer.convert.leftovers import Leftovers
-from veneer.convert.pairs import Pairs
+from veneer.convert.pairs import Pairs, of_pipeline
 from veneer.errors import ConfigError, FormatError, first_few, suggest
 
 READERS: dict[str, ModuleType] = {
@@ -74,5 +74,5 @@ def write(pairs: Pairs, folder: str | Path, to: str, *, base: Base | None = None
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise ConfigError(f"{folder} is not empty; choose another folder or empty it")
     writer: Any = WRITERS[to]
-    notes: list[str] = writer.write(pairs, Path(folder), base or Base())
+    notes: list[str] = writer.write(of_pipeline(pairs), Path(folder), base or Base())
     return notes

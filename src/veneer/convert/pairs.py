@@ -16,6 +16,8 @@ from veneer.ops.matrix.truncate import truncate_product
 
 Kind = Literal["linear", "conv", "embedding"]
 
+TRAINED = ("unet", "text_encoder")  # the parts of models.diffusion.Diffusion
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -202,6 +204,13 @@ def take_part(pairs: Pairs, part: str) -> Pairs:
     others = [n for n in pairs.sites if not n.startswith(lead)]
     kept = {n: p for n, p in pairs.sites.items() if n.startswith(lead)}
     return replace(pairs, sites=kept, parts=(part,), left_out=(*pairs.left_out, *others))
+
+
+def of_pipeline(pairs: Pairs) -> Pairs:
+    """Returns pairs trained on a pipeline as one model with its parts; others unchanged."""
+    firsts = {n.partition(".")[0] for n in pairs.sites}
+    own = () if pairs.parts or not firsts <= set(TRAINED) else tuple(sorted(firsts))
+    return replace(pairs, parts=own or pairs.parts)
 
 
 def bare(pairs: Pairs) -> Pairs:

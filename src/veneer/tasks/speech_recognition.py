@@ -13,16 +13,17 @@ from veneer.data.forms.media import CLIPS, Media
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.errors import ConfigError, DataError
+from veneer.tasks.base.abilities import Examined
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.task import Batch, Between, Task, batches, nothing
 from veneer.tasks.senses import audio, whisper
 from veneer.tasks.senses.words import WER, word_errors
 
-SECONDS, MASKED = 30.0, -100
+SECONDS, MASKED, WORST = 30.0, -100, 8
 
 
-class SpeechRecognition(Task):
+class SpeechRecognition(Task, Examined):
     """Transcripts by Whisper. Examples are clips with the tokens of their words."""
 
     AUTO = "transformers.AutoModelForSpeechSeq2Seq"
@@ -152,3 +153,20 @@ class SpeechRecognition(Task):
                 ]
         parts, weights = torch.tensor(counts, dtype=torch.float64).T
         return [Figure.of(self.METRIC, parts, weights)]
+
+    @torch.no_grad()
+    def examined(self, model: nn.Module, examples: Sequence[Any], *, batch: int) -> dict[str, Any]:
+        rows = []
+        with evaluating(model):
+            for some, b in batches(self, model, examples, batch, nothing):
+                for e, text in zip(some, self.write(model, b), strict=True):
+                    truth = self.truth(e)
+                    wrong, words = word_errors(truth, text)
+                    rows.append((wrong / max(1, words), truth, text.strip(), e["audio"]))
+        rows.sort(key=lambda row: -row[0])
+        return {
+            "worst": [
+                {"input": {"audio": audio.as_uri(x, self.rate)}, "truth": truth, "answer": text, "loss": rate}
+                for rate, truth, text, x in rows[:WORST]
+            ]
+        }

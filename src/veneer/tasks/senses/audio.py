@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import wave
 
@@ -56,3 +57,8 @@ def as_wav(samples: Tensor, rate: int) -> bytes:
         clip.setframerate(rate)
         clip.writeframes((samples.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().tobytes())
     return out.getvalue()
+
+
+def as_uri(samples: Tensor, rate: int) -> str:
+    """Returns a clip (samples,) as a data URI that a browser plays."""
+    return f"data:audio/wav;base64,{base64.b64encode(as_wav(samples, rate)).decode()}"

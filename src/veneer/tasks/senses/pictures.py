@@ -35,6 +35,18 @@ def pixels(processor: Any, picture: Any) -> Tensor:
     return found
 
 
+def square(picture: Any, size: int) -> Tensor:
+    """Returns the picture's centre (3, size, size), its shorter side scaled to size, between 0 and 1."""
+    width, height = picture.size
+    scale = size / min(width, height)
+    scaled = picture.resize(
+        (max(size, round(width * scale)), max(size, round(height * scale))), _pillow().LANCZOS
+    )
+    left, top = (scaled.size[0] - size) // 2, (scaled.size[1] - size) // 2
+    raw = bytearray(scaled.crop((left, top, left + size, top + size)).tobytes())
+    return torch.frombuffer(raw, dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).float() / 255
+
+
 def check_processor(processor: Any, task: str) -> None:
     """Raises ConfigError unless the processor prepares pictures."""
     _pillow()
