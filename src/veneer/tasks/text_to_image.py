@@ -99,7 +99,7 @@ class TextToImage(Task, Examined):
         velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(latents, noise, times) if velocity else noise
         like = next(p for p in model.parameters() if p.is_floating_point()).dtype
-        found = model(noisy.to(like), times, ids)
+        found: Tensor = model(noisy.to(like), times, ids)
         return (found.float() - target.float()).square().flatten(1).mean(1)
 
     @torch.no_grad()
