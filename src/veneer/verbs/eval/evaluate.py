@@ -53,24 +53,28 @@ def evaluate(
     allow: Sequence[str] = (),
     progress: bool = True,
 ) -> Evaluation:
-    """Measures the base alone and with each adapter on every text, by the task's metrics, and on every
-    benchmark.
+    """Measures the base alone and with each adapter on every text and every benchmark.
 
     All are compared on the same documents and examples; the intervals come from paired resampling of these.
 
     base: the base model: a Hugging Face folder or id, or builtin
-    adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times; each is compared with the
-    base alone data: texts, as of veneer fit; may be given several times, each is a line tasks: benchmarks of
-    lm-eval by name or pattern; may be given several times task_folder: folder with tasks of your own, as YAML
-    files of lm-eval task: task whose figures are measured on texts length: longest window in tokens; 256, or
-    the model's longest, unless given; compare figures of one length only train_on: part of prompts and
-    conversations to measure: completion or all truncate: cut prompts and conversations that are longer than
-    length documents: at most that many of each text, evenly spaced; 0: all examples: at most that many of
-    each benchmark, the first ones; 0: all shots: examples shown before each question of a benchmark; its own
-    number unless given chat: ask benchmarks through the tokenizer's chat template batch: windows or questions
-    in one forward pass dtype: of the weights: fp32, bf16 or fp16 device: cpu, cuda, ..; auto: cuda where
-    there is one seed: decides the draws of the intervals allow: checks to turn off when loading, see
-    veneer.load
+    adapter: FOLDER, NAME=FOLDER or FOLDER@STRENGTH; may be given several times; compared with the base
+    data: texts, as of veneer fit; may be given several times, each is a line
+    tasks: benchmarks of lm-eval by name or pattern; may be given several times
+    task_folder: folder with tasks of your own, as YAML files of lm-eval
+    task: task whose figures are measured on texts
+    length: longest window in tokens; 256, or the model's longest, unless given; compare equal lengths only
+    train_on: part of prompts and conversations to measure: completion or all
+    truncate: cut prompts and conversations that are longer than length
+    documents: at most that many of each text, evenly spaced; 0: all
+    examples: at most that many of each benchmark, the first ones; 0: all
+    shots: examples shown before each question of a benchmark; its own number unless given
+    chat: ask benchmarks through the tokenizer's chat template
+    batch: windows or questions in one forward pass
+    dtype: of the weights: fp32, bf16 or fp16
+    device: cpu, cuda, ..; auto: cuda where there is one
+    seed: decides the draws of the intervals
+    allow: checks to turn off when loading, see veneer.load
     """
     numbers = {"length": 1 if length is None else length, "batch": batch}
     _check(data, tasks, {"documents": documents, "examples": examples}, numbers)
