@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.adapters import IDS, llama, shake
+from torch import nn
 
 import veneer
 from veneer.adapt.attached import changes
@@ -94,6 +95,17 @@ def test_ties_follows_the_paper_on_a_case_by_hand():
     assert torch.equal(ties([a, b], [1.0, 1.0], 0.5), torch.tensor([[4.0, 5.0, 0.0, 3.0]]))
 
 
+def test_ties_has_two_forms_that_differ_in_what_weights_do():
+    a, b = torch.tensor([[4.0, -3.0]]), torch.tensor([[2.0, 5.0]])
+    mean, scaled = (ties([a, b], [0.5, 1.0], 1.0, scaled=s) for s in (False, True))
+    # weighted: [2, -1.5], [2, 5]; signs +, +; those that agree: both, b alone
+    torch.testing.assert_close(mean, torch.tensor([[4 / 1.5, 5.0]]))
+    torch.testing.assert_close(scaled, torch.tensor([[4 / 2, 5.0]]))
+    assert torch.equal(ties([a], [0.5], 1.0), a) and torch.equal(ties([a], [0.5], 1.0, scaled=True), 0.5 * a)
+    same = [ties([a, b], [1.0, 1.0], 0.5, scaled=s) for s in (False, True)]
+    assert torch.equal(*same)
+
+
 def test_dare_keeps_the_mean():
     D = torch.full((400, 400), 2.0)
     kept = dare(D, 0.25, keyed(0, "x"))
@@ -103,7 +115,7 @@ def test_dare_keeps_the_mean():
     assert torch.equal(kept, dare(D, 0.25, keyed(0, "x")))
 
 
-@pytest.mark.parametrize("how", ["ties", "dare"])
+@pytest.mark.parametrize("how", ["ties", "ties-scaled", "dare"])
 def test_ties_and_dare_need_a_cut_and_reach_the_outputs(how):
     model = crowded()
     with pytest.raises(
@@ -192,11 +204,35 @@ def test_extraction_is_open_about_the_rest():
         extract(model, tuned, "none")
     with pytest.raises(
         ShapeError,
-        match=r"not of one kind: lm_head\.weight: \(30, 16\) and \(31, 16\), model\.embed_tokens\.weight",
+        match=r"differ in their parameters' shapes: lm_head\.weight: \(30, 16\) and \(31, 16\), model\.embed",
     ):
         other = copy.deepcopy(llama())
         other.resize_token_embeddings(31, mean_resizing=False)
         extract(llama(), other, "none", rank=2)
+
+
+def test_a_checkpoint_with_added_tokens_gives_its_linear_layers():
+    base, tuned = llama().double(), llama().double()
+    tuned.load_state_dict(base.state_dict())
+    tuned.resize_token_embeddings(33, mean_resizing=False)
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.q_proj.weight.add_(
+            torch.randn(16, 2).double() @ torch.randn(2, 16).double()
+        )
+        tuned.model.norm.weight.add_(1)
+    for rest in ("refuse", "keep"):
+        with pytest.raises(ShapeError, match=r"take the base with the same vocabulary, or rest='drop'"):
+            extract(base, tuned, "x", rank=2, rest=rest)
+    with pytest.warns(UserWarning, match=r"leaves out 3 other parameters: model\.norm\.weight, "):
+        (cut,) = extract(base, tuned, "x", rank=2, rest="drop")
+    assert cut.error < 1e-9 and cut.site == "model.layers.0.self_attn.q_proj"
+
+
+def test_layers_of_other_shapes_are_refused_whatever_is_dropped():
+    tuned = copy.deepcopy(llama())
+    tuned.model.layers[0].mlp.up_proj = nn.Linear(16, 99, bias=False)
+    with pytest.raises(ShapeError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: \("):
+        extract(llama(), tuned, "x", rank=2, rest="drop")
 
 
 def test_the_chosen_rank():

@@ -497,13 +497,12 @@ def test_an_initial_folder_that_does_not_fit(tmp_path: Path) -> None:
             "init_lora_weights 'zebra' is not known here; convert it with PEFT",
         ),
         (
-            dict(bias="all"),
-            "bias='all': the base's biases were trained too; this cannot be read: merge it in PEFT",
+            dict(lora_bias=True),
+            "missing: model.layers.0.self_attn.q_proj.lora_B.bias; merge the adapter in PEFT",
         ),
-        (dict(lora_bias=True), "lora_bias=True: the low-rank branch has a bias"),
         (
             dict(trainable_token_indices=[1]),
-            "trainable_token_indices=[1]: single rows of the embedding were trained",
+            "missing: model.embed_tokens.token_adapter.trainable_tokens_delta (1, ..)",
         ),
         (dict(target_parameters=["w"]), "target_parameters=['w']: bare parameters, not layers, were adapted"),
         (dict(layer_replication=[[0, 2]]), "layer_replication=[[0, 2]]: the model's layers were repeated"),
@@ -549,7 +548,12 @@ def test_all_settings_are_refused_at_once(tmp_path: Path) -> None:
     path = written(in_peft(models.llama, target_modules=["q_proj"]), tmp_path) / peft_settings.CONFIG
     path.write_text(
         json.dumps(
-            {**json.loads(path.read_text()), "bias": "all", "use_qalora": True, "init_lora_weights": "corda"}
+            {
+                **json.loads(path.read_text()),
+                "velora_config": {"a": 1},
+                "use_qalora": True,
+                "init_lora_weights": "corda",
+            }
         )
     )
     with pytest.raises(FormatError) as e:
@@ -617,7 +621,7 @@ def test_an_embedding_of_another_base(tmp_path: Path) -> None:
     written(model, tmp_path)
     with pytest.raises(
         FormatError,
-        match=r"model\.embed_tokens\.weight in the file is another than the base's: the vocabulary",
+        match=r"model\.embed_tokens\.weight in the file is another than the base's: the base is another",
     ):
         veneer.load(models.llama(seed=5), tmp_path)
 

@@ -54,8 +54,11 @@ def test_peft_1043_weights_packed_in_an_unknown_way_are_refused():
         match=r"'model\.layers\.0\.self_attn\.q_proj' is a Linear4bit whose weight is packed"
         r" \(torch\.uint8\)",
     ):
-        veneer.attach(model, "lora", rank=2)
+        veneer.attach(model, "lora", to=["q_proj"], rank=2)
     assert not veneer.adapters(model)
+    with pytest.warns(UserWarning, match=r"all-linear leaves out 1 of 14 linear layers \(1 packed\)"):
+        veneer.attach(model, "lora", rank=2)
+    assert not hasattr(model.model.layers[0].self_attn.q_proj, "deltas")
 
 
 def test_transformers_31293_what_eight_bits_would_leave_is_a_number_beforehand():

@@ -80,12 +80,10 @@ def test_bitfit_on_named_modules_and_beside_others():
     ):
         veneer.attach(model, "lora", to=["c_fc"], rank=2, name="other")
     assert veneer.adapters(model) == ["default"]
-    with pytest.raises(
-        SiteError, match="no module that could be changed is called 'act'"
-    ):  # it has no parameters
+    with pytest.raises(SiteError, match="no module that fits is called 'act'"):  # it has no parameters
         veneer.attach(gpt2(), "full", to=["act"])
     with pytest.raises(
-        SiteError, match=r"no module that could be changed is called 'ln_7'; there are e.g. transformer.wte"
+        SiteError, match=r"no module that fits is called 'ln_7'; there are e.g. transformer.wte"
     ):
         veneer.attach(gpt2(), "bitfit", to=["ln_7"])
 

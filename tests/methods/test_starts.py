@@ -510,7 +510,10 @@ def test_a_calibration_that_cannot_tell_anything_says_so():
         "model: must not be torch.compile's wrapper"
     )
     assert "1 adapted layers were never called" in refused(
-        SiteError, lambda: veneer.calibrate(idle, [torch.ones(2, 4)], rank=1, loss=lambda m, x: m[0](x).sum())
+        SiteError,
+        lambda: veneer.calibrate(
+            idle, [torch.ones(2, 4)], rank=1, loss=lambda m, x: m[0](x).sum(), to=["0", "1"]
+        ),
     )
     assert not veneer.adapters(model) and not veneer.adapters(idle)
 

@@ -264,7 +264,7 @@ def test_the_manifest_has_what_the_page_of_files_says(run):
     record = read(run / "adapter" / "veneer.json")
     every = {*record, *(key for site in record["sites"].values() for key in site)}
     assert every == table("veneer.json")
-    assert set(record["probe"]) == {"inputs", "shape", "where", "off", "on", "dtype"}
+    assert set(record["probe"]) == {"inputs", "shape", "where", "off", "on", "dtype", "precision"}
     assert set(record["tensors"]) == {"file", "sha256", "bytes"}
     assert {p.name for p in (run / "adapter").iterdir()} <= table("An adapter")
     kinds = set(re.findall(r"`(\w+)`", re.search(r"the kind of layer: (.*)", FORMAT)[1]))

@@ -317,8 +317,8 @@ def test_a_batch_without_a_label_is_refused():
 
 
 def test_a_layer_that_is_never_called_is_refused(given, monkeypatch):
-    def with_idle(*args: Any) -> nn.Module:
-        model = real(*args)
+    def with_idle(*args: Any, **options: Any) -> nn.Module:
+        model = real(*args, **options)
         model.idle = nn.Linear(4, 4)
         return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +10,16 @@ from torch import nn
 
 from veneer import methods
 from veneer.adapt import calls, hooks, switch
-from veneer.adapt.attached import layers
+from veneer.adapt.attached import layers, n_base_parameters
 from veneer.adapt.per_layer import build_all, check_patterns, options_at
 from veneer.adapt.store import store
 from veneer.adapt.store.loaded import Loaded
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, first_few
 from veneer.methods import Delta, Stats
 from veneer.sites import Site
-from veneer.sites.find import Target
+from veneer.sites.find import ALL
+from veneer.sites.finding.all_linear import bare_weights
+from veneer.sites.finding.names import Target
 
 DEFAULT = "default"
 
@@ -57,10 +60,25 @@ def attach(
     per_site = [options_at(s.name, kind, options, rank_pattern, alpha_pattern) for s in sites]
     hooks.check_name(model, name)
     _key_draws(sites, name)
-    hooks.hang(model, name, build_all(kind, sites, per_site, stats))
+    by_default = to is None or to == ALL
+    hooks.hang(model, name, build_all(kind, sites, per_site, stats, by_default=by_default), by_default)
     switch.train_only(model, name)
     calls.watch(model)
+    if by_default:
+        _warn_of_experts(model)
     return model
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Warns of stacks of matrices that no layer holds, which all-linear cannot reach."""
+    left = bare_weights(model)
+    if left:
+        share = sum(p.numel() for p in left.values()) / max(n_base_parameters(model), 1)
+        warnings.warn(
+            f"{len(left)} stacks of matrices, such as fused experts, hold {share:.0%} of the model and stay"
+            f" frozen: {first_few(left, 2)}",
+            stacklevel=3,
+        )
 
 
 def _key_draws(sites: list[Site], adapter: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt.attach import detach
-from veneer.adapt.attached import layers
+from veneer.adapt.attached import changes, layers
 from veneer.adapt.calls import check_called
 from veneer.adapt.hooks import check_name, hang, refuse_compiled
 from veneer.adapt.modes import evaluating
@@ -25,7 +25,8 @@ from veneer.methods.base.delta import master_dtype
 from veneer.ops.draws import keyed
 from veneer.ops.matrix import sketch
 from veneer.sites import Site, find
-from veneer.sites.find import Target
+from veneer.sites.find import ALL
+from veneer.sites.finding.names import Target
 
 NAME = "calibration"  # of the adapter that is there meanwhile
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -101,11 +102,12 @@ def calibrate(
     _check_numbers(rank, width)
     sites = find(model, "all-linear" if to is None else to, exclude, untie)
     probes = [(site, Sketched(site, width * rank, seed)) for site in sites]
-    with _hung(model, probes), evaluating(model), torch.enable_grad():
+    with _hung(model, probes, to is None or to == ALL), evaluating(model), torch.enable_grad():
         seen = _sum_gradients(model, batches, loss or _own_loss, [probe for _, probe in probes])
+        reached = {site.name for site, _ in changes(model, NAME)}
     if not seen:
         raise DataError("calibration got no batch; pass some of the training's text")
-    found = {site.name: probe.leading(2 * rank) for site, probe in probes}
+    found = {site.name: probe.leading(2 * rank) for site, probe in probes if site.name in reached}
     _check_gradients(found)
     return {name: Stats(gradient) for name, gradient in found.items()}
 
@@ -155,11 +157,11 @@ def _scalar(value: Any) -> Tensor:
 
 
 @contextmanager
-def _hung(model: nn.Module, probes: list[tuple[Site, Sketched]]) -> Iterator[None]:
+def _hung(model: nn.Module, probes: list[tuple[Site, Sketched]], by_default: bool) -> Iterator[None]:
     """Within the block the sketches act beside the acting adapters, and alone take gradients."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     called = [(d, d.called) for d in layers(model)]
-    hang(model, NAME, list(probes))
+    hang(model, NAME, list(probes), by_default)
     for p, _ in before:
         p.requires_grad_(False)
     for d in layers(model):

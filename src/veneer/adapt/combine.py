@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,15 +13,16 @@ from veneer.adapt.attached import base_parameters, changes
 from veneer.adapt.hooks import check_name, hang
 from veneer.errors import ConfigError, FormatError, NotMergeable, ShapeError, first_few, option, suggest
 from veneer.methods import Delta, get
+from veneer.methods.base.protocols import Shifts
 from veneer.methods.lora import LoRA
 from veneer.ops.draws import keyed
 from veneer.ops.matrix.linalg import precise
 from veneer.ops.matrix.truncate import Truncated, truncate, truncate_product
 from veneer.ops.voting import dare, ties
 from veneer.sites import LeafSite, Site, find
-from veneer.sites.find import Target
+from veneer.sites.finding.names import Target
 
-HOW = ("sum", "ties", "dare")
+HOW = ("sum", "ties", "ties-scaled", "dare")
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ def combine(
 
     weights: adapter name -> weight. rank, energy (share of the squared norm): where to truncate; without
     either the sum of low-rank changes is exact. how: "sum" (factors side by side, truncated by QR and a small
-    SVD), "ties" or "dare" (density: the share of numbers kept, on the dense changes, as in their papers). A
-    change without low rank (DoRA) enters by the SVD of the dense sum and needs a rank or an energy. The new
-    adapter acts; the base is not touched. Raises ConfigError and NotMergeable before anything is attached.
+    SVD), "ties" (a weighted mean: only ratios of weights count), "ties-scaled" (weights scale it too, PEFT's
+    form) or "dare"; density: the share of numbers that the last three keep of the dense changes. A change
+    without low rank (DoRA) enters by the SVD of the dense sum and needs a rank or an energy. The new adapter
+    acts; the base is not touched. Raises ConfigError and NotMergeable before anything is attached.
     """
     if how not in HOW:
         raise ConfigError(f"unknown way to combine {how!r}{suggest(how, HOW)}")
@@ -86,7 +89,12 @@ def _by_site(model: nn.Module, weights: Mapping[str, float]) -> dict[Site, Own]:
 def of_matrices(model: nn.Module, name: str) -> list[tuple[Site, Delta]]:
     """Returns the adapter's deltas. Raises NotMergeable if a site is not a matrix."""
     own = changes(model, name)
-    for site, _ in own:
+    for site, delta in own:
+        if isinstance(delta, Shifts):
+            raise NotMergeable(
+                f"{name!r} changes the bias of {site.name!r} too, which low-rank factors cannot hold; "
+                "merge it"
+            )
         if not site.is_matrix:
             raise NotMergeable(
                 f"{name!r} changes {site.name!r} otherwise than by a matrix, which cannot be cut to a "
@@ -115,8 +123,8 @@ def _join(
         raise NotMergeable(f"{first!r} at {site.name!r}: {why}; give rank= or energy=")
     dense = [precise(delta.delta(site)) for _, delta, _ in own]
     weights = [w for _, _, w in own]
-    if how == "ties":
-        return truncate(ties(dense, weights, density), *cut)
+    if how in ("ties", "ties-scaled"):
+        return truncate(ties(dense, weights, density, scaled=how == "ties-scaled"), *cut)
     if how == "dare":
         dense = [
             dare(D, density, keyed(seed, f"{n}\0{site.name}"))
@@ -155,21 +163,17 @@ def extract(
     if rank is None and energy is None:
         raise ConfigError("how far to cut? give rank= or energy= (0.9 keeps nine tenths of the squared norm)")
     check_name(model, name)
-    before, after = base_parameters(model), base_parameters(tuned)
-    _same_kind(before, after)
     sites = find(model, to)
-    cuts = _low_rank(sites, tuned, rank, energy)
     taken = {f"{site.name}.weight" for site in sites}
-    others = [
-        n for n, p in before.items() if n not in taken and not torch.equal(precise(p), precise(after[n]))
-    ]
-    if others and rest == "refuse":
-        raise FormatError(
-            f"{len(others)} parameters outside the layers of to= differ too: {first_few(others)}; take "
-            f"{option('rest', 'keep')} or {option('rest', 'drop')}"
-        )
-    if not cuts and not others:
-        raise FormatError("the two models have the same weights; there is nothing to extract")
+    before, after = base_parameters(model), base_parameters(tuned)
+    odd = _other_shapes(before, after)
+    _refuse_other_kind({n: why for n, why in odd.items() if rest != "drop" or n in taken})
+    cuts = _low_rank(sites, tuned, rank, energy)
+    others = [n for n, p in before.items() if n not in taken and n not in odd and _differ(p, after[n])]
+    _refuse_rest(others, rest, nothing=not cuts and not others)
+    if rest == "drop" and (others or odd):
+        left = [*others, *odd]
+        warnings.warn(f"extract leaves out {len(left)} other parameters: {first_few(left)}", stacklevel=2)
     kept = _in_full(model, tuned, others, {s.name for s, _ in cuts}) if rest == "keep" else []
     hang(model, name, [*((s, as_lora(s, c.A, c.B)) for s, c in cuts), *kept])
     return [Cut(s.name, c.A.shape[0], c.error) for s, c in cuts]
@@ -187,15 +191,34 @@ def _low_rank(
     return cuts
 
 
-def _same_kind(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    wrong = [f"{n}: missing in one of them" for n in before.keys() ^ after.keys()]
-    wrong += [
-        f"{n}: {tuple(p.shape)} and {tuple(after[n].shape)}"
-        for n, p in before.items()
-        if n in after and p.shape != after[n].shape
-    ]
-    if wrong:
-        raise ShapeError("the two models are not of one kind: " + first_few(sorted(wrong)))
+def _differ(p: Tensor, q: Tensor) -> bool:
+    return not torch.equal(precise(p), precise(q))
+
+
+def _other_shapes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns the parameters that the two models do not share, by name, with the difference."""
+    odd = dict.fromkeys(sorted(before.keys() ^ after.keys()), "missing in one of them")
+    both = [n for n in before if n in after and before[n].shape != after[n].shape]
+    return odd | {n: f"{tuple(before[n].shape)} and {tuple(after[n].shape)}" for n in both}
+
+
+def _refuse_other_kind(odd: Mapping[str, str]) -> None:
+    if odd:
+        shown = first_few(sorted(f"{n}: {why}" for n, why in odd.items()))
+        raise ShapeError(
+            f"the two models differ in their parameters' shapes: {shown}; take the base with the same"
+            f" vocabulary, or {option('rest', 'drop')}"
+        )
+
+
+def _refuse_rest(others: list[str], rest: str, *, nothing: bool) -> None:
+    if others and rest == "refuse":
+        raise FormatError(
+            f"{len(others)} parameters outside the layers of to= differ too: {first_few(others)}; take "
+            f"{option('rest', 'keep')} or {option('rest', 'drop')}"
+        )
+    if nothing:
+        raise FormatError("the two models have the same weights; there is nothing to extract")
 
 
 def _in_full(

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt.acting.forward import Deltas, act, changed_input, forget, is_private
+from veneer.adapt.acting.recomputation import guard
 from veneer.adapt.acting.whole import put_weights, take_weights
 from veneer.adapt.attached import Changes, adapters, changes, deltas_of, layers
+from veneer.adapt.base_notes import forget_base, note_base
 from veneer.errors import ConfigError, SiteError, first_few
 from veneer.methods import Delta
 from veneer.methods.base.protocols import GainsInput, OpensModel, TurnsInput
@@ -22,14 +24,31 @@ from veneer.sites import Site
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 BASE = "base"
 # Attributes of the module that holds a layer's deltas: an adapter of such a name would hide one.
-RESERVED = {BASE, "site", "active", "called", "group", "place", "swapped", *dir(Deltas), *vars(nn.Module())}
+RESERVED = {
+    BASE,
+    "site",
+    "active",
+    "called",
+    "group",
+    "place",
+    "swapped",
+    "by_default",
+    "misfit",
+    "stepped",
+    "passes",
+    *dir(Deltas),
+    *vars(nn.Module()),
+}
 CLASH = (
     "another adapter holds {names} as a site of another kind (matrix, whole module or bias); detach it first"
 )
 
 
-def hang(model: nn.Module, name: str, found: Changes) -> None:
-    """Adds ready-made deltas as adapter `name`, acting at strength 1."""
+def hang(model: nn.Module, name: str, found: Changes, by_default: bool = False) -> None:
+    """Adds ready-made deltas as adapter `name`, acting at strength 1.
+
+    by_default: the layers were not named, so that those that turn out unfit are dropped in the first step.
+    """
     for method in {type(delta) for _, delta in found}:
         if issubclass(method, OpensModel):
             method.open(model)
@@ -42,6 +61,9 @@ def hang(model: nn.Module, name: str, found: Changes) -> None:
             site.module.register_forward_pre_hook(_scale_input)
         deltas.add_module(name, delta.to(site.device).train(site.module.training))
         deltas.active = {**deltas.active, name: 1.0}
+        if by_default:
+            deltas.by_default.add(name)
+    note_base(model, name)
 
 
 def _register(site: Site) -> None:
@@ -55,18 +77,26 @@ def _register(site: Site) -> None:
 def take_off(model: nn.Module, names: Iterable[str]) -> None:
     """Removes the named adapters from every layer; a layer without any loses its child and its hooks."""
     names, before = list(names), _methods(model)
-    for module, deltas in [(m, d) for m in model.modules() if (d := deltas_of(m))]:
-        for name in [n for n in names if n in deltas]:
-            del deltas._modules[name]
-        deltas.active = {n: s for n, s in deltas.active.items() if n in deltas}
-        if not deltas.names():
-            del module.deltas
-            remove(module, _change_output, _scale_input, put_weights, take_weights)
+    for module in [m for m in model.modules() if deltas_of(m)]:
+        drop(module, names)
+    forget_base(model, names)
     for method in before - _methods(model):
         if issubclass(method, OpensModel):
             method.close(model)
     if not layers(model):
         forget(model)
+
+
+def drop(module: Any, names: Iterable[str]) -> None:
+    """Removes the named adapters from one layer, which loses its child and its hooks with the last one."""
+    deltas: Deltas = module.deltas
+    for name in [n for n in names if n in deltas]:
+        del deltas._modules[name]
+        deltas.by_default.discard(name)
+    deltas.active = {n: s for n, s in deltas.active.items() if n in deltas}
+    if not deltas.names():
+        del module.deltas
+        remove(module, _change_output, _scale_input, put_weights, take_weights)
 
 
 def remove(module: nn.Module, *functions: Any) -> None:
@@ -122,19 +152,36 @@ def taken_off(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
 # Hooks are plain functions so that they survive deepcopy and pickle.
 def _change_output(module: Any, args: tuple[Any, ...], y: Any) -> Any:
     deltas: Deltas = module.deltas
-    if not deltas.called and not torch.compiler.is_compiling():  # once: a module's attributes are slow to set
+    if (
+        not deltas.stepped and not torch.compiler.is_compiling()
+    ):  # once: a module's attributes are slow to set
         deltas.called = True
+        deltas.stepped = module.training
     if not deltas.active:
+        if module.training:
+            guard(deltas, y)
         return y
-    if not isinstance(y, Tensor):
-        kind = type(y).__name__
-        raise SiteError(
-            f"layer {deltas.site.name!r} returns a {kind}; only layers returning a tensor can be adapted; "
-            "exclude it"
+    if not args or not isinstance(y, Tensor):
+        _refuse(
+            deltas,
+            "was called with keywords only; call it as layer(x)" if isinstance(y, Tensor) else _returns(y),
         )
-    if not args:
-        raise SiteError(f"layer {deltas.site.name!r} was called with keywords only; call it as layer(x)")
-    return act(deltas, args[0], y, writable=is_private(module, _change_output))
+        return y
+    out = act(deltas, args[0], y, writable=is_private(module, _change_output))
+    if module.training or torch.is_grad_enabled():
+        guard(deltas, out)
+    return out
+
+
+def _refuse(deltas: Deltas, why: str) -> None:
+    """Raises SiteError, or notes why if the layer was found by default: the first step then drops it."""
+    if not deltas.active.keys() <= deltas.by_default:
+        raise SiteError(f"layer {deltas.site.name!r} {why}")
+    deltas.misfit = why
+
+
+def _returns(y: Any) -> str:
+    return f"returns a {type(y).__name__}; only layers returning a tensor can be adapted; exclude it"
 
 
 def _scale_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -18,7 +18,7 @@ from veneer.adapt.switch import strengths, using
 from veneer.adapt.untie import Ties
 from veneer.errors import ConfigError, NotMergeable, first_few, option
 from veneer.methods import Delta
-from veneer.methods.base.protocols import Dialled
+from veneer.methods.base.protocols import Dialled, Shifts
 from veneer.ops.matrix.linalg import precise
 from veneer.sites import Site
 
@@ -108,18 +108,25 @@ def _write_compared(
         adapted = outputs(model, inputs)
     with using(model):
         base = outputs(model, inputs)
-        sites = [] if force else [change.site for change in _layer_changes(model, wanted)]
-        before = [(site, site.weight().detach().clone()) for site in sites]
+        written = [] if force else [c.site for c in _layer_changes(model, wanted)]
+        before = [(site, site.weight().detach().clone(), _bias_of(site)) for site in written]
         ties = _write(model, wanted)
         off = float((outputs(model, inputs) - adapted).norm())
     effect = float((adapted - base).norm())
     verdict = replace(verdict, logit_error=off / effect if effect else 1.0)
     if verdict.lost and not force:
-        for site, W in before:
+        for site, W, b in before:
             site.set_weight(W)
+            if b is not None:
+                site.module.bias.data.copy_(b)
         ties.restore()
         raise NotMergeable(refusal(verdict, packed=_is_packed(model)) if effect else _idle(wanted))
     return verdict
+
+
+def _bias_of(site: Site) -> Tensor | None:
+    bias = getattr(site.module, "bias", None) if site.is_matrix else None
+    return None if bias is None else bias.detach().clone()
 
 
 def _is_packed(model: nn.Module) -> bool:
@@ -148,6 +155,16 @@ def _check(model: nn.Module, wanted: Mapping[str, float]) -> None:
         raise ConfigError("nothing to merge: no adapter is attached and acting")
     for name in wanted:
         changes(model, name)
+    bare = [
+        site.name
+        for name in wanted
+        for site, delta in changes(model, name)
+        if isinstance(delta, Shifts) and site.module.bias is None
+    ]
+    if bare:
+        raise NotMergeable(
+            f"{first_few(bare)} have no bias that the adapter's could be written to; keep it as an adapter"
+        )
     others = [n for n in adapters(model) if n not in wanted]
     if others:
         raise ConfigError(
@@ -218,6 +235,9 @@ def _write(model: nn.Module, wanted: Mapping[str, float]) -> Ties:
     for site, own, twins in _layer_changes(model, wanted):
         ties.cut(model, [site.module, *twins])
         site.set_weight(precise(site.weight()) + total_change(site, own))
+        for delta, strength in own:
+            if isinstance(delta, Shifts):
+                site.module.bias += (strength * delta.shift(site)).to(site.module.bias)
     return ties
 
 

@@ -14,6 +14,8 @@ from veneer.errors import ConfigError
 
 Record = dict[str, Any]
 TOKENS, LARGEST = 16, 1 << 16
+# a vocabulary that has common words at 2000 to 3000: of byte pairs, word pieces and SentencePiece alike
+LARGE = 8192
 
 
 def default_inputs(model: nn.Module) -> dict[str, Any] | None:
@@ -29,9 +31,15 @@ def packed_default(model: nn.Module) -> Record | str:
     if not isinstance(vocabulary, int) or "input_ids" not in inspect.signature(model.forward).parameters:
         return "the model does not take token ids; pass probe= with the keyword arguments of a call"
     length = min(TOKENS, int(getattr(config, "max_position_embeddings", None) or TOKENS))
-    ids = _packed("input_ids", torch.tensor([[(1 + 7919 * i) % vocabulary for i in range(length)]]))
+    tokens = [_common(i) if vocabulary >= LARGE else (1 + 7919 * i) % vocabulary for i in range(length)]
+    ids = _packed("input_ids", torch.tensor([tokens]))
     decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
     return {"input_ids": ids, **decoder}
+
+
+def _common(i: int) -> int:
+    """Returns the i-th of a sequence of tokens that are common words in vocabularies sorted by frequency."""
+    return 2000 + 367 * i % 1000
 
 
 def packed(inputs: Mapping[str, Any]) -> Record:

@@ -19,7 +19,7 @@ from veneer.compress.lowrank.sources import Held, Source
 from veneer.compress.lowrank.walk import Batch, mask_of
 from veneer.compress.lowrank.work import Work
 from veneer.errors import ConfigError, first_few
-from veneer.sites.find import Target
+from veneer.sites.finding.names import Target
 
 
 @dataclass(frozen=True)

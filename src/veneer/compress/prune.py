@@ -20,7 +20,7 @@ from veneer.compress.lowrank.moments import Watch
 from veneer.compress.lowrank.sources import Held
 from veneer.compress.lowrank.walk import Batch
 from veneer.errors import ConfigError, suggest
-from veneer.sites.find import Target
+from veneer.sites.finding.names import Target
 
 WAYS = ("magnitude", "wanda")
 MASK = 1 / 16  # a bit for every number of 16

@@ -40,7 +40,7 @@ from veneer.ops.matrix.residual import split
 from veneer.sites import Site, find, site_for
 from veneer.sites.factored.layers import Factored
 from veneer.sites.factored.site import factored_forms
-from veneer.sites.find import Target
+from veneer.sites.finding.names import Target
 from veneer.sites.quantised import packed_kind
 from veneer.sites.quantised_linear import QuantisedLinear
 

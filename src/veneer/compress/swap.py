@@ -12,7 +12,7 @@ from veneer.adapt.hooks import hang
 from veneer.adapt.switch import activate, train_only
 from veneer.compress.places import Places
 from veneer.sites import Site, site_for
-from veneer.sites.find import kind_of
+from veneer.sites.finding.kinds import kind_of
 
 
 def swap(model: nn.Module, names: Iterable[str], make: Callable[[Site], nn.Module]) -> nn.Module:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from veneer.errors import SiteError
 from veneer.methods.base.delta import Delta, master_dtype
 from veneer.sites import BiasSite, Site, find
-from veneer.sites.find import Target, kind_of, named
+from veneer.sites.find import named
+from veneer.sites.finding.kinds import kind_of
+from veneer.sites.finding.names import Target
 
 
 @final

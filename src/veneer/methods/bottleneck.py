@@ -31,7 +31,8 @@ from veneer.methods.base.factors import ROWWISE
 from veneer.methods.base.options import option
 from veneer.ops.draws import keyed
 from veneer.sites import BlockSite, Site, find
-from veneer.sites.find import Target, named
+from veneer.sites.find import named
+from veneer.sites.finding.names import Target
 from veneer.sites.roles import called
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

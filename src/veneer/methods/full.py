@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from veneer.errors import SiteError
 from veneer.methods.base.delta import Delta, master_dtype
 from veneer.sites import LeafSite, Site, find
-from veneer.sites.find import Target, named
+from veneer.sites.find import named
+from veneer.sites.finding.names import Target
 from veneer.sites.own import is_own
 
 

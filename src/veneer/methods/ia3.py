@@ -29,7 +29,7 @@ from veneer.methods.base.options import build
 from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
 from veneer.methods.base.protocols import GainsInput
 from veneer.sites import Site, find
-from veneer.sites.find import Target
+from veneer.sites.finding.names import Target
 from veneer.sites.roles import FEEDFORWARD_END, called
 
 

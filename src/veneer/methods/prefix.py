@@ -36,7 +36,8 @@ from veneer.ops.attention import prefixed
 from veneer.ops.draws import keyed
 from veneer.sites import AttentionSite, Site
 from veneer.sites.attention import is_self_attention
-from veneer.sites.find import Target, named
+from veneer.sites.find import named
+from veneer.sites.finding.names import Target
 from veneer.sites.own import child_of
 
 NAME, OWN = "veneer_prefix", "sdpa"  # our attention in transformers' registry, and the one that it calls
@@ -145,6 +146,7 @@ def attention(
     acting = [] if deltas is None else [(deltas[name], strength) for name, strength in deltas.active.items()]
     if acting and not torch.compiler.is_compiling():
         deltas.called = True
+        deltas.stepped = module.training
     seen = [
         (_attend(delta, module, query, key, value, attention_mask, options), strength)
         for delta, strength in acting

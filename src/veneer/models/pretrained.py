@@ -15,8 +15,8 @@ from veneer import embedded, network
 from veneer.compress.quantise import quantise
 from veneer.errors import ConfigError, first_few
 from veneer.sites import changed
-from veneer.sites.find import output_head
 from veneer.sites.own import DRAWN
+from veneer.sites.roles import output_head
 
 LANGUAGE_MODEL, TOKENIZER = "transformers.AutoModelForCausalLM", "transformers.AutoTokenizer"
 

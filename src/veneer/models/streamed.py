@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.compress.lowrank.sources import Source
 from veneer.errors import FormatError, first_few
 from veneer.models.compressed import hollow_model
-from veneer.sites.find import Target
+from veneer.sites.finding.names import Target
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

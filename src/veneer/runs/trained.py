@@ -15,7 +15,8 @@ from veneer.errors import ConfigError
 from veneer.methods.full import Full
 from veneer.optim.base import groups
 from veneer.sites import LeafSite
-from veneer.sites.find import kind_of, output_head
+from veneer.sites.finding.kinds import kind_of
+from veneer.sites.roles import output_head
 from veneer.train import rates
 from veneer.train.run import Run
 

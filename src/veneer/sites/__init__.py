@@ -6,7 +6,8 @@ from veneer.sites.attention import AttentionSite
 from veneer.sites.base import Site
 from veneer.sites.bias import BiasSite
 from veneer.sites.block import BlockSite
-from veneer.sites.find import find, site_for
+from veneer.sites.find import find
+from veneer.sites.finding.kinds import site_for
 from veneer.sites.leaf import LeafSite
 
 __all__ = ["AttentionSite", "BiasSite", "BlockSite", "LeafSite", "Site", "find", "site_for", "site_of_kind"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from veneer.errors import NotMergeable, SiteError
 from veneer.sites.base import Site
-from veneer.sites.find import kind_of
+from veneer.sites.finding.kinds import kind_of
 from veneer.sites.own import base_modules
 
 

@@ -87,10 +87,18 @@ def output_head(model: nn.Module) -> set[str]:
     inner, own = getattr(model, "base_model", None), set[int]()
     if isinstance(inner, nn.Module) and inner is not model:
         own = {id(m) for m in model.modules()} - {id(m) for m in inner.modules()}
-    embeddings: Any = getattr(model, "get_output_embeddings", None)
-    if callable(embeddings):
-        own |= {id(m) for m in [embeddings()] if isinstance(m, nn.Module)}
+    own |= {id(m) for m in [embeddings(model, "output")] if m is not None}
     return {n for n, m in model.named_modules() if id(m) in own}
+
+
+def embeddings(model: nn.Module, end: str) -> nn.Module | None:
+    """Returns a transformers model's embeddings at one end, "input" or "output", or None without such."""
+    get: Any = getattr(model, f"get_{end}_embeddings", None)
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:  # of models of images
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 # Expressions for one step of a dotted name. A layer plays a role if a step of its name matches.

@@ -34,8 +34,8 @@ def combine(
     out: folder of the new adapter, which must not exist
     rank: rank to cut each layer to
     energy: share of each layer's squared norm to keep, such as 0.9
-    how: way to combine: sum (exact), ties or dare
-    density: share of numbers that ties and dare keep
+    how: way to combine: sum (exact), ties (weighted mean), ties-scaled (weights scale it) or dare
+    density: share of numbers that ties, ties-scaled and dare keep
     seed: seed of the numbers that dare drops
     model: base model [the one the adapters were made for]
     allow: problems to let through when loading, see veneer.load

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from veneer.adapt.acting.passes import Passes
 from veneer.methods import Delta, Factors
 from veneer.methods.base.protocols import AddsInPlace, Dialled, FollowsBase, GainsInput, Served, TurnsInput
 from veneer.ops.lowrank import expand, project
@@ -190,20 +191,16 @@ def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
 def is_private(module: nn.Module, hook: Any) -> bool:
     """Returns True if no hook has seen the output of a plain or quantised Linear before `hook`."""
     plain = type(module) in (nn.Linear, QuantisedLinear) and "forward" not in module.__dict__
-    return (
-        plain
-        and next(iter(module._forward_hooks.values())) is hook
-        and not nn.modules.module._global_forward_hooks
-    )
+    bare = plain and not nn.modules.module._global_forward_hooks
+    return bare and next(iter(module._forward_hooks.values())) is hook
 
 
 def forget(model: nn.Module) -> None:
     """Removes the groups' hooks from the modules that own their members."""
     for module in model.modules():
-        for key in [
-            k for k, h in module._forward_hooks.items() if isinstance(getattr(h, "__self__", None), Group)
-        ]:
-            del module._forward_hooks[key]
+        hooks = module._forward_hooks
+        for key in [k for k, h in hooks.items() if isinstance(getattr(h, "__self__", None), Group)]:
+            del hooks[key]
 
 
 class Deltas(nn.Module):
@@ -214,6 +211,10 @@ class Deltas(nn.Module):
         self.site = site
         self.active: dict[str, float] = {}
         self.called = False
+        self.stepped = False  # called in training mode
+        self.passes = Passes()
+        self.by_default: set[str] = set()  # adapters that found this layer by default: it may be skipped
+        self.misfit = ""  # why the layer's last call could not be changed
         self.group: Group | None = None  # of layers that read the same input, see shared_inputs.py
         self.place = 0  # in the group
         self.swapped: dict[str, Tensor] = {}  # parameters of a whole module while it runs with others
@@ -223,9 +224,8 @@ class Deltas(nn.Module):
 
         def kept(t: Tensor) -> Tensor:
             moved: Tensor = fn(t)
-            if t.is_meta or not t.is_floating_point():
-                return moved
-            return t.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+            bare = t.is_meta or not t.is_floating_point()
+            return moved if bare else t.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
 
         super()._apply(kept, recurse)
         return self

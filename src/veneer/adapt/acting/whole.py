@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt.acting.forward import Deltas
+from veneer.adapt.acting.recomputation import guard
 from veneer.sites import LeafSite
 
 
@@ -24,8 +25,9 @@ def changed_weight(deltas: Deltas) -> Tensor:
 def put_weights(module: Any, args: tuple[Any, ...]) -> None:
     """Puts W' into the module before it runs."""
     deltas: Deltas = module.deltas
-    if not deltas.called:
+    if not deltas.stepped:
         deltas.called = True
+        deltas.stepped = module.training
     if deltas.active and isinstance(deltas.site, LeafSite):
         deltas.swapped = deltas.site.put(deltas.site.split(changed_weight(deltas)))
 
@@ -37,3 +39,5 @@ def take_weights(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
     if deltas.swapped:
         deltas.site.put(deltas.swapped)
         deltas.swapped = {}
+    if module.training or torch.is_grad_enabled():
+        guard(deltas, y)

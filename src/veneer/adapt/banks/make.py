@@ -16,7 +16,7 @@ from veneer.adapt.banks.rows import FREE, Form, Router, Rows
 from veneer.errors import ConfigError
 from veneer.methods import Delta
 from veneer.sites import Site, find
-from veneer.sites.find import Target
+from veneer.sites.finding.names import Target
 
 
 class Room(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NotMergeable, ShapeError
 from veneer.methods import Delta, Factors, Products
-from veneer.methods.base.protocols import AddsInPlace, GainsInput, Served
+from veneer.methods.base.protocols import AddsInPlace, GainsInput, Served, Switched
 from veneer.ops import batched
 from veneer.sites import Site
 
@@ -101,7 +101,7 @@ class Stacks(NamedTuple):
     b: Tensor | None = None
 
 
-class Rows(Delta, GainsInput, AddsInPlace):
+class Rows(Delta, GainsInput, AddsInPlace, Switched):
     """Adds each row's own change to a layer's output, and scales each row's input by its own gain."""
 
     router: Router
@@ -120,6 +120,10 @@ class Rows(Delta, GainsInput, AddsInPlace):
 
     def normal_form(self, site: Site) -> Factors | None:
         return None  # each row has another one
+
+    def state(self) -> tuple[int, ...]:
+        ids = self.router.ids
+        return id(ids), -1 if ids.is_inference() else ids._version
 
     def is_finite(self) -> bool:
         """Returns True if all numbers in the stacks are known to be finite."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from veneer import methods
 from veneer.adapt.attached import Changes
+from veneer.adapt.peft.origin import origin
 from veneer.adapt.peft.rotary import Turn, turned, turns
 from veneer.adapt.peft.settings import table
 from veneer.adapt.peft.targets import Config
-from veneer.adapt.peft.writing import Written, origin
+from veneer.adapt.peft.writing import Written
 from veneer.adapt.store.problems import Problem
 from veneer.errors import VeneerError, first_few
 from veneer.methods import Delta

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from veneer.adapt.attached import Changes
 from veneer.adapt.peft import starts
+from veneer.adapt.peft.beside import Beside
 from veneer.adapt.peft.settings import PREFIX, TOP, method_of, table
 from veneer.adapt.peft.targets import Config, at, targeted, wrapped
-from veneer.adapt.peft.whole import equal, whole_module
-from veneer.adapt.peft.writing import outermost
+from veneer.adapt.peft.whole import equal, outermost, whole_module
 from veneer.adapt.store.problems import Problem
 from veneer.errors import FormatError, SiteError, first_few
 from veneer.methods import PeftStored
 from veneer.sites import Site, find
-from veneer.sites.find import kind_of
+from veneer.sites.finding.kinds import kind_of
 from veneer.sites.own import base_modules, is_own
 
 
@@ -60,6 +60,12 @@ def to_changes(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]
     used |= {k for k in tensors if any(k.startswith(f"{PREFIX}{n}.") for n in refused)}
     for name in outermost(wrapped(config, names)):
         changes += whole_module(model, name, tensors, used, problems)
+    beside = Beside(model, tensors, changes, used)
+    beside.low_rank_biases(config)
+    beside.biases(config)
+    beside.rows(config)
+    beside.embeddings()
+    problems += beside.problems
     problems += _left_over(model, {k: t for k, t in tensors.items() if k not in used})
     return changes, problems
 
@@ -183,7 +189,9 @@ def _left_over(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Prob
             unused.append(f"{key} {tuple(t.shape)}")
         elif p.shape != t.shape or not equal(t, p):
             shapes = f" ({tuple(t.shape)} in the file, {tuple(p.shape)} here)" if p.shape != t.shape else ""
-            why = "the vocabulary was resized, or the base is another; load the base it was trained on"
+            why = "the base is another, or its vocabulary was resized; load the base it was trained on"
+            if p.shape != t.shape and p.shape[1:] == t.shape[1:]:
+                why = f"resize the vocabulary first: model.resize_token_embeddings({len(t)})"
             yield Problem("fit", f"{name} in the file is another than the base's{shapes}: {why}")
     if unused:
         yield Problem("unused", f"{len(unused)} tensors belong to no layer: {first_few(unused)}")

@@ -11,9 +11,6 @@ from veneer.adapt.peft.targets import Config
 
 # Settings that make the adapter more than a change of the targeted layers' weights.
 BEYOND = {
-    "bias": "the base's biases were trained too",
-    "lora_bias": "the low-rank branch has a bias",
-    "trainable_token_indices": "single rows of the embedding were trained",
     "target_parameters": "bare parameters, not layers, were adapted",
     "layer_replication": "the model's layers were repeated",
     "alora_invocation_tokens": "the adapter acts only behind certain tokens (aLoRA)",
@@ -26,6 +23,12 @@ BEYOND = {
     "megatron_config": "the layers are Megatron's",
     "ensure_weight_tying": "tied layers share one pair of factors",
 }
+# Settings that are read, and that pairs of factors alone do not express.
+BESIDE = {
+    "bias": "the base's biases were trained too",
+    "lora_bias": "the low-rank branch has a bias",
+    "trainable_token_indices": "single rows of the embedding were trained",
+}
 # Settings of other programs' file of the same name.
 DIALECTS = {
     "fine_tune_type": "mlx-lm's",
@@ -35,8 +38,11 @@ DIALECTS = {
 }
 
 
-def settings_problems(config: Config, has_initial: bool) -> list[str]:
-    """Returns a line per setting that cannot be read, with the reason and the way out."""
+def settings_problems(config: Config, has_initial: bool, *, only_pairs: bool = False) -> list[str]:
+    """Returns a line per setting that cannot be read, with the reason and the way out.
+
+    only_pairs: what pairs of factors do not express cannot be read either.
+    """
     if "peft_type" not in config:
         other = next((d for k, d in DIALECTS.items() if k in config), "not PEFT's")
         return [
@@ -50,7 +56,8 @@ def settings_problems(config: Config, has_initial: bool) -> list[str]:
             "or merge it there"
         ]
     known = table(kind).every
-    beyond = {k: why for k, why in BEYOND.items() if config.get(k) and config[k] != known.get(k)}
+    refused = {**BEYOND, **(BESIDE if only_pairs else {})}
+    beyond = {k: why for k, why in refused.items() if config.get(k) and config[k] != known.get(k)}
     found = [
         f"{k}={config[k]!r}: {why}; this cannot be read: merge it in PEFT and keep the merged model"
         for k, why in beyond.items()

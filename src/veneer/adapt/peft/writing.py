@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapt.attached import Changes
-from veneer.adapt.peft.settings import HEADS, PREFIX, TASKS, TOP, Table, table
+from veneer.adapt.peft.origin import origin
+from veneer.adapt.peft.settings import PREFIX, TOP, Table, table
 from veneer.adapt.peft.targets import PATTERNS, Config, at, ends, targeted, wrapped
+from veneer.adapt.peft.whole import saved_modules, saved_tensors
 from veneer.methods import Delta, PeftForm, PeftStored
+from veneer.methods.base.biased import Biased
+from veneer.methods.base.factors import ROWWISE
+from veneer.methods.bitfit import BitFit
 from veneer.methods.full import Full
-from veneer.sites import LeafSite
-from veneer.sites.own import is_own, without_own
+from veneer.methods.lora import LoRA
+from veneer.sites import Site
+from veneer.sites.own import without_own
+
+BRANCH = "lora_B.bias"  # of the low-rank branch
 
 
 class Written(NamedTuple):
@@ -31,33 +39,63 @@ class Written(NamedTuple):
     own: dict[str, Config]
 
 
-def write(model: nn.Module, changes: Changes) -> Written | None:
+def write(model: nn.Module, changes: Changes, beside: Iterable[str] = ()) -> Written | None:
     """Returns the adapter as PEFT expresses it exactly on the untouched base, or None if it cannot.
 
-    Changes of whole modules (method full) become modules_to_save, if there are others beside them.
+    Changes of whole modules (method full) become modules_to_save, if there are others beside them; `beside`
+    names modules that are saved whole without a change.
     """
     whole: Changes = [(s, d) for s, d in changes if isinstance(d, Full)]
-    forms = {
-        s.name: d.to_peft(s) if isinstance(d, PeftStored) else None
-        for s, d in changes
-        if not isinstance(d, Full)
-    }
+    biases: Changes = [(s, d) for s, d in changes if isinstance(d, BitFit)]
+    others = [(s, d) for s, d in changes if not isinstance(d, Full | BitFit)]
+    forms = _with_biases({s.name: _form(s, d) for s, d in others}, {s.name: s.out for s, _ in others})
     known = {n: f for n, f in forms.items() if f is not None}
     if not known or len(known) < len(forms) or len({f.config["peft_type"] for f in known.values()}) > 1:
         return None
-    kind = next(type(d) for _, d in changes if not isinstance(d, Full))
-    settings, saved = table(kind), _modules(model, [s.name for s, _ in whole])
+    kind = type(_bare(others[0][1]))
+    settings, saved = table(kind), saved_modules(model, [*(s.name for s, _ in whole), *beside])
     config = _settings(model, known, saved, settings)
-    shared = _shared([f.shared for f in known.values()], _room(kind, changes, known))
-    if config is None or shared is None:
+    shared = _shared([f.shared for f in known.values()], _room(kind, others, known))
+    if config is None or shared is None or (biases and config["peft_type"] != "LORA"):
         return None
+    if biases:
+        config["bias"] = "all"
     if "fan_in_fan_out" in settings.always:
         config["fan_in_fan_out"] = any(s.kind == "transposed" for s, _ in changes)
     tensors = {f"{PREFIX}{n}.{end}": t for n, f in known.items() for end, t in f.tensors.items()}
     own = {n: {k: v for k, v in f.config.items() if k not in settings.every} for n, f in known.items()}
-    return Written(
-        config, {**tensors, **{f"{TOP}{n}": t for n, t in shared.items()}}, _saved(model, saved, whole), own
-    )
+    tensors |= {f"{TOP}{n}": t for n, t in shared.items()}
+    tensors |= {f"{PREFIX}{s.name}.bias": (s.weight() + d.delta(s)).detach()[:, 0] for s, d in biases}
+    return Written(config, tensors, saved_tensors(model, saved, whole), own)
+
+
+def _bare(delta: Delta) -> Delta:
+    return delta.inner if isinstance(delta, Biased) else delta
+
+
+def _form(site: Site, delta: Delta) -> PeftForm | None:
+    """Returns the change as PEFT writes it, with the bias of its low-rank branch, or None if it cannot."""
+    inner = _bare(delta)
+    form = inner.to_peft(site) if isinstance(inner, PeftStored) else None
+    if form is None or not isinstance(delta, Biased):
+        return form
+    if not isinstance(inner, LoRA) or site.kind not in ROWWISE:
+        return None
+    b = {BRANCH: (delta.b / inner.scaling).detach()}
+    return PeftForm({**form.config, "lora_bias": True}, {**form.tensors, **b}, form.shared)
+
+
+def _with_biases(forms: dict[str, PeftForm | None], sizes: dict[str, int]) -> dict[str, PeftForm | None]:
+    """Gives all branches a bias if one has any: PEFT has one setting for all."""
+    if not any(f is not None and BRANCH in f.tensors for f in forms.values()):
+        return forms
+    found: dict[str, PeftForm | None] = {}
+    for n, f in forms.items():
+        if f is not None and BRANCH not in f.tensors:
+            zeros = {BRANCH: next(iter(f.tensors.values())).new_zeros(sizes[n])}
+            f = PeftForm({**f.config, "lora_bias": True}, {**f.tensors, **zeros}, f.shared)
+        found[n] = f
+    return found
 
 
 def _room(kind: type[Delta], changes: Changes, forms: dict[str, PeftForm]) -> dict[str, tuple[int, ...]]:
@@ -103,27 +141,6 @@ def _settings(
     return None
 
 
-def origin(model: nn.Module, saved: list[str]) -> Config:
-    """Returns the base's source and PEFT's task type.
-
-    The task is None unless all heads that PEFT trains with it are saved.
-    """
-    kind, known = type(model), getattr(getattr(model, "config", None), "model_type", None)
-    task = next((t for end, t in TASKS.items() if known and kind.__name__.endswith(end)), None)
-    if getattr(kind, "main_input_name", "input_ids") != "input_ids":
-        task = None  # PEFT's classes for tasks pass token ids by name, which Whisper's forward lacks
-    heads = [n for n, _ in model.named_modules() if n.endswith(HEADS.get(task or "", ()))]
-    if not set(heads) <= set(saved):
-        task = None
-    return {
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "task_type": task,
-        "auto_mapping": None
-        if task
-        else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
-    }
-
-
 def _whole(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
@@ -142,41 +159,3 @@ def _endings(sites: Iterable[str], names: list[str]) -> list[str]:
     sites = list(sites)
     short = sorted({n.rsplit(".", 1)[-1] for n in sites})
     return short if {n for n in names if ends(n, short)} == set(sites) else sorted(sites)
-
-
-def _modules(model: nn.Module, sites: Sequence[str]) -> list[str]:
-    """Returns the modules to save: a head as one module if all of its layers are among them."""
-    heads = {end for known in HEADS.values() for end in known}
-    found = set(outermost(sites))
-    for name, module in model.named_modules():
-        inner = [f"{name}.{n}" for n, m in module.named_modules() if n and _holds(m) and not is_own(n)]
-        if name and name.rpartition(".")[2] in heads and inner and found >= {*inner}:
-            found = {name, *(found - {*inner})}
-    return sorted(found)
-
-
-def _holds(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
-
-
-def outermost(names: Iterable[str]) -> list[str]:
-    """Returns the names sorted, without modules inside others of them."""
-    every = sorted(set(names))
-    return [n for n in every if not any(n.startswith(f"{o}.") for o in every)]
-
-
-def _saved(model: nn.Module, saved: list[str], whole: Changes) -> dict[str, Tensor]:
-    """Returns everything the modules hold, buffers too, with their changes applied."""
-    own = {
-        f"{n}.{k}": t for n in saved for k, t in model.get_submodule(n).state_dict().items() if not is_own(k)
-    }
-    for site, delta in whole:
-        assert isinstance(site, LeafSite)
-        parts = {n: site.module.get_parameter(n) for n in site.parameters}
-        changed = (
-            (site.weight() + delta.delta(site)).detach().flatten().split([p.numel() for p in parts.values()])
-        )
-        own.update(
-            {f"{site.name}.{n}": t.view_as(p) for (n, p), t in zip(parts.items(), changed, strict=True)}
-        )
-    return {f"{PREFIX}{k}": t for k, t in own.items()}

@@ -13,6 +13,7 @@ from veneer.adapt.store.sizes import Size
 from veneer.errors import FormatError
 from veneer.files import read_json
 from veneer.methods import Delta
+from veneer.methods.base.biased import Biased
 from veneer.methods.full import Full
 from veneer.version import __version__
 
@@ -28,7 +29,8 @@ INSIDE = {
 
 def method_of(delta: Delta) -> str:
     """Returns the name of the delta's method: its file's."""
-    return type(delta).__module__.rsplit(".", 1)[-1]
+    method = delta.inner if isinstance(delta, Biased) else delta
+    return type(method).__module__.rsplit(".", 1)[-1]
 
 
 def describe(

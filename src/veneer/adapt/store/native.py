@@ -13,6 +13,7 @@ from veneer.adapt.banks.rows import Rows
 from veneer.adapt.store.manifest import method_of, site_options
 from veneer.adapt.store.problems import Problem
 from veneer.errors import VeneerError, first_few
+from veneer.methods.base.biased import Biased
 from veneer.sites import site_of_kind
 
 TENSORS = "delta.safetensors"
@@ -22,6 +23,9 @@ def homeless(changes: Changes) -> list[Problem]:
     """Returns problems with deltas of methods outside `veneer.methods`, which could not be built again."""
     if any(isinstance(delta, Rows) for _, delta in changes):
         return [Problem("fit", "it is a bank of several adapters; save each of them under its own name")]
+    if any(isinstance(delta, Biased) for _, delta in changes):
+        text = "biases beside this method have no format; merge the adapter, or load it without them"
+        return [Problem("fit", text)]
     odd = sorted({method_of(delta) for _, delta in changes} - set(methods.available()))
     text = (
         f"{first_few(odd)}: PEFT cannot express this method, and Veneer finds methods by file when loading;"

@@ -18,6 +18,7 @@ ALLOW = {
     "base": "another base than the adapter's",
     "unused": "tensors in the file that belong to no layer",
     "zero": "layers whose change is zero or does not act",
+    "beside": "weights of the base that were trained beside the adapter and cannot be saved with it",
     "finite": "tensors with NaN or infinity",
     "norm": "changes of another size than veneer.json says",
     "targets": "entries of target_modules that no layer matches",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from veneer.errors import NotMergeable
 from veneer.methods import Delta
+from veneer.methods.base.biased import Biased
 from veneer.ops.matrix.linalg import product_norm, row_norms
 from veneer.sites import Site
 
@@ -35,6 +36,9 @@ class Size(NamedTuple):
 def size(site: Site, delta: Delta) -> Size:
     """Returns the size of one change, without making the dense change of a product of factors."""
     base = float(row_norms(site.weight()).norm())
+    if isinstance(delta, Biased):
+        inner, b = size(site, delta.inner), float(delta.b.double().norm())
+        return inner._replace(change=math.hypot(inner.change, b)) if b else inner
     f = delta.factors(site)
     if f is not None and f.is_product:
         # Factors can be large and their product nothing: orthogonal starts, PiSSA's start less itself.

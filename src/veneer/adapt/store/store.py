@@ -21,6 +21,7 @@ from veneer.adapt.attached import Changes
 from veneer.adapt.peft import prefixes, reading, settings, targets, writing
 from veneer.adapt.peft.targets import Config
 from veneer.adapt.store import fingerprint, manifest, native, rounding
+from veneer.adapt.store.beside import within, written_with
 from veneer.adapt.store.effect import refuse_effect
 from veneer.adapt.store.folder import Opened, adapter_folder, open_folder, open_initial
 from veneer.adapt.store.loaded import Loaded, check_fresh
@@ -37,7 +38,6 @@ from veneer.adapt.store.problems import (
 from veneer.adapt.store.sizes import size
 from veneer.errors import ConfigError, first_few
 from veneer.methods.prefix import Prefix
-from veneer.sites.own import DRAWN
 
 
 def save(
@@ -63,18 +63,18 @@ def save(
     name = only(model) if name is None else name
     changes = attached.changes(model, name)
     refuse(f"adapter {name!r} was not saved", hollow(changes))
-    written = (prefixes if prefixes.is_prefix(changes) else writing).write(model, changes)
+    written, replaced, lost = written_with(model, name, changes)
     on_disk = changes if dtype is None else rounding.as_saved(changes, dtype, written is not None)
     sizes = {site.name: size(site, delta) for site, delta in on_disk}
     state = {f"{site.name}.{k}": t for site, delta in on_disk for k, t in delta.state_dict().items()}
-    problems = dead(on_disk, sizes) + not_finite(state) + ([] if written else native.homeless(changes))
+    problems = dead(on_disk, sizes) + not_finite(state) + lost
+    problems += [] if written else native.homeless(changes)
     used = refuse(f"adapter {name!r} was not saved", problems, allowed)
-    drawn = _drawn(model, written)
-    kept = golden.take(model, name, probe, dtype, drawn)
+    kept = golden.take(model, name, probe, dtype, replaced)
     by_site = {n: targets.at(written.config, n) for n in sizes} if written else None
     content = {
         **manifest.describe(changes, sizes, written.own if written else {}, by_site),
-        "base": fingerprint.without(fingerprint.measure(model), drawn),
+        "base": fingerprint.without(fingerprint.measure(model), replaced),
         "probe": kept if isinstance(kept, dict) else None,
         "no_probe": None if isinstance(kept, dict) else kept,
         "allow": sorted(used.union(*(_let_through(delta) for _, delta in changes))),
@@ -89,13 +89,6 @@ def _in_files(
     """Returns the tensors to write, rounded to dtype, and PEFT's settings where its layout is used."""
     tensors = {n: rounding.rounded(t, dtype) for n, t in (written.tensors if written else state).items()}
     return ({**tensors, **written.whole}, written.config) if written else (tensors, None)
-
-
-def _drawn(model: nn.Module, written: writing.Written | None) -> list[str]:
-    """Returns the modules that the files replace whole and that the base's own files lack."""
-    saved = (written.config.get("modules_to_save") or []) if written else []
-    lacking = model.__dict__.get(DRAWN, ())
-    return [m for m in saved if any(name.startswith(f"{m}.") for name in lacking)]
 
 
 def only(model: nn.Module) -> str:
@@ -163,11 +156,10 @@ def read(
     problems = (
         other + found.problems + problems + not_finite(found.tensors) + clash(deltas) + dead(deltas, sizes)
     )
-    if record and not other and set(sizes) <= set(record["sites"]):
-        whole = tuple(f"{m}." for m in record["base"].get("replaced", ()))  # relative to a random head
-        problems += resized(
-            {n: s for n, s in sizes.items() if not f"{n}.".startswith(whole)}, record["sites"]
-        )
+    if record and not other:
+        replaced = record["base"].get("replaced", ())  # relative to other weights, such as a random head's
+        known = {n: s for n, s in sizes.items() if n in record["sites"] and not within(n, replaced)}
+        problems += resized(known, record["sites"])
     used = refuse(f"{folder} was not loaded", problems, allowed)
     probe = record["probe"] if record and not other else None
     return Loaded(folder, deltas, probe, record is None, frozenset(allowed), frozenset(used))
@@ -229,7 +221,9 @@ def _deltas(
         )
     if record is None or problems:
         return changes, problems
-    odd = {site.name for site, _ in changes} ^ set(record["sites"])
+    sites, replaced = set(record["sites"]), record["base"].get("replaced", ())
+    odd = sites ^ {site.name for site, _ in changes}
+    odd = {name for name in odd if name in sites or not within(name, replaced)}
     if odd:
         return changes, [
             Problem(
@@ -238,7 +232,8 @@ def _deltas(
             )
         ]
     for site, delta in changes:
-        delta.options = manifest.site_options(record, site.name)
+        if site.name in sites:
+            delta.options = manifest.site_options(record, site.name)
     return changes, []
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from veneer.adapt.attached import base_parameters
-from veneer.sites.find import kind_of
+from veneer.sites.finding.kinds import kind_of
 
 ROWWISE = ("linear", "transposed")
 FORWARD, BACKWARD = "attention forward", "attention backward"

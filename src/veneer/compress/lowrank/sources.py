@@ -19,7 +19,7 @@ from veneer.compress.lowrank.walk import Walk
 from veneer.errors import ConfigError, SiteError, first_few
 from veneer.sites import Site, find, site_for
 from veneer.sites.factored.layers import Factored
-from veneer.sites.find import Target
+from veneer.sites.finding.names import Target
 
 KINDS = ("linear", "transposed")
 

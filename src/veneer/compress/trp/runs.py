@@ -13,7 +13,8 @@ from veneer.compress.folder import save_compressed
 from veneer.compress.trp.forms import form_of
 from veneer.compress.trp.trp import TRP
 from veneer.sites.factored.site import factored_forms
-from veneer.sites.find import Target, find
+from veneer.sites.find import find
+from veneer.sites.finding.names import Target
 
 FOLDER = "compressed"  # in the run's folder
 STATE = "trp"  # in the optimiser's state, so that a checkpoint has it: steps, and shrinkage that is owed

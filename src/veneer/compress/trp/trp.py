@@ -25,7 +25,8 @@ from veneer.ops import allocate
 from veneer.ops.allocate import Choice
 from veneer.ops.matrix.shrink import Spectrum, rank_of_energy, soften, spectrum
 from veneer.sites.factored.layers import rank_within
-from veneer.sites.find import Target, named
+from veneer.sites.find import named
+from veneer.sites.finding.names import Target
 
 
 class TRP:

@@ -58,7 +58,7 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
 
 def _check(found: Found, config: Mapping[str, Any]) -> None:
     """Raises FormatError for settings under which the adapter is not just pairs on the unchanged base."""
-    wrong = settings_problems(found.config, has_initial=False)
+    wrong = settings_problems(found.config, has_initial=False, only_pairs=True)
     start = config["init_lora_weights"]
     if not wrong and config["peft_type"] != "LORA":
         wrong = [

@@ -15,7 +15,7 @@ from veneer.methods.base.protocols import GainsInput, Served
 from veneer.ops import recomputed
 from veneer.ops.lowrank import is_traced
 from veneer.sites import Site, find
-from veneer.sites.find import Target
+from veneer.sites.finding.names import Target
 
 
 class Delta(nn.Module, ABC):

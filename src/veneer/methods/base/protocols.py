@@ -83,6 +83,22 @@ class FollowsBase(ABC):
         """Computes them from the W that is there now."""
 
 
+class Shifts(ABC):
+    """A change of a matrix that adds a bias too."""
+
+    @abstractmethod
+    def shift(self, site: Site) -> Tensor:
+        """Returns the bias b (out,) that it adds to the layer's output."""
+
+
+class Switched(ABC):
+    """A change that acts by a state outside of it, such as the rows of a bank."""
+
+    @abstractmethod
+    def state(self) -> tuple[int, ...]:
+        """Returns a value that differs after the state was changed."""
+
+
 class OpensModel(ABC):
     """A method that prepares the whole model before its first change is attached, and restores it after the
     last."""

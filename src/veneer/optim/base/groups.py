@@ -21,7 +21,7 @@ from veneer.adapt.attached import changes
 from veneer.errors import ConfigError
 from veneer.methods import Delta
 from veneer.sites.embedding import EmbeddingSite
-from veneer.sites.find import kind_of
+from veneer.sites.finding.kinds import kind_of
 
 FACTORS = ("A", "B")
 UNDECAYED = ("gain", "direction")  # one, or any length, means no change

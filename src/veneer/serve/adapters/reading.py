@@ -21,7 +21,7 @@ from veneer.adapt.store import manifest, native, store
 from veneer.adapt.store.loaded import Loaded
 from veneer.errors import FormatError
 from veneer.serve.adapters.version import Forms
-from veneer.sites.find import site_for
+from veneer.sites.finding.kinds import site_for
 
 FILES = (manifest.NAME, settings.CONFIG, settings.TENSORS, native.TENSORS)
 JSON_BYTES, JSON_DEPTH, HEADER_BYTES = 16 << 20, 32, 8 << 20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from veneer.sites.find import output_head
 from veneer.sites.own import DRAWN, is_own
+from veneer.sites.roles import output_head
 
 
 def heads(model: nn.Module) -> list[str]:

@@ -21,8 +21,8 @@ from veneer.adapt.banks.entries import check_trainable
 from veneer.adapt.banks.make import living
 from veneer.errors import ConfigError, first_few
 from veneer.sites import site_of_kind
-from veneer.sites.find import output_head
 from veneer.sites.own import is_own
+from veneer.sites.roles import output_head
 from veneer.tasks.base.abilities import Joint
 from veneer.train.errors import Diverged
 from veneer.train.loop.loop import Loop

@@ -22,7 +22,7 @@ from veneer.errors import ConfigError, FormatError, VeneerError
 from veneer.models import machine, pretrained
 from veneer.models.streamed import Streamed
 from veneer.sites import changed
-from veneer.sites.find import Target
+from veneer.sites.finding.names import Target
 from veneer.train.loop.progress import Voice
 from veneer.units import size
 from veneer.verbs.compress.assemble import assemble, model_numbers
