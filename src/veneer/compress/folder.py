@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from veneer import files
 from veneer.adapt.attached import adapters
 from veneer.compress.places import Places
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError, FormatError, VeneerError, first_few
 from veneer.sites.factored.layers import FORMS, Factored, hollow
 from veneer.sites.factored.site import factored_forms
@@ -32,7 +33,11 @@ Record = dict[str, Any]
 
 
 def save_compressed(
-    model: nn.Module, folder: str | Path, *, tokenizer: Any = None, record: Mapping[str, Any] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the model with its factored layers into a new folder, whole or not at all, and returns the
     folder.
@@ -52,7 +57,9 @@ def save_compressed(
     return folder
 
 
-def write(model: nn.Module, folder: Path, *, tokenizer: Any, record: Mapping[str, Any] | None = None) -> None:
+def write(
+    model: nn.Module, folder: Path, *, tokenizer: Tokenizer | None, record: Mapping[str, Any] | None = None
+) -> None:
     """Writes all files of such a folder into one that exists."""
     files.write_tensors(folder / TENSORS, weights(model))
     write_beside(model, folder, tokenizer)
@@ -118,7 +125,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def write_beside(model: Any, folder: Path, tokenizer: Any) -> None:
+def write_beside(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:
     """Writes configuration and tokenizer, where the model and the caller have them."""
     for part in ("config", "generation_config"):
         own = getattr(model, part, None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError
 
 INDEX = "model_index.json"
@@ -50,7 +51,7 @@ class Diffusion(nn.Module):
 class DiffusionProcessor:
     """Tokenizer, picture encoder (VAE) and noise schedule of a pipeline; size: pixels of a picture's side."""
 
-    def __init__(self, tokenizer: Any, vae: Any, scheduler: Any, size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vae: Any, scheduler: Any, size: int) -> None:
         self.tokenizer, self.vae, self.scheduler, self.size = (
             tokenizer,
             vae.eval().requires_grad_(False),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError
 from veneer.models import adapted
 from veneer.serve.adapters import expression
@@ -35,7 +36,7 @@ class Server:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         options: Options,
         *,
         name: str,

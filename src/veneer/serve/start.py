@@ -15,6 +15,7 @@ from veneer import dtypes
 from veneer.adapt import attached, switch
 from veneer.adapt.banks import entries
 from veneer.adapt.banks.segments import SegmentBank
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError
 from veneer.models import machine, pretrained
 from veneer.serve.adapters.proof import Prover
@@ -38,7 +39,7 @@ def serve(
     model: str | nn.Module = "builtin",
     adapters: Mapping[str, str | Path] | str | Path | None = None,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     name: str | None = None,
     device: str = "auto",
     dtype: str = "float32",
@@ -84,7 +85,7 @@ def _filled(
     return server
 
 
-def _parts(model: Any, tokenizer: Any, reader: Reader, options: Options, name: str) -> Parts:
+def _parts(model: Any, tokenizer: Tokenizer, reader: Reader, options: Options, name: str) -> Parts:
     bank = SegmentBank(model)
     slots = Slots(bank, options.slots)
     limits = Limits(
@@ -110,7 +111,9 @@ def _parts(model: Any, tokenizer: Any, reader: Reader, options: Options, name: s
     return Parts(engine, registry, Supervisor(engine))
 
 
-def _loaded(model: str | nn.Module, tokenizer: Any, device: str, dtype: str) -> tuple[Any, Any]:
+def _loaded(
+    model: str | nn.Module, tokenizer: Tokenizer | None, device: str, dtype: str
+) -> tuple[Any, Tokenizer]:
     if isinstance(model, str):
         number_format = dtypes.of_name(dtype)
         words = pretrained.tokenizer(model) if tokenizer is None else tokenizer
@@ -138,7 +141,7 @@ def _hash(forms: Forms) -> str:
     return digest.hexdigest()
 
 
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
+def _ends(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
     """Returns the tokens that end an answer: the generation settings', and the tokenizer's."""
     settings = getattr(model, "generation_config", None)
     own = getattr(settings, "eos_token_id", None)

@@ -12,6 +12,7 @@ from veneer.adapt.modes import evaluating
 from veneer.data.forms.media import CLIPS, Media
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError, DataError
 from veneer.tasks.base.abilities import Examined
 from veneer.tasks.base.encoded import Encoded
@@ -46,12 +47,13 @@ class SpeechRecognition(Task, Examined):
         if not 0.1 <= seconds <= SECONDS:
             raise ConfigError(f"seconds must be 0.1 to {SECONDS:g}, got {seconds:g}")
         self.seconds = seconds
-        self.tokenizer: Any = getattr(processor, "tokenizer", None)
-        if self.tokenizer is None or not hasattr(processor, "feature_extractor"):
+        tokenizer: Tokenizer | None = getattr(processor, "tokenizer", None)
+        if tokenizer is None or not hasattr(processor, "feature_extractor"):
             raise ConfigError(
                 "task 'speech-recognition' needs a processor with a tokenizer and a feature extractor"
                 f", got a {type(processor).__name__}"
             )
+        self.tokenizer = tokenizer
         self.asked = whisper.prompt(self.tokenizer, language)
         self.start, self.end = (self.tokenizer.convert_tokens_to_ids(t) for t in (whisper.START, whisper.END))
 

@@ -12,6 +12,7 @@ from torch import nn
 from veneer.compress.folder import save_compressed
 from veneer.compress.trp.forms import form_of
 from veneer.compress.trp.trp import TRP
+from veneer.data.tokenizer import Tokenizer
 from veneer.sites.factored.site import factored_forms
 from veneer.sites.find import find
 from veneer.sites.finding.names import Target
@@ -63,7 +64,7 @@ def project(model: nn.Module, optimiser: torch.optim.Optimizer, run: Wanted) -> 
         pruning(model, optimiser, run).project()
 
 
-def write(model: nn.Module, out: Path, run: Wanted, tokenizer: Any) -> None:
+def write(model: nn.Module, out: Path, run: Wanted, tokenizer: Tokenizer) -> None:
     """Writes the projected model with factored layers into the run's folder, if the run asks for it."""
     if run.trp is None:
         return

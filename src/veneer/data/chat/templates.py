@@ -87,7 +87,7 @@ def asked(message: str, tokenizer: Tokenizer, template: str | None = None) -> st
     return rendered([{"role": "user", "content": message}], tokenizer, template)
 
 
-def rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Any, template: str | None = None) -> str:
+def rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: str | None = None) -> str:
     """Returns messages with the request for an answer, by this template or the tokenizer's own."""
     template = template or tokenizer.chat_template or packaged(PLAIN, tokenizer)
     return str(

@@ -9,11 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from veneer.data.tokenizer import Tokenizer
 from veneer.serve.adapters.slots import Slots
 from veneer.serve.engine import sampler
 from veneer.serve.engine.door import Broken, Door
@@ -36,7 +37,7 @@ class Engine:
         self,
         runner: Runner,
         slots: Slots,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         ends: frozenset[int],
         limits: Limits,
         prefixes: Prefixes,

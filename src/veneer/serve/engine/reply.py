@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapt.banks.program import Terms
+from veneer.data.tokenizer import Tokenizer
 from veneer.serve.adapters.slots import Mixture
 from veneer.serve.engine import sampler
 from veneer.serve.engine.request import Event, Failed, Finished, Logprob, Prompt, Sampling, Sink, Tokens
@@ -49,7 +50,7 @@ class Request:
 class Reply:
     """A request's state: the tokens so far, the cache, the text, and times for the metrics."""
 
-    def __init__(self, request: Request, tokenizer: Any, seed: int) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer, seed: int) -> None:
         s = request.sampling
         self.request, self.prompt = request, list(request.prompt)
         self.tokens: list[int] = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from veneer.data.tokenizer import Tokenizer
 
 REPLACEMENT = "�"
 HELD = 8  # tokens after which an incomplete character is passed on
@@ -12,7 +13,7 @@ HELD = 8  # tokens after which an incomplete character is passed on
 class Detokeniser:
     """The text of one answer, token by token."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, special: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, special: bool = False) -> None:
         """special: keep special tokens in the text."""
         self.tokenizer, self.stops, self.special = tokenizer, tuple(stops), special
         self.tokens: list[int] = []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from veneer.data.chat import rendering, templates
+from veneer.data.tokenizer import Tokenizer
 from veneer.serve.adapters.expression import Named
 from veneer.serve.engine.request import Sampling
 from veneer.serve.errors import RequestError
@@ -50,7 +51,10 @@ def _prompts(prompt: Any) -> list[Any]:
 def _tokens(server: Server, prompt: Any) -> list[int]:
     if prompt == "":
         start = server.tokenizer.bos_token_id
-        return [server.tokenizer.eos_token_id if start is None else start]
+        start = server.tokenizer.eos_token_id if start is None else start
+        if start is None:
+            raise RequestError("prompt must not be empty: the tokenizer lacks a first token", param="prompt")
+        return [start]
     return server.tokens(prompt)
 
 
@@ -67,7 +71,7 @@ def of_chat(server: Server, body: ChatBody) -> list[Ask]:
 
 
 def conversation(
-    tokenizer: Any, messages: Sequence[Message], tools: Any = None, own: str | None = None
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Any = None, own: str | None = None
 ) -> list[int]:
     """Returns the tokens of a conversation that the assistant goes on with.
 

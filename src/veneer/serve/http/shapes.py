@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from veneer.data.tokenizer import Tokenizer
 from veneer.serve.adapters.expression import Named
 from veneer.serve.answers import Answer
 from veneer.serve.engine.request import Finished, Logprob
@@ -18,7 +19,7 @@ class Shape:
 
     chat: bool
 
-    def __init__(self, chat: bool, model: str, named: Named, tokenizer: Any) -> None:
+    def __init__(self, chat: bool, model: str, named: Named, tokenizer: Tokenizer) -> None:
         self.chat, self.tokenizer = chat, tokenizer
         kind = "chat.completion" if chat else "text_completion"
         self.head = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError, suggest
 
 START, END = "<|startoftranscript|>", "<|endoftext|>"
@@ -15,7 +16,7 @@ FRAMES = 100  # of log-mel features a second
 STRIDE = 2  # of the encoder's convolutions together
 
 
-def prompt(tokenizer: Any, language: str | None) -> list[int]:
+def prompt(tokenizer: Tokenizer, language: str | None) -> list[int]:
     """Returns the tokens after the start that ask for a transcript in a language, without times.
 
     Raises ConfigError for a language that the tokenizer lacks, and for a tokenizer without such tokens.

@@ -11,6 +11,7 @@ from torch import nn
 
 from veneer.adapt.modes import evaluating
 from veneer.data.pack import Window
+from veneer.data.tokenizer import Tokenizer
 from veneer.tasks.base.task import Between, nothing
 from veneer.tasks.text.samples import learned_tokens, room
 
@@ -40,7 +41,7 @@ def questions(windows: Sequence[Window]) -> list[Question]:
 @torch.no_grad()
 def asked(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     every: Sequence[Question],
     *,
     batch: int,
@@ -62,7 +63,7 @@ def asked(
 
 
 def _written(
-    model: Any, tokenizer: Any, some: Sequence[Question], further: int, drawing: dict[str, Any]
+    model: Any, tokenizer: Tokenizer, some: Sequence[Question], further: int, drawing: dict[str, Any]
 ) -> list[str]:
     from transformers import GenerationConfig
 
@@ -80,7 +81,7 @@ def _written(
     return [text_of(row, tokenizer, ends) for row in written[:, longest:].tolist()]
 
 
-def _ends(question: Question, tokenizer: Any) -> list[int]:
+def _ends(question: Question, tokenizer: Tokenizer) -> list[int]:
     """Returns the tokens that end an answer: the tokenizer's, and a special one that ends the true answer."""
     special, last = set(tokenizer.all_special_ids), question.truth[-1]
     return [
@@ -89,7 +90,7 @@ def _ends(question: Question, tokenizer: Any) -> list[int]:
     ]
 
 
-def text_of(ids: Sequence[int], tokenizer: Any, ends: Sequence[int] = ()) -> str:
+def text_of(ids: Sequence[int], tokenizer: Tokenizer, ends: Sequence[int] = ()) -> str:
     """Returns the ids as text, up to the first of the ends, without special tokens and outer white space."""
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True)).strip()

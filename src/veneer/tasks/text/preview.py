@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from veneer.data.pack import Window
+from veneer.data.tokenizer import Tokenizer
 from veneer.tasks.text.samples import learned_tokens
 
 SHOWN = 3  # rows, of those that begin in the first LOOKED windows
@@ -15,7 +16,7 @@ BACK = 4  # tokens that are decoded before one, as its text may depend on those 
 MOST = 3  # bytes of a character that do not end it
 
 
-def preview(windows: Sequence[Window], tokenizer: Any) -> list[list[list[Any]]]:
+def preview(windows: Sequence[Window], tokenizer: Tokenizer) -> list[list[list[Any]]]:
     """Returns the beginnings of the first rows, each a list of [text of a token, is it learned]."""
     found = []
     every = [s for w in windows[:LOOKED] for s in w]
@@ -27,7 +28,7 @@ def preview(windows: Sequence[Window], tokenizer: Any) -> list[list[list[Any]]]:
     return found
 
 
-def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Returns what each token adds to the text; the last token of a character adds all of it."""
     found: list[str] = []
     ends = [0]  # places where no character is open

@@ -10,6 +10,7 @@ from torch import nn
 
 from veneer.data.pack import IGNORED, Segment, Window
 from veneer.data.spread import spread
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError
 
 SAMPLES = 2  # prompts
@@ -20,7 +21,7 @@ WRITTEN = 48  # tokens
 @torch.no_grad()
 def continuation(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompt: str,
     *,
     chat: bool = False,
@@ -71,7 +72,7 @@ def written(model: nn.Module) -> int:
 
 
 def prompts(
-    model: nn.Module, windows: Sequence[Window], tokenizer: Any, n: int = SAMPLES
+    model: nn.Module, windows: Sequence[Window], tokenizer: Tokenizer, n: int = SAMPLES
 ) -> list[dict[str, str]]:
     """Returns beginnings of n texts and their real continuations, evenly spaced.
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from veneer.data.chat.rendering import specials
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import DataError, first_few, option
 
 READ = {"parse": ("read as these tokens", "spell"), "spell": ("spelt out", "parse")}
 
 
-def opening(rows: Mapping[str, Sequence[Row]], reading: Reading, tokenizer: Any) -> list[str]:
+def opening(rows: Mapping[str, Sequence[Row]], reading: Reading, tokenizer: Tokenizer) -> list[str]:
     """Returns a sentence for every part with rows that spell special tokens.
 
     Raises one DataError for all parts if the setting refuses such rows.
@@ -31,7 +31,7 @@ def opening(rows: Mapping[str, Sequence[Row]], reading: Reading, tokenizer: Any)
     return [f"{part}: {are}, which are {how}; {change}: {where}" for part, (are, where) in found.items()]
 
 
-def _found(rows: Sequence[Row], reading: Reading, tokenizer: Any) -> tuple[str, str] | None:
+def _found(rows: Sequence[Row], reading: Reading, tokenizer: Tokenizer) -> tuple[str, str] | None:
     """Returns how many rows spell which names, and where."""
     names = specials(tokenizer)
     if names is None:

@@ -11,6 +11,7 @@ from typing import Any
 from veneer.data.chat.rendering import specials
 from veneer.data.pack import Window, n_labels, n_tokens
 from veneer.data.row_files import Row
+from veneer.data.tokenizer import Tokenizer
 from veneer.data.tokens import Tokens
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.text import windows
@@ -59,7 +60,7 @@ def epoch(found: Sequence[Window], window: int, per_step: int) -> dict[str, Any]
     }
 
 
-def entries(one: Encoded, window: int, tokenizer: Any) -> list[dict[str, Any]]:
+def entries(one: Encoded, window: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Returns the row's examples token by token.
 
     Each is {where, kind, length, learned, special, spelt, too_long, tokens}.
@@ -70,7 +71,7 @@ def entries(one: Encoded, window: int, tokenizer: Any) -> list[dict[str, Any]]:
     return [_entry(name, one.row, found, window, tokenizer) for name, found in zip(names, own, strict=False)]
 
 
-def _entry(where: str, row: Row, found: Tokens, window: int, tokenizer: Any) -> dict[str, Any]:
+def _entry(where: str, row: Row, found: Tokens, window: int, tokenizer: Tokenizer) -> dict[str, Any]:
     ids, learned = found.ids.tolist(), [False, *found.learned.tolist()[1:]]
     each = zip(ids, pieces(ids, tokenizer), learned, strict=True)
     return {
@@ -84,7 +85,7 @@ def _entry(where: str, row: Row, found: Tokens, window: int, tokenizer: Any) -> 
     }
 
 
-def _special(ids: Sequence[int], tokenizer: Any) -> dict[str, dict[str, int]]:
+def _special(ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
     """Returns how often each special token occurs, and how often its name is only spelt out."""
     names = specials(tokenizer)
     spoken = Counter(names.findall(tokenizer.decode(ids)) if names else ())

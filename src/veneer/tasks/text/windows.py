@@ -16,6 +16,7 @@ from veneer.data.pack import Segment, Window, n_bytes, n_labels, n_tokens, segme
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.data.spread import spread
+from veneer.data.tokenizer import Tokenizer
 from veneer.data.tokens import encode
 from veneer.errors import DataError, first_few, option, suggest
 from veneer.tasks.base.encoded import Encoded
@@ -32,7 +33,7 @@ def check_roles(rows: Sequence[Row], wanted: Sequence[str]) -> None:
         raise DataError(f"{option('train_roles')}: no turn has the role {first_few(map(repr, missing))}{has}")
 
 
-def encode_row(row: Row, reading: Reading, tokenizer: Any) -> Encoded:
+def encode_row(row: Row, reading: Reading, tokenizer: Tokenizer) -> Encoded:
     """Returns the row's examples as tokens, of any length; a conversation may have several.
 
     Its whole is the predictions of the longest example. Plain text may be cut anywhere.
@@ -69,7 +70,7 @@ def some(kept: Sequence[Encoded], at_most: int) -> list[Encoded]:
     return spread(kept, max(at_most, full))
 
 
-def is_endless(one: Encoded, tokenizer: Any, reading: Reading) -> bool:
+def is_endless(one: Encoded, tokenizer: Tokenizer, reading: Reading) -> bool:
     """Tells if a conversation has end tokens and learns none: the model would not learn to stop."""
     if one.row.kind != "messages" or "assistant" not in reading.train_roles:
         return False
@@ -78,7 +79,7 @@ def is_endless(one: Encoded, tokenizer: Any, reading: Reading) -> bool:
     return bool(learned) and end in ids and end not in learned
 
 
-def opening(rows: Iterable[Row], tokenizer: Any) -> list[str]:
+def opening(rows: Iterable[Row], tokenizer: Tokenizer) -> list[str]:
     """Returns a sentence if conversations get the plain template, for lack of one in the tokenizer."""
     if tokenizer.chat_template or not any(row.kind == "messages" for row in rows):
         return []

@@ -10,6 +10,7 @@ from veneer.compress import folder as folders
 from veneer.compress.compress import Compressed
 from veneer.compress.lowrank.blockwise import Job
 from veneer.compress.lowrank.sources import Source
+from veneer.data.tokenizer import Tokenizer
 from veneer.models import pretrained
 from veneer.models.compressed import load_compressed
 from veneer.models.expand import expand as dense
@@ -17,7 +18,9 @@ from veneer.models.expand import expand as dense
 STEM = Path(folders.TENSORS).stem
 
 
-def assemble(job: Job, found: Compressed, out: Path, tokenizer: Any, model: str, *, expand: bool) -> None:
+def assemble(
+    job: Job, found: Compressed, out: Path, tokenizer: Tokenizer, model: str, *, expand: bool
+) -> None:
     """Writes the folder, whole or not at all: layers factored, or multiplied out if `expand`.
 
     Raises ConfigError for biases that dense layers of the model have no place for.

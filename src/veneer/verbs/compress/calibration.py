@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from veneer import embedded, tasks
 from veneer.data.pack import Window, collate
 from veneer.data.reading import Reading
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError
 from veneer.models import pretrained
 from veneer.ops.draws import keyed
@@ -35,7 +36,7 @@ class Calibration(NamedTuple):
         return batches(self.windows, size, device)
 
 
-def calibration(model: str, s: Options, tokenizer: Any, device: torch.device) -> Calibration:
+def calibration(model: str, s: Options, tokenizer: Tokenizer, device: torch.device) -> Calibration:
     """Returns windows of the texts, drawn by the seed, in batches. Raises ConfigError without texts, and
     DataError.
     """
@@ -50,7 +51,9 @@ def calibration(model: str, s: Options, tokenizer: Any, device: torch.device) ->
     return Calibration(batches(chosen, s.batch, device), chosen, _digest(chosen))
 
 
-def windows_of(names: Sequence[str], split: str, model: str, s: Options, tokenizer: Any) -> list[Window]:
+def windows_of(
+    names: Sequence[str], split: str, model: str, s: Options, tokenizer: Tokenizer
+) -> list[Window]:
     """Returns all windows of the texts, as long as the settings or the model's context say."""
     context = getattr(pretrained.config(model), "max_position_embeddings", None) or LENGTH
     length = s.length or min(LENGTH, context)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from veneer.convert import gguf_layout
 from veneer.convert.base import Base, of_model
 from veneer.convert.dialects.gguf import finish
+from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError
 from veneer.verbs.gguf import vocabulary
 
@@ -18,7 +19,7 @@ FILE = "model.gguf"
 TYPES = {"fp32": ("ALL_F32", "F32"), "fp16": ("MOSTLY_F16", "F16"), "bf16": ("MOSTLY_BF16", "BF16")}
 
 
-def write(model: nn.Module, tokenizer: Any, path: Path, dtype: str, name: str) -> None:
+def write(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, name: str) -> None:
     """Writes the file. dtype: of the matrices; vectors stay in float32.
 
     Raises ConfigError for architectures, rotary scalings and tokenizers that are not supported.

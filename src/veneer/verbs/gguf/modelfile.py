@@ -6,23 +6,23 @@ https://docs.ollama.com/modelfile
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from veneer.data.chat import templates
 from veneer.data.chat.rendering import failures
+from veneer.data.tokenizer import Tokenizer
 from veneer.data.tokens import beginning
 
 SYSTEM, PROMPT = "\ue010", "\ue011"
 
 
-def text(tokenizer: Any, file: str) -> str:
+def text(tokenizer: Tokenizer, file: str) -> str:
     """Returns the Modelfile for a GGUF file beside it."""
     lines = [f"FROM ./{file}", f'TEMPLATE """{template(tokenizer)}"""']
     lines += [f"PARAMETER stop {json.dumps(tokenizer.eos_token)}"] if tokenizer.eos_token else []
     return "\n".join(lines) + "\n"
 
 
-def template(tokenizer: Any) -> str:
+def template(tokenizer: Tokenizer) -> str:
     """Returns Ollama's template of one question, with a system message or without."""
     plain = _around(tokenizer, [{"role": "user", "content": PROMPT}])
     try:
@@ -38,13 +38,13 @@ def template(tokenizer: Any) -> str:
     return f"{opening}{{{{ .Prompt }}}}{plain[1]}"
 
 
-def _around(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, str]:
+def _around(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[str, str]:
     """Returns the text before and after the prompt, without the beginning token, which Ollama adds."""
     own = tokenizer.chat_template or templates.packaged(templates.PLAIN, tokenizer)
     whole = str(
         tokenizer.apply_chat_template(messages, chat_template=own, tokenize=False, add_generation_prompt=True)
     )
     if beginning(tokenizer):
-        whole = whole.removeprefix(tokenizer.bos_token)
+        whole = whole.removeprefix(tokenizer.bos_token or "")
     before, _, after = whole.partition(PROMPT)
     return before, after
