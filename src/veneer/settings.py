@@ -212,7 +212,8 @@ def describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(h) for h in inner)
     if origin is Literal:
-        return " or ".join(map(repr, inner))
+        *names, last = map(repr, inner)
+        return f"{', '.join(names)} or {last}" if names else last
     if origin is tuple:
         many = inner[-1] is Ellipsis
         return f"a list of {describe(inner[0])}" if many else f"{len(inner)} times {describe(inner[0])}"

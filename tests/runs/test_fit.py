@@ -143,7 +143,8 @@ def test_all_unknown_and_unsuitable_settings_are_named_at_once():
         ),
         ({"known": ["none", "a.txt"]}, "known must be 'none' or texts, got both (a.txt); give one of them"),
         ({"keep": 1}, "keep must be 2 or more, got 1; one must be left if the newest is damaged"),
-        ({"warmup": 1}, "warmup must be in [0, 1), got 1"),
+        ({"warmup": 1.5}, "warmup must be a share below 1 or a whole number of steps, got 1.5"),
+        ({"warmup": 9, "steps": 9}, "warmup must be less than steps, got 9 and 9"),
         ({"label_smoothing": 1}, "label_smoothing must be in [0, 1), got 1"),
         ({"label_smoothing": -0.1}, "label_smoothing must be in [0, 1), got -0.1"),
         ({"betas": [0.9, 1]}, "betas must both be in [0, 1), got (0.9, 1.0)"),
@@ -206,7 +207,12 @@ def test_yaml_that_cannot_be_read_is_refused(tmp_path, content, message):
 def test_every_setting_has_a_help_text_and_every_number_that_has_a_unit_says_it():
     table = settings.table(Run)
     assert all(row.help and settings.describe(row.hint) for row in table.values())
-    assert {n for n, row in table.items() if row.unit == "steps"} == {"steps", "eval_every", "save_every"}
+    assert {n for n, row in table.items() if row.unit == "steps"} == {
+        "steps",
+        "eval_every",
+        "save_every",
+        "trp_every",
+    }
 
 
 # -- the door ------------------------------------------------------------------------------------------------

@@ -350,7 +350,7 @@ def test_attached_adapters_are_served_too(folders, oracle):
     [
         (dict(slot=3), "serve has no option 'slot'; did you mean 'slots'"),
         (dict(slots=0), "slots must be at least 1, got 0"),
-        (dict(engine="fast"), "engine must be 'auto' or 'packed' or 'static'"),
+        (dict(engine="fast"), "engine must be 'auto', 'packed' or 'static'"),
         (dict(context=10**6), "context must be at most the model's 256 tokens"),
     ],
 )

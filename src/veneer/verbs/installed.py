@@ -28,6 +28,8 @@ class Feature(NamedTuple):
 MODULES = {
     "scikit-learn": "sklearn",
     "pyyaml": "yaml",
+    "pillow": "PIL",
+    "ray[serve]": "ray",
     "mlflow-skinny": "mlflow",
     "sse-starlette": "sse_starlette",
     "prometheus-client": "prometheus_client",
@@ -52,6 +54,10 @@ FEATURES = (
         {"scikit-learn": "1.4", "scipy": "1.11", "sacrebleu": "2.4", "rouge_score": "0.1.2"},
     ),
     feature("compress", "compress", {"scipy": "1.11"}),
+    feature("pictures as data", "images", {"pillow": "10.0"}),
+    feature("task text-to-image", "diffusion", {"diffusers": "0.35"}),
+    feature("files of GGUF", "gguf", {"gguf": "0.17"}),
+    feature("replicas behind Ray Serve", "ray", {"ray[serve]": "2.40", "httpx": "0.27"}),
     feature(
         "serve",
         "serve",
@@ -84,7 +90,7 @@ def problem_of(package: Package) -> str:
 def version_of(name: str) -> str | None:
     """Returns the installed version of a package, or None."""
     try:
-        return version(name)
+        return version(name.partition("[")[0])
     except PackageNotFoundError:
         return None
 
