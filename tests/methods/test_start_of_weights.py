@@ -75,7 +75,7 @@ def test_a_rank_that_does_not_fit_is_refused_by_every_layer_that_it_does_not_fit
     with pytest.raises(
         ShapeError, match=r"rank 33 > min\(out, in\) = 32 at 'model.layers.0.self_attn.k_proj'"
     ) as e:
-        attached(rank=33)
+        attached(rank=33, to=["k_proj", "v_proj"])
     assert len(str(e.value).splitlines()) == 4
 
 

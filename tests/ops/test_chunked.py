@@ -265,6 +265,6 @@ def test_the_check_leaves_modes_alone_and_finds_layers_never_called():
     assert model.model.training and not model.lm_head.training
     idle = llama()
     idle.model.spare = nn.Linear(4, 4)
-    veneer.attach(idle, "lora", rank=2)
+    veneer.attach(idle, "lora", rank=2, to=["q_proj", "spare"])
     with pytest.raises(SiteError, match=r"never called in the first training step: model\.spare"):
         next_token.loss(idle, batch())

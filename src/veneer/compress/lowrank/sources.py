@@ -19,7 +19,10 @@ from veneer.compress.lowrank.walk import Walk
 from veneer.errors import ConfigError, SiteError, first_few
 from veneer.sites import Site, find, site_for
 from veneer.sites.factored.layers import Factored
-from veneer.sites.finding.names import Target
+from veneer.sites.finding.kinds import kind_of, layers_of
+from veneer.sites.finding.names import Target, excluded
+from veneer.sites.finding.unfit import tied
+from veneer.sites.roles import output_head
 
 KINDS = ("linear", "transposed")
 
@@ -94,6 +97,12 @@ def _chosen(model: nn.Module, to: Target, exclude: Target) -> list[str]:
         raise ConfigError(
             f"compress the base first and attach afterwards; attached now: {first_few(adapters(model))}"
         )
+    shared = _shared(model, exclude)
+    if shared:
+        raise SiteError(
+            f"{len(shared)} layers share their weight with another layer: {first_few(shared)}; give each its"
+            " own weight, or leave them out with exclude="
+        )
     sites = find(model, to, exclude)
     problems = {
         "factored already": [s.name for s in sites if isinstance(s.module, Factored)],
@@ -107,6 +116,13 @@ def _chosen(model: nn.Module, to: Target, exclude: Target) -> list[str]:
     if told:
         raise SiteError("\n".join(told))
     return [s.name for s in sites]
+
+
+def _shared(model: nn.Module, exclude: Target) -> list[str]:
+    """Returns the linear layers outside the head that share a weight, without those that `exclude` names."""
+    layers, head = layers_of(model), output_head(model)
+    linear = [n for n, m in layers.items() if n not in head and (k := kind_of(m)) and k.kind in KINDS]
+    return [n for n in tied(layers) if n in linear and not excluded(n, exclude)]
 
 
 def _held(module: nn.Module) -> bool:
