@@ -18,25 +18,29 @@ AREAS = ("methods", "optim", "adapt")
 ROWS = {
     "methods/inits/*": "starts* methods complaints_settings interchange quant",
     "methods/*": (
-        "ia3* prefix* flora* gains* frozen* miss* optim fourierft* baselines* methods counts complaints*"
-        " interchange starts*"
+        "ia3* prefix* flora* gains* frozen* miss* optim fourierft* baselines* peft_kinds methods counts"
+        " moving_base complaints* interchange starts*"
     ),
     "optim/*": "optim lowrank* optimisers* lorapro* scratch* complaints_settings",
     "adapt/banks/bank.py": "gains* flora* bank* complaints*",
     "adapt/banks/members.py": "gains* flora* bank* complaints*",
     "adapt/banks/rows.py": "gains* flora* bank* complaints*",
-    "adapt/forward.py": "gains* attach* shared_inputs*",
-    "adapt/shared_inputs.py": "gains* attach* shared_inputs* complaints*",
+    "adapt/acting/*": "gains* attach* shared_inputs* whole* recomputation* calls*",
     "adapt/calibrate.py": "starts* complaints*",
-    "adapt/peft/*": "interchange miss* fourierft* frozen* prefix* store complaints* verify starts*",
+    "adapt/peft/*": (
+        "beside interchange peft_kinds miss* fourierft* frozen* prefix* store complaints* verify starts*"
+    ),
     "adapt/attach*": (
         "merge* gains* attach* combine* prefix* baselines* store complaints* quant shared_inputs* methods"
     ),
     "adapt/merge.py": "merge* gains* combine* prefix* baselines* complaints* quant methods",
     "adapt/banks/entries.py": "bank*",
     "tasks/head.py": "chunked* store interchange",
-    "adapt/store/fingerprint.py": "store quant interchange verify complaints*",
-    "adapt/*": "merge* combine* attach* store prefix* frozen* complaints* interchange verify",
+    "adapt/store/fingerprint.py": "store beside quant interchange verify complaints*",
+    "adapt/*": (
+        "calls* probe* beside* roles* whole* draws* own* loaded* merge* combine* attach* store prefix*"
+        " frozen* complaints* interchange verify"
+    ),
 }
 SHARED = ("__init__", "base", "lora")  # files in methods that other files use
 COSTLY = "compil"  # in the name of a test that compiles: slow, and seldom the only one to notice a fault
