@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -695,7 +696,11 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(monkeypatch,
         with voice.bar(40, 10):
             voice.show(20, "loss 1.234  5,678 tokens/s")
             voice.say("by the way [this]")
-        shown = os.read(terminal, 1 << 16).decode()
+        stderr.flush()
+        written = b""
+        while select.select([terminal], [], [], 0.5)[0]:  # one read returns a part of a long output
+            written += os.read(terminal, 1 << 16)
+        shown = written.decode()
     os.close(terminal)
     assert all(word in shown for word in ("20/40", "loss 1.234  5,678 tokens/s", "left", "by the way [this]"))
     assert ("\x1b[3" in shown) is not plain  # colours
