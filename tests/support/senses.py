@@ -172,3 +172,22 @@ def coloured(folder: Path, n: int) -> Path:
         Image.new("RGB", (24, 20), COLOURS[name]).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(f"a {name} wall")
     return folder
+
+
+def settings(model: Path, task: str, data: Path, out: Path, /, **changed: Any) -> dict[str, Any]:
+    """Returns a short training of a task on a folder that is learned and measured."""
+    own = {
+        "model": str(model),
+        "task": task,
+        "data": str(data),
+        "valid": str(data),
+        "known": "none",
+        "options": {"rank": 8},
+        "lr": 1e-2,
+        "steps": 60,
+        "precision": "fp32",
+        "device": "cpu",
+        "report": False,
+        "out": str(out),
+    }
+    return {**own, **changed}

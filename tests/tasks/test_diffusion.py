@@ -36,23 +36,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def settings(place: Path, out: Path, **changed: Any) -> dict[str, Any]:
-    own = {
-        "model": str(place / "base"),
-        "task": NAME,
-        "data": str(place / "walls"),
-        "valid": str(place / "walls"),
-        "known": "none",
-        "options": {"rank": 8},
-        "lr": 1e-2,
-        "steps": 60,
-        "batch": 6,
-        "eval_every": 30,
-        "precision": "fp32",
-        "device": "cpu",
-        "report": False,
-        "out": str(out),
-    }
-    return {**own, **changed}
+    given = {"batch": 6, "eval_every": 30, **changed}
+    return senses.settings(place / "base", NAME, place / "walls", out, **given)
 
 
 @pytest.fixture(scope="module")

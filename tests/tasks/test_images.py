@@ -35,23 +35,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def settings(place: Path, out: Path, **changed: Any) -> dict[str, Any]:
-    own = {
-        "model": str(place / "vit"),
-        "task": NAME,
-        "data": str(place / "shapes"),
-        "valid": str(place / "shapes"),
-        "known": "none",
-        "options": {"rank": 8},
-        "lr": 1e-2,
-        "steps": 60,
-        "batch": 12,
-        "eval_every": 20,
-        "precision": "fp32",
-        "device": "cpu",
-        "report": False,
-        "out": str(out),
-    }
-    return {**own, **changed}
+    given = {"batch": 12, "eval_every": 20, **changed}
+    return senses.settings(place / "vit", NAME, place / "shapes", out, **given)
 
 
 @pytest.fixture(scope="module")

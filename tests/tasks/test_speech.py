@@ -52,24 +52,9 @@ def examples(place: Path, part: str, made) -> list:
 
 
 def settings(place: Path, out: Path, **changed):
-    own = {
-        "model": str(place / "base"),
-        "task": NAME,
-        "task_options": {"language": "en"},
-        "data": str(place / "clips"),
-        "valid": str(place / "clips"),
-        "known": "none",
-        "options": {"rank": 16},
-        "lr": 1e-2,
-        "steps": 80,
-        "batch": 12,
-        "eval_every": 40,
-        "precision": "fp32",
-        "device": "cpu",
-        "report": False,
-        "out": str(out),
-    }
-    return {**own, **changed}
+    own = {"task_options": {"language": "en"}, "options": {"rank": 16}, "steps": 80}
+    own |= {"batch": 12, "eval_every": 40}
+    return senses.settings(place / "base", NAME, place / "clips", out, **{**own, **changed})
 
 
 def test_a_folder_of_clips_is_learned_and_evaluated(place, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import tiny
+from support import heads, tiny
 from support.resuming import Killed, assert_same, killed_at
 
 from veneer import tasks
@@ -68,24 +68,8 @@ def rated(seed: int) -> dict[str, Any]:
 
 
 def settings(place: Path, out: Path, **changed: Any) -> dict[str, Any]:
-    own = {
-        "model": str(place / "base"),
-        "task": NAME,
-        "data": str(place / "train.jsonl"),
-        "valid": str(place / "valid.jsonl"),
-        "known": str(place / "known.jsonl"),
-        "options": {"rank": 4, "dropout": 0.1},
-        "lr": 2e-2,
-        "steps": 14,
-        "batch": 8,
-        "accumulate": 2,
-        "eval_every": 4,
-        "save_every": 3,
-        "precision": "fp32",
-        "device": "cpu",
-        "report": False,
-        "out": str(out),
-    }
+    own = heads.settings(place, NAME, out)
+    del own["length"]  # the toy has no windows
     return {**own, **changed}
 
 

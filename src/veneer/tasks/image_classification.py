@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,15 +17,16 @@ from veneer.errors import ConfigError, DataError
 from veneer.tasks.base.abilities import Examined
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
-from veneer.tasks.base.task import Batch, Between, Task, batches, nothing
+from veneer.tasks.base.task import Batch, Between, batches, nothing
 from veneer.tasks.measures.scores import ACCURACY
 from veneer.tasks.senses import pictures
 from veneer.tasks.text import classes
+from veneer.tasks.text.classified import Classified
 
 NAME, WORST = "image-classification", 12
 
 
-class ImageClassification(Task, Examined):
+class ImageClassification(Classified, Examined):
     """One class per picture, measured by accuracy. The head is trained whole beside the adapter.
 
     labels: names of the classes in the order of the model's outputs; those of the rows to learn unless given
@@ -45,17 +46,6 @@ class ImageClassification(Task, Examined):
         super().__init__(processor, reading)
         pictures.check_processor(processor, NAME)
         self.classes = tuple(labels)
-
-    def decided(self, rows: Iterable[Row]) -> dict[str, Any]:
-        return {"labels": self.classes or classes.decided(list(rows))}
-
-    @classmethod
-    def head_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        return {"num_labels": len(options["labels"])}
-
-    def model_options(self) -> dict[str, Any]:
-        named = dict(enumerate(self.classes))
-        return {"id2label": named, "label2id": {name: i for i, name in named.items()}}
 
     def encode(self, row: Row) -> Encoded:
         target = classes.index(row.columns["label"], self.classes, row, NAME)

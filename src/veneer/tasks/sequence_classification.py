@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from veneer.tasks.base.figure import Figure
 from veneer.tasks.base.task import Between, nothing
 from veneer.tasks.measures.scores import ACCURACY, check_packages, of_classes
 from veneer.tasks.text import classes
+from veneer.tasks.text.classified import Classified
 from veneer.tasks.text.padded import check_outputs
 from veneer.tasks.text.sequences import Sequences
 
 NAME = "sequence-classification"
 
 
-class SequenceClassification(Sequences):
+class SequenceClassification(Classified, Sequences):
     """One class per row, measured by accuracy; F1 and Matthews correlation stand beside it.
 
     labels: names of the classes in the order of the model's outputs; those of the rows to learn unless given
@@ -34,21 +35,6 @@ class SequenceClassification(Sequences):
         check_packages(NAME, {"sklearn": "scikit-learn"})
         super().__init__(processor, reading)
         self.classes = tuple(labels)
-
-    def decided(self, rows: Iterable[Row]) -> dict[str, Any]:
-        return {"labels": self.classes or classes.decided(list(rows))}
-
-    @classmethod
-    def head_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        return {"num_labels": len(options["labels"])}
-
-    def model_options(self) -> dict[str, Any]:
-        named = dict(enumerate(self.classes))
-        return {
-            **super().model_options(),
-            "id2label": named,
-            "label2id": {name: i for i, name in named.items()},
-        }
 
     def target(self, row: Row) -> Tensor:
         return torch.tensor(classes.index(row.columns["label"], self.classes, row, NAME))

@@ -19,13 +19,14 @@ from veneer.tasks.base.shape import Counted, Shape
 from veneer.tasks.base.task import Batch, Between, nothing
 from veneer.tasks.measures import spans
 from veneer.tasks.text import classes
+from veneer.tasks.text.classified import Classified
 from veneer.tasks.text.padded import IGNORED, Padded, check_outputs
 
 NAME = "token-classification"
 WORST = 12  # examples shown in the report
 
 
-class TokenClassification(Padded, Outlined, Examined):
+class TokenClassification(Classified, Padded, Outlined, Examined):
     """One class per word, measured by the F1 of whole spans (B-, I-, O) or, for other classes, of words.
 
     The first token of a word carries its class; the others carry none.
@@ -45,14 +46,6 @@ class TokenClassification(Padded, Outlined, Examined):
         if not getattr(processor, "is_fast", False):
             raise ConfigError(f"task {NAME!r} needs a fast tokenizer, which knows the word of every token")
         self.classes = tuple(labels)
-
-    @classmethod
-    def head_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        return {"num_labels": len(options["labels"])}
-
-    def model_options(self) -> dict[str, Any]:
-        named = dict(enumerate(self.classes))
-        return {"id2label": named, "label2id": {name: i for i, name in named.items()}}
 
     def decided(self, rows: Iterable[Row]) -> dict[str, Any]:
         every = [Row(row.kind, {"label": tag}, row.where) for row in rows for tag in self.words(row)[1]]

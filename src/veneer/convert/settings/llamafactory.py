@@ -103,13 +103,7 @@ def _training(given: Given, out: Translation, stage: str) -> None:
         "train_on": "all" if stage == "pt" or given.take("train_on_prompt") else "completion",
         "seed": given.take("seed"),
     }
-    trainer.optimiser(given, out, "optim")
-    trainer.schedule(given, out, "lr_scheduler_type")
-    trainer.rhythm(given, out)
-    trainer.precision(given, out)
-    trainer.noise_and_patience(given, out)
-    smoothing = given.take("label_smoothing_factor")
-    out.settings |= {"label_smoothing": float(smoothing)} if smoothing else {}
+    trainer.arguments(given, out)
     execution.recomputed(given, out, "gradient_checkpointing")
     given.leave(
         "disable_gradient_checkpointing",

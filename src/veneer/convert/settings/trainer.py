@@ -71,6 +71,17 @@ def noise_and_patience(given: Given, out: Translation) -> None:
     out.settings |= {"patience": int(patience)} if patience else {}
 
 
+def arguments(given: Given, out: Translation) -> None:
+    """Translates the arguments of transformers' Trainer that keep their names in programs built on it."""
+    optimiser(given, out, "optim")
+    schedule(given, out, "lr_scheduler_type")
+    rhythm(given, out)
+    precision(given, out)
+    noise_and_patience(given, out)
+    smoothing = given.take("label_smoothing_factor")
+    out.settings |= {"label_smoothing": float(smoothing)} if smoothing else {}
+
+
 def galore(given: Given, out: Translation, names: Mapping[str, str]) -> None:
     """Translates GaLore. names: the other program's keys for rank, period and scale."""
     options = {ours: given.take(theirs) for ours, theirs in names.items()}

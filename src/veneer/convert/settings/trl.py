@@ -153,13 +153,7 @@ def training(given: Given, out: Translation) -> None:
         "accumulate": given.take("gradient_accumulation_steps"),
         "seed": given.take("seed"),
     }
-    trainer.optimiser(given, out, "optim")
-    trainer.schedule(given, out, "lr_scheduler_type")
-    trainer.rhythm(given, out)
-    trainer.precision(given, out)
-    trainer.noise_and_patience(given, out)
-    smoothing = given.take("label_smoothing_factor")
-    out.settings |= {"label_smoothing": float(smoothing)} if smoothing else {}
+    trainer.arguments(given, out)
     execution.recomputed(given, out, "gradient_checkpointing")
     execution.compiled(given, out, "torch_compile")
     execution.streamed(given, out, given.take("dataset_streaming") is True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,13 +36,13 @@ class Sequences(Padded, Outlined, Examined):
     FORMS = {kind: (*texts, "label") for kind, texts in TEXTS.items()}
     NEW_HEAD = True
 
+    @abstractmethod
     def target(self, row: Row) -> Tensor:
         """Returns the answer of a row as a tensor without dimensions. Raises DataError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def errors(self, logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
         """Returns the loss of every row (b,) for logits (b, n) in float32."""
-        raise NotImplementedError
 
     def encode(self, row: Row) -> Encoded:
         texts = [text_of(row, column) for column in TEXTS[row.kind]]
@@ -90,10 +91,10 @@ class Sequences(Padded, Outlined, Examined):
             found.append({**own, "loss": float(losses[i])})
         return found
 
+    @abstractmethod
     def decide(self, logits: Tensor) -> Tensor:
         """Returns the answer for one row of logits (n,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def words(self, target: Tensor) -> str:
         """Returns an answer in words."""
-        raise NotImplementedError
