@@ -81,7 +81,7 @@ def test_kohya_other_methods(tmp_path):
     ):
         read(file, base=Base(names=("a",)))
     file = kohya(tmp_path / "y.safetensors", {**both, "lycoris_b.hada_w1_a": draw(2, 4)})
-    with pytest.raises(FormatError, match=r"tensors other than factors of plain LoRA: lycoris_b\.hada_w1_a"):
+    with pytest.raises(FormatError, match=r"of LoHa \(LyCORIS\), .*veneer.extract: lycoris_b\.hada_w1_a"):
         read(file, base=Base(names=("a", "b")))
 
 

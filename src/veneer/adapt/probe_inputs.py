@@ -27,13 +27,16 @@ def default_inputs(model: nn.Module) -> dict[str, Any] | None:
 def packed_default(model: nn.Module) -> Record | str:
     """Returns the fixed token sequence as JSON, or the reason why the model cannot take it."""
     config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    config = text() if text is not None else config  # of models that wrap a language model
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or "input_ids" not in inspect.signature(model.forward).parameters:
         return "the model does not take token ids; pass probe= with the keyword arguments of a call"
     length = min(TOKENS, int(getattr(config, "max_position_embeddings", None) or TOKENS))
     tokens = [_common(i) if vocabulary >= LARGE else (1 + 7919 * i) % vocabulary for i in range(length)]
     ids = _packed("input_ids", torch.tensor([tokens]))
-    decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    decoder = {"decoder_input_ids": ids} if both else {}
     return {"input_ids": ids, **decoder}
 
 

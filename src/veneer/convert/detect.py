@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from veneer.adapt.peft.settings import CONFIG
 from veneer.adapt.store import manifest, native
 from veneer.convert import tensor_files
+from veneer.convert.tensor_roles import LYCORIS
 from veneer.errors import FormatError, first_few
 from veneer.files import read_json
 
@@ -23,6 +24,8 @@ SIGNS = [
     ("mlx", r".*\.lora_[ab]"),
     ("litgpt", r"(transformer\.h\.\d+\..+|lm_head)\.lora_[AB]"),
     ("diffusers", r".*(lora_[AB]\.weight|[._]lora\.(up|down)\.weight|lora_linear_layer\.(up|down)\.weight)"),
+    # ComfyUI, ai-toolkit, musubi-tuner: real names with kohya's endings
+    ("diffusers", rf".*\.(lora_(up|down)\.weight|{LYCORIS})"),
 ]
 THREE = {"r", "lora_alpha", "target_modules", "base_model_name_or_path"}
 TEXTS = {"peft": "PEFT", "torchtune": "torchtune", "mlx": "mlx-lm"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -11,6 +12,16 @@ from veneer.errors import FormatError, first_few
 
 Roles = dict[str, Tensor]
 NEEDED = ("A", "B")
+# LyCORIS's other methods by the last parts of their tensors' names.
+OTHERS = {
+    "LoHa": r"hada_(w\d_[ab]|t\d)",
+    "LoKr": r"lokr_(w\d(_[ab])?|t\d)",
+    "OFT or BOFT": r"oft_(blocks|diag)",
+    "(IA)3": r"on_input",
+    "full fine-tuning": r"diff(_b)?",
+    "norm layers": r"[wb]_norm",
+}
+LYCORIS = "|".join(OTHERS[method] for method in ("LoHa", "LoKr"))
 
 
 def by_module(
@@ -24,12 +35,19 @@ def by_module(
     Raises FormatError with the modules that lack one of the roles `needed`.
     """
     found: dict[str, Roles] = {}
+    others = _others(tensors)
     for name, tensor in tensors.items():
         end = next((e for e in endings if name.endswith(e)), None)
-        if end is None:
+        module = name.removesuffix(end) if end else next((m for m in others if name.startswith(f"{m}.")), "")
+        if module in others and (end is None or endings[end] not in needed):
+            why = f"tensors of {others[module]} (LyCORIS), which are not pairs of factors"
+            rest.add(name, f"{why}; merge them there, and take the difference with veneer.extract")
+        elif end is None:
             rest.add(name, "tensors other than factors of plain LoRA")
         else:
-            found.setdefault(name.removesuffix(end), {})[endings[end]] = tensor
+            found.setdefault(module, {})[endings[end]] = tensor
+    if not found and rest.refused:
+        rest.settle("the file")
     half = [
         f"{m} lacks {' and '.join(r for r in needed if r not in roles)}"
         for m, roles in found.items()
@@ -37,4 +55,14 @@ def by_module(
     ]
     if half:
         raise FormatError(f"incomplete factors: {first_few(half)}")
+    return found
+
+
+def _others(tensors: Iterable[str]) -> dict[str, str]:
+    """Returns {module: method} of the modules that hold tensors of another method of LyCORIS."""
+    found = {}
+    for name in tensors:
+        for method, ends in OTHERS.items():
+            if hit := re.fullmatch(rf"(.+?)\.(?:{ends})", name):
+                found[hit[1]] = method
     return found

@@ -18,6 +18,8 @@ from veneer.sites import changed
 from veneer.sites.own import DRAWN
 from veneer.sites.roles import output_head
 
+# Auto classes of models that wrap a language model beside towers of other senses.
+WRAPPERS = ("transformers.AutoModelForImageTextToText", "transformers.AutoModelForMultimodalLM")
 LANGUAGE_MODEL, TOKENIZER = "transformers.AutoModelForCausalLM", "transformers.AutoTokenizer"
 
 
@@ -48,6 +50,24 @@ def _class(path: str) -> Any:
     """Returns the class of a dotted name."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def loader(auto: str, settings: Any) -> Any:
+    """Returns the class that loads a model with this configuration, by a name such as AutoModelForCausalLM.
+
+    A wrapper around a language model (LLaVA, Qwen-VL, Qwen-Audio) has an auto class of its own.
+    """
+    if auto == LANGUAGE_MODEL:
+        found = [c for c in map(_auto, (auto, *WRAPPERS)) if c and type(settings) in c._model_mapping]
+        if found:
+            return found[0]
+    return _class(auto)
+
+
+def _auto(path: str) -> Any:
+    """Returns the class, or None in releases of transformers that lack it."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name, None)
 
 
 def config(name: str) -> Any:
@@ -87,7 +107,8 @@ def model(
     given = {**(options or {}), **({"ignore_mismatched_sizes": True} if new_head else {})}
     with _found(name, what), no_bars(quiet=new_head), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # weights that are missing are drawn alike in every process
-        loaded, info = _class(auto).from_pretrained(
+        auto_class = loader(auto, config(name)) if auto == LANGUAGE_MODEL else _class(auto)
+        loaded, info = auto_class.from_pretrained(
             source(name), dtype=dtype, output_loading_info=True, **given
         )
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -169,5 +190,5 @@ def skeleton(model: str, auto: str = LANGUAGE_MODEL) -> nn.Module:
     """Returns the model on the meta device: names and shapes. Raises ConfigError if missing."""
     settings = config(model)
     with _found(model, "language model"), torch.device("meta"):
-        found: nn.Module = _class(auto).from_config(settings)
+        found: nn.Module = loader(auto, settings).from_config(settings)
     return found

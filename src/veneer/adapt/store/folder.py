@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from veneer import files
-from veneer.adapt.peft import refusals, settings
+from veneer.adapt.peft import adapter_names, refusals, settings
 from veneer.adapt.peft.targets import Config
 from veneer.adapt.store import manifest, native
 from veneer.adapt.store.problems import Problem, refuse
@@ -63,7 +63,8 @@ def open_folder(folder: Path) -> Opened:
             "was cut off"
         )
         problems.append(Problem("sha256", text))
-    return Opened(record, config, files.read_tensors(path), problems)
+    tensors = files.read_tensors(path)
+    return Opened(record, config, tensors if own else adapter_names.without(tensors), problems)
 
 
 def open_initial(found: Opened, initial: str | Path | None) -> dict[str, Tensor] | None:

@@ -1,7 +1,8 @@
 """diffusers: one file, names that begin with a part of the pipeline, settings as JSON in the file's header.
 
 https://huggingface.co/docs/diffusers/api/loaders/lora. Without settings, alpha equals the rank. Older files
-hold `.alpha` tensors. diffusers silently reads nothing from a file with PEFT's own prefix.
+hold `.alpha` tensors, and so do those of ComfyUI, ai-toolkit and musubi-tuner, whose names begin with
+`diffusion_model.` and end as kohya's. diffusers silently reads nothing from a file with PEFT's own prefix.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ ENDINGS = {
     ".lora_B.weight": "B",
     ".lora.down.weight": "A",
     ".lora.up.weight": "B",
+    ".lora_down.weight": "A",
+    ".lora_up.weight": "B",
     ".lora_linear_layer.down.weight": "A",
     ".lora_linear_layer.up.weight": "B",
     ".lora_magnitude_vector": "m",
@@ -51,7 +54,7 @@ PART = re.compile(
 def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
     """Returns the pairs in a file written by any version of diffusers."""
     tensors = {_modern(k): t for k, t in tensor_files.tensors(found.file).items()}
-    modules = by_module(tensors, ENDINGS, rest)
+    modules = {_known(n, base.names): roles for n, roles in by_module(tensors, ENDINGS, rest).items()}
     parts = sorted({m[1] for n in modules if (m := PART.match(n))})
     settings = _header(found.file)
     sites = {n: _pair(n, roles, settings) for n, roles in modules.items()}
@@ -74,6 +77,13 @@ def _modern(name: str) -> str:
     else:
         layer = "to_out.0" if old[2] == "out" else f"to_{old[2]}"
     return f"{old[1]}{layer}.lora_{'A' if old[3] == 'down' else 'B'}.weight"
+
+
+def _known(name: str, names: Sequence[str]) -> str:
+    """Returns the name without ComfyUI's "diffusion_model." where the base calls its layer so."""
+    inner = re.sub(r"^(model\.)?diffusion_model\.", "", name)
+    fits = [n for n in names if n == inner or (PART.sub("", n, 1) == inner and PART.match(n))]
+    return fits[0] if inner != name and len(fits) == 1 else name
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:

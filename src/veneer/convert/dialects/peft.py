@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer import files
+from veneer.adapt.peft import adapter_names
 from veneer.adapt.peft.refusals import settings_problems
 from veneer.adapt.peft.settings import CONFIG, KEYS, LONG_KNOWN, PREFIX, TENSORS
 from veneer.adapt.peft.starts import PLAIN
@@ -37,7 +38,7 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
     """Returns the pairs in a PEFT folder whose adapter is relative to the unchanged base."""
     config = {**KEYS, **found.config}
     _check(found, config)
-    tensors = tensor_files.tensors(found.file)
+    tensors = adapter_names.without(tensor_files.tensors(found.file))
     odd = [k for k in tensors if not k.startswith(PREFIX)]
     for name in odd:
         rest.add(name, f"tensors whose names do not begin with {PREFIX}")

@@ -38,8 +38,8 @@ def continuation(
     if prompt:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     ids = ids.to(next(model.parameters()).device)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and ids.shape[1] + options["max_new_tokens"] > longest:
+    longest = room(model)
+    if ids.shape[1] + options["max_new_tokens"] > longest:
         raise ConfigError(
             f"prompt and continuation must be at most {longest} tokens, the model's context,"
             f" got {ids.shape[1]} + {options['max_new_tokens']}; shorten one"
@@ -63,7 +63,9 @@ def continuation(
 
 def room(model: nn.Module) -> int:
     """Returns the positions that the model has, or a large number if it names none."""
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1 << 20
+    config = getattr(model, "config", None)
+    text = config if config is None else config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or 1 << 20
 
 
 def written(model: nn.Module) -> int:

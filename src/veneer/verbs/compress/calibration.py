@@ -55,7 +55,7 @@ def windows_of(
     names: Sequence[str], split: str, model: str, s: Options, tokenizer: Tokenizer
 ) -> list[Window]:
     """Returns all windows of the texts, as long as the settings or the model's context say."""
-    context = getattr(pretrained.config(model), "max_position_embeddings", None) or LENGTH
+    context = getattr(pretrained.config(model).get_text_config(), "max_position_embeddings", None) or LENGTH
     length = s.length or min(LENGTH, context)
     reading = Reading(length=length, packing=False, train_on="all", overlong="cut")
     rows = sources.rows(names, split, s.seed)
