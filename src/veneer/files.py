@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from veneer.errors import ConfigError, FormatError, option
 
 # Endings of files that hold Python objects: reading one runs whatever code it names.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
 def check_new(path: str | Path, name: str = "out") -> None:
@@ -41,6 +43,11 @@ def unusable(path: Path, name: str = "out", *, new: bool = True) -> str | None:
     return None
 
 
+def beside(path: Path) -> Path:
+    """Returns a new temporary name in the path's folder, as `left_over` knows them."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
 @contextmanager
 def replacing(*paths: Path) -> Iterator[list[Path]]:
     """Yields temporary names beside `paths`; their files replace `paths`, in order, once all are on disk.
@@ -48,7 +55,7 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     If the block, or anything before the first rename, fails, the old files are unchanged and nothing is left
     over.
     """
-    temporary = [p.with_name(f".{p.name}.{uuid.uuid4().hex[:8]}") for p in paths]
+    temporary = [beside(p) for p in paths]
     try:
         for folder in {p.parent for p in paths}:
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +78,7 @@ def making(folder: Path) -> Iterator[Path]:
 
     If the block, or anything before the rename, fails, nothing is left over.
     """
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    temporary = beside(folder)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -84,10 +91,24 @@ def making(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def left_over(folder: Path) -> list[Path]:
+    """Returns the temporary files and folders of killed writers in `folder` and below, outermost first."""
+    return sorted(p for p in folder.rglob(".*") if TEMPORARY.fullmatch(p.name))
+
+
+def clean(folder: Path) -> None:
+    """Removes what killed writers left in `folder` and below. Only for a folder that no other writes to."""
+    for path in left_over(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def as_usual(paths: Iterable[Path]) -> None:
     """Gives the files this user's default permissions; safetensors makes them private to the owner."""
     for path in paths:
-        probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        probe = beside(path)
         probe.touch()
         path.chmod(probe.stat().st_mode)
         probe.unlink()

@@ -70,10 +70,23 @@ def _write(
     layout.put(out / layout.RESULTS, _results(ready, out, position, test, voice))
     if ready.run.report:
         report.at_the_end(ready, out, loop.precision, wish, voice)
+    _write_card(out, voice)
+
+
+def _write_card(out: Path, voice: Voice) -> None:
     try:
         card.write(out)
     except OSError as e:
         voice.say(f"the run is finished and saved, but the adapter's {card.CARD} is not written: {e}")
+
+
+def made_up(ready: Ready, out: Path, voice: Voice) -> None:
+    """Writes the report and the card of a finished run whose end was interrupted before them."""
+    if ready.run.report and not (out / report.page.REPORT).exists():
+        voice.say(f"{out} lacks its report, which is written now")
+        report.made_up(out, voice)
+    if not (out / layout.ADAPTER / card.CARD).exists():
+        _write_card(out, voice)
 
 
 def _save(ready: Ready, out: Path, voice: Voice) -> None:

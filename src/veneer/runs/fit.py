@@ -13,11 +13,12 @@ import torch
 from veneer.compress.store import save_quantised
 from veneer.data.order.order import Order
 from veneer.errors import ConfigError, option
+from veneer.files import clean
 from veneer.models import machine
 from veneer.ops.draws import keyed
 from veneer.runs import base_model
 from veneer.runs.findings import sampler
-from veneer.runs.finish import Begun, end
+from veneer.runs.finish import Begun, end, made_up
 from veneer.runs.learner import keeping, learner, precision
 from veneer.runs.prepare import Ready, prepare
 from veneer.runs.texts import streamed, texts
@@ -80,13 +81,13 @@ def look(run: Run, voice: Voice, stack: ExitStack, world: World = ALONE) -> Read
     """Reads and checks everything; writes nothing but the lock of a run that has begun."""
     out = Path(run.out)
     track.check_installed(run.track)
-    device = machine.device(run.device)
+    device, held = machine.device(run.device), False
     if world.first:
         layout.check_free(out, run.resume)
-        if (out / layout.CONFIG).exists():
+        if held := (out / layout.CONFIG).exists():
             stack.enter_context(lock.held(out))
     stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-    return prepare(run, device, voice)
+    return prepare(run, device, voice)._replace(held=held)
 
 
 def begin(ready: Ready, voice: Voice, stack: ExitStack, world: World = ALONE) -> Begun | Result:
@@ -103,21 +104,30 @@ def begin(ready: Ready, voice: Voice, stack: ExitStack, world: World = ALONE) ->
 
 
 def _open(out: Path, ready: Ready, voice: Voice, stack: ExitStack) -> Result | None:
-    if not (out / layout.CONFIG).exists():
+    if not ready.held:
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(lock.held(out))
-        if base_model.start_of(ready.run):
-            save_quantised(ready.model, base_model.own_base(ready.run), ready.run.model)
-        layout.put(out / layout.CONFIG, ready.config)
-        left_out = {part: t.left_out._asdict() for part, t in ready.texts.items() if any(t.left_out)}
-        if left_out:
-            layout.put(out / layout.LEFT_OUT, left_out)
-    else:
-        _check_same(out, ready, voice)
-        if (out / layout.RESULTS).exists():
-            voice.say(f"{out} is finished already; its result is returned unchanged")
-            return Result.read(out)
-    return None
+        layout.check_free(out, ready.run.resume)  # again: another may have begun here since `look`
+    clean(out)
+    if not (out / layout.CONFIG).exists():
+        _write_settings(out, ready)
+        return None
+    _check_same(out, ready, voice)
+    if not (out / layout.RESULTS).exists():
+        return None
+    voice.say(f"{out} is finished already; its result is returned unchanged")
+    made_up(ready, out, voice)
+    return Result.read(out)
+
+
+def _write_settings(out: Path, ready: Ready) -> None:
+    """Writes the files of a beginning; config.json, which makes the folder a run, comes last."""
+    if base_model.start_of(ready.run):
+        save_quantised(ready.model, base_model.own_base(ready.run), ready.run.model)
+    left_out = {part: t.left_out._asdict() for part, t in ready.texts.items() if any(t.left_out)}
+    if left_out:
+        layout.put(out / layout.LEFT_OUT, left_out)
+    layout.put(out / layout.CONFIG, ready.config)
 
 
 def _check_same(out: Path, ready: Ready, voice: Voice) -> None:

@@ -40,7 +40,7 @@ from veneer.version import __version__
 class Ready(NamedTuple):
     """A prepared run. run: with every setting decided; parts: the trained parameters; config: of config.json.
 
-    frozen: the blocks whose hidden states are cached, or None.
+    frozen: the blocks whose hidden states are cached, or None; held: this process has the folder's lock.
     """
 
     run: Run
@@ -51,6 +51,7 @@ class Ready(NamedTuple):
     texts: dict[str, Text]
     config: dict[str, Any]
     frozen: Prefix | None = None
+    held: bool = False
 
     @property
     def trained(self) -> optim.Trained:

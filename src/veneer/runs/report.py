@@ -10,10 +10,11 @@ from typing import Any
 from veneer.adapt.store import store
 from veneer.analyse.page import demo_report
 from veneer.analyse.page import run_report as page
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, VeneerError
 from veneer.files import read_json
 from veneer.models import machine
 from veneer.runs import base_model, findings
+from veneer.runs.learner import precision
 from veneer.runs.prepare import NAME, Ready, read
 from veneer.train.folder import drift, layout
 from veneer.train.loop.progress import Voice
@@ -73,6 +74,18 @@ def at_the_end(
         )
 
 
+def made_up(out: Path, voice: Voice) -> None:
+    """Writes the page of a finished run whose end was interrupted before it, with its findings if need be."""
+    try:
+        results = read_json(out / layout.RESULTS)
+        if "base_parameters" not in results:
+            layout.put(out / layout.RESULTS, {**results, **_measured(out, (), voice)})
+        for sentence in page.write(out):
+            voice.say(sentence)
+    except (VeneerError, OSError) as e:
+        voice.say(f"the report is not written ({e})")
+
+
 def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]:
     """Returns the findings of a finished run, from its files. Raises the errors of reading them."""
     config = drift.record(out)
@@ -82,4 +95,7 @@ def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]
         voice.say(f"the text differs from the training's: {line}")
     model = base_model.base_again(run, task, out, run.base_dtype, machine.device("auto"))
     store.load(model, out / layout.ADAPTER, NAME)
-    return findings.examine(model, NAME, task, texts, run=run, voice=voice, prompts=prompts)
+    as_trained = precision(run, next(model.parameters()).device)
+    return findings.examine(
+        model, NAME, task, texts, run=run, voice=voice, prompts=prompts, precision=as_trained
+    )

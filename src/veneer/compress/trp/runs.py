@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +72,7 @@ def write(model: nn.Module, out: Path, run: Wanted, tokenizer: Tokenizer) -> Non
     small = copy.deepcopy(model)
     trp = pruning(small, torch.optim.SGD(small.parameters(), lr=0.0), run)
     small = trp.finish()
+    shutil.rmtree(out / FOLDER, ignore_errors=True)  # of an end that was interrupted
     if factored_forms(small):
         record = {"method": "trp", "settings": {"trp": run.trp, "trp_every": run.trp_every}}
         save_compressed(small.eval(), out / FOLDER, tokenizer=tokenizer, record=record)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from veneer.errors import ConfigError, FormatError, option
-from veneer.files import replacing, unusable, write_json
+from veneer.files import left_over, replacing, unusable, write_json
 from veneer.train.errors import NotSaved
 
 CONFIG, METRICS, RESULTS, ADAPTER, CHECKPOINTS = (
@@ -39,8 +39,15 @@ def check_free(folder: Path, resume: bool) -> None:
             f"{option('out')} {folder} holds another run ({state});"
             f" go on with it by {option('resume', True)}, or choose another folder"
         )
-    if folder.is_dir() and not (folder / CONFIG).exists() and any(p.name != "lock" for p in folder.iterdir()):
+    if folder.is_dir() and not (folder / CONFIG).exists() and not _only_begun(folder):
         raise ConfigError(f"{option('out')} {folder} is not empty and holds no run; choose another folder")
+
+
+def _only_begun(folder: Path) -> bool:
+    """Tells if the folder holds nothing but the files of a beginning that ended before config.json."""
+    own = {"lock", LEFT_OUT, BASE, f"{BASE}/quantised.safetensors", f"{BASE}/quantised.json"}
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    return there <= own | {p.relative_to(folder).as_posix() for p in left_over(folder)}
 
 
 def put(path: Path, content: Mapping[str, Any]) -> None:
