@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 import re
 import shlex
@@ -14,14 +16,17 @@ from safetensors.torch import load_file
 from support import tiny
 
 from veneer import methods, optim, settings
+from veneer.adapt.peft import refusals
 from veneer.adapt.store import problems
 from veneer.cli.app import command
 from veneer.cli.frame import main
 from veneer.cli.table import VERBS
+from veneer.convert.tensor_roles import OTHERS
 from veneer.methods import inits
 from veneer.methods.base import described
 from veneer.runs.fit import fit
 from veneer.sites import Site
+from veneer.sites.finding.unfit import DIRECT_READERS
 from veneer.train.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -339,3 +344,56 @@ def test_broken_links_are_found(tools, tmp_path, capsys):
         "2 pages, 1 broken links; 1 links"
     )
     assert links.external([tmp_path / "a.html"]) == ["https://a.org"]
+
+
+# -- what is refused on purpose -----------------------------------------------------------------------------
+
+
+@functools.cache
+def trees() -> list[ast.Module]:
+    return [ast.parse(p.read_text(encoding="utf-8")) for p in (ROOT / "src").rglob("*.py")]
+
+
+def text_of(node: ast.AST) -> str | None:
+    """The text that a node writes down, with {} for its values; None for other nodes."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values)
+    is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return str(node.value) if is_text else None  # type: ignore[attr-defined]
+
+
+@functools.cache
+def sentences() -> str:
+    """Every text in the source."""
+    found = (text_of(node) for tree in trees() for node in ast.walk(tree))
+    return "\n".join(text for text in found if text)
+
+
+def refused() -> list[list[str]]:
+    """The rows of the page: case, reason, way out, and a part of the error."""
+    lines = (DOCS / "refused.md").read_text(encoding="utf-8").splitlines()
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [row for row in rows if row[0] != "refused"]
+
+
+@pytest.mark.parametrize("row", refused(), ids=lambda row: row[0][:40])
+def test_a_refusal_has_a_reason_a_way_out_and_the_words_of_the_source(row):
+    assert len(row) == 4 and all(row)
+    (said,) = re.findall(r"`([^`]+)`", row[3])
+    assert said in sentences()
+
+
+def test_the_page_of_refusals_lacks_none_of_the_lists_in_the_source():
+    page = (DOCS / "refused.md").read_text(encoding="utf-8")
+    kinds = [*refusals.BEYOND, *(reader for reader, *_ in DIRECT_READERS), *OTHERS]
+    assert [k for k in kinds if k not in page] == []
+    said = [row[3].strip("`") for row in refused()]
+    merges = [text for text in raised("NotMergeable") if not any(s in text for s in said)]
+    assert merges == []
+
+
+def raised(name: str) -> list[str]:
+    """The texts of all errors of one kind that the source raises."""
+    errors = (n.exc for tree in trees() for n in ast.walk(tree) if isinstance(n, ast.Raise))
+    calls = [e for e in errors if isinstance(e, ast.Call) and getattr(e.func, "id", "") == name]
+    return [text for call in calls if call.args and (text := text_of(call.args[0]))]
