@@ -23,7 +23,7 @@ HEAD = """# Python
 subclasses of `veneer.errors.VeneerError`."""
 
 # Functions of verbs that build their own call, and classes for writing new methods.
-HOMES = {"plan": "veneer.verbs.plan.plan:plan"}
+HOMES = {"plan": "veneer.verbs.plan.plan:plan", "compare": "veneer.verbs.compare:compare"}
 PARTS = {
     "veneer.methods": (methods.Delta, methods.Factors),
     "veneer.sites": (sites.Site,),

@@ -27,6 +27,7 @@ EXTRAS = {
     "sklearn": "metrics",
     "sacrebleu": "metrics",
     "rouge_score": "metrics",
+    "optuna": "compare",
 }
 
 STOPPED = 130

@@ -64,10 +64,10 @@ def fit() -> Call:
     """Returns the call of `veneer fit`."""
     from veneer.runs.fit import fit as start
 
-    every = _of_run()
+    every = of_run()
 
     def call(*, config: Config = None, as_json: Json = False, debug: Debug = False, **values: Any) -> None:
-        result = start(_run(config, every, values))
+        result = start(run_of(config, every, values))
         show(_record(result) if as_json else result, summary, as_json)
 
     return flags.declare(call, every)
@@ -77,10 +77,10 @@ def fit_many() -> Call:
     """Returns the call of `veneer fit-many`."""
     from veneer.runs.fit_many import fit_many as start
 
-    every = [f for f in _of_run() if f.name != "out"]  # no two runs have one folder: each file names its own
+    every = [f for f in of_run() if f.name != "out"]  # no two runs have one folder: each file names its own
 
     def call(files: Configs, *, as_json: Json = False, debug: Debug = False, **values: Any) -> None:
-        results = start([_run(file, every, values) for file in files])
+        results = start([run_of(file, every, values) for file in files])
         show(list(map(_record, results)) if as_json else results, summaries, as_json)
 
     return flags.declare(call, every)
@@ -91,7 +91,7 @@ def plan() -> Call:
     from veneer.verbs.plan.plan import plan as run
     from veneer.verbs.plan.text import text
 
-    every = _of_run()
+    every = of_run()
 
     def call(
         *,
@@ -101,7 +101,7 @@ def plan() -> Call:
         debug: Debug = False,
         **values: Any,
     ) -> int:
-        found = run(_run(config, every, values), probe=probe)
+        found = run(run_of(config, every, values), probe=probe)
         show(found, text, as_json)
         return 0 if found.problem is None else 3
 
@@ -127,7 +127,7 @@ def data() -> Call:
         debug: Debug = False,
         **values: Any,
     ) -> int:
-        run = _run(config, every, {**values, "data": [*(values["data"] or []), *(files or [])]})
+        run = run_of(config, every, {**values, "data": [*(values["data"] or []), *(files or [])]})
         if action == "show":
             show(rows_of(run, rows), coloured_tokens.shown, as_json)
             return 0
@@ -138,14 +138,14 @@ def data() -> Call:
     return flags.declare(call, every)
 
 
-def _of_run() -> list[flags.Flag]:
+def of_run() -> list[flags.Flag]:
     """Returns the flags of a Run: its settings, and every option of every method and optimiser."""
     from veneer.train.run import Run
 
     return [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers(), *flags.of_tasks()]
 
 
-def _run(config: Path | None, every: list[flags.Flag], values: dict[str, Any]) -> Run:
+def run_of(config: Path | None, every: list[flags.Flag], values: dict[str, Any]) -> Run:
     """Returns the run of a file's settings and the flags that replace them."""
     from veneer import settings
     from veneer.train.run import Run

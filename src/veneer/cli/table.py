@@ -64,6 +64,17 @@ VERBS = {
         "veneer.cli.run_verbs:plan",
         own=True,
     ),
+    "compare": Verb(
+        ADAPT,
+        "Compare methods at their own best rates, over seeds, with intervals and ties in words.",
+        (
+            "veneer compare --data builtin:prose --steps 100",
+            "veneer compare --model ./llama --data chats.jsonl --methods full,lora,dora --seeds 5",
+            "veneer compare --data notes.txt --test held_out.txt --methods lora/loraplus --centre lora=1e-3",
+        ),
+        "veneer.cli.search_verbs:compare",
+        own=True,
+    ),
     "generate": Verb(
         LOOK,
         "Continue a prompt by the base model and by adapters, side by side.",

@@ -32,6 +32,7 @@ from veneer.train.loop.loop import Loop
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.schedule import Pace
 from veneer.train.loop.signals import listening
+from veneer.train.loop.state import Position
 from veneer.train.noise import noisy
 from veneer.train.run import Run
 from veneer.train.world import ALONE, World
@@ -60,6 +61,23 @@ def fit(run: Run, *, progress: bool = True, world: World = ALONE, objective: Los
             stack.callback(noisy(begun.ready.model, run.neftune).remove)
         wish, loop = stack.enter_context(listening()), loop_of(begun)
         return end(begun, loop, loop.run(wish), wish)
+
+
+def fit_until(run: Run, step: int, *, progress: bool = False) -> Result | Position:
+    """Trains as `fit` up to a step and saves there; returns the result once the training has ended.
+
+    run: with resume, so that the next call goes on. Raises the errors of `fit`.
+    """
+    with ExitStack() as stack:
+        begun = begin(look(run, Voice(progress), stack), Voice(progress), stack)
+        if isinstance(begun, Result):
+            return begun
+        if run.neftune:
+            stack.callback(noisy(begun.ready.model, run.neftune).remove)
+        wish, loop = stack.enter_context(listening()), loop_of(begun)
+        loop.until = step
+        position = loop.run(wish)
+        return position if loop.paused() else end(begun, loop, position, wish)
 
 
 def _with(ready: Ready, objective: Loss, voice: Voice) -> Ready:

@@ -17,6 +17,7 @@ from veneer.train.folder.result import Result
 from veneer.train.loop import together
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.signals import listening
+from veneer.train.loop.state import Position
 from veneer.train.run import Run
 
 SHARED = ("model", "task", "precision", "quantise", "device", "gradient_checkpointing")
@@ -30,6 +31,14 @@ def fit_many(runs: Sequence[Run], *, progress: bool = True) -> list[Result]:
     compiled. Raises ConfigError, before any training, for runs that do not fit together and methods without a
     normal form, and the errors of `fit` for any run, with all of them saved.
     """
+    found = fit_many_until(runs, None, progress=progress)
+    return [f for f in found if isinstance(f, Result)]
+
+
+def fit_many_until(
+    runs: Sequence[Run], step: int | None, *, progress: bool = False
+) -> list[Result | Position]:
+    """Trains as `fit_many` up to a step and saves there; see `fit_until`. step: None for all of them."""
     _check(runs)
     with ExitStack() as stack:
         voices = [Voice(progress) for _ in runs]
@@ -40,15 +49,20 @@ def fit_many(runs: Sequence[Run], *, progress: bool = True) -> list[Result]:
         together.check({ready.run.out: ready.model for ready in readies}, NAME)
         opened = [begin(ready, voice, stack) for ready, voice in zip(readies, voices, strict=True)]
         going = [b for b in opened if isinstance(b, Begun)]
-        ended = iter(_train(going, stack) if going else [])
+        ended = iter(_train(going, stack, step) if going else [])
         return [b if isinstance(b, Result) else next(ended) for b in opened]
 
 
-def _train(going: Sequence[Begun], stack: ExitStack) -> list[Result]:
+def _train(going: Sequence[Begun], stack: ExitStack, until: int | None) -> list[Result | Position]:
     bank = together.carry([b.ready.model for b in going], NAME)
     loops, wish = [loop_of(b) for b in going], stack.enter_context(listening())
+    for loop in loops:
+        loop.until = until
     positions = together.run_together(loops, bank, wish)
-    return [end(b, loop, position, wish) for b, loop, position in zip(going, loops, positions, strict=True)]
+    return [
+        position if loop.paused() else end(b, loop, position, wish)
+        for b, loop, position in zip(going, loops, positions, strict=True)
+    ]
 
 
 def _check(runs: Sequence[Run]) -> None:

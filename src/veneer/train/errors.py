@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from veneer.errors import VeneerError
 
 
@@ -15,7 +17,11 @@ class Interrupted(VeneerError):
 
 
 class Diverged(VeneerError):
-    """Loss or gradient stayed non-finite; the state of the last good step is saved."""
+    """Loss or gradient stayed non-finite; the state of the last good step is saved in `folder`."""
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
 
 
 class NotSaved(VeneerError):

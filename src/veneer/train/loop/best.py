@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from veneer.tasks import Figure
+from veneer.train.errors import Diverged
 from veneer.train.folder import checkpoint
 from veneer.train.loop import state
 
 if TYPE_CHECKING:
     from veneer.train.loop.loop import Loop
+
+
+def check_finite(loop: Loop, figures: Mapping[str, Sequence[Figure]]) -> None:
+    """Raises Diverged if the metric of a text is infinite or NaN, which no file of a run can hold."""
+    for text, some in figures.items():
+        if not math.isfinite(some[0].value):
+            where = f"{some[0].metric.words} of {text} text is {some[0].value} at step {loop.position.step}"
+            raise Diverged(f"{where}; lower lr (its peak was {loop.pace.lr:g})", loop.folder)
 
 
 def restore(loop: Loop) -> None:

@@ -51,13 +51,12 @@ class Loop:
         sample: Callable[[], list[dict[str, str]]] | None = None,
     ) -> None:
         self.learner, self.order, self.texts, self.pace, self.voice = learner, order, texts, pace, voice
-        self.world, self.precision, self.chooses = learner.world, precision, chooses
-        self.sample = sample
+        self.world, self.precision, self.chooses, self.sample = learner.world, precision, chooses, sample
         self.folder, self.checkpoints = folder, folder / CHECKPOINTS
-        self.position = Position()
+        self.position, self.wish = Position(), Wish()
+        self.until: int | None = None  # a step to pause at, saved
         self.saved: int | None = None
         self.metrics: Metrics
-        self.wish = Wish()
         self.feed = feed or Feed((), folder, {}, voice)
 
     def begin(self, resume: bool) -> None:
@@ -127,15 +126,19 @@ class Loop:
             improved = self._evaluate()
         if self.pace.saves(p.step) or improved:
             self.save()
-        if p.step < self.pace.steps and self.pace.is_over(p.step, p.best_step):
-            n = self.pace.patience
-            self.voice.say(
-                f"valid text has not improved for {n} evaluations: the training ends after step {p.step}"
-                f" of {self.pace.steps}"
-            )
+        over = p.step < self.pace.steps and self.pace.is_over(p.step, p.best_step)
+        if over:
+            self.voice.say(self.pace.why_over(p.step))
+        if over or self.paused():
             self.save()
             return False
         return p.step < self.pace.steps
+
+    def paused(self) -> bool:
+        """Tells if the training has come to the step to pause at, before its end."""
+        p = self.position
+        before_the_end = p.step < self.pace.steps and not self.pace.is_over(p.step, p.best_step)
+        return self.until is not None and p.step >= self.until and before_the_end
 
     def due(self) -> tuple[list[list[Any]], float]:
         """Returns this process' micro-batches of the next step, and its rate.
@@ -179,16 +182,18 @@ class Loop:
         p = self.position
         p.skipped_in_a_row = 0  # a resumed run, with other settings, has as many attempts again
         self.save()
-        raise Diverged(
+        why = (
             f"{PATIENCE} steps in a row were skipped, the last, step {p.step}, because the {outcome.skipped};"
             f" the last good step is saved in {self.folder}. Lower lr (its peak was {self.pace.lr:g}),"
             f" lengthen warmup, or use {option('precision', 'fp32')}"
         )
+        raise Diverged(why, self.folder)
 
     def _evaluate(self) -> bool:
         """Measures the texts; tells if the validation text improved."""
         p = self.position
         figures = self.measure([name for name in self.texts if name != "test" or p.step == 0])
+        best.check_finite(self, figures)
         named = {f"{text}_{f.name}": f.value for text, some in figures.items() for f in some}
         self._write({"step": p.step, **named, "seconds": p.seconds})
         self._sample()

@@ -50,6 +50,11 @@ class Pace(NamedTuple):
             return False
         return sum(self.evaluates(later) for later in range(best + 1, step + 1)) >= self.patience
 
+    def why_over(self, step: int) -> str:
+        """Returns a sentence on the end of a training without improvement."""
+        waited = f"valid text has not improved for {self.patience} evaluations"
+        return f"{waited}: the training ends after step {step} of {self.steps}"
+
     def saves(self, step: int) -> bool:
         """Tells if a checkpoint is due before this step."""
         return step > 0 and (step % self.save_every == 0 or step == self.steps)

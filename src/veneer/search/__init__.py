@@ -1,0 +1,1 @@
+"""Searches over settings: comparisons of methods, ranks, and studies of learning and forgetting."""

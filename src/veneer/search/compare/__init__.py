@@ -1,0 +1,1 @@
+"""`veneer compare`: methods at their own best learning rates, over seeds, with intervals."""
