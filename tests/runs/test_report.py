@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny
+from support import browser, tiny
 
+from veneer import tasks
 from veneer.analyse import numbers
-from veneer.analyse.page import demo_report, elements, layer_plots, run_page
+from veneer.analyse.page import demo_report, elements, figures, layer_plots, plots, run_page
 from veneer.analyse.page import run_report as told
 from veneer.analyse.page.run_record import RunRecord
 from veneer.cli.frame import main
@@ -28,6 +29,7 @@ from veneer.runs import findings
 from veneer.runs.fit import fit
 from veneer.runs.report import report
 from veneer.tasks.text import preview, samples
+from veneer.tasks.text.bits import BITS
 from veneer.train.run import Run
 
 EVIL = '<script>"$a$"</script>&<img src=x>'
@@ -155,6 +157,9 @@ def test_the_dial_is_chosen_on_one_text_and_reported_on_another(run):
     assert (dial["chosen_on"], dial["text"], dial["apart"]) == ("valid text", "test text", True)
     assert dial["points"] != dial["chosen_by"]
     r = results(run)
+    base, full = dial["points"][0], dial["points"][4]
+    for point, key in ((base, "before"), (full, "after")):  # the same windows as the figures above
+        assert (point["target_bpb"], point["known_bpb"]) == (r[key]["test"], r[key]["known"])
     assert r["after"]["known"] != r["before"]["known"] and dial["points"][4] != dial["points"][0]
 
 
@@ -231,11 +236,8 @@ def test_full_fine_tuning_without_test_and_known_text(tmp_path):
     folder = fit(Run.from_dict(given), progress=False).folder
     r = results(folder)
     dial = r["dial"]
-    assert (dial["chosen_on"], dial["text"], dial["apart"]) == (
-        "half of the valid text",
-        "the other half of the valid text",
-        True,
-    )
+    assert (dial["chosen_on"], dial["text"], dial["apart"]) == ("valid text", "valid text", False)
+    assert "of valid text that the figures above are of, which also chose the strength." in text_of(folder)
     assert {p["known_bpb"] for p in dial["points"]} == {None}
     assert "No test text was given: learning is reported on the valid text" in text_of(folder)
     assert "Forgetting was not measured" in text_of(folder)
@@ -336,12 +338,55 @@ def demo_results() -> dict[str, Any]:
     }
 
 
+def asked_results() -> dict[str, Any]:
+    row = {"prompt": f"{EVIL} ==", "truth": '"AnAnswer"', "before": "<i>", "after": '"AnAnswer"'}
+    known = {0: 1.0, 0.25: 1.01, 0.5: 1.02, 0.75: 1.05, 1: 1.1}
+    return {
+        "asked": 3,
+        "right_before": 0,
+        "right_after": 2,
+        "dial": [{"strength": s, "right": round(2 * s), "known_bpb": v} for s, v in known.items()],
+        "recommended_strength": 0.75,
+        "rows": [row, row, {**row, "after": "wrong"}],
+        "steps": 250,
+        "trainable_parameters": 315_392,
+        "adapter_bytes": 1_270_000,
+        "seconds": 61.0,
+        "lr": 5e-3,
+        "folder": "x",
+    }
+
+
+def test_a_demo_shows_answers_before_and_after(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({**demo_results(), "answers": asked_results()}))
+    assert demo_report.write(tmp_path) == []
+    seen = text_of(tmp_path)
+    assert "right before 0 of 3 0% right after 2 of 3 67%" in seen
+    assert "0.75 2 1.050 +5.0 %" in seen and "chosen on other questions: 0.75." in seen
+    assert f'{EVIL} == <i> "AnAnswer" ✓' in seen and 'wrong ✗ "AnAnswer"' in seen
+    assert "1 of 1 wrong answers" in seen and parsed(tmp_path).tags.count("svg") == 3
+
+
+def test_a_figure_that_became_worse_is_not_blue(run, tmp_path):
+    worse = tmp_path / "worse"
+    shutil.copytree(run, worse)
+    r = results(worse)
+    for key in ("learned", "forgotten"):
+        r[key] |= {"before": 1.0, "after": 2.0}
+    (worse / "results.json").write_text(json.dumps(r))
+    report(str(worse))
+    page = (worse / told.REPORT).read_text(encoding="utf-8")
+    assert re.findall(r'class="tile (\w+)"', page) == ["forgotten", "forgotten"]
+    page = (run / told.REPORT).read_text(encoding="utf-8")
+    assert r["learned"] != results(run)["learned"] and 'class="tile learned"' in page
+
+
 def test_the_page_of_a_demo_compares_its_methods(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(demo_results()))
     assert report(str(tmp_path)) == {"report": str(tmp_path / "report.html"), "missing": []}
     seen = text_of(tmp_path)
     assert "full fine-tuning 2.000 → 1.500 −25.0 % 1.000 → 1.100 +10.0 %" in seen
-    assert "full fine-tuning 0.5 1.850, 1.050 1 k 4 kB 1 min 15 s" in seen
+    assert "full fine-tuning 0.5 1.850, 1.050 1 k, 4 kB 1 min 15 s" in seen
     assert "Indistinguishable at one seed: full fine-tuning and LoRA in forgetting." in seen
     assert EVIL in seen and "<i>" in seen and "known test 3 12,345" in seen
     tags = parsed(tmp_path)
@@ -404,3 +449,70 @@ def test_every_flag_of_the_verb_has_help():
     from veneer.cli import flags
 
     assert [f.name for f in flags.of_function(report, ["progress"]) if not f.help.split(" (default")[0]] == []
+
+
+def overlapping(figure) -> list[str]:
+    """Returns pairs of words of a figure that overlap, and words that its edge cuts."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    words = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
+    unseen = {
+        label
+        for panel in figure.axes
+        for axis in (panel.xaxis, panel.yaxis)
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+        for label in (tick.label1, tick.label2)
+    }
+    boxes = [(t.get_text(), t.get_window_extent()) for t in words if t not in unseen]
+    over = [f"{a} | {b}" for i, (a, p) in enumerate(boxes) for b, q in boxes[i + 1 :] if p.overlaps(q)]
+    return over + [text for text, box in boxes if box.x0 < -1 or box.x1 > figure.bbox.x1 + 1]
+
+
+def path_of(*points: tuple[float, float]) -> list[dict[str, float]]:
+    return [{"step": 10 * i, "valid_bpb": y, "known_bpb": x} for i, (x, y) in enumerate(points)]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        ((1.0, 2.0), (1.05, 1.5), (1.1, 1.2)),
+        ((1.0, 2.0), (1.0, 2.0), (1.0, 2.0)),
+        ((1.0, 2.0), (1.001, 1.999), (1.5, 1.0), (1.002, 1.998)),
+    ],
+    ids=["apart", "one place", "end beside the base"],
+)
+def test_words_in_pictures_do_not_overlap(points):
+    dial = [
+        {"strength": s, "target_bpb": 1 - 0.1 * s, "known_bpb": 1 + s} for s in (0, 0.25, 0.5, 0.75, 1, 1.25)
+    ]
+    rows = [{**r, "method": m} for m in ("full", "lora", "loraplus") for r in demo_results()["methods"][:1]]
+    asked = [{"strength": s, "right": int(150 * s), "known_bpb": 1 + s} for s in (0, 0.25, 0.5, 0.75, 1)]
+    lines = [{"step": i, "loss": 3 - 0.1 * i} for i in range(9)]
+    ends = {"before": {"test": 2.0}, "after": {"test": 1.0}, "best_step": 20}
+    right = tasks.get("answers").METRIC
+    shares = [{"strength": s, "target_right": s} for s in (0, 0.25, 0.5, 0.75, 1, 1.25)]
+    with figures.style():
+        made = [
+            plots.training_path(path_of(*points), BITS),
+            plots.evaluations(path_of(*points), ends, BITS),
+            plots.dial(dial, 1.0, BITS),
+            plots.dial(shares, 1.0, right),
+            plots.one_target(rows, 0.03, BITS),
+            plots.answers(asked, 200, BITS),
+            plots.training_loss(lines),
+        ]
+        assert [overlapping(figure) for figure in made] == [[]] * len(made)
+    assert len(made[3].axes[0].lines[1].get_xdata()) == 6  # a base of 0 has no change in percent
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_column_is_cut_off(run, tmp_path, width):
+    """A phone, and a small screen: every table in its room, no word of a picture over another."""
+    (tmp_path / "results.json").write_text(json.dumps({**demo_results(), "answers": asked_results()}))
+    demo_report.write(tmp_path)
+    for folder in (run, tmp_path):
+        found = browser.laid_out(folder / told.REPORT, width, tmp_path)
+        assert found == {"cut": [], "over": []}, folder

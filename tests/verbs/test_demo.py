@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from veneer.cli.frame import main
+from veneer.data.spread import spread
+from veneer.embedded import names
 from veneer.embedded.texts import DOMAINS, has
 from veneer.runs.dial import Point, recommend
 from veneer.tasks.text.bits import BITS
-from veneer.verbs.demo import contenders, judge
+from veneer.verbs.demo import answered, contenders, judge, questions
 from veneer.verbs.demo import demo as module
 from veneer.verbs.demo.contenders import CONTENDERS, settings
 from veneer.verbs.demo.demo import demo, text
@@ -34,10 +36,40 @@ def test_lora_learns_what_the_demo_promises(target, tmp_path):
     assert 0.5 <= row["recommended_strength"] <= 1.25
 
 
-def test_the_demo_writes_what_it_says_and_a_second_run_repeats_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(judge, "WINDOWS", 2)
-    monkeypatch.setattr(contenders, "WINDOWS", 2)
-    monkeypatch.setattr(judge, "DIALLED", {"valid": [0.5, 1.0], "test": [0.5, 1.0]})
+def test_answers_become_right_and_little_is_forgotten(tmp_path, monkeypatch):
+    """The second act's own setting at two fifths of its length, on names that stand in no training row."""
+    from veneer.runs.fit import fit
+
+    monkeypatch.setattr(questions, "ASKED", 60)
+    monkeypatch.setattr(questions, "STRENGTHS", (0.0, 0.5, 1.0))
+    result = fit(questions.settings(tmp_path, steps=40, seed=0), progress=False)
+    found = questions.row(Judge(seed=0), result)
+    base, half, full = found["dial"]
+    assert base["right"] == found["right_before"] == 0 and full["right"] == found["right_after"] >= 12
+    assert base["right"] <= half["right"] <= full["right"]
+    assert base["known_bpb"] < full["known_bpb"] < 1.2 * base["known_bpb"]
+    right = [row["after"] == row["truth"] for row in found["rows"]]
+    assert (len(right), sum(right)) == (60, found["right_after"])
+    shown = answered.text(found)
+    assert f"right answers: 0 of 60 before, {found['right_after']} of 60 after 100 steps of LoRA" in shown
+    assert "(right)" in shown and max(map(len, shown.splitlines())) <= 140
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Few windows, strengths and questions: what is written matters, not the figures."""
+    for module_, name, value in (
+        (judge, "WINDOWS", 2),
+        (contenders, "WINDOWS", 2),
+        (judge, "DIALLED", {"valid": [0.5, 1.0], "test": [0.5, 1.0]}),
+        (questions, "ASKED", 8),
+        (questions, "STRENGTHS", (0.0, 1.0)),
+        (questions, "LONGER", 1),
+    ):
+        monkeypatch.setattr(module_, name, value)
+
+
+def test_the_demo_writes_what_it_says_and_a_second_run_repeats_nothing(tmp_path, short, monkeypatch, capsys):
     monkeypatch.setattr(module, "has", lambda name: name == "prose")
     out = tmp_path / "demo"
     results = demo(str(out), steps=2, progress=False)
@@ -59,11 +91,26 @@ def test_the_demo_writes_what_it_says_and_a_second_run_repeats_nothing(tmp_path,
         assert r["adapter_bytes"] > 4 * r["trainable_parameters"]
     assert (out / "learning-vs-forgetting.png").read_bytes().startswith(b"\x89PNG")
     shown = text(results)
-    for words in ("full fine-tuning", "LoRA+", "are noise at one seed", "Next: veneer generate --adapter"):
+    answers = stored["answers"]
+    assert [row["prompt"] for row in answers["rows"]] == [
+        row["prompt"] for row in spread(names.pairs("test"), 8)
+    ]
+    assert [p["strength"] for p in answers["dial"]] == [0, 1] and answers["asked"] == 8
+    card = (out / "names" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "On test text: 0.000 share of right answers" in card and "builtin:names:test" in card
+    card = (out / "prose-lora" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "| test | builtin:prose |" in card and "On test text:" in card
+    for words in (
+        "right answers: 0 of 8 before",
+        "full fine-tuning",
+        "LoRA+",
+        "are noise at one seed",
+        "Next: veneer generate --adapter",
+    ):
         assert words in shown
     logs = {f: f.read_bytes() for f in out.glob("*/metrics.jsonl")}
     again = demo(str(out), steps=2, progress=False)
-    assert {f: f.read_bytes() for f in out.glob("*/metrics.jsonl")} == logs and len(logs) == 3
+    assert {f: f.read_bytes() for f in out.glob("*/metrics.jsonl")} == logs and len(logs) == 4
     assert [r["target_bpb_after"] for r in again["methods"]] == [
         r["target_bpb_after"] for r in results["methods"]
     ]
@@ -85,10 +132,7 @@ def test_the_rates_are_those_of_the_committed_sweep():
             assert rate == sweep[f"{target}_{label}_rate"]
 
 
-def test_without_c_headers_the_demo_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(judge, "WINDOWS", 2)
-    monkeypatch.setattr(contenders, "WINDOWS", 2)
-    monkeypatch.setattr(judge, "DIALLED", {"valid": [1.0], "test": [1.0]})
+def test_without_c_headers_the_demo_goes_on(tmp_path, short, monkeypatch, capsys):
     monkeypatch.setattr(module, "has", lambda name: name == "prose")
     monkeypatch.setattr(module, "CONTENDERS", {"lora": CONTENDERS["lora"]})
     results = demo(str(tmp_path / "demo"), steps=1)

@@ -14,6 +14,7 @@ from rich.markup import escape
 from veneer import methods, optim, settings, tasks
 from veneer.cli import panels
 from veneer.cli.panels import OTHER, panel_of, place
+from veneer.methods import inits
 from veneer.methods.base.described import helps_of, option_helps
 from veneer.train.run import Run
 
@@ -21,6 +22,12 @@ T = TypeVar("T")
 # Settings that hold options, which have flags of their own.
 METHOD, OPTIMISER, TASK = "options", "optimiser_options", "task_options"
 OF_THE_RUN = ("seed",)  # options that the setting of this name gives to every method
+COMPLETED: Mapping[str, Callable[[], Iterable[str]]] = {  # by the shell, from registries
+    "method": methods.available,
+    "init": inits.available,
+    "optimiser": optim.available,
+    "task": tasks.available,
+}
 KINDS = {METHOD: "method", OPTIMISER: "optimiser", TASK: "task"}  # whose options these are
 
 
@@ -174,7 +181,14 @@ def _info(flag: Flag) -> Any:
         show_default=False,
         metavar=None if flag.hint is bool else f"<{unit}>",
         rich_help_panel=flag.panel,
+        autocompletion=_completed(flag.name),
     )
+
+
+def _completed(name: str) -> Callable[[str], list[str]] | None:
+    """Returns the shell's completion of a flag's value: names of a registry, or None for another flag."""
+    known = COMPLETED.get(name)
+    return None if known is None else lambda incomplete: [n for n in known() if n.startswith(incomplete)]
 
 
 def word(name: str) -> str:

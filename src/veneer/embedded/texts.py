@@ -44,8 +44,9 @@ class TextMissing(RuntimeError):
 def library(tests: bool = True) -> list[Document]:
     """Returns the training text: all modules but the held-out ones; `tests` adds the test packages."""
     held = {title for titles in heldout().values() for title in titles}
-    files = (f for f in sorted(_stdlib().rglob("*.py")) if not any(part in _relative(f) for part in SKIPPED))
-    return list(_unique(d for d in _read(files) if d.title not in held and (tests or not is_test(d.title))))
+    every = ((f, _relative(f)) for f in sorted(_stdlib().rglob("*.py")))
+    found = (f for f, title in every if title not in held and not any(part in title for part in SKIPPED))
+    return list(_unique(_read(f for f in found if tests or not is_test(_relative(f)))))
 
 
 def is_test(title: str) -> bool:

@@ -16,17 +16,15 @@ from veneer.adapt.switch import using
 from veneer.analyse.spectra import spectra
 from veneer.data.spread import spread
 from veneer.errors import VeneerError
-from veneer.runs.dial import dial, recommend
-from veneer.runs.texts.texts import Text
+from veneer.runs.dial import STRENGTHS, Point, dial, recommend
+from veneer.runs.texts.texts import Text, evaluated
 from veneer.tasks import Task
 from veneer.tasks.base.abilities import Examined, Previewed, Writer
 from veneer.tasks.base.task import Between, nothing
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
-EXAMPLES = (
-    6  # of each text and each half of known text: all strengths cost about as much as eight training steps
-)
+EXAMPLES = 6  # of each text, to choose the strength by
 EXAMINED = 400  # examples whose answers are looked at one by one
 VALUES = 64  # singular values of a matrix that are kept
 DENSE = 3e10  # sum of out * in * min(out, in) over dense changes, up to which singular values take some 10 s
@@ -43,20 +41,22 @@ def examine(
     run: Run,
     voice: Voice,
     prompts: Sequence[str] = (),
+    measured: Mapping[str, Any] | None = None,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     between: Between = nothing,
 ) -> dict[str, Any]:
     """Returns base_parameters, dial, layers, preview, samples and report_seconds of adapter `name` for
     results.json.
 
-    prompts: to continue, in place of beginnings of valid text; precision: context of measurements; between:
-    called often, its errors end everything.
+    prompts: to continue, in place of beginnings of valid text; measured: results.json of the run, for figures
+    of the base and of full strength; precision: context of measurements; between: called often, its errors
+    end everything.
     """
     begun = time.monotonic()
     model.eval()
     found: dict[str, Any] = {"base_parameters": n_base_parameters(model)}
     with precision(), voice.phase("measuring strengths"):
-        found["dial"] = dialled(model, name, task, texts, batch=run.batch, between=between)
+        found["dial"] = dialled(model, name, task, texts, run=run, measured=measured or {}, between=between)
     with voice.phase("measuring layers"):
         found["layers"] = layers(model, name, voice)
     if isinstance(task, Previewed):
@@ -100,40 +100,43 @@ def sampler(
 
 
 def dialled(
-    model: nn.Module, name: str, task: Task, texts: Texts, *, batch: int, between: Between
+    model: nn.Module,
+    name: str,
+    task: Task,
+    texts: Texts,
+    *,
+    run: Run,
+    measured: Mapping[str, Any],
+    between: Between,
 ) -> dict[str, Any]:
-    """Returns the dial.
+    """Returns the dial on the examples of the run's own figures: of test text, or of valid text without any.
 
-    Its strength is chosen on valid text and measured on test text, or on halves of one text.
+    Its strength is chosen on a few examples of valid text.
     """
-    chosen_on, reported = "half of the valid text", "the other half of the valid text"
-    target = _halves(texts["valid"].examples)
-    if "test" in texts:
-        chosen_on, reported = "valid text", "test text"
-        target = (texts["valid"].examples, texts["test"].examples)
-    known = _halves(texts["known"].examples) if "known" in texts else ((), ())
-    choosing, points = (
-        dial(model, name, task, _few(t, k), batch=batch, between=between)
-        for t, k in zip(target, known, strict=True)
-    )
+    every = evaluated(texts, run, task)
+    part, known = "test" if "test" in every else "valid", every.get("known", [])
+    few = {"target": spread(every["valid"], EXAMPLES), "known": spread(known, EXAMPLES)}
+    choosing = dial(model, name, task, few, batch=run.batch, between=between)
+    ends = _ends(measured, part)
+    left = [s for s in STRENGTHS if s not in ends]
+    text = {"target": every[part], "known": known}
+    points = dial(model, name, task, text, strengths=left, batch=run.batch, between=between)
     return {
         "recommended": recommend(choosing, task.METRIC),
-        "chosen_on": chosen_on,
-        "text": reported,
-        "apart": target[0] is not target[1] and (known[0] is not known[1] or not known[0]),
-        "windows": len(spread(target[1], EXAMPLES)),
+        "chosen_on": "valid text",
+        "text": f"{part} text",
+        "apart": part != "valid",
+        "windows": len(every[part]),
+        "as_measured": True,  # on the examples of the run's own figures
         "chosen_by": [p.as_dict(task.METRIC) for p in choosing],
-        "points": [p.as_dict(task.METRIC) for p in points],
+        "points": [p.as_dict(task.METRIC) for p in sorted([*points, *ends.values()])],
     }
 
 
-def _few(target: Sequence[Any], known: Sequence[Any]) -> dict[str, Sequence[Any]]:
-    return {"target": spread(target, EXAMPLES), "known": spread(known, EXAMPLES)}
-
-
-def _halves(examples: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Returns every other example, and the rest; twice the same for a single one."""
-    return (examples[::2], examples[1::2]) if len(examples) > 1 else (examples, examples)
+def _ends(measured: Mapping[str, Any], part: str) -> dict[float, Point]:
+    """Returns the points of the base and of full strength that the run measured already, by strength."""
+    found = {s: measured[key] for s, key in ((0.0, "before"), (1.0, "after")) if key in measured}
+    return {s: Point(s, figures[part], figures.get("known")) for s, figures in found.items()}
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ def at_the_end(
 
     Reports all that is missing. A signal ends it; the run is complete without.
     """
+    measured = read_json(out / layout.RESULTS)
     try:
         found = findings.examine(
             ready.model,
@@ -59,10 +60,11 @@ def at_the_end(
             ready.texts,
             run=ready.run,
             voice=voice,
+            measured=measured,
             precision=precision,
             between=wish.check,
         )
-        layout.put(out / layout.RESULTS, {**read_json(out / layout.RESULTS), **found, "notes": voice.said})
+        layout.put(out / layout.RESULTS, {**measured, **found, "notes": voice.said})
         for sentence in page.write(out):
             voice.say(sentence)
     except (Stop, OSError) as e:
@@ -91,11 +93,21 @@ def _measured(out: Path, prompts: Sequence[str], voice: Voice) -> dict[str, Any]
     config = drift.record(out)
     run = Run.from_dict(config["run"])
     run, task, texts = read(run, voice)
-    for line in drift.differences(config["data"], {part: t.facts for part, t in texts.items()}):
+    differs = drift.differences(config["data"], {part: t.facts for part, t in texts.items()})
+    for line in differs:
         voice.say(f"the text differs from the training's: {line}")
     model = base_model.base_again(run, task, out, run.base_dtype, machine.device("auto"))
     store.load(model, out / layout.ADAPTER, NAME)
     as_trained = precision(run, next(model.parameters()).device)
+    measured = None if differs else read_json(out / layout.RESULTS)
     return findings.examine(
-        model, NAME, task, texts, run=run, voice=voice, prompts=prompts, precision=as_trained
+        model,
+        NAME,
+        task,
+        texts,
+        run=run,
+        voice=voice,
+        prompts=prompts,
+        measured=measured,
+        precision=as_trained,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from veneer import tasks
 from veneer.analyse.numbers import moved, percent
-from veneer.analyse.page import elements, plots, run_report
+from veneer.analyse.page import demo_answers, elements, plots, run_report
 from veneer.files import read_json
 from veneer.train.folder.layout import RESULTS
 from veneer.units import count, duration, size
@@ -17,6 +17,7 @@ from veneer.units import count, duration, size
 Rows = Sequence[Mapping[str, Any]]
 METRIC = tasks.get(tasks.DEFAULT).METRIC  # of a demo's figures
 TARGET, KNOWN = f"target_{METRIC.name}", f"known_{METRIC.name}"
+ANSWERS = "answers"  # in results.json: the second act
 
 
 def write(folder: Path) -> list[str]:
@@ -30,6 +31,9 @@ def write(folder: Path) -> list[str]:
     wanted: run_report.Pictures = {
         f"dial-{t}": partial(plots.one_target, rows, noise, METRIC) for t, rows in by_target.items()
     }
+    answers = results.get(ANSWERS)
+    if answers:
+        wanted["dial-answers"] = partial(plots.answers, answers["dial"], answers["asked"], METRIC)
     drawn, missing = run_report.draw(folder, wanted)
     title = "Learning and forgetting, method by method"
     ways = len({r["method"] for r in results["methods"]})
@@ -43,6 +47,7 @@ def write(folder: Path) -> list[str]:
         elements.title(title, f"veneer demo · seed {results['seed']} · {folder}"),
         elements.paragraph(says, "lead"),
         *(elements.paragraph(sentence, "missing") for sentence in missing),
+        demo_answers.section(answers, drawn.get("dial-answers"), METRIC) if answers else "",
         *(_target(target, rows, drawn.get(f"dial-{target}"), noise) for target, rows in by_target.items()),
         elements.section("Texts", elements.card(elements.table(*_texts(results["texts"]), numbers=2))),
         elements.section("Versions", elements.card(elements.facts(results["versions"]))),
@@ -85,13 +90,13 @@ def _target(target: str, rows: Rows, svg: str | None, noise: float) -> str:
     )
 
 
-MOVES = ["method", "learned", "", "forgotten", ""]
-USE = ["method", "best strength", "new, known there", "trained", "adapter", "time"]
+MOVES = ["method", "learned", "forgotten"]
+USE = ["method", "best strength", "new, known there", "trained, on disk", "time"]
 
 
 def _moves(r: Mapping[str, Any]) -> list[str]:
     changes = [{"before": r[f"{k}_before"], "after": r[f"{k}_after"]} for k in (TARGET, KNOWN)]
-    return [_title(r), *(word for change in changes for word in (moved(change), percent(change)))]
+    return [_title(r), *(f"{moved(change)} {percent(change)}" for change in changes)]
 
 
 def _use(r: Mapping[str, Any]) -> list[str]:
@@ -100,8 +105,7 @@ def _use(r: Mapping[str, Any]) -> list[str]:
     return [
         _title(r),
         *dialled,
-        count(r["trainable_parameters"]),
-        size(r["adapter_bytes"]),
+        f"{count(r['trainable_parameters'])}, {size(r['adapter_bytes'])}",
         duration(r["seconds"]),
     ]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ PALETTE = {
     "lora": "#1b9e77",
     "loraplus": "#7570b3",
 }
+ROOM = 44  # characters of a title
 SIZE = (4.2, 3.1)  # inches; at the width of a phone, letters are as large as the surrounding text
+# Places of a word beside its point, in points, with the side of the word that is there.
+BESIDE = ((8, 6, "left"), (8, -8, "left"), (-8, 6, "right"), (-8, -8, "right"), (0, 12, "center"))
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -66,6 +70,36 @@ def blank(size: tuple[float, float] = SIZE) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained")
+
+
+def wrapped(text: str) -> str:
+    """Returns a title in lines that a figure of the usual size has room for."""
+    return "\n".join(textwrap.wrap(text, ROOM))
+
+
+def legend(panel: Any, columns: int = 2) -> None:
+    """Writes the legend of a panel below its figure, where it covers no line."""
+    handles, words = panel.get_legend_handles_labels()
+    panel.figure.legend(handles, words, loc="outside lower left", ncols=columns)
+
+
+def named(panel: Any, places: Sequence[tuple[float, float, str]]) -> None:
+    """Writes a word beside each point (x, y, word), the first ones first; leaves out words without room."""
+    panel.figure.draw_without_rendering()
+    look = {"textcoords": "offset points", "fontsize": 9, "va": "center", "color": PALETTE["muted"]}
+    taken: list[Any] = []
+    for x, y, word in places:
+        for dx, dy, side in BESIDE:
+            text = panel.annotate(word, (x, y), xytext=(dx, dy), ha=side, **look)
+            box = text.get_window_extent()
+            if _within(panel.bbox, box) and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _within(outer: Any, box: Any) -> bool:
+    return bool(outer.x0 <= box.x0 and box.x1 <= outer.x1 and outer.y0 <= box.y0 and box.y1 <= outer.y1)
 
 
 def keep(figure: Any, file: Path) -> str:

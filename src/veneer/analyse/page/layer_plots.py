@@ -51,7 +51,7 @@ def singular_values(layers: Layers) -> Any:
     panel.yaxis.set_minor_formatter(_plain if high < 10 * low else "")
     panel.set_xlabel("index of the singular value")
     panel.set_title("singular values, median over blocks")
-    panel.legend(ncols=2, fontsize=8)
+    figures.legend(panel)
     return figure
 
 
@@ -90,7 +90,7 @@ def effective_ranks(layers: Layers) -> Any:
         [i + 0.5 for i in range(0, len(columns), every)], ["-" if c < 0 else str(c) for c in columns[::every]]
     )
     panel.set_xlabel("block")
-    panel.set_title("effective rank; darker: larger relative to the weight")
+    panel.set_title(figures.wrapped("effective rank; darker: larger relative to the weight"))
     panel.grid(False)
     panel.tick_params(length=0)
     for side in panel.spines.values():

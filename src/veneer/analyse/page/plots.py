@@ -39,6 +39,7 @@ def learning_vs_forgetting(
         figure.suptitle(
             "Each line is one adapter from strength 0 (star) past full strength (large dot)", fontsize=10
         )
+        figures.legend(panel, 4)
         figures.keep(figure, file)
     return file
 
@@ -46,7 +47,9 @@ def learning_vs_forgetting(
 def one_target(rows: Sequence[Mapping[str, Any]], noise: float, metric: Metric) -> Any:
     """Plots the rows of one target."""
     figure = figures.blank((4.6, 3.8))
-    dialled(figure.subplots(), rows, noise, metric)
+    panel = figure.subplots()
+    dialled(panel, rows, noise, metric)
+    figures.legend(panel)
     return figure
 
 
@@ -61,23 +64,11 @@ def dialled(panel: Any, rows: Sequence[Mapping[str, Any]], noise: float, metric:
             x, y, "-", color=colour, linewidth=1.5, label=f"{TITLES.get(row['method'], row['method'])}"
         )
         panel.scatter(x, y, s=[70 if p["strength"] == 1 else 14 for p in dial], color=colour, zorder=3)
-        for point in dial:
-            if point["strength"] in (0.5, 1):
-                at = (point[known], point[target])
-                panel.annotate(
-                    f"{point['strength']:g}",
-                    at,
-                    textcoords="offset points",
-                    xytext=(6, 4),
-                    fontsize=8,
-                    color=colour,
-                )
     base = (rows[0][f"{known}_before"], rows[0][f"{target}_before"])
     panel.errorbar(*base, xerr=noise, yerr=noise, color=PALETTE["quiet"], linewidth=1)
     panel.scatter(*base, marker="*", s=160, color=PALETTE["ink"], zorder=4, label="base model")
-    panel.set_xlabel(f"known text, {metric.words}  (further {_side(metric)}: more forgotten)")
-    panel.set_ylabel(f"new text, {metric.words}  ({metric.better}: more learned)")
-    panel.legend()
+    panel.set_xlabel(f"known text, {metric.words} ({_side(metric)}: forgotten)")
+    panel.set_ylabel(f"new text, {metric.words} ({metric.better}: learned)")
 
 
 def _side(metric: Metric) -> str:
@@ -105,7 +96,7 @@ def training_loss(lines: Sequence[Mapping[str, Any]]) -> Any:
     panel.plot(x[::every], smooth, color=PALETTE["ink"], label=f"mean of {2 * half + 1} steps")
     panel.set_xlabel("step")
     panel.set_title("training loss, mean over labels")
-    panel.legend()
+    figures.legend(panel)
     return figure
 
 
@@ -131,9 +122,9 @@ def evaluations(lines: Sequence[Mapping[str, Any]], results: Mapping[str, Any], 
     if best is not None:
         panel.axvline(best, color=PALETTE["muted"], linestyle=":", linewidth=1)
     panel.set_xlabel("step" if best is None else f"step  (dotted: {best}, the kept step)")
-    panel.set_title(f"{metric.words}; {metric.better} is better")
+    panel.set_title(figures.wrapped(f"{metric.words}; {metric.better} is better"))
     panel.margins(y=0.12)
-    panel.legend()
+    figures.legend(panel)
     return figure
 
 
@@ -155,21 +146,22 @@ def training_path(lines: Sequence[Mapping[str, Any]], metric: Metric) -> Any:
     panel = figure.subplots()
     panel.plot(x, y, "o-", color=PALETTE["learned"], markersize=4)
     panel.scatter(x[:1], y[:1], marker="*", s=160, color=PALETTE["ink"], zorder=4)
-    for i in sorted({0, len(x) // 2, len(x) - 1}):
-        word = "base" if i == 0 else f"step {measured[i]['step']}"
-        panel.annotate(
-            word, (x[i], y[i]), textcoords="offset points", xytext=(8, 5), fontsize=9, color=PALETTE["muted"]
-        )
+    wanted = dict.fromkeys((0, len(x) - 1, len(x) // 2))
     panel.set_xlabel(f"known text, {metric.words}  ({_side(metric)}: forgotten)")
     panel.set_ylabel(f"valid text, {metric.words}")
     panel.set_title(f"{'down' if metric.lower_is_better else 'up'}: learned; {_side(metric)}: forgotten")
     panel.margins(x=0.18, y=0.14)
+    figures.named(panel, [(x[i], y[i], f"step {measured[i]['step']}" if i else "base") for i in wanted])
     return figure
 
 
 def dial(points: Sequence[Mapping[str, Any]], chosen: float, metric: Metric) -> Any:
-    """Plots the change of the metric against the base, in percent, over the strength of the adapter."""
+    """Plots the change of the metric against the base, in percent, over the strength of the adapter.
+
+    Plots the metric itself if the base's is 0.
+    """
     base = next(p for p in points if p["strength"] == 0)
+    share = bool(base[f"target_{metric.name}"])
     figure = figures.blank()
     panel = figure.subplots()
     panel.axhline(0, color=PALETTE["muted"], linewidth=1)
@@ -177,14 +169,31 @@ def dial(points: Sequence[Mapping[str, Any]], chosen: float, metric: Metric) -> 
         (f"target_{metric.name}", "new text", "learned"),
         (f"known_{metric.name}", "known text", "forgotten"),
     ):
-        if base.get(key):
-            y = [100 * (p[key] / base[key] - 1) for p in points]
+        if base.get(key) is not None and (base[key] or not share):
+            y = [100 * (p[key] / base[key] - 1) if share else p[key] for p in points]
             panel.plot(
                 [p["strength"] for p in points], y, "o-", color=PALETTE[colour], markersize=4, label=word
             )
     panel.axvline(chosen, color=PALETTE["muted"], linestyle=":", linewidth=1)
     panel.set_xticks([p["strength"] for p in points])
     panel.set_xlabel(f"strength of the adapter  (dotted: {chosen:g}, recommended)")
-    panel.set_title(f"{metric.words} against the base, %; {metric.better} is better")
-    panel.legend()
+    against = " against the base, %" if share else ""
+    panel.set_title(figures.wrapped(f"{metric.words}{against}; {metric.better} is better"))
+    figures.legend(panel)
+    return figure
+
+
+def answers(points: Sequence[Mapping[str, Any]], asked: int, metric: Metric) -> Any:
+    """Plots right answers above the metric on known text, over the strength of the adapter."""
+    known, x = f"known_{metric.name}", [p["strength"] for p in points]
+    figure = figures.blank((4.2, 4.2))
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.plot(x, [p["right"] for p in points], "o-", color=PALETTE["learned"], markersize=4)
+    above.set_ylim(-0.04 * asked, 1.04 * asked)
+    above.set_title(f"right answers of {asked}")
+    below.plot(x, [p[known] for p in points], "o-", color=PALETTE["forgotten"], markersize=4)
+    below.set_title(f"known text, {metric.words}; {metric.better} is better")
+    below.margins(y=0.15)
+    below.set_xticks(x)
+    below.set_xlabel("strength of the adapter")
     return figure

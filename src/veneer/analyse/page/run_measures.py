@@ -72,7 +72,8 @@ def dial(run: RunRecord, drawn: Drawn) -> str:
     use = f"veneer generate PROMPT --adapter {run.folder}@{dial['recommended']:g}"
     other = "none of which chose the strength" if dial["apart"] else "which also chose the strength"
     examples = f"{dial['windows']} {run.task.EXAMPLE}{'s' if dial['windows'] > 1 else ''}"
-    caption = f"Measured on {examples} of {dial['text']}, {other}."
+    above = " that the figures above are of" if dial.get("as_measured") else ""
+    caption = f"Measured on the {examples} of {dial['text']}{above}, {other}."
     return elements.section(
         title,
         elements.paragraph(" ".join(says)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from veneer.analyse.numbers import moved, percent
 from veneer.analyse.page import elements, plots, run_answers, run_facts, run_measures, run_record
@@ -68,7 +68,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str, str]]:
             f"learned ({r['learned']['text']} text)",
             percent(r["learned"]),
             f"{moved(r['learned'])} {run.metric.words}",
-            "learned",
+            _colour(run, r["learned"]),
         )
     ]
     if r["forgotten"]:
@@ -77,7 +77,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str, str]]:
                 "forgotten (known text)",
                 percent(r["forgotten"]),
                 f"{moved(r['forgotten'])} {run.metric.words}",
-                "forgotten",
+                _colour(run, r["forgotten"]),
             )
         )
     total, n = r.get("base_parameters"), r["trainable_parameters"]
@@ -92,3 +92,9 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str, str]]:
     if r["peak_memory_bytes"]:
         rows.append(("peak memory", size(r["peak_memory_bytes"]), run.memory_owner(), ""))
     return rows
+
+
+def _colour(run: RunRecord, change: Mapping[str, float]) -> str:
+    """Returns the CSS class of a figure: blue if it became better, orange if worse, plain if equal."""
+    cost = run.metric.cost(change["after"]) - run.metric.cost(change["before"])
+    return "learned" if cost < 0 else "forgotten" if cost > 0 else ""

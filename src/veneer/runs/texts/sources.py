@@ -13,10 +13,12 @@ from veneer.data.forms.shape import AS_IS, Shape
 from veneer.data.media import folders as media_folders
 from veneer.data.repeats import weigh
 from veneer.data.row_files import REFUSED, Row, read_files
+from veneer.embedded import names as asked
 from veneer.embedded import texts
 from veneer.errors import DataError, option, suggest
 
-NAMES = (*texts.DOMAINS, "known")
+ASKED = {"names": asked.pairs, "passages": asked.passages}  # rows of prompt and completion
+NAMES = (*texts.DOMAINS, "known", *ASKED)
 WEIGHTED = re.compile(r"(?P<name>.+)@(?P<weight>\d+(\.\d+)?)")
 FILES = (
     ".txt",
@@ -168,6 +170,8 @@ def _builtin(name: str, split: str, shape: Shape) -> list[Row]:
     if part not in parts:
         raise DataError(f"{name}: the part of {domain!r} must be one of {', '.join(parts)}, got {part!r}")
     try:
+        if domain in ASKED:
+            return [Row("pair", row, f"{name} {row['prompt']}") for row in ASKED[domain](part)]
         documents = texts.known(part) if domain == "known" else texts.domain(domain, part)
     except texts.TextMissing as e:
         raise DataError(f"{name}: {e}") from None

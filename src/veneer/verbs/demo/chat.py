@@ -15,13 +15,13 @@ from veneer.adapt.store import store
 from veneer.adapt.switch import using
 from veneer.embedded import bank
 from veneer.models import pretrained
-from veneer.runs.fit import fit
 from veneer.runs.texts import sources, texts
 from veneer.tasks import build
 from veneer.tasks.text.answering import asked, questions, same_json, text_of
 from veneer.train.folder.layout import put
 from veneer.train.loop.progress import Notes, Voice
 from veneer.train.run import Run
+from veneer.verbs.demo.training import trained
 
 KNOWN = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 ROWS = {"train": 400, "valid": 16, "test": 48}
@@ -36,7 +36,7 @@ def demo(out: str, model: str, *, steps: int, seed: int, fresh: bool, progress: 
         shutil.rmtree(folder / "bank", ignore_errors=True)
         (folder / ANSWERS).unlink(missing_ok=True)
     run = settings(folder, place(model), steps=steps, seed=seed)
-    result = fit(run, progress=progress)
+    result = trained(run, progress=progress)
     with voice.phase("asking the test questions"):
         rows = answers(run, result.adapter)
     found = {

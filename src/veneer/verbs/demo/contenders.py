@@ -51,7 +51,6 @@ def settings(
         eval_every=max(1, steps // 2),
         save_every=max(1, steps // 2),
         eval_windows=WINDOWS // 2,
-        test=(f"{embedded.PREFIX}:{target}:valid",),  # the true test text is measured by the judge alone
         seed=seed,
         out=str(folder / f"{target}-{label}"),
         resume=True,

@@ -1,5 +1,5 @@
-"""`veneer demo`: full fine-tuning, LoRA and LoRA+ on the built-in model, measured in learning and
-forgetting."""
+"""`veneer demo`: three methods on the built-in model, measured in learning and forgetting; then questions
+with answers to check."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from veneer.analyse.page import demo_report
-from veneer.analyse.page.demo_report import METRIC
+from veneer.analyse.page.demo_report import ANSWERS, METRIC
 from veneer.analyse.page.plots import TITLES, learning_vs_forgetting
 from veneer.analyse.page.run_report import REPORT
 from veneer.embedded.texts import DOMAINS, describe, domain, has, known
-from veneer.errors import ConfigError, option
 from veneer.models import machine
-from veneer.runs.fit import fit
 from veneer.train.folder.layout import RESULTS, put
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
+from veneer.verbs.demo import questions
 from veneer.verbs.demo.contenders import CONTENDERS, settings
 from veneer.verbs.demo.judge import Judge
 from veneer.verbs.demo.table import PICTURE, text
+from veneer.verbs.demo.training import trained
 
 __all__ = ["demo", "text"]
 NOISE = 0.03  # of the metric: above twice the largest deviation over seeds in bench/results/demo_rates.json
@@ -30,11 +30,11 @@ NOISE = 0.03  # of the metric: above twice the largest deviation over seeds in b
 def demo(
     out: str = "runs/demo", *, steps: int = 100, seed: int = 0, fresh: bool = False, progress: bool = True
 ) -> dict[str, Any]:
-    """Trains every method on every text that this interpreter has, and writes results.json and a picture into
-    `out`.
+    """Trains every method on every text that this interpreter has, then a LoRA on questions; writes
+    results.json, pictures and a page into `out`.
 
     out: folder of the demo; trainings that are finished there are not repeated, one that was stopped goes on
-    steps: length of each training, 1,024 tokens a step
+    steps: length of each training on text, 1,024 tokens a step; the questions take 2.5 times as many
     seed: decides starts and order
     fresh: remove what an earlier demo left in `out` and begin anew
     """
@@ -49,9 +49,12 @@ def demo(
         _clear(folder)
     for missing in sorted(set(DOMAINS) - set(targets)):
         voice.say(f"text for {TITLES[missing]!r} is missing in this interpreter; the demo leaves it out")
-    rows = _trained(runs, Judge(seed), voice)
+    judge = Judge(seed)
+    rows = _trained(runs, judge, voice)
+    asking = questions.settings(folder, steps=steps, seed=seed)
     results = {
         "methods": rows,
+        ANSWERS: _asked(asking, judge, voice),
         f"noise_{METRIC.name}": NOISE,
         "steps": steps,
         "seed": seed,
@@ -70,16 +73,19 @@ def _trained(runs: Mapping[tuple[str, str], Run], judge: Judge, voice: Voice) ->
     """Trains every run, or reads its finished folder, and returns the measured rows."""
     rows: list[dict[str, Any]] = []
     for (target, label), run in runs.items():
-        voice.say(f"{TITLES[label]} on {TITLES[target]} ({len(rows) + 1} of {len(runs)})")
-        try:
-            result = fit(run, progress=voice.aloud)
-        except ConfigError as e:
-            raise ConfigError(
-                f"{e.text}\nor remove an earlier demo's files by {option('fresh', True)}"
-            ) from e
+        voice.say(f"{TITLES[label]} on {TITLES[target]} ({len(rows) + 1} of {len(runs) + 1})")
+        result = trained(run, progress=voice.aloud)
         with voice.phase("measuring strengths"):
             rows.append(judge.row(target, label, result))
     return rows
+
+
+def _asked(run: Run, judge: Judge, voice: Voice) -> dict[str, Any]:
+    """Trains on questions, or reads the finished folder, and returns the measured answers."""
+    voice.say("LoRA on names in CamelCase (the last one)")
+    result = trained(run, progress=voice.aloud)
+    with voice.phase("asking the test questions at every strength"):
+        return questions.row(judge, result)
 
 
 def _clear(folder: Path) -> None:
@@ -87,5 +93,6 @@ def _clear(folder: Path) -> None:
     for target in DOMAINS:
         for label in CONTENDERS:
             shutil.rmtree(folder / f"{target}-{label}", ignore_errors=True)
+    shutil.rmtree(folder / questions.NAMES, ignore_errors=True)
     for name in (RESULTS, PICTURE, REPORT):
         (folder / name).unlink(missing_ok=True)

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.analyse.page.demo_report import KNOWN, METRIC, TARGET
+from veneer.analyse.page.demo_report import ANSWERS, KNOWN, METRIC, TARGET
 from veneer.analyse.page.plots import TITLES
+from veneer.analyse.page.run_report import REPORT
 from veneer.train.folder.layout import RESULTS
 from veneer.units import size
+from veneer.verbs.demo import answered
 from veneer.verbs.demo.judge import PROMPTS
 
 PICTURE = "learning-vs-forgetting.png"
@@ -22,7 +24,7 @@ def text(results: Mapping[str, Any]) -> str:
         table([r for r in rows if r["target"] == t], t, results[f"noise_{METRIC.name}"])
         for t in dict.fromkeys(r["target"] for r in rows)
     ]
-    return "\n".join([*parts, _next(rows)])
+    return "\n".join([*parts, answered.text(results[ANSWERS]), _next(rows, results[ANSWERS])])
 
 
 def table(rows: Sequence[Mapping[str, Any]], target: str, noise: float) -> str:
@@ -77,13 +79,14 @@ def _ties(rows: Sequence[Mapping[str, Any]], noise: float) -> str:
     return "; ".join(close) or "no two methods are alike"
 
 
-def _next(rows: Sequence[Mapping[str, Any]]) -> str:
+def _next(rows: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> str:
     lora = next((r for r in rows if r["method"] == "lora"), rows[0])
     folder = Path(lora["folder"])
     return (
-        f"\nPicture: {folder.parent / PICTURE}    Numbers: {folder.parent / RESULTS}\n"
+        f"\nPage: {folder.parent / REPORT}    Numbers: {folder.parent / RESULTS}\n"
         f"Next: veneer generate --adapter {folder}@{lora['recommended_strength']:g}"
         f" {PROMPTS[lora['target']]!r}\n"
+        f"      veneer generate --adapter {asked['folder']} {asked['rows'][0]['prompt']!r}\n"
         f"      veneer inspect {folder}\n"
         f"      veneer fit --model YOUR_MODEL --data YOUR.jsonl --out runs/yours"
     )

@@ -41,7 +41,7 @@ def evaluate(
     task_folder: str | None = None,
     length: int | None = None,
     train_on: Literal["completion", "all"] = "completion",
-    truncate: bool = False,
+    overlong: Literal["drop", "cut", "error"] = "error",
     documents: int = 0,
     examples: int = 0,
     shots: int | None = None,
@@ -65,7 +65,7 @@ def evaluate(
     task: task whose figures are measured on texts
     length: longest window in tokens; 256, or the model's longest, unless given; compare equal lengths only
     train_on: part of prompts and conversations to measure: completion or all
-    truncate: cut prompts and conversations that are longer than length
+    overlong: rows longer than length: drop them, cut their ends, or error
     documents: at most that many of each text, evenly spaced; 0: all
     examples: at most that many of each benchmark, the first ones; 0: all
     shots: examples shown before each question of a benchmark; its own number unless given
@@ -83,7 +83,6 @@ def evaluate(
     wanted = adapted.there(adapter)
     shape = Shape(forms=kind.FORMS, media=kind.MEDIA)
     rows = {name: spread(sources.rows([name], "test", shape=shape), documents) for name in data}
-    overlong: Literal["cut", "error"] = "cut" if truncate else "error"
     reading = Reading(length=length or LENGTH, packing=False, train_on=train_on, overlong=overlong)
     asked = _task(task, adapted.processor(base, wanted, kind.PROCESSOR), reading, wanted, rows)
     opened = adapted.open_base(base, wanted, number_format, str(machine.device(device)), asked)

@@ -1,0 +1,20 @@
+"""Trains for a demo; its errors name what a demo's user can do."""
+
+from __future__ import annotations
+
+from veneer.errors import ConfigError, option
+from veneer.runs.fit import fit
+from veneer.train.errors import Interrupted
+from veneer.train.folder.result import Result
+from veneer.train.run import Run
+
+
+def trained(run: Run, *, progress: bool) -> Result:
+    """Returns the result of a training, or of its finished folder. Raises the errors of `fit`."""
+    try:
+        return fit(run, progress=progress)
+    except ConfigError as e:
+        raise ConfigError(f"{e.text}\nor remove an earlier demo's files by {option('fresh', True)}") from e
+    except Interrupted as e:  # a demo resumes by itself
+        again = e.text.replace(option("resume", True), "the same command")
+        raise Interrupted(again, e.exit_code - 128) from None
