@@ -12,7 +12,7 @@ import pytest
 from support import tiny
 from support.objectives import causal_lm
 
-from veneer.data import row_files
+from veneer.data import row_files, row_files_streamed
 from veneer.data.chat import examples
 from veneer.data.pack import n_bytes
 from veneer.data.tokens import encode
@@ -142,3 +142,26 @@ def test_the_measured_text_depends_on_neither_length_nor_packing(tmp_path, kind)
         seen.add(n_bytes(measured))
         assert n_bytes(measured) < n_bytes(found["valid"].examples)
     assert len(seen) == 1
+
+
+HALF = "\ud83d"
+CALLED = {"type": "function", "function": {"name": "sky", "arguments": json.dumps({"city": f"Os{HALF}lo"})}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"text": f"cut in two {HALF} here"},
+        {"messages": [ASKED, {"role": "assistant", "content": f"\ude00 low half first {HALF}"}]},
+        {"instruction": "Q", "input": f"{HALF}", "output": f"the answer {HALF}\ude00{HALF}"},
+        {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALLED]}]},
+    ],
+    ids=["a text", "a low half", "columns", "JSON text within a call"],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_halves_of_surrogate_pairs_reach_the_tokenizer_as_replacement_characters(tmp_path, given, streamed):
+    path = tiny.jsonl(tmp_path / "rows.jsonl", given)
+    (row,) = row_files_streamed.stream_file(path) if streamed else row_files.read_file(path)
+    template = CALLS.replace("WRITTEN", "{{ c.function.arguments.city }}")
+    whole, own = learned(row, template)
+    assert "\ufffd" in own and not {*whole} & {"\ud83d", "\ude00"}

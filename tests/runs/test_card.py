@@ -36,6 +36,13 @@ def made(place: Path, name: str, **changed: Any) -> tuple[Result, str]:
     return result, (result.adapter / card.CARD).read_text(encoding="utf-8")
 
 
+def beside(result: Result, place: Path, monkeypatch: Any) -> None:
+    """Goes into the adapter's folder, where the base is found by the name that the card has for it."""
+    monkeypatch.chdir(result.adapter)
+    if not Path("base").exists():
+        Path("base").symlink_to(place / "base")
+
+
 def header(text: str) -> dict[str, Any]:
     found = yaml.safe_load(text.split("---")[1])
     assert isinstance(found, dict)
@@ -101,7 +108,8 @@ def test_the_header_names_what_the_hub_can_know(place):
 def test_what_it_says_to_type_loads_the_same_model_in_veneer_and_peft(place, monkeypatch):
     result, text = made(place, "lora")
     assert len(blocks(text)) == 2
-    monkeypatch.chdir(result.adapter)
+    assert str(place) not in text and "`base` stands for the path of the base model's folder." in text
+    beside(result, place, monkeypatch)
     ids = torch.arange(12)[None]
     outputs = []
     for block in blocks(text):
@@ -127,7 +135,7 @@ def test_what_vllm_does_not_read_becomes_plain_lora_as_it_is_said(
     assert "vllm serve" not in text and len(blocks(text)) == blocks_shown
     command = re.search(r"`veneer (combine [^`]+)`", text)
     assert command is not None
-    monkeypatch.chdir(result.adapter)
+    beside(result, place, monkeypatch)
     assert main(command[1].split()) == 0, capsys.readouterr().err
     assert json.loads(Path("plain/adapter_config.json").read_text(encoding="utf-8"))["peft_type"] == "LORA"
 
@@ -144,7 +152,7 @@ def test_full_fine_tuning_loads_in_veneer_alone(place, monkeypatch, capsys):
         and "PeftModel" not in text
         and " --out merged` writes it into a copy of the base" in text
     )
-    monkeypatch.chdir(result.adapter)
+    beside(result, place, monkeypatch)
     exec(blocks(text)[0], {})
     from veneer.cli.frame import main
 

@@ -144,7 +144,9 @@ def test_the_page_says_what_the_files_say(run):
         assert layer["site"] in seen
     for p in r["dial"]["points"]:
         assert f"{p['strength']:g} {p['target_bpb']:.3f} {p['known_bpb']:.3f}" in seen
-    for name, value in json.loads((run / "config.json").read_text())["run"].items():
+    settings = json.loads((run / "config.json").read_text())["run"]
+    assert Path(settings["model"]).is_absolute() and settings["model"] not in seen
+    for name, value in {**settings, "model": Path(settings["model"]).name}.items():
         assert f"{name} {numbers.plain(value)}" in seen
     for name in PICTURES:
         assert (run / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -62,13 +62,18 @@ def text(run: RunRecord, record: Mapping[str, Any], peft: Mapping[str, Any] | No
         *_section("Learned and forgotten", _figures(run)),
         *_section("Training", _table(("setting", "value"), _settings(settings))),
         *_section("Cost", _cost(run)),
-        *_section("Load it", *usage.ways(settings["model"], run.task.AUTO, record, peft, _head(run))),
+        *_section("Load it", *_ways(run, record, peft)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _head(run: RunRecord) -> dict[str, Any]:
-    return run.task.head_options(run.config["run"].get("task_options") or {})
+def _ways(run: RunRecord, record: Mapping[str, Any], peft: Mapping[str, Any] | None) -> list[str]:
+    """Returns the ways to load the adapter; a base in a folder goes by the folder's name."""
+    model, task = run.config["run"]["model"], run.task
+    name = run_record.named(model)
+    head = task.head_options(run.config["run"].get("task_options") or {})
+    said = [] if name == model else [f"`{name}` stands for the path of the base model's folder."]
+    return [*said, *usage.ways(name, task.AUTO, record, peft, head)]
 
 
 def _section(title: str, *parts: str) -> list[str]:

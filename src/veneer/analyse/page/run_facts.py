@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.analyse.numbers import plain
-from veneer.analyse.page import elements
+from veneer.analyse.page import elements, run_record
 from veneer.analyse.page.run_record import PARTS, RunRecord
 from veneer.units import duration, size
 
@@ -57,7 +57,9 @@ def cost(run: RunRecord) -> str:
 
 
 def settings_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {name: plain(value) for name, value in settings.items()}
+    """Returns all settings as text; a model in a folder goes by the folder's name."""
+    shown = {**settings, "model": run_record.named(settings["model"])}
+    return {name: plain(value) for name, value in shown.items()}
 
 
 def notes(run: RunRecord) -> list[str]:

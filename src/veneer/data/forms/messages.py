@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.data.forms.flags import FLAGS, check_flags
+from veneer.data.tables import without_surrogates
 from veneer.errors import DataError, suggest
 
 SPEAKERS = {
@@ -112,11 +113,14 @@ def system(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def opened(value: Any) -> Any:
-    """Parses JSON text, which tables hold lists as; returns anything else unchanged."""
+    """Parses JSON text, which tables hold lists as; returns anything else unchanged.
+
+    Half surrogate pairs that the text spells become U+FFFD, as in rows.
+    """
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return without_surrogates(json.loads(value))
     except json.JSONDecodeError:
         return value
 
