@@ -164,4 +164,4 @@ def test_halves_of_surrogate_pairs_reach_the_tokenizer_as_replacement_characters
     (row,) = row_files_streamed.stream_file(path) if streamed else row_files.read_file(path)
     template = CALLS.replace("WRITTEN", "{{ c.function.arguments.city }}")
     whole, own = learned(row, template)
-    assert "\ufffd" in own and not {*whole} & {"\ud83d", "\ude00"}
+    assert "\ufffd" in own and not any("\ud800" <= letter <= "\udfff" for letter in whole)

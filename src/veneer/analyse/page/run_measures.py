@@ -70,15 +70,11 @@ def dial(run: RunRecord, drawn: Drawn) -> str:
         says.append(f"On {dial['text']} it reaches {_at(run, chosen)}.")
     head, rows = _dial_rows(run, dial["points"])
     use = f"veneer generate PROMPT --adapter {run.folder}@{dial['recommended']:g}"
-    other = "none of which chose the strength" if dial["apart"] else "which also chose the strength"
-    examples = f"{dial['windows']} {run.task.EXAMPLE}{'s' if dial['windows'] > 1 else ''}"
-    above = " that the figures above are of" if dial.get("as_measured") else ""
-    caption = f"Measured on the {examples} of {dial['text']}{above}, {other}."
     return elements.section(
         title,
         elements.paragraph(" ".join(says)),
         elements.pair(
-            _shown(drawn, "dial", f"{_headed(run)} at every strength", caption),
+            _shown(drawn, "dial", f"{_headed(run)} at every strength", _of_dial(run, dial)),
             elements.card(
                 elements.table(rows, head, numbers=0),
                 elements.paragraph("To use it:", "small"),
@@ -86,6 +82,14 @@ def dial(run: RunRecord, drawn: Drawn) -> str:
             ),
         ),
     )
+
+
+def _of_dial(run: RunRecord, dial: Mapping[str, Any]) -> str:
+    """Returns the caption of the dial: the examples that it was measured on."""
+    other = "none of which chose the strength" if dial["apart"] else "which also chose the strength"
+    examples = f"{dial['windows']} {run.task.EXAMPLE}{'s' if dial['windows'] > 1 else ''}"
+    above = " that the figures above are of" if dial.get("as_measured") else ""
+    return f"Measured on the {examples} of {dial['text']}{above}, {other}."
 
 
 def _at(run: RunRecord, point: Mapping[str, Any]) -> str:
