@@ -21,7 +21,8 @@ from veneer.cli import flags
 from veneer.cli.app import app, beginning
 from veneer.cli.frame import explain, main
 from veneer.cli.panels import ORDER, OTHER
-from veneer.cli.table import FIRST, GROUPS, VERBS
+from veneer.cli.table import FIRST, VERBS
+from veneer.cli.verb import GROUPS
 from veneer.tasks.text.bits import BITS
 from veneer.train.errors import Interrupted
 from veneer.train.folder.result import Change, Result

@@ -24,7 +24,7 @@ from veneer.tasks import Metric
 from veneer.train.errors import Diverged
 from veneer.train.folder import layout
 from veneer.train.run import Run
-from veneer.verbs import compare as verb
+from veneer.verbs.search import compare as verb
 
 NOT_SHARED = ("lr", "eval_every", "save_every", "out", "report")
 
@@ -157,11 +157,9 @@ def test_a_divergence_is_recorded(tmp_path, fake):
 def test_another_comparison_in_the_folder_is_refused(tmp_path, fake):
     run = Run.from_dict(settings(tmp_path))
     compare(run, small(tmp_path), progress=False)
-    with pytest.raises(
-        ConfigError, match=r"holds another comparison:\n  seeds: 2 -> 3\nchoose another folder"
-    ):
+    with pytest.raises(ConfigError, match=r"holds another search:\n  seeds: 2 -> 3\nchoose another folder"):
         compare(run, small(tmp_path, seeds=3), progress=False)
-    with pytest.raises(ConfigError, match="is not empty and holds no comparison; choose another folder"):
+    with pytest.raises(ConfigError, match="is not empty and holds no search; choose another folder"):
         compare(run, small(tmp_path, out=str(tmp_path)), progress=False)
 
 

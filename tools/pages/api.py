@@ -23,7 +23,11 @@ HEAD = """# Python
 subclasses of `veneer.errors.VeneerError`."""
 
 # Functions of verbs that build their own call, and classes for writing new methods.
-HOMES = {"plan": "veneer.verbs.plan.plan:plan", "compare": "veneer.verbs.compare:compare"}
+HOMES = {
+    "plan": "veneer.verbs.plan.plan:plan",
+    "compare": "veneer.verbs.search.compare:compare",
+    "rank": "veneer.verbs.search.rank:rank",
+}
 PARTS = {
     "veneer.methods": (methods.Delta, methods.Factors),
     "veneer.sites": (sites.Site,),

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from pages.markdown import escaped, table
 from veneer.cli.app import command
-from veneer.cli.table import GROUPS, VERBS, Verb
+from veneer.cli.table import VERBS
+from veneer.cli.verb import GROUPS, Verb
 
 HEAD = """# Command line
 

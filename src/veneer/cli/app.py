@@ -10,7 +10,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from veneer.cli.panels import OUTPUT
-from veneer.cli.table import FIRST, GROUPS, VERBS
+from veneer.cli.table import FIRST, VERBS
+from veneer.cli.verb import GROUPS
 from veneer.cli.words import WORDS, DebugAll
 
 ABOUT = "Thin low-rank layers over large models: adapt, train, merge, and see what was learned and forgotten."

@@ -11,7 +11,7 @@ import typer
 
 from veneer.cli import flags, given
 from veneer.cli.panels import OUTPUT
-from veneer.cli.table import Verb
+from veneer.cli.verb import Verb
 from veneer.cli.words import Debug
 
 Json = Annotated[

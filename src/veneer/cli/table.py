@@ -2,27 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from veneer.cli.verb import ADAPT, CARRY, LOOK, MEASURE, Verb
 
-
-class Verb(NamedTuple):
-    """One row of `veneer --help`.
-
-    home: "module:function". The module also holds `text(outcome)`, which writes the function's outcome for
-    people. checks: the module holds `exit_code(outcome)` besides. own: the function makes the call itself,
-    with its flags.
-    """
-
-    group: str
-    help: str
-    examples: tuple[str, ...]
-    home: str
-    checks: bool = False
-    own: bool = False
-
-
-ADAPT, LOOK, CARRY, MEASURE = "Adapt a model", "Look", "Carry elsewhere", "Measure and check"
-GROUPS = (ADAPT, LOOK, CARRY, MEASURE)
 FIRST = ("demo", "fit", "generate", "eval", "merge")  # what `veneer` alone shows
 
 VERBS = {
@@ -75,6 +56,17 @@ VERBS = {
         "veneer.cli.search_verbs:compare",
         own=True,
     ),
+    "rank": Verb(
+        ADAPT,
+        "Find the rank that a task needs, from one pilot or from trainings at rising ranks.",
+        (
+            "veneer rank --data builtin:prose --steps 100",
+            "veneer rank --model ./llama --data chats.jsonl --most 128",
+            "veneer rank --data notes.txt --form sweep --seeds 3",
+        ),
+        "veneer.cli.search_verbs:rank",
+        own=True,
+    ),
     "generate": Verb(
         LOOK,
         "Continue a prompt by the base model and by adapters, side by side.",
@@ -98,6 +90,16 @@ VERBS = {
         "Show an adapter's change of each layer, and whether a merge would keep it.",
         ("veneer inspect runs/notes", "veneer inspect runs/notes --json"),
         "veneer.verbs.inspect:inspect",
+    ),
+    "analyse": Verb(
+        LOOK,
+        "Analyse an adapter's ranks, energies and intruders, compare two, or save one without intruders.",
+        (
+            "veneer analyse runs/notes",
+            "veneer analyse runs/a runs/b --json",
+            "veneer analyse runs/notes --scale 0.3 --out calmer --data builtin:known",
+        ),
+        "veneer.verbs.analyse:analyse",
     ),
     "report": Verb(
         LOOK,

@@ -6,16 +6,13 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.files import read_json, unusable
+from veneer.files import read_json
 from veneer.models import machine
-from veneer.runs.decide import decided
-from veneer.runs.fit import lay_out
-from veneer.runs.prepare import read
 from veneer.search.compare import contenders, texts
 from veneer.search.compare.cost import cost
 from veneer.search.compare.judge import Judge
@@ -24,6 +21,7 @@ from veneer.search.compare.table import table
 from veneer.search.compare.training import CLAIMS, WAIT, Training
 from veneer.search.decide.choose import Choice, choose
 from veneer.search.decide.trial import Trial
+from veneer.settings import Settings
 from veneer.train.errors import Busy
 from veneer.train.folder import layout, lock
 from veneer.train.folder.drift import differences
@@ -85,38 +83,28 @@ def prepared(
 
     Reads all texts, so that what does not fit is refused before any training. Raises the errors of `fit`.
     """
-    out = Path(comparison.out)
-    if problem := unusable(out, new=False):
-        raise ConfigError(problem)
-    labels = comparison.methods
+    out, labels = Path(comparison.out), comparison.methods
     contenders.runs(run, labels)  # cheap refusals first
-    with voice.phase("reading texts"):
-        shared = texts.complete(run, out, voice)
-        rated = replace(shared, lr=shared.lr or 1.0)
-        looked, task, found = read(decided(rated, machine.device(run.device)), voice)
-    steps = lay_out(looked, task, found["train"].examples)[0].steps
-    shared = replace(shared, length=looked.length, lr=None)
+    shared, steps = texts.shared(run, out, voice)
     runs = contenders.runs(shared, labels)
     return runs, steps, comparison.grids(runs)
 
 
-def begin(out: Path, run: Run, comparison: Comparison) -> None:
-    """Writes config.json, or raises ConfigError if the folder holds another comparison."""
-    own = {k: v for k, v in asdict(comparison).items() if k not in FREE}
-    config = {"veneer": __version__, "run": {**asdict(run), "out": ""}, "comparison": own}
+def begin(out: Path, run: Run, search: Settings) -> None:
+    """Writes config.json, or raises ConfigError if the folder holds another search."""
+    own = {k: v for k, v in asdict(search).items() if k not in FREE}
+    config = {"veneer": __version__, "run": {**asdict(run), "out": ""}, "search": own}
     there = [p.name for p in out.iterdir()] if out.is_dir() else []  # before the look for another's config
     if (out / layout.CONFIG).is_file():
         then = read_json(out / layout.CONFIG)
         now = json.loads(json.dumps(config))
-        changed = [
-            line for part in ("run", "comparison") for line in differences(then.get(part, {}), now[part])
-        ]
+        changed = [line for part in ("run", "search") for line in differences(then.get(part, {}), now[part])]
         if changed:
             lines = "\n".join(f"  {line}" for line in changed)
-            raise ConfigError(f"out {out} holds another comparison:\n{lines}\nchoose another folder")
+            raise ConfigError(f"out {out} holds another search:\n{lines}\nchoose another folder")
         return
     if any(name != texts.FOLDER and not name.startswith(".") for name in there):
-        raise ConfigError(f"out {out} is not empty and holds no comparison; choose another folder")
+        raise ConfigError(f"out {out} is not empty and holds no search; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     layout.put(out / layout.CONFIG, config)
 

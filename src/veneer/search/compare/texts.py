@@ -13,12 +13,31 @@ from veneer.data.forms.columns import EMPTY
 from veneer.data.reading import NO_TEXT
 from veneer.data.row_files import Row
 from veneer.errors import ConfigError, option
-from veneer.files import replacing
+from veneer.files import replacing, unusable
+from veneer.models import machine
+from veneer.runs.decide import decided
+from veneer.runs.fit import lay_out
+from veneer.runs.prepare import read
 from veneer.runs.texts import texts
-from veneer.train.loop.progress import Notes
+from veneer.train.loop.progress import Notes, Voice
 from veneer.train.run import Run
 
 FOLDER = "texts"
+
+
+def shared(run: Run, out: Path, voice: Voice) -> tuple[Run, int]:
+    """Returns the settings that all trials share, without a rate, and the steps of a training.
+
+    Reads all texts, so that rows that do not fit are refused before any training. Raises the errors of `fit`.
+    """
+    if problem := unusable(out, new=False):
+        raise ConfigError(problem)
+    with voice.phase("reading texts"):
+        found = complete(run, out, voice)
+        rated = replace(found, lr=found.lr or 1.0)
+        looked, task, held = read(decided(rated, machine.device(run.device)), voice)
+    steps = lay_out(looked, task, held["train"].examples)[0].steps
+    return replace(found, length=looked.length, lr=None), steps
 
 
 def complete(run: Run, out: Path, notes: Notes) -> Run:

@@ -1,0 +1,1 @@
+"""Verbs that search over settings: `veneer compare`, `veneer rank`."""
