@@ -15,7 +15,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH
 
-.PHONY: real real-clean test-real test-portable help demo test lint docs bench bench-check mutants clean
+.PHONY: real real-clean test-real test-portable help demo test lint docs bench bench-check study mutants clean
 
 help:
 	@echo "make demo    adapt the built-in model in three ways and see what was learned and forgotten"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    build the documentation into site/ and check its links"
 	@echo "make bench   run every script in bench/; make bench-check compares with the figures in bench/results"
+	@echo "make study   judge claims about learning and forgetting (hours; ARGS=--quick: half an hour)"
 	@echo "make mutants plant 60 faults one at a time and see whether the tests notice; ARGS=\"--seed 1\" for others, ARGS=--help for more"
 	@echo "make clean   remove .venv and what tests and builds left behind (not runs/)"
 
@@ -74,6 +75,10 @@ bench: $(STAMP)
 
 bench-check: $(STAMP)
 	$(BIN)/python bench/check.py
+
+# Resumable: the same command goes on. make study ARGS=--quick takes half an hour on two cores.
+study: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/veneer study --to docs/study $(ARGS)
 
 mutants: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=tools $(BIN)/python -m mutants $(ARGS)

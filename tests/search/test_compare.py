@@ -15,7 +15,7 @@ from veneer.cli.frame import main
 from veneer.errors import ConfigError
 from veneer.files import read_json
 from veneer.search.compare import compare as comparing
-from veneer.search.compare import training
+from veneer.search.compare import contenders, training
 from veneer.search.compare.compare import compare
 from veneer.search.compare.settings import Comparison
 from veneer.search.compare.training import joined
@@ -74,7 +74,7 @@ def fake(monkeypatch):
     """Trainings and dials that take no time."""
     made = Fake()
     dial = {"recommended": 1.0, "points": [{"strength": 1.0, "target_bpb": 1.0, "known_bpb": 1.1}]}
-    monkeypatch.setattr(training, "fit_until", lambda run, step: made(run, step))
+    monkeypatch.setattr(training, "fit_until", lambda run, step, reader: made(run, step))
     monkeypatch.setattr(
         comparing, "Judge", lambda run, voice: type("J", (), {"dial": lambda self, t: dial})()
     )
@@ -184,6 +184,8 @@ def test_missing_parts_are_set_aside_and_said(tmp_path, fake, capsys):
         ({"methods": ("lora", "lara")}, "lara: unknown method; did you mean 'lora'?"),
         ({"methods": ("lora/sgd",)}, "lora/sgd: unknown optimiser 'sgd'"),
         ({"methods": ("ia3/lorapro",)}, "needs factors"),
+        ({"methods": ("lora:renk=4",)}, "'renk=4' must be option=value; did you mean 'rank'?"),
+        ({"methods": ("lora:rank=x",)}, "rank must be a whole number, got 'x'"),
         ({"rates": 4}, "rates must be 5 or more, got 4"),
         ({"seeds": 0}, "seeds must be 1 or more, got 0"),
         ({"durations": (0.5, 1.0)}, "durations must be between 0 and 1"),
@@ -196,6 +198,16 @@ def test_impossible_comparisons_are_refused(tmp_path, fake, changed, message):
     with pytest.raises(ConfigError) as e:
         compare(Run.from_dict(settings(tmp_path)), small(tmp_path, **changed), progress=False)
     assert message in str(e.value) and fake.calls == []
+
+
+def test_a_contender_may_name_options():
+    run = Run(data="a.txt", options={"rank": 2, "alpha": 4.0}, rank_pattern={"q_proj": 1})
+    found = contenders.runs(run, ["lora:rank=16", "full:weight_decay=0.1", "ia3", "dora/loraplus:rank=3"])
+    ranked, full, ia3, both = found.values()
+    assert ranked.options == {"rank": 16, "alpha": 4.0} and ranked.rank_pattern == {"q_proj": 1}
+    assert (full.method, full.weight_decay, full.options, full.rank_pattern) == ("full", 0.1, {}, {})
+    assert (ia3.method, ia3.options) == ("ia3", {})
+    assert (both.method, both.optimiser, both.options["rank"]) == ("dora", "loraplus", 3)
 
 
 def test_time_in_one_pass_is_shared():

@@ -77,6 +77,15 @@ def intruders(
 
 
 @torch.no_grad()
+def n_intruders(W: Tensor, D: Tensor, *, k: int = 10, threshold: float = 0.5, seed: int = 0) -> int:
+    """Returns the number of intruder dimensions of W + D (out, in) among its k leading left directions."""
+    _check(k, threshold)
+    W = precise(W)
+    U, _, _ = leading_svd(W + precise(D), min(k, *W.shape), keyed(seed, "intruders"), ITERATIONS)
+    return int((_nearest(W, U) < threshold).sum())
+
+
+@torch.no_grad()
 def scale_intruders(
     model: nn.Module,
     name: str,

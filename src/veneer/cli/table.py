@@ -67,6 +67,12 @@ VERBS = {
         "veneer.cli.search_verbs:rank",
         own=True,
     ),
+    "study": Verb(
+        MEASURE,
+        "Judge claims about learning and forgetting on the built-in model, by a fixed protocol.",
+        ("veneer study --quick", "veneer study --part prose", "veneer study --to docs/study"),
+        "veneer.verbs.search.study:study",
+    ),
     "generate": Verb(
         LOOK,
         "Continue a prompt by the base model and by adapters, side by side.",

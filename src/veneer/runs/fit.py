@@ -20,7 +20,7 @@ from veneer.runs import base_model
 from veneer.runs.findings import sampler
 from veneer.runs.finish import Begun, end, made_up
 from veneer.runs.learner import keeping, learner, precision
-from veneer.runs.prepare import Ready, prepare
+from veneer.runs.prepare import Reader, Ready, prepare
 from veneer.runs.texts import streamed, texts
 from veneer.tasks import Task
 from veneer.tasks.base.abilities import Writer
@@ -63,13 +63,16 @@ def fit(run: Run, *, progress: bool = True, world: World = ALONE, objective: Los
         return end(begun, loop, loop.run(wish), wish)
 
 
-def fit_until(run: Run, step: int, *, progress: bool = False) -> Result | Position:
+def fit_until(
+    run: Run, step: int, *, progress: bool = False, reader: Reader | None = None
+) -> Result | Position:
     """Trains as `fit` up to a step and saves there; returns the result once the training has ended.
 
-    run: with resume, so that the next call goes on. Raises the errors of `fit`.
+    run: with resume, so that the next call goes on; reader: see `prepare`. Raises the errors of `fit`.
     """
+    voice = Voice(progress)
     with ExitStack() as stack:
-        begun = begin(look(run, Voice(progress), stack), Voice(progress), stack)
+        begun = begin(look(run, voice, stack, reader=reader), voice, stack)
         if isinstance(begun, Result):
             return begun
         if run.neftune:
@@ -95,7 +98,9 @@ def _with(ready: Ready, objective: Loss, voice: Voice) -> Ready:
     return ready._replace(task=task, config=config)
 
 
-def look(run: Run, voice: Voice, stack: ExitStack, world: World = ALONE) -> Ready:
+def look(
+    run: Run, voice: Voice, stack: ExitStack, world: World = ALONE, reader: Reader | None = None
+) -> Ready:
     """Reads and checks everything; writes nothing but the lock of a run that has begun."""
     out = Path(run.out)
     track.check_installed(run.track)
@@ -105,7 +110,7 @@ def look(run: Run, voice: Voice, stack: ExitStack, world: World = ALONE) -> Read
         if held := (out / layout.CONFIG).exists():
             stack.enter_context(lock.held(out))
     stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-    return prepare(run, device, voice)._replace(held=held)
+    return prepare(run, device, voice, reader=reader)._replace(held=held)
 
 
 def begin(ready: Ready, voice: Voice, stack: ExitStack, world: World = ALONE) -> Begun | Result:

@@ -11,7 +11,7 @@ from veneer import tasks
 from veneer.errors import ConfigError
 from veneer.runs.finish import Begun, end
 from veneer.runs.fit import begin, look, loop_of
-from veneer.runs.prepare import NAME
+from veneer.runs.prepare import NAME, Reader
 from veneer.tasks.base.abilities import Joint
 from veneer.train.folder.result import Result
 from veneer.train.loop import together
@@ -36,14 +36,15 @@ def fit_many(runs: Sequence[Run], *, progress: bool = True) -> list[Result]:
 
 
 def fit_many_until(
-    runs: Sequence[Run], step: int | None, *, progress: bool = False
+    runs: Sequence[Run], step: int | None, *, progress: bool = False, reader: Reader | None = None
 ) -> list[Result | Position]:
     """Trains as `fit_many` up to a step and saves there; see `fit_until`. step: None for all of them."""
     _check(runs)
     with ExitStack() as stack:
         voices = [Voice(progress) for _ in runs]
         readies = [
-            look(replace(run, compile="off"), voice, stack) for run, voice in zip(runs, voices, strict=True)
+            look(replace(run, compile="off"), voice, stack, reader=reader)
+            for run, voice in zip(runs, voices, strict=True)
         ]
         together.share_base([ready.model for ready in readies])
         together.check({ready.run.out: ready.model for ready in readies}, NAME)

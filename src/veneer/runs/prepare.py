@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -59,14 +59,17 @@ class Ready(NamedTuple):
         return trained.for_optimiser(self.run, self.parts)
 
 
-def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool = False) -> Ready:
+def prepare(
+    run: Run, device: torch.device, voice: Voice, *, only_shapes: bool = False, reader: Reader | None = None
+) -> Ready:
     """Reads and checks everything, cheap things first. Raises the errors of what does not fit.
 
     only_shapes: the trained parameters need not have their starting values, nor the base a fingerprint.
+    reader: in place of `read`, for several runs on the same texts.
     """
     run = decided(texts.named(run), device)
     with voice.phase("reading texts"):
-        run, task, found = read(run, voice)
+        run, task, found = (reader or read)(run, voice)
     with voice.phase("loading the model"):
         model, stats = base_model.base(run, task, run.base_dtype, device, voice, only_shapes=only_shapes)
     task.check(model, [e for t in found.values() for e in t.examples])
@@ -96,6 +99,9 @@ def prepare(run: Run, device: torch.device, voice: Voice, *, only_shapes: bool =
         "notes": list(voice.said),
     }
     return Ready(run, task, model, parts, optimiser, found, config, prefix)
+
+
+Reader = Callable[[Run, Notes], tuple[Run, Task, dict[str, Text]]]
 
 
 def read(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, Text]]:

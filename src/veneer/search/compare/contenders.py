@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import Parameter
 from typing import Any
 
-from veneer import embedded, methods, optim
+from veneer import embedded, methods, optim, settings
 from veneer.errors import ConfigError, option, suggest
 from veneer.train import rates
 from veneer.train.parts.change import FULL
@@ -27,8 +28,12 @@ NAMED: dict[str, Mapping[str, Any]] = {
 DEFAULT = ("full", "lora", "lora-mlp", "dora", "pissa", "loraplus", "oft")
 
 
+# Settings of a run that a contender may set, beside its method's options.
+OF_RUN = ("weight_decay", "label_smoothing", "neftune", "ema", "batch", "schedule")
+
+
 def known() -> list[str]:
-    """Returns all names; METHOD/OPTIMISER names every other pair."""
+    """Returns all names; METHOD/OPTIMISER and NAME:option=value name others."""
     return sorted({*NAMED, *methods.available()})
 
 
@@ -50,7 +55,8 @@ def runs(base: Run, labels: Sequence[str]) -> dict[str, Run]:
 
 
 def _settings(base: Run, label: str) -> dict[str, Any]:
-    name, _, optimiser = label.partition("/")
+    head, *given_in_label = label.split(":")
+    name, _, optimiser = head.partition("/")
     if name not in known():
         raise ConfigError(f"unknown method{suggest(name, known())}")
     if optimiser and optimiser not in optim.available():
@@ -62,7 +68,10 @@ def _settings(base: Run, label: str) -> dict[str, Any]:
     patterns: dict[str, Any] = {
         p: {} for p, k in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")) if k not in fits
     }
-    own["options"] = {**given, **own.get("options", {})}
+    named = _named(given_in_label, fits)
+    own |= {k: v for k, v in named.items() if k in OF_RUN}
+    chosen = {k: v for k, v in named.items() if k not in OF_RUN}
+    own["options"] = {**given, **own.get("options", {}), **chosen}
     if optimiser:
         own["optimiser"] = optimiser
     if own.get("optimiser", base.optimiser) != base.optimiser:
@@ -71,6 +80,18 @@ def _settings(base: Run, label: str) -> dict[str, Any]:
         own |= {"to": None, "exclude": (), "untie": False, "quantise": None, "cache_frozen": False}
         own |= {"optimiser": "adamw", "optimiser_options": {}} if "optimiser" not in own else {}
     return {**patterns, **own}
+
+
+def _named(entries: Sequence[str], fits: Mapping[str, Parameter]) -> dict[str, Any]:
+    """Returns the values of option=value, as their types ask. Raises ConfigError for an unknown option."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        key, equals, value = entry.partition("=")
+        if not equals or (key not in fits and key not in OF_RUN):
+            raise ConfigError(f"{entry!r} must be option=value{suggest(key, [*fits, *OF_RUN])}")
+        read = settings.read_yaml(f"{key}: {value}", entry)
+        found |= read
+    return found
 
 
 def centre(run: Run) -> float:

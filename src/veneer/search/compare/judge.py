@@ -33,7 +33,8 @@ class Judge:
         self.run, self.voice = run, voice
 
     @cached_property
-    def _opened(self) -> tuple[Task, nn.Module, dict[str, list[Any]]]:
+    def opened(self) -> tuple[Task, nn.Module, dict[str, list[Any]]]:
+        """The task, the base, and the examples to measure by part."""
         device = machine.device(self.run.device)
         run, task, found = read(decided(self.run, device), Notes())
         model, _ = base_model.base(run, task, run.base_dtype, device, Voice(False))
@@ -50,7 +51,7 @@ class Judge:
         return read_json(file, ("points", "recommended"))
 
     def _measured(self, trial: Path) -> dict[str, Any]:
-        task, model, held = self._opened
+        task, model, held = self.opened
         known = held.get("known", [])
         with self.voice.phase(f"measuring strengths of {trial.name}"):
             store.load(model, trial / layout.ADAPTER, NAME, allow="zero")

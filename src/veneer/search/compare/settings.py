@@ -25,7 +25,7 @@ class Comparison(Settings):
 
     methods: tuple[str, ...] = setting(
         contenders.DEFAULT,
-        f"contenders: {', '.join(contenders.known())}, or METHOD/OPTIMISER; several with commas",
+        f"contenders: {', '.join(contenders.known())}, METHOD/OPTIMISER or NAME:rank=16; several with commas",
     )
     rates: int = setting(grid.FEWEST, "learning rates of each contender, by factors of two around its centre")
     centre: dict[str, float] = field(

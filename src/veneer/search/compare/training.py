@@ -14,14 +14,16 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.runs.fit import fit_until
 from veneer.runs.fit_many import fit_many_until
+from veneer.runs.prepare import Reader, read
+from veneer.runs.texts.texts import Text
 from veneer.search.compare.journal import Journal
 from veneer.search.decide.halving import diverged
 from veneer.search.decide.trial import DIVERGED, FINISHED, GOING, Point, Progress, Trial, every, rung
-from veneer.tasks import Metric, get
+from veneer.tasks import Metric, Task, get
 from veneer.tasks.base.abilities import Joint
 from veneer.train.errors import Busy, Diverged
 from veneer.train.folder import layout, lock
-from veneer.train.loop.progress import Voice
+from veneer.train.loop.progress import Notes, Voice
 from veneer.train.run import Run
 
 TRIALS, CLAIMS = "trials", "claims"
@@ -39,7 +41,7 @@ class Training:
         self.runs, self.steps, self.folder, self.voice = runs, steps, folder, voice
         self.metric: Metric = get(next(iter(runs.values())).task).METRIC
         self.journal = Journal(folder, self.metric)
-        self.together = together
+        self.together, self.reader = together, remembering()
         self.alone: set[str] = {label for label, run in runs.items() if not _may_share(run)}
 
     def run_of(self, trial: Trial) -> Run:
@@ -141,7 +143,7 @@ class Training:
     def _by_itself(self, trial: Trial, share: float) -> bool:
         run, reason = self.run_of(trial), ""
         try:
-            fit_until(run, rung(share, run.steps or 1))
+            fit_until(run, rung(share, run.steps or 1), reader=self.reader)
         except Diverged as e:
             reason = e.text.splitlines()[0]
         self._record(trial, share, 1, reason)
@@ -151,7 +153,7 @@ class Training:
         runs = {t: replace(self.run_of(t), compile="off") for t in trials}
         until = None if share >= 1 else rung(share, self.steps)  # trials of other lengths have no rungs
         try:
-            fit_many_until(list(runs.values()), until)
+            fit_many_until(list(runs.values()), until, reader=self.reader)
         except Diverged as e:
             lost = next(t for t in trials if Path(runs[t].out) == e.folder)
             self._record(lost, share, len(trials), e.text.splitlines()[0])
@@ -179,6 +181,20 @@ class Training:
         self.journal.put(trial, Progress(1.0 if state == FINISHED else share, state, points, reason))
         if state != GOING:
             self._forget(trial)
+
+
+def remembering() -> Reader:
+    """Returns a reader that reads the texts of every seed once: all contenders share them."""
+    held: dict[int, tuple[Run, Task, dict[str, Text]]] = {}
+
+    def reader(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, Text]]:
+        if run.seed not in held:
+            held[run.seed] = read(run, notes)
+        known, task, found = held[run.seed]
+        decided = {name: getattr(known, name) for name in ("length", "special_tokens", "task_options")}
+        return replace(run, **decided), task, found
+
+    return reader
 
 
 def joined(

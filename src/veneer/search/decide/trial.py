@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -36,7 +37,7 @@ class Trial(NamedTuple):
     def key(self) -> str:
         """Returns the trial's name, which is its folder's too."""
         length = "" if self.length == 1 else f"-x{self.length:g}"
-        return f"{self.label.replace('/', '+')}-{self.lr:.4g}-s{self.seed}{length}"
+        return f"{re.sub('[^a-z0-9.-]', '+', self.label)}-{self.lr:.4g}-s{self.seed}{length}"
 
 
 class Point(NamedTuple):

@@ -1,1 +1,1 @@
-"""Verbs that search over settings: `veneer compare`, `veneer rank`."""
+"""Verbs that search over settings: `veneer compare`, `veneer rank`, `veneer study`."""

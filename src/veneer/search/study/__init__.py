@@ -1,0 +1,1 @@
+"""`veneer study`: learning against forgetting, claim by claim, by comparisons fixed beforehand."""

@@ -1,0 +1,167 @@
+"""Judges claims of the papers by the figures of a study, each by a rule that was fixed before the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from veneer.ops.intervals import of_difference
+from veneer.search.study.protocol import DECAY, FAR, HIGH, LORA, LOW, NEAR
+from veneer.tasks import Metric
+
+HOLDS, FAILS, NOISE, UNKNOWN = "holds", "does not hold", "inside the noise", "not measured"
+Rows = Mapping[str, Mapping[str, Any]]
+Parts = Mapping[str, Rows]
+
+
+class Verdict(NamedTuple):
+    """One claim on one text: the source, the claim in words, the outcome, and the figures behind it."""
+
+    source: str
+    claim: str
+    text: str
+    outcome: str
+    figures: str
+
+
+class Claim(NamedTuple):
+    """A claim and its rule, which returns an outcome and figures for the rows of one text, by label."""
+
+    source: str
+    words: str
+    rule: Callable[[Rows, Metric], tuple[str, str]]
+    texts: Sequence[str] = (NEAR, FAR)
+
+
+def judged(parts: Parts, metric: Metric) -> list[Verdict]:
+    """Returns a verdict on every claim for every text of the study that was measured."""
+    found = []
+    for claim in CLAIMS:
+        for text in claim.texts:
+            if text in parts:
+                found.append(Verdict(claim.source, claim.words, text, *claim.rule(parts[text], metric)))
+    return found
+
+
+def _worse(first: str, second: str) -> Callable[[Rows, Metric], tuple[str, str]]:
+    """Returns the rule that `first` scores worse on test text than `second`, by Welch's interval."""
+
+    def rule(rows: Rows, metric: Metric) -> tuple[str, str]:
+        return _differ(rows, metric, first, second, lambda r: r["values"])
+
+    return rule
+
+
+def _differ(
+    rows: Rows, metric: Metric, first: str, second: str, of: Callable[[Mapping[str, Any]], Sequence[float]]
+) -> tuple[str, str]:
+    """Returns HOLDS if the first costs more than the second beyond noise, FAILS if it costs less."""
+    a, b = (of(rows[label]) if label in rows else [] for label in (first, second))
+    if len(a) < 2 or len(b) < 2:
+        return UNKNOWN, ""
+    d = of_difference([metric.cost(v) for v in a], [metric.cost(v) for v in b])
+    assert d.low is not None and d.high is not None
+    figures = f"{first} - {second}: {d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
+    return (HOLDS if d.low > 0 else FAILS if d.high < 0 else NOISE), figures
+
+
+def _alike(first: str, second: str) -> Callable[[Rows, Metric], tuple[str, str]]:
+    """Returns the rule that two contenders cannot be told apart."""
+
+    def rule(rows: Rows, metric: Metric) -> tuple[str, str]:
+        outcome, figures = _differ(rows, metric, first, second, lambda r: r["values"])
+        return {HOLDS: FAILS, NOISE: HOLDS}.get(outcome, outcome), figures
+
+    return rule
+
+
+def _forgets_less_at_equal_learning(rows: Rows, metric: Metric) -> tuple[str, str]:
+    """Compares known text where full fine-tuning's dial scores as LoRA at its recommended strength."""
+    full, lora = (rows[label]["front"][-1:] if label in rows else [] for label in ("full", LORA))
+    if not full or not lora or full[0]["known"] is None:
+        return UNKNOWN, ""
+    target, known = f"target_{metric.name}", f"known_{metric.name}"
+    own = next(p for p in lora[0]["points"] if p["strength"] == lora[0]["recommended"])
+    other = known_at(full[0]["points"], own[target], target, known, metric)
+    if other is None:
+        return UNKNOWN, "full fine-tuning's dial does not pass LoRA's score"
+    gap = metric.cost(own[known]) - metric.cost(other)
+    figures = f"at {own[target]:.4f} on new text: lora {own[known]:.4f}, full {other:.4f} on known text"
+    return (HOLDS if gap < 0 else FAILS), f"{figures}; one seed each"
+
+
+def known_at(
+    points: Sequence[Mapping[str, float]], wanted: float, target: str, known: str, metric: Metric
+) -> float | None:
+    """Returns known text's figure where the dial first passes a score on new text, None if it never does."""
+    order = sorted(points, key=lambda p: p["strength"])
+    for a, b in pairwise(order):
+        ca, cb = metric.cost(a[target]), metric.cost(b[target])
+        if cb <= metric.cost(wanted) <= ca and ca > cb:
+            share = (ca - metric.cost(wanted)) / (ca - cb)
+            return a[known] + share * (b[known] - a[known])
+    return None
+
+
+def _sooner(first: str, second: str) -> Callable[[Rows, Metric], tuple[str, str]]:
+    """Returns the rule that `first` reaches the reference in fewer steps."""
+
+    def rule(rows: Rows, metric: Metric) -> tuple[str, str]:
+        found = [rows[label]["steps_to_reference"] if label in rows else None for label in (first, second)]
+        shown = [
+            f"{n} {f['mean']:.0f}" if f else f"{n} never" for n, f in zip((first, second), found, strict=True)
+        ]
+        a, b = found
+        if first not in rows or second not in rows or (a is None and b is None):
+            return UNKNOWN, ""
+        if a is None or b is None:
+            return (FAILS if a is None else HOLDS), f"steps to the reference: {', '.join(shown)}"
+        apart = None not in (a["low"], b["low"]) and (a["high"] < b["low"] or b["high"] < a["low"])
+        outcome = NOISE if not apart else HOLDS if a["mean"] < b["mean"] else FAILS
+        return outcome, f"steps to the reference: {', '.join(shown)}"
+
+    return rule
+
+
+def _times_full(rows: Rows, metric: Metric) -> tuple[str, str]:
+    """The best LoRA rate is 5 to 20 times full fine-tuning's."""
+    low, full = (rows[label]["lr"] if label in rows else None for label in (LORA, "full"))
+    if low is None or full is None:
+        return UNKNOWN, ""
+    ratio = low / full
+    return (HOLDS if 5 <= ratio <= 20 else FAILS), f"{low:g} against {full:g}: {ratio:.1f} times"
+
+
+def _high_rank(rows: Rows, metric: Metric) -> tuple[str, str]:
+    """Full fine-tuning's change needs ten times LoRA's rank (8) for 90 % of its energy."""
+    rank = rows.get("full", {}).get("measures", {}).get("energy_rank")
+    if rank is None:
+        return UNKNOWN, ""
+    return (HOLDS if rank >= 80 else FAILS), f"median rank of 90 % energy: {rank:g}; LoRA's rank: 8"
+
+
+def _intrudes(rows: Rows, metric: Metric) -> tuple[str, str]:
+    """LoRA has more intruder dimensions than full fine-tuning."""
+    counts = [rows.get(label, {}).get("measures", {}).get("intruders") for label in (LORA, "full")]
+    if None in counts:
+        return UNKNOWN, ""
+    return (HOLDS if counts[0] > counts[1] else FAILS), f"lora {counts[0]}, full {counts[1]}"
+
+
+BIDERMAN = "LoRA Learns Less and Forgets Less"
+REGRET = "LoRA Without Regret"
+CLAIMS = (
+    Claim(BIDERMAN, "LoRA learns less than full fine-tuning", _worse(LORA, "full")),
+    Claim(BIDERMAN, "LoRA forgets less at equal learning", _forgets_less_at_equal_learning),
+    Claim(BIDERMAN, "weight decay learns like plain full fine-tuning", _alike(DECAY, "full")),
+    Claim(BIDERMAN, "full fine-tuning's change has 10 times LoRA's rank", _high_rank),
+    Claim("LoRA", "low rank suffices near the pretraining data", _alike(LOW, HIGH), (NEAR,)),
+    Claim("LoRA", "high rank is needed far from it", _worse(LOW, HIGH), (FAR,)),
+    Claim(REGRET, "MLP alone does as well as all layers", _alike("lora-mlp", LORA)),
+    Claim(REGRET, "attention alone does worse than MLP alone", _worse("lora-attention", "lora-mlp")),
+    Claim(REGRET, "the best LoRA rate is about 10 times full fine-tuning's", _times_full),
+    Claim("LoRA+", "LoRA+ reaches the reference sooner than tuned LoRA", _sooner("loraplus", LORA)),
+    Claim("PiSSA", "PiSSA reaches the reference sooner than tuned LoRA", _sooner("pissa", LORA)),
+    Claim("Intruder dimensions", "LoRA has intruders, full fine-tuning fewer", _intrudes),
+)

@@ -1,0 +1,81 @@
+"""Writes the page of a study in Markdown: verdicts on claims, scores and measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from veneer.search.study.claims import UNKNOWN, Rows
+from veneer.tasks import Metric
+
+TEXTS = {"prose": "English prose, near the pretraining data", "c": "C headers, far from it"}
+
+
+def page(found: Mapping[str, Any], parts: Mapping[str, Rows], metric: Metric) -> str:
+    """Returns the page. found: results.json of the study; parts: rows of every text by label."""
+    size = "quick form" if found["quick"] else "full form"
+    lines = [
+        "# Learning against forgetting: claims of the papers, measured",
+        "",
+        f"The built-in model, {size}. [The protocol](protocol.md) was fixed before the runs; each rule",
+        "is code (`search/study/claims.py`). `veneer study` repeats everything. All scores are",
+        f"{metric.words} of test text; {metric.better} is better.",
+        "",
+        *_table(
+            ("source", "claim", "text", "outcome", "figures"),
+            ((c["source"], c["claim"], c["text"], c["outcome"], c["figures"]) for c in found["claims"]),
+        ),
+        "",
+        *([f"Missing parts: {', '.join(found['missing'])}.", ""] if found["missing"] else []),
+        _counted(found["claims"]),
+    ]
+    for name, rows in parts.items():
+        lines += ["", f"## {TEXTS.get(name, name)}", "", f"![scores]({name}-scores.png)", ""]
+        lines += [f"![learning and forgetting]({name}-front.png)", "", *_scores(rows), "", *_measures(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _counted(claims: Sequence[Mapping[str, str]]) -> str:
+    kinds = dict.fromkeys(c["outcome"] for c in claims)
+    counts = ", ".join(f"{sum(c['outcome'] == kind for c in claims)} {kind}" for kind in kinds)
+    note = "" if UNKNOWN not in kinds else " A claim without figures was not measured in this form."
+    return f"Of {len(claims)} verdicts: {counts}.{note}"
+
+
+def _scores(rows: Rows) -> list[str]:
+    head = ("method", "rate", "score, 95 %", "forgotten", "steps to reference", "parameters")
+    return _table(head, ((label, *_score(row)) for label, row in rows.items()))
+
+
+def _score(row: Mapping[str, Any]) -> Iterable[str]:
+    if not row["score"]:
+        return ("", "diverged", "", "", "")
+    score, forgotten, steps = row["score"], row["forgotten"], row["steps_to_reference"]
+    spread = "" if score["low"] is None else f" ({score['low']:.4f} to {score['high']:.4f})"
+    return (
+        f"{row['lr']:.3g}",
+        f"{score['mean']:.4f}{spread}",
+        f"{forgotten['mean']:+.4f}" if forgotten else "–",
+        f"{steps['mean']:.0f}" if steps else "never",
+        f"{row['trainable_parameters']:,}",
+    )
+
+
+def _measures(rows: Rows) -> list[str]:
+    head = ("method", "rank of 90 % energy", "attention", "MLP", "intruders", "CKA", "Procrustes")
+    made = []
+    for label, row in rows.items():
+        m = row["measures"]
+        if m:
+            roles = (m["by_role"]["attention"], m["by_role"]["mlp"])
+            ranks = (_number(v) for v in (m["energy_rank"], *roles, m["intruders"]))
+            made.append((label, *ranks, f"{m['cka']:.4f}", f"{m['procrustes']:.4f}"))
+    return _table(head, made)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]

@@ -1,0 +1,109 @@
+"""Runs the parts of the study, measures their trials, judges the claims and writes the page."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from veneer.analyse.page import compare_page
+from veneer.errors import ConfigError, suggest
+from veneer.files import read_json, replacing
+from veneer.models import machine
+from veneer.search.compare.compare import compare, prepared
+from veneer.search.compare.judge import Judge
+from veneer.search.compare.training import TRIALS
+from veneer.search.decide.trial import Trial
+from veneer.search.study import protocol
+from veneer.search.study.claims import judged
+from veneer.search.study.measures import measured
+from veneer.search.study.report import page
+from veneer.tasks import Metric
+from veneer.train.folder import layout
+from veneer.train.loop.progress import Voice
+
+PAGE = "index.md"
+
+
+def study(
+    out: str = "runs/study",
+    *,
+    quick: bool = False,
+    part: str | None = None,
+    to: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs the study of learning and forgetting as docs/study/protocol.md fixes it, and judges each claim.
+
+    out: folder of the study; the same command goes on with it
+    quick: fewer steps and contenders, for two cores and half an hour
+    part: one part alone, prose or c; several processes may each run one
+    to: folder for the page and its pictures, such as docs/study
+    """
+    size, voice = protocol.QUICKLY if quick else protocol.FULLY, Voice(progress)
+    every = protocol.parts(size, out)
+    if part is not None and part not in every:
+        raise ConfigError(f"part must be one of {', '.join(every)}, got {part!r}{suggest(part, every)}")
+    for name in every if part is None else [part]:
+        voice.say(f"== {name}")
+        run, comparison = every[name]
+        found = compare(run, comparison, progress=progress)
+        compare_page.write(Path(comparison.out))
+        _measure(Path(comparison.out), found, *every[name], voice)
+    rows = {name: _rows(Path(c.out)) for name, (_, c) in every.items() if (Path(c.out) / MEASURES).is_file()}
+    metric = _metric(every, rows)
+    verdicts = judged(rows, metric) if metric else []
+    made = {
+        "quick": quick,
+        "parts": sorted(rows),
+        "missing": sorted(set(every) - set(rows)),
+        "claims": [v._asdict() for v in verdicts],
+        "versions": machine.versions(),
+        "hardware": machine.hardware(machine.device("cpu")),
+    }
+    layout.put(Path(out) / layout.RESULTS, made)
+    if metric:
+        _write(Path(out), page(made, rows, metric), rows, to)
+    return {**made, "folder": out}
+
+
+MEASURES = "measures.json"
+
+
+def _measure(folder: Path, found: Mapping[str, Any], run: Any, comparison: Any, voice: Voice) -> None:
+    """Measures the first seed's trial of every contender."""
+    if (folder / MEASURES).is_file():
+        return
+    runs, _, _ = prepared(run, comparison, Voice(False))
+    judge = Judge(runs[protocol.LORA], voice)
+    made = {}
+    for row in found["methods"]:
+        if row["lr"] is not None and row["values"]:
+            trial = folder / TRIALS / Trial(row["label"], row["lr"], found["seed"]).key
+            with voice.phase(f"measuring the change of {row['label']}"):
+                made[row["label"]] = measured(judge, trial)
+    layout.put(folder / MEASURES, made)
+
+
+def _rows(folder: Path) -> dict[str, dict[str, Any]]:
+    measures = read_json(folder / MEASURES)
+    methods = read_json(folder / layout.RESULTS, ("methods",))["methods"]
+    return {row["label"]: {**row, "measures": measures.get(row["label"], {})} for row in methods}
+
+
+def _metric(every: Mapping[str, Any], rows: Mapping[str, Any]) -> Metric | None:
+    folders = [Path(every[name][1].out) for name in rows]
+    return Metric(**read_json(folders[0] / layout.RESULTS)["metric"]) if folders else None
+
+
+def _write(out: Path, text: str, rows: Mapping[str, Any], to: str | None) -> None:
+    """Writes the page beside copies of its pictures."""
+    for folder in [out, *([Path(to)] if to else [])]:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / PAGE) as (temporary,):
+            temporary.write_text(text, encoding="utf-8")
+        for name in rows:
+            for picture in ("front", "scores"):
+                if (out / name / f"{picture}.png").is_file():
+                    shutil.copyfile(out / name / f"{picture}.png", folder / f"{name}-{picture}.png")

@@ -1,0 +1,170 @@
+"""The study judges claims by fixed rules; its measures see what was planted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import tiny
+from torch import nn
+
+import veneer
+from veneer.adapt.attached import changes
+from veneer.analyse.activations import linear_cka, procrustes
+from veneer.analyse.intruders import intruders, n_intruders
+from veneer.errors import ConfigError
+from veneer.models import pretrained
+from veneer.search.study import claims, measures, protocol
+from veneer.search.study import study as studying
+from veneer.search.study.claims import FAILS, HOLDS, NOISE, UNKNOWN
+from veneer.search.study.report import page
+from veneer.search.study.study import study
+from veneer.tasks import Metric
+from veneer.verbs.search.study import text
+
+METRIC = Metric("bpb", "bits per byte")
+ROOT = Path(__file__).parents[2]
+
+
+def row(values, known=1.1, steps=20.0, lr=1e-3, **changed):
+    dial = [(0.0, 3.0, 1.0), (0.5, 2.5, 1.0 + (known - 1) / 2), (1.0, values[0], known)]
+    points = [{"strength": s, "target_bpb": t, "known_bpb": k} for s, t, k in dial]
+    front = {"known": known, "target": values[0], "recommended": 1.0, "points": points, "steps": 32}
+    steps_to = {"mean": steps, "low": steps - 1, "high": steps + 1, "n": 3}
+    measured = {"energy_rank": 90, "intruders": 5, "by_role": {"attention": 2, "mlp": 3}}
+    own = {"values": values, "score": {"mean": values[0], "low": 1.0, "high": 3.0, "n": 3}, "lr": lr}
+    own |= {"front": [front], "steps_to_reference": steps_to, "forgotten": {"mean": known - 1}}
+    own |= {"trainable_parameters": 1000, "measures": {**measured, "cka": 0.9, "procrustes": 0.1}}
+    return {**own, **changed}
+
+
+def outcome(words, rows, where="prose"):
+    found = {v.claim: v for v in claims.judged({where: rows}, METRIC)}
+    return found[words]
+
+
+FULL = row([2.0, 2.01, 1.99], known=1.2, lr=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [([2.2, 2.21, 2.19], HOLDS), ([1.8, 1.81, 1.79], FAILS), ([2.0, 2.02, 1.99], NOISE), ([2.2], UNKNOWN)],
+)
+def test_learning_less_is_told_by_the_interval(values, wanted):
+    found = outcome("LoRA learns less than full fine-tuning", {"lora": row(values), "full": FULL})
+    assert found.outcome == wanted and (wanted == UNKNOWN or "lora - full: " in found.figures)
+
+
+@pytest.mark.parametrize(("known", "wanted"), [(1.05, HOLDS), (1.19, FAILS)])
+def test_forgetting_is_compared_at_equal_learning(known, wanted):
+    rows = {"lora": row([2.2, 2.2, 2.2], known=known), "full": FULL}
+    found = outcome("LoRA forgets less at equal learning", rows)
+    assert found.outcome == wanted and "full 1.1600 on known text" in found.figures
+    far = outcome("LoRA forgets less at equal learning", {"lora": row([1.0, 1.0]), "full": FULL})
+    assert far.outcome == UNKNOWN and "does not pass" in far.figures
+
+
+def test_other_rules_hold_and_fail():
+    rows = {"full": FULL, "lora": row([2.2, 2.21, 2.19]), "loraplus": row([2.2, 2.2, 2.2], steps=10.0)}
+    assert outcome("LoRA+ reaches the reference sooner than tuned LoRA", rows).outcome == HOLDS
+    rows["loraplus"] = row([2.2, 2.2, 2.2], steps=20.5)
+    assert outcome("LoRA+ reaches the reference sooner than tuned LoRA", rows).outcome == NOISE
+    rows["loraplus"]["steps_to_reference"] = None
+    found = outcome("LoRA+ reaches the reference sooner than tuned LoRA", rows)
+    assert (found.outcome, found.figures) == (FAILS, "steps to the reference: loraplus never, lora 20")
+    words = "the best LoRA rate is about 10 times full fine-tuning's"
+    assert outcome(words, rows).outcome == HOLDS and "10.0 times" in outcome(words, rows).figures
+    rows["lora"]["lr"] = 1e-2
+    assert outcome(words, rows).outcome == FAILS
+    assert outcome("full fine-tuning's change has 10 times LoRA's rank", rows).outcome == HOLDS
+    assert outcome("LoRA has intruders, full fine-tuning fewer", rows).outcome == FAILS
+    assert outcome("PiSSA reaches the reference sooner than tuned LoRA", rows).outcome == UNKNOWN
+
+
+def test_alike_means_that_the_interval_covers_zero():
+    rows = {protocol.LOW: row([2.0, 2.01]), protocol.HIGH: row([2.0, 2.02])}
+    assert outcome("low rank suffices near the pretraining data", rows).outcome == HOLDS
+    rows[protocol.HIGH] = row([1.5, 1.51])
+    assert outcome("low rank suffices near the pretraining data", rows).outcome == FAILS
+    assert outcome("high rank is needed far from it", rows, "c").outcome == HOLDS
+
+
+def test_hidden_states_are_alike_up_to_rotation():
+    torch.manual_seed(0)
+    X = torch.randn(60, 12, dtype=torch.float64)
+    Q = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q
+    assert linear_cka(X, 3 * X @ Q + 1) == pytest.approx(1)
+    assert procrustes(X, X @ Q + 5) == pytest.approx(0, abs=1e-7)
+    Y = torch.randn(60, 12, dtype=torch.float64)
+    assert linear_cka(X, Y) < 0.5 and procrustes(X, Y) > 0.5
+    K, L = ((M - M.mean(0)) @ (M - M.mean(0)).mT for M in (X, Y))
+    assert linear_cka(X, Y) == pytest.approx(float((K * L).sum() / (K.norm() * L.norm())))
+
+
+def test_a_trial_is_measured_by_its_weights_and_hidden_states(tmp_path):
+    base = tiny.base(tmp_path / "base")
+    model = pretrained.causal_lm(str(base), torch.float32, torch.device("cpu"))
+    veneer.attach(model, "lora", rank=4, name="a")
+    for i, (_, delta) in enumerate(changes(model, "a")):
+        nn.init.normal_(delta.B, std=1.0 if i == 0 else 1e-3)
+    counted = sum(one.count for one in intruders(model, "a"))
+    (site, delta), *_ = changes(model, "a")
+    assert n_intruders(site.weight(), delta.delta(site)) == intruders(model, "a")[0].count >= 4
+    veneer.save(model, tmp_path / "trial" / "adapter", "a")
+    veneer.detach(model)
+    examples = [{"input_ids": torch.arange(9)}]
+    task = SimpleNamespace(
+        collate=lambda some: {"input_ids": torch.stack([e["input_ids"] for e in some])},
+        inputs=lambda batch: batch,
+        body=lambda model: model.model,
+    )
+    judge = SimpleNamespace(opened=(task, model, {"known": examples, "test": examples}))
+    found = measures.measured(judge, tmp_path / "trial")
+    assert found["intruders"] == counted and 1 <= found["energy_rank"] <= 4 and found["cka"] < 0.9999
+    assert json.loads((tmp_path / "trial" / "measures.json").read_text()) == found
+    assert measures.measured(None, tmp_path / "trial") == found  # measured once
+
+
+def test_the_study_runs_in_parts_and_writes_its_page(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def compare(run, comparison, progress):
+        ran.append(run.data[0])
+        methods = [{"label": n, **row([2.0, 2.01, 1.99])} for n in ("full", "lora")]
+        found = {"methods": methods, "metric": METRIC._asdict(), "seed": 0}
+        studying.layout.put(tmp_path / "out" / run.data[0].split(":")[1] / "results.json", found)
+        return found
+
+    monkeypatch.setattr(studying, "compare", compare)
+    monkeypatch.setattr(studying.compare_page, "write", lambda folder: [])
+    monkeypatch.setattr(studying, "prepared", lambda *a: ({"lora": None}, 32, {}))
+    monkeypatch.setattr(studying, "measured", lambda judge, trial: row([2.0])["measures"])
+    out, to = tmp_path / "out", tmp_path / "docs"
+    first = study(str(out), quick=True, part="c", progress=False)
+    assert (first["parts"], first["missing"], ran) == (["c"], ["prose"], ["builtin:c"])
+    assert "parts still to run: prose" in text(first)
+    whole = study(str(out), quick=True, to=str(to), progress=False)
+    assert whole["missing"] == [] and ran[1:] == ["builtin:prose", "builtin:c"]
+    made = (to / "index.md").read_text()
+    assert "| LoRA Learns Less and Forgets Less | LoRA learns less" in made and "## C headers" in made
+    assert made == (out / "index.md").read_text()
+    with pytest.raises(ConfigError, match="part must be one of prose, c, got 'pros'; did you mean 'prose'"):
+        study(str(out), quick=True, part="pros")
+
+
+def test_a_contender_that_diverged_has_a_row():
+    rows = {"full": FULL, "oft": row([2.0, 2.0], score=None, measures={})}
+    found = {"quick": True, "missing": [], "claims": []}
+    assert "| oft |  | diverged |  |  |  |" in page(found, {"prose": rows}, METRIC)
+
+
+def test_the_protocol_says_the_settings():
+    words = (protocol.__doc__ or "") + (ROOT / "docs" / "study" / "protocol.md").read_text(encoding="utf-8")
+    quick, full = protocol.QUICKLY, protocol.FULLY
+    assert f"{full.run['steps']} steps of {full.run['batch']} windows of {full.run['length']} tokens" in words
+    assert f"quick: {quick.run['steps']} steps" in words and f"with {full.comparison['seeds']} seeds" in words
+    assert {protocol.LORA, protocol.HIGH, protocol.LOW, protocol.DECAY} <= set(protocol.QUICK)
+    assert all(protocol.parts(size, "a").keys() == {"prose", "c"} for size in (quick, full))
