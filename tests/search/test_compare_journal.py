@@ -52,6 +52,16 @@ def test_a_second_process_may_drop_what_the_first_has_dropped(tmp_path):
     assert other.ends() == {A.key: "place 4 of 5"}
 
 
+def test_both_may_drop_a_trial_at_once(tmp_path, monkeypatch):
+    one, other = Journal(tmp_path, METRIC), Journal(tmp_path, METRIC)
+    one.put(A, HALF)
+    before = other._trials()
+    one.drop(A, 0.5, "place 4 of 5")
+    monkeypatch.setattr(other, "_trials", lambda: before)  # as read a moment earlier
+    other.drop(A, 0.5, "place 4 of 5")
+    assert one.ends() == {A.key: "place 4 of 5"}
+
+
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     journal = Journal(tmp_path, METRIC)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,10 @@ class Journal:
         found = self._trials()[trial.key]
         if found.state.is_finished():
             return
-        with self._saving():
+        with (
+            self._saving(),
+            suppress(optuna.exceptions.UpdateFinishedTrialError),
+        ):  # another process was first
             live = optuna.trial.Trial(self.study, found._trial_id)
             live.set_user_attr("end", reason)
             self.study.tell(found.number, state=optuna.trial.TrialState.PRUNED, skip_if_finished=True)
