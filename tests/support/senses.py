@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import wave
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from support import tiny
+from support.pipelines import COLOURS
 
 SPOKEN = ("<|startoftranscript|>", "<|endoftext|>", "<|en|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>")
 TONES = {"low": 300.0, "mid": 900.0, "high": 2700.0}  # a word is a tone of this pitch
@@ -120,46 +120,6 @@ def pictured(folder: Path, n: int, seed: int) -> Path:
         for i in range(n):
             picture(shape, 1000 * seed + 100 * k + i).save(folder / shape / f"{i:03d}.png")
     return folder
-
-
-def diffusion(folder: Path) -> Path:
-    """A random pipeline of Stable Diffusion's classes: pictures of 16 pixels, latents of 8."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from support import families
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    folder.mkdir(parents=True)
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {**families.HALF, "vocab_size": len(words), "max_position_embeddings": 16}
-    text = CLIPTextModel(CLIPTextConfig(**sizes, eos_token_id=len(words) - 1, bos_token_id=len(words) - 2))
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**families.UNET),
-        scheduler=DDIMScheduler(clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
 
 
 def coloured(folder: Path, n: int) -> Path:

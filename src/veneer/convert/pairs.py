@@ -16,7 +16,10 @@ from veneer.ops.matrix.truncate import truncate_product
 
 Kind = Literal["linear", "conv", "embedding"]
 
-TRAINED = ("unet", "text_encoder")  # the parts of models.diffusion.Diffusion
+# The parts of models.diffusion.Diffusion, and how the layers of a transformer of diffusers begin: GPT-2's
+# begin with "transformer." too.
+TRAINED = ("unet", "transformer", "text_encoder", "text_encoder_2")
+BLOCKS = ("transformer.transformer_blocks.", "transformer.single_transformer_blocks.")
 
 
 @dataclass(frozen=True)
@@ -209,8 +212,10 @@ def take_part(pairs: Pairs, part: str) -> Pairs:
 def of_pipeline(pairs: Pairs) -> Pairs:
     """Returns pairs trained on a pipeline as one model with its parts; others unchanged."""
     firsts = {n.partition(".")[0] for n in pairs.sites}
-    own = () if pairs.parts or not firsts <= set(TRAINED) else tuple(sorted(firsts))
-    return replace(pairs, parts=own or pairs.parts)
+    known = firsts <= set(TRAINED) and (
+        firsts != {"transformer"} or any(n.startswith(BLOCKS) for n in pairs.sites)
+    )
+    return replace(pairs, parts=tuple(sorted(firsts))) if known and not pairs.parts else pairs
 
 
 def bare(pairs: Pairs) -> Pairs:

@@ -21,7 +21,7 @@ from torch import Tensor
 from veneer import files
 from veneer.adapt.peft.settings import KEYS, PREFIX
 from veneer.adapt.peft.targets import at
-from veneer.convert import tensor_files
+from veneer.convert import clip_names, tensor_files
 from veneer.convert.base import Base
 from veneer.convert.detect import Found
 from veneer.convert.dialects import peft
@@ -80,7 +80,11 @@ def _modern(name: str) -> str:
 
 
 def _known(name: str, names: Sequence[str]) -> str:
-    """Returns the name without ComfyUI's "diffusion_model." where the base calls its layer so."""
+    """Returns the name without ComfyUI's "diffusion_model." and without CLIP's "text_model." where the base
+    calls its layer so.
+    """
+    if (short := clip_names.in_model(name, names)) != name:
+        return short
     inner = re.sub(r"^(model\.)?diffusion_model\.", "", name)
     fits = [n for n in names if n == inner or (PART.sub("", n, 1) == inner and PART.match(n))]
     return fits[0] if inner != name and len(fits) == 1 else name
@@ -132,7 +136,8 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
         ready, done = uniform(take_part(pairs, part))
         own = {n.removeprefix(f"{part}."): p for n, p in ready.sites.items()}
         alone = Pairs(own, dropout=pairs.dropout)
-        tensors |= {f"{part}.{k.removeprefix(PREFIX)}": t for k, t in peft.named(alone).items()}
+        named = {f"{part}.{k.removeprefix(PREFIX)}": t for k, t in peft.named(alone).items()}
+        tensors |= {clip_names.in_files(k): t for k, t in named.items()}
         header |= {f"{part}.{k}": v for k, v in peft.settings(alone, base).items() if k in IN_HEADER}
         notes += [f"{part}: {n}" for n in done]
     text = json.dumps(header, sort_keys=True)

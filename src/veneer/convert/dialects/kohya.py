@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from veneer import files
-from veneer.convert import tensor_files
+from veneer.convert import clip_names, tensor_files
 from veneer.convert.base import Base
 from veneer.convert.detect import Found
 from veneer.convert.leftovers import Leftovers
-from veneer.convert.pairs import Pair, Pairs, only
+from veneer.convert.pairs import BLOCKS, Pair, Pairs, only
 from veneer.convert.tensor_roles import Roles, by_module
 from veneer.errors import ConfigError, FormatError, first_few, suggest
 
@@ -65,7 +65,8 @@ def _resolve(modules: Iterable[str], names: tuple[str, ...]) -> dict[str, str]:
     """Returns {flattened name: real name}. Raises ConfigError for names with no match or several matches."""
     flattened: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
-        flattened[name.replace(".", "_")].append(name)
+        for spelled in {name, clip_names.in_files(name)}:
+            flattened[spelled.replace(".", "_")].append(name)
     found: dict[str, str] = {}
     lost: list[str] = []
     several: list[str] = []
@@ -124,9 +125,14 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
     name.
     """
     only(pairs, ("linear", "conv"), "kohya's format", magnitude=True)
+    if any(name.startswith(BLOCKS) for name in pairs.sites):
+        raise FormatError(
+            "kohya's format names the layers of Flux and its like as their authors do, several fused,"
+            " which is not written here; use to='diffusers'"
+        )
     tensors: dict[str, Tensor] = {}
     for name, p in pairs.sites.items():
-        flat, ones = _flat(name, pairs.parts), (1,) * (p.A.ndim - 2)
+        flat, ones = _flat(clip_names.in_files(name), pairs.parts), (1,) * (p.A.ndim - 2)
         if f"{flat}.alpha" in tensors:
             raise FormatError(f"{name} and another layer are both named {flat} in kohya's format")
         own = {

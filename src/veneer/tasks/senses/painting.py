@@ -1,7 +1,8 @@
-"""Paints pictures by a diffusion model: DDIM, Song et al. 2020, https://arxiv.org/abs/2010.02502."""
+"""Paints pictures by a diffusion model, with the sampler of its schedule."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,32 +17,27 @@ STEPS = 20
 def paint(
     model: Any,
     processor: Any,
-    ids: Tensor,
-    empty: Tensor,
-    guidance: float,
+    conditions: Mapping[str, Tensor],
+    empty: Mapping[str, Tensor],
     *,
+    guidance: float,
+    side: int,
     steps: int = STEPS,
     seed: int = 0,
 ) -> Tensor:
-    """Returns pictures (b, 3, height, width) between 0 and 1 for captions (b, n).
+    """Returns pictures (b, 3, side, side) between 0 and 1 for the conditions of captions.
 
-    empty: the tokens of the empty caption (n,), for classifier-free guidance. The same seed starts alike.
+    empty: the conditions of one empty caption, for classifier-free guidance. The same seed starts alike.
     """
-    from diffusers import DDIMScheduler
-
-    scheduler: Any = DDIMScheduler.from_config(processor.scheduler.config)
-    scheduler.set_timesteps(steps)
     weight = next(p for p in model.parameters() if p.is_floating_point())
-    unet = model.unet.config
-    shape = (len(ids), unet.in_channels, unet.sample_size, unet.sample_size)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scheduler.init_noise_sigma
-    both = torch.cat([empty.expand_as(ids), ids]).to(weight.device)
+    shape = (len(conditions["ids"]), *processor.latents(side))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    sampler = processor.kind.schedule.sampler(steps, processor.tokens(x))
+    given, plain = ({k: v.to(weight.device) for k, v in each.items()} for each in (conditions, empty))
     with evaluating(model):
-        for t in scheduler.timesteps:
-            noisy = scheduler.scale_model_input(torch.cat([x, x]), t).to(weight)
-            without, guided = (
-                model(noisy, t.expand(len(noisy)).to(weight.device), both).float().cpu().chunk(2)
-            )
-            x = scheduler.step(without + guidance * (guided - without), t, x).prev_sample
-    found: Tensor = processor.decoded(x)
-    return found
+        predict = processor.kind.guided(model, given, plain, guidance)
+        for t in sampler.timesteps:
+            found = predict(x.to(weight), t.expand(len(x)).to(weight.device)).float().cpu()
+            x = sampler.step(found, t, x).prev_sample
+    pictures: Tensor = processor.decoded(x)
+    return pictures

@@ -35,16 +35,21 @@ def pixels(processor: Any, picture: Any) -> Tensor:
     return found
 
 
-def square(picture: Any, size: int) -> Tensor:
-    """Returns the picture's centre (3, size, size), its shorter side scaled to size, between 0 and 1."""
+def square(picture: Any, side: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Returns the picture's centre (3, side, side), between 0 and 1, and the frame of the cut.
+
+    The shorter side is scaled to `side`. Frame: the picture's height and width, the pixels cut from the top
+    and from the left, and the height and width after the cut.
+    """
     width, height = picture.size
-    scale = size / min(width, height)
+    scale = side / min(width, height)
     scaled = picture.resize(
-        (max(size, round(width * scale)), max(size, round(height * scale))), _pillow().LANCZOS
+        (max(side, round(width * scale)), max(side, round(height * scale))), _pillow().LANCZOS
     )
-    left, top = (scaled.size[0] - size) // 2, (scaled.size[1] - size) // 2
-    raw = bytearray(scaled.crop((left, top, left + size, top + size)).tobytes())
-    return torch.frombuffer(raw, dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).float() / 255
+    left, top = (scaled.size[0] - side) // 2, (scaled.size[1] - side) // 2
+    raw = bytearray(scaled.crop((left, top, left + side, top + side)).tobytes())
+    x = torch.frombuffer(raw, dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1).float() / 255
+    return x, (height, width, top, left, side, side)
 
 
 def check_processor(processor: Any, task: str) -> None:

@@ -1,0 +1,1 @@
+"""Kinds of text-to-image pipelines, one file each."""

@@ -1,0 +1,75 @@
+"""Opens a folder of diffusers: its index, the kind of its pipeline, and its parts."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError
+from veneer.models.diffusion.kind import Kind
+from veneer.registry import Registry
+
+INDEX, TASK = "model_index.json", "text-to-image"
+KINDS = Registry("veneer.models.diffusion.kinds", "kind of pipeline")
+# Parts of pipelines that predict or read captions.
+COUNTED = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def kind(folder: str) -> Kind:
+    """Returns the kind of the pipeline in a folder. Raises ConfigError for one that is not trained."""
+    try:
+        import diffusers  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"task {TASK!r} needs diffusers: pip install 'veneer[diffusion]'") from None
+    if not (Path(folder) / INDEX).is_file():
+        raise ConfigError(f"model: the folder {folder} must hold a pipeline of diffusers; {INDEX} is missing")
+    index = config(folder, INDEX)
+    base: Any = Kind
+    kinds: list[type[Kind]] = [KINDS.own_class(name, base) for name in KINDS.names()]
+    found = next((each for each in kinds if _fits(each, index)), None)
+    if found is None:
+        raise ConfigError(_refusal(index, kinds))
+    return found(found.SCHEDULE(config(folder, "scheduler/scheduler_config.json")), index)
+
+
+def config(folder: str, file: str) -> dict[str, Any]:
+    """Returns a file of settings of the folder. Raises ConfigError if it is missing or no JSON."""
+    path = Path(folder) / file
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"model: {path} must be readable JSON ({type(e).__name__})") from None
+    return found
+
+
+def part(folder: str, name: str, kind: str, **options: Any) -> Any:
+    """Returns a part of the pipeline, loaded by a class of transformers or diffusers."""
+    package = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
+    made = getattr(importlib.import_module(package), kind)
+    return made.from_pretrained(folder, subfolder=name, **options)
+
+
+def _class_of(index: Mapping[str, Any], name: str) -> str | None:
+    """Returns the class of a part, or None if the pipeline lacks it."""
+    entry = index.get(name)
+    return entry[1] if isinstance(entry, list) else None
+
+
+def _fits(each: type[Kind], index: Mapping[str, Any]) -> bool:
+    own = {name: cls for name in COUNTED if (cls := _class_of(index, name)) is not None}
+    return own == {**each.PARTS} and all(_class_of(index, n) for n in (*each.TOKENIZERS, "vae"))
+
+
+def _refusal(index: Mapping[str, Any], kinds: list[type[Kind]]) -> str:
+    """Returns the sentence on a pipeline of no kind that is trained."""
+    named = [each for each in kinds if each.PIPELINE == index.get("_class_name")]
+    needed = [n for each in named for n in (*each.PARTS, *each.TOKENIZERS, "vae")]
+    missing = [name for name in needed if _class_of(index, name) is None]
+    got = f"{index.get('_class_name')}{' without ' + ', '.join(missing) if missing else ''}"
+    return (
+        f"model: task {TASK!r} trains the parts of {', '.join(sorted(each.PIPELINE for each in kinds))},"
+        f" got {got}; its adapters can be attached, saved and converted, but not trained here yet"
+    )
