@@ -21,7 +21,7 @@ from veneer.adapt.hooks import check_name, hang
 from veneer.errors import ConfigError, NotMergeable
 from veneer.methods import Delta
 from veneer.ops.draws import keyed
-from veneer.ops.matrix.linalg import leading_svd, precise
+from veneer.ops.matrix.linalg import leading_svd, precise, symmetric, symmetric_product
 from veneer.sites import Site
 
 ITERATIONS = 8  # of the subspace iteration: the leading triplets of trained weights lie close together
@@ -140,10 +140,10 @@ def _nearest(W: Tensor, Y: Tensor) -> Tensor:
     W, Y = W.double(), Y.double()
     out, in_ = W.shape
     if out <= in_:
-        values, U = torch.linalg.eigh(W @ W.mT)
+        values, U = symmetric(symmetric_product(W, W))
         U = U[:, values > values[-1] * ROUNDING]
     else:
-        values, V = torch.linalg.eigh(W.mT @ W)
+        values, V = symmetric(symmetric_product(W.mT, W.mT))
         kept = values > values[-1] * ROUNDING
         U = W @ (V[:, kept] / values[kept].sqrt())
     return (U.mT @ Y).abs().amax(0) if U.shape[1] else torch.zeros(Y.shape[1], dtype=Y.dtype)

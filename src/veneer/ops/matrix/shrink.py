@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.ops.matrix.linalg import precise
+from veneer.ops.matrix.linalg import precise, symmetric, symmetric_product
 
 
 class Spectrum(NamedTuple):
@@ -35,7 +35,8 @@ def spectrum(W: Tensor) -> Spectrum:
     """Returns all singular values of W (out, in) and the singular vectors of its smaller side."""
     right = W.shape[1] <= W.shape[0]
     wide = precise(W).double()
-    w, Q = torch.linalg.eigh(wide.mT @ wide if right else wide @ wide.mT)
+    long = wide.mT if right else wide
+    w, Q = symmetric(symmetric_product(long, long))
     return Spectrum(w.clamp_min(0).sqrt().flip(0), Q.flip(-1), right)
 
 

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.ops.matrix.linalg import symmetric, symmetric_product
+
 
 class Parts(NamedTuple):
     """A (k, in), B (out, k) and S (k,), largest first: B[:, :r] A[:r] is the optimum of rank r for every r.
@@ -61,7 +63,7 @@ def decompose(
 def _by_outputs(W: Tensor, C: Tensor | None, R: Tensor | None) -> Parts:
     Q = None if R is None else torch.linalg.cholesky(R)
     K = W if Q is None else Q.mT @ W
-    G = K @ K.mT if C is None else K @ C @ K.mT
+    G = symmetric_product(K if C is None else K @ C, K)
     U, S = _leading_first(G)
     B = U if Q is None else torch.linalg.solve_triangular(Q.mT, U, upper=True)
     return Parts(U.mT @ K, B, S)
@@ -69,17 +71,15 @@ def _by_outputs(W: Tensor, C: Tensor | None, R: Tensor | None) -> Parts:
 
 def _by_inputs(W: Tensor, C: Tensor | None, R: Tensor | None) -> Parts:
     L = None if C is None else torch.linalg.cholesky(C)
-    G = W.mT @ W if R is None else W.mT @ R @ W
-    V, S = _leading_first(G if L is None else L.mT @ G @ L)
-    if L is None:
-        return Parts(V.mT, W @ V, S)
-    A = torch.linalg.solve_triangular(L.mT, V, upper=True).mT
-    return Parts(A, W @ (L @ V), S)
+    K = (W if L is None else W @ L).mT
+    V, S = _leading_first(symmetric_product(K if R is None else K @ R, K))
+    A = V.mT if L is None else torch.linalg.solve_triangular(L.mT, V, upper=True).mT
+    return Parts(A, K.mT @ V, S)
 
 
 def _leading_first(G: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors of symmetric G as columns, and the roots of its eigenvalues, largest first."""
-    w, Q = torch.linalg.eigh((G + G.mT) / 2)
+    w, Q = symmetric(G)
     return Q.flip(-1), w.clamp_min(0).sqrt().flip(-1)
 
 
