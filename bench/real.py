@@ -8,7 +8,9 @@ film sentences. Both by LoRA and by full fine-tuning. `make real` fetches models
 finished is not repeated, one that was stopped goes on; without names all parts run. Files lie in
 $VENEER_REAL/bench. The last line has all figures so far.
 
-parts: floors, calls-lora-0, -1, -2, calls-full-0, films-lora-0, .., films-full-2, speed, memory
+parts: floors, rates-films-lora, rates-films-full, films-lora-0, .., films-full-2, calls-lora-0, ..,
+calls-full-2, speed, memory. `rates` parts choose a method's learning rate from its own grid, on the rows for
+validation, with a seed of their own.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ SEEDS = (0, 1, 2)
 CALLS = dict(steps=120, batch=1, length=512, eval_every=120, save_every=10, compile="off", warmup=0.05)
 FILMS = dict(steps=300, batch=16, length=64, eval_every=100, save_every=50, compile="off", warmup=0.05)
 RATES = {"calls": {"lora": 1e-3, "full": 2e-5}, "films": {"lora": 2e-3, "full": 1e-4}}
+GRIDS = {"lora": (5e-4, 1e-3, 2e-3), "full": (5e-5, 1e-4, 2e-4)}
 RANK = 8
 ROWS, TOKENS = 16, 512  # rows of an epoch for speed; tokens of a batch
 VARIANTS = ("veneer", "peft", "compiled")
@@ -51,7 +54,7 @@ def settings(kind: str, method: str, seed: int) -> dict[str, Any]:
         "known": "none",
         "method": method,
         "options": {"rank": RANK} if method == "lora" else {},
-        "lr": RATES[kind][method],
+        "lr": chosen(kind, method),
         "eval_windows": 0,
         "seed": seed,
         "device": "cpu",
@@ -59,6 +62,31 @@ def settings(kind: str, method: str, seed: int) -> dict[str, Any]:
         "resume": True,
         "out": str(PLACE / f"{kind}-{method}-{seed}"),
     }
+
+
+def finished() -> dict[str, dict[str, float]]:
+    """Returns the measurements so far."""
+    found: dict[str, dict[str, float]] = json.loads(STATE.read_text("utf-8")) if STATE.exists() else {}
+    return found
+
+
+def chosen(kind: str, method: str) -> float:
+    """Returns the learning rate that was best on validation rows, or the first guess before that."""
+    grid = finished().get(f"rates-{kind}-{method}")
+    return float(max(grid, key=lambda rate: grid[rate])) if grid else RATES[kind][method]
+
+
+def rates(kind: str, method: str) -> dict[str, float]:
+    """Trains at every rate of the method's grid and returns its figure on the rows for validation."""
+    from veneer.runs.fit import fit
+    from veneer.train.run import Run
+
+    found = {}
+    for rate in GRIDS[method]:
+        given = settings(kind, method, len(SEEDS))
+        given |= {"lr": rate, "test": given["valid"], "out": f"{given['out']}-{rate:g}"}
+        found[f"{rate:g}"] = fit(Run.from_dict(given)).learned.after
+    return found
 
 
 def learned(kind: str, method: str, seed: int) -> dict[str, float]:
@@ -184,6 +212,8 @@ def part(name: str) -> dict[str, float]:
     if name == "floors":
         return floors()
     kind, method, seed = name.split("-")
+    if kind == "rates":
+        return rates(method, seed)
     return learned(kind, method, int(seed))
 
 
@@ -205,6 +235,9 @@ def figures(done: dict[str, dict[str, float]]) -> dict[str, float]:
             means = [statistics.mean(r["after"] for r in ways[w]) for w in ("lora", "full")]
             found[f"{title}_lora_minus_full_points"] = 100 * (means[0] - means[1])
             found[f"{title}_lora_share"] = ways["lora"][0]["trained"] / ways["full"][0]["trained"]
+    for name in ("lora", "full"):
+        if grid := done.get(f"rates-films-{name}"):
+            found |= {f"minilm_{name}_valid_at_{rate}": value for rate, value in grid.items()}
     if "floors" in done:
         found |= {f"minilm_floor_{name}": value for name, value in done["floors"].items()}
     if "speed" in done:
@@ -222,16 +255,16 @@ def main() -> None:
     if wanted and wanted[0].startswith("peak-"):
         print(peak(wanted[0].removeprefix("peak-")))
         return
-    ways = (("films", "lora"), ("films", "full"), ("calls", "lora"))
+    ways = (("films", "lora"), ("films", "full"), ("calls", "lora"), ("calls", "full"))
     every = [f"{kind}-{way}-{seed}" for seed in SEEDS for kind, way in ways]
-    for name in wanted or ["floors", *every, "calls-full-0", "speed", "memory"]:
-        done = json.loads(STATE.read_text("utf-8")) if STATE.exists() else {}
+    for name in wanted or ["floors", "rates-films-lora", "rates-films-full", *every, "speed", "memory"]:
+        done = finished()
         if name not in done:
             done[name] = part(name)
             print(name, done[name], file=sys.stderr)
             STATE.parent.mkdir(parents=True, exist_ok=True)
             STATE.write_text(json.dumps(done, indent=1), encoding="utf-8")
-    m.report(Path(__file__).stem, figures(json.loads(STATE.read_text("utf-8"))))
+    m.report(Path(__file__).stem, figures(finished()))
 
 
 if __name__ == "__main__":
