@@ -165,6 +165,20 @@ FAMILIES = {
         note="transformers' only RWKV; no backward in evaluation mode",
         trains=True,
     ),
+    "rwkv6": Family(
+        "RWKV-6",
+        "Rwkv6ForCausalLM",
+        "Rwkv6Config",
+        {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "head_size": 8,
+            "intermediate_size": 48,
+        },
+        note="a plain model of our own from the paper's formulas",
+        package="support.rwkv6",
+    ),
     "bert": Family("BERT", "BertForMaskedLM", "BertConfig", WIDE, "masked"),
     "roberta": Family(
         "RoBERTa", "RobertaForMaskedLM", "RobertaConfig", {**WIDE, "pad_token_id": 0}, "masked"
