@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import veneer
+from veneer.ops.matrix.linalg import multiplies_bf16
 
-TRAIN, TEST, SEEDS, BATCH, RANK = 1000, 1000, 3, 32, 8
+TRAIN, TEST, SEEDS, BATCH, RANK = 1000, 5000, 3, 32, 8
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
@@ -30,12 +31,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "vit": Kind("dinov2", "Dinov2ForImageClassification", 56, 2, "all-linear", 1e-3, 5e-5),
+    "vit": Kind("dinov2", "Dinov2ForImageClassification", 56, 4, "all-linear", 1e-3, 5e-5),
     "mobilenet": Kind(
         "mobilenet",
         "MobileNetV2ForImageClassification",
         64,
-        3,
+        6,
         r".*(expand_1x1|reduce_1x1|conv_1x1)\.convolution",
         5e-3,
         1e-3,
@@ -69,7 +70,7 @@ def model_of(real: Path, kind: Kind) -> Any:
 
 
 def forward(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(x.device)):
         logits: Tensor = model(pixel_values=x).logits
     return logits.float()
 
@@ -117,11 +118,11 @@ def learn(
     adam = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     draw, steps = torch.Generator().manual_seed(seed), kind.epochs * (len(x) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1)
+    model.eval()  # the statistics of batch norms stay those of the base in both ways
     for _ in range(kind.epochs):
         order = torch.randperm(len(x), generator=draw)
         for at in range(0, len(x) - BATCH + 1, BATCH):
             some = order[at : at + BATCH]
-            model.train(method == "full")  # the statistics of batch norms belong to the base
             F.cross_entropy(forward(model, x[some]), y[some]).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
