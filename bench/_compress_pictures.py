@@ -20,10 +20,11 @@ COLOURS = {
     "svd_llm": PALETTE["lora"],
     "fisher": PALETTE["muted"],
     "allocate": PALETTE["forgotten"],
+    "no_refine": PALETTE["forgotten"],
     "refine": PALETTE["quiet"],
     "auto": PALETTE["learned"],
 }
-NAMES = {"svd_llm": "svd-llm"}
+NAMES = {"svd_llm": "svd-llm", "no_refine": "auto without refinement"}
 
 
 def series(found: dict[str, float], pattern: str) -> dict[str, list[tuple[float, float]]]:
@@ -56,6 +57,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     excess = r"(?P<method>\w+)_excess_keep(?P<keep>\d+)"
     draw("compress", excess, "excess bits per byte", folder / "builtin.png")
+    perplexity = r"real_(?P<method>\w+)_keep(?P<keep>\d+)_perplexity"
+    draw("compress_real", perplexity, "perplexity of English text", folder / "smollm2.png")
 
 
 if __name__ == "__main__":
