@@ -30,7 +30,7 @@ import torch
 PLACE = data.ROOT / "bench"
 STATE = PLACE / "parts.json"
 SEEDS = (0, 1, 2)
-CALLS = dict(steps=120, batch=1, length=512, eval_every=120, save_every=10, compile="off", warmup=0.05)
+CALLS = dict(steps=120, batch=1, length=512, eval_every=120, save_every=10, compile="on", warmup=0.05)
 FILMS = dict(steps=300, batch=16, length=64, eval_every=100, save_every=50, compile="off", warmup=0.05)
 RATES = {"calls": {"lora": 1e-3, "full": 2e-5}, "films": {"lora": 2e-3, "full": 1e-4}}
 GRIDS = {"lora": (5e-4, 1e-3, 2e-3), "full": (5e-5, 1e-4, 2e-4)}

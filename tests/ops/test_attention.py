@@ -10,6 +10,8 @@ from support.models import llama, randomise
 from support.objectives import causal_lm
 
 import veneer
+from veneer.ops.attention import prefixed
+from veneer.ops.attention.documents import attend_within
 from veneer.ops.attention.short import LONGEST, attend
 from veneer.tasks.text import next_token
 from veneer.train.speed import compile_settings, fast_attention
@@ -55,6 +57,42 @@ def test_output_and_gradients_are_pytorchs(t, compiled, dtype, tolerance, masked
         torch.autograd.grad(ours, (q, k, v), do), torch.autograd.grad(theirs, (q, k, v), do), strict=True
     ):
         assert relative(a, b) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("way", "compiled"), [("short", False), ("documents", False), ("documents", True), ("prefixed", False)]
+)
+def test_under_autocast_all_parts_take_its_dtype_as_in_pytorchs(way, compiled):
+    q, k, v, do = (x.detach() for x in tensors(48, torch.float32))
+    v, trained = v.bfloat16(), torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(1))
+    moving = trained.requires_grad_() if way == "prefixed" else q.requires_grad_()
+    starts = torch.zeros(2, 48, dtype=torch.long)
+
+    def own():
+        if way == "short":
+            return attend(q, k, v, scale=0.3)
+        if way == "documents":
+            return attend_within(q, k, v, starts, scale=0.3)
+        mask = torch.ones(48, 48).tril().bool()
+        return prefixed.attend(
+            q, k, v, trained, trained, scale=0.3, mask=F.pad(mask, (4, 0), value=True)[None, None]
+        )
+
+    def theirs():
+        if way != "prefixed":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+        K, V = prefixed.behind(k, trained), prefixed.behind(v.float(), trained)
+        mask = F.pad(torch.ones(48, 48).tril().bool(), (4, 0), value=True)
+        return F.scaled_dot_product_attention(q, K, V, attn_mask=mask, scale=0.3)
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, expected = (torch.compile(own, dynamic=False) if compiled else own)(), theirs()
+    assert ours.dtype == expected.dtype == torch.bfloat16
+    assert relative(ours, expected) <= 2e-2
+    (a,), (b,) = (torch.autograd.grad(y, moving, do.to(y)) for y in (ours, expected))
+    assert a.dtype == b.dtype == torch.float32
+    assert relative(a, b) <= 3e-2
 
 
 def test_a_row_that_sees_nothing_gives_no_gradient_and_no_nan():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.ops.attention.alike import alike
 from veneer.ops.lowrank import refuse_second_order
 
 # Positions from which on the fused backward is as fast as products in bfloat16; in float32 it is faster at
@@ -25,6 +26,7 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *, scale: flo
 
     starts: (b, t), where each position's document begins.
     """
+    q, k, v = alike(q, k, v)
     out: Tensor = _documents(q, k, v, starts, scale)[0]
     return out
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from veneer.ops.attention.alike import alike
 from veneer.ops.lowrank import refuse_second_order
 
 
@@ -22,6 +23,7 @@ def attend(
 
     mask: (b or 1, heads or 1, t, p + t), True where a position may look, and so at all of K.
     """
+    q, k, v, K, V = alike(q, k, v, K, V)
     out: Tensor = _Prefixed.apply(q, k, v, K, V, scale, mask)
     return out
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from veneer.ops.attention.alike import alike
 from veneer.ops.lowrank import refuse_second_order
 
 LONGEST = 384  # positions: from 512 on PyTorch's own backward is as fast
@@ -22,6 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
 
     mask: (b or 1, heads or 1, t, t), True where a position may look, in every row at least once.
     """
+    q, k, v = alike(q, k, v)
     out: Tensor = _Attention.apply(q, k, v, scale, mask)
     return out
 
