@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def alike(*parts: Tensor) -> tuple[Tensor, ...]:
-    """Returns the tensors in autocast's dtype for their device; as they are without autocast."""
+    """Returns the tensors in autocast's dtype for their device, and unchanged without autocast."""
     kind = parts[0].device.type
     if not torch.is_autocast_enabled(kind):
         return parts
