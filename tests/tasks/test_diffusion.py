@@ -310,6 +310,35 @@ def test_pictures_and_captions_must_come_in_pairs(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_bad_pictures_and_captions_are_named_by_row(place, tmp_path):
+    good = place / "walls" / "00.png"
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:60])
+    (tmp_path / "text.png").write_text("no picture")
+    rows: list[dict[str, Any]] = [
+        {"image": str(good), "text": "a red wall"},
+        {"image": "cut.png", "text": "a wall"},
+        {"image": "text.png", "text": "a wall"},
+        {"image": "lost.png", "text": "a wall"},
+        {"image": str(good), "text": "  "},
+        {"image": str(good), "text": 3},
+    ]
+    data = tiny.jsonl(tmp_path / "rows.jsonl", *rows)
+    for part in ("data", "valid"):
+        given = settings(place, "StableDiffusion", tmp_path / "run", **{part: str(data)})
+        with pytest.raises(DataError) as e:
+            fit(Run.from_dict(given), progress=False)
+        text = str(e.value)
+        for line, says in (
+            (2, f"the image {tmp_path / 'cut.png'} must be a picture that decodes"),
+            (3, f"the image {tmp_path / 'text.png'} must be a picture that decodes"),
+            (4, f"the image {tmp_path / 'lost.png'} does not exist"),
+            (5, "'text' must be the caption of the picture, got '  '"),
+            (6, "'text' must be the caption of the picture, got 3"),
+        ):
+            assert f"rows.jsonl line {line}: {says}" in text, line
+        assert "line 1:" not in text and not (tmp_path / "run").exists()
+
+
 def refused(place: Path, folder: Path, out: Path) -> str:
     with pytest.raises(ConfigError) as e:
         fit(Run.from_dict(settings(place, "Flux", out, model=str(folder))), progress=False)

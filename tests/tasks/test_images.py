@@ -147,6 +147,57 @@ def test_bad_pictures_and_labels_are_named_by_row(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_out_of_range_or_of_another_kind_are_named_by_row(place, tmp_path):
+    good = str(next((place / "shapes" / "train").rglob("*.png")))
+    rows = [{"image": good, "label": label} for label in (0, 1, 2, 3, -1, 1.5, "", ["1"])]
+    data = tiny.jsonl(tmp_path / "rows.jsonl", *rows)
+    named = {"task_options": {"labels": ["0", "1", "2"]}}
+    for part in ("data", "valid"):
+        given = {"data": str(tiny.jsonl(tmp_path / "few.jsonl", *rows[:3])), part: str(data), **named}
+        with pytest.raises(DataError) as e:
+            fit(
+                Run.from_dict(settings(place, tmp_path / "run", **{"valid": "none", **given})), progress=False
+            )
+        text = str(e.value)
+        for line, says in (
+            (4, "label '3' is not among the classes to learn (0, 1, 2)"),
+            (5, "label '-1' is not among the classes to learn (0, 1, 2)"),
+            (6, "label must be a text or a whole number, got 1.5"),
+            (7, "label must be a text or a whole number, got ''"),
+            (8, "label must be a text or a whole number, got ['1']"),
+        ):
+            assert f"rows.jsonl line {line}: {says}" in text, (part, line, text)
+        assert "line 3:" not in text and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("label", [-1, 1.5, None])
+def test_labels_that_decide_the_classes_must_be_names(place, tmp_path, label):
+    good = str(next((place / "shapes" / "train").rglob("*.png")))
+    rows = [{"image": good, "label": each} for each in (0, 1, label)]
+    data = tiny.jsonl(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(DataError, match=r"rows.jsonl line 3: label must be"):
+        fit(Run.from_dict(settings(place, tmp_path / "run", data=str(data), valid="none")), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_names_a_bad_row(place, tmp_path):
+    files = sorted((place / "shapes" / "train").rglob("*.png"))
+    (tmp_path / "text.png").write_text("no picture")
+    rows = [{"image": str(f), "label": f.parent.name} for f in files]
+    data = tiny.jsonl(tmp_path / "rows.jsonl", *rows, {"image": "text.png", "label": "circle"})
+    run = settings(place, tmp_path / "run", data=str(data), stream=True, buffer=8, steps=40, eval_every=40)
+    with pytest.raises(DataError, match=r"rows.jsonl line 61: the image .*text.png must be a picture that"):
+        fit(Run.from_dict(run), progress=False)
+
+
+def test_eval_names_a_bad_row_and_writes_nothing(place, whole, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    data = tiny.jsonl(tmp_path / "rows.jsonl", {"image": "text.png", "label": "circle"})
+    with pytest.raises(DataError, match=r"rows.jsonl line 1: the image .*text.png must be a picture that"):
+        evaluate(str(place / "vit"), adapter=[f"own={whole}"], data=[str(data)], task=NAME, progress=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"text.png", "rows.jsonl"}
+
+
 def test_folders_that_are_not_of_classes_are_refused(place, tmp_path):
     (tmp_path / "flat").mkdir()
     good = next((place / "shapes" / "train").rglob("*.png"))

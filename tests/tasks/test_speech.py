@@ -186,6 +186,44 @@ def test_bad_clips_are_named_by_row_before_anything_is_written(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_silence_other_formats_and_missing_words_are_named_by_row(place, tmp_path):
+    good = senses.clip(tmp_path / "good.wav", "low")
+    for name, width, data in (("silent.wav", 2, bytes(9600)), ("wide.wav", 3, bytes(range(1, 97)) * 30)):
+        with wave.open(str(tmp_path / name), "wb") as out:
+            out.setnchannels(1), out.setsampwidth(width), out.setframerate(16000)
+            out.writeframes(data)
+    (tmp_path / "cut.wav").write_bytes(good.read_bytes()[:1001])
+    rows = [{"audio": n, "text": "low"} for n in ("silent.wav", "wide.wav", "cut.wav")]
+    rows += [{"audio": "good.wav", "text": ""}, {"audio": "good.wav", "text": 4}]
+    data = tiny.jsonl(tmp_path / "rows.jsonl", *rows)
+    for part in ("data", "valid"):
+        with pytest.raises(DataError) as e:
+            fit(Run.from_dict(settings(place, tmp_path / "run", **{part: str(data)})), progress=False)
+        for line, says in enumerate(
+            [
+                f"the audio {tmp_path / 'silent.wav'} must hold sound, got silence",
+                f"the audio {tmp_path / 'wide.wav'} must be of 16 bits, got 24",
+                f"the audio {tmp_path / 'cut.wav'} must be a whole file, got 957 of 9600 bytes of sound",
+                "'text' must be the words of the clip, got ''",
+                "'text' must be the words of the clip, got 4",
+            ],
+            1,
+        ):
+            assert f"rows.jsonl line {line}: {says}" in str(e.value), line
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_transcript_beyond_the_model_is_named(place, tmp_path):
+    senses.clip(tmp_path / "good.wav", "low")
+    rows = [{"audio": "good.wav", "text": "low"}, {"audio": "good.wav", "text": "mid " * 40}]
+    data = tiny.jsonl(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(
+        DataError, match=r"a transcript of \d+ tokens is longer than the model's 24.*'mid mid"
+    ):
+        fit(Run.from_dict(settings(place, tmp_path / "run", data=str(data), valid="none")), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_clips_without_words_and_words_without_clips_are_named(place, tmp_path):
     folder = senses.spoken(tmp_path / "clips", 3, 5)
     (folder / "001.txt").unlink()

@@ -21,7 +21,7 @@ from veneer.tasks.base.task import Batch, Between, Task, batches, nothing
 from veneer.tasks.senses import audio, whisper
 from veneer.tasks.senses.words import WER, word_errors
 
-SECONDS, MASKED, WORST = 30.0, -100, 8
+SECONDS, MASKED, WORST, SHOWN = 30.0, -100, 8, 60
 
 
 class SpeechRecognition(Task, Examined):
@@ -98,12 +98,13 @@ class SpeechRecognition(Task, Examined):
 
     def check(self, model: nn.Module, examples: Sequence[Any]) -> None:
         whisper.check(model)
-        longest = max((self.size(e) for e in examples), default=0)
+        longest = max(examples, key=self.size, default=None)
         config: Any = model.config
         room = int(config.max_target_positions)
-        if longest > room:
+        if longest is not None and self.size(longest) > room:
             raise DataError(
-                f"a transcript of {longest} tokens is longer than the model's {room}; split the clip"
+                f"a transcript of {self.size(longest)} tokens is longer than the model's {room}; split the"
+                f" clip: {self.truth(longest)[:SHOWN]!r}.."
             )
 
     def hidden(self, model: Any, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ def read(row: Row, column: str, rate: int, longest: float) -> Tensor:
     """Returns the clip (samples,) between -1 and 1; several channels are averaged.
 
     rate: samples a second that the model takes; longest: seconds. Raises DataError, naming the row, for a
-    clip that is missing, no PCM, of another rate, empty, silent or too long.
+    clip that is missing, no PCM, of another rate, cut, empty, silent or too long.
     """
     with opened(row, column) as file:
         name = f"{row.where}: the {column} {getattr(file, 'name', 'in it')}"
@@ -39,6 +39,9 @@ def read(row: Row, column: str, rate: int, longest: float) -> Tensor:
         raise DataError(
             f"{name} must have {rate} samples a second, got {shape.framerate}; {CONVERT.format(rate=rate)}"
         )
+    whole = shape.nframes * shape.nchannels * shape.sampwidth
+    if len(raw) < whole:
+        raise DataError(f"{name} must be a whole file, got {len(raw)} of {whole} bytes of sound; replace it")
     found = torch.frombuffer(bytearray(raw), dtype=torch.int16) if raw else torch.zeros(0, dtype=torch.int16)
     if not found.any():
         raise DataError(f"{name} must hold sound, got {'silence' if len(found) else 'no sample'}")
