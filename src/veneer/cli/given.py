@@ -102,3 +102,11 @@ def over(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(file.get(name), Mapping) and name in given:
             merged[name] = {**file[name], **given[name]}
     return merged
+
+
+def share(name: str, text: str) -> float:
+    """Returns 0.01 for 1% and for 0.01. Raises ConfigError for anything else."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ConfigError(f"{word(name)} must be a share such as 1%, got {text!r}") from None

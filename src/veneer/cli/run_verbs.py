@@ -29,6 +29,15 @@ Config = Annotated[
         rich_help_panel=panel_of("config"),
     ),
 ]
+Bound = Annotated[
+    str | None,
+    typer.Option(
+        "--forget-at-most",
+        metavar="<share>",
+        help="Try rates, layers and strengths; keep the best that forgets at most this share, such as 1%.",
+        rich_help_panel="Evaluation",
+    ),
+]
 Configs = Annotated[
     list[Path],
     typer.Argument(
@@ -66,7 +75,20 @@ def fit() -> Call:
 
     every = of_run()
 
-    def call(*, config: Config = None, as_json: Json = False, debug: Debug = False, **values: Any) -> None:
+    def call(
+        *,
+        config: Config = None,
+        forget_at_most: Bound = None,
+        as_json: Json = False,
+        debug: Debug = False,
+        **values: Any,
+    ) -> None:
+        if forget_at_most is not None:
+            from veneer.search.budget import within
+
+            limit = given.share("forget_at_most", forget_at_most)
+            show(within.fit_within(run_of(config, every, values), limit), within.text, as_json)
+            return
         result = start(run_of(config, every, values))
         show(_record(result) if as_json else result, summary, as_json)
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -70,14 +70,16 @@ def prepare(
         fast_attention.use_faster(model, task.tokens(batch), compiled=compiled)
     if not compiled:
         return task.loss
-    body = task.body(model)
-    options: dict[str, Any] = {"options": graphs.OPTIONS} if with_graphs else {}
-    for block in blocks(body) or [
-        body
-    ]:  # one graph a shape, in any order: a resumed training computes the same
-        block.compile(dynamic=False, **options)
+    compile_blocks(model, task, {"options": graphs.OPTIONS} if with_graphs else {})
     objective = lean(task.objective(compiled_kernel()))
     return graphs.on_graphs(objective) if with_graphs else objective
+
+
+def compile_blocks(model: nn.Module, task: Task, options: Mapping[str, Any] | None = None) -> None:
+    """Compiles the repeated blocks of the model, or its body without such, on their first call."""
+    body = task.body(model)
+    for block in blocks(body) or [body]:  # one graph a shape, in any order: a resumed training is the same
+        block.compile(dynamic=False, **(options or {}))
 
 
 def warm_up(model: nn.Module, objective: Objective, batch: Batch, *, smoothing: float = 0.0) -> float:
