@@ -27,7 +27,7 @@ PAGE = "index.md"
 
 
 def study(
-    out: str = "runs/study",
+    out: str | None = None,
     *,
     quick: bool = False,
     part: str | None = None,
@@ -36,12 +36,13 @@ def study(
 ) -> dict[str, Any]:
     """Runs the study of learning and forgetting as docs/study/protocol.md fixes it, and judges each claim.
 
-    out: folder of the study; the same command goes on with it
+    out: folder of the study; the same command goes on with it [runs/study, or runs/study-quick]
     quick: fewer steps and contenders, for two cores and half an hour
     part: one part alone, prose or c; several processes may each run one
     to: folder for the page and its pictures, such as docs/study
     """
     size, voice = protocol.QUICKLY if quick else protocol.FULLY, Voice(progress)
+    out = out or ("runs/study-quick" if quick else "runs/study")
     every = protocol.parts(size, out)
     if part is not None and part not in every:
         raise ConfigError(f"part must be one of {', '.join(every)}, got {part!r}{suggest(part, every)}")
