@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from veneer import foreign
 from veneer.errors import ConfigError, FormatError, option
 
 # Endings of files that hold Python objects: reading one runs whatever code it names.
@@ -144,7 +145,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the object in the file. Raises FormatError if it is missing, malformed or incomplete."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = foreign.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"there is no {path}; restore it from a copy") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:

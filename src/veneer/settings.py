@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from veneer import foreign
 from veneer.errors import ConfigError, option, suggest
 
 T = TypeVar("T")
@@ -222,6 +223,9 @@ def describe(hint: Any) -> str:
     return NAMES.get(hint, str(hint))
 
 
+MERGE = "tag:yaml.org,2002:merge"  # the key "<<", whose value is a mapping to take over
+
+
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Returns YAML settings as a dict; 1e-5 is a number, which YAML 1.1 reads as text.
 
@@ -231,7 +235,8 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+            own = [k for k, _ in node.value if k.tag != MERGE]
+            keys = [self.construct_object(k, deep=True) for k in own]
             twice = sorted({str(k) for k in keys if keys.count(k) > 1})
             if twice:
                 raise ConfigError(f"{where}: given twice: {', '.join(twice)}; keep one of each")
@@ -240,8 +245,8 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     number = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
-        found = yaml.load(text, Loader)
-    except yaml.YAMLError as e:
+        found = foreign.yaml_of(text, Loader)
+    except (yaml.YAMLError, ValueError) as e:
         raise ConfigError(f"{where} is not YAML: {e}") from None
     if not isinstance(found, dict):
         held = "nothing" if found is None else repr(found)[:40]

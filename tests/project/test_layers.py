@@ -15,6 +15,7 @@ ROOT = Path(veneer.__file__).parent
 # From the ground up; within a row no one imports another.
 ROWS = [
     ("errors",),
+    ("foreign",),
     ("registry", "files", "settings", "version", "dtypes", "units", "network"),
     ("ops",),
     ("sites",),

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from veneer import methods
+from veneer import foreign, methods
 from veneer.adapt.leading_parts import Ahead
 from veneer.errors import ConfigError, ShapeError, first_few
 from veneer.methods import Delta, Stats
@@ -122,6 +122,8 @@ def check_patterns(sites: list[Site], pattern: Mapping[str, float]) -> None:
             raise ConfigError(
                 f"{key!r} in rank_pattern or alpha_pattern is not a regular expression: {e}"
             ) from None
+    wrapped = [rf"(.*\.)?({key})$" for key in pattern]
+    foreign.check_expressions(wrapped, [s.name for s in sites], "rank_pattern or alpha_pattern")
     idle = [k for k in pattern if not any(re.match(rf"(.*\.)?({k})$", s.name) for s in sites)]
     if idle:
         raise ConfigError(

@@ -13,6 +13,7 @@ from veneer.cli import flags, given
 from veneer.cli.panels import OUTPUT
 from veneer.cli.verb import Verb
 from veneer.cli.words import Debug
+from veneer.foreign import visible
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print the outcome as JSON on stdout.", rich_help_panel=OUTPUT)
@@ -35,9 +36,12 @@ def of_verb(verb: Verb) -> Call:
     return flags.declare(call, every)
 
 
-def show(outcome: Any, text: Callable[[Any], str], as_json: bool) -> None:
-    """Prints an outcome on stdout, for programs or for people."""
+def show(outcome: Any, text: Callable[[Any], str], as_json: bool, *, coloured: bool = False) -> None:
+    """Prints an outcome on stdout, for programs or for people.
+
+    coloured: the text has colours, and its control characters are visible already.
+    """
     if as_json:
         print(json.dumps(outcome if isinstance(outcome, Mapping | list) else outcome.as_dict(), indent=2))
     else:
-        print(text(outcome))
+        print(text(outcome) if coloured else visible(text(outcome)))

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from veneer.foreign import visible
+
 LEARNED = ("black on green", "black on bright_green")
 READ = ("default", "dim")
 
@@ -30,12 +32,12 @@ def text(found: Mapping[str, Any], colour: bool) -> str:
     lines = [f"the first {found['shown']} of {found['of']} rows; learned tokens are {key}"]
     for row in found["rows"]:
         warning = f", longer than --length {found['length']}" if row["too_long"] else ""
-        lines.append(f"\n{row['where']}: {row['length']} tokens, {row['learned']} learned{warning}")
+        lines.append(f"\n{visible(row['where'])}: {row['length']} tokens, {row['learned']} learned{warning}")
         if row["spelt"]:
             spelt = ", ".join(f"{name} ({n})" for name, n in row["spelt"].items())
             lines.append(f"names of special tokens that are spelt out, not these tokens: {spelt}")
-        lines.append(_coloured(row["tokens"]) if colour else _marked(row["tokens"]))
-    return "\n".join([*lines, *(["", *found["notes"]] if found["notes"] else [])])
+        lines.append(_coloured(row["tokens"]) if colour else visible(_marked(row["tokens"])))
+    return "\n".join([*lines, *(["", *map(visible, found["notes"])] if found["notes"] else [])])
 
 
 def _coloured(tokens: list[dict[str, Any]]) -> str:
@@ -45,9 +47,8 @@ def _coloured(tokens: list[dict[str, Any]]) -> str:
     with console.capture() as shown:
         for i, token in enumerate(tokens):
             style = (LEARNED if token["learned"] else READ)[i % 2]
-            console.print(
-                Text(token["text"].replace("\n", "↵\n"), style=style, tab_size=1), end="", soft_wrap=True
-            )
+            seen = visible(token["text"]).replace("\n", "↵\n")
+            console.print(Text(seen, style=style, tab_size=1), end="", soft_wrap=True)
     return shown.get()
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typer.exceptions import Abort, TyperException
 
 from veneer.errors import PEERS, VeneerError, in_flags
+from veneer.foreign import visible
 
 # Optional packages, and the extra of Veneer that brings each.
 EXTRAS = {
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if state.debug:
             traceback.print_exc()
         message, code = explain(e)
-        print(f"error: {message}", file=sys.stderr)
+        print(visible(f"error: {message}"), file=sys.stderr)
         return code
 
 

@@ -151,7 +151,7 @@ def data() -> Call:
     ) -> int:
         run = run_of(config, every, {**values, "data": [*(values["data"] or []), *(files or [])]})
         if action == "show":
-            show(rows_of(run, rows), coloured_tokens.shown, as_json)
+            show(rows_of(run, rows), coloured_tokens.shown, as_json, coloured=True)
             return 0
         checked = check(run)
         show(checked, text, as_json)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from veneer import foreign
 from veneer.data import tables
 from veneer.data.forms.columns import EMPTY, FORMS, example, form_of, used
 from veneer.data.forms.shape import AS_IS, Shape
@@ -135,7 +136,7 @@ def checked(name: str, found: Iterable[tables.Entry], shape: Shape = AS_IS) -> l
 def json_object(line: str) -> dict[str, Any]:
     """Returns the JSON object in a line. Raises DataError for anything else."""
     try:
-        found = json.loads(line)
+        found = foreign.loads(line)
     except json.JSONDecodeError as e:
         raise DataError(f"not JSON at column {e.colno} ({e.msg})") from None
     found = tables.without_surrogates(found) if "\\u" in line else found

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from veneer import foreign
 from veneer.errors import DataError, first_few
 
 # Where a row stands, and a function that reads its columns.
@@ -34,7 +35,7 @@ def is_lines(path: Path, text: str) -> bool:
     if path.suffix.lower() != ".json" or not first.startswith("{") or not rest.strip():
         return False
     try:
-        json.loads(first)
+        foreign.loads(first)
     except json.JSONDecodeError:
         return False
     return True
@@ -43,7 +44,7 @@ def is_lines(path: Path, text: str) -> bool:
 def listed(path: Path, text: str) -> Iterator[Entry] | None:
     """Returns the rows of a JSON list in a file of another name; None if the file is not one list."""
     try:
-        json.loads(text)
+        foreign.loads(text)
     except json.JSONDecodeError:
         return None
     return _listed(path, text)
@@ -51,7 +52,7 @@ def listed(path: Path, text: str) -> Iterator[Entry] | None:
 
 def _listed(path: Path, text: str) -> Iterator[Entry]:
     try:
-        found = without_surrogates(json.loads(text))
+        found = without_surrogates(foreign.loads(text))
     except json.JSONDecodeError as e:
         raise DataError(f"{path} line {e.lineno}: not JSON at column {e.colno} ({e.msg})") from None
     if not isinstance(found, list) or not found:

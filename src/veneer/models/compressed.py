@@ -31,7 +31,7 @@ def load_compressed(
     from transformers import AutoConfig
 
     record = folders.description(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     wanted = dtype or getattr(config, "dtype", None) or torch.float32
     model = hollow_model(config)
     folders.put_layers(model, record, wanted)
@@ -56,7 +56,7 @@ def hollow_model(config: Any) -> Any:
 
     try:
         with parameters_on_meta():
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as e:
         raise ConfigError(
             f"model: {type(config).__name__} describes no causal language model ({e})"

@@ -18,6 +18,7 @@ from veneer.sites import changed
 from veneer.sites.own import DRAWN
 from veneer.sites.roles import output_head
 
+NO_CODE = {"trust_remote_code": False}  # and no question on the terminal either
 # Auto classes of models that wrap a language model beside towers of other senses.
 WRAPPERS = ("transformers.AutoModelForImageTextToText", "transformers.AutoModelForMultimodalLM")
 LANGUAGE_MODEL, TOKENIZER = "transformers.AutoModelForCausalLM", "transformers.AutoTokenizer"
@@ -43,7 +44,7 @@ def processor(name: str, auto: str) -> Any:
     Raises ConfigError.
     """
     with _found(name, "tokenizer" if auto == TOKENIZER else "processor"):
-        return _class(auto).from_pretrained(source(name))
+        return _class(auto).from_pretrained(source(name), **NO_CODE)
 
 
 def _class(path: str) -> Any:
@@ -75,7 +76,7 @@ def config(name: str) -> Any:
     from transformers import AutoConfig
 
     with _found(name, "configuration"):
-        return AutoConfig.from_pretrained(source(name))
+        return AutoConfig.from_pretrained(source(name), **NO_CODE)
 
 
 def causal_lm(name: str, dtype: torch.dtype, device: torch.device, quantised: str | None = None) -> nn.Module:
@@ -109,7 +110,7 @@ def model(
         torch.manual_seed(0)  # weights that are missing are drawn alike in every process
         auto_class = loader(auto, config(name)) if auto == LANGUAGE_MODEL else _class(auto)
         loaded, info = auto_class.from_pretrained(
-            source(name), dtype=dtype, output_loading_info=True, **given
+            source(name), dtype=dtype, output_loading_info=True, **NO_CODE, **given
         )
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if new_head:
@@ -157,6 +158,11 @@ def _found(name: str, what: str) -> Iterator[None]:
 
 
 def _missing(name: str, what: str, e: Exception) -> str:
+    if "trust_remote_code" in str(e):
+        return (
+            f"{name!r} needs code of its own, and Veneer never runs code from a model's folder or the hub;"
+            " use a model that transformers itself has, or load it in Python and call veneer.attach on it"
+        )
     path, why = Path(name), f"({type(e).__name__}: {str(e).splitlines()[0]})"
     if path.is_dir() and not (path / "config.json").is_file():
         return f"the folder {path} holds no model: config.json is missing"
@@ -190,5 +196,5 @@ def skeleton(model: str, auto: str = LANGUAGE_MODEL) -> nn.Module:
     """Returns the model on the meta device: names and shapes. Raises ConfigError if missing."""
     settings = config(model)
     with _found(model, "language model"), torch.device("meta"):
-        found: nn.Module = loader(auto, settings).from_config(settings)
+        found: nn.Module = loader(auto, settings).from_config(settings, **NO_CODE)
     return found

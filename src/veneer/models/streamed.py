@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from veneer import foreign
 from veneer.compress.lowrank.sources import Source
 from veneer.errors import FormatError, first_few
 from veneer.models.compressed import hollow_model
@@ -34,7 +34,7 @@ class Streamed(Source):
 
         self.folder, self.device = folder, torch.device(device)
         self.files = _files(folder)
-        self.config: Any = AutoConfig.from_pretrained(folder)
+        self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = hollow_model(self.config).eval().requires_grad_(False)
         for name, buffer in list(model.named_buffers()):
             owner, _, last = name.rpartition(".")
@@ -85,7 +85,7 @@ class Streamed(Source):
 def _files(folder: Path) -> dict[str, str]:
     """The file that holds each weight, by the weight's name."""
     if (folder / INDEX).is_file():
-        named: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        named: dict[str, str] = foreign.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         return named
     if not (folder / WEIGHTS).is_file():
         raise FormatError(f"{folder}: {WEIGHTS} is missing")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from veneer.analyse.numbers import percent, plain
 from veneer.analyse.page import run_page, run_record
 from veneer.analyse.page.run_record import RunRecord
 from veneer.files import read_json, replacing
+from veneer.foreign import visible
 from veneer.methods.base import described
 from veneer.runs import usage
 from veneer.tasks import Metric
@@ -54,8 +57,8 @@ def text(run: RunRecord, record: Mapping[str, Any], peft: Mapping[str, Any] | No
     about = described.of_module(methods.get(record["method"]))
     parts = [
         _header(settings, run.task.PIPELINE, record, peft),
-        f"# {about.summary.partition(':')[0]} on {Path(settings['model']).name}",
-        run_page.lead(run),
+        f"# {about.summary.partition(':')[0]} on {_escaped(Path(settings['model']).name)}",
+        _escaped(run_page.lead(run)),
         *_section("Base", _base(run)),
         *_section("Method", _method(about, record, run)),
         *_section("Data", _data(run)),
@@ -99,7 +102,7 @@ def _header(
 def _base(run: RunRecord) -> str:
     base = run.config["base"]
     return (
-        f"`{run_record.named(base['model'])}`, a {base['class']};"
+        f"{_code(run_record.named(base['model']))}, a {base['class']};"
         f" fingerprint of its weights `{base['sha256']}`."
         " Veneer refuses to load this on another base."
     )
@@ -117,7 +120,7 @@ def _method(about: described.Described, record: Mapping[str, Any], run: RunRecor
     trained = (
         f"{len(sites)} layers are changed{shown}: {run.results['trainable_parameters']:,} trained parameters."
     )
-    rows = [(f"`{name}`", plain(value), helps.get(name, "")) for name, value in options.items()]
+    rows = [(f"`{name}`", _escaped(plain(value)), helps.get(name, "")) for name, value in options.items()]
     options = [_table(("option", "value", "meaning"), rows)] if rows else []
     return "\n\n".join([f"{about.summary}{paper}.", trained, *options])
 
@@ -131,7 +134,9 @@ def _data(run: RunRecord) -> str:
     rows = [
         (
             part,
-            ", ".join(run_record.named(s) for s in settings.get(part if part != "train" else "data", ()))
+            ", ".join(
+                _escaped(run_record.named(s)) for s in settings.get(part if part != "train" else "data", ())
+            )
             or "split off from train",
         )
         + tuple(f"{facts[part][k]:,}" for k in shown)
@@ -141,7 +146,8 @@ def _data(run: RunRecord) -> str:
     if settings.get("stream"):
         rows[0] = (f"{rows[0][0]} (the beginning of a stream)", *rows[0][1:])
     table = _table(("text", "from", *(k.replace("_", " ") for k in shown)), rows)
-    said = [run.task.described(settings), run.config.get("rendering", ""), *_left_out(facts, settings)]
+    about = (run.task.described(settings), run.config.get("rendering", ""))
+    said = [*map(_escaped, about), *_left_out(facts, settings)]
     return "\n\n".join(filter(None, [table, *said]))
 
 
@@ -190,7 +196,9 @@ def _moved(before: float, after: float) -> tuple[str, str, str]:
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
-        (f"`{name}`", plain(settings[name])) for name in SHAPING if settings.get(name) not in (None, {}, ())
+        (f"`{name}`", _escaped(plain(settings[name])))
+        for name in SHAPING
+        if settings.get(name) not in (None, {}, ())
     ]
 
 
@@ -207,7 +215,18 @@ def _cost(run: RunRecord) -> str:
     )
 
 
+def _escaped(text: str) -> str:
+    """Returns Markdown that shows a text from a file or a setting, as the page does: no tag, link or cell."""
+    shown = html.escape(visible(text), quote=False).replace("\n", " ").replace("\t", " ")
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", shown)
+
+
+def _code(text: str) -> str:
+    """Returns a text as code; a backtick inside it would end the code."""
+    return f"`{visible(text).replace('`', chr(0x2CB)).replace(chr(10), ' ')}`"
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a Markdown table; bars inside cells are escaped."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    cells = [[re.sub(r"(?<!\\)\|", r"\\|", cell).replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from veneer.compress import quantise
 from veneer.convert.dialects import vllm
 from veneer.embedded import PREFIX
 from veneer.errors import FormatError
+from veneer.foreign import visible
 from veneer.sites import changed
 
 FOLDER = "$(python -c 'from veneer import embedded; print(embedded.folder())')"  # of the built-in model
@@ -43,6 +45,11 @@ vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.
 ```"""
 
 
+def quoted(text: str) -> str:
+    """Returns a text as Python writes it in double quotes, on one line of a block of code."""
+    return json.dumps(visible(text), ensure_ascii=False).replace("`", "\\x60")
+
+
 def ways(
     model: str,
     auto: str,
@@ -56,7 +63,7 @@ def ways(
     """
     builtin = model == PREFIX
     library, _, name = auto.rpartition(".")
-    given = {"library": library, "auto": name, "base": "embedded.folder()" if builtin else f'"{model}"'}
+    given = {"library": library, "auto": name, "base": "embedded.folder()" if builtin else quoted(model)}
     given["head"] = "".join(f", {name}={value!r}" for name, value in (head or {}).items())
     given["imports"] = "\nfrom veneer import embedded\n" if builtin else ""
     allow = f", allow={record['allow']!r}" if record["allow"] else ""

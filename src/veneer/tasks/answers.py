@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from veneer import foreign
 from veneer.data.pack import Window
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
@@ -57,7 +57,7 @@ class Answers(CausalLM, Examined):
             row.columns["completion"] if row.kind == "pair" else row.columns["messages"][-1].get("content")
         )
         try:
-            json.loads(truth)
+            foreign.loads(truth)
         except (TypeError, ValueError) as e:
             exact = option("answers-match", "exact")
             raise DataError(

@@ -9,6 +9,7 @@ from typing import Any
 from veneer.adapt.switch import using
 from veneer.data.chat.templates import rendered
 from veneer.errors import ConfigError, suggest
+from veneer.foreign import visible
 from veneer.models import adapted, machine
 from veneer.tasks.text.samples import continuation
 
@@ -146,7 +147,8 @@ def _talked(talk: Chat) -> list[dict[str, Any]]:
     """Answers what is typed, to the end; returns the conversation."""
     for line in _lines():
         try:
-            print(talk.command(line) if line.startswith("/") else talk.answer(line), flush=True)
+            answer = talk.command(line) if line.startswith("/") else talk.answer(line)
+            print(visible(answer), flush=True)
         except ConfigError as e:
             _say(str(e))
     return talk.transcript
@@ -168,7 +170,7 @@ def _lines() -> Iterator[str]:
 
 
 def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    print(visible(sentence), file=sys.stderr, flush=True)
 
 
 def text(found: Sequence[Mapping[str, Any]]) -> str:

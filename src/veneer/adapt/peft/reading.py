@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from veneer import foreign
 from veneer.adapt.attached import Changes
 from veneer.adapt.peft import starts
 from veneer.adapt.peft.beside import Beside
 from veneer.adapt.peft.settings import PREFIX, TOP, method_of, table
-from veneer.adapt.peft.targets import Config, at, targeted, wrapped
+from veneer.adapt.peft.targets import Config, at, expressions, targeted, wrapped
 from veneer.adapt.peft.whole import equal, outermost, whole_module
 from veneer.adapt.store.problems import Problem
 from veneer.errors import FormatError, SiteError, first_few
@@ -47,6 +48,7 @@ def to_changes(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]
         config["target_modules"] = sorted(
             {k.removeprefix(PREFIX).partition(".lora_")[0] for k in tensors if ".lora_" in k}
         )
+    foreign.check_expressions(expressions(config), names, "adapter_config.json")
     idle = idle_targets(config, names)
     text = (
         f"target_modules names {first_few(idle)}, which no layer of the model is called: nothing was "

@@ -7,7 +7,7 @@ from typing import Any
 
 from veneer.adapt.peft import starts
 from veneer.adapt.peft.settings import method_of, table
-from veneer.adapt.peft.targets import Config
+from veneer.adapt.peft.targets import Config, expressions
 
 # Settings that make the adapter more than a change of the targeted layers' weights.
 BEYOND = {
@@ -49,6 +49,8 @@ def settings_problems(config: Config, has_initial: bool, *, only_pairs: bool = F
             f"this adapter_config.json is {other}: it has no peft_type; only PEFT's is read here: `veneer "
             "convert` makes one of it"
         ]
+    if wrong := _wrong_types(config):
+        return wrong
     kind = method_of(config)
     if kind is None:
         return [
@@ -67,13 +69,48 @@ def settings_problems(config: Config, has_initial: bool, *, only_pairs: bool = F
         f"{k}={config[k]!r}: a setting of PEFT that is not known here, and may change what the tensors mean"
         for k in unknown
     ]
-    found += [
-        f"{k}={config[k]!r} is not a regular expression"
-        for k in ("target_modules", "exclude_modules")
-        if not _compiles(config.get(k))
-    ]
+    plain = {
+        v: f"{k}={v!r}" for k in ("target_modules", "exclude_modules") if isinstance(v := config.get(k), str)
+    }
+    malformed = [plain.get(p, repr(p)) for p in expressions(config) if not _compiles(p)]
+    found += [f"{p} is not a regular expression" for p in malformed]
     start = starts.problem(config.get("init_lora_weights", True), has_initial)
     return found + ([start] if start else [])
+
+
+NAMES = (str, list, type(None))
+FORMS: dict[str, tuple[type, ...]] = {
+    "peft_type": (str,),
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "modules_to_save": (list, type(None)),
+    "layers_pattern": NAMES,
+    "layers_to_transform": (int, list, type(None)),
+    "rank_pattern": (dict, type(None)),
+    "alpha_pattern": (dict, type(None)),
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float, type(None)),
+    "bias": (str, type(None)),
+}
+
+
+def _wrong_types(config: Config) -> list[str]:
+    """Returns a line per setting of another type, or with a list of anything but names."""
+    found = []
+    for key, kinds in FORMS.items():
+        value = config.get(key)
+        fits = key not in config or (isinstance(value, kinds) and not isinstance(value, bool))
+        if fits and isinstance(value, list) and key != "layers_to_transform":
+            fits = all(isinstance(one, str) for one in value)
+        if not fits:
+            found.append(f"{key} must be {_words(kinds)}, got {value!r:.60}")
+    return found
+
+
+def _words(kinds: tuple[type, ...]) -> str:
+    words = {str: "text", list: "a list of names", dict: "a table", int: "a whole number", float: "a number"}
+    return " or ".join(words.get(kind, "null") for kind in kinds)
 
 
 def _compiles(pattern: Any) -> bool:

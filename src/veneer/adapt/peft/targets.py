@@ -61,6 +61,16 @@ def _in_layers(config: Config, name: str) -> bool:
     return False
 
 
+def expressions(config: Mapping[str, Any]) -> list[str]:
+    """Returns the regular expressions that the settings are matched by."""
+    plain = [v for key in ("target_modules", "exclude_modules") if isinstance(v := config.get(key), str)]
+    patterns = [k for key in set(PATTERNS.values()) for k in config.get(key) or ()]
+    kept = [rf"(^|.*\.){m}($|\..*)" for m in config.get("modules_to_save") or ()]
+    layers = config.get("layers_pattern") or []
+    layers = [layers] if isinstance(layers, str) else layers
+    return [*plain, *(rf"(.*\.)?({k})$" for k in patterns), *kept, *(rf".*?\.{p}\.(\d+)\." for p in layers)]
+
+
 def ends(name: str, entries: Iterable[str]) -> bool:
     """Returns True if the name equals an entry, or ends with one after a dot."""
     return any(name == e or name.endswith(f".{e}") for e in entries)

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 
-# Control characters are invalid in HTML; Unicode has pictures of them.
-CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}
+from veneer.foreign import visible
 
 
 def escape(text: str) -> str:
     """Returns HTML that shows the text."""
-    return html.escape(text.translate(CONTROLS))
+    return html.escape(visible(text))  # control characters are invalid in HTML
 
 
 def whole(name: str, parts: Iterable[str]) -> str:

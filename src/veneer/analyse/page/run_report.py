@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from veneer import foreign
 from veneer.analyse.page import figures, layer_plots, plots, run_page
 from veneer.analyse.page.run_record import RunRecord
 from veneer.errors import FormatError
@@ -57,7 +57,7 @@ def draw(folder: Path, wanted: Pictures) -> tuple[dict[str, str], list[str]]:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [foreign.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as e:
         raise FormatError(f"{file} must hold one JSON object per line: {e}; restore it from a copy") from None
 

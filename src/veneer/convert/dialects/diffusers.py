@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veneer import files
+from veneer import files, foreign
 from veneer.adapt.peft.settings import KEYS, PREFIX
 from veneer.adapt.peft.targets import at
 from veneer.convert import clip_names, tensor_files
@@ -93,7 +93,7 @@ def _known(name: str, names: Sequence[str]) -> str:
 def _header(file: Path) -> dict[str, dict[str, Any]]:
     """Returns PEFT's settings by part. Raises FormatError if the header is not a JSON object."""
     try:
-        flat = json.loads(tensor_files.metadata(file).get(HEADER, "{}"))
+        flat = foreign.loads(tensor_files.metadata(file).get(HEADER, "{}"))
         found: defaultdict[str, dict[str, Any]] = defaultdict(dict)
         for name, value in flat.items():
             part, _, key = name.partition(".")

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer import files
+from veneer import files, foreign
 from veneer.adapt.peft import adapter_names
 from veneer.adapt.peft.refusals import settings_problems
 from veneer.adapt.peft.settings import CONFIG, KEYS, LONG_KNOWN, PREFIX, TENSORS
 from veneer.adapt.peft.starts import PLAIN
-from veneer.adapt.peft.targets import at, targeted
+from veneer.adapt.peft.targets import at, expressions, targeted
 from veneer.adapt.store import manifest
 from veneer.convert import tensor_files
 from veneer.convert.base import Base
@@ -43,6 +43,8 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
     for name in odd:
         rest.add(name, f"tensors whose names do not begin with {PREFIX}")
     named = {k.removeprefix(PREFIX): t for k, t in tensors.items() if k not in odd}
+    layers = {k.partition(".lora_")[0] for k in named}
+    foreign.check_expressions(expressions(config), layers, CONFIG)
     sites = {n: _pair(n, config, roles) for n, roles in by_module(named, NAMES, rest, needed=()).items()}
     _agree(config, sites)
     for entry in _entries(config):

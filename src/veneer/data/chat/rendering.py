@@ -9,6 +9,8 @@ from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
 
+from veneer import foreign
+from veneer.data.chat.limits import limited
 from veneer.data.forms.flags import FLAGS
 from veneer.data.row_files import Row
 from veneer.data.tokenizer import Tokenizer
@@ -103,7 +105,8 @@ class Conversation:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         given = {**self.tokenizer.special_tokens_map, "chat_template": self.template, "tools": self.tools}
-        texts, spans = render_jinja_template([messages], **given, **options)
+        with limited(self.template):
+            texts, spans = render_jinja_template([messages], **given, **options)
         return texts[0], spans[0] if spans else []
 
 
@@ -195,7 +198,7 @@ def _is_suitable(messages: Messages, text: str) -> bool:
 def has_call(call: Mapping[str, Any], text: str) -> bool:
     """Tells if a text contains the name of a call and those of its arguments that are text."""
     given = call["function"]["arguments"]
-    given = json.loads(given) if isinstance(given, str) else given
+    given = foreign.loads(given) if isinstance(given, str) else given
     values = [v for v in given.values() if isinstance(v, str)] if isinstance(given, dict) else []
     return all(is_in(part, text) for part in (call["function"]["name"], *values))
 

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from veneer.data.chat.limits import limited
 from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError, option, suggest
 
@@ -90,11 +91,12 @@ def asked(message: str, tokenizer: Tokenizer, template: str | None = None) -> st
 def rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: str | None = None) -> str:
     """Returns messages with the request for an answer, by this template or the tokenizer's own."""
     template = template or tokenizer.chat_template or packaged(PLAIN, tokenizer)
-    return str(
-        tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=None if isinstance(template, dict) else template,
-            tokenize=False,
-            add_generation_prompt=True,
+    with limited(template):
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=None if isinstance(template, dict) else template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         )
-    )

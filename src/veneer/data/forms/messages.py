@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from veneer import foreign
 from veneer.data.forms.flags import FLAGS, check_flags
 from veneer.data.tables import without_surrogates
 from veneer.errors import DataError, suggest
@@ -120,7 +121,7 @@ def opened(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return without_surrogates(json.loads(value))
+        return without_surrogates(foreign.loads(value))
     except json.JSONDecodeError:
         return value
 

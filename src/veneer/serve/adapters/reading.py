@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from veneer import files
+from veneer import files, foreign
 from veneer.adapt.banks import entries
 from veneer.adapt.peft import settings
 from veneer.adapt.store import manifest, native, store
@@ -108,7 +107,7 @@ def _check_header(path: Path) -> None:
         if length > path.stat().st_size:
             raise FormatError(f"{path.name} is cut off; restore it from a copy")
         try:
-            header = json.loads(f.read(length))
+            header = foreign.loads(f.read(length))
         except ValueError:
             raise FormatError(f"{path.name} has no readable header; restore it from a copy") from None
     if not isinstance(header, dict):

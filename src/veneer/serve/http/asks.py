@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from veneer.data.chat import rendering, templates
+from veneer.data.chat.limits import limited
 from veneer.data.tokenizer import Tokenizer
+from veneer.errors import DataError
 from veneer.serve.adapters.expression import Named
 from veneer.serve.engine.request import Sampling
 from veneer.serve.errors import RequestError
@@ -81,19 +83,29 @@ def conversation(
     template = own or tokenizer.chat_template or templates.packaged(templates.PLAIN, tokenizer)
     if isinstance(template, dict):
         template = tokenizer.get_chat_template(None, tools)
+    found = _rendered(tokenizer, [_turn(m) for m in messages], tools, template)
+    if isinstance(found, Exception):
+        why = str(found)[:200] or type(found).__name__
+        raise RequestError(f"the chat template refuses these messages: {why}", param="messages")
+    ids: list[int] = tokenizer(found, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _rendered(tokenizer: Tokenizer, turns: list[dict[str, Any]], tools: Any, template: str) -> Any:
+    """Returns the conversation in the first form that the template takes, or the first refusal."""
     refusal: Exception | None = None
-    for turns in rendering.forms([_turn(m) for m in messages], template):
-        try:
-            text = tokenizer.apply_chat_template(
-                turns, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as e:  # templates fail in ways of their own
-            refusal = refusal or e
-            continue
-        return ids
-    why = str(refusal)[:200] or type(refusal).__name__
-    raise RequestError(f"the chat template refuses these messages: {why}", param="messages")
+    try:
+        with limited(template):
+            for form in rendering.forms(turns, template):
+                try:
+                    return tokenizer.apply_chat_template(
+                        form, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
+                    )
+                except Exception as e:  # templates fail in ways of their own
+                    refusal = refusal or e
+    except DataError as e:
+        return e
+    return refusal
 
 
 def _turn(m: Message) -> dict[str, Any]:

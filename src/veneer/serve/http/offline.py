@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from veneer import foreign
 from veneer.errors import DataError, VeneerError
 from veneer.serve.answers import Answer, collect
 from veneer.serve.engine.request import Event, Failed, Finished
@@ -74,7 +75,7 @@ def _text(path: Path) -> str:
 
 def _line(text: str, number: int) -> Line:
     try:
-        content = json.loads(text)
+        content = foreign.loads(text)
     except ValueError:
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("body", {}), dict):
@@ -114,7 +115,7 @@ def _there(out: Path) -> set[str]:
     found = set()
     for text in out.read_text(encoding="utf-8").splitlines():
         try:
-            line = json.loads(text)
+            line = foreign.loads(text)
             if line["response"]["status_code"] == 200:
                 found.add(str(line["custom_id"]))
         except (ValueError, KeyError, TypeError):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from veneer import foreign
 from veneer.errors import SiteError, first_few, suggest
 from veneer.sites.finding.kinds import kind_of
 
@@ -33,6 +34,7 @@ def by_name(layers: dict[str, nn.Module], to: Target) -> list[str]:
 
 def _by_expression(layers: dict[str, nn.Module], expression: str) -> list[str]:
     pattern = _compiled("to", expression)
+    foreign.check_expressions([expression], layers, "to")
     names = [n for n, m in layers.items() if pattern.fullmatch(n) and kind_of(m)]
     if not names:
         some = first_few([n for n, m in layers.items() if kind_of(m)], 3)
@@ -64,6 +66,7 @@ def check_exclude(names: Sequence[str], exclude: Target) -> None:
     """Raises SiteError if `exclude` is malformed, or an entry of it leaves out none of the names."""
     if isinstance(exclude, str):
         _compiled("exclude", exclude)
+        foreign.check_expressions([exclude], [owner for n in names for owner in _upwards(n)], "exclude")
     entries: list[Target] = [exclude] if isinstance(exclude, str) else [[entry] for entry in exclude]
     idle = [e if isinstance(e, str) else e[0] for e in entries if not any(excluded(n, e) for n in names)]
     if idle:

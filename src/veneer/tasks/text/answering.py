@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from veneer import foreign
 from veneer.adapt.modes import evaluating
 from veneer.data.pack import Window
 from veneer.data.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ def same_text(answer: str, truth: str) -> bool:
 def same_json(answer: str, truth: str) -> bool:
     """Tells if two answers are equal as JSON, whatever the order of keys and white space."""
     try:
-        return bool(json.loads(answer) == json.loads(truth))
+        return bool(foreign.loads(answer) == foreign.loads(truth))
     except ValueError:
         return False
 

@@ -64,8 +64,8 @@ def continuation(
 def room(model: nn.Module) -> int:
     """Returns the positions that the model has, or a large number if it names none."""
     config = getattr(model, "config", None)
-    text = config if config is None else config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or 1 << 20
+    text = getattr(config, "get_text_config", None)
+    return getattr(config if text is None else text(), "max_position_embeddings", None) or 1 << 20
 
 
 def written(model: nn.Module) -> int:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from veneer import foreign
 from veneer.files import as_usual, sha256, sync
 from veneer.train.errors import NotSaved
 
@@ -95,21 +96,21 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def load(path: Path) -> Checkpoint:
     """A checkpoint that `damage` found nothing wrong with."""
-    meta = json.loads((path / META).read_text(encoding="utf-8"))
+    meta = foreign.loads((path / META).read_text(encoding="utf-8"))
     return Checkpoint(meta["step"], load_file(path / STATE), meta)
 
 
 def damage(path: Path) -> str | None:
     """Returns the fault of a checkpoint, or None if every file has the bytes of the manifest."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = foreign.loads((path / MANIFEST).read_text(encoding="utf-8"))
         entries = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest.items()}
         if set(entries) != {STATE, META}:
             return f"{MANIFEST} does not name exactly {STATE} and {META}"
         for name, (digest, n_bytes) in entries.items():
             if (path / name).stat().st_size != n_bytes or sha256(path / name) != digest:
                 return f"{name} is not what {MANIFEST} says"
-        step = json.loads((path / META).read_text(encoding="utf-8"))["step"]
+        step = foreign.loads((path / META).read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         return f"unreadable: {type(e).__name__}: {e}"
     return None if path.name == f"step-{step:06d}" else f"it is the checkpoint of step {step}"

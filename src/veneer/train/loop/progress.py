@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from veneer.foreign import visible
+
 INTERVAL = 10.0  # seconds between two lines of a phase
 
 
@@ -92,6 +94,7 @@ class Voice(Notes):
             self._print(f"{self._now} ({time.monotonic() - self._begun:.0f} s)")
 
     def _print(self, line: str) -> None:
+        line = visible(line)
         if self._progress is None:
             print(line, file=sys.stderr, flush=True)
         else:

@@ -41,9 +41,7 @@ def template(tokenizer: Tokenizer) -> str:
 def _around(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[str, str]:
     """Returns the text before and after the prompt, without the beginning token, which Ollama adds."""
     own = tokenizer.chat_template or templates.packaged(templates.PLAIN, tokenizer)
-    whole = str(
-        tokenizer.apply_chat_template(messages, chat_template=own, tokenize=False, add_generation_prompt=True)
-    )
+    whole = templates.rendered(messages, tokenizer, own if isinstance(own, str) else None)
     if beginning(tokenizer):
         whole = whole.removeprefix(tokenizer.bos_token or "")
     before, _, after = whole.partition(PROMPT)

@@ -9,6 +9,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from veneer import foreign
 from veneer.errors import ConfigError, VeneerError
 
 SECONDS = 300.0  # a server may read an adapter for a while
@@ -75,14 +76,14 @@ class Remote:
         except (URLError, OSError) as e:
             why = getattr(e, "reason", e)
             raise ConfigError(f"{self.url} cannot be reached: {why}; start the server first") from None
-        return json.loads(text) if text.startswith("{") else text
+        return foreign.loads(text) if text.startswith("{") else text
 
 
 def _reason(e: HTTPError) -> str:
     """Returns the message of an error's body, in OpenAI's shape or in another."""
     text = e.read().decode(errors="replace")
     try:
-        found = json.loads(text)
+        found = foreign.loads(text)
         found = found.get("error", found.get("detail", found))
         return str(found.get("message", found) if isinstance(found, dict) else found)[:LONGEST]
     except (ValueError, AttributeError):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer import foreign
 from veneer.convert import tensor_files
 from veneer.convert.base import Base
 from veneer.convert.detect import Found
@@ -70,8 +71,8 @@ def _yaml(path: Path, needed: tuple[str, ...] = ()) -> dict[str, Any]:
             f"{path} is missing, but the adapter's scaling depends on it; restore it from a copy"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        content = foreign.yaml_of(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError) as e:
         raise FormatError(f"{path} must be plain YAML: {e}") from None
     missing = [k for k in needed if not isinstance(content, dict) or k not in content]
     if missing:
