@@ -107,7 +107,7 @@ def _check_header(path: Path) -> None:
         if length > path.stat().st_size:
             raise FormatError(f"{path.name} is cut off; restore it from a copy")
         try:
-            header = foreign.loads(f.read(length))
+            header = foreign.loads(f.read(length).decode())
         except ValueError:
             raise FormatError(f"{path.name} has no readable header; restore it from a copy") from None
     if not isinstance(header, dict):

@@ -3,6 +3,7 @@ ends."""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from veneer.errors import ConfigError
 from veneer.train.errors import Busy
 
 NAME = "lock"
@@ -21,7 +23,7 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises Busy, naming the holder.
     """
-    with open(folder / NAME, "a+", encoding="utf-8") as f:
+    with open(folder / NAME, "a+", encoding="utf-8", opener=_own) as f:
         if not _take(f):
             f.seek(0)
             holder = f.read().strip() or "unknown"
@@ -33,6 +35,16 @@ def held(folder: Path) -> Iterator[None]:
         f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         f.flush()
         yield
+
+
+def _own(path: str, flags: int) -> int:
+    """Opens the lock itself. Raises ConfigError for a symbolic link, whose target would be cut to nothing."""
+    try:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        raise ConfigError(f"{path}: the lock is a symbolic link; remove it") from None
 
 
 def _take(f: IO[str]) -> bool:
