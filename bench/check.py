@@ -2,7 +2,8 @@
 
     python bench/check.py [bench ..]
 
-Runs these benches, or all of speed and memory that have a file in bench/results. Errors of a forecast are
+Runs these benches, or all of speed and memory that have a file in bench/results. Only records of this device
+are compared. Errors of a forecast are
 shares themselves, and near nothing where it is good: they are compared by difference, so that 0.02 may become
 0.12, and not by how many times.
 """
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -24,6 +26,7 @@ ALLOWED_FORECAST = 0.1  # by which forecasts of `plan` were seen to differ from 
 # of learning; hours, and not of speed
 SWEEPS = {"demo_rates", "method_rates", "optimiser_rates", "scratch", "width", "loraga", "trp"}
 SWEEPS |= {"compress", "compress_adapt", "compress_real", "first_run", "real"}
+SWEEPS |= {"probe", "gpu"}  # faults found, and a card's own figures
 LESS_IS_BETTER = ("_over_bound", "peak_vs_", "pissa_excess_ratio", "final_loss_difference", "_over_base")
 LESS_IS_BETTER += (
     "_vs_default_adamw",
@@ -56,13 +59,36 @@ def worse(name: str, now: float, then: float) -> float:
     return 0.0 if less and now <= 0 else math.inf
 
 
-def run(bench: str) -> dict[str, float]:
-    """Returns the figures of a bench, run now."""
+def run(bench: str) -> dict[str, Any]:
+    """Returns the line of a bench, run now."""
     done = subprocess.run(
         [sys.executable, str(HERE / f"{bench}.py")], check=True, stdout=subprocess.PIPE, text=True
     )
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])["figures"]
-    return figures
+    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return line
+
+
+def compared(bench: str, recorded: dict[str, Any], now: dict[str, Any]) -> int:
+    """Prints a bench's figures beside the recorded ones, and returns the number of worse ones.
+
+    A record of another device says nothing about this one: its figures are shown, and none counts as worse.
+    """
+    if recorded["device"] != now["device"]:
+        print(f"{bench}: recorded on {recorded['device']}, measured on {now['device']}; not compared")
+        for name, value in now["figures"].items():
+            print(f"{name}: {value:g}")
+        return 0
+    failed = 0
+    for name, then in recorded["figures"].items():
+        if name not in now["figures"]:
+            print(f"{name}: recorded as {then:g}, but not measured any more")
+            failed += 1
+            continue
+        value, allowed = now["figures"][name], ALLOWED_FORECAST if FORECAST.fullmatch(name) else ALLOWED
+        by = worse(name, value, then)
+        failed += by > allowed
+        print(f"{name}: {value:g}, recorded as {then:g}" + (f": {by:.0%} worse" if by > allowed else ""))
+    return failed
 
 
 def main() -> int:
@@ -79,19 +105,8 @@ def main() -> int:
             f"no figures of {', '.join(sorted(unknown))} in {RESULTS}; there are {', '.join(recorded_ones)}"
         )
     for bench in benches or sorted(set(recorded_ones) - SWEEPS):
-        recorded = json.loads((RESULTS / f"{bench}.json").read_text(encoding="utf-8"))["figures"]
-        now = run(bench)
-        for name, then in recorded.items():
-            if name not in now:
-                print(f"{name}: recorded as {then:g}, but not measured any more")
-                failed += 1
-            elif (by := worse(name, now[name], then)) > (
-                ALLOWED_FORECAST if FORECAST.fullmatch(name) else ALLOWED
-            ):
-                print(f"{name}: {now[name]:g}, recorded as {then:g}: {by:.0%} worse")
-                failed += 1
-            else:
-                print(f"{name}: {now[name]:g}, recorded as {then:g}")
+        recorded = json.loads((RESULTS / f"{bench}.json").read_text(encoding="utf-8"))
+        failed += compared(bench, recorded, run(bench))
     return 3 if failed else 0
 
 

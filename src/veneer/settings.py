@@ -223,9 +223,6 @@ def describe(hint: Any) -> str:
     return NAMES.get(hint, str(hint))
 
 
-MERGE = "tag:yaml.org,2002:merge"  # the key "<<", whose value is a mapping to take over
-
-
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Returns YAML settings as a dict; 1e-5 is a number, which YAML 1.1 reads as text.
 
@@ -235,15 +232,14 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            own = [k for k, _ in node.value if k.tag != MERGE]
-            keys = [self.construct_object(k, deep=True) for k in own]
-            twice = sorted({str(k) for k in keys if keys.count(k) > 1})
-            if twice:
+            own = (k for k, _ in node.value if not k.tag.endswith(":merge"))  # "<<": keys of others
+            keys = [str(self.construct_object(k, deep=True)) for k in own]
+            if twice := sorted({k for k in keys if keys.count(k) > 1}):
                 raise ConfigError(f"{where}: given twice: {', '.join(twice)}; keep one of each")
             return super().construct_mapping(node, deep)  # type: ignore[no-any-return, unused-ignore]
 
-    number = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    number, starts = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, starts)
     try:
         found = foreign.yaml_of(text, Loader)
     except (yaml.YAMLError, ValueError) as e:

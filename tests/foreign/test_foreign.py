@@ -80,7 +80,7 @@ def test_expressions_that_grow_fast_are_ended(pattern, quick):
         r".*\.(q|k|v)_proj",
         r"model\.layers\.\d+\.self_attn\..*",
         r"(.*\.)?(q_proj)$",
-        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:k_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.x)",
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:k_proj|v_proj).*?)|(?:\bmodel\.l\.[\d]{1,}\.x)",
         "(unclosed",
     ],
 )

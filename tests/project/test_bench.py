@@ -76,6 +76,27 @@ def test_the_readmes_tables_have_the_recorded_figures():
         assert abs(value - recorded[name]) <= 0.501 * 10**-digits, name
 
 
+def test_records_of_another_device_are_not_compared(capsys):
+    recorded = {"device": "A", "figures": {"x_vs_peft": 2.0, "gone": 1.0}}
+    now = {"device": "B", "figures": {"x_vs_peft": 1.0}}
+    assert check().compared("x", recorded, now) == 0
+    assert "recorded on A, measured on B; not compared" in capsys.readouterr().out
+    assert check().compared("x", recorded, {**now, "device": "A"}) == 2
+    assert check().compared("x", recorded, {**recorded, "figures": {"x_vs_peft": 1.9, "gone": 1.0}}) == 0
+    assert "x_vs_peft: 1.9, recorded as 2\n" in capsys.readouterr().out
+
+
+def test_the_avoidable_time_that_is_gone():
+    spec = importlib.util.spec_from_file_location("train_step", BENCH / "train_step.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        spec.loader.exec_module(module)
+    gone = module.removed("x", {"peft": 10.0, "compiled": 6.0, "veneer": 4.0, "bound": 2.0})
+    assert gone == {"x_avoidable_removed": 0.75, "x_avoidable_removed_by_compiled_peft": 0.5}
+
+
 @pytest.mark.parametrize("name", WORSE)
 def test_a_figure_is_worse_in_its_own_direction(name: str):
     then, now, by = WORSE[name]

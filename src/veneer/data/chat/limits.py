@@ -56,8 +56,9 @@ def problem(template: str) -> str | None:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except (TemplateError, RecursionError):
         return None  # the renderer says why
-    for node in tree.find_all((nodes.Mul, nodes.Pow)):
-        if isinstance(node, nodes.Pow) or not (_is_number(node.left) and _is_number(node.right)):  # type: ignore[attr-defined, unused-ignore]
+    found: Any = tree.find_all((nodes.Mul, nodes.Pow))
+    for node in found:
+        if isinstance(node, nodes.Pow) or not (_is_number(node.left) and _is_number(node.right)):
             return f"multiplies texts or takes powers (line {node.lineno}), which may fill the memory"
     return None
 

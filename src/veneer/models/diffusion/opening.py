@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from veneer import foreign
 from veneer.errors import ConfigError
 from veneer.models.diffusion.kind import Kind
 from veneer.registry import Registry
@@ -39,7 +39,7 @@ def config(folder: str, file: str) -> dict[str, Any]:
     """Returns a file of settings of the folder. Raises ConfigError if it is missing or no JSON."""
     path = Path(folder) / file
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = foreign.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ConfigError(f"model: {path} must be readable JSON ({type(e).__name__})") from None
     return found

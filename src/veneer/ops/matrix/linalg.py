@@ -11,6 +11,8 @@ from torch import Tensor
 from veneer.errors import ShapeError
 
 SCIPY_FROM = 512  # smaller ones do not pay for the import
+MORE = 4  # iterations of a sketch at most, beyond those asked for
+GAIN = 2e-5  # of the residual, below which another iteration of a sketch is not worth its time
 
 
 def multiplies_bf16(where: torch.device) -> bool:
@@ -80,15 +82,52 @@ def range_finder(W: Tensor, sketch: Tensor, iterations: int) -> Tensor:
 
     W: (.., out, in), sketch: (.., in, width) random. Subspace iteration with a QR at every step (Halko,
     Martinsson & Tropp 2011, algorithm 4.4, which has one at every half step too). Where the machine
-    multiplies bfloat16 matrices, these products are such: what they round away of a column is a small
-    direction like any other to the next iteration, and the last product, from which the factors come, is
-    exact.
+    multiplies bfloat16 matrices, these products are such: the part of a column that rounding removes is a
+    small direction like any other to the next iteration. `refined` sees whether that was enough.
     """
-    narrow = W.to(torch.bfloat16) if W.dtype != torch.float64 and multiplies_bf16(W.device) else precise(W)
+    narrow = _narrow(W)
     Q = _orthonormal(narrow @ sketch.to(narrow))
     for _ in range(iterations):
-        Q = _orthonormal(narrow @ (narrow.mT @ Q.to(narrow)))
+        Q = _iterated(narrow, Q)
     return Q
+
+
+def refined(W: Tensor, Q: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns Q and Q' W (width, in) after as many more iterations as lower the residual of this rank.
+
+    W: (out, in), Q: (out, width) orthonormal. The residual ||W - its rank leading part|| comes from exact
+    products. Iterations go on while one lowers it by more than `GAIN`; where one in bfloat16 raises it, its
+    rounding is the error, and the rest are in float32.
+    """
+    M, exact, whole = _narrow(W), precise(W), W.square().sum(dtype=torch.float64)
+    B = Q.mT @ exact
+    left = _left(B, rank, whole)
+    for _ in range(MORE):
+        next_ = _iterated(M, Q)
+        product = next_.mT @ exact
+        now = _left(product, rank, whole)
+        if now > left * (1 + GAIN / 10) and M.dtype != exact.dtype:
+            M = exact
+            continue
+        gain, Q, B, left = left / max(now, 1e-300) - 1, next_, product, now
+        if gain < GAIN:
+            break
+    return Q, B
+
+
+def _narrow(W: Tensor) -> Tensor:
+    return W.to(torch.bfloat16) if W.dtype != torch.float64 and multiplies_bf16(W.device) else precise(W)
+
+
+def _iterated(M: Tensor, Q: Tensor) -> Tensor:
+    return _orthonormal(M @ (M.mT @ Q.to(M)))
+
+
+def _left(B: Tensor, rank: int, whole: Tensor) -> float:
+    """Returns the norm that `rank` leading directions of B leave. whole: the matrix's squared norm."""
+    B = B.double()
+    kept = torch.linalg.eigvalsh(B @ B.mT)[-rank:].sum()
+    return float((whole - kept).clamp_min(0).sqrt())
 
 
 def _orthonormal(Y: Tensor) -> Tensor:
@@ -134,7 +173,10 @@ def _leading(
         # on the CPU: the same on every device
         drawn = torch.stack([torch.randn(in_, width, generator=d) for d in draws])
         Q = range_finder(W, drawn.view(*W.shape[:-2], in_, width).to(W.device), iterations)
-        U, S, Vh = torch.linalg.svd(Q.mT @ precise(W), full_matrices=False)
+        stack = W.view(-1, out, in_), Q.view(-1, out, width)
+        pairs = [refined(one, q, rank) for one, q in zip(*stack, strict=True)]
+        Q, B = (torch.stack(part).view(*W.shape[:-2], *part[0].shape) for part in zip(*pairs, strict=True))
+        U, S, Vh = torch.linalg.svd(B, full_matrices=False)
         U = Q @ U
     return U[..., :rank], S[..., :rank], Vh[..., :rank, :]
 

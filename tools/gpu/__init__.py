@@ -1,0 +1,1 @@
+"""Checks and times Veneer on one GPU, within eight minutes: make gpu."""
