@@ -60,11 +60,18 @@ def move(model, x, how):
     elif how == "written":
         with torch.no_grad():
             weight.mul_(1.5).add_(0.2)
+    elif how == "copied":
+        with torch.no_grad():
+            weight.copy_(weight * 1.5 + 0.2)
+    elif how == "through .data":  # which PyTorch records nowhere: docs/promises.md says what to do after it
+        weight.data.mul_(1.5).add_(0.2)
+        with torch.no_grad():
+            weight.mul_(1)
     else:
         model[0].weight = nn.Parameter(weight.detach() * 0.5 + 0.1)
 
 
-@pytest.mark.parametrize("how", ["trained", "loaded", "written", "replaced"])
+@pytest.mark.parametrize("how", ["trained", "loaded", "written", "copied", "through .data", "replaced"])
 @pytest.mark.parametrize(("method", "site"), CELLS)
 def test_a_method_follows_its_base(method, site, how):
     model, x = adapted(method, site)
@@ -128,3 +135,15 @@ def test_norms_are_not_computed_again_while_the_base_rests(monkeypatch):
     for _ in range(3):
         model(x).sum().backward()
     assert counted == []
+
+
+def test_a_write_through_data_alone_is_the_limit():
+    """Holds the limit that docs/promises.md states: if this fails, the limit is gone and its text with it."""
+    model, _ = adapted("dora", "linear")
+    ((site, d),) = changes(model, "default")
+    before = site.stamp()
+    model[0].weight.data.mul_(2)
+    assert site.stamp() == before
+    with torch.no_grad():
+        model[0].weight.mul_(1)
+    assert site.stamp() != before and torch.equal(d.base_norms(site), model[0].weight.norm(dim=1))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from mutants import __main__ as command  # noqa: E402
-from mutants import aside, faults, noticing  # noqa: E402
+from mutants import aside, faults, journal, noticing, pool  # noqa: E402
 from mutants.operators import OPERATORS  # noqa: E402
 
 BY_HAND = [
@@ -235,3 +235,40 @@ def test_the_command_says_what_is_wrong_and_lists_without_planting(capsys):
     assert command.main(["--only", "src/veneer/methods/miss.py", "--count", "2", "--list"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("src/veneer/methods/miss.py:") == 2 and shown.count("\n  + ") == 2
+
+
+def test_a_round_over_all_faults_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    seen: list[tuple[str, ...]] = []
+
+    def outcomes(plant, **_):
+        for i, fault in enumerate(plant):
+            seen.append(fault.key)
+            yield pool.Outcome(fault, "survived" if i == 1 else "failed", 0.1, "tests/test_x.py::test_y")
+
+    monkeypatch.setattr(pool, "outcomes", outcomes)
+    monkeypatch.setattr(pool, "fail_anyway", lambda tests, limit: [])
+    monkeypatch.setattr(pool, "LARGE", ())
+    file, only = tmp_path / "round.jsonl", ["--only", "src/veneer/methods/miss.py"]
+    given = ["--all", str(file), "--count", "4", *only]
+    assert command.main(given) == 3  # one of four survived
+    assert command.main([*given, "--lenient"]) == 0
+    assert len(seen) == len(set(seen)) == 8
+    said = capsys.readouterr().out
+    line = json.loads(said.splitlines()[-1])
+    assert line["tried"] == 8 and line["killed_share"] == 0.75 and line["left"] > 0
+    assert said.count("SURVIVED SO FAR src/veneer/methods/miss.py") == 3  # one, then two
+
+    file.write_text(file.read_text() + '{"fault": ["cut', encoding="utf-8")
+    kept = journal.Journal(file)
+    assert len(kept.how) == 8
+    own = faults.of("methods/miss.py", (faults.SOURCE / "methods/miss.py").read_text(encoding="utf-8"))
+    assert len(kept.survivors(own, ())) == 2
+    assert len(kept.survivors(own, {seen[1]})) == 1  # set aside since
+    assert not {f.key for f in kept.left(own, ())} & set(seen)
+    assert kept.share(own, {seen[1]}) == (7, 1 - 1 / 7)
+
+
+def test_the_commit_draws_a_seed_of_its_own():
+    assert command.options(["--seed", "7"]).seed == 7
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    assert command.options(["--seed", "commit"]).seed == int(head[:8] or "0", 16)

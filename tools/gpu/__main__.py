@@ -103,8 +103,8 @@ def child(name: str, device: str, *, tiny: bool) -> int:
     """Runs one part in this process, and prints its result as one line."""
     part = PARTS[name]
     try:
-        figures = part.function()(device, tiny=tiny, **part.arguments)
-        problems = figures.pop("problems", [])
+        figures: dict[str, Any] = part.function()(device, tiny=tiny, **part.arguments)
+        problems: list[str] = figures.pop("problems", [])
         found: dict[str, Any] = {"outcome": "failed" if problems else "done", "figures": figures}
         found |= {"text": "; ".join(problems)[:2000]} if problems else {}
     except Skipped as e:

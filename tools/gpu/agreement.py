@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,10 +63,14 @@ def _three(device: str) -> list[Any]:
     return [models.llama(dtype, where) for dtype, where in kinds]
 
 
-def judged(exact: Tensor, ours: Tensor, theirs: Tensor, what: str) -> str | None:
-    """Returns the problem if the device is further from the exact numbers than rounding explains."""
-    found, allowed = models.off(theirs, exact), ALLOWED * models.off(ours, exact) + FLOOR
-    return None if found <= allowed else f"{what} are {found:.2g} off, rounding explains {allowed:.2g}"
+def judged(found: Sequence[Tensor], what: str) -> str | None:
+    """Returns the problem if the device is further from the exact numbers than rounding explains.
+
+    found: exact ones, those of the CPU in bfloat16, and those of the device.
+    """
+    exact, ours, theirs = found
+    off, allowed = models.off(theirs, exact), ALLOWED * models.off(ours, exact) + FLOOR
+    return None if off <= allowed else f"{what} are {off:.2g} off, rounding explains {allowed:.2g}"
 
 
 def _method(name: str, device: str) -> str | None:
@@ -83,11 +87,11 @@ def _method(name: str, device: str) -> str | None:
         where = str(next(model.parameters()).device)
         found.append(models.outputs(model, models.batch(where)))
     logits, gradients = zip(*found, strict=True)
-    return judged(*logits, "outputs") or judged(*gradients, "gradients")
+    return judged(logits, "outputs") or judged(gradients, "gradients")
 
 
 def _start(name: str, device: str) -> str | None:
-    return judged(*(_started(model, name) for model in _three(device)), "starting changes")
+    return judged([_started(model, name) for model in _three(device)], "starting changes")
 
 
 def _started(model: Any, name: str) -> Tensor:
@@ -98,20 +102,16 @@ def _started(model: Any, name: str) -> Tensor:
         stats = veneer.quantise_around(model, "nf4", start=name, rank=4, to=["q_proj"])
     elif needs.gradient:
         loss = models.task().loss
-        given = {"rank": 4, "to": ["q_proj"], "loss": lambda m, b: loss(m, b)[0]}
-        stats = veneer.calibrate(model, [models.batch(where)], **given)
+        batches = [models.batch(where)]
+        stats = veneer.calibrate(model, batches, rank=4, to=["q_proj"], loss=lambda m, b: loss(m, b)[0])
     veneer.attach(model, "lora", init=name, rank=4, to=["q_proj"], stats=stats)
-    found = [(d.scaling * d.B @ d.A).detach().float().flatten().cpu() for _, d in changes(model, "default")]
-    whole = torch.cat(found)
-    return (
-        whole
-        if whole.norm()
-        else torch.cat([d.A.detach().float().flatten().cpu() for _, d in changes(model, "default")])
-    )
+    deltas: list[Any] = [delta for _, delta in changes(model, "default")]
+    whole = torch.cat([(d.scaling * d.B @ d.A).detach().float().flatten().cpu() for d in deltas])
+    return whole if whole.norm() else torch.cat([d.A.detach().float().flatten().cpu() for d in deltas])
 
 
 def _optimiser(name: str, device: str) -> str | None:
-    return judged(*(_stepped(model, name) for model in _three(device)), "parameters")
+    return judged([_stepped(model, name) for model in _three(device)], "parameters")
 
 
 def _stepped(model: Any, name: str) -> Tensor:
@@ -125,7 +125,7 @@ def _stepped(model: Any, name: str) -> Tensor:
         models.randomise(model)
         parts = groups.of_adapter(model, "default")
     before = [copy.deepcopy(p.parameter.detach()).float() for p in parts]
-    made = optim.make(name).build(optim.Trained(parts))
+    made: Any = optim.make(name).build(optim.Trained(parts))
     groups.set_rates(made, 1e-3, 0.0)
     for seed in range(3):
         total, n = models.task().loss(model, models.batch(where, seed=seed))

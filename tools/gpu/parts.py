@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-Figures = dict[str, float]
+Figures = dict[str, Any]  # numbers, and under "problems" a list of sentences
 
 
 class Part(NamedTuple):

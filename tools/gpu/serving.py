@@ -13,7 +13,7 @@ from gpu import models
 from gpu.agreement import FLOOR
 from veneer.adapt.attached import changes
 
-METHODS = {
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "a": ("lora", {"rank": 4}),
     "b": ("dora", {"rank": 2}),
     "c": ("lora", {"rank": 8, "init": "pissa"}),
@@ -87,8 +87,9 @@ def serve(device: str, *, tiny: bool = False) -> dict[str, Any]:
     model: Any = pretrained.causal_lm("builtin", torch.float32, torch.device(device))
     tokenizer = pretrained.tokenizer("builtin")
     veneer.attach(model, "lora", rank=4, name="a")
+    deltas: list[Any] = [delta for _, delta in changes(model, "a")]
     with torch.no_grad():
-        for _, delta in changes(model, "a"):
+        for delta in deltas:
             delta.B.normal_(std=0.05)
     prompt = "The weather is"
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)

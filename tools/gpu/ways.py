@@ -34,7 +34,7 @@ def _compared(device: str, *, with_graphs: bool, tiny: bool) -> dict[str, Any]:
         compiling.warm_up(model, objective, given)
         seconds = time.monotonic() - begun
         first, again = (models.outputs(model, given, objective) for _ in range(2))
-    problems = [judged(exact[1], plain[1], found[1], f"{name} gradients") for found in (first, again)]
+    problems = [judged((exact[1], plain[1], f[1]), f"{name} gradients") for f in (first, again)]
     return {f"{name}_seconds": seconds, "problems": [p for p in problems if p]}
 
 
@@ -78,7 +78,7 @@ def documents(device: str, *, tiny: bool = False) -> dict[str, Any]:
         masked = model(**joined).logits.float().cpu()[0]
         fast_attention.use_faster(model, torch.zeros(1, 60, dtype=torch.int64, device=device), compiled=False)
         found = model(**joined).logits.float().cpu()[0]
-    problem = judged(alone, masked, found, "packed outputs")
+    problem = judged((alone, masked, found), "packed outputs")
     return {"documents_off": models.off(found, alone), "problems": [problem] if problem else []}
 
 
