@@ -506,3 +506,24 @@ def test_the_shell_completes_verbs_and_flags(monkeypatch):
         monkeypatch.setenv("COMP_CWORD", at)
         shown = CliRunner().invoke(app, [], prog_name="veneer").output
         assert wanted in shown.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("veneer fi", ["fit", "fit-many"]),
+        ("veneer fit --label", ["--label-smoothing"]),
+        ("veneer fit --schedule co", ["cosine", "constant"]),
+        ("veneer fit --method dor", ["dora"]),
+        ("veneer fit --task sequence-", ["sequence-classification", "sequence-regression"]),
+        ("veneer fit --optimiser lorap", ["loraplus", "lorapro"]),
+        ("veneer data s", ["show"]),
+    ],
+)
+def test_the_shell_completes_verbs_flags_and_values(monkeypatch, capsys, words, wanted):
+    monkeypatch.setenv("_VENEER_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    with pytest.raises(SystemExit):
+        app(args=[], prog_name="veneer")
+    assert capsys.readouterr().out.split() == wanted

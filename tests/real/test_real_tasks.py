@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import tiny
 
+from veneer.cli.frame import main
 from veneer.embedded import bank
 from veneer.runs.fit import fit
 from veneer.train.run import Run
@@ -61,3 +62,17 @@ def test_smollm2_writes_answers_that_are_counted(real, tmp_path):
     right, bits = task.measure(model, examples, batch=4, each=True)
     assert right.value == 0.0 and right.weights.sum() == 4  # it knows no such format before a training
     assert 0.5 < bits.value < 6
+
+
+def test_intents_are_learned_with_no_flag_but_model_data_and_out(real, tmp_path):
+    """The first run of a stranger: right answers before and after stand in the report."""
+    data = tiny.jsonl(tmp_path / "bank.jsonl", *bank.rows("train", 64))
+    out = tmp_path / "run"
+    assert main(["fit", "--model", str(real("smollm2")), "--data", str(data), "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["learned"]["after"] < results["learned"]["before"]
+    found = results["answers"]
+    assert found["text"] == "valid" and found["asked"] == len(found["rows"]) >= 3
+    assert found["before"] == 0 <= found["after"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"{found['after']} of {found['asked']}" in page and "Right answers" in page

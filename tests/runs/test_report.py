@@ -165,6 +165,34 @@ def test_the_dial_is_chosen_on_one_text_and_reported_on_another(run):
     assert r["after"]["known"] != r["before"]["known"] and dial["points"][4] != dial["points"][0]
 
 
+def test_short_answers_stand_before_and_after_side_by_side(tmp_path):
+    """Pairs with answers of a word: no setting asks for it."""
+    rows = [
+        {"prompt": f"{tiny.text(i, 3)} colour: ", "completion": ("red", "black")[i % 2]} for i in range(40)
+    ]
+    data = str(tiny.jsonl(tmp_path / "rows.jsonl", *rows))
+    given = tiny.settings(tmp_path, data=data, valid=(), report=True, length=128, steps=40, lr=2e-2)
+    run = fit(Run.from_dict(given), progress=False).folder
+    found = results(run)["answers"]
+    assert (found["text"], found["asked"], len(found["rows"])) == ("valid", 4, 4)
+    by_hand = [row["after"] == row["truth"] for row in found["rows"]]
+    assert [row["right"] for row in found["rows"]] == by_hand and found["after"] == sum(by_hand) > 0
+    assert found["before"] == 0 == sum(row["before"] == row["truth"] for row in found["rows"])
+    seen = text_of(run)
+    assert f"right answers (valid text) {found['after']} of 4 0 before" in seen
+    assert "Of 4 questions of valid text the base answers 0 exactly as the text does" in seen
+    note = f"right answers on valid text: 0 of 4 before, {found['after']} after"
+    assert note in results(run)["notes"]
+    assert "answers" not in results(long_answers(tmp_path))
+
+
+def long_answers(place: Path) -> Path:
+    """Returns the folder of a run on texts without a question."""
+    data = str(tiny.jsonl(place / "texts.jsonl", *({"text": tiny.text(i, 40)} for i in range(20))))
+    given = tiny.settings(place, data=data, valid=(), report=True, steps=1, out=str(place / "plain"))
+    return fit(Run.from_dict(given), progress=False).folder
+
+
 def test_the_preview_marks_what_is_learned(run):
     for pieces in results(run)["preview"]:
         whole = "".join(text for text, _ in pieces)

@@ -136,6 +136,20 @@ def test_figures_are_those_by_hand(place):
     assert found.notes == ["95 % intervals cover the choice of texts, not of the seed of the training"]
 
 
+def test_long_rows_are_refused_cut_or_left_out_by_one_flag(place, tmp_path, capsys):
+    rows = [{"prompt": tiny.text(i, 4), "completion": tiny.text(50 + i, 3)} for i in range(20)]
+    long = {"prompt": tiny.text(7, 20), "completion": tiny.text(3, 30)}
+    data = str(jsonl(tmp_path / "long.jsonl", *rows, long))
+    given = [str(place / "base"), "--data", data, "--length", "40", "--device", "cpu"]
+    assert main(["eval", *given]) == 1
+    said = capsys.readouterr().err
+    assert "long.jsonl line 21" in said and "or set --overlong to drop or cut" in said
+    assert main(["eval", *given, "--overlong", "drop"]) == 0
+    assert "1 of 21 rows are longer than length=40 tokens and left out" in capsys.readouterr().out
+    cut = evaluate(given[0], data=[data], length=40, overlong="cut", device="cpu", progress=False)
+    assert len(cut.lines) == 1
+
+
 def test_documents_are_compared_in_pairs(place):
     """The documents differ much more than the models: an interval that forgot the pairs would be as wide
     as they are."""

@@ -19,7 +19,7 @@ from veneer.errors import VeneerError
 from veneer.runs.dial import STRENGTHS, Point, dial, recommend
 from veneer.runs.texts.texts import Text, evaluated
 from veneer.tasks import Task
-from veneer.tasks.base.abilities import Examined, Previewed, Writer
+from veneer.tasks.base.abilities import Asked, Examined, Previewed, Writer
 from veneer.tasks.base.task import Between, nothing
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
@@ -62,6 +62,9 @@ def examine(
     if isinstance(task, Previewed):
         found["preview"] = task.preview(texts["train"].examples)
     between()
+    if isinstance(task, Asked):
+        with precision(), voice.phase("asking for short answers"):
+            found |= answered(model, name, task, texts, run=run, voice=voice)
     if isinstance(task, Examined):
         found["examined"] = looked_at(model, name, task, texts, run=run, voice=voice, precision=precision)
     if isinstance(task, Writer):
@@ -71,6 +74,30 @@ def examine(
             samples = written(model, name, task, rows, seed=run.seed, voice=voice, between=between)
         found["samples"] = samples and {"source": source, **samples}
     return {**found, "report_seconds": time.monotonic() - begun}
+
+
+def answered(
+    model: nn.Module, name: str, task: Asked, texts: Texts, *, run: Run, voice: Voice
+) -> dict[str, Any]:
+    """Returns {"answers": ..}: short answers to test text, else valid text, of base and adapter.
+
+    Returns nothing if the text asks for no short answers.
+    """
+    part = "test" if "test" in texts else "valid"
+    found = []
+    for acting in ([], [name]):
+        with using(model, *acting):
+            found.append(task.answers(model, texts[part].examples, batch=run.batch))
+    rows = [
+        {"prompt": b["prompt"], "truth": b["truth"], "before": b["answer"], "after": a["answer"]}
+        | {"right": a["right"]}
+        for b, a in zip(*found, strict=True)
+    ]
+    before, after = (sum(row["right"] for row in some) for some in found)
+    if not rows:
+        return {}
+    voice.say(f"right answers on {part} text: {before} of {len(rows)} before, {after} after")
+    return {"answers": {"text": part, "asked": len(rows), "before": before, "after": after, "rows": rows}}
 
 
 def looked_at(

@@ -20,6 +20,7 @@ from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.task import Between, nothing
 from veneer.tasks.causal_lm import CausalLM
 from veneer.tasks.text.answering import MATCHES, Question, asked, questions, text_of
+from veneer.tasks.text.short_answers import short_answers
 
 SHOWN = 600  # characters of a prompt in the report, its end
 
@@ -92,6 +93,9 @@ class Answers(CausalLM, Examined):
             MATCHES[self.match](answer, text_of(q.truth, self.processor))
             for answer, q in zip(answers, every, strict=True)
         ]
+
+    def answers(self, model: nn.Module, examples: Sequence[Window], *, batch: int) -> list[dict[str, Any]]:
+        return short_answers(model, self.processor, examples, batch=batch, right=MATCHES[self.match])
 
     def examined(self, model: nn.Module, examples: Sequence[Window], *, batch: int) -> dict[str, Any]:
         every = questions(examples)[:MOST]

@@ -18,7 +18,7 @@ from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.errors import first_few
 from veneer.ops.chunked import CHUNK, Kernel
-from veneer.tasks.base.abilities import Decoder, Joint, Outlined, Previewed, Surveyed, Writer
+from veneer.tasks.base.abilities import Asked, Decoder, Joint, Outlined, Previewed, Surveyed, Writer
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.shape import Counted, Shape
@@ -29,12 +29,13 @@ from veneer.tasks.text.bits import BITS, bits_per_byte, nats_by_window
 from veneer.tasks.text.head import cut
 from veneer.tasks.text.preview import preview
 from veneer.tasks.text.samples import SAMPLES, continuation, prompts, written
+from veneer.tasks.text.short_answers import short_answers
 
 TEMPERATURE = 0.7  # of samples
 TRIED = 32  # tokens of dry runs
 
 
-class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer):
+class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer, Asked):
     """Next-token prediction, measured in bits per byte. Examples are windows of one or more texts."""
 
     AUTO = "transformers.AutoModelForCausalLM"
@@ -113,6 +114,9 @@ class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer):
         if at_most == 0 or any(one.whole is None for one in kept):
             return super().evaluated(kept, at_most)
         return super().evaluated(windows.some(kept, at_most), 0)
+
+    def answers(self, model: nn.Module, examples: Sequence[Window], *, batch: int) -> list[dict[str, Any]]:
+        return short_answers(model, self.processor, examples, batch=batch)
 
     def joiner(self, still_open: Iterable[Window] = ()) -> Joiner:
         return Packer(self.reading.window, still_open) if self.reading.packing else Alone()

@@ -7,6 +7,7 @@ from typing import Any
 
 from veneer.analyse.numbers import percent
 from veneer.analyse.page import elements
+from veneer.analyse.page.run_answers import marked
 from veneer.data.spread import spread
 from veneer.tasks import Metric
 from veneer.units import count, duration, size
@@ -74,9 +75,5 @@ def _strengths(found: Mapping[str, Any], metric: Metric) -> str:
 
 
 def _beside(rows: list[Mapping[str, str]]) -> str:
-    made = [[row["prompt"], row["before"], _marked(row)] for row in rows]
+    made = [[row["prompt"], row["before"], marked(row)] for row in rows]
     return elements.table(made, ["question", "before", "after"])
-
-
-def _marked(row: Mapping[str, str]) -> str:
-    return f"{row['after']} ✓" if row["after"] == row["truth"] else f"{row['after']} ✗ {row['truth']}"

@@ -8,7 +8,31 @@ from typing import Any
 from veneer.analyse.page import elements
 from veneer.analyse.page.run_record import RunRecord
 
+BESIDE = 8  # questions side by side
 MOST = 30  # classes of a table; more are unreadable
+
+
+def asked(run: RunRecord) -> str:
+    """Returns the section of short answers before and after, or nothing for texts without any."""
+    found = run.results.get("answers")
+    if not found:
+        return ""
+    rows = [[row["prompt"], row["before"], marked(row)] for row in found["rows"][:BESIDE]]
+    says = (
+        f"Of {found['asked']} questions of {found['text']} text the base answers {found['before']} exactly as"
+        f" the text does, the adapted model {found['after']}. Answers are greedy, without drawing."
+    )
+    return elements.section(
+        "Right answers",
+        elements.paragraph(says),
+        elements.card(elements.table(rows, ["question", "before", "after"])),
+    )
+
+
+def marked(row: Mapping[str, Any]) -> str:
+    """Returns an answer with a mark, and the true one if it is wrong."""
+    is_right = row.get("right", row["after"] == row["truth"])
+    return f"{row['after']} ✓" if is_right else f"{row['after']} ✗ {row['truth']}"
 
 
 def answers(run: RunRecord) -> str:

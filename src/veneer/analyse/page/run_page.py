@@ -29,6 +29,7 @@ def page_of(run: RunRecord, drawn: Drawn, missing: Sequence[str]) -> str:
         elements.tiles(_tiles(run)),
         run_measures.curves(run, drawn),
         run_measures.dial(run, drawn),
+        run_answers.asked(run),
         run_answers.answers(run),
         run_measures.samples(run),
         run_measures.layers(run, drawn),
@@ -80,6 +81,10 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str, str]]:
                 _colour(run, r["forgotten"]),
             )
         )
+    if asked := r.get("answers"):
+        right, before = f"{asked['after']} of {asked['asked']}", f"{asked['before']} before"
+        better = "learned" if asked["after"] > asked["before"] else ""
+        rows.append((f"right answers ({asked['text']} text)", right, before, better))
     total, n = r.get("base_parameters"), r["trainable_parameters"]
     rows.append(
         ("trained parameters", count(n), f"{n / total:.2%} of {count(total)}" if total else f"{n:,}", "")

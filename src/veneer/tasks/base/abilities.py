@@ -89,6 +89,14 @@ class Examined(ABC):
         """
 
 
+class Asked(ABC):
+    """A task whose examples may hold questions with short answers, right or wrong."""
+
+    @abstractmethod
+    def answers(self, model: nn.Module, examples: Sequence[Any], *, batch: int) -> list[dict[str, Any]]:
+        """Returns {prompt, truth, answer, right} of some examples; nothing if most answers are long texts."""
+
+
 class Surveyed(Task):
     """A task whose rows can be counted, checked and shown without a model."""
 
