@@ -54,8 +54,8 @@ def test_show_gives_every_token_and_what_is_learned(by, tmp_path):
     assert "".join(t["text"] for t in row["tokens"]) == "<|end|>Q: the cat? ä😀\n<|end|>"
     assert "".join(t["text"] for t in row["tokens"] if t["learned"]) == " ä😀\n<|end|>"
     assert (row["length"], row["learned"]) == (len(row["tokens"]), sum(t["learned"] for t in row["tokens"]))
-    assert found["notes"] == ["forgetting is not measured: no known text (known=) is given"]
-    assert "rows are set aside" in show.show(run(data))["notes"][0]
+    assert found["notes"] == ["forgetting is not measured: no known text is given"]
+    assert show.show(run(data))["of"] == 4  # none is set aside to choose by
     with pytest.raises(ConfigError, match="rows=0 must be 1 or more"):
         show.show(run(data), 0)
 
@@ -239,3 +239,11 @@ def test_the_verb_says_no_by_exit_code_3(by, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rows"][0]["learned"] == 2
     assert main(["data", "shw", data]) == 2
     assert main(["data", "check"]) == 2
+
+
+def test_a_file_of_one_row_is_shown(tmp_path):
+    """A training needs a second row to set aside; looking needs none."""
+    data = str(tiny.jsonl(tmp_path / "one.jsonl", {"prompt": "the cat", "completion": " sat"}))
+    found = show.show(Run(data=data, length=64))
+    assert (found["shown"], found["of"], len(found["rows"])) == (1, 1, 1)
+    assert not any("valid" in said for said in found["notes"])

@@ -11,9 +11,11 @@ from veneer.cli.frame import main
 from veneer.data.spread import spread
 from veneer.embedded import names
 from veneer.embedded.texts import DOMAINS, has
+from veneer.errors import ConfigError, option
 from veneer.runs.dial import Point, recommend
 from veneer.tasks.text.bits import BITS
-from veneer.verbs.demo import answered, contenders, judge, questions
+from veneer.train.errors import Interrupted
+from veneer.verbs.demo import answered, contenders, judge, questions, training
 from veneer.verbs.demo import demo as module
 from veneer.verbs.demo.contenders import CONTENDERS, settings
 from veneer.verbs.demo.demo import demo, text
@@ -53,6 +55,16 @@ def test_answers_become_right_and_little_is_forgotten(tmp_path, monkeypatch):
     shown = answered.text(found)
     assert f"right answers: 0 of 60 before, {found['right_after']} of 60 after 100 steps of LoRA" in shown
     assert "(right)" in shown and max(map(len, shown.splitlines())) <= 140
+
+
+def test_a_stopped_demo_goes_on_by_the_same_command(tmp_path, short, monkeypatch):
+    def stopped(run, progress):
+        raise Interrupted(f"stopped; saved in {run.out}: resume with {option('resume', True)}", 2)
+
+    monkeypatch.setattr(training, "fit", stopped)
+    with pytest.raises(Interrupted) as e:
+        demo(str(tmp_path), steps=2, progress=False)
+    assert str(e.value).endswith(": resume with the same command") and e.value.exit_code == 130
 
 
 @pytest.fixture
@@ -114,6 +126,10 @@ def test_the_demo_writes_what_it_says_and_a_second_run_repeats_nothing(tmp_path,
     assert [r["target_bpb_after"] for r in again["methods"]] == [
         r["target_bpb_after"] for r in results["methods"]
     ]
+    with pytest.raises(ConfigError) as e:
+        demo(str(out), steps=3, progress=False)
+    said = "put them back, begin anew in another folder\nor remove an earlier demo's files by fresh=True"
+    assert "steps: 2 -> 3" in str(e.value) and str(e.value).endswith(said)
     (out / "thesis.txt").write_text("mine")
     capsys.readouterr()
     assert main(["demo", "--out", str(out), "--steps", "0", "--fresh"]) == 2  # before anything is removed

@@ -21,6 +21,7 @@ from veneer.train.loop.progress import Notes
 from veneer.train.run import Run
 
 FLATTERS = "; their figures flatter"
+ALL_LEARNED = f"valid is {NO_TEXT!r}"
 SAMPLE = 0.1  # of the training rows: measured in place of valid text where all of it is learned
 
 
@@ -73,7 +74,7 @@ def _set_aside(rows: list[Row], run: Run, notes: Notes) -> tuple[list[Row], list
     if not run.chooses:
         sample = sorted(rows, key=lambda row: split.key(row, run.seed))[: max(1, round(SAMPLE * n))]
         notes.say(
-            f"valid is {NO_TEXT!r}: all {n} rows are learned and the last step is kept; figures of valid"
+            f"{ALL_LEARNED}: all {n} rows are learned and the last step is kept; figures of valid"
             f" text are of"
             f" {len(sample)} learned rows"
         )
@@ -124,7 +125,7 @@ def say_what_is_left_out(found: Mapping[str, Sequence[Row]], notes: Notes) -> No
     if broken:
         notes.say(f"{len(broken)} rows hold U+FFFD, the mark of broken text: {first_few(broken, 3)}")
     if not found["known"]:
-        notes.say("forgetting is not measured: no known text (known=) is given")
+        notes.say("forgetting is not measured: no known text is given")
 
 
 def say_leaks(found: Mapping[str, Sequence[Row]], run: Run, notes: Notes) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from veneer.data.reading import NO_TEXT
 from veneer.errors import ConfigError, option
 from veneer.runs.prepare import encoded_texts
 from veneer.runs.texts import texts
@@ -21,8 +23,10 @@ def show(run: Run, rows: int = 3) -> dict[str, Any]:
     """
     if rows < 1:
         raise ConfigError(f"{option('rows', rows)} must be 1 or more")
-    notes = Notes()
-    run, task, encoded = encoded_texts(texts.named(run), notes)
+    notes, run = Notes(), texts.named(run)
+    if not run.valid:  # nothing is chosen here: a row set aside would not be shown
+        run = replace(run, valid=(NO_TEXT,))
+    run, task, encoded = encoded_texts(run, notes)
     task, found = surveyed(task, run.task), encoded["train"]
     return {
         "model": run.model,
@@ -30,5 +34,5 @@ def show(run: Run, rows: int = 3) -> dict[str, Any]:
         "shown": min(rows, len(found)),
         "of": len(found),
         "rows": [entry for one in found[:rows] for entry in task.entries(one)],
-        "notes": notes.said,
+        "notes": [said for said in notes.said if not said.startswith(texts.ALL_LEARNED)],
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from veneer.errors import ConfigError, option
 from veneer.runs.fit import fit
 from veneer.train.errors import Interrupted
@@ -14,7 +16,8 @@ def trained(run: Run, *, progress: bool) -> Result:
     try:
         return fit(run, progress=progress)
     except ConfigError as e:
-        raise ConfigError(f"{e.text}\nor remove an earlier demo's files by {option('fresh', True)}") from e
+        ours = re.sub(r", or pass [^\n]*$", "", e.text)  # a demo has no flag for it
+        raise ConfigError(f"{ours}\nor remove an earlier demo's files by {option('fresh', True)}") from e
     except Interrupted as e:  # a demo resumes by itself
         again = e.text.replace(option("resume", True), "the same command")
         raise Interrupted(again, e.exit_code - 128) from None
