@@ -28,6 +28,13 @@ def test_no_sentence_of_the_test_is_learned():
     assert all(len(sentences) == 4 for sentences in bank.SENTENCES.values())
 
 
+def test_no_message_is_in_two_parts():
+    parts = chat.rows_of(0)
+    assert {part: len(rows) for part, rows in parts.items()} == chat.ROWS
+    said = [row["messages"][1]["content"] for rows in parts.values() for row in rows]
+    assert len(said) == len({*said})
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(chat, "ROWS", {"train": 12, "valid": 4, "test": 5})

@@ -19,8 +19,7 @@ from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.task import Between, nothing
 from veneer.tasks.causal_lm import CausalLM
-from veneer.tasks.text.answering import MATCHES, Question, asked, questions, text_of
-from veneer.tasks.text.short_answers import short_answers
+from veneer.tasks.text.answering import MATCHES, Question, asked, questions, short_answers, text_of
 
 SHOWN = 600  # characters of a prompt in the report, its end
 

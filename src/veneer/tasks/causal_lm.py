@@ -25,11 +25,11 @@ from veneer.tasks.base.shape import Counted, Shape
 from veneer.tasks.base.single import Single
 from veneer.tasks.base.task import Batch, Between, Objective, nothing
 from veneer.tasks.text import checks, next_token, special_names, survey, windows
+from veneer.tasks.text.answering import short_answers
 from veneer.tasks.text.bits import BITS, bits_per_byte, nats_by_window
 from veneer.tasks.text.head import cut
 from veneer.tasks.text.preview import preview
 from veneer.tasks.text.samples import SAMPLES, continuation, prompts, written
-from veneer.tasks.text.short_answers import short_answers
 
 TEMPERATURE = 0.7  # of samples
 TRIED = 32  # tokens of dry runs

@@ -11,12 +11,17 @@ from torch import nn
 from veneer import foreign
 from veneer.adapt.modes import evaluating
 from veneer.data.pack import Window
+from veneer.data.spread import spread
 from veneer.data.tokenizer import Tokenizer
 from veneer.tasks.base.task import Between, nothing
 from veneer.tasks.text.samples import learned_tokens, room
 
 FURTHER = 16  # tokens that an answer may be longer than the true one: another spelling may be equal too
 LEAST = 16  # questions asked at a time
+MOST = 32  # questions
+SHORT = 48  # of a short answer
+SHARE = 0.5  # of short answers, below which exact answers say little
+SHOWN = 240  # characters of a prompt, its end
 
 
 class Question(NamedTuple):
@@ -110,3 +115,31 @@ def same_json(answer: str, truth: str) -> bool:
 
 
 MATCHES: dict[str, Callable[[str, str], bool]] = {"exact": same_text, "json": same_json}
+
+
+def is_right(answer: str, truth: str) -> bool:
+    """Tells if two answers are equal as text or as JSON."""
+    return same_text(answer, truth) or same_json(answer, truth)
+
+
+def short_answers(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: Sequence[Window],
+    *,
+    batch: int,
+    right: Callable[[str, str], bool] = is_right,
+) -> list[dict[str, Any]]:
+    """Returns {prompt, truth, answer, right} of evenly spaced questions; none if most answers are long."""
+    every = [q for q in questions(examples) if len(q.prompt) > 1]  # no text predicts its first token
+    room_left = room(model) - 2 * SHORT
+    short = [q for q in every if len(q.truth) <= SHORT and len(q.prompt) < room_left]
+    if len(short) < max(1.0, SHARE * len(every)):
+        return []
+    some = spread(short, MOST)
+    answers = asked(model, tokenizer, some, batch=batch)
+    truths = [text_of(q.truth, tokenizer) for q in some]
+    return [
+        {"prompt": text_of(q.prompt, tokenizer)[-SHOWN:], "truth": t, "answer": a, "right": right(a, t)}
+        for q, t, a in zip(some, truths, answers, strict=True)
+    ]

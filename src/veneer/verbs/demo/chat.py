@@ -67,9 +67,9 @@ def settings(folder: Path, model: str, *, steps: int, seed: int) -> Run:
     """Returns the training, with its rows written beside it."""
     data = folder / "bank-messages"
     data.mkdir(parents=True, exist_ok=True)
-    for part, n in ROWS.items():
-        lines = (json.dumps(row) + "\n" for row in bank.rows(part, n, seed))
-        (data / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+    for part, rows in rows_of(seed).items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (data / f"{part}.jsonl").write_text(text, encoding="utf-8")
     return Run(
         model=model,
         task="answers",
@@ -88,6 +88,13 @@ def settings(folder: Path, model: str, *, steps: int, seed: int) -> Run:
         out=str(folder / "bank"),
         resume=True,
     )
+
+
+def rows_of(seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Returns the messages by part; no message is in two of them."""
+    n = ROWS["train"]
+    learned = bank.rows("train", n + ROWS["valid"], seed)
+    return {"train": learned[:n], "valid": learned[n:], "test": bank.rows("test", ROWS["test"], seed)}
 
 
 def answers(run: Run, adapter: Path) -> list[dict[str, str]]:
