@@ -168,12 +168,17 @@ def of_run() -> list[flags.Flag]:
 
 
 def run_of(config: Path | None, every: list[flags.Flag], values: dict[str, Any]) -> Run:
-    """Returns the run of a file's settings and the flags that replace them."""
+    """Returns the run of a file's settings and the flags that replace them, with `auto` settled."""
     from veneer import settings
+    from veneer.search import auto
+    from veneer.train.loop.progress import Voice
     from veneer.train.run import Run
 
     file = {} if config is None else settings.read_yaml(config.read_text(encoding="utf-8"), str(config))
     chosen = given.over(file, given.values(every, values))
+    if auto.asked(chosen):
+        chosen, reason = auto.settled(chosen)
+        Voice(True).say(reason)
     given.check_optimiser(every, values, str(chosen.get("optimiser", Run.optimiser)))
     return Run.from_dict(chosen)
 

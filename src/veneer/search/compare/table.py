@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from veneer.ops.intervals import of_mean
+from veneer.search.compare import contenders
 from veneer.search.compare.judge import Judge
 from veneer.search.compare.training import TRIALS, Training
 from veneer.search.decide import grid
@@ -69,7 +70,7 @@ def table(
 
 def _settings(training: Training, label: str) -> dict[str, Any]:
     run = training.runs[label]
-    return {name: getattr(run, name) for name in ("method", "optimiser", "to", "options")}
+    return {name: getattr(run, name) for name in ("method", "optimiser", "to", "options", *contenders.OF_RUN)}
 
 
 def _rates(training: Training, choice: Choice) -> dict[str, Any]:
