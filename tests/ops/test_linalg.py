@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from veneer.errors import ShapeError
 from veneer.ops.draws import keyed
+from veneer.ops.matrix import linalg
 from veneer.ops.matrix.linalg import (
     effective_rank,
     leading_svd,
@@ -125,3 +126,34 @@ def test_effective_rank():
     assert effective_rank(torch.ones(7)) == pytest.approx(7)
     assert effective_rank(torch.tensor([3.0, 0.0, 0.0])) == pytest.approx(1)
     assert effective_rank(torch.zeros(3)) == 0
+
+
+def spectrum(name: str, d: int) -> torch.Tensor:
+    k = torch.arange(1, d + 1, dtype=torch.float64)
+    return {
+        "a power law": k**-0.5,
+        "outliers": torch.cat([10 * 0.6 ** k[:4], k[4:] ** -0.3]),
+        "one of a thousand": torch.cat([1e4 * torch.ones(1), k[1:] ** -0.5]),
+        "flat": k**-0.05,
+    }[name]
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["a power law", "outliers", "one of a thousand", "flat"])
+def test_a_sketch_is_as_good_whatever_its_products_round(name, narrow, monkeypatch):
+    """The precision and the iterations follow the error, not the processor."""
+    monkeypatch.setattr(linalg, "multiplies_bf16", lambda where: narrow)
+    d, rank, draw = 384, 16, torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(d, d, generator=draw, dtype=torch.float64))[0] for _ in range(2))
+    S = spectrum(name, d)
+    W = (U * S @ V.mT).float()
+    u, s, vh = linalg.leading_svd(W, rank, torch.Generator().manual_seed(1))
+    left = (W.double() - u.double() * s @ vh.double()).norm() / S[rank:].norm()
+    assert 1 - 1e-6 < left < 1 + {"flat": 2e-2}.get(name, 1e-3)
+
+
+def test_missing_iterations_are_counted_from_the_spectrum():
+    flat, steep = torch.ones(8), 4.0 ** -torch.arange(8)
+    assert linalg._more(steep, 2, 3) == 0 and linalg._more(flat, 2, 3) == linalg.MORE
+    assert linalg._more(torch.tensor([1.0, 1.0, 0.6]), 2, 3) == 2  # 0.01 * 0.6 ** 9 is 1.0077e-4
+    assert linalg._more(torch.tensor([1.0, 1.0, 0.6]), 2, 5) == 0

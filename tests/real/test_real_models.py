@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import veneer
+from veneer.errors import FormatError
 
 pytestmark = pytest.mark.real
 
@@ -38,6 +39,39 @@ def test_smollm2_answers_and_an_adapter_leaves_its_answer(real):
     assert answer(model, tokenizer, question) == before
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert n == 1_221_120
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_an_adapter_of_a_real_model_loads_in_both_precisions_and_not_on_another_base(real, saved, tmp_path):
+    """The golden probe's limits hold on 30 blocks of real weights, and a scale that is off is still seen."""
+    from transformers import AutoModelForCausalLM
+
+    from veneer.adapt import probe
+    from veneer.adapt.attached import changes
+
+    def base(dtype):
+        return AutoModelForCausalLM.from_pretrained(real("smollm2"), dtype=dtype).eval()
+
+    model = veneer.attach(base(saved), "lora", rank=4, to=["q_proj", "v_proj", "down_proj"])
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, delta in changes(model, "default"):
+            delta.B.copy_(torch.randn(delta.B.shape, generator=draw) * 0.15)
+    veneer.save(model, tmp_path)
+    kept = json.loads((tmp_path / "veneer.json").read_text())["probe"]
+    for dtype in (torch.float32, torch.bfloat16):
+        found = veneer.load(base(dtype), tmp_path)
+        run = probe.through(found, "default")
+        assert probe.check(found, run, kept) == []
+        with torch.no_grad():
+            for _, delta in changes(found, "default"):
+                delta.B.mul_(2)
+        assert probe.check(found, run, kept) != []
+    other = base(torch.float32)
+    with torch.no_grad():
+        other.model.layers[7].mlp.up_proj.weight.mul_(1.2)
+    with pytest.raises(FormatError, match="another base"):
+        veneer.load(other, tmp_path)
 
 
 def test_minilm_knows_which_sentences_are_alike(real):
