@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,7 +118,7 @@ def _hidden(W: Tensor, squares: Tensor, rank: int) -> bool:
     squares: nearly the squared singular values. Rounding adds a matrix of independent numbers, whose norm is
     at most about (1/sqrt(out) + 1/sqrt(in)) of its Frobenius norm.
     """
-    spread = sum(n**-0.5 for n in W.shape)
+    spread = sum(1 / math.sqrt(n) for n in W.shape)
     added = NOISE * spread * float(torch.linalg.vector_norm(W, dtype=torch.float64))
     return added > 0.3 * float(squares[rank - 1].sqrt())
 
