@@ -13,7 +13,6 @@ from support.resuming import Killed, assert_same, killed_at
 
 import veneer
 from veneer import tasks
-from veneer.convert import Base, read
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.errors import ConfigError, DataError, FormatError
@@ -145,18 +144,22 @@ def test_files_open_in_diffusers_with_equal_pictures(place, whole, kind, tmp_pat
 
 @each_kind
 def test_files_of_other_programs_are_read_back(place, whole, kind, tmp_path):
-    names = tuple(n for n, _ in opened(place / kind)[1].named_modules())
-    pairs = {}
+    from safetensors.torch import load_file
+
+    task, model = opened(place / kind)
+    veneer.load(model, whole / "adapter")
+    ours = painted(task, model)
     for program in ("diffusers", "kohya")[: 1 if kind == "Flux" else 2]:
         convert(str(whole / "adapter"), out=str(tmp_path / program), to=program)
         file = next((tmp_path / program).glob("*.safetensors"))
-        pairs = read(file, base=Base(names=names)).sites
-        assert {*pairs} <= {*names} and any(n.startswith("text_encoder.") for n in pairs)
-        from safetensors.torch import load_file
-
         clips = [n for n in load_file(file) if n.startswith(("text_encoder.", "lora_te"))]
         # The names that other programs know.
         assert clips and all("text_model" in n or "text_projection" in n for n in clips)
+        back = tmp_path / f"{program}-back"
+        convert(str(file), out=str(back), to="peft", model=str(place / kind))
+        again = opened(place / kind)[1]
+        veneer.load(again, back)
+        assert torch.allclose(painted(task, again), ours, atol=2e-3), program
 
 
 def test_kohya_has_no_names_for_flux(place, runs, tmp_path):
@@ -275,6 +278,20 @@ def test_flux_without_a_guidance_input(tmp_path, place):
     assert torch.allclose(painted(task, model), theirs(pipeline_of(tmp_path, "Flux"), 0.0), atol=1e-4)
     total, n = task.loss(model, task.collate(examples(place, task)[:2]))
     assert n == 2 and torch.isfinite(total)
+
+
+@pytest.mark.parametrize("kind", ["Flux"])
+def test_flux_learns_without_guidance(place, kind):
+    task, model = opened(place / kind)
+    given = task.inputs(task.collate(examples(place, task)[:2]))
+    times, conditions = torch.tensor([300.0, 700.0]), {k: given[k] for k in ("ids", "ids_2")}
+    with torch.no_grad():
+        states = model.kind.states(model, conditions)
+        found = model(given["latents"], times, **conditions)
+        own, guided = (
+            model.kind.prediction(model, given["latents"], times, states, scale) for scale in (1.0, 3.5)
+        )
+    assert torch.allclose(found, own, atol=1e-5) and not torch.allclose(found, guided, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["Flux"])

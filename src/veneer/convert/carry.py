@@ -74,5 +74,10 @@ def write(pairs: Pairs, folder: str | Path, to: str, *, base: Base | None = None
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise ConfigError(f"{folder} is not empty; choose another folder or empty it")
     writer: Any = WRITERS[to]
-    notes: list[str] = writer.write(of_pipeline(pairs), Path(folder), base or Base())
+    base, ready = base or Base(), of_pipeline(pairs)
+    if to == "peft" and {*ready.sites} <= {*base.names}:
+        ready = replace(
+            ready, parts=()
+        )  # the base is a pipeline as one model, whose layers are named by part
+    notes: list[str] = writer.write(ready, Path(folder), base)
     return notes

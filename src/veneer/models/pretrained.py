@@ -193,7 +193,14 @@ def no_bars(*, quiet: bool = False) -> Iterator[None]:
 
 
 def skeleton(model: str, auto: str = LANGUAGE_MODEL) -> nn.Module:
-    """Returns the model on the meta device: names and shapes. Raises ConfigError if missing."""
+    """Returns the model, or a pipeline of diffusers, on the meta device: names and shapes.
+
+    Raises ConfigError if missing.
+    """
+    from veneer.models.diffusion import opening
+
+    if opening.is_pipeline(model):
+        return _class("veneer.models.diffusion.Diffusion").skeleton(model)  # type: ignore[no-any-return]
     settings = config(model)
     with _found(model, "language model"), torch.device("meta"):
         found: nn.Module = loader(auto, settings).from_config(settings, **NO_CODE)

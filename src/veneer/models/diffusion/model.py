@@ -36,6 +36,13 @@ class Diffusion(nn.Module):
         found = cls(kind, parts, folder)
         return (found, {"missing_keys": missing, "mismatched_keys": []}) if output_loading_info else found
 
+    @classmethod
+    def skeleton(cls, folder: str) -> Diffusion:
+        """Returns the model on the meta device: names and shapes. Raises ConfigError."""
+        kind = opening.kind(folder)
+        parts = {name: opening.skeleton(folder, name, made) for name, made in kind.PARTS.items()}
+        return cls(kind, parts, folder)
+
     def forward(self, latents: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
         """Returns the prediction (b, c, h, w) for latents, timesteps (b,) and captions: ids (b, n), .."""
         return self.kind.prediction(self, latents, timesteps, self.kind.states(self, conditions))

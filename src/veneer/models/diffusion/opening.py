@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from veneer import foreign
 from veneer.errors import ConfigError
 from veneer.models.diffusion.kind import Kind
@@ -18,13 +20,18 @@ KINDS = Registry("veneer.models.diffusion.kinds", "kind of pipeline")
 COUNTED = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
+def is_pipeline(folder: str) -> bool:
+    """Returns whether the folder holds a pipeline of diffusers."""
+    return (Path(folder) / INDEX).is_file()
+
+
 def kind(folder: str) -> Kind:
     """Returns the kind of the pipeline in a folder. Raises ConfigError for one that is not trained."""
     try:
         import diffusers  # noqa: F401
     except ImportError:
         raise ConfigError(f"task {TASK!r} needs diffusers: pip install 'veneer[diffusion]'") from None
-    if not (Path(folder) / INDEX).is_file():
+    if not is_pipeline(folder):
         raise ConfigError(f"model: the folder {folder} must hold a pipeline of diffusers; {INDEX} is missing")
     index = config(folder, INDEX)
     base: Any = Kind
@@ -47,9 +54,22 @@ def config(folder: str, file: str) -> dict[str, Any]:
 
 def part(folder: str, name: str, kind: str, **options: Any) -> Any:
     """Returns a part of the pipeline, loaded by a class of transformers or diffusers."""
+    return _class(name, kind).from_pretrained(folder, subfolder=name, **options)
+
+
+def skeleton(folder: str, name: str, kind: str) -> Any:
+    """Returns a part of the pipeline on the meta device: names and shapes."""
+    made = _class(name, kind)
+    with torch.device("meta"):
+        if hasattr(made, "config_class"):  # of transformers
+            return made(made.config_class.from_pretrained(folder, subfolder=name))
+        return made.from_config(made.load_config(folder, subfolder=name))
+
+
+def _class(name: str, kind: str) -> Any:
+    """Returns the class of a part."""
     package = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
-    made = getattr(importlib.import_module(package), kind)
-    return made.from_pretrained(folder, subfolder=name, **options)
+    return getattr(importlib.import_module(package), kind)
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:
