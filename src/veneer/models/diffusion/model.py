@@ -22,10 +22,15 @@ class Diffusion(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str, *, dtype: torch.dtype = torch.float32, output_loading_info: bool = False
+        cls,
+        folder: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        output_loading_info: bool = False,
+        trust_remote_code: bool = False,
     ) -> Any:
         """Returns the model, and if asked the names of missing weights. Raises ConfigError."""
-        kind = opening.kind(folder)
+        kind = opening.kind(folder, trust_remote_code)
         parts: dict[str, nn.Module] = {}
         missing: list[str] = []
         for name, made in kind.PARTS.items():

@@ -25,8 +25,13 @@ def is_pipeline(folder: str) -> bool:
     return (Path(folder) / INDEX).is_file()
 
 
-def kind(folder: str) -> Kind:
-    """Returns the kind of the pipeline in a folder. Raises ConfigError for one that is not trained."""
+def kind(folder: str, trust_remote_code: bool = False) -> Kind:
+    """Returns the kind of the pipeline in a folder. Raises ConfigError for one that is not trained.
+
+    Its parts are of classes of transformers and diffusers; code in the folder never runs.
+    """
+    if trust_remote_code:
+        raise ConfigError("model: pipelines of diffusers run no code of their folder; leave it out")
     try:
         import diffusers  # noqa: F401
     except ImportError:

@@ -22,9 +22,9 @@ class DiffusionProcessor:
         self.vae = vae.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> DiffusionProcessor:
+    def from_pretrained(cls, folder: str, *, trust_remote_code: bool = False) -> DiffusionProcessor:
         """Returns the processor of a pipeline's folder. Raises ConfigError for other pipelines."""
-        kind = opening.kind(folder)
+        kind = opening.kind(folder, trust_remote_code)
         vae = opening.part(folder, "vae", "AutoencoderKL")
         name = next(iter(kind.PARTS))
         predictor = opening.config(folder, f"{name}/config.json")
