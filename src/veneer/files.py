@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -130,9 +131,16 @@ def sha256(path: Path) -> str:
     """Returns the file's SHA-256 in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
-        while block := f.read(1 << 20):
+        for block in blocks(f):
             digest.update(block)
     return digest.hexdigest()
+
+
+def blocks(file: BinaryIO, n_bytes: float = math.inf) -> Iterator[bytes]:
+    """Yields a file's next n_bytes, or all that are left, a megabyte at a time."""
+    while n_bytes > 0 and (block := file.read(int(min(n_bytes, 1 << 20)))):
+        n_bytes -= len(block)
+        yield block
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from veneer.tasks import Task
 from veneer.tasks.base.abilities import Writer
 from veneer.tasks.base.custom import Loss, with_objective
 from veneer.train import track
-from veneer.train.folder import drift, layout, lock
+from veneer.train.folder import drift, layout, lock, owner
 from veneer.train.folder.result import Result
 from veneer.train.loop.loop import Loop
 from veneer.train.loop.progress import Voice
@@ -150,7 +150,7 @@ def _write_settings(out: Path, ready: Ready) -> None:
     left_out = {part: t.left_out._asdict() for part, t in ready.texts.items() if any(t.left_out)}
     if left_out:
         layout.put(out / layout.LEFT_OUT, left_out)
-    layout.put(out / layout.CONFIG, ready.config)
+    layout.put(out / layout.CONFIG, owner.named(ready.config))
 
 
 def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
@@ -159,7 +159,8 @@ def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
         voice.say(f"differs from the beginning of the run, as allowed: {sentence}")
     if allowed:
         (out / layout.RESULTS).unlink(missing_ok=True)
-        layout.put(out / layout.CONFIG, {**ready.config, "allowed": allowed})
+        before = drift.record(out)
+        layout.put(out / layout.CONFIG, owner.renewed({**ready.config, "allowed": allowed}, before))
 
 
 def loop_of(begun: Begun) -> Loop:

@@ -14,10 +14,14 @@ PREFIX = "stream."  # of the stream's tensors in a checkpoint
 
 
 class Place(NamedTuple):
-    """A position in the data: the row, counted from 0, and how many of its pieces have been read."""
+    """A position in the data: the row, counted from 0, and how many of its pieces have been read.
+
+    seen: a hash of all rows up to this one, or nothing at the beginning of the data.
+    """
 
     row: int = 0
     pieces: int = 0
+    seen: bytes = b""
 
 
 # Yields the pieces from a place on, without end, each with the place after it.
@@ -94,12 +98,12 @@ class Stream:
 
     def state(self) -> dict[str, Tensor]:
         """Returns all that later steps depend on beside the data. Call it between two steps."""
-        counts = torch.tensor([self.made, *self.place, len(self.held)])
+        counts = torch.tensor([self.made, self.place.row, self.place.pieces, len(self.held)])
+        own = {"draw": self.draw.get_state(), "counts": counts}
+        if self.place.seen:
+            own["seen"] = torch.tensor(list(self.place.seen), dtype=torch.uint8)
         examples = self.kind.as_tensors([*self.held, *self.joiner.open])
-        return {
-            f"{PREFIX}{name}": t
-            for name, t in {"draw": self.draw.get_state(), "counts": counts, **examples}.items()
-        }
+        return {f"{PREFIX}{name}": t for name, t in {**own, **examples}.items()}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Restores `state`; earlier rows are skipped."""
@@ -107,6 +111,7 @@ class Stream:
         self.draw.set_state(own["draw"])
         self.made, row, pieces, n = own["counts"].tolist()
         examples = self.kind.from_tensors(own)
-        self.place, self.held = Place(row, pieces), examples[:n]
+        seen = bytes(own["seen"].tolist()) if "seen" in own else b""
+        self.place, self.held = Place(row, pieces, seen), examples[:n]
         self.joiner = self.kind.joiner(examples[n:])
         self._source = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -143,16 +144,27 @@ def _is_learned(row: Row, left_out: set[str]) -> bool:
 def _reading(
     run: Run, task: Task, left_out: set[str], place: Place, notes: Notes
 ) -> Iterator[tuple[Place, Any]]:
-    """Yields the pieces of the stream from a place on; it begins again where it ends."""
+    """Yields the pieces of the stream from a place on; it begins again where it ends.
+
+    Raises DataError where the rows up to the place, or those of an earlier pass, are no longer the same.
+    """
+    whole = b""  # a hash of all rows of the pass before
     while True:
-        n = learned = 0
-        for n, row in islice(enumerate(_all(run)), place.row, None):
+        n, learned, seen = -1, 0, b""
+        for n, row in enumerate(_all(run)):
+            seen = hashlib.sha256(seen + key(row, "stream").encode()).digest()
+            if n < place.row:
+                continue
+            if n == place.row:
+                _check_seen(run, place.seen in (b"", seen), f"the first {n + 1} rows of the stream")
             if _is_learned(row, left_out):
                 made = _pieces(row, task, notes)
                 learned += bool(made)
                 made = made[place.pieces if n == place.row else 0 :]
                 done = place.pieces if n == place.row else 0
-                yield from ((Place(n, i), piece) for i, piece in enumerate(made, done + 1))
+                yield from ((Place(n, i, seen), piece) for i, piece in enumerate(made, done + 1))
+        _check_seen(run, n >= place.row, f"the first {place.row + 1} rows of the stream")
+        _check_seen(run, whole in (b"", seen), "the rows of the stream")
         if not learned and not place.row:
             raise DataError(
                 f"{' '.join(run.data)}: nothing is left to learn; the data has changed since the run began"
@@ -160,7 +172,16 @@ def _reading(
         again = f"all {n + 1} rows of the stream have been read; it begins again"
         if again not in notes.said:
             notes.say(again)
-        place = Place()
+        place, whole = Place(), seen
+
+
+def _check_seen(run: Run, same: bool, rows: str) -> None:
+    """Raises DataError if rows have changed, unless the run allows other data."""
+    if not same and "data" not in run.allow:
+        raise DataError(
+            f"{' '.join(run.data)}: {rows} have changed since they were learned; restore them, or go on with"
+            f" {option('allow', 'data')}"
+        )
 
 
 def _pieces(row: Row, task: Task, notes: Notes) -> list[Any]:

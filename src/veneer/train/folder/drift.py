@@ -11,10 +11,8 @@ from veneer import methods, optim, settings
 from veneer.errors import ConfigError, option
 from veneer.files import read_json
 from veneer.train.folder.layout import CONFIG
+from veneer.train.folder.owner import FREE
 from veneer.train.run import Run
-
-# Settings that change nothing in what is computed: they may differ when a run goes on.
-FREE = ("out", "resume", "allow", "keep", "save_every", "report", "track")
 
 
 def record(folder: Path) -> dict[str, Any]:

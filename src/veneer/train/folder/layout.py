@@ -5,15 +5,16 @@ config.json  metrics.jsonl  results.json  rows.json  lock  adapter/  checkpoints
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from veneer.errors import ConfigError, FormatError, option
-from veneer.files import left_over, replacing, unusable, write_json
+from veneer.files import blocks, left_over, replacing, unusable, write_json
 from veneer.train.errors import NotSaved
 
 CONFIG, METRICS, RESULTS, ADAPTER, CHECKPOINTS = (
@@ -56,28 +57,45 @@ def put(path: Path, content: Mapping[str, Any]) -> None:
         write_json(temporary, content)
 
 
+class Written(NamedTuple):
+    """The beginning of metrics.jsonl that a checkpoint vouches for. sha256: None in older checkpoints."""
+
+    n_bytes: int = 0
+    sha256: str | None = None
+
+
 class Metrics:
     """metrics.jsonl: one JSON object a line, in the order of steps."""
 
-    def __init__(self, folder: Path, n_bytes: int, *, writes: bool = True) -> None:
-        """Continues after the first n_bytes of the file; later bytes are dropped.
+    def __init__(self, folder: Path, begun: Written, *, writes: bool = True) -> None:
+        """Continues after the beginning that a checkpoint vouches for; later bytes are dropped.
 
-        writes: False in all but the first process. Raises FormatError if the file is shorter.
+        writes: False in all but the first process. Raises FormatError if the file has another beginning.
         """
-        self.path = folder / METRICS
+        self.path, self.digest = folder / METRICS, hashlib.sha256()
         self.file: IO[str] | None = None
         if not writes:
             return
         self.path.touch()
+        self._check(begun)
+        os.truncate(self.path, begun.n_bytes)
+        self.file = open(self.path, "a", encoding="utf-8", newline="")
+
+    def _check(self, begun: Written) -> None:
         there = self.path.stat().st_size
-        if there < n_bytes:
+        if there < begun.n_bytes:
             raise FormatError(
-                f"{self.path} must have {n_bytes} bytes or more, as at its checkpoint, got {there}; restore"
-                " it or start"
-                " in another folder"
+                f"{self.path} must have {begun.n_bytes} bytes or more, as at its checkpoint, got {there};"
+                " restore it or start in another folder"
             )
-        os.truncate(self.path, n_bytes)
-        self.file = open(self.path, "a", encoding="utf-8")
+        with self.path.open("rb") as f:
+            for block in blocks(f, begun.n_bytes):
+                self.digest.update(block)
+        if begun.sha256 not in (None, self.digest.hexdigest()):
+            raise FormatError(
+                f"the first {begun.n_bytes} bytes of {self.path} have changed since their checkpoint;"
+                " restore it or start in another folder"
+            )
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Adds a line, which other programs see at once. Raises NotSaved on a full disk."""
@@ -91,13 +109,14 @@ class Metrics:
             raise NotSaved(
                 f"{len(text)} bytes could not be added to {self.path}: {e}; the checkpoints are untouched"
             ) from e
+        self.digest.update(text.encode())
 
-    def sync(self) -> int:
-        """Writes the file to the disk and returns its length in bytes."""
+    def sync(self) -> Written:
+        """Writes the file to the disk and returns its length and hash."""
         if self.file is None:
-            return 0
+            return Written()
         os.fsync(self.file.fileno())
-        return self.path.stat().st_size
+        return Written(self.path.stat().st_size, self.digest.hexdigest())
 
     def close(self) -> None:
         """Closes the file; ignores errors of a full disk."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from veneer.tasks import Figure
 from veneer.train.errors import Diverged
-from veneer.train.folder import checkpoint
+from veneer.train.folder import checkpoint, owner
 from veneer.train.loop import state
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def _from_checkpoint(loop: Loop) -> None:
     path = loop.checkpoints / f"step-{p.best_step:06d}"
     problem = checkpoint.damage(path)
     if not problem:
-        state.put_back(loop.learner, checkpoint.load(path))
+        found = checkpoint.load(path)
+        owner.check(path, found.meta, loop.owners)
+        state.put_back(loop.learner, found)
         return
     loop.voice.say(
         f"the best checkpoint, of step {p.best_step}, is damaged ({problem}); the weights of the last"

@@ -14,8 +14,8 @@ from veneer.errors import DataError, option
 from veneer.tasks import Figure
 from veneer.tasks.base.task import nothing
 from veneer.train.errors import Diverged, Interrupted
-from veneer.train.folder import checkpoint
-from veneer.train.folder.layout import CHECKPOINTS, Metrics
+from veneer.train.folder import checkpoint, owner
+from veneer.train.folder.layout import CHECKPOINTS, Metrics, Written
 from veneer.train.loop import best, state
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.schedule import Pace
@@ -55,6 +55,7 @@ class Loop:
         self.folder, self.checkpoints = folder, folder / CHECKPOINTS
         self.position, self.wish = Position(), Wish()
         self.until: int | None = None  # a step to pause at, saved
+        self.owners = owner.read(folder)
         self.saved: int | None = None
         self.metrics: Metrics
         self.feed = feed or Feed((), folder, {}, voice)
@@ -64,20 +65,21 @@ class Loop:
 
         Raises FormatError if the checkpoint does not fit.
         """
-        n_bytes = 0
+        written = Written()
         if resume:
             found, damaged = self._newest()
             for sentence in damaged:
                 self.voice.say(sentence)
             if found:
+                owner.check(self.checkpoints / f"step-{found.step:06d}", found.meta, self.owners)
                 state.restore(self.learner, found)
                 self.order.restore(found.tensors)
-                self.position, n_bytes = Position.from_meta(found.meta)
+                self.position, written = Position.from_meta(found.meta)
                 measured = self.position.evaluated == found.step
                 self.saved = found.step if measured or not self.pace.evaluates(found.step) else None
             where = f"resumes at step {self.position.step}"
             self.voice.say(where if found else "no checkpoint to resume from; begins at step 0")
-        self.metrics = Metrics(self.folder, n_bytes, writes=self.world.first)
+        self.metrics = Metrics(self.folder, written, writes=self.world.first)
         self.feed.start(self.position.step)
 
     def _newest(self) -> tuple[checkpoint.Checkpoint | None, list[str]]:
@@ -240,7 +242,9 @@ class Loop:
         tensors = {**state.tensors(self.learner), **self.order.state()}
         if self.world.first:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(self.checkpoints, p.step, tensors, p.as_meta(self.metrics.sync()))
+            meta = {**p.as_meta(self.metrics.sync()), "strides": state.strides(tensors)}
+            own = {"owner": self.owners[0]} if self.owners else {}
+            checkpoint.save(self.checkpoints, p.step, tensors, {**meta, **own})
             checkpoint.prune(self.checkpoints, self.pace.keep, {p.best_step or 0})
         self.world.barrier()
         self.saved = p.step

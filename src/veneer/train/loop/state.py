@@ -15,6 +15,7 @@ from veneer.errors import FormatError, first_few
 from veneer.sites.own import is_own
 from veneer.tasks import Figure
 from veneer.train.folder.checkpoint import Checkpoint
+from veneer.train.folder.layout import Written
 from veneer.train.loop.step import Learner
 from veneer.train.world import World
 
@@ -43,14 +44,14 @@ class Position:
         }:
             self.others[when] = others
 
-    def as_meta(self, metrics: int) -> dict[str, Any]:
-        """Returns the position for a checkpoint; metrics: length of metrics.jsonl in bytes."""
-        return {"position": asdict(self), "metrics_bytes": metrics}
+    def as_meta(self, metrics: Written) -> dict[str, Any]:
+        """Returns the position for a checkpoint. metrics: the lines of metrics.jsonl up to here."""
+        return {"position": asdict(self), "metrics_bytes": metrics.n_bytes, "metrics_sha256": metrics.sha256}
 
     @classmethod
-    def from_meta(cls, meta: dict[str, Any]) -> tuple[Position, int]:
-        """Returns the position, and the length of metrics.jsonl in bytes."""
-        return cls(**meta["position"]), meta["metrics_bytes"]
+    def from_meta(cls, meta: dict[str, Any]) -> tuple[Position, Written]:
+        """Returns the position, and the lines of metrics.jsonl up to it."""
+        return cls(**meta["position"]), Written(meta["metrics_bytes"], meta.get("metrics_sha256"))
 
 
 def fixed(learner: Learner) -> dict[str, Tensor]:
@@ -78,6 +79,16 @@ def tensors(learner: Learner) -> dict[str, Tensor]:
     return found
 
 
+def strides(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Returns the strides of the tensors that a file would lay out otherwise: products depend on them."""
+    return {n: list(t.stride()) for n, t in tensors.items() if not t.is_contiguous()}
+
+
+def laid_out(t: Tensor, stride: Sequence[int] | None) -> Tensor:
+    """Returns a copy of the tensor with these strides, or contiguous without."""
+    return t.clone() if stride is None else torch.empty_strided(t.shape, stride, dtype=t.dtype).copy_(t)
+
+
 def restore(learner: Learner, saved: Checkpoint) -> None:
     """Restores everything. Raises FormatError, before any change, if the checkpoint has other parameters."""
     held = fixed(learner)
@@ -93,6 +104,7 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
             " folder"
         )
     put_back(learner, saved)
+    strides = saved.meta.get("strides", {})
     for name, t in held.items():
         t.copy_(saved.tensors[name])
     for part in learner.parts:
@@ -100,7 +112,9 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
         state = {n.removeprefix(prefix): t for n, t in saved.tensors.items() if n.startswith(prefix)}
         if state:
             device = part.parameter.device
-            learner.optimiser.state[part.parameter] = {k: t.clone().to(device) for k, t in state.items()}
+            learner.optimiser.state[part.parameter] = {
+                k: laid_out(t, strides.get(f"{prefix}{k}")).to(device) for k, t in state.items()
+            }
     own = "rng" if learner.world.first else f"rng.{learner.world.rank}"
     torch.set_rng_state(saved.tensors.get(own, saved.tensors["rng"]))
     if "rng.cuda" in saved.tensors:
