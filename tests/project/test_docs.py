@@ -298,7 +298,9 @@ def test_a_run_has_what_the_page_of_files_says(run):
 def test_a_checkpoint_has_what_the_page_of_files_says(run):
     folder = max((run / "checkpoints").iterdir())
     assert {p.name for p in folder.iterdir()} == table("A checkpoint")
-    assert set(read(folder / "meta.json")) == {"step", "position", "metrics_bytes"}
+    assert set(read(folder / "meta.json")) == {
+        *("step", "position", "metrics_bytes", "metrics_sha256", "owner", "strides")
+    }
     prefixes = {name.partition(".")[0] for name in load_file(folder / "state.safetensors")}
     assert prefixes <= {"p", "b", "o", "rng"} and {"p", "o", "rng"} <= prefixes
 

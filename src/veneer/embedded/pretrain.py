@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from veneer.data.tokenizer import Tokenizer
 from veneer.embedded import pretrain_ways, texts
 from veneer.embedded.build import build_model, export, load_checkpoint, save_checkpoint, train_tokenizer
+from veneer.train.speed import graph_key
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -137,6 +138,8 @@ class Session:
     def train(self, log: TextIO, stop: list[int]) -> dict[str, Any]:
         """Trains until the end or until `stop` is not empty; returns the facts of the last evaluation."""
         args, facts = self.args, dict[str, Any]()
+        if args.compile:
+            graph_key.use()
         loss_function = torch.compile(loss_of) if args.compile else loss_of
         while True:
             started, meta = time.monotonic(), self.meta

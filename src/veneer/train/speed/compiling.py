@@ -24,7 +24,7 @@ from veneer.ops.chunked import Kernel, whole
 from veneer.sites.blocks import blocks
 from veneer.tasks import Batch, Objective, Task
 from veneer.tasks.base.abilities import Decoder
-from veneer.train.speed import fast_attention, graphs
+from veneer.train.speed import fast_attention, graph_key, graphs
 from veneer.train.speed.compile_settings import lean
 
 # A run is long enough for `auto` if its products take about ten minutes: 4 per parameter and token, at the
@@ -77,6 +77,7 @@ def prepare(
 
 def compile_blocks(model: nn.Module, task: Task, options: Mapping[str, Any] | None = None) -> None:
     """Compiles the repeated blocks of the model, or its body without such, on their first call."""
+    graph_key.use()
     body = task.body(model)
     for block in blocks(body) or [body]:  # one graph a shape, in any order: a resumed training is the same
         block.compile(dynamic=False, **(options or {}))
