@@ -16,7 +16,7 @@ ROOT = Path(veneer.__file__).parent
 ROWS = [
     ("errors",),
     ("foreign",),
-    ("registry", "files", "settings", "version", "dtypes", "units", "network"),
+    ("registry", "files", "settings", "version", "dtypes", "units", "network", "signals"),
     ("ops",),
     ("sites",),
     ("methods",),

@@ -12,6 +12,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (the imports that cost most)
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
+from veneer import signals
 from veneer.errors import VeneerError
 from veneer.runs.fit import fit
 from veneer.train.loop.step import Learner
@@ -21,9 +22,12 @@ from veneer.train.run import Run
 def train(given: dict[str, Any], signal_at: tuple[int, int] | None, die_after: float, threads: int) -> None:
     """Exits as the command line does; the message of an error goes to stderr."""
     torch.set_num_threads(threads)  # as many as the parent: sums depend on it
+    signals.at_once()
     _arm(signal_at, die_after)
     try:
         fit(Run.from_dict(given), progress=False)
+    except signals.Stopped as e:
+        sys.exit(e.exit_code)
     except VeneerError as e:
         print(e, file=sys.stderr)
         sys.exit(e.exit_code)

@@ -59,7 +59,8 @@ def fit(run: Run, *, progress: bool = True, world: World = ALONE, objective: Los
             return begun
         if run.neftune:
             stack.callback(noisy(begun.ready.model, run.neftune).remove)
-        wish, loop = stack.enter_context(listening()), loop_of(begun)
+        loop = loop_of(begun)  # a signal ends its compilation at once
+        wish = stack.enter_context(listening(alone=world.size == 1))
         return end(begun, loop, loop.run(wish), wish)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from veneer.data.order.order import Steps
 from veneer.errors import DataError, option
+from veneer.signals import Stopped
 from veneer.tasks import Figure
 from veneer.tasks.base.task import nothing
 from veneer.train.errors import Diverged, Interrupted
@@ -99,14 +100,30 @@ class Loop:
             with self.voice.bar(self.pace.steps, self.position.step):
                 while self.goes_on():
                     self.agree(wish)
+                    back = self.return_point()
                     micro, rate = self.due()
                     before = time.monotonic()
                     self.take(self.learner.step(micro, rate), before, started)
         except Stop:
             raise self.interrupted() from None
+        except Stopped:  # within the compilation of a step, which has changed no parameter
+            back()
+            raise self.interrupted() from None
         finally:
             self.metrics.close()
         return self.position
+
+    def return_point(self) -> Callable[[], None]:
+        """Returns a function that makes the step that begins here undone, before it changes parameters."""
+        if self.learner.shapes is None or self.world.size > 1:  # then no signal acts within a step
+            return nothing
+        draws, order = state.draws(self.learner), self.order.state()
+
+        def back() -> None:
+            state.draw_on(self.learner, draws)
+            self.order.restore(order)
+
+        return back
 
     def agree(self, wish: Wish) -> None:
         """Raises Stop in all processes if a signal came in any."""

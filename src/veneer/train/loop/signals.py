@@ -1,12 +1,18 @@
-"""Keeps Ctrl-C and SIGTERM as a request that the training checks between steps, so that it can save first."""
+"""Keeps Ctrl-C, SIGTERM and SIGHUP as a request that the training checks between steps, so that it can save
+first."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+from torch._guards import CompileContext
+
+from veneer.signals import STOPPING, Stopped, ignored, is_ours, kill_next
 
 
 class Stop(Exception):
@@ -26,25 +32,37 @@ class Wish:
 
 
 @contextmanager
-def listening() -> Iterator[Wish]:
-    """Within the block the first SIGINT or SIGTERM requests a clean stop; the second interrupts at once.
+def listening(*, alone: bool = True) -> Iterator[Wish]:
+    """Within the block the first SIGINT, SIGTERM or SIGHUP requests a clean stop; the second ends at once.
 
-    Python delivers signals to the main thread only; other threads never see a request.
+    While PyTorch compiles, which takes minutes, the first one raises Stopped at once, unless other processes
+    train too (`alone` False) and would wait for this one. Python delivers signals to the main thread only;
+    other threads never see a request.
     """
     wish = Wish()
     if threading.current_thread() is not threading.main_thread():
         yield wish
         return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.getsignal(s) for s in STOPPING if not ignored(s)}
 
     def keep(number: int, frame: FrameType | None) -> None:
         wish.number = number
-        signal.signal(number, before[signal.Signals(number)])
+        if any(map(is_ours, before.values())):
+            kill_next()
+        else:  # of a program that calls the library
+            _restore(before)
+        if alone and CompileContext.try_get() is not None:
+            raise Stopped(number)
 
     for s in before:
         signal.signal(s, keep)
     try:
         yield wish
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        if wish.number is None:
+            _restore(before)
+
+
+def _restore(before: Mapping[int, Any]) -> None:
+    for s, handler in before.items():
+        signal.signal(s, handler)

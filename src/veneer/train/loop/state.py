@@ -68,10 +68,7 @@ def tensors(learner: Learner) -> dict[str, Tensor]:
     o.<name>.<key>: state of the optimiser; rng, rng.1, ..: random numbers
     of each process; rng.cuda: of the first one's GPU. All processes must call it.
     """
-    found = {**_draws(learner.world), **fixed(learner), **(learner.mean.tensors() if learner.mean else {})}
-    device = learner.parts[0].parameter.device
-    if device.type == "cuda":
-        found["rng.cuda"] = torch.cuda.get_rng_state(device)
+    found = {**draws(learner), **fixed(learner), **(learner.mean.tensors() if learner.mean else {})}
     for part in learner.parts:
         found[f"p.{part.name}"] = part.parameter
         for key, value in learner.optimiser.state.get(part.parameter, {}).items():
@@ -115,14 +112,26 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
             learner.optimiser.state[part.parameter] = {
                 k: laid_out(t, strides.get(f"{prefix}{k}")).to(device) for k, t in state.items()
             }
+    draw_on(learner, saved.tensors)
+
+
+def draws(learner: Learner) -> dict[str, Tensor]:
+    """Returns the states of the random numbers: of every process, and of the first one's GPU."""
+    found, device = _of_processes(learner.world), learner.parts[0].parameter.device
+    if device.type == "cuda":
+        found["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def draw_on(learner: Learner, saved: Mapping[str, Tensor]) -> None:
+    """Continues this process' random numbers from the states of `draws`."""
     own = "rng" if learner.world.first else f"rng.{learner.world.rank}"
-    torch.set_rng_state(saved.tensors.get(own, saved.tensors["rng"]))
-    if "rng.cuda" in saved.tensors:
-        torch.cuda.set_rng_state(saved.tensors["rng.cuda"], learner.parts[0].parameter.device)
+    torch.set_rng_state(saved.get(own, saved["rng"]))
+    if "rng.cuda" in saved:
+        torch.cuda.set_rng_state(saved["rng.cuda"], learner.parts[0].parameter.device)
 
 
-def _draws(world: World) -> dict[str, Tensor]:
-    """Returns the state of the random numbers of every process."""
+def _of_processes(world: World) -> dict[str, Tensor]:
     own = torch.get_rng_state()
     if world.size == 1:
         return {"rng": own}
