@@ -160,12 +160,24 @@ def read_json(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         raise FormatError(f"{path} is not JSON: {e}; restore it from a copy") from None
     if not isinstance(content, dict):
         raise FormatError(f"{path} holds a {type(content).__name__}, not an object with settings")
+    if odd := [f"{name} = {value}" for name, value in _numbers(content) if not math.isfinite(value)]:
+        raise FormatError(f"{path}: numbers must be finite, got {', '.join(odd[:5])}; restore or correct it")
     missing = [name for name in needed if name not in content]
     if missing:
         raise FormatError(
             f"{path} lacks {', '.join(missing)}: it is another file than it should be; restore it from a copy"
         )
     return content
+
+
+def _numbers(content: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yields every fraction in a JSON value, with its dotted name."""
+    if isinstance(content, float):
+        yield name, content
+    elif isinstance(content, dict | list):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, value in items:
+            yield from _numbers(value, f"{name}.{key}" if name else str(key))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -95,6 +95,7 @@ def test_killed_again_and_again_at_any_time(given, whole):
     [
         (signal.SIGTERM, 143, 5),
         (signal.SIGINT, 130, 4),
+        (signal.SIGHUP, 129, 5),
         (signal.SIGTERM, 143, 14),
     ],  # after 4 and 14 a text is being measured
 )

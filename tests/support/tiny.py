@@ -132,16 +132,24 @@ def _forks() -> Any:
     return context
 
 
-def train(given: dict[str, Any], *, signal_at: tuple[int, int] | None = None, die_after: float = 0.0) -> int:
+def train(
+    given: dict[str, Any],
+    *,
+    signal_at: tuple[int, int] | None = None,
+    then: int = 0,
+    compiling: bool = False,
+    die_after: float = 0.0,
+) -> int:
     """A training in a process of its own: its exit code, negative for the signal that killed it.
 
-    signal_at: (step, signal), sent as soon as that step is computed; die_after: seconds of training until a
-    deadly alarm.
+    signal_at: (step, signal), sent as soon as that step is computed; then: a second signal, sent next;
+    compiling: the first is sent within that step, as if it were compiled; die_after: seconds of training
+    until a deadly alarm.
     """
     from support import tiny_child
 
     process = _forks().Process(
-        target=tiny_child.train, args=(given, signal_at, die_after, torch.get_num_threads())
+        target=tiny_child.train, args=(given, signal_at, then, compiling, die_after, torch.get_num_threads())
     )
     process.start()
     process.join(300)

@@ -110,7 +110,7 @@ def test_a_broken_adapter_or_a_port_in_use_ends_the_command(root, capsys):
     assert "choose another with --port" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_answers_end(root, sent, code):
     command = [sys.executable, "-m", "veneer", "serve", "--adapters", str(root), "--port", "0"]
     path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))

@@ -3,6 +3,7 @@ recommend."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +59,13 @@ def dial(
         assert target is not None
         points.append(Point(strength, target, known))
     return points
+
+
+def finite(*series: Sequence[Point]) -> list[list[Point]]:
+    """Returns the series without the strengths at which a figure of any of them is NaN or infinite."""
+    every = [p for points in series for p in points]
+    odd = {p.strength for p in every if not all(math.isfinite(v) for v in p if v is not None)}
+    return [[p for p in points if p.strength not in odd] for points in series]
 
 
 def recommend(points: Sequence[Point], metric: Metric) -> float:

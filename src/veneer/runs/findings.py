@@ -16,7 +16,7 @@ from veneer.adapt.switch import using
 from veneer.analyse.spectra import spectra
 from veneer.data.spread import spread
 from veneer.errors import VeneerError
-from veneer.runs.dial import STRENGTHS, Point, dial, recommend
+from veneer.runs.dial import STRENGTHS, Point, dial, finite, recommend
 from veneer.runs.texts.texts import Text, evaluated
 from veneer.tasks import Task
 from veneer.tasks.base.abilities import Asked, Examined, Previewed, Writer
@@ -148,6 +148,7 @@ def dialled(
     left = [s for s in STRENGTHS if s not in ends]
     text = {"target": every[part], "known": known}
     points = dial(model, name, task, text, strengths=left, batch=run.batch, between=between)
+    choosing, points = finite(choosing, sorted([*points, *ends.values()]))
     return {
         "recommended": recommend(choosing, task.METRIC),
         "chosen_on": "valid text",
@@ -156,14 +157,14 @@ def dialled(
         "windows": len(every[part]),
         "as_measured": True,  # on the examples of the run's own figures
         "chosen_by": [p.as_dict(task.METRIC) for p in choosing],
-        "points": [p.as_dict(task.METRIC) for p in sorted([*points, *ends.values()])],
+        "points": [p.as_dict(task.METRIC) for p in points],
     }
 
 
 def _ends(measured: Mapping[str, Any], part: str) -> dict[float, Point]:
     """Returns the points of the base and of full strength that the run measured already, by strength."""
     found = {s: measured[key] for s, key in ((0.0, "before"), (1.0, "after")) if key in measured}
-    return {s: Point(s, figures[part], figures.get("known")) for s, figures in found.items()}
+    return {s: Point(s, figs[part], figs.get("known")) for s, figs in found.items() if part in figs}
 
 
 @torch.no_grad()

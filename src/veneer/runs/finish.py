@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ def end(begun: Begun, loop: Loop, position: Position, wish: Wish) -> Result:
         loop.take_best()
         trp.project(ready.model, loop.learner.optimiser, ready.run)
         with voice.phase("measuring test text"):
-            test = loop.measure([name for name in loop.texts if name == "test"])
+            test = _finite(loop.measure([name for name in loop.texts if name == "test"]), voice)
     except Stop:
         raise loop.interrupted() from None
     compiling.restore(ready.model)
@@ -57,6 +58,16 @@ def end(begun: Begun, loop: Loop, position: Position, wish: Wish) -> Result:
     result = Result.read(out)
     begun.feed.finish(result.metrics)
     return result
+
+
+def _finite(test: Mapping[str, Sequence[Figure]], voice: Voice) -> dict[str, Sequence[Figure]]:
+    """Returns the texts whose metric is a number: the training is over, and its adapter is kept."""
+    for name, some in test.items():
+        if not math.isfinite(some[0].value):
+            voice.say(
+                f"{some[0].metric.words} of {name} text is {some[0].value}, and left out of the results"
+            )
+    return {name: some for name, some in test.items() if math.isfinite(some[0].value)}
 
 
 def _write(

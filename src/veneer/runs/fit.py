@@ -78,7 +78,8 @@ def fit_until(
             return begun
         if run.neftune:
             stack.callback(noisy(begun.ready.model, run.neftune).remove)
-        wish, loop = stack.enter_context(listening()), loop_of(begun)
+        loop = loop_of(begun)
+        wish = stack.enter_context(listening())
         loop.until = step
         position = loop.run(wish)
         return position if loop.paused() else end(begun, loop, position, wish)

@@ -15,7 +15,7 @@ from veneer.files import read_json
 from veneer.models import machine
 from veneer.runs import base_model
 from veneer.runs.decide import decided
-from veneer.runs.dial import STRENGTHS, dial, recommend
+from veneer.runs.dial import dial, finite, recommend
 from veneer.runs.prepare import read
 from veneer.runs.texts import texts
 from veneer.tasks import Task
@@ -56,14 +56,16 @@ class Judge:
         with self.voice.phase(f"measuring strengths of {trial.name}"):
             store.load(model, trial / layout.ADAPTER, NAME, allow="zero")
             try:
-                choosing, points = (
-                    dial(model, NAME, task, {"target": held[part], "known": half}, batch=self.run.batch)
-                    for part, half in zip(("valid", "test"), _halves(known), strict=True)
+                choosing, points = finite(
+                    *(
+                        dial(model, NAME, task, {"target": held[part], "known": half}, batch=self.run.batch)
+                        for part, half in zip(("valid", "test"), _halves(known), strict=True)
+                    )
                 )
             finally:
                 detach(model)
         return {
-            "strengths": list(STRENGTHS),
+            "strengths": [p.strength for p in points],
             "recommended": recommend(choosing, task.METRIC),
             "chosen_by": [p.as_dict(task.METRIC) for p in choosing],
             "points": [p.as_dict(task.METRIC) for p in points],

@@ -11,7 +11,7 @@ from veneer import tasks
 from veneer.files import read_json
 from veneer.tasks import Figure, Metric
 from veneer.train.folder import layout
-from veneer.train.loop.state import Position
+from veneer.train.loop.state import Position, known
 
 NEEDED = ("before", "after", "learned", "forgotten")  # keys of results.json that its readers need
 
@@ -69,7 +69,7 @@ def figures(metric: Metric, position: Position, test: Mapping[str, Sequence[Figu
     after = {**position.best, **{text: some[0].value for text, some in test.items()}}
     before, reported = position.before, "test" if "test" in after else "valid"
     pair = {name: {"before": before[name], "after": after[name]} for name in after}
-    further = {text: {f.name: f.value for f in some[1:]} for text, some in test.items() if some[1:]}
+    further = {text: {f.name: known(f.value) for f in some[1:]} for text, some in test.items() if some[1:]}
     others = {
         "before": position.others.get("before", {}),
         "after": {**position.others.get("best", {}), **further},

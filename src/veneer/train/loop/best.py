@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
+from veneer.errors import first_few, option
 from veneer.tasks import Figure
 from veneer.train.errors import Diverged
 from veneer.train.folder import checkpoint, owner
@@ -20,7 +23,27 @@ def check_finite(loop: Loop, figures: Mapping[str, Sequence[Figure]]) -> None:
     for text, some in figures.items():
         if not math.isfinite(some[0].value):
             where = f"{some[0].metric.words} of {text} text is {some[0].value} at step {loop.position.step}"
-            raise Diverged(f"{where}; lower lr (its peak was {loop.pace.lr:g})", loop.folder)
+            raise Diverged(f"{where}; {_way_out(loop)}", loop.folder)
+
+
+def check_parameters(loop: Loop) -> None:
+    """Raises Diverged if a trained parameter or its running mean is infinite or NaN."""
+    mean = {} if loop.learner.mean is None else loop.learner.mean.tensors()
+    trained = {**{p.name: p.parameter for p in loop.learner.parts}, **mean}
+    if odd := [n for n, t in trained.items() if not bool(torch.isfinite(t).all())]:
+        step = loop.position.step
+        where = f"{len(odd)} trained parameters are infinite or NaN after step {step}: {first_few(odd, 3)}"
+        raise Diverged(f"{where}; {_way_out(loop)}", loop.folder)
+
+
+def _way_out(loop: Loop) -> str:
+    """Returns the state to go on from, and what to change."""
+    if loop.position.step == 0:
+        return f"the base cannot compute this text; check it, or use {option('precision', 'fp32')}"
+    kept = checkpoint.found(loop.checkpoints)
+    resume, allow = option("resume", True), option("allow", "config")
+    from_there = f"{resume} goes on from {kept[-1].name if kept else 'step 0'}"
+    return f"{from_there}; lower lr (its peak was {loop.pace.lr:g}), with {allow}"
 
 
 def restore(loop: Loop) -> None:
@@ -45,5 +68,7 @@ def _from_checkpoint(loop: Loop) -> None:
         f"the best checkpoint, of step {p.best_step}, is damaged ({problem}); the weights of the last"
         " step are used"
     )
+    figures = loop.measure([n for n in loop.texts if n != "test"])
+    check_finite(loop, figures)
     p.best_step = p.step
-    p.keep("best", loop.measure([n for n in loop.texts if n != "test"]))
+    p.keep("best", figures)

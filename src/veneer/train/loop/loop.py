@@ -21,7 +21,7 @@ from veneer.train.loop import best, state
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.schedule import Pace
 from veneer.train.loop.signals import Stop, Wish
-from veneer.train.loop.state import Position
+from veneer.train.loop.state import Position, known
 from veneer.train.loop.step import Learner, Outcome
 from veneer.train.speed.compiling import eagerly
 from veneer.train.track import Feed
@@ -100,7 +100,7 @@ class Loop:
             with self.voice.bar(self.pace.steps, self.position.step):
                 while self.goes_on():
                     self.agree(wish)
-                    back = self.return_point()
+                    back = state.return_point(self.learner, self.order)
                     micro, rate = self.due()
                     before = time.monotonic()
                     self.take(self.learner.step(micro, rate), before, started)
@@ -112,18 +112,6 @@ class Loop:
         finally:
             self.metrics.close()
         return self.position
-
-    def return_point(self) -> Callable[[], None]:
-        """Returns a function that makes the step that begins here undone, before it changes parameters."""
-        if self.learner.shapes is None or self.world.size > 1:  # then no signal acts within a step
-            return nothing
-        draws, order = state.draws(self.learner), self.order.state()
-
-        def back() -> None:
-            state.draw_on(self.learner, draws)
-            self.order.restore(order)
-
-        return back
 
     def agree(self, wish: Wish) -> None:
         """Raises Stop in all processes if a signal came in any."""
@@ -213,7 +201,7 @@ class Loop:
         p = self.position
         figures = self.measure([name for name in self.texts if name != "test" or p.step == 0])
         best.check_finite(self, figures)
-        named = {f"{text}_{f.name}": f.value for text, some in figures.items() for f in some}
+        named = {f"{text}_{f.name}": known(f.value) for text, some in figures.items() for f in some}
         self._write({"step": p.step, **named, "seconds": p.seconds})
         self._sample()
         p.evaluated = p.step
@@ -252,16 +240,16 @@ class Loop:
         return figures
 
     def save(self) -> None:
-        """Writes a checkpoint of the current step unless there is one."""
+        """Writes a checkpoint of the current step unless there is one. Raises Diverged for NaN parameters."""
         p = self.position
         if self.saved == p.step:
             return
+        best.check_parameters(self)
         tensors = {**state.tensors(self.learner), **self.order.state()}
         if self.world.first:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            meta = {**p.as_meta(self.metrics.sync()), "strides": state.strides(tensors)}
-            own = {"owner": self.owners[0]} if self.owners else {}
-            checkpoint.save(self.checkpoints, p.step, tensors, {**meta, **own})
+            own = {"strides": state.strides(tensors), **({"owner": self.owners[0]} if self.owners else {})}
+            checkpoint.save(self.checkpoints, p.step, tensors, {**p.as_meta(self.metrics.sync()), **own})
             checkpoint.prune(self.checkpoints, self.pace.keep, {p.best_step or 0})
         self.world.barrier()
         self.saved = p.step

@@ -3,7 +3,8 @@ bit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapt.attached import layers
+from veneer.data.order.order import Steps
 from veneer.errors import FormatError, first_few
 from veneer.sites.own import is_own
 from veneer.tasks import Figure
@@ -34,13 +36,15 @@ class Position:
     before: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     best: dict[str, float] = field(default_factory=dict)
-    others: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # before or best, text, name
+    others: dict[str, dict[str, dict[str, float | None]]] = field(
+        default_factory=dict
+    )  # before or best, text, name
 
     def keep(self, when: str, figures: Mapping[str, Sequence[Figure]]) -> None:
         """Stores the figures of texts as "before" or "best": the first of each text apart."""
         setattr(self, when, {text: some[0].value for text, some in figures.items()})
         if others := {
-            text: {f.name: f.value for f in some[1:]} for text, some in figures.items() if some[1:]
+            text: {f.name: known(f.value) for f in some[1:]} for text, some in figures.items() if some[1:]
         }:
             self.others[when] = others
 
@@ -129,6 +133,24 @@ def draw_on(learner: Learner, saved: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(saved.get(own, saved["rng"]))
     if "rng.cuda" in saved:
         torch.cuda.set_rng_state(saved["rng.cuda"], learner.parts[0].parameter.device)
+
+
+def return_point(learner: Learner, order: Steps) -> Callable[[], None]:
+    """Returns a function that makes the step that begins here undone, before it changes parameters."""
+    if learner.shapes is None or learner.world.size > 1:  # nothing ends within such a step
+        return lambda: None
+    drawn, ordered = draws(learner), order.state()
+
+    def back() -> None:
+        draw_on(learner, drawn)
+        order.restore(ordered)
+
+    return back
+
+
+def known(value: float) -> float | None:
+    """Returns a figure as JSON has it: None for NaN and infinity, as of a score without any case."""
+    return value if math.isfinite(value) else None
 
 
 def _of_processes(world: World) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from veneer.adapt import attach, attached, hooks, switch
 from veneer.adapt.banks.bank import Bank
 from veneer.adapt.banks.entries import check_trainable
 from veneer.adapt.banks.make import living
-from veneer.errors import ConfigError, first_few
+from veneer.errors import ConfigError, VeneerError, first_few
 from veneer.sites import site_of_kind
 from veneer.sites.own import is_own
 from veneer.sites.roles import output_head
@@ -96,12 +96,21 @@ def run_together(loops: Sequence[Loop], bank: Bank, wish: Wish) -> list[Position
                 for i, outcome in zip(going, outcomes, strict=True):
                     loops[i].take(outcome, before, started[i])
     except (Stop, Diverged) as e:
-        stopped = [loop.interrupted() for loop in loops]
-        raise (e if isinstance(e, Diverged) else stopped[0]) from None
+        stopped = [_ended(loop) for loop in loops]
+        diverged = [e for e in (e, *stopped) if isinstance(e, Diverged)]
+        raise (diverged or stopped)[0] from None
     finally:
         for loop in loops:
             loop.metrics.close()
     return [loop.position for loop in loops]
+
+
+def _ended(loop: Loop) -> VeneerError:
+    """Saves a training; returns the error that ends it."""
+    try:
+        return loop.interrupted()
+    except Diverged as e:
+        return e
 
 
 def step(bank: Bank, work: Sequence[Due]) -> list[Outcome]:
