@@ -53,6 +53,10 @@ class NotFinite(VeneerError):
     """A number that a step needs is infinite or NaN."""
 
 
+class NotWritten(VeneerError):
+    """A file could not be written: the disk is full or fails."""
+
+
 class NotMergeable(VeneerError):
     """The change of weights cannot be written into the base, or would not survive there."""
 

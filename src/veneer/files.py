@@ -10,7 +10,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from veneer import foreign
+from veneer import disk, foreign
 from veneer.errors import ConfigError, FormatError, option
 
 # Endings of files that hold Python objects: reading one runs whatever code it names.
@@ -55,42 +55,68 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     """Yields temporary names beside `paths`; their files replace `paths`, in order, once all are on disk.
 
     If the block, or anything before the first rename, fails, the old files are unchanged and nothing is left
-    over.
+    over. Raises NotWritten if the disk is full.
     """
-    temporary = [beside(p) for p in paths]
+    temporary, new = [beside(p) for p in paths], _missing(p.parent for p in paths)
     try:
-        for folder in {p.parent for p in paths}:
-            folder.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        as_usual(temporary)
-        for t in temporary:
-            sync(t)
-        for t, p in zip(temporary, paths, strict=True):
-            os.replace(t, p)
-        for folder in {p.parent for p in paths}:
-            sync(folder)
+        with disk.written(paths[0]):
+            for folder in {p.parent for p in paths}:
+                folder.mkdir(parents=True, exist_ok=True)
+        with disk.written(paths[0], lambda: _bytes(temporary)):
+            yield temporary
+            as_usual(temporary)
+            for t in temporary:
+                sync(t)
+            for t, p in zip(temporary, paths, strict=True):
+                os.replace(t, p)
+            for folder in {p.parent for p in paths}:
+                sync(folder)
     finally:
         for t in temporary:
             t.unlink(missing_ok=True)
+        for folder in new:
+            with suppress(OSError):  # it holds what was written
+                folder.rmdir()
+
+
+def _missing(folders: Iterable[Path]) -> list[Path]:
+    """Returns those of the folders, and of the folders above them, that do not exist, innermost first."""
+    every = {f for folder in folders for f in (folder, *folder.parents) if not f.exists()}
+    return sorted(every, key=lambda f: len(f.parts), reverse=True)
 
 
 @contextmanager
 def making(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `folder` that becomes `folder` once all its files are on disk.
 
-    If the block, or anything before the rename, fails, nothing is left over.
+    If the block, or anything before the rename, fails, nothing is left over. Raises NotWritten if the disk is
+    full, and ConfigError if another process made the folder meanwhile.
     """
     temporary = beside(folder)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        as_usual(p for p in temporary.rglob("*") if p.is_file())
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        temporary.rename(folder)
-        sync(folder.parent)
+        with disk.written(folder, lambda: _bytes(temporary.rglob("*"))):
+            temporary.mkdir(parents=True)
+            yield temporary
+            as_usual(p for p in temporary.rglob("*") if p.is_file())
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            _into_place(temporary, folder)
+            sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _into_place(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError as e:
+        if folder.exists():
+            raise ConfigError(f"{folder} was made by another process meanwhile; choose another") from e
+        raise
+
+
+def _bytes(paths: Iterable[Path]) -> int:
+    return sum(p.stat().st_size for p in paths if p.is_file())
 
 
 def left_over(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ ROOT = Path(veneer.__file__).parent
 # From the ground up; within a row no one imports another.
 ROWS = [
     ("errors",),
-    ("foreign",),
+    ("foreign", "disk"),
     ("registry", "files", "settings", "version", "dtypes", "units", "network", "signals"),
     ("ops",),
     ("sites",),

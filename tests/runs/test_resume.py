@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from support import tiny
 from support.resuming import assert_same
+from support.room import room_for
 
 from veneer.adapt.store import store
 from veneer.errors import ConfigError, FormatError
@@ -252,17 +251,6 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     saved(tmp_path, 1, 2, 3, 4, 5)
     checkpoint.prune(tmp_path, 2, {2})
     assert [p.name for p in checkpoint.found(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
-
-
-@contextmanager
-def room_for(n_bytes: int) -> Iterator[None]:
-    """Within the block no file can grow beyond that, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_the_older_checkpoints(tmp_path):

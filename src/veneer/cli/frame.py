@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from typer.exceptions import Abort, TyperException
 
+from veneer import disk
 from veneer.errors import PEERS, VeneerError, in_flags
 from veneer.foreign import visible
 
@@ -72,6 +73,8 @@ def explain(e: Exception) -> tuple[str, int]:
     package = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
     if package in EXTRAS:
         return f"this needs the package {package!r}: pip install 'veneer[{EXTRAS[package]}]'", 2
+    if (message := disk.named(e)) is not None:
+        return message, 1
     where = traceback.extract_tb(e.__traceback__)[-1]
     place = f"{os.path.basename(where.filename)}, line {where.lineno}"
     return f"{type(e).__name__} in {place}: {e}\nunexpected error; rerun with --debug for the traceback", 1

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
+from veneer import disk
 from veneer.adapt.store import store
 from veneer.compress.trp import runs as trp
-from veneer.errors import FormatError, option
+from veneer.errors import FormatError, NotWritten, option
 from veneer.models import machine
 from veneer.models.of_task import for_task
 from veneer.runs import card, report
@@ -87,7 +87,7 @@ def _write(
 def _write_card(out: Path, voice: Voice) -> None:
     try:
         card.write(out)
-    except OSError as e:
+    except (OSError, NotWritten) as e:
         voice.say(f"the run is finished and saved, but the adapter's {card.CARD} is not written: {e}")
 
 
@@ -112,7 +112,9 @@ def _save(ready: Ready, out: Path, voice: Voice) -> None:
         processor = ready.task.companion(ready.texts["train"].facts)
         if processor is not None:
             processor.save_pretrained(where)
-    except (OSError, SafetensorError) as e:
+    except Exception as e:  # every library has its own for a full disk
+        if not isinstance(e, OSError | NotWritten) and disk.fault(e) is None:
+            raise
         raise NotSaved(
             f"the adapter could not be written to {where}: {e}; the checkpoints are kept:"
             f" {option('resume', True)} tries again"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from veneer import disk
 from veneer.compress.store import save_quantised
 from veneer.data.order.order import Order
 from veneer.errors import ConfigError, option
@@ -50,7 +51,7 @@ def fit(run: Run, *, progress: bool = True, world: World = ALONE, objective: Los
         veneer.fit(veneer.Run(model="./llama", data="notes.jsonl", method="dora", options={"rank": 16}))
     """
     voice = Voice(progress and world.first)
-    with ExitStack() as stack:
+    with disk.written(Path(run.out)), ExitStack() as stack:
         ready = look(run, voice, stack, world)
         if objective is not None:
             ready = _with(ready, objective, voice)
@@ -72,7 +73,7 @@ def fit_until(
     run: with resume, so that the next call goes on; reader: see `prepare`. Raises the errors of `fit`.
     """
     voice = Voice(progress)
-    with ExitStack() as stack:
+    with disk.written(Path(run.out)), ExitStack() as stack:
         begun = begin(look(run, voice, stack, reader=reader), voice, stack)
         if isinstance(begun, Result):
             return begun

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from veneer import tasks
+from veneer import disk, tasks
 from veneer.errors import ConfigError
 from veneer.runs.finish import Begun, end
 from veneer.runs.fit import begin, look, loop_of
@@ -40,7 +40,7 @@ def fit_many_until(
 ) -> list[Result | Position]:
     """Trains as `fit_many` up to a step and saves there; see `fit_until`. step: None for all of them."""
     _check(runs)
-    with ExitStack() as stack:
+    with disk.written(Path(runs[0].out)), ExitStack() as stack:
         voices = [Voice(progress) for _ in runs]
         readies = [
             look(replace(run, compile="off"), voice, stack, reader=reader)

@@ -10,7 +10,7 @@ from typing import Any
 from veneer.adapt.store import store
 from veneer.analyse.page import demo_report
 from veneer.analyse.page import run_report as page
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError, NotWritten, VeneerError
 from veneer.files import read_json
 from veneer.models import machine
 from veneer.runs import base_model, findings
@@ -67,7 +67,7 @@ def at_the_end(
         layout.put(out / layout.RESULTS, {**measured, **found, "notes": voice.said})
         for sentence in page.write(out):
             voice.say(sentence)
-    except (Stop, OSError) as e:
+    except (Stop, OSError, NotWritten) as e:
         why = "a signal came" if isinstance(e, Stop) else str(e)
         voice.say(
             f"the run is finished and saved, but its report is not written ({why}): veneer report {out}"

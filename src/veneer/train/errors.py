@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from veneer.errors import VeneerError
+from veneer.errors import NotWritten, VeneerError
 
 
 class Interrupted(VeneerError):
@@ -24,7 +24,7 @@ class Diverged(VeneerError):
         self.folder = folder
 
 
-class NotSaved(VeneerError):
+class NotSaved(NotWritten):
     """A checkpoint could not be written; the older ones are untouched."""
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from veneer.errors import NotWritten
 from veneer.search.decide.trial import DIVERGED, FINISHED, Point, Progress, Trial
 from veneer.tasks import Metric
 from veneer.train.errors import NotSaved
@@ -126,7 +127,7 @@ class Journal:
     def _saving(self) -> Iterator[None]:
         try:
             yield
-        except OSError as e:
+        except (OSError, NotWritten) as e:
             raise NotSaved(
                 f"{self.file} could not be written: {e}; make room and give the same command again"
             ) from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from veneer import foreign
+from veneer import disk, foreign
 from veneer.errors import DataError, VeneerError
 from veneer.serve.answers import Answer, collect
 from veneer.serve.engine.request import Event, Failed, Finished
@@ -89,11 +90,16 @@ def _line(text: str, number: int) -> Line:
 
 def answer(server: Server, lines: Sequence[Line], out: Path) -> Done:
     """Answers requests, many at a time, and appends a line for each to `out`; keeps the answers it holds."""
+    _cut_torn(out)
     there = _there(out)
     wanted = [line for line in lines if line.id not in there]
     failed = 0
     width = max(1, min(server.options.running * 2, server.options.queue))
-    with ThreadPoolExecutor(width, "veneer-batch") as pool, out.open("a", encoding="utf-8") as file:
+    with (
+        disk.written(out, lambda: out.stat().st_size),
+        ThreadPoolExecutor(width, "veneer-batch") as pool,
+        out.open("a", encoding="utf-8") as file,
+    ):
         for line, (status, body) in zip(
             wanted, pool.map(lambda one: _answer(server, one), wanted), strict=True
         ):
@@ -107,6 +113,13 @@ def answer(server: Server, lines: Sequence[Line], out: Path) -> Done:
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
             file.flush()
     return Done(len(wanted) - failed, failed, len(lines) - len(wanted))
+
+
+def _cut_torn(out: Path) -> None:
+    """Cuts the last line if a kill or a full disk has ended it early: the next one would join it."""
+    if out.exists():
+        whole = out.read_bytes().rpartition(b"\n")
+        os.truncate(out, len(whole[0]) + len(whole[1]))
 
 
 def _there(out: Path) -> set[str]:

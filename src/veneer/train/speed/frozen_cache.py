@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer import disk
 from veneer.errors import ConfigError, FormatError
 from veneer.files import read_json, replacing, write_json
 from veneer.sites.blocks import reach
@@ -64,7 +65,7 @@ class Kept:
     ) -> None:
         """key: all that the hidden states depend on; a cache in out with another key is deleted.
 
-        Raises ConfigError.
+        Raises ConfigError, and NotWritten if the disk lacks the room after all.
         """
         sizes = [task.size(e) for e in examples]
         ends = torch.tensor(sizes).cumsum(0).tolist()
@@ -79,6 +80,8 @@ class Kept:
             forget(out)
         check_room(out, size)
         folder.mkdir(exist_ok=True)
+        disk.reserve(folder / HIDDEN, size)
+        disk.reserve(folder / SUMS, 8 * len(examples))
         hidden = torch.from_file(str(folder / HIDDEN), shared=True, size=size, dtype=torch.uint8)
         self._hidden = hidden.view(prefix.dtype).view(-1, prefix.width)
         self._sums = torch.from_file(str(folder / SUMS), shared=True, size=len(examples), dtype=torch.int64)

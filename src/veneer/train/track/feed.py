@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from veneer.errors import FormatError
+from veneer.errors import FormatError, NotWritten
 from veneer.files import read_json
 from veneer.train.folder import layout
 from veneer.train.loop.progress import Voice
@@ -36,7 +36,7 @@ class Feed:
         self._each(begin)
         try:
             layout.put(self.folder / KEPT, known)
-        except OSError as e:
+        except (OSError, NotWritten) as e:
             self.voice.say(
                 f"{self.folder / KEPT} could not be written: {e}; a resumed run would begin anew in its"
                 " trackers"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +11,13 @@ from typing import Any
 
 import torch
 
-from veneer import dtypes, settings
+from veneer import disk, dtypes, settings
 from veneer.compress.compress import Compressed, check_data, outcome
 from veneer.compress.lowrank.blockwise import Job
 from veneer.compress.lowrank.recipe import Recipe, recipe
 from veneer.compress.lowrank.sources import Held, Source
 from veneer.compress.lowrank.work import Work
-from veneer.errors import ConfigError, FormatError, VeneerError
+from veneer.errors import ConfigError, FormatError, NotWritten
 from veneer.models import machine, pretrained
 from veneer.models.streamed import Streamed
 from veneer.sites import changed
@@ -137,15 +136,12 @@ def _stamp(model: str) -> dict[str, list[int]]:
 
 @contextmanager
 def full_disk(place: Path) -> Iterator[None]:
-    """Within the block a full disk raises VeneerError; the finished blocks stay."""
+    """Within the block a full disk raises NotWritten; the finished blocks stay."""
     try:
-        yield
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        raise VeneerError(
-            f"out: the disk is full; free some and run the same command, which goes on from {place}"
-        ) from None
+        with disk.written(place):
+            yield
+    except NotWritten as e:
+        raise NotWritten(f"{e.text}, which goes on from {place}") from None
 
 
 def text(written: Written | Drawn) -> str:
