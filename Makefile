@@ -15,7 +15,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH
 
-.PHONY: gpu real real-clean test-real test-portable help demo test lint docs bench bench-check study mutants clean
+.PHONY: gpu real real-clean test-real test-portable help demo test lint docs bench bench-check study mutants test-faults clean
 
 help:
 	@echo "make demo    adapt the built-in model in three ways and see what was learned and forgotten"
@@ -55,7 +55,11 @@ test-portable: $(STAMP)
 real: $(STAMP)
 	PYTHONPATH=tools HF_HUB_OFFLINE=1 $(BIN)/python -m real $(KEYS)
 
-real-clean:
+real-# The sample of these that `make test` runs takes a minute.
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=tools $(BIN)/python -m faults $(ARGS)
+
+clean:
 	rm -rf $${VENEER_REAL:-.real}
 
 # Skipped tests fail here: the models of `make real` have to be there.

@@ -25,7 +25,7 @@ def fault(e: BaseException) -> str | None:
     while e not in seen:
         seen.append(e)
         if isinstance(e, OSError) and e.errno in NUMBERS:
-            return os.strerror(e.errno)
+            return os.strerror(e.errno or 0)
         found = RUST.search(str(e))
         if found and int(found[1]) in NUMBERS:
             return os.strerror(int(found[1]))

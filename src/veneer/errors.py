@@ -53,7 +53,7 @@ class NotFinite(VeneerError):
     """A number that a step needs is infinite or NaN."""
 
 
-class NotWritten(VeneerError):
+class NotWritten(VeneerError, OSError):
     """A file could not be written: the disk is full or fails."""
 
 

@@ -96,7 +96,7 @@ def test_a_flipped_bit_in_the_metrics_is_seen(place, tmp_path):
     good = metrics.read_bytes()
     covered = json.loads((metrics.parent / "checkpoints/step-000006/meta.json").read_text())["metrics_bytes"]
     assert covered < len(good)  # step 7 is computed again
-    for bit in tally.sample(range(8 * covered), 4)[: 60 if tally.FULL else 4]:
+    for bit in tally.sample(range(8 * covered), 3, 40):
         metrics.write_bytes(good[: bit // 8] + bytes([good[bit // 8] ^ 1 << bit % 8]) + good[bit // 8 + 1 :])
         with tally.one("flips"), pytest.raises(FormatError, match=f"the first {covered} bytes of .* changed"):
             train(given, resume=True)
@@ -174,7 +174,9 @@ def change_at(patch: pytest.MonkeyPatch, step: int, act: Any) -> None:
 # -- state of optimisers
 
 
-@pytest.mark.parametrize("name", optim.available())
+@pytest.mark.parametrize(
+    "name", tally.few(["galore", "lorapro", *sorted({*optim.available()} - {"galore", "lorapro"})], 2)
+)
 def test_every_optimiser_resumes_bit_for_bit(place, tmp_path, name):
     own = {"rank": 4, "period": 2} if name == "galore" else {}
     method = {"method": "full", "options": {}} if name == "galore" else {}

@@ -95,7 +95,7 @@ def there(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-@pytest.mark.parametrize("n_bytes", [0, 3000])
+@pytest.mark.parametrize("n_bytes", tally.few([3000, 0]))
 @pytest.mark.parametrize("name", commands(Path()))
 def test_every_command_answers_and_can_be_repeated(place, tmp_path, capsys, name, n_bytes):
     command = commands(place)[name](tmp_path / "made")
@@ -211,6 +211,7 @@ def test_a_folder_that_another_process_made_meanwhile_is_kept(tmp_path):
     assert there(tmp_path) == ["a"] and there(tmp_path / "a") == ["theirs"]
 
 
+@pytest.mark.skipif(not tally.FULL, reason="imports everything anew: make test-faults")
 def test_a_small_real_disk_that_is_full(place, tmp_path):
     """Where this user may mount one: the writes of the system itself, without a limit that Python sets."""
     if sys.platform != "linux" or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:

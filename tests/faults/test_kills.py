@@ -17,12 +17,12 @@ from veneer.train.run import Run
 SHORT = {"steps": 4, "eval_every": 2, "save_every": 3}
 LOFTQ = {"quantise": "nf4", "options": {"rank": 4, "init": "loftq"}}  # a base of its own, before config.json
 TRP = {"method": "full", "options": {}, "trp": 0.8, "trp_every": 1}  # a compressed model at the end
-# What differs, the change after which points begin, and how many of them the ordinary tests try.
-CASES: dict[str, tuple[dict[str, Any], str, int]] = {
-    "beginning and end": ({}, "", 10),
-    "beginning with a base": (LOFTQ, "", 3),
-    "end with a compressed model": (TRP, "compressed", 2),
-    "end with a report": ({"report": True}, "results.json", 1),
+# What differs, the change after which points begin, and how many of them are tried: in short, and in full.
+CASES: dict[str, tuple[dict[str, Any], str, int, int]] = {
+    "beginning and end": ({}, "", 8, 1000),
+    "beginning with a base": (LOFTQ, "", 3, 40),
+    "end with a compressed model": (TRP, "compressed", 2, 30),
+    "end with a report": ({"report": True}, "results.json", 1, 8),
 }
 
 
@@ -49,14 +49,14 @@ def points(events: list[str], after: str) -> list[tuple[int, bool]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_any_change_of_its_folder_a_run_resumes(place, tmp_path, case):
-    changed, after, n = CASES[case]
+    changed, after, *n = CASES[case]
     given = tiny.settings(place, **SHORT, **changed)
     whole, out = tmp_path / "whole", tmp_path / "run"
     with watching(Watch(whole)) as seen:
         train(given, whole)
     there = points(seen.events, after)
     assert len(there) > 40
-    for at, torn in tally.sample(there, n):
+    for at, torn in tally.sample(there, *n):
         shutil.rmtree(out, ignore_errors=True)
         with pytest.raises(Dead), watching(Watch(out, at, torn=torn)):
             train(given, out)

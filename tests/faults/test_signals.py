@@ -37,7 +37,7 @@ from veneer.__main__ import main
 sys.argv[1:] = arguments
 sys.exit(main())
 """
-MOMENTS = ("veneer.cli.frame", "typer", "veneer.cli.app", "torch", "veneer.runs.fit")
+MOMENTS = ("veneer.cli.frame", *tally.few(["torch", "typer", "veneer.cli.app", "veneer.runs.fit"]))
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda n: n.name)
-@pytest.mark.parametrize("moment", MOMENTS if tally.FULL else MOMENTS[::2])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("veneer.cli.frame", n) for n in CODES]
+    + [(m, n) for m in MOMENTS[1:] for n in tally.few([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])],
+)
 def test_from_the_first_moment_on_a_signal_ends_with_a_line_and_its_code(tmp_path, moment, number):
     command = [
         sys.executable,
@@ -98,7 +101,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("number", CODES, ids=lambda n: n.name)
-@pytest.mark.parametrize("step", (1, 3, 6) if tally.FULL else (3,))
+@pytest.mark.parametrize("step", tally.few([3, 1, 6]))
 def test_a_signal_in_a_step_saves_it(given, whole, number, step):
     with tally.one("signals"):
         assert tiny.train(given, signal_at=(step, number)) == CODES[number]
@@ -134,6 +137,7 @@ def test_in_the_compilation_of_a_step_a_signal_acts_at_once(given, whole, number
 
 
 @pytest.mark.skipif(compiling.missing(torch.device("cpu")) is not None, reason="needs a compiler")
+@pytest.mark.skipif(not tally.FULL, reason="takes half a minute: make test-faults")
 def test_in_a_real_compilation_before_the_training_a_signal_acts_at_once(given, tmp_path):
     cache = tmp_path / "cache"
     flags = {k: given[k] for k in ("model", "data", "valid", "out", "lr", "steps", "length", "batch")}

@@ -22,7 +22,11 @@ def one(kind: str) -> Iterator[None]:
     RIGHT[kind] += 1
 
 
-def sample(points: Sequence[T], n: int, offset: int = 0) -> list[T]:
-    """Returns all points in the full form, about n evenly spaced ones else."""
-    stride = 1 if FULL else max(1, len(points) // n)
-    return list(points[offset % stride :: stride])
+def few(every: Sequence[T], n: int = 1) -> list[T]:
+    """Returns all cases in the full form, the first n else."""
+    return list(every if FULL else every[:n])
+
+
+def sample(points: Sequence[T], short: int, full: int = 1 << 20) -> list[T]:
+    """Returns about so many points, evenly spaced: `full` in the full form, `short` else."""
+    return list(points[:: max(1, len(points) // (full if FULL else short))])

@@ -158,7 +158,7 @@ def test_a_full_disk_is_said_and_the_work_is_kept(folder, monkeypatch, capsys):
 
     monkeypatch.setattr(Work, "put", full)
     assert run(folder, "full", "--method", "allocate") == 1
-    assert "the disk is full; free some and run the same command" in capsys.readouterr().err
+    assert "and repeat the command, which goes on from" in capsys.readouterr().err
     assert not (folder / "full").exists()
 
 
