@@ -78,9 +78,20 @@ def reserve(path: Path, n_bytes: int) -> None:
     """
     with written(path), path.open("ab") as f:
         there = f.tell()
-        if hasattr(os, "posix_fallocate"):
-            if n_bytes:
-                os.posix_fallocate(f.fileno(), 0, n_bytes)
+        if n_bytes and _allocates(f.fileno(), n_bytes):
             return
-        while there < n_bytes:  # macOS, Windows
+        while there < n_bytes:
             there += f.write(bytes(min(1 << 20, n_bytes - there)))
+
+
+def _allocates(file: int, n_bytes: int) -> bool:
+    """Tells if the system allocated the room; macOS, Windows and some file systems cannot."""
+    try:
+        os.posix_fallocate(file, 0, n_bytes)
+    except AttributeError:
+        return False
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        return False
+    return True

@@ -158,8 +158,11 @@ def test_a_cache_in_a_memory_map_has_its_room_first(place, tmp_path):
         assert main([*flags, "--resume"]) == 0
 
 
-def test_reserved_room_is_really_there(tmp_path):
+@pytest.mark.parametrize("allocates", [True, False])
+def test_reserved_room_is_really_there(tmp_path, monkeypatch, allocates):
     path = tmp_path / "file"
+    if not allocates:
+        monkeypatch.delattr(os, "posix_fallocate")
     path.write_bytes(b"kept")
     disk.reserve(path, 300_000)
     assert path.stat().st_size == 300_000 and path.stat().st_blocks * 512 >= 300_000

@@ -16,7 +16,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["VENEER_FAULTS"] = "all"
 
 import pytest
 
@@ -34,6 +33,7 @@ FIGURES = {
 
 def main(arguments: list[str]) -> int:
     """Runs the tests, prints the line, and returns the exit code. arguments: for pytest."""
+    os.environ["VENEER_FAULTS"] = "all"  # read by tests/support/tally.py
     sys.path.insert(0, str(TESTS))
     started = time.monotonic()
     code = int(pytest.main(["-q", *(arguments or [str(TESTS / "faults")])]))

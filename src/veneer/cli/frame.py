@@ -1,6 +1,6 @@
 """Turns every error of a verb into one message on stderr and an exit code.
 
-0 done, 1 failed, 2 wrong usage or configuration, 3 a check failed, 130 or 143 stopped by a signal.
+0 done, 1 failed, 2 wrong usage or configuration, 3 a check failed, 129, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations
