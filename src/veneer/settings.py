@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -199,10 +198,9 @@ def _suit_plain(value: Any, hint: Any) -> Any:
         return int(value)
     if hint is str and isinstance(value, Path):
         return str(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+    fits = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if not fits or (isinstance(value, float) and not abs(value) < float("inf")):
         raise ValueError(f"must be {describe(hint)}, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"must be a finite number, got {value!r}")
     return value
 
 

@@ -37,11 +37,11 @@ class Meeting:
         self.real, self.second, self.met = getattr(fitting, name), second, False
         patch.setattr(fitting, name, self)
 
-    def __call__(self, *given: Any) -> Any:
+    def __call__(self, *given: Any, **named: Any) -> Any:
         if not self.met:
             self.met = True
             self.second()
-        return self.real(*given)
+        return self.real(*given, **named)
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -65,5 +65,9 @@ def _arm(signal_at: tuple[int, int] | None, then: int, compiling: bool, die_afte
 
     Learner.step = step  # type: ignore[method-assign]
     if compiling:  # the shapes of a compiled training, which this one is not
-        make = Learner.__new__
-        Learner.__new__ = lambda cls, *a, **k: make(cls, *a, **{**k, "shapes": Shapes(1 << 20, ())})  # type: ignore[method-assign, assignment]
+        make, shapes = Learner.__new__, Shapes(1 << 20, ())
+
+        def with_shapes(cls: Any, *args: Any, **given: Any) -> Any:
+            return make(cls, *args, **{**given, "shapes": shapes})
+
+        Learner.__new__ = with_shapes  # type: ignore[method-assign, assignment]

@@ -17,7 +17,7 @@ from veneer.tasks.base.task import nothing
 from veneer.train.errors import Diverged, Interrupted
 from veneer.train.folder import checkpoint, owner
 from veneer.train.folder.layout import CHECKPOINTS, Metrics, Written
-from veneer.train.loop import best, state
+from veneer.train.loop import best, saving, state
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.schedule import Pace
 from veneer.train.loop.signals import Stop, Wish
@@ -241,18 +241,9 @@ class Loop:
 
     def save(self) -> None:
         """Writes a checkpoint of the current step unless there is one. Raises Diverged for NaN parameters."""
-        p = self.position
-        if self.saved == p.step:
-            return
-        best.check_parameters(self)
-        tensors = {**state.tensors(self.learner), **self.order.state()}
-        if self.world.first:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            own = {"strides": state.strides(tensors), **({"owner": self.owners[0]} if self.owners else {})}
-            checkpoint.save(self.checkpoints, p.step, tensors, {**p.as_meta(self.metrics.sync()), **own})
-            checkpoint.prune(self.checkpoints, self.pace.keep, {p.best_step or 0})
-        self.world.barrier()
-        self.saved = p.step
+        if self.saved != self.position.step:
+            saving.save(self)
+            self.saved = self.position.step
 
     def take_best(self) -> None:
         """Restores the trained parameters of the best step, or their running means."""
