@@ -204,15 +204,14 @@ def _suit_plain(value: Any, hint: Any) -> Any:
     return value
 
 
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}
-NAMES[Any] = "a value"
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "a value"}
 
 
 def describe(hint: Any) -> str:
     """Returns a type in words: "a number or nothing", "a list of texts"."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(h) for h in inner)
+        return " or ".join("nothing" if h is type(None) else describe(h) for h in inner)
     if origin is Literal:
         *names, last = map(repr, inner)
         return f"{', '.join(names)} or {last}" if names else last
