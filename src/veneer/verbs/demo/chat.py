@@ -24,7 +24,7 @@ from veneer.train.run import Run
 from veneer.verbs.demo.training import trained
 
 KNOWN = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-ROWS = {"train": 400, "valid": 16, "test": 48}
+ROWS = {"train": 400, "valid": 8, "test": 48}  # valid text is asked at every strength
 SHOWN, LENGTH, RANK, RATE = 6, 256, 8, 1e-3
 ANSWERS = "answers.json"
 
