@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from matplotlib.ticker import StrMethodFormatter
+
 from veneer.analyse.page import figures
 from veneer.analyse.page.figures import PALETTE
 
@@ -37,16 +39,23 @@ def series(found: dict[str, float], pattern: str) -> dict[str, list[tuple[float,
     return {method: sorted(made[method]) for method in COLOURS if method in made}
 
 
-def draw(bench: str, pattern: str, label: str, file: Path) -> None:
-    """Plots the series of one record over keep, on a logarithmic scale."""
+def draw(bench: str, pattern: str, label: str, file: Path, dense: str = "", top: float = 0) -> None:
+    """Plots the series of one record over keep: logarithmic, or up to `top` with the dense model's figure."""
     found = json.loads((RESULTS / f"{bench}.json").read_text(encoding="utf-8"))["figures"]
     with figures.style():
         figure = figures.blank((5.4, 3.4))
         panel = figure.subplots()
         for method, points in series(found, pattern).items():
             x, y = zip(*points, strict=True)
+            if dense and min(y) > top:
+                continue
             panel.plot(x, y, "-o", color=COLOURS[method], label=NAMES.get(method, method), markersize=4)
-        panel.set_yscale("log")
+        if dense:
+            panel.axhline(found[dense], color=PALETTE["quiet"], linestyle=":", label="dense")
+            panel.set_ylim(0, top)
+        else:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.set_xlabel("share of the layers' parameters that is kept")
         panel.set_ylabel(label)
         panel.legend(ncols=2)
@@ -58,7 +67,8 @@ def main() -> None:
     excess = r"(?P<method>\w+)_excess_keep(?P<keep>\d+)"
     draw("compress", excess, "excess bits per byte", folder / "builtin.png")
     perplexity = r"real_(?P<method>\w+)_keep(?P<keep>\d+)_perplexity"
-    draw("compress_real", perplexity, "perplexity of English text", folder / "smollm2.png")
+    label = "perplexity of English text"
+    draw("compress_real", perplexity, label, folder / "smollm2.png", "real_dense_perplexity", 30)
 
 
 if __name__ == "__main__":
