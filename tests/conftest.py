@@ -1,6 +1,7 @@
 """Shared settings of the tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -11,6 +12,10 @@ os.environ.setdefault(
     str(Path(__file__).parents[1] / ".pytest_cache" / f"inductor-{torch.backends.cpu.get_cpu_capability()}"),
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell that starts the tests in the background has them ignored, and so would every process they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Fixtures that several files use.
 pytest_plugins = ["support.pretraining", "support.real"]

@@ -164,7 +164,7 @@ def sha256(path: Path) -> str:
 
 def blocks(file: BinaryIO, n_bytes: float = math.inf) -> Iterator[bytes]:
     """Yields a file's next n_bytes, or all that are left, a megabyte at a time."""
-    while n_bytes > 0 and (block := file.read(int(min(n_bytes, 1 << 20)))):
+    while block := file.read(int(min(n_bytes, 1 << 20))):
         n_bytes -= len(block)
         yield block
 

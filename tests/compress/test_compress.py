@@ -347,7 +347,7 @@ def test_work_of_other_settings_is_not_gone_on_with(tmp_path):
     [
         ({"keep": 0.0}, "keep must be above 0 and at most 1, got 0"),
         ({"keep": 1.5}, "keep must be above 0 and at most 1, got 1.5"),
-        ({"keep": math.nan}, "keep must be above 0 and at most 1, got nan"),
+        ({"keep": math.nan}, "keep must be a number, got nan"),
         ({"refine": -1}, "refine must be 0 or more, got -1"),
         ({"rate": 0.0}, "rate must be above 0, got 0"),
         ({"rank": 3}, "unknown setting 'rank'"),

@@ -199,9 +199,10 @@ def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
         "from mutants import faults, noticing, pool\n"
         "noticing.tests = lambda file: [sys.argv[1]]\n"
         "source = (faults.SOURCE / 'files.py').read_text(encoding='utf-8')\n"
-        "own = [f for f in faults.of('files.py', source) if f.where in ('sha256', 'refuse_pickle')]\n"
+        "places = ('sha256', 'blocks', 'refuse_pickle')\n"
+        "own = [f for f in faults.of('files.py', source) if f.where in places]\n"
         "own = {(f.where, f.operator): f for f in own}\n"
-        "kinds = [('sha256', 'statement'), ('sha256', 'condition'), ('refuse_pickle', 'condition')]\n"
+        "kinds = [('sha256', 'statement'), ('blocks', 'condition'), ('refuse_pickle', 'condition')]\n"
         "wanted = [own[kind] for kind in kinds]\n"
         "for o in pool.outcomes(wanted, jobs=1, limit=float(sys.argv[2])):\n"
         "    print(o.fault.where, o.fault.operator, o.how, o.test.rpartition('::')[2])\n"
@@ -218,7 +219,7 @@ def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
     )
     assert done.stdout.splitlines() == [
         "sha256 statement failed test_sha256",
-        "sha256 condition hung test_sha256_of_nothing",
+        "blocks condition hung test_sha256_of_nothing",
         "refuse_pickle condition survived ",
         "['survived']",
         "[]",

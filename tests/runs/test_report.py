@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import browser, tiny
+from support import laid_out, tiny
 
 from veneer import tasks
 from veneer.analyse import numbers
@@ -537,12 +537,12 @@ def test_words_in_pictures_do_not_overlap(points):
     assert len(made[3].axes[0].lines[1].get_xdata()) == 6  # a base of 0 has no change in percent
 
 
-@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs chromium")
+@pytest.mark.skipif(laid_out.CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_no_column_is_cut_off(run, tmp_path, width):
     """A phone, and a small screen: every table in its room, no word of a picture over another."""
     (tmp_path / "results.json").write_text(json.dumps({**demo_results(), "answers": asked_results()}))
     demo_report.write(tmp_path)
     for folder in (run, tmp_path):
-        found = browser.laid_out(folder / told.REPORT, width, tmp_path)
+        found = laid_out.laid_out(folder / told.REPORT, width, tmp_path)
         assert found == {"cut": [], "over": []}, folder

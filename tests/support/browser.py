@@ -1,68 +1,97 @@
-"""Lays a page out in a browser, and finds tables that are cut off and words that overlap."""
+"""Headless Chromium, driven through its debugging pipe: no driver, no port, no network."""
 
 from __future__ import annotations
 
-import html
+import fcntl
 import json
-import re
+import os
 import shutil
 import subprocess
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    " disable-component-update disable-sync"
-)
-# The page stands in a frame of the wanted width: a window of a browser has a least width.
-FRAME = """<!doctype html><body style="margin:0">
-<iframe id="page" style="width:{width}px;height:3000px;border:0"
-srcdoc="{page}"></iframe><pre id="found"></pre><script>
-document.getElementById("page").onload = () => {{
-  const own = document.getElementById("page").contentDocument;
-  const folded = [...own.querySelectorAll("details")];
-  folded.forEach(d => d.open = true);
-  const wide = [...own.querySelectorAll("*")].filter(e => e.scrollWidth > e.clientWidth + 1
-    && e.clientWidth > 0
-    && getComputedStyle(e).display !== "inline" && !(e instanceof own.defaultView.SVGElement));
-  const over = [];
-  for (const svg of own.querySelectorAll("svg")) {{
-    const words = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()]);
-    const frame = svg.getBoundingClientRect();
-    words.forEach(([a, p], i) => {{
-      if (p.left < frame.left - 1 || p.right > frame.right + 1) over.push(a + " | the edge");
-      words.slice(i + 1).forEach(([b, q]) => {{
-        const x = Math.min(p.right, q.right) - Math.max(p.left, q.left);
-        const y = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
-        if (x > 1 && y > 3) over.push(a + " | " + b);
-      }});
-    }});
-  }}
-  const cut = wide.map(e => e.tagName + "." + e.className + " " + e.scrollWidth + " > " + e.clientWidth + ": "
-    + e.textContent.trim().slice(0, 60));
-  document.getElementById("found").textContent = JSON.stringify({{cut, over}});
-}};
-</script></body>"""
+PATH = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run")
+FLAGS += ("--disable-dev-shm-usage", "--disable-background-networking", "--window-size=1200,900")
 
 
-def laid_out(page: Path, width: int, folder: Path) -> dict[str, Any]:
-    """Returns {"cut": elements wider than their room, "over": words of pictures that overlap}.
+class Browser:
+    """One page. `events` holds everything that the browser reported meanwhile."""
 
-    width: of the page, in pixels. folder: for the browser's own files.
-    """
-    text = page.read_text(encoding="utf-8")
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
-    frame = folder / f"frame-{width}.html"
-    frame.write_text(FRAME.format(width=width, page=html.escape(text)), encoding="utf-8")
-    flags = [f"--{flag}" for flag in FLAGS.split()]
-    command = [str(CHROMIUM), *flags, f"--user-data-dir={folder / 'user'}", "--window-size=1400,3000"]
-    done = subprocess.run(
-        [*command, "--virtual-time-budget=4000", "--dump-dom", frame.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL)
-    assert found and found[1], done.stderr[-2000:]
-    return dict(json.loads(html.unescape(found[1])))
+    def __init__(self, profile: Path) -> None:
+        ends = [*os.pipe(), *os.pipe()]
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ends]  # apart from 3 and 4
+        for end in ends:
+            os.close(end)
+        given, self.write, self.read, taken = high
+
+        def in_place() -> None:  # Chromium reads commands from 3 and writes answers to 4
+            os.dup2(given, 3)
+            os.dup2(taken, 4)
+
+        command = [str(PATH), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            command, preexec_fn=in_place, pass_fds=(3, 4), stdout=quiet, stderr=quiet
+        )
+        os.close(given)
+        os.close(taken)
+        self.held, self.last = b"", 0
+        self.messages: deque[dict[str, Any]] = deque()
+        self.events: list[dict[str, Any]] = []
+        self.session: str | None = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Returns the result of a command."""
+        self.last += 1
+        message = {"id": self.last, "method": method, "params": params}
+        if self.session is not None:
+            message["sessionId"] = self.session
+        os.write(self.write, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self.last:
+                assert "error" not in answer, answer
+                return dict(answer["result"])
+            self.events.append(answer)
+
+    def _next(self) -> dict[str, Any]:
+        while not self.messages:
+            part = os.read(self.read, 1 << 20)
+            assert part, "the browser ended"
+            *whole, self.held = (self.held + part).split(b"\0")
+            self.messages += map(json.loads, whole)
+        return self.messages.popleft()
+
+    def value(self, expression: str) -> Any:
+        """Returns the value of a JavaScript expression."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def until(self, expression: str, seconds: float = 30) -> Any:
+        """Returns the value of an expression as soon as it is true."""
+        deadline = time.monotonic() + seconds
+        while not (found := self.value(expression)):
+            assert time.monotonic() < deadline, f"not true after {seconds} s: {expression}"
+            time.sleep(0.05)
+        return found
+
+    def press(self, key: str, *, code: int, text: str = "", ctrl: bool = False) -> None:
+        """Presses a key."""
+        given = dict(key=key, code=key, windowsVirtualKeyCode=code, modifiers=2 if ctrl else 0)
+        self.call("Input.dispatchKeyEvent", type="keyDown", **given, **({"text": text} if text else {}))
+        self.call("Input.dispatchKeyEvent", type="keyUp", **given)
+
+    def close(self) -> None:
+        """Ends the browser."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.write)
+        os.close(self.read)

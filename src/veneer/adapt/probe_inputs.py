@@ -24,11 +24,17 @@ def default_inputs(model: nn.Module) -> dict[str, Any] | None:
     return None if isinstance(found, str) else unpacked(model, found)
 
 
+def _writes(model: nn.Module) -> bool:
+    """Tells if the model gives logits of tokens: CLIP reads texts and pictures and writes neither."""
+    find = getattr(model, "get_output_embeddings", None)
+    return find is not None and find() is not None
+
+
 def packed_default(model: nn.Module) -> Record | str:
     """Returns the fixed token sequence as JSON, or the reason why the model cannot take it."""
     config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", None)
-    config = text() if text is not None else config  # of models that wrap a language model
+    if hasattr(config, "get_text_config") and _writes(model):  # of models that wrap a language model
+        config = config.get_text_config()
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or "input_ids" not in inspect.signature(model.forward).parameters:
         return "the model does not take token ids; pass probe= with the keyword arguments of a call"

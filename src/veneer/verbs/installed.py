@@ -54,6 +54,7 @@ FEATURES = (
         {"scikit-learn": "1.4", "scipy": "1.11", "sacrebleu": "2.4", "rouge_score": "0.1.2"},
     ),
     feature("compress", "compress", {"scipy": "1.11"}),
+    feature("compare, study", "compare", {"optuna": "4.4"}),
     feature("pictures as data", "images", {"pillow": "10.0"}),
     feature("task text-to-image", "diffusion", {"diffusers": "0.35"}),
     feature("files of GGUF", "gguf", {"gguf": "0.17"}),

@@ -12,7 +12,7 @@ from veneer.errors import FormatError, first_few
 # `x.lora_A.default.weight` in a model's state dict is `x.lora_A.weight` in PEFT's own file.
 NAMED = re.compile(
     r"(?P<layer>.*\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save))"
-    r"\.(?P<adapter>(?!weight$|bias$)[^.]+)(?P<rest>(?:\..+)?)"
+    r"\.(?P<adapter>(?!weight$|bias$|lora_)[^.]+)(?P<rest>(?:\..+)?)"
 )
 
 

@@ -83,29 +83,32 @@ def conversation(
     template = own or tokenizer.chat_template or templates.packaged(templates.PLAIN, tokenizer)
     if isinstance(template, dict):
         template = tokenizer.get_chat_template(None, tools)
-    found = _rendered(tokenizer, [_turn(m) for m in messages], tools, template)
+    found = _in_a_form(tokenizer, [_turn(m) for m in messages], tools, template)
     if isinstance(found, Exception):
         why = str(found)[:200] or type(found).__name__
         raise RequestError(f"the chat template refuses these messages: {why}", param="messages")
-    ids: list[int] = tokenizer(found, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return found
 
 
-def _rendered(tokenizer: Tokenizer, turns: list[dict[str, Any]], tools: Any, template: str) -> Any:
-    """Returns the conversation in the first form that the template takes, or the first refusal."""
+def _in_a_form(
+    tokenizer: Tokenizer, turns: list[dict[str, Any]], tools: Any, template: str
+) -> list[int] | Exception:
+    """Returns the tokens of the first form that the template takes, or the first refusal."""
     refusal: Exception | None = None
     try:
         with limited(template):
             for form in rendering.forms(turns, template):
                 try:
-                    return tokenizer.apply_chat_template(
+                    text = tokenizer.apply_chat_template(
                         form, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
                     )
+                    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                    return ids
                 except Exception as e:  # templates fail in ways of their own
                     refusal = refusal or e
     except DataError as e:
         return e
-    return refusal
+    return refusal or ValueError("the template takes no form of them")
 
 
 def _turn(m: Message) -> dict[str, Any]:

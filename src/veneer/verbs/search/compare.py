@@ -56,7 +56,7 @@ def _forecasts(run: Run, comparison: Comparison, voice: Voice) -> dict[str, dict
             except VeneerError as e:
                 voice.say(f"{label}: no forecast: {e}")
                 continue
-            found[label] = {"memory_bytes": made.growth, "seconds": made.seconds or 0.0}
+            found[label] = {"memory_bytes": made.memory.growth, "seconds": made.seconds or 0.0}
     search.begin(out, run, comparison)
     layout.put(out / FORECAST, found)
     return found
