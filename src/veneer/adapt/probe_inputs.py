@@ -32,7 +32,7 @@ def _writes(model: nn.Module) -> bool:
 
 def packed_default(model: nn.Module) -> Record | str:
     """Returns the fixed token sequence as JSON, or the reason why the model cannot take it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config") and _writes(model):  # of models that wrap a language model
         config = config.get_text_config()
     vocabulary = getattr(config, "vocab_size", None)
