@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import models
 from support.peer import agrees_with_peft
 
@@ -226,6 +227,21 @@ def test_a_file_of_randlora_without_its_bases_is_refused(tmp_path):
     saved_by_peft(tmp_path, peft.RandLoraConfig(target_modules=LINEAR, r=4, save_projection=False))
     with pytest.raises(FormatError, match="randlora_A and randlora_B are missing in the file"):
         veneer.load(models.llama(), tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.conv])
+def test_a_tensor_cut_short_is_refused(name, tmp_path):
+    kind = KINDS[name]
+    saved_by_peft(tmp_path, kind.config(target_modules=LINEAR, **kind.settings))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    own = [key for key in tensors if "layers.0.self_attn.k_proj" in key]
+    assert own
+    for key in own:
+        end = 1 if key.endswith("randlora_A") else -1  # which may be wider than the layer needs
+        save_file({**tensors, key: tensors[key][..., :end].contiguous()}, file)
+        with pytest.raises((FormatError, ShapeError)):
+            veneer.load(models.llama(), tmp_path)
 
 
 def test_as_many_numbers_as_w_has_is_the_most_for_shira():
