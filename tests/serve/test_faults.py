@@ -107,7 +107,7 @@ def test_a_full_queue_is_429_and_the_client_that_waits_is_answered(folders):
     with veneer.serve(served.model(), folders, **options) as server, Background(server) as web:
         url = f"{web.url}/v1"
         impatient = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-        patient = openai.OpenAI(base_url=url, api_key="none", max_retries=8)
+        patient = openai.OpenAI(base_url=url, api_key="none", max_retries=60)  # of a second each
         long = dict(model="french", prompt="the cat", extra_body={"ignore_eos": True}, temperature=0)
         with ThreadPoolExecutor(9) as pool:
             step = server.engine.runner.step
@@ -127,6 +127,7 @@ def test_a_full_queue_is_429_and_the_client_that_waits_is_answered(folders):
             found = [e for f in asked if isinstance(e := f.exception(), openai.RateLimitError)]
             assert found and "wait already" in str(found[0]) and found[0].code == "overloaded"
             assert found[0].response.headers["retry-after"] == "1"
+            server.engine.runner.step = step
             busy.append(pool.submit(patient.completions.create, max_tokens=1, **long))
             assert [f.result().usage.completion_tokens for f in busy] == [200, 10, 10, 10, 1]
 
