@@ -8,21 +8,13 @@ import pytest
 import torch
 import transformers as T
 from peft import LoraConfig, get_peft_model
+from support.models import SIZES
 from torch import nn
 
 import veneer
 from veneer.adapt.attached import changes
 from veneer.errors import FormatError, NotMergeable, SiteError
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 IDS = torch.randint(3, 90, (1, 16), generator=torch.Generator().manual_seed(1))
 
 

@@ -12,6 +12,7 @@ import transformers as T
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from support import tiny
+from support.models import SIZES
 from torch import nn
 
 import veneer
@@ -21,15 +22,6 @@ from veneer.convert import Base, read
 from veneer.errors import FormatError, SiteError
 from veneer.models import pretrained
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 TEXT = {**SIZES, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 VISION = {
     "hidden_size": 32,

@@ -17,7 +17,7 @@ from veneer.train.run import Run
 SHORT = {"steps": 4, "eval_every": 2, "save_every": 3}
 LOFTQ = {"quantise": "nf4", "options": {"rank": 4, "init": "loftq"}}  # a base of its own, before config.json
 TRP = {"method": "full", "options": {}, "trp": 0.8, "trp_every": 1}  # a compressed model at the end
-# What differs, the change after which points begin, and how many of them are tried: in short, and in full.
+# By case: settings, the change at which points of a kill begin, and their number in short and in full.
 CASES: dict[str, tuple[dict[str, Any], str, int, int]] = {
     "beginning and end": ({}, "", 8, 1000),
     "beginning with a base": (LOFTQ, "", 3, 40),

@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY = 97
+# Of a small decoder with grouped-query attention, for the configurations of transformers.
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def llama(seed: int = 0, **config: Any) -> nn.Module:
     """A Llama with grouped-query attention: hidden 32, 2 layers, untied output head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
+    settings = dict(**{**SIZES, "vocab_size": VOCABULARY}, tie_word_embeddings=False, initializer_range=0.2)
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
 

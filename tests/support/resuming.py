@@ -10,9 +10,24 @@ import pytest
 from support import tiny
 
 from veneer.files import left_over
+from veneer.runs.fit import fit
 from veneer.train.loop.step import Learner
+from veneer.train.run import Run
 
 WRITTEN = ("adapter", "compressed", "base")  # folders of a run with the weights that it makes
+
+
+def resumes_bit_for_bit(
+    given: dict[str, Any], reference: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """A training killed before `step` goes on to the figures and bits of one that was not, made here."""
+    fit(Run.from_dict({**given, "out": str(reference)}), progress=False)
+    with monkeypatch.context() as patch:
+        killed_at(patch, step)
+        with pytest.raises(Killed):
+            fit(Run.from_dict(given), progress=False)
+    fit(Run.from_dict({**given, "resume": True}), progress=False)
+    assert_same(given, reference)
 
 
 def assert_same(given: dict[str, Any], whole: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import pipelines, senses, tiny
-from support.resuming import Killed, assert_same, killed_at
+from support.resuming import resumes_bit_for_bit
 
 import veneer
 from veneer import tasks
@@ -180,14 +180,7 @@ def test_the_report_shows_pictures_side_by_side(whole, kind):
 @each_kind
 def test_it_resumes_after_a_kill_bit_for_bit(place, kind, tmp_path, monkeypatch):
     given = settings(place, kind, tmp_path / "run", steps=4, eval_every=2)
-    reference = tmp_path / "reference"
-    fit(Run.from_dict({**given, "out": str(reference)}), progress=False)
-    with monkeypatch.context() as patch:
-        killed_at(patch, 3)
-        with pytest.raises(Killed):
-            fit(Run.from_dict(given), progress=False)
-    fit(Run.from_dict({**given, "resume": True}), progress=False)
-    assert_same(given, reference)
+    resumes_bit_for_bit(given, tmp_path / "reference", monkeypatch, 3)
 
 
 @each_kind

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import heads, tiny
-from support.resuming import Killed, assert_same, killed_at
+from support.resuming import resumes_bit_for_bit
 
 from veneer import tasks
 from veneer.errors import ConfigError
@@ -131,14 +131,7 @@ def test_fits_and_is_measured_on_valid_and_known_text(whole, task):
 @each_task
 def test_it_resumes_after_a_kill_bit_for_bit(place, whole, task, tmp_path, monkeypatch):
     given = settings(place, task, tmp_path / "run")
-    reference = tmp_path / "reference"
-    fit(Run.from_dict({**given, "out": str(reference)}), progress=False)
-    with monkeypatch.context() as patch:
-        killed_at(patch, 8)
-        with pytest.raises(Killed):
-            fit(Run.from_dict(given), progress=False)
-    fit(Run.from_dict({**given, "resume": True}), progress=False)
-    assert_same(given, reference)
+    resumes_bit_for_bit(given, tmp_path / "reference", monkeypatch, 8)
 
 
 @each_task
