@@ -56,12 +56,12 @@ test-portable: $(STAMP)
 real: $(STAMP)
 	PYTHONPATH=tools HF_HUB_OFFLINE=1 $(BIN)/python -m real $(KEYS)
 
-real-# The sample of these that `make test` runs takes a minute.
+real-clean:
+	rm -rf $${VENEER_REAL:-.real}
+
+# The sample of these that `make test` runs takes a minute.
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=tools $(BIN)/python -m faults $(ARGS)
-
-clean:
-	rm -rf $${VENEER_REAL:-.real}
 
 # Skipped tests fail here: the models of `make real` have to be there.
 test-real: real

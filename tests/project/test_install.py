@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,13 @@ def test_the_size_of_an_installation_counts_files_once(script, tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 3_000_000)
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert script.megabytes(tmp_path) == 3
+
+
+def test_every_target_of_the_makefile_is_one_that_make_can_read():
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    run = subprocess.run(
+        ["make", "-n", *phony.group(1).split()], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == "", "a rule replaces another one"
