@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import tiny
 from support.objectives import causal_lm
 
 from veneer.data import row_files, row_files_streamed
 from veneer.data.chat import examples
-from veneer.data.pack import n_bytes
+from veneer.data.pack import IGNORED, n_bytes
 from veneer.data.tokens import encode
 from veneer.runs.texts import texts
 from veneer.train.loop.progress import Notes
@@ -125,21 +126,23 @@ def rows_of(kind: str) -> list[dict[str, Any]]:
         talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         found.append(
             {"pairs": {"prompt": asked, "completion": f" {answer}"}, "conversations": {"messages": talk},
-             "alpaca": {"instruction": asked, "input": "", "output": answer}}[kind]
+             "alpaca": {"instruction": asked, "input": "", "output": answer},
+             "texts": {"text": f"{asked}. {answer}. " * draw.randint(1, 99)}}[kind]
         )  # fmt: skip
     return found
 
 
-@pytest.mark.parametrize("kind", ["pairs", "conversations", "alpaca"])
+@pytest.mark.parametrize("kind", ["pairs", "conversations", "alpaca", "texts"])
 def test_the_measured_text_depends_on_neither_length_nor_packing(tmp_path, kind):
     path = str(tiny.jsonl(tmp_path / "rows.jsonl", *rows_of(kind)))
     seen = set()
-    for length, packing in ((128, True), (256, True), (256, False), (1024, True)):
+    for length, packing in ((100, True), (128, True), (256, True), (256, False), (700, True), (1024, True)):
         run = Run(data=path, valid=path, known="none", length=length, packing=packing, eval_windows=4)
         task = causal_lm(tiny.tokenizer(), length=length, packing=packing)
         found = {"valid": texts.prepare(texts.read(run, ["valid"])["valid"], task, Notes(), "valid")}
         measured = texts.evaluated(found, run, task)["valid"]
-        seen.add(n_bytes(measured))
+        labels = torch.cat([s.labels for w in measured for s in w])
+        seen.add((n_bytes(measured), *labels[labels != IGNORED].sort().values.tolist()))
         assert n_bytes(measured) < n_bytes(found["valid"].examples)
     assert len(seen) == 1
 

@@ -403,9 +403,9 @@ def measured(
     run = Run.from_dict(given)
     rows = texts.gather(texts.named(run), Notes())[part]
     task = causal_lm(pretrained.tokenizer(run.model), **tiny.reading(run))
-    windows = texts.prepare(rows, task, Notes()).examples
+    windows = texts.evaluated({part: texts.prepare(rows, task, Notes())}, run, task)[part]
     with veneer.using(model, {"default": strength}):
-        return bits_per_byte(model, spread(windows, run.eval_windows), next_token.loss, batch=run.batch)
+        return bits_per_byte(model, windows, next_token.loss, batch=run.batch)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -97,6 +97,10 @@ class Reading(Settings):
     chat_template: str | None = setting(
         None, f"chat template: a Jinja file, or {', '.join(templates.names())}; the tokenizer's unless given"
     )
+    eval_by: Literal["rows", "windows"] = setting(
+        "rows",
+        "evaluate rows and stretches of plain text, the same at any length, or windows, as older runs did",
+    )
     allow: tuple[str, ...] = setting((), "checks to turn off")
 
     @property

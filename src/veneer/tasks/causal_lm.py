@@ -111,9 +111,10 @@ class CausalLM(Surveyed, Decoder, Joint, Outlined, Previewed, Writer, Asked):
         return survey.entries(one, self.reading.window, self.processor)
 
     def evaluated(self, kept: Sequence[Encoded], at_most: int) -> list[Window]:
-        if at_most == 0 or any(one.whole is None for one in kept):
+        has_text = any(one.whole is None for one in kept)
+        if at_most == 0 or (has_text and self.reading.eval_by == "windows"):
             return super().evaluated(kept, at_most)
-        return super().evaluated(windows.some(kept, at_most), 0)
+        return super().evaluated(windows.some(kept, at_most, self.reading.window), 0)
 
     def answers(self, model: nn.Module, examples: Sequence[Window], *, batch: int) -> list[dict[str, Any]]:
         return short_answers(model, self.processor, examples, batch=batch)

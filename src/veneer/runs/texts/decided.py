@@ -18,10 +18,12 @@ from veneer.train.run import Run
 
 
 def as_begun(run: Run) -> Run:
-    """Returns a resumed run that reads special tokens as it began; runs of older versions spelt them out."""
-    if not _goes_on(run) or run.special_tokens != Run.special_tokens:
+    """Returns a resumed run that reads and measures as it began: defaults of older versions were others."""
+    if not _goes_on(run):
         return run
-    return replace(run, special_tokens=drift.record(Path(run.out))["run"]["special_tokens"])
+    then = drift.record(Path(run.out))["run"]
+    kept = {k: then[k] for k in ("special_tokens", "eval_by") if getattr(run, k) == getattr(Run, k)}
+    return replace(run, **kept)
 
 
 def _goes_on(run: Run) -> bool:

@@ -24,11 +24,11 @@ class Size(NamedTuple):
 
 SHARED = {"model": "builtin", "batch": 4, "precision": "fp32", "compile": "off", "device": "cpu"}
 QUICKLY = Size(
-    {**SHARED, "steps": 32, "length": 128, "eval_windows": 8},
+    {**SHARED, "steps": 32, "length": 128, "eval_windows": 4},
     {"methods": QUICK, "seeds": 3, "durations": (0.25, 0.5)},
 )
 FULLY = Size(
-    {**SHARED, "steps": 128, "length": 256, "eval_windows": 16},
+    {**SHARED, "steps": 128, "length": 256, "eval_windows": 8},
     {"methods": CONTENDERS, "seeds": 4, "durations": (0.25, 0.5)},
 )
 

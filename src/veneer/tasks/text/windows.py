@@ -17,7 +17,7 @@ from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.data.spread import spread
 from veneer.data.tokenizer import Tokenizer
-from veneer.data.tokens import encode
+from veneer.data.tokens import Tokens, encode
 from veneer.errors import DataError, first_few, option, suggest
 from veneer.tasks.base.encoded import Encoded
 
@@ -59,15 +59,32 @@ def cut(one: Encoded, window: int) -> list[Segment]:
     return [Segment(*(t.clone() for t in s)) for s in found] if len(found) > 1 else found
 
 
-def some(kept: Sequence[Encoded], at_most: int) -> list[Encoded]:
-    """Returns evenly spaced rows of pairs or conversations, about `at_most` usual windows full of them.
+def some(kept: Sequence[Encoded], at_most: int, window: int) -> list[Encoded]:
+    """Returns evenly spaced rows, and stretches of plain text, about `at_most` usual windows full of them.
 
     The choice depends on the rows alone, not on the length or packing of windows: figures of runs that differ
     in these are of the same text.
     """
-    total = sum(one.whole or 0 for one in kept)
-    full = math.ceil(len(kept) * at_most * USUAL / max(1, total))
-    return spread(kept, max(at_most, full))
+    units = [unit for one in kept for unit in _units(one, window)]
+    total = sum(unit.whole or 0 for unit in units)
+    full = math.ceil(len(units) * at_most * USUAL / max(1, total))
+    return spread(units, max(at_most, full))
+
+
+def _units(one: Encoded, window: int) -> list[Encoded]:
+    if one.row.kind != "text":
+        return [one]
+    places = [(t, at) for t in one.content for at in range(0, len(t.ids) - 1, USUAL)]
+    return [_stretch(one, t, at, window) for t, at in places]
+
+
+def _stretch(one: Encoded, tokens: Tokens, start: int, window: int) -> Encoded:
+    """Returns a usual window's predictions, from `start` on; a longer window adds context without labels."""
+    end = min(start + USUAL, len(tokens.ids) - 1)
+    first = max(0, min(start, end - window))
+    part = Tokens(*(t[first : end + 1] for t in tokens))
+    learned = part.learned & (torch.arange(len(part.ids)) > start - first)
+    return Encoded(one.row, [part._replace(learned=learned)], end - start)
 
 
 def is_endless(one: Encoded, tokenizer: Tokenizer, reading: Reading) -> bool:

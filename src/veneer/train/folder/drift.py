@@ -21,7 +21,7 @@ def record(folder: Path) -> dict[str, Any]:
     defaults = {
         name: s.default for name, s in settings.table(Run).items() if s.default is not settings.REQUIRED
     }
-    before = {"special_tokens": "spell"}  # the only way before there was a setting
+    before = {"special_tokens": "spell", "eval_by": "windows"}  # the only ways before there were settings
     if "truncate" in config["run"].get("allow", ()):
         before["overlong"] = "cut"
     return {**config, "run": {**defaults, **before, **config["run"]}}

@@ -33,7 +33,7 @@ class Evaluation(Settings):
     )
     eval_windows: int | None = setting(
         None,
-        "examples to evaluate of each text, evenly spaced: windows of text, or as much in rows; 0: all;"
+        "examples to evaluate of each text, evenly spaced: 512 tokens of text, or as much in rows; 0: all;"
         " 24 of a language model, all of other tasks unless given",
         unit="examples",
     )

@@ -50,7 +50,7 @@ def settings(
         length=LENGTH,
         eval_every=max(1, steps // 2),
         save_every=max(1, steps // 2),
-        eval_windows=WINDOWS // 2,
+        eval_windows=WINDOWS // 4,  # of 512 tokens
         seed=seed,
         out=str(folder / f"{target}-{label}"),
         resume=True,
