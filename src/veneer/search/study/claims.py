@@ -162,6 +162,11 @@ CLAIMS = (
     Claim(REGRET, "attention alone does worse than MLP alone", _worse("lora-attention", "lora-mlp")),
     Claim(REGRET, "the best LoRA rate is about 10 times full fine-tuning's", _times_full),
     Claim("LoRA+", "LoRA+ reaches the reference sooner than tuned LoRA", _sooner("loraplus", LORA)),
+    Claim("LoRA-Pro", "LoRA-Pro learns like full fine-tuning", _alike("lorapro", "full")),
+    Claim("LoRA-Pro", "LoRA-Pro learns more than tuned LoRA", _worse(LORA, "lorapro")),
     Claim("PiSSA", "PiSSA reaches the reference sooner than tuned LoRA", _sooner("pissa", LORA)),
+    Claim("OLoRA", "OLoRA reaches the reference sooner than tuned LoRA", _sooner("olora", LORA)),
+    Claim("LoRA-GA", "LoRA-GA reaches the reference sooner than tuned LoRA", _sooner("loraga", LORA)),
+    Claim("MiSS", "MiSS learns more than tuned LoRA", _worse(LORA, "miss")),
     Claim("Intruder dimensions", "LoRA has intruders, full fine-tuning fewer", _intrudes),
 )

@@ -10,8 +10,11 @@ from veneer.train.run import Run
 
 LORA, HIGH, LOW = "lora", "lora:rank=64", "lora:rank=2"
 DECAY = "full:weight_decay=0.1"
-CONTENDERS = ("full", DECAY, LOW, LORA, HIGH, "lora-mlp", "lora-attention", "loraplus", "pissa", "oft")
-QUICK = ("full", DECAY, LOW, LORA, HIGH, "lora-mlp", "loraplus", "pissa")
+CONTENDERS = (
+    "full", DECAY, LOW, LORA, HIGH, "lora-mlp", "lora-attention", "loraplus", "lorapro",
+    "pissa", "olora", "loraga", "miss", "oft",
+)  # fmt: skip
+QUICK = ("full", DECAY, LOW, LORA, HIGH, "lora-mlp", "loraplus", "lorapro", "pissa")
 NEAR, FAR = "prose", "c"  # texts near the pretraining data, and far from it
 
 
