@@ -12,8 +12,8 @@ from veneer.data import row_files
 from veneer.errors import DataError
 
 PREFERENCES = (
-    "'chosen' and 'rejected' hold preferences; to learn the chosen answers, set columns to"
-    " prompt=..,completion=chosen"
+    "'chosen' and 'rejected' hold preferences; use task='dpo', or set columns to"
+    " prompt=..,completion=chosen to learn the chosen answers alone"
 )
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
 ADD = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]

@@ -126,7 +126,7 @@ def test_a_listed_data_set_may_be_a_sample(listed):
         ("mien", "unknown data set 'mien'; did you mean 'mine'?"),
         (
             "ranked",
-            "ranked: chosen, rejected, ranking belong to another task; this one learns from text alone",
+            "ranked: chosen, rejected, ranking hold judged answers; use task 'dpo' or 'kto'",
         ),
         ("script", "script: unsupported entries script_url"),
         ("odd", "odd: unknown columns or tags 'promt'; did you mean 'prompt'?"),

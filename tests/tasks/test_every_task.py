@@ -23,6 +23,8 @@ from veneer.verbs.plan.plan import plan
 
 # Tasks of pictures and sound, which have tests of their own.
 SENSES = {"speech-recognition", "image-classification", "text-to-image"}
+# Tasks that differ from dpo and orpo by a formula alone: tests/tasks/test_preferences.py has all of these.
+ALIKE = {"ipo", "simpo"}
 ANIMALS = ("cat", "dogs")
 
 
@@ -66,6 +68,18 @@ def solved(seed: int) -> dict[str, Any]:
     return {"prompt": f"{name} = ", "completion": f"'{name}'\n", "test": f"assert {name} == '{name}'"}
 
 
+def preferred(seed: int) -> dict[str, Any]:
+    row = heads.animal(seed)
+    other = next(a for a in ANIMALS if a != row["label"])
+    return {"prompt": f"{row['text']} is", "chosen": f" {row['label']}", "rejected": f" {other}"}
+
+
+def judged(seed: int) -> dict[str, Any]:
+    row = preferred(seed)
+    good = seed % 3 > 0
+    return {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
+
+
 # Rows, base, and the least improvement of the metric in the short training below.
 CASES: dict[str, tuple[Any, str]] = {
     "causal-lm": (plain, "lm"),
@@ -78,12 +92,15 @@ CASES: dict[str, tuple[Any, str]] = {
     "text-to-text": (paired, "t5"),
     "embeddings": (together, "bert"),
     "embedding-similarity": (rated, "bert"),
+    "dpo": (preferred, "lm"),
+    "orpo": (preferred, "lm"),
+    "kto": (judged, "lm"),
 }
 each_task = pytest.mark.parametrize("task", CASES)
 
 
 def test_every_task_is_here_or_has_tests_of_its_own():
-    assert {*tasks.available()} - SENSES == {*CASES}
+    assert {*tasks.available()} - SENSES - ALIKE == {*CASES}
 
 
 @pytest.fixture(scope="module")

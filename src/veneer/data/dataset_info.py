@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from veneer.data.forms.shape import Shape
+from veneer.data.forms.shape import AS_IS, Shape
 from veneer.errors import DataError, first_few, suggest
 from veneer.files import read_json
 
@@ -25,7 +25,8 @@ SPEAKERS = {
     "function_tag": "function_call", "system_tag": "system",
 }  # fmt: skip
 TAGS = {"role_tag": "from", "content_tag": "value", **SPEAKERS}  # and their defaults
-OTHER_TASKS = ("chosen", "rejected", "kto_tag", "images", "videos", "audios")
+JUDGED = {"chosen": "chosen", "rejected": "rejected", "kto_tag": "label"}  # of tasks on preferences
+MEDIA = ("images", "videos", "audios")
 KNOWN = (
     "file_name",
     "hf_hub_url",
@@ -56,27 +57,31 @@ def parted(name: str) -> tuple[Path, str] | None:
     return (path, tail) if head and path.is_file() else None
 
 
-def find(path: Path, name: str) -> Listed:
-    """Returns what the list says about a data set. Raises DataError for an unknown name and unsupported"
-    " entries."""
+def find(path: Path, name: str, shape: Shape = AS_IS) -> Listed:
+    """Returns the list's entry of a data set. shape: of the task, whose own rows may be judged answers.
+
+    Raises DataError for an unknown name and for unsupported entries.
+    """
     known = read_json(path)
     if name not in known:
         raise DataError(f"{path}: unknown data set {name!r}{suggest(name, known)}")
     entry, where = known[name], f"{path}: {name}"
     columns, tags = entry.get("columns", {}), entry.get("tags", {})
-    other = [n for n in OTHER_TASKS if n in columns] + (["ranking"] if entry.get("ranking") else [])
-    if other:
+    used = {column for names in shape.forms.values() for column in names}
+    judged = [n for n in JUDGED if n in columns and JUDGED[n] not in used]
+    judged += ["ranking"] if entry.get("ranking") and "chosen" not in used else []
+    if judged:
+        raise DataError(f"{where}: {first_few(judged)} hold judged answers; use task 'dpo' or 'kto'")
+    if media := [n for n in MEDIA if n in columns]:
         raise DataError(
-            f"{where}: {first_few(other)} belong to another task; this one learns from text alone"
+            f"{where}: {first_few(media)} belong to another task; this one learns from text alone"
         )
     odd = [n for n in entry if n not in KNOWN]
     if odd or not {"file_name", "hf_hub_url"} & {*entry}:
         raise DataError(f"{where}: unsupported entries {first_few(odd) or 'without file_name or hf_hub_url'}")
-    return Listed(
-        _source(path, entry),
-        _shape(where, entry.get("formatting", "alpaca"), columns, tags),
-        entry.get("num_samples"),
-    )
+    found = _shape(where, entry.get("formatting", "alpaca"), columns, tags)
+    found = found._replace(forms=shape.forms, media=shape.media)
+    return Listed(_source(path, entry), found, entry.get("num_samples"))
 
 
 def _source(path: Path, entry: Mapping[str, Any]) -> str:
@@ -88,7 +93,7 @@ def _source(path: Path, entry: Mapping[str, Any]) -> str:
 def _shape(where: str, formatting: str, columns: Mapping[str, str], tags: Mapping[str, str]) -> Shape:
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise DataError(f"{where}: formatting must be alpaca, sharegpt or openai, got {formatting!r}")
-    ours = ALPACA if formatting == "alpaca" else TALK
+    ours = {**(ALPACA if formatting == "alpaca" else TALK), **JUDGED}
     odd = [n for n in columns if n not in ours] + [n for n in tags if n not in TAGS]
     if odd:
         raise DataError(

@@ -19,9 +19,8 @@ def decided(run: Run, device: torch.device) -> Run:
     Raises ConfigError for settings that do not fit the device.
     """
     rated = optim.make(run.optimiser, **run.optimiser_options).rated_as
-    lr = run.lr or rates.default(
-        run.method, rated, run.model == embedded.PREFIX, str(run.options.get("init"))
-    )
+    usual = (run.method, rated, run.model == embedded.PREFIX, str(run.options.get("init")))
+    lr = run.lr or tasks.get(run.task).RATE * rates.default(*usual)
     fastest = max(lr, run.embedding_lr or 0.0)
     if fastest * run.weight_decay >= 1:
         raise ConfigError(

@@ -25,7 +25,7 @@ __all__ = [
     "options_of",
 ]
 
-TASKS = Registry(__name__, "task", apart=("base", "senses", "measures", "text"), dashes=True)
+TASKS = Registry(__name__, "task", apart=("base", "senses", "measures", "text", "preference"), dashes=True)
 DEFAULT = "causal-lm"
 
 

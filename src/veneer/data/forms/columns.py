@@ -41,7 +41,10 @@ MORE = {
 STRUCTURED = ("messages", "conversations", "conversation", "alpaca", "pair")
 COLUMNS = [c for names in FORMS.values() for c in names]
 EMPTY = "empty"
-CHOSEN = f"to learn the chosen answers, set {option('columns')} to prompt=..,completion=chosen"
+CHOSEN = (
+    f"use {option('task', 'dpo')}, or set {option('columns')} to prompt=..,completion=chosen to learn the"
+    " chosen answers alone"
+)
 OTHER_TASKS = {
     ("chosen", "rejected"): f"preferences; {CHOSEN}",
     ("input_ids",): "token ids; give the text itself",

@@ -17,6 +17,9 @@ TARGETS = (
     "text", "prompt", "completion", "messages", "tools", "conversations", "system", "instruction", "input",
     "output", "history",
 )  # fmt: skip
+# Those of tasks with rows of their own.
+OF_TASKS = ("label", "chosen", "rejected")
+TALKS = ("conversations", "chosen", "rejected")  # hold turns whose keys may have other names
 
 
 class Shape(NamedTuple):
@@ -58,8 +61,12 @@ class Shape(NamedTuple):
             found["prompt"] = self._filled(row)
             if "completion" not in found:
                 found["completion"] = as_text(at(row, "completion"))
-        if self.tags and isinstance(turns := opened(found.get("conversations")), list):
-            found["conversations"] = [self._renamed(turn) for turn in turns]
+        for name in TALKS if self.tags else ():
+            turns = opened(found.get(name))
+            if isinstance(turns, list):
+                found[name] = [self._renamed(turn) for turn in turns]
+            elif isinstance(turns, dict):
+                found[name] = self._renamed(turns)
         unused = {name: row[name] for name in row if name not in self._read}
         return {**{name: value for name, value in unused.items() if name not in TARGETS}, **found}
 
@@ -105,9 +112,9 @@ def template_of(given: str) -> str:
 
 def problems(columns: Mapping[str, str], template: str) -> Iterator[str]:
     """Yields a sentence for every unsuitable setting of a shape."""
-    odd = [name for name in columns if name not in TARGETS]
+    odd = [name for name in columns if name not in (*TARGETS, *OF_TASKS)]
     if odd:
-        known, given = ", ".join(TARGETS), first_few(map(repr, odd))
+        known, given = ", ".join((*TARGETS, *OF_TASKS)), first_few(map(repr, odd))
         yield f"{option('columns')} must set {known}, got {given}; write NEW=COLUMN"
     if template:
         try:

@@ -98,7 +98,7 @@ def _listed(name: str, shape: Shape) -> dataset_info.Listed:
         )
     found = dataset_info.parted(name)
     assert found is not None, name
-    return dataset_info.find(*found)
+    return dataset_info.find(*found, shape)
 
 
 def stream(name: str, split: str, shape: Shape = AS_IS) -> Iterator[Row]:

@@ -1,0 +1,1 @@
+"""Parts of the tasks that learn from preferences: columns, tokens, log-probabilities, figures."""
