@@ -120,9 +120,9 @@ class Preference(Task, Decoder, Outlined):
         """Returns the examples of a row."""
 
     def evaluated(self, kept: Sequence[Encoded], at_most: int) -> list[Any]:
-        if kept and kept[0].row.kind == TEXT:
-            at_most = min(at_most, WINDOWS) or WINDOWS
-        return super().evaluated(kept, at_most)
+        if not at_most or not kept or kept[0].row.kind != TEXT:
+            return super().evaluated(kept, at_most)
+        return super().evaluated(windows.some(kept, min(at_most, WINDOWS), self.reading.window), 0)
 
     # -- batches
 
