@@ -595,14 +595,17 @@ def test_the_last_layers_of_mlx(folder):
     ("values", "text"),
     [
         (
-            {"base_model": "m", "micro_batch_size": 1, "rl": "dpo"},
-            "axolotl: training must be supervised, got rl: dpo",
+            {"base_model": "m", "micro_batch_size": 1, "rl": "grpo"},
+            "axolotl: rl must be dpo, ipo, orpo, kto, simpo, got 'grpo'",
         ),
         (
             {"base_model": "m", "micro_batch_size": 1, "adapter": "llama-adapter"},
             "axolotl: adapter must be lora, qlora or empty, got 'llama-adapter'",
         ),
-        ({"stage": "dpo", "finetuning_type": "lora"}, "LLaMA-Factory: stage must be sft or pt, got 'dpo'"),
+        (
+            {"stage": "ppo", "finetuning_type": "lora"},
+            "LLaMA-Factory: stage must be sft, pt, dpo or kto, got",
+        ),
         (
             {"stage": "sft", "finetuning_type": "oft"},
             "LLaMA-Factory: finetuning_type must be lora or full, got 'oft'",

@@ -41,7 +41,7 @@ def convert_config(
 
     config: YAML or JSON file
     out: new YAML file, with uncarried settings as comments; must not exist
-    tool: program: axolotl, llamafactory, llamafactory-v1, torchtune, mlx-lm, trl or unsloth [detected]
+    tool: axolotl, llamafactory, llamafactory-v1, torchtune, mlx-lm, trl, trl-dpo, .. or unsloth [detected]
     model: base model, for mlx-lm's files, which count its layers
     """
     path = Path(config)

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.convert.settings import axolotl, llamafactory, llamafactory_v1, mlx, torchtune, trl, unsloth
+from veneer.convert.settings import (
+    axolotl,
+    llamafactory,
+    llamafactory_v1,
+    mlx,
+    preferences,
+    torchtune,
+    trl,
+    unsloth,
+)
 from veneer.convert.settings.given import Given, Translation, Uncarried
 from veneer.errors import ConfigError, suggest
 
@@ -48,6 +57,8 @@ def translate(
     count from the last one. Raises ConfigError for an unknown program and for unsupported kinds of training.
     """
     name = tool or tool_of(values)
+    if name in {f"trl-{stage}" for stage in preferences.TRL}:
+        return trl.translate(values, name)
     if name not in TOOLS:
         raise ConfigError(f"unknown program {name!r}{suggest(name, TOOLS)}")
     if name == "mlx":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.convert.settings import execution, trainer
+from veneer.convert.settings import execution, preferences, trainer
 from veneer.convert.settings.given import NOTHING, UNSUPPORTED, Given, Translation, Uncarried, without_nothing
 from veneer.errors import ConfigError
 
@@ -65,12 +65,14 @@ ROWS = {
 
 
 def translate(values: Mapping[str, Any]) -> Translation:
-    """Returns Veneer's settings for an axolotl file. Raises ConfigError unless the training is supervised."""
+    """Returns Veneer's settings for an axolotl file.
+
+    Raises ConfigError unless the training is supervised or one of preferences.
+    """
     given, out = Given(values, DEFAULTS), Translation("axolotl")
-    if given.has("rl") or given.has("reward_model"):
-        raise ConfigError(
-            f"axolotl: training must be supervised, got rl: {given.take('rl') or 'reward_model'}"
-        )
+    if given.has("reward_model"):
+        raise ConfigError("axolotl: reward models are unsupported; train preferences by rl: dpo")
+    prefers = preferences.axolotl(given, out)
     out.settings |= without_nothing(
         {
             "model": given.take("base_model"),
@@ -88,6 +90,8 @@ def translate(values: Mapping[str, Any]) -> Translation:
         "train_on": "all" if given.take("train_on_inputs") else "completion",
         "seed": given.take("seed"),
     }
+    if prefers:
+        out.settings = preferences.without_text(out.settings)
     trainer.optimiser(given, out, "optimizer")
     _galore(given, out)
     trainer.schedule(given, out, "lr_scheduler")

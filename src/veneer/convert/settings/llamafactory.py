@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.convert.settings import execution, trainer
+from veneer.convert.settings import execution, preferences, trainer
 from veneer.convert.settings.given import UNSUPPORTED, Given, Translation, Uncarried, without_nothing
 from veneer.errors import ConfigError
 from veneer.files import read_json
@@ -58,7 +58,9 @@ ELSEWHERE = {
     "buffer_size": "Veneer's stream holds windows, not rows; set buffer",
 }
 INFO = "dataset_info.json"
-OTHER_TASKS = ("ranking", "chosen", "rejected", "kto_tag", "images", "videos", "audios")
+PREFERENCES = ("dpo", "kto")  # stages
+JUDGED = ("ranking", "chosen", "rejected", "kto_tag")
+MEDIA = ("images", "videos", "audios")
 GALORE = {"rank": "galore_rank", "period": "galore_update_interval", "scale": "galore_scale"}
 
 
@@ -70,14 +72,14 @@ def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
     """
     given, out = Given(values, DEFAULTS), Translation("llamafactory")
     stage, kind = given.take("stage"), given.take("finetuning_type")
-    if stage not in ("sft", "pt"):
-        raise ConfigError(f"LLaMA-Factory: stage must be sft or pt, got {stage!r}")
+    if stage not in ("sft", "pt", *PREFERENCES):
+        raise ConfigError(f"LLaMA-Factory: stage must be sft, pt, dpo or kto, got {stage!r}")
     if kind not in ("lora", "full"):
         raise ConfigError(f"LLaMA-Factory: finetuning_type must be lora or full, got {kind!r}")
     out.settings |= without_nothing(
         {"model": given.take("model_name_or_path"), "out": given.take("output_dir")}
     )
-    _data(given, out, folder)
+    _data(given, out, folder, stage)
     if kind == "full":
         out.settings["method"] = "full"
         given.leave("quantization_bit", "full fine-tuning needs an unquantised base")
@@ -87,6 +89,9 @@ def translate(values: Mapping[str, Any], folder: Path = Path()) -> Translation:
         _method(given, out)
         _quantised(given, out)
     _training(given, out, stage)
+    if stage in PREFERENCES:
+        preferences.llamafactory(given, out, stage)
+        out.settings = preferences.without_text(out.settings)
     for key, why in {**dict.fromkeys(HARMLESS, UNSUPPORTED), **ELSEWHERE}.items():
         given.leave(key, why, HARMLESS.get(key, ()))
     out.uncarried += given.uncarried()
@@ -151,7 +156,7 @@ def _quantised(given: Given, out: Translation) -> None:
         given.leave("quantization_bit", "Veneer quantises to 4 or 8 bits")
 
 
-def _data(given: Given, out: Translation, folder: Path) -> None:
+def _data(given: Given, out: Translation, folder: Path, stage: str) -> None:
     """Translates names of data into files by dataset_info.json; lists unknown names as not carried."""
     where = folder / str(given.take("dataset_dir"))
     known = read_json(where / INFO) if (where / INFO).is_file() else {}
@@ -161,7 +166,8 @@ def _data(given: Given, out: Translation, folder: Path) -> None:
             entry = known.get(name, {})
             if {"file_name", "hf_hub_url"} & {*entry}:
                 out.settings[ours] = (*out.settings.get(ours, ()), _listed(where, name, entry))
-                for key in [k for k in OTHER_TASKS if entry.get(k) or entry.get("columns", {}).get(k)]:
+                others = MEDIA if stage in PREFERENCES else (*JUDGED, *MEDIA)
+                for key in [k for k in others if entry.get(k) or entry.get("columns", {}).get(k)]:
                     why = "of another task; Veneer refuses this data set"
                     out.uncarried.append(Uncarried(f"{theirs}.{name}.{key}", True, why))
             else:

@@ -1,16 +1,17 @@
-"""TRL's YAML for `trl sft`: https://huggingface.co/docs/trl/sft_trainer"""
+"""TRL's YAML for `trl sft`, dpo, kto, orpo and cpo: https://huggingface.co/docs/trl/sft_trainer"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from veneer.convert.settings import execution, trainer
+from veneer.convert.settings import execution, preferences, trainer
 from veneer.convert.settings.given import NOTHING, UNSUPPORTED, Given, Translation, Uncarried, without_nothing
 
 SIGNS = (
     "use_peft", "dataset_name", "dataset_train_split", "completion_only_loss", "assistant_only_loss",
     "dataset_text_field", "packing_strategy", "padding_free", "chat_template_path", "loss_type",
+    "desirable_weight", "undesirable_weight",
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {  # of trl 1.16
     "dataset_train_split": "train",
@@ -68,16 +69,33 @@ ELSEWHERE = {
 }
 
 
-def translate(values: Mapping[str, Any]) -> Translation:
-    """Returns Veneer's settings for TRL's supervised fine-tuning."""
-    given, out = Given(values, DEFAULTS), Translation("trl")
+def translate(values: Mapping[str, Any], tool: str = "trl") -> Translation:
+    """Returns Veneer's settings for TRL's trainers. tool: trl, or trl-dpo, trl-kto, trl-orpo, trl-cpo."""
+    stage = preferences.stage_of_trl(values, tool)
+    defaults = {**DEFAULTS, **(preferences.TRL_DEFAULTS if stage else {})}
+    given, out = Given(values, defaults), Translation("trl")
     out.settings |= without_nothing(
         {"model": given.take("model_name_or_path"), "out": given.take("output_dir")}
     )
     _data(given, out)
     adapters(given, out) if given.take("use_peft") else _whole(given, out)
+    out.settings["length"] = given.take("max_length")
+    if stage:
+        preferences.trl(given, out, stage)
+    else:
+        _texts(given, out)
+    template = given.take("chat_template_path")
+    out.settings |= without_nothing({"chat_template": template})
+    training(given, out)
+    for key, why in {**dict.fromkeys(HARMLESS, UNSUPPORTED), **ELSEWHERE}.items():
+        if not (stage and key == "loss_type"):
+            given.leave(key, why, HARMLESS.get(key, ()))
+    out.uncarried += given.uncarried()
+    return out
+
+
+def _texts(given: Given, out: Translation) -> None:
     out.settings |= {
-        "length": given.take("max_length"),
         "packing": bool(given.take("packing")),
         "train_on": "all" if given.take("completion_only_loss") is False else "completion",
     }
@@ -85,13 +103,6 @@ def translate(values: Mapping[str, Any]) -> Translation:
         out.notes.append(
             "train_on: Veneer learns the assistant's turns of conversations; TRL all, by default"
         )
-    template = given.take("chat_template_path")
-    out.settings |= without_nothing({"chat_template": template})
-    training(given, out)
-    for key, why in {**dict.fromkeys(HARMLESS, UNSUPPORTED), **ELSEWHERE}.items():
-        given.leave(key, why, HARMLESS.get(key, ()))
-    out.uncarried += given.uncarried()
-    return out
 
 
 def _data(given: Given, out: Translation) -> None:
