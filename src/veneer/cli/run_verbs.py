@@ -38,6 +38,15 @@ Bound = Annotated[
         rich_help_panel="Evaluation",
     ),
 ]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="<name>",
+        help="Settings that a study of LoRA recommends: learns-less, without-regret. Flags replace them.",
+        rich_help_panel=panel_of("config"),
+    ),
+]
 Configs = Annotated[
     list[Path],
     typer.Argument(
@@ -78,6 +87,7 @@ def fit() -> Call:
     def call(
         *,
         config: Config = None,
+        recipe: Recipe = None,
         forget_at_most: Bound = None,
         as_json: Json = False,
         debug: Debug = False,
@@ -87,9 +97,9 @@ def fit() -> Call:
             from veneer.search.budget import within
 
             limit = given.share("forget_at_most", forget_at_most)
-            show(within.fit_within(run_of(config, every, values), limit), within.text, as_json)
+            show(within.fit_within(run_of(config, every, values, recipe), limit), within.text, as_json)
             return
-        result = start(run_of(config, every, values))
+        result = start(run_of(config, every, values, recipe))
         show(_record(result) if as_json else result, summary, as_json)
 
     return flags.declare(call, every)
@@ -118,12 +128,13 @@ def plan() -> Call:
     def call(
         *,
         config: Config = None,
+        recipe: Recipe = None,
         probe: Probe = True,
         as_json: Json = False,
         debug: Debug = False,
         **values: Any,
     ) -> int:
-        found = run(run_of(config, every, values), probe=probe)
+        found = run(run_of(config, every, values, recipe), probe=probe)
         show(found, text, as_json)
         return 0 if found.problem is None else 3
 
@@ -167,15 +178,23 @@ def of_run() -> list[flags.Flag]:
     return [*flags.of_settings(Run), *flags.of_methods(), *flags.of_optimisers(), *flags.of_tasks()]
 
 
-def run_of(config: Path | None, every: list[flags.Flag], values: dict[str, Any]) -> Run:
-    """Returns the run of a file's settings and the flags that replace them, with `auto` settled."""
+def run_of(
+    config: Path | None, every: list[flags.Flag], values: dict[str, Any], recipe: str | None = None
+) -> Run:
+    """Returns the run of a file's settings and the flags that replace them, with `auto` settled.
+
+    recipe: fills up what neither gives.
+    """
     from veneer import settings
-    from veneer.search import auto
+    from veneer.search import auto, recipes
     from veneer.train.loop.progress import Voice
     from veneer.train.run import Run
 
     file = {} if config is None else settings.read_yaml(config.read_text(encoding="utf-8"), str(config))
     chosen = given.over(file, given.values(every, values))
+    if recipe is not None:
+        chosen, reason = recipes.applied(recipe, chosen)
+        Voice(True).say(reason)
     if auto.asked(chosen):
         chosen, reason = auto.settled(chosen)
         Voice(True).say(reason)
