@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -152,6 +154,38 @@ def test_a_server_gives_a_template_one_limit_for_all_forms(quick):
     with pytest.raises(RequestError, match="the chat template takes too long"):
         asks.conversation(tiny.tokenizer(), [message], own=BOMBS["loops"])
     assert time.monotonic() - begun < 3
+
+
+TRACED = """
+import sys, time
+from jinja2 import Template
+from veneer.data.chat import limits
+from veneer.errors import DataError
+
+limits.SECONDS = 0.1
+for text in ({slow!r}, "{{{{ late() }}}}"):
+    def late():  # the limit passes while the last call runs, so that its exception is late
+        watch = limits._watch(__import__("os").getpid())
+        watch.raised.add(me := __import__("threading").get_ident())
+        limits._raise(me)
+    try:
+        with limits.limited(text):
+            Template(text).render(late=late)
+    except DataError:
+        print("ended")
+sys.settrace(lambda frame, event, arg: None)
+for _ in range(10):
+    (lambda: None)()
+print("traced")
+"""
+
+
+def test_a_tracer_works_after_a_limit_was_exceeded():
+    """A debugger, a measure of coverage or Hypothesis would hang for good."""
+    program = TRACED.format(slow=BOMBS["loops"])
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[0] == "ended" and run.stdout.split()[-1] == "traced"
 
 
 @pytest.mark.parametrize("name", templates.names())
