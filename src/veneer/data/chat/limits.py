@@ -104,8 +104,8 @@ class _Watch:
     def _end(self, me: int) -> None:
         """Ends the thread's deadline, and takes in an `Exceeded` that is still on its way.
 
-        It must arrive: CPython 3.11 never ends a function under a tracer once one was taken back, as taking it
-        back leaves the interpreter's flag of waiting exceptions set.
+        It must arrive: taking it back leaves the interpreter's flag of waiting exceptions set, and CPython
+        3.11 then never enters a function under a tracer.
         """
         try:
             self._forget(me)
