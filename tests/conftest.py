@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 # Compiled graphs of this checkout and this processor's instructions only: PyTorch's key leaves both out.
@@ -18,4 +19,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Fixtures that several files use.
-pytest_plugins = ["support.pretraining", "support.real"]
+pytest_plugins = ["support.pretraining", "support.ranks", "support.real"]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves tests of minutes out unless -m names them."""
+    for item in items:
+        if "slow" in item.keywords and "slow" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))

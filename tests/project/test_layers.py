@@ -16,7 +16,7 @@ ROOT = Path(veneer.__file__).parent
 ROWS = [
     ("errors",),
     ("foreign", "disk"),
-    ("registry", "files", "settings", "version", "dtypes", "units", "network", "signals"),
+    ("registry", "files", "settings", "version", "dtypes", "units", "network", "signals", "launcher"),
     ("ops",),
     ("sites",),
     ("methods",),

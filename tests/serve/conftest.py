@@ -25,10 +25,3 @@ def oracle(folders):
 def server(folders):
     with veneer.serve(served.model(), folders, tokenizer=tiny.tokenizer(), watch=0, slots=3) as made:
         yield made
-
-
-def pytest_collection_modifyitems(config, items):
-    """Leaves tests of minutes out unless -m names them."""
-    for item in items:
-        if "slow" in item.keywords and "slow" not in config.getoption("-m"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))

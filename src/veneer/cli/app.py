@@ -13,8 +13,12 @@ from veneer.cli.panels import OUTPUT
 from veneer.cli.table import FIRST, VERBS
 from veneer.cli.verb import GROUPS
 from veneer.cli.words import WORDS, DebugAll
+from veneer.errors import ConfigError
+from veneer.launcher import launched
 
 ABOUT = "Thin low-rank layers over large models: adapt, train, merge, and see what was learned and forgotten."
+
+TOGETHER = ("fit",)  # verbs that the processes of a launcher run together
 
 
 class Verbs(TyperGroup):
@@ -22,6 +26,8 @@ class Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
+        if name not in (None, *TOGETHER) and (n := launched().size) > 1:
+            raise ConfigError(f"{name} runs in one process, got {n} of a launcher; only fit runs in several")
         return name, None if name is None else command(name), rest
 
 

@@ -13,6 +13,8 @@ from veneer.cli import flags, given
 from veneer.cli.calls import Call, Json, show
 from veneer.cli.panels import SPEED, panel_of
 from veneer.cli.words import Debug
+from veneer.errors import ConfigError
+from veneer.launcher import launched
 
 if TYPE_CHECKING:
     from veneer.train.folder.result import Change, Result
@@ -93,14 +95,18 @@ def fit() -> Call:
         debug: Debug = False,
         **values: Any,
     ) -> None:
+        own = launched()
         if forget_at_most is not None:
+            if own.size > 1:
+                raise ConfigError(f"forget_at_most tries runs in one process, got {own.size}; leave it out")
             from veneer.search.budget import within
 
             limit = given.share("forget_at_most", forget_at_most)
             show(within.fit_within(run_of(config, every, values, recipe), limit), within.text, as_json)
             return
         result = start(run_of(config, every, values, recipe))
-        show(_record(result) if as_json else result, summary, as_json)
+        if own.first:
+            show(_record(result) if as_json else result, summary, as_json)
 
     return flags.declare(call, every)
 
@@ -194,10 +200,10 @@ def run_of(
     chosen = given.over(file, given.values(every, values))
     if recipe is not None:
         chosen, reason = recipes.applied(recipe, chosen)
-        Voice(True).say(reason)
+        Voice(launched().first).say(reason)
     if auto.asked(chosen):
         chosen, reason = auto.settled(chosen)
-        Voice(True).say(reason)
+        Voice(launched().first).say(reason)
     given.check_optimiser(every, values, str(chosen.get("optimiser", Run.optimiser)))
     return Run.from_dict(chosen)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from veneer.compress.store import save_quantised
 from veneer.data.order.order import Order
 from veneer.errors import ConfigError, option
 from veneer.files import clean
+from veneer.launcher import launched
 from veneer.models import machine
 from veneer.ops.draws import keyed
 from veneer.runs import base_model
@@ -26,7 +28,7 @@ from veneer.runs.texts import streamed, texts
 from veneer.tasks import Task
 from veneer.tasks.base.abilities import Writer
 from veneer.tasks.base.custom import Loss, with_objective
-from veneer.train import track
+from veneer.train import group, track
 from veneer.train.folder import drift, layout, lock, owner
 from veneer.train.folder.result import Result
 from veneer.train.loop.loop import Loop
@@ -36,22 +38,27 @@ from veneer.train.loop.signals import listening
 from veneer.train.loop.state import Position
 from veneer.train.noise import noisy
 from veneer.train.run import Run
-from veneer.train.world import ALONE, World
+from veneer.train.world import ALONE, World, in_turn
 
 
-def fit(run: Run, *, progress: bool = True, world: World = ALONE, objective: Loss | None = None) -> Result:
+def fit(
+    run: Run, *, progress: bool = True, world: World | None = None, objective: Loss | None = None
+) -> Result:
     """Trains as `run` says, in the folder run.out, and returns the result.
 
     progress: prints sentences on stderr, and a bar on a terminal. world: the processes that train this run
-    together, each with a share of every batch. objective: loss(model, batch) in place of the task's, which
-    returns the sum of the losses and the number of labels; figures stay the task's. Everything is checked
-    before anything is written. Raises the errors of veneer.errors, and those of veneer.train.errors for
-    trainings that end early, all saved.
+    together, each with a share of every batch; those of torchrun unless given. objective: loss(model, batch)
+    in place of the task's, which returns the sum of the losses and the number of labels; figures stay the
+    task's. Everything is checked before anything is written. Raises the errors of veneer.errors, and those
+    of veneer.train.errors for trainings that end early, all saved.
 
         veneer.fit(veneer.Run(model="./llama", data="notes.jsonl", method="dora", options={"rank": 16}))
     """
-    voice = Voice(progress and world.first)
+    if launched().restarts:
+        run = replace(run, resume=True)
     with disk.written(Path(run.out)), ExitStack() as stack:
+        world = stack.enter_context(group.joined(run.device)) if world is None else world
+        voice = Voice(progress and world.first)
         ready = look(run, voice, stack, world)
         if objective is not None:
             ready = _with(ready, objective, voice)
@@ -66,21 +73,21 @@ def fit(run: Run, *, progress: bool = True, world: World = ALONE, objective: Los
 
 
 def fit_until(
-    run: Run, step: int, *, progress: bool = False, reader: Reader | None = None
+    run: Run, step: int, *, progress: bool = False, reader: Reader | None = None, world: World = ALONE
 ) -> Result | Position:
     """Trains as `fit` up to a step and saves there; returns the result once the training has ended.
 
     run: with resume, so that the next call goes on; reader: see `prepare`. Raises the errors of `fit`.
     """
-    voice = Voice(progress)
+    voice = Voice(progress and world.first)
     with disk.written(Path(run.out)), ExitStack() as stack:
-        begun = begin(look(run, voice, stack, reader=reader), voice, stack)
+        begun = begin(look(run, voice, stack, world, reader), voice, stack, world)
         if isinstance(begun, Result):
             return begun
         if run.neftune:
             stack.callback(noisy(begun.ready.model, run.neftune).remove)
         loop = loop_of(begun)
-        wish = stack.enter_context(listening())
+        wish = stack.enter_context(listening(alone=world.size == 1))
         loop.until = step
         position = loop.run(wish)
         return position if loop.paused() else end(begun, loop, position, wish)
@@ -113,7 +120,7 @@ def look(
         if held := (out / layout.CONFIG).exists():
             stack.enter_context(lock.held(out))
     stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-    return prepare(run, device, voice, reader=reader)._replace(held=held)
+    return prepare(run, device, voice, reader=reader, world=world)._replace(held=held)
 
 
 def begin(ready: Ready, voice: Voice, stack: ExitStack, world: World = ALONE) -> Begun | Result:
@@ -173,7 +180,9 @@ def loop_of(begun: Begun) -> Loop:
     torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, draws))))
     laid, pace = lay_out(run, task, ready.texts["train"].examples)
     order = streamed.order(run, task, begun.voice) if run.stream else laid
-    own = keeping(ready, learner(ready, laid, begun.voice), laid, begun.voice)._replace(world=begun.world)
+    plain = learner(ready, laid, begun.voice, begun.world)
+    with in_turn(begun.world):  # one process makes the cache's files
+        own = keeping(ready, plain, laid, begun.voice)
     sample = None
     if run.samples:
         assert isinstance(task, Writer)  # checked with the settings

@@ -15,16 +15,17 @@ from veneer.compress.trp import runs as trp
 from veneer.data.order.order import Order
 from veneer.errors import ConfigError
 from veneer.runs.prepare import Ready
-from veneer.tasks import Objective
+from veneer.tasks import Batch, Objective
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.step import Learner, under_autocast
 from veneer.train.mean import Mean
 from veneer.train.run import Run
 from veneer.train.speed import compiling
 from veneer.train.speed.frozen_cache import Kept
+from veneer.train.world import ALONE, World
 
 
-def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
+def learner(ready: Ready, order: Order, voice: Voice, world: World = ALONE) -> Learner:
     """Returns everything that a step needs, compiled if the run says so. `compiling.restore` undoes it.
 
     Raises ConfigError if the run asks for compilation that model or machine cannot do.
@@ -39,11 +40,12 @@ def learner(ready: Ready, order: Order, voice: Voice) -> Learner:
         run.clip,
         run.weight_decay,
         run.label_smoothing,
+        world=world,
         mean=Mean(ready.parts, run.ema) if run.ema else None,
     )
     trp.hold(ready.model, plain.optimiser, run)
     if not _compiles(ready, order, device, voice):
-        objective = compiling.prepare(ready.model, ready.task, plain.batch(order.step(0)[0], device))
+        objective = compiling.prepare(ready.model, ready.task, _first_batch(plain, order, device))
         return plain._replace(objective=in_precision(run, objective, device))
     return _compiled(ready, plain, order, voice)
 
@@ -80,6 +82,13 @@ def _autocast(run: Run) -> bool:
     return run.trains_base and run.precision == "bf16"
 
 
+def _first_batch(learner: Learner, order: Order, device: torch.device) -> Batch:
+    """Returns this process' share of the first batch, or all of it where it has no share."""
+    micro = order.step(0)
+    own = learner.world.shares(micro, learner.task.COMPARES)
+    return learner.batch((own or micro)[0], device)
+
+
 def _compiles(ready: Ready, order: Order, device: torch.device, voice: Voice) -> bool:
     """Tells if the run is compiled.
 
@@ -101,8 +110,9 @@ def _compiled(ready: Ready, plain: Learner, order: Order, voice: Voice) -> Learn
     """Returns the learner with blocks and loss compiled; the plain one if that fails and the run allows
     both."""
     run, task, device = ready.run, ready.task, next(ready.model.parameters()).device
-    learner = plain._replace(shapes=compiling.Shapes(run.batch, compiling.widths(run.window, run.packing)))
-    batch = learner.batch(order.step(0)[0], device)
+    rows = run.batch if task.COMPARES else math.ceil(run.batch / plain.world.size)
+    learner = plain._replace(shapes=compiling.Shapes(rows, compiling.widths(run.window, run.packing)))
+    batch = _first_batch(learner, order, device)
     objective = compiling.prepare(
         ready.model, task, batch, compiled=True, with_graphs=run.compile == "graphs"
     )

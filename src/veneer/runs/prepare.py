@@ -28,11 +28,12 @@ from veneer.runs.trained import NAME
 from veneer.tasks import Task
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.heads import heads
-from veneer.train import checks
+from veneer.train import checks, same_start
 from veneer.train.loop.progress import Notes, Voice
 from veneer.train.run import Run
 from veneer.train.speed import compiling, frozen_blocks, frozen_cache
 from veneer.train.speed.frozen_blocks import Prefix
+from veneer.train.world import ALONE, World
 from veneer.units import size
 from veneer.version import __version__
 
@@ -60,23 +61,31 @@ class Ready(NamedTuple):
 
 
 def prepare(
-    run: Run, device: torch.device, voice: Voice, *, only_shapes: bool = False, reader: Reader | None = None
+    run: Run,
+    device: torch.device,
+    voice: Voice,
+    *,
+    only_shapes: bool = False,
+    reader: Reader | None = None,
+    world: World = ALONE,
 ) -> Ready:
     """Reads and checks everything, cheap things first. Raises the errors of what does not fit.
 
     only_shapes: the trained parameters need not have their starting values, nor the base a fingerprint.
-    reader: in place of `read`, for several runs on the same texts.
+    reader: in place of `read`, for several runs on the same texts. world: the processes that train the run;
+    the first one computes its start.
     """
     run = decided(texts.named(run), device)
     with voice.phase("reading texts"):
         run, task, found = (reader or read)(run, voice)
+    same_start.check_batches(run, task, world)
     with voice.phase("loading the model"):
         model, stats = base_model.base(run, task, run.base_dtype, device, voice, only_shapes=only_shapes)
     task.check(model, [e for t in found.values() for e in t.examples])
     sha256 = "" if only_shapes else fingerprint.measure(model)["sha256"]
     base = {"model": run.model, "class": type(model).__name__, "sha256": sha256}
     if start_calibration.needed(run):
-        blank = only_shapes or start_calibration.goes_on(run)
+        blank = only_shapes or start_calibration.goes_on(run) or not world.first
         train = None if blank else found["train"].examples
         stats = start_calibration.statistics(model, run, task, train, voice)
     with voice.phase("starting the adapter"):
@@ -87,18 +96,23 @@ def prepare(
     prefix = _try_out(model, run, task, found, voice)
     optimiser = optim.make(run.optimiser, **run.optimiser_options)
     _announce(model, run, task, parts, optimiser, found, voice)
+    config = _config(run, task, found, {"base": base, **begun, "notes": list(voice.said)})
+    own_base = base_model.start_of(run) is not None
+    same_start.same_start(model, parts, config, world, own_base=own_base)
+    return Ready(run, task, model, parts, optimiser, found, config, prefix)
+
+
+def _config(run: Run, task: Task, found: Mapping[str, Text], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of config.json."""
     rendering = task.rendering(found["train"].facts)
-    config = {
+    return {
         "veneer": __version__,
         "versions": machine.versions(),
         "run": asdict(run),
         "data": {part: t.facts for part, t in found.items()},
-        "base": base,
         **({"rendering": rendering} if rendering else {}),
-        **begun,
-        "notes": list(voice.said),
+        **more,
     }
-    return Ready(run, task, model, parts, optimiser, found, config, prefix)
 
 
 Reader = Callable[[Run, Notes], tuple[Run, Task, dict[str, Text]]]

@@ -27,6 +27,7 @@ class Embeddings(Vectors):
     temperature: divides the cosines
     """
 
+    COMPARES = True
     METRIC = Metric("nearest", "share of texts nearest to their partner", lower_is_better=False)
     FORMS = {
         "partners": ("anchor", "positive"),

@@ -1,13 +1,17 @@
-"""The processes that train together. So far there is one; a second kind of World brings more."""
+"""The processes that train together: the interface, and the world of one process."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 Number = TypeVar("Number", int, float, Tensor)
+DIGEST = 8  # int32 numbers of a SHA-256
 
 
 class World(ABC):
@@ -28,6 +32,55 @@ class World(ABC):
     def first(self) -> bool:
         """Tells if this is the process that writes files and speaks."""
         return self.rank == 0
+
+    @torch.no_grad()
+    def join(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor by its sum over all processes, in one exchange for each dtype.
+
+        The layouts of the tensors stay: later products depend on them.
+        """
+        if self.size == 1:
+            return
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            alike = [t for t in tensors if t.dtype == dtype]
+            flat = self.sum(torch.cat([t.reshape(-1) for t in alike]))
+            for t, own in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+                t.copy_(own.view(t.shape))
+
+    @torch.no_grad()
+    def share(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Replaces each tensor by the one of process `source`."""
+        for t in tensors if self.size > 1 else ():
+            t.copy_(self.sum(t.clone() if self.rank == source else torch.zeros_like(t)))
+
+    def unlike(self, digest: str) -> list[int]:
+        """Returns the processes whose hexadecimal digest differs from the first one's."""
+        if self.size == 1:
+            return []
+        every = torch.zeros(self.size, DIGEST, dtype=torch.int64)
+        every[self.rank] = torch.tensor([int(digest[i : i + 8], 16) for i in range(0, 8 * DIGEST, 8)])
+        every = self.sum(every)
+        return [rank for rank in range(self.size) if not torch.equal(every[rank], every[0])]
+
+    def shares(self, micro: Sequence[Sequence[Any]], whole: bool = False) -> list[list[Any]]:
+        """Returns this process' share of a step's micro-batches: a part of each.
+
+        whole: micro-batches that must not be divided, dealt out in turn.
+        """
+        if whole:
+            return [list(some) for some in micro[self.rank :: self.size]]
+        shares = [list(some[self.rank :: self.size]) for some in micro]
+        return [some for some in shares if some]
+
+
+@contextmanager
+def in_turn(world: World) -> Iterator[None]:
+    """The first process passes the block before the others enter it."""
+    if not world.first:
+        world.barrier()
+    yield
+    if world.first:
+        world.barrier()
 
 
 class Alone(World):

@@ -59,6 +59,7 @@ class Task(ABC):
     EVALUATED: ClassVar[int] = 0  # examples of a text that are measured unless the run says; 0: all
     RATE: ClassVar[float] = 1.0  # share of the usual learning rate that a run takes unless it names one
     FIXED: ClassVar[bool] = True  # the model sees an example alike in every pass
+    COMPARES: ClassVar[bool] = False  # the loss compares the examples of a batch, which stays whole
     NEW_HEAD: ClassVar[bool] = (
         False  # the model's head may be missing; it is trained whole beside the adapter
     )

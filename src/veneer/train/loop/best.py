@@ -13,9 +13,18 @@ from veneer.tasks import Figure
 from veneer.train.errors import Diverged
 from veneer.train.folder import checkpoint, owner
 from veneer.train.loop import state
+from veneer.train.world import World
 
 if TYPE_CHECKING:
     from veneer.train.loop.loop import Loop
+
+
+def shared(figures: Mapping[str, list[Figure]], world: World) -> dict[str, list[Figure]]:
+    """Returns the figures with the first process' values: all processes choose one best step."""
+    values = torch.tensor([f.value for some in figures.values() for f in some], dtype=torch.float64)
+    world.share([values])
+    own = iter(values.tolist())
+    return {text: [f._replace(value=next(own)) for f in some] for text, some in figures.items()}
 
 
 def check_finite(loop: Loop, figures: Mapping[str, Sequence[Figure]]) -> None:

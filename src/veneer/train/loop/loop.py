@@ -13,7 +13,6 @@ from veneer.data.order.order import Steps
 from veneer.errors import DataError, option
 from veneer.signals import Stopped
 from veneer.tasks import Figure
-from veneer.tasks.base.task import nothing
 from veneer.train.errors import Diverged, Interrupted
 from veneer.train.folder import checkpoint, owner
 from veneer.train.folder.layout import CHECKPOINTS, Metrics, Written
@@ -25,6 +24,7 @@ from veneer.train.loop.state import Position, known
 from veneer.train.loop.step import Learner, Outcome
 from veneer.train.speed.compiling import eagerly
 from veneer.train.track import Feed
+from veneer.train.world import in_turn
 
 PATIENCE = 5  # steps in a row that may be skipped
 Texts = Mapping[str, Sequence[Any]]
@@ -85,16 +85,13 @@ class Loop:
 
     def _newest(self) -> tuple[checkpoint.Checkpoint | None, list[str]]:
         """Returns the newest checkpoint; the first process sets damaged ones aside before others look."""
-        if not self.world.first:
-            self.world.barrier()
-        found = checkpoint.newest(self.checkpoints)
-        if self.world.first:
-            self.world.barrier()
-        return found
+        with in_turn(self.world):
+            return checkpoint.newest(self.checkpoints)
 
     def run(self, wish: Wish) -> Position:
         """Trains to the end. Saves and raises Interrupted after a signal, Diverged after skipped steps."""
         self.wish = wish
+        self.world.barrier()
         started = time.monotonic() - self.position.seconds
         try:
             with self.voice.bar(self.pace.steps, self.position.step):
@@ -115,7 +112,7 @@ class Loop:
 
     def agree(self, wish: Wish) -> None:
         """Raises Stop in all processes if a signal came in any."""
-        if self.world.sum(wish.number or 0) and wish.number is None:
+        if self.world.size > 1 and self.world.sum(wish.number or 0) and wish.number is None:
             wish.number = signal.SIGTERM
         wish.check()
 
@@ -164,8 +161,7 @@ class Loop:
                 f"{e.text}\nthe training ended after step {p.step} of {self.pace.steps}; "
                 f"correct the data and {then}"
             ) from e
-        shares = [some[world.rank :: world.size] for some in micro]
-        return [some for some in shares if some], self.pace.rate(p.step)
+        return world.shares(micro, self.learner.task.COMPARES), self.pace.rate(p.step)
 
     def take(self, outcome: Outcome, before: float, started: float) -> None:
         """Records a step. before, started: clock seconds at the beginning of the step and of the training."""
@@ -215,29 +211,30 @@ class Loop:
 
     def _sample(self) -> None:
         """Adds texts that the model writes to metrics.jsonl, and shows them."""
-        if self.sample is None or not self.world.first:
+        if self.sample is None:
             return
-        with eagerly(), self.precision(), self._averaged():
-            self.learner.model.eval()
-            samples = self.sample()
-        self.metrics.write({"step": self.position.step, "samples": samples})
-        for one in samples:
-            self.voice.tell(f"step {self.position.step}: {one['prompt']} ⟦{one['text']}⟧")
+        if self.world.first:
+            with eagerly(), self.precision(), self._averaged():
+                self.learner.model.eval()
+                samples = self.sample()
+            self.metrics.write({"step": self.position.step, "samples": samples})
+            for one in samples:
+                self.voice.tell(f"step {self.position.step}: {one['prompt']} ⟦{one['text']}⟧")
+        self.world.barrier()
 
     def _averaged(self) -> AbstractContextManager[Any]:
         """Returns a context in which the running mean, if the training has one, stands for the parameters."""
         return nullcontext() if self.learner.mean is None else self.learner.mean.used()
 
     def measure(self, names: Sequence[str]) -> dict[str, list[Figure]]:
-        """Returns the figures of texts by name. Raises Stop if a signal comes and no other process waits."""
-        figures, between = {}, self.wish.check if self.world.size == 1 else nothing
+        """Returns the figures of texts by name, the first process' in all. Raises Stop if a signal comes."""
+        figures: dict[str, list[Figure]] = {}
         for name in names:
             self.voice.show(self.position.step, f"{name} text", "measuring")
+            own: dict[str, Any] = {"batch": self.order.batch, "between": lambda: self.agree(self.wish)}
             with eagerly(), self.precision(), self._averaged():
-                figures[name] = self.learner.task.measure(
-                    self.learner.model, self.texts[name], batch=self.order.batch, between=between
-                )
-        return figures
+                figures[name] = self.learner.task.measure(self.learner.model, self.texts[name], **own)
+        return best.shared(figures, self.world)
 
     def save(self) -> None:
         """Writes a checkpoint of the current step unless there is one. Raises Diverged for NaN parameters."""

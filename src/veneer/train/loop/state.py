@@ -131,6 +131,8 @@ def draw_on(learner: Learner, saved: Mapping[str, Tensor]) -> None:
     """Continues this process' random numbers from the states of `draws`."""
     own = "rng" if learner.world.first else f"rng.{learner.world.rank}"
     torch.set_rng_state(saved.get(own, saved["rng"]))
+    if own not in saved:  # fewer processes saved it; two with the same draws would drop out alike
+        torch.manual_seed(int(torch.randint(1 << 62, ())) ^ learner.world.rank)
     if "rng.cuda" in saved:
         torch.cuda.set_rng_state(saved["rng.cuda"], learner.parts[0].parameter.device)
 

@@ -141,9 +141,10 @@ class Learner(NamedTuple):
         """Replaces every gradient by its sum over the world; a parameter without one adds zero."""
         if self.world.size == 1:
             return
-        for part in self.parts:
-            p = part.parameter
-            p.grad = self.world.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+        parameters = [part.parameter for part in self.parts]
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.world.join([p.grad for p in parameters if p.grad is not None])
 
     def _clip(self) -> float:
         parameters, most = [p.parameter for p in self.parts], self.clip or math.inf

@@ -1,0 +1,60 @@
+"""Whole runs, in one process or in a share of several, and the examples that each process learned from."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+from unittest import mock
+
+import torch
+
+from veneer.optim.base.groups import Part
+from veneer.runs.fit import fit_until
+from veneer.train import same_start
+from veneer.train.loop.loop import Loop
+from veneer.train.run import Run
+from veneer.train.world import World
+
+
+def until(world: World, given: dict[str, Any], step: int) -> list[tuple[int, list[str]]]:
+    """Trains to a step; returns, for each step, the hashes of this process' examples."""
+    seen: list[tuple[int, list[str]]] = []
+    due = Loop.due
+
+    def watched(loop: Loop) -> Any:
+        micro, rate = due(loop)
+        seen.append((loop.position.step, [_hash(loop, e) for some in micro for e in some]))
+        return micro, rate
+
+    with mock.patch.object(Loop, "due", watched):
+        fit_until(Run.from_dict(given), step, world=world)
+    return seen
+
+
+def _hash(loop: Loop, example: Any) -> str:
+    tensors = loop.learner.task.as_tensors([example])
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for _, t in sorted(tensors.items()))).hexdigest()
+
+
+def start(world: World, *, changed: str = "") -> tuple[torch.Tensor, str]:
+    """Begins with other factors in each process; returns A after `same_start`, and the error's text.
+
+    changed: what is different in the last process: "weight" or "data".
+    """
+    from support import models
+
+    import veneer
+    from veneer.errors import ConfigError
+
+    model, odd = models.llama(), world.rank == world.size - 1
+    veneer.attach(model, rank=2, seed=world.rank)
+    if changed == "weight" and odd:
+        with torch.no_grad():
+            model.get_parameter("lm_head.weight")[3, 5] += 1e-3
+    parts = [Part(n, p, "A") for n, p in model.named_parameters() if p.requires_grad]
+    config = {"run": {}, "base": {}, "data": {"train": {"rows": 1 + (changed == "data" and odd)}}}
+    try:
+        same_start.same_start(model, parts, config, world, own_base=False)
+    except ConfigError as e:
+        return parts[0].parameter.detach().clone(), str(e)
+    return parts[0].parameter.detach().clone(), ""

@@ -1,0 +1,67 @@
+"""Steps of one small training, in one process or in a share of several."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from support import models, wire
+from support.objectives import causal_lm
+
+import veneer
+from veneer import optim
+from veneer.data.pack import IGNORED, Segment, Window
+from veneer.optim.base import groups
+from veneer.tasks.text import next_token
+from veneer.train.loop.step import Learner
+from veneer.train.world import World
+
+ROWS = 8
+
+
+def windows(n: int, seed: int = 3) -> list[Window]:
+    """Windows of one length with unequal masks, so that a mean of the processes' means would be wrong."""
+    draw, found = torch.Generator().manual_seed(seed), []
+    for i in range(n):
+        inputs, labels = torch.randint(models.VOCABULARY, (2, 12), generator=draw)
+        labels[: i % 7] = IGNORED
+        found.append((Segment(inputs, labels, torch.ones(12)),))
+    return found
+
+
+def train(
+    world: World,
+    optimiser: str,
+    *,
+    method: str = "lora",
+    options: dict[str, Any] | None = None,
+    optimiser_options: dict[str, Any] | None = None,
+    steps: int = 10,
+    same: bool = False,
+    lr: float = 1e-3,
+) -> dict[str, Any]:
+    """Returns losses, norms, a hash of the parameters and the bytes on the wire.
+
+    same: the whole batch in every process, in place of a share.
+    """
+    model = models.llama()
+    if method == "full":
+        parts = groups.of_base(model)
+    else:
+        veneer.attach(model, method, **(options or {}))
+        parts = groups.of_adapter(model, "default")
+    built = optim.make(optimiser, **(optimiser_options or {})).build(optim.Trained(parts))
+    learner = Learner(model, parts, built, causal_lm(), next_token.loss, 1.0, 0.01, world=world)
+    every = windows(steps * ROWS)
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    with wire.counted() as counted:
+        for i in range(steps):
+            micro = [every[i * ROWS : i * ROWS + 4], every[i * ROWS + 4 : (i + 1) * ROWS]]
+            outcome = learner.step(micro if same else world.shares(micro), lr)
+            assert outcome.skipped is None
+            found["losses"].append(outcome.loss)
+            found["norms"].append(outcome.norm)
+    digest = hashlib.sha256(b"".join(p.parameter.detach().numpy().tobytes() for p in parts))
+    gradients = sum(p.parameter.numel() * 4 for p in parts)
+    return {**found, "hash": digest.hexdigest(), "wire": counted.total / (steps * gradients)}
