@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import families
+from torch import nn
 
 import veneer
 from veneer.errors import SiteError
@@ -60,10 +61,11 @@ def test_a_role_that_no_layer_plays():
         SiteError, match="no layer of a LlamaForCausalLM plays the role 'vision'; name layers"
     ):
         find(families.build("llama"), "vision")
-    with pytest.raises(
-        SiteError, match=r"the experts are parameters of 'model.layers.0.mlp.experts', not layers"
-    ):
-        find(families.build("mixtral"), ["experts"])
+    odd = nn.ModuleDict({"experts": nn.Module(), "q": nn.Linear(8, 8)})
+    odd["experts"].w1 = nn.Parameter(torch.randn(4, 8, 8))
+    with pytest.raises(SiteError, match=r"the experts are parameters of 'experts' in an unknown layout"):
+        find(odd, ["experts"])
     assert {n.split(".")[4] for n in (s.name for s in find(families.build("qwen2-moe"), "experts"))} == {
-        "shared_expert"
+        "experts",
+        "shared_expert",
     }

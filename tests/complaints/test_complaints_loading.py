@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import models, tiny
+from support import experts, models, tiny
 from support.resuming import Killed, killed_at
 from torch import nn
 
@@ -118,12 +118,19 @@ def test_automodel_1755_layers_that_are_never_called_are_noticed_at_loading(fold
         model(**models.inputs(model))
 
 
-def test_unsloth_6930_factors_of_fused_experts_are_refused_and_not_guessed(folder):
-    edit(folder, target_parameters=["mlp.experts.gate_up_proj"])
-    assert (
-        "target_parameters=['mlp.experts.gate_up_proj']: bare parameters, not layers, were adapted"
-        in refusal(folder)
-    )
+def test_unsloth_6930_factors_of_fused_experts_keep_their_order(tmp_path):
+    """A's rows run expert by expert, B's columns rank by rank; with two ranks a mistake shows."""
+    model = experts.shake(veneer.attach(experts.model("mixtral"), "lora", to=["down_proj"], rank=2, alpha=2))
+    veneer.save(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    lead = "base_model.model.model.layers.1.mlp.experts.lora_"
+    A, B = tensors[f"{lead}A.weight"], tensors[f"{lead}B.weight"]
+    base = experts.model("mixtral").model.layers[1].mlp.experts.down_proj
+    veneer.merge(model)
+    for e in range(4):
+        change = sum(torch.outer(B[:, k * 4 + e], A[e * 2 + k]) for k in range(2))
+        merged = model.model.layers[1].mlp.experts.down_proj[e]
+        torch.testing.assert_close(merged, base[e] + change, rtol=1e-5, atol=1e-6)
 
 
 def test_lerobot_3459_resuming_goes_on_with_the_trained_weights(tmp_path):

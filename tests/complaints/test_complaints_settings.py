@@ -60,7 +60,7 @@ def test_unsloth_9331_head_and_embedding_get_gradients_where_they_are_adapted(ti
     assert len(norms) == 4 and all(n > 0 for n in norms.values()), norms
 
 
-def test_unsloth_6936_experts_that_are_no_layers_are_refused_and_not_left_frozen():
+def test_unsloth_6936_experts_that_are_no_layers_are_adapted_and_not_left_frozen():
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -75,12 +75,13 @@ def test_unsloth_6936_experts_that_are_no_layers_are_refused_and_not_left_frozen
         MixtralConfig(vocab_size=31, num_local_experts=2, num_experts_per_tok=1, **sizes)
     )
     assert model.model.layers[0].mlp.experts.gate_up_proj.ndim == 3
-    with pytest.raises(SiteError, match=r"no layer is called 'gate_up_proj'"):
-        veneer.attach(model, "lora", to=["q_proj", "gate_up_proj"], rank=2)
-    with pytest.raises(
-        SiteError, match=r"the experts are parameters of 'model\.layers\.0\.mlp\.experts', not layers"
-    ):
-        veneer.attach(model, "lora", to=["experts"], rank=2)
+    with pytest.raises(SiteError, match=r"no layer is called 'gate_proj'"):
+        veneer.attach(model, "lora", to=["q_proj", "gate_proj"], rank=2)
+    veneer.attach(model, "lora", to=["q_proj", "experts"], rank=2)
+    model(torch.arange(8)[None]).logits.square().sum().backward()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * (1 + 2 * 2)
+    assert all(bool(p.grad.any()) for n, p in model.named_parameters() if n in trained and n.endswith("B"))
 
 
 @pytest.mark.parametrize("rank", [1, 8, 16])

@@ -36,6 +36,8 @@ class Family(NamedTuple):
 
 
 BY_NAME = "convolutions by name: the head is its only linear layer"
+EXPERTS = r".*(self_attn|experts\.\d+)\.\w+"
+STACKS = "one pair for each fused expert; `all-linear` leaves experts and router frozen"
 FUSED = "the fused matrix gets one adapter, as PEFT gives it"
 CONVOLUTIONS = r".*(conv\w*|convolution|dwconv|shortcut\.convolution)"
 UNET = {
@@ -109,7 +111,8 @@ FAMILIES = {
         "MixtralForCausalLM",
         "MixtralConfig",
         {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
-        note="experts and router are bare parameters and stay frozen",
+        to=EXPERTS,
+        note=STACKS,
     ),
     "qwen2-moe": Family(
         "Qwen2-MoE",
@@ -122,8 +125,61 @@ FAMILIES = {
             "moe_intermediate_size": 16,
             "shared_expert_intermediate_size": 24,
         },
-        note="routed experts and the gate of one row stay frozen; the shared expert is adapted",
-        exclude=["shared_expert_gate"],
+        to=EXPERTS,
+        note=f"{STACKS}; PEFT misreads the names of shared experts",
+    ),
+    "qwen3-moe": Family(
+        "Qwen3-MoE",
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**HEADED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        to=EXPERTS,
+        note=STACKS,
+    ),
+    "deepseek": Family(
+        "DeepSeek-V3",
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {
+            **DECODER,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "v_head_dim": 8,
+            "head_dim": 4,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+        },
+        to=EXPERTS,
+        note=f"{STACKS}; PEFT misreads the names of shared experts",
+    ),
+    "gpt-oss": Family(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**HEADED, "num_local_experts": 4, "num_experts_per_tok": 2},
+        to=EXPERTS,
+        note=STACKS,
+    ),
+    "llama4": Family(
+        "Llama 4",
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            **HEADED,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 48,
+            "pad_token_id": 0,
+        },
+        to=EXPERTS,
+        note=STACKS,
     ),
     "mamba": Family(
         "Mamba",

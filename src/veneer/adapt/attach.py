@@ -10,13 +10,14 @@ from torch import nn
 
 from veneer import methods
 from veneer.adapt import calls, hooks, switch
-from veneer.adapt.attached import layers, n_base_parameters
+from veneer.adapt.attached import Changes, layers, n_base_parameters
 from veneer.adapt.per_layer import build_all, check_patterns, options_at
 from veneer.adapt.store import store
 from veneer.adapt.store.loaded import Loaded
 from veneer.errors import ConfigError, first_few
 from veneer.methods import Delta, Stats
 from veneer.sites import Site
+from veneer.sites.bare.site import ParameterSite
 from veneer.sites.find import ALL
 from veneer.sites.finding.all_linear import bare_weights
 from veneer.sites.finding.names import Target
@@ -61,7 +62,9 @@ def attach(
     hooks.check_name(model, name)
     _key_draws(sites, name)
     by_default = to is None or to == ALL
-    hooks.hang(model, name, build_all(kind, sites, per_site, stats, by_default=by_default), by_default)
+    built = build_all(kind, sites, per_site, stats, by_default=by_default)
+    _refuse_dropout(built)
+    hooks.hang(model, name, built, by_default)
     switch.train_only(model, name)
     calls.watch(model)
     if by_default:
@@ -78,6 +81,16 @@ def _warn_of_experts(model: nn.Module) -> None:
             f"{len(left)} stacks of matrices, such as fused experts, hold {share:.0%} of the model and stay"
             f" frozen: {first_few(left, 2)}",
             stacklevel=3,
+        )
+
+
+def _refuse_dropout(built: Changes) -> None:
+    """Raises ConfigError for dropout at bare parameters, whose inputs no hook sees."""
+    dropping = [site.name for site, delta in built if isinstance(site, ParameterSite) and delta.dropout]
+    if dropping:
+        raise ConfigError(
+            f"attach: dropout must be 0 at parameters such as {first_few(dropping, 1)}, got"
+            f" {max(delta.dropout for _, delta in built):g}; leave out dropout, or these with exclude="
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapt.acting.bare import put_changes, take_changes
 from veneer.adapt.acting.forward import Deltas, act, changed_input, forget, is_private
 from veneer.adapt.acting.recomputation import guard
 from veneer.adapt.acting.whole import put_weights, take_weights
@@ -20,6 +21,7 @@ from veneer.errors import ConfigError, SiteError, first_few
 from veneer.methods import Delta
 from veneer.methods.base.protocols import GainsInput, OpensModel, TurnsInput
 from veneer.sites import Site
+from veneer.sites.bare.site import Holder, ParameterSite, shelf_of, unmount
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 BASE = "base"
@@ -53,6 +55,8 @@ def hang(model: nn.Module, name: str, found: Changes, by_default: bool = False) 
         if issubclass(method, OpensModel):
             method.open(model)
     for site, delta in found:
+        if isinstance(site, ParameterSite):
+            site.mount()
         deltas = deltas_of(site.module)
         if deltas is None:
             deltas = site.module.deltas = Deltas(site)
@@ -67,7 +71,11 @@ def hang(model: nn.Module, name: str, found: Changes, by_default: bool = False) 
 
 
 def _register(site: Site) -> None:
-    if site.swaps_weights:
+    if isinstance(site, ParameterSite):
+        if put_changes not in site.host._forward_pre_hooks.values():
+            site.host.register_forward_pre_hook(put_changes)
+            site.host.register_forward_hook(take_changes, always_call=True)
+    elif site.swaps_weights:
         site.module.register_forward_pre_hook(put_weights)
         site.module.register_forward_hook(take_weights, always_call=True)
     elif site.acts_by_hook:
@@ -97,6 +105,8 @@ def drop(module: Any, names: Iterable[str]) -> None:
     if not deltas.names():
         del module.deltas
         remove(module, _change_output, _scale_input, put_weights, take_weights)
+        if isinstance(module, Holder) and unmount(module):
+            remove(module.owner, put_changes, take_changes)
 
 
 def remove(module: nn.Module, *functions: Any) -> None:
@@ -131,8 +141,14 @@ def refuse_compiled(model: nn.Module) -> None:
 
 def clashing(sites: Iterable[Site]) -> list[str]:
     """Returns the names of sites whose modules another adapter holds as a site of another kind."""
-    there = [(site, deltas_of(site.module)) for site in sites]
-    return [s.name for s, d in there if d is not None and type(d.site) is not type(s)]
+    return [s.name for s in sites if _clashes(s)]
+
+
+def _clashes(site: Site) -> bool:
+    if isinstance(site, ParameterSite):
+        return deltas_of(site.host) is not None
+    deltas = deltas_of(site.module)
+    return shelf_of(site.module) is not None or (deltas is not None and type(deltas.site) is not type(site))
 
 
 def refuse_clash(sites: Iterable[Site]) -> None:
@@ -191,7 +207,9 @@ def _scale_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 @torch.no_grad()
 def _acts_on_input(site: Site, delta: Delta) -> bool:
-    return isinstance(delta, TurnsInput) or (isinstance(delta, GainsInput) and delta.gains_input(site))
+    return site.acts_by_hook and (
+        isinstance(delta, TurnsInput) or (isinstance(delta, GainsInput) and delta.gains_input(site))
+    )
 
 
 def _methods(model: nn.Module) -> set[type[Delta]]:

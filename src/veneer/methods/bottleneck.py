@@ -76,7 +76,8 @@ class Bottleneck(Delta):
         check_choice("activation", activation, ACTIVATIONS)
         check_dropout(dropout)
         self.parallel = placement == "parallel"
-        if site.kind not in ROWWISE and not (self.parallel and isinstance(site, BlockSite)):
+        is_layer = site.kind in ROWWISE and site.acts_by_hook
+        if not is_layer and not (self.parallel and isinstance(site, BlockSite)):
             raise SiteError(
                 f"a {placement} adapter needs vectors; {site.name!r} is of kind {site.kind!r}: exclude it"
             )

@@ -57,6 +57,12 @@ class Site(ABC):
         return W.to(self.dtype)
 
     @property
+    def host(self) -> nn.Module:
+        """The module of the model that holds W."""
+        module: nn.Module = self.module
+        return module
+
+    @property
     def dtype(self) -> torch.dtype:
         """W's."""
         return self.weight().dtype

@@ -11,7 +11,7 @@ from veneer.sites.base import Site
 from veneer.sites.finding.all_linear import all_linear, leave_out
 from veneer.sites.finding.kinds import kind_of, layers_of, site_for
 from veneer.sites.finding.names import Target, by_name, check_exclude, excluded, meant
-from veneer.sites.finding.unfit import unfit
+from veneer.sites.finding.unfit import refuse_unknown_stacks, unfit
 from veneer.sites.own import base_modules
 from veneer.sites.roles import output_head, resolved, without_idle
 
@@ -30,6 +30,7 @@ def find(model: nn.Module, to: Target = ALL, exclude: Target = (), untie: bool =
     """
     layers, head = layers_of(model), output_head(model)
     kinds = {n: k.kind for n, m in layers.items() if n not in head and (k := kind_of(m))}
+    refuse_unknown_stacks(layers, () if to == ALL else to)
     wanted = all_linear(kinds) if to == ALL else by_name(layers, resolved(model, to, kinds))
     without = without_idle(exclude, resolved(model, exclude, kinds), wanted)
     check_exclude(wanted, without)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +50,7 @@ class LeafSite(Site):
 
     def put(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Puts other tensors in the parameters' places and returns the former ones; nothing is written."""
-        own = self.module._parameters
-        before = {n: own[n] for n in values}
-        own.update(values)
-        if isinstance(self.module, nn.RNNBase):  # reads a list of its own
-            self.module._flat_weights = [getattr(self.module, n) for n in self.module._flat_weights_names]
-        return before
+        return put_parameters(self.module, values)
 
     def apply(self, x: Tensor, M: Tensor) -> Tensor:
         """Returns the module's output on x with its parameters replaced by M (n, 1), without hooks."""
@@ -68,6 +63,16 @@ class LeafSite(Site):
 
     def shift(self) -> Tensor | None:
         return None
+
+
+def put_parameters(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts other tensors in the places of a module's parameters and returns the former ones."""
+    own: dict[str, Any] = module._parameters
+    before = {n: own[n] for n in values}
+    own.update(values)
+    if isinstance(module, nn.RNNBase):  # reads a list of its own
+        module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+    return before
 
 
 class _Bare(nn.Module):

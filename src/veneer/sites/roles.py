@@ -125,8 +125,8 @@ def resolved(model: nn.Module, target: str | Sequence[str], kinds: Mapping[str, 
     """Returns the target with the names of its layers in place of every role.
 
     A role is a key of ROLES, alone or in a list, unless a linear layer is called so. It stands for linear
-    layers, or for convolutions in a model without such. kinds: of the layers outside the output head, by
-    name. Raises SiteError for a role that no layer plays.
+    layers, or for convolutions in a model without such; "experts" for matrices of fused experts too.
+    kinds: of the layers outside the output head, by name. Raises SiteError for a role that no layer plays.
     """
     alone = isinstance(target, str)
     entries = [target] if isinstance(target, str) else list(target)
@@ -137,7 +137,8 @@ def resolved(model: nn.Module, target: str | Sequence[str], kinds: Mapping[str, 
     roles = [e for e in entries if e in ROLES and not any(f".{n}".endswith(f".{e}") for n in layers)]
     if not roles:
         return target
-    found = {role: [n for n in layers if plays(n, role)] for role in roles}
+    bare = [n for n, kind in kinds.items() if kind == "parameter"]
+    found = {role: [n for n in layers + bare * (role == "experts") if plays(n, role)] for role in roles}
     missing = [role for role, names in found.items() if not names]
     if missing:
         raise SiteError("\n".join(_missing(model, role) for role in missing))
@@ -161,7 +162,7 @@ def _missing(model: nn.Module, role: str) -> str:
     bare = [n for n, m in modules if plays(n, role) and any(True for _ in m.parameters(recurse=False))]
     if role == "experts" and bare:
         return (
-            f"{role!r}: the experts are parameters of {bare[0]!r}, not layers, and cannot be adapted yet;"
-            " name other roles or layers"
+            f"{role!r}: the experts are parameters of {bare[0]!r} in an unknown layout; name other roles or"
+            " layers"
         )
     return f"no layer of a {type(model).__name__} plays the role {role!r}; name layers"

@@ -123,7 +123,7 @@ def acting(deltas: Deltas) -> Acting:
     As, Bs, gains, others = [], [], [], []
     for name, strength in deltas.active.items():
         form = normal_form(deltas[name], deltas.site)
-        if form is None or (form.c is not None and not _is_whole(deltas)):
+        if form is None or (form.c is not None and not (deltas.site.acts_by_hook and _is_whole(deltas))):
             others.append((deltas[name], strength))
             continue
         if form.A.shape[0]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer import foreign
 from veneer.adapt.attached import Changes
-from veneer.adapt.peft import starts
+from veneer.adapt.peft import parameters, starts
 from veneer.adapt.peft.beside import Beside
 from veneer.adapt.peft.settings import PREFIX, TOP, method_of, table
 from veneer.adapt.peft.targets import Config, at, expressions, targeted, wrapped
@@ -41,13 +41,9 @@ def to_changes(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]
     kind = method_of(source.config)
     assert kind is not None and issubclass(kind, PeftStored)
     config, tensors = {**table(kind).every, **source.config}, source.tensors
-    if config["target_modules"] in (
-        None,
-        "all-linear",
-    ):  # saved by hand: the tensors say which layers are meant
-        config["target_modules"] = sorted(
-            {k.removeprefix(PREFIX).partition(".lora_")[0] for k in tensors if ".lora_" in k}
-        )
+    stacked = config.get("target_parameters")
+    if config["target_modules"] in (None, "all-linear"):
+        config["target_modules"] = [] if stacked else _meant(tensors)
     foreign.check_expressions(expressions(config), names, "adapter_config.json")
     idle = idle_targets(config, names)
     text = (
@@ -57,8 +53,12 @@ def to_changes(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]
     problems = (
         [Problem("targets", text)] if 0 < len(idle) < len(config["target_modules"]) else []
     )  # all of them: reported below
-    sites, refused = _sites(model, [n for n in names if targeted(config, n)], config, problems)
+    wanted = [n for n in names if targeted(config, n)]
+    none = stacked and not wanted and not config["target_modules"]
+    sites, refused = ([], []) if none else _sites(model, wanted, config, problems)
     changes, used = _adapted(kind, sites, source._replace(config=config), problems)
+    if stacked:
+        parameters.read(model, config, tensors, parameters.Found(changes, used, problems))
     used |= {k for k in tensors if any(k.startswith(f"{PREFIX}{n}.") for n in refused)}
     for name in outermost(wrapped(config, names)):
         changes += whole_module(model, name, tensors, used, problems)
@@ -70,6 +70,11 @@ def to_changes(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]
     problems += beside.problems
     problems += _left_over(model, {k: t for k, t in tensors.items() if k not in used})
     return changes, problems
+
+
+def _meant(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the layers that the tensors of a file saved by hand name."""
+    return sorted({k.removeprefix(PREFIX).partition(".lora_")[0] for k in tensors if ".lora_" in k})
 
 
 def idle_targets(config: Config, names: Sequence[str]) -> list[str]:

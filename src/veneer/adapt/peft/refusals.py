@@ -11,7 +11,6 @@ from veneer.adapt.peft.targets import Config, expressions
 
 # Settings that make the adapter more than a change of the targeted layers' weights.
 BEYOND = {
-    "target_parameters": "bare parameters, not layers, were adapted",
     "layer_replication": "the model's layers were repeated",
     "alora_invocation_tokens": "the adapter acts only behind certain tokens (aLoRA)",
     "arrow_config": "adapters are routed (Arrow)",
@@ -25,6 +24,7 @@ BEYOND = {
 }
 # Settings that are read, and that pairs of factors alone do not express.
 BESIDE = {
+    "target_parameters": "fused experts were adapted",
     "bias": "the base's biases were trained too",
     "lora_bias": "the low-rank branch has a bias",
     "trainable_token_indices": "single rows of the embedding were trained",

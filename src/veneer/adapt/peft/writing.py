@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt.attached import Changes
+from veneer.adapt.peft import parameters
 from veneer.adapt.peft.origin import origin
 from veneer.adapt.peft.settings import PREFIX, TOP, Table, table
 from veneer.adapt.peft.targets import PATTERNS, Config, at, ends, targeted, wrapped
@@ -22,8 +23,10 @@ from veneer.methods.bitfit import BitFit
 from veneer.methods.full import Full
 from veneer.methods.lora import LoRA
 from veneer.sites import Site
+from veneer.sites.bare.site import ParameterSite
 from veneer.sites.own import without_own
 
+WRITES = "0.21.0"  # the version of PEFT whose layout of fused experts is written
 BRANCH = "lora_B.bias"  # of the low-rank branch
 
 
@@ -48,14 +51,20 @@ def write(model: nn.Module, changes: Changes, beside: Iterable[str] = ()) -> Wri
     whole: Changes = [(s, d) for s, d in changes if isinstance(d, Full)]
     biases: Changes = [(s, d) for s, d in changes if isinstance(d, BitFit)]
     others = [(s, d) for s, d in changes if not isinstance(d, Full | BitFit)]
+    bare: Changes = [(s, d) for s, d in others if isinstance(s, ParameterSite)]
+    others = [(s, d) for s, d in others if not isinstance(s, ParameterSite)]
+    stacked = parameters.fused(model, bare)
+    if stacked is None:
+        return None
     forms = _with_biases({s.name: _form(s, d) for s, d in others}, {s.name: s.out for s, _ in others})
     known = {n: f for n, f in forms.items() if f is not None}
-    if not known or len(known) < len(forms) or len({f.config["peft_type"] for f in known.values()}) > 1:
+    every = {**known, **stacked}
+    if not every or len(known) < len(forms) or len({f.config["peft_type"] for f in every.values()}) > 1:
         return None
-    kind = type(_bare(others[0][1]))
+    kind = type(_bare([*others, *bare][0][1]))
     settings, saved = table(kind), saved_modules(model, [*(s.name for s, _ in whole), *beside])
-    config = _settings(model, known, saved, settings)
-    shared = _shared([f.shared for f in known.values()], _room(kind, others, known))
+    config = _settings(model, known, saved, settings, stacked)
+    shared = _shared([f.shared for f in known.values()], _room(kind, others, known)) if known else {}
     if config is None or shared is None or (biases and config["peft_type"] != "LORA"):
         return None
     if biases:
@@ -63,6 +72,7 @@ def write(model: nn.Module, changes: Changes, beside: Iterable[str] = ()) -> Wri
     if "fan_in_fan_out" in settings.always:
         config["fan_in_fan_out"] = any(s.kind == "transposed" for s, _ in changes)
     tensors = {f"{PREFIX}{n}.{end}": t for n, f in known.items() for end, t in f.tensors.items()}
+    tensors |= {f"{PREFIX}{n}": t for f in stacked.values() for n, t in f.tensors.items()}
     own = {n: {k: v for k, v in f.config.items() if k not in settings.every} for n, f in known.items()}
     tensors |= {f"{TOP}{n}": t for n, t in shared.items()}
     tensors |= {f"{PREFIX}{s.name}.bias": (s.weight() + d.delta(s)).detach()[:, 0] for s, d in biases}
@@ -120,19 +130,30 @@ def _shared(found: list[dict[str, Tensor]], room: dict[str, tuple[int, ...]]) ->
 
 
 def _settings(
-    model: nn.Module, forms: dict[str, PeftForm], saved: list[str], settings: Table
+    model: nn.Module,
+    forms: dict[str, PeftForm],
+    saved: list[str],
+    settings: Table,
+    stacked: dict[str, PeftForm],
 ) -> Config | None:
-    """Returns adapter_config.json, or None if PEFT would apply it to other layers or with other ranks."""
+    """Returns adapter_config.json, or None if PEFT would apply it to other layers or with other ranks.
+
+    stacked: forms of whole parameters, by their names.
+    """
+    every = {**forms, **stacked}
     patterns = {k: p for k, p in PATTERNS.items() if k in settings.every and p in settings.every}
-    per_site = {n: {k: v for k, v in f.config.items() if k in settings.every} for n, f in forms.items()}
+    per_site = {n: {k: v for k, v in f.config.items() if k in settings.every} for n, f in every.items()}
     shared = [{k: v for k, v in own.items() if k not in patterns} for own in per_site.values()]
-    if any(own != shared[0] for own in shared):
+    if any(own != shared[0] for own in shared) or (stacked and shared[0]["lora_dropout"]):
         return None
     config = {**settings.always, **shared[0], "modules_to_save": saved or None, **origin(model, saved)}
     for key, pattern in patterns.items():
         config[key], config[pattern] = _pattern({n: _whole(own[key]) for n, own in per_site.items()})
     names = list(without_own(n for n, _ in model.named_modules()))
-    for targets in (_endings(forms, names), "|".join(re.escape(n) for n in forms)):
+    if stacked:
+        config["target_parameters"] = parameters.target_names(model, stacked)
+        config["peft_version"] = WRITES  # its order of A and B
+    for targets in (_endings(forms, names), "|".join(re.escape(n) for n in forms)) if forms else ([],):
         config["target_modules"] = targets
         exact = [n for n in names if targeted(config, n)] == [n for n in names if n in forms]
         same = all(at(config, n)[key] == own[key] for n, own in per_site.items() for key in patterns)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from veneer.adapt.attached import Changes, deltas_of
+from veneer.adapt.attached import Changes, layers
 from veneer.errors import ConfigError, first_few
+from veneer.sites import Site
 
 
 class Loaded(NamedTuple):
@@ -30,19 +31,20 @@ class Loaded(NamedTuple):
 def check_fresh(model: nn.Module, loaded: Loaded) -> None:
     """Raises ConfigError if the adapter was read for another model, or hangs on this one already."""
     modules = {id(m) for m in model.modules()}
-    strange = [site.name for site, _ in loaded.changes if id(site.module) not in modules]
+    strange = [site.name for site, _ in loaded.changes if id(site.host) not in modules]
     if strange:
         raise ConfigError(
             f"{loaded.folder}: was read for another model ({first_few(strange)}); read it for this one "
             "with veneer.read"
         )
     own = {id(delta) for _, delta in loaded.changes}
-    if any(id(delta) in own for site, _ in loaded.changes for delta in _hung(site.module)):
+    if any(id(delta) in own for site, _ in loaded.changes for delta in _hung(model, site)):
         raise ConfigError(
             f"{loaded.folder}: this copy is attached already; read the folder again for a second one"
         )
 
 
-def _hung(module: nn.Module) -> list[nn.Module]:
-    deltas = deltas_of(module)
+def _hung(model: nn.Module, site: Site) -> list[nn.Module]:
+    """Returns the deltas at the site; a bare parameter's holder may be another one than when it was read."""
+    deltas = next((d for d in layers(model) if d.site.name == site.name), None)
     return [] if deltas is None else [deltas[n] for n in deltas.names()]

@@ -15,6 +15,7 @@ from veneer.adapt.store.problems import Problem
 from veneer.errors import VeneerError, first_few
 from veneer.methods.base.biased import Biased
 from veneer.sites import site_of_kind
+from veneer.sites.finding.kinds import layers_of
 
 TENSORS = "delta.safetensors"
 
@@ -38,7 +39,7 @@ def rebuild(
     model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Changes, list[Problem]]:
     """Returns the deltas that veneer.json describes, not attached, and all problems with them."""
-    layers = dict(model.named_modules())
+    layers = {**layers_of(model), **dict(model.named_modules())}
     changes: Changes = []
     problems: list[Problem] = []
     used: set[str] = set()

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from veneer.sites import Site
 
-ROWWISE = ("linear", "transposed")  # kinds of site that map vectors one by one, along the last dimension of x
+ROWWISE = (
+    "linear",
+    "transposed",
+    "parameter",
+)  # kinds of site that map vectors one by one, along the last dimension of x
 
 
 class Factors(NamedTuple):

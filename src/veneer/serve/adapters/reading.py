@@ -20,7 +20,7 @@ from veneer.adapt.store import manifest, native, store
 from veneer.adapt.store.loaded import Loaded
 from veneer.errors import FormatError
 from veneer.serve.adapters.version import Forms
-from veneer.sites.finding.kinds import site_for
+from veneer.sites.finding.kinds import layers_of, site_for
 
 FILES = (manifest.NAME, settings.CONFIG, settings.TENSORS, native.TENSORS)
 JSON_BYTES, JSON_DEPTH, HEADER_BYTES = 16 << 20, 32, 8 << 20
@@ -150,5 +150,6 @@ class Reader:
         check_ranks(found, self.most_rank)
         if content_of(folder) != content:
             raise FormatError("the adapter's files changed while they were read; try again")
-        forms = {n: (site_for(n, self.model.get_submodule(n)), form) for n, (_, form) in found.items()}
+        modules = layers_of(self.model)
+        forms = {n: (site_for(n, modules[n]), form) for n, (_, form) in found.items()}
         return Read(content, forms, loaded)

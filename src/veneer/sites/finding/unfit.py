@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from veneer.errors import first_few, option
+from veneer.errors import SiteError, first_few, option
+from veneer.sites.bare.layouts import is_transposed, stacks
 from veneer.sites.finding.kinds import kind_of
+from veneer.sites.finding.names import Target, meant
 from veneer.sites.quantised import packed_kind
 
 # Layers whose owner reads `.weight` itself, so that a hook never runs: (owner's class, layer, why).
@@ -34,6 +36,24 @@ def unfit(layers: dict[str, nn.Module], names: Iterable[str], untie: bool) -> li
     names = list(names)
     found = [*_unknown(layers, names), *_packed(layers, names), *_read_directly(layers, names)]
     return found if untie else [*found, *_tied(layers, names)]
+
+
+def refuse_unknown_stacks(layers: dict[str, nn.Module], to: Target) -> None:
+    """Raises SiteError naming the stacks of matrices in `to` of which the input's dimension is unknown."""
+    found = {
+        f"{n}.{p}": t
+        for n, m in layers.items()
+        if kind_of(m) is None
+        for p, t in stacks(m).items()
+        if is_transposed(m, p) is None
+    }
+    named = [n for n in found if meant(n, to)]
+    if named:
+        shapes = [f"{n!r} {tuple(found[n].shape)}" for n in named]
+        raise SiteError(
+            f"to: must name matrices of a known layout, got {first_few(shapes)}: the input's dimension is"
+            " unknown; leave these out"
+        )
 
 
 def _unknown(layers: dict[str, nn.Module], names: Iterable[str]) -> Iterator[Unfit]:

@@ -21,6 +21,7 @@ from veneer.adapt.banks.entries import check_trainable
 from veneer.adapt.banks.make import living
 from veneer.errors import ConfigError, VeneerError, first_few
 from veneer.sites import site_of_kind
+from veneer.sites.finding.kinds import layers_of
 from veneer.sites.own import is_own
 from veneer.sites.roles import output_head
 from veneer.tasks.base.abilities import Joint
@@ -72,7 +73,8 @@ def carry(models: Sequence[nn.Module], adapter: str) -> Bank:
         first, {id(t): t for t in [*attached.base_parameters(first).values(), *first.buffers()]}
     )
     kinds = {site.name: site.kind for changes in found.values() for site, _ in changes}
-    sites = {name: site_of_kind(kind, name, carrier.get_submodule(name)) for name, kind in kinds.items()}
+    modules = {**layers_of(carrier), **dict(carrier.named_modules())}
+    sites = {name: site_of_kind(kind, name, modules[name]) for name, kind in kinds.items()}
     hooks.hang(carrier, "bank", living(found, sites))
     attach.detach(carrier, adapter)
     switch.activate(carrier, "bank")

@@ -1,0 +1,167 @@
+"""Lets changes of bare parameters act: their module runs with W' in place of W, whatever it does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapt.acting.changed import Changed, Low
+from veneer.adapt.acting.forward import Acting, Deltas, acting
+from veneer.adapt.acting.recomputation import guard
+from veneer.methods import Delta
+from veneer.methods.base.protocols import Dialled
+from veneer.sites import Site
+from veneer.sites.bare.site import Holder, shelf_of
+from veneer.sites.leaf import put_parameters
+
+
+def changed(owner: nn.Module, parameter: str, holders: Sequence[Holder]) -> Tensor:
+    """Returns W' for a parameter of `owner`: the sum kept apart, or dense where a change has no factors.
+
+    holders: of the matrices with acting changes.
+    """
+    W: Tensor = getattr(owner, parameter)
+    forms = {h.index: acting(_deltas(h)) for h in holders}
+    note = _Note(owner, holders)
+    if isinstance(owner, nn.RNNBase | nn.MultiheadAttention) or any(f.others for f in forms.values()):
+        note(None)
+        return _dense(W, holders)
+    first = holders[0]
+    if first.index is None:
+
+        def low(_: int | Tensor | None) -> Low:
+            note(None)
+            return _low(forms[None], first)
+
+        return Changed.of(W, low, flipped=first.transposed)
+    return Changed.of(W, _Stack(W, forms, first, note), flipped=first.transposed)
+
+
+class _Note:
+    """Notes which matrices were used in a call of their module."""
+
+    def __init__(self, owner: nn.Module, holders: Sequence[Holder]) -> None:
+        self.training, self.by_index = owner.training, {h.index: _deltas(h) for h in holders}
+
+    def __call__(self, index: int | None) -> None:
+        every = self.by_index.values() if index is None else [d] if (d := self.by_index.get(index)) else []
+        for deltas in every:
+            if not deltas.stepped:
+                deltas.called = True
+                deltas.stepped = self.training
+
+
+class _Stack:
+    """Makes the changes of a stack's matrices: of one alone, or of several side by side."""
+
+    def __init__(self, W: Tensor, forms: dict[int | None, Acting], holder: Holder, note: _Note) -> None:
+        self.W, self.forms, self.holder, self.note = W, forms, holder, note
+        self.all: Low | None = None
+
+    def __call__(self, index: int | Tensor | None) -> Low:
+        if isinstance(index, int):
+            self.note(index)
+            form = self.forms.get(index)
+            return _low(form or Acting(None, None, None, ()), self.holder)
+        self.note(None)
+        if self.all is None:
+            self.all = self._stacked()
+        if index is None:
+            return self.all
+        excess = self.all.excess
+        return Low(self.all.A[index], self.all.B[index], None if excess is None else excess[index])
+
+    def _stacked(self) -> Low:
+        every = [
+            _low(self.forms.get(i) or Acting(None, None, None, ()), self.holder) for i in range(len(self.W))
+        ]
+        rank = max(low.A.shape[0] for low in every)
+        gains = [low.excess for low in every]
+        some = next((g for g in gains if g is not None), None)
+        excess = None
+        if some is not None:
+            excess = torch.stack([torch.zeros_like(some) if g is None else g for g in gains])
+        return Low(
+            torch.stack([_filled(low.A, 0, rank) for low in every]),
+            torch.stack([_filled(low.B, 1, rank) for low in every]),
+            excess,
+        )
+
+
+def _low(form: Acting, holder: Holder) -> Low:
+    """Returns the change of one matrix, of rank 0 for none."""
+    if form.A is not None and form.B is not None:
+        return Low(form.A, form.B, form.excess)
+    W = getattr(holder.owner, holder.parameter)
+    a, b = W.shape[-2:] if not holder.transposed else W.shape[:-3:-1]
+    like = form.excess if form.excess is not None else torch.zeros((), device=W.device)
+    return Low(like.new_zeros(0, b), like.new_zeros(a, 0), form.excess)
+
+
+def _filled(t: Tensor, dim: int, size: int) -> Tensor:
+    """Returns t with zeros up to `size` along a dimension."""
+    short = size - t.shape[dim]
+    if not short:
+        return t
+    shape = list(t.shape)
+    shape[dim] = short
+    return torch.cat([t, t.new_zeros(shape)], dim)
+
+
+def _dense(W: Tensor, holders: Sequence[Holder]) -> Tensor:
+    """Returns W' as a plain tensor."""
+    made = {h.index: _change(h) for h in holders}
+    if holders[0].index is None:
+        return W + made[None].to(W.dtype)
+    zero = torch.zeros_like(next(iter(made.values())))
+    return W + torch.stack([made.get(i, zero) for i in range(len(W))]).to(W.dtype)
+
+
+def _change(holder: Holder) -> Tensor:
+    """Returns the sum of the acting changes of one matrix, as the parameter keeps it."""
+    deltas = _deltas(holder)
+    D = sum(_at(deltas[n], deltas.site, s) for n, s in deltas.active.items())
+    assert isinstance(D, Tensor)
+    return D.mT if holder.transposed else D
+
+
+def _at(delta: Delta, site: Site, strength: float) -> Tensor:
+    return delta.delta_at(site, strength) if isinstance(delta, Dialled) else strength * delta.delta(site)
+
+
+def _deltas(holder: Holder) -> Deltas:
+    deltas: Any = holder.deltas
+    return deltas  # type: ignore[no-any-return]
+
+
+# Hooks are plain functions so that they survive deepcopy and pickle. A compiler breaks its graph at them: a
+# swap traced by half would let the base act.
+@torch.compiler.disable
+def put_changes(owner: nn.Module, args: tuple[Any, ...]) -> None:
+    """Puts W' into the module before it runs."""
+    shelf = shelf_of(owner)
+    if shelf is None:
+        return
+    found = {}
+    for parameter, holders in shelf.by_parameter().items():
+        active = [h for h in holders if _deltas(h).active]
+        if active:
+            found[parameter] = changed(owner, parameter, active)
+    shelf.swapped = put_parameters(owner, found) if found else {}
+
+
+@torch.compiler.disable
+def take_changes(owner: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+    """Puts the module's own W back after it ran, or failed."""
+    shelf = shelf_of(owner)
+    if shelf is None:
+        return
+    if shelf.swapped:
+        put_parameters(owner, shelf.swapped)
+        shelf.swapped = {}
+    if owner.training or torch.is_grad_enabled():
+        for holders in shelf.by_parameter().values():
+            guard(_deltas(holders[0]), y)
