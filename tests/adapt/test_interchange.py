@@ -504,7 +504,10 @@ def test_an_initial_folder_that_does_not_fit(tmp_path: Path) -> None:
             dict(trainable_token_indices=[1]),
             "missing: model.embed_tokens.token_adapter.trainable_tokens_delta (1, ..)",
         ),
-        (dict(target_parameters=["w"]), "target_parameters=['w']: bare parameters, not layers, were adapted"),
+        (
+            dict(target_parameters=["w"]),
+            "target_parameters names 'w', which no parameter of the model is called",
+        ),
         (dict(layer_replication=[[0, 2]]), "layer_replication=[[0, 2]]: the model's layers were repeated"),
         (
             dict(alora_invocation_tokens=[5]),

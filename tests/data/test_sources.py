@@ -124,10 +124,7 @@ def test_a_listed_data_set_may_be_a_sample(listed):
     ("name", "message"),
     [
         ("mien", "unknown data set 'mien'; did you mean 'mine'?"),
-        (
-            "ranked",
-            "ranked: chosen, rejected, ranking hold judged answers; use task 'dpo' or 'kto'",
-        ),
+        ("ranked", "ranked: chosen, rejected, ranking hold judged answers; use task 'dpo' or 'kto'"),
         ("script", "script: unsupported entries script_url"),
         ("odd", "odd: unknown columns or tags 'promt'; did you mean 'prompt'?"),
     ],

@@ -31,8 +31,8 @@ class Changed(Tensor):
     """W (n, .., ..), or one matrix of it, in the place of a parameter while its module runs.
 
     Products with a vector on the input side cost W's own and one of rank k. Any other operation gets the
-    dense sum. raw: W in the layout of the parameter; flipped: True if the last dimension of raw is the output. low: makes the
-    change for one matrix, for several by their numbers, or for all (None).
+    dense sum. raw: W in the layout of the parameter; flipped: True if its last dimension is the output.
+    low: makes the change for one matrix, for several by their numbers, or for all (None).
     """
 
     raw: Tensor
