@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import veneer
 from veneer.embedded import folder
+from veneer.integrations.accelerated import adapters_only
 
 accelerator = Accelerator()
+adapters_only(accelerator)  # save_state and load_state hold the adapter, not the base
 tokenizer = AutoTokenizer.from_pretrained(folder())
 model = AutoModelForCausalLM.from_pretrained(folder(), dtype="float32")
 veneer.attach(model, "lora", rank=8)  # before prepare: wrappers keep the adapters
@@ -26,5 +28,4 @@ for _, ids in zip(range(int(os.environ.get("STEPS", 50))), batches, strict=False
     optimiser.step()
     optimiser.zero_grad()
     accelerator.print(f"loss {loss.item():.3f}")
-if accelerator.is_main_process:
-    veneer.save(accelerator.unwrap_model(prepared), os.environ.get("OUT", "runs/accelerated"))
+accelerator.save_state(os.environ.get("OUT", "runs/accelerated"))

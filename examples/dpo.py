@@ -9,7 +9,6 @@ from trl import DPOConfig, DPOTrainer
 
 import veneer
 from veneer.embedded import folder
-from veneer.integrations.reference import reference
 from veneer.integrations.trainer import adapter_trainer
 
 model = AutoModelForCausalLM.from_pretrained(folder(), dtype="float32")
@@ -17,9 +16,8 @@ veneer.attach(model, "lora", rank=8)
 row = {"prompt": "def area(width, height):", "chosen": "\n    return width * height\n"}
 rows = [{**row, "rejected": f"\n    return {i}\n"} for i in range(64)]
 
-trainer = adapter_trainer(DPOTrainer)(
+trainer = adapter_trainer(DPOTrainer)(  # the reference shares the model's weights
     model=model,
-    ref_model=reference(model),  # no second copy of the weights
     args=DPOConfig(
         output_dir=os.environ.get("OUT", "runs/dpo"),
         max_steps=int(os.environ.get("STEPS", 50)),

@@ -2,16 +2,16 @@
 
 import os
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import veneer
 from veneer.embedded import folder
+from veneer.integrations.optimisers import build_optimiser
 
 tokenizer = AutoTokenizer.from_pretrained(folder())
 model = AutoModelForCausalLM.from_pretrained(folder(), dtype="float32")
 veneer.attach(model, "lora", rank=8, init="pissa")
-optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+optimiser = build_optimiser(model, "loraplus", lr=5e-4, ratio=4)
 ids = tokenizer("def area(width, height):\n    return width * height\n", return_tensors="pt")["input_ids"]
 
 for step in range(int(os.environ.get("STEPS", 50))):

@@ -6,31 +6,31 @@ adapter tensors under names that `from_pretrained` ignores, so that a checkpoint
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from veneer import files, optim
-from veneer.adapt.attached import adapters, deltas_of
-from veneer.adapt.store.store import save
-from veneer.errors import ConfigError, FormatError, first_few
+from veneer import optim
+from veneer.adapt.attached import adapters
+from veneer.errors import ConfigError
+from veneer.integrations.checkpoint import STATE, load_checkpoint, save_checkpoint
 from veneer.integrations.heads import check_head
-from veneer.optim.base import groups
-from veneer.sites.own import is_own
+from veneer.integrations.optimisers import build_optimiser
+from veneer.integrations.reference import reference
 
-STATE = (
-    "veneer_state.safetensors"  # every trained tensor bit for bit; the adapter's own file may round or factor
-)
+__all__ = ["STATE", "AdapterTrainer", "adapter_trainer", "build"]
 
 
 class AdapterTrainer:
     """A mixin to put before a Trainer, as `adapter_trainer` does: `class My(AdapterTrainer, SFTTrainer)`.
 
     A checkpoint holds the adapter in PEFT's layout, its exact state, and the Trainer's optimiser, scheduler
-    and generators. optimiser: the name of one of Veneer's optimisers, or None for the one in the arguments.
+    and generators. The reference of TRL's trainers is the model with its adapters off, unless ref_model
+    names another. optimiser: the name of one of Veneer's optimisers, or None for the one in the arguments.
     """
 
     optimiser: str | None = None
@@ -46,11 +46,48 @@ class AdapterTrainer:
             )
         if "trl" in {kind.__module__.partition(".")[0] for kind in type(self).__mro__}:
             check_head(model)
-        super().__init__(*args, **kwargs)
+            self._with_reference(model, args, kwargs)
+        else:
+            super().__init__(*args, **kwargs)
         if getattr(self, "is_fsdp_enabled", False) or getattr(self, "is_deepspeed_enabled", False):
             raise ConfigError(
                 "args: FSDP and DeepSpeed are unsupported here; train on one device, or with DDP"
             )
+
+    def _with_reference(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begins a trainer of TRL whose reference, where it has one, is the model with its adapters off."""
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
+        settings = given.arguments.get("args")
+        if getattr(settings, "use_vllm", False):
+            raise ConfigError("args: use_vllm would send vLLM the base without its adapters; leave it out")
+        if "ref_model" in given.signature.parameters:
+            if given.arguments.get("ref_model") is None:
+                given.arguments["ref_model"] = reference(model)
+            super().__init__(*given.args, **given.kwargs)
+            return
+        # GRPO and RLOO take no reference: a beta of 0 keeps them from loading a second model.
+        beta = getattr(settings, "beta", 0.0) if hasattr(settings, "num_generations") else 0.0
+        if not beta:
+            super().__init__(*args, **kwargs)
+            return
+        settings.beta = 0.0
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            settings.beta = beta
+        self._add_reference(beta)
+
+    def _add_reference(self, beta: float) -> None:
+        from trl.trainer.utils import add_fused_lm_head
+
+        self.beta, self.ref_model = beta, reference(self.model)
+        add_fused_lm_head(
+            self.ref_model,
+            temperature=self.temperature,  # type: ignore[attr-defined]
+            cast_lm_head_to_fp32=getattr(self.args, "cast_lm_head_to_fp32", False),
+        )
+        prepare = self.accelerator.prepare_model  # type: ignore[attr-defined]
+        self.ref_model = prepare(self.ref_model, evaluation_mode=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns Veneer's optimiser by roles, or the Trainer's own without a name."""
@@ -91,64 +128,7 @@ def adapter_trainer(kind: type, optimiser: str | None = None, **options: Any) ->
 
 
 def build(model: nn.Module, name: str, args: Any, **options: Any) -> torch.optim.Optimizer:
-    """Returns the optimiser `name` for the trained adapters, with the arguments' rate, betas and decay.
-
-    Schedulers multiply the rate of each group; the decay that belongs to the rate is set before every step.
-    """
-    made = optim.make(name, **options)
-    parts = [p for adapter in trained(model) for p in groups.of_adapter(model, adapter)]
-    optimiser = made.build(optim.Trained(parts, betas=(args.adam_beta1, args.adam_beta2)))
-    groups.set_rates(optimiser, args.learning_rate, args.weight_decay)
-
-    def follow(used: torch.optim.Optimizer, *event: Any) -> None:
-        first = used.param_groups[0]
-        groups.set_rates(used, first["lr"] / first["scale"], args.weight_decay)
-
-    optimiser.register_step_pre_hook(follow)
-    return optimiser
-
-
-def trained(model: nn.Module) -> list[str]:
-    """Returns the names of the adapters that take gradients, in the order of their attaching."""
-    found = {
-        name
-        for layer in model.modules()
-        if (deltas := deltas_of(layer)) is not None
-        for name in deltas.names()
-        if any(p.requires_grad for p in deltas[name].parameters())
-    }
-    return [name for name in adapters(model) if name in found]
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors that training may change: adapters with buffers, and trained parameters."""
-    learned = {n for n, p in model.named_parameters() if p.requires_grad}
-    return {n: t for n, t in model.state_dict().items() if is_own(n) or n in learned}
-
-
-def save_checkpoint(model: nn.Module, folder: Path) -> None:
-    """Writes the trained adapter into `folder`, several into folders of their names, and the exact state."""
-    names = trained(model) or adapters(model)
-    for name in names:
-        save(model, folder if len(names) == 1 else folder / name, name, allow="zero")
-    tensors = {n: t.detach().contiguous().cpu() for n, t in state(model).items()}
-    with files.replacing(folder / STATE) as (temporary,):
-        files.write_tensors(temporary, tensors)
-
-
-def load_checkpoint(model: nn.Module, folder: Path) -> None:
-    """Loads the exact state of a checkpoint. Raises FormatError if its tensors differ from the model's."""
-    path = folder / STATE
-    if not path.is_file():
-        raise FormatError(f"{folder}: {STATE} is missing; resume from a checkpoint of an adapter trainer")
-    found, own = files.read_tensors(path), state(model)
-    wrong = sorted(found.keys() ^ own.keys()) + [
-        n for n in found.keys() & own.keys() if found[n].shape != own[n].shape
-    ]
-    if wrong:
-        raise FormatError(
-            f"{path}: tensors differ from the model's: {first_few(wrong)}; attach the same adapter first"
-        )
-    with torch.no_grad():
-        for name, t in own.items():
-            t.copy_(found[name])
+    """Returns the optimiser `name` for the trained adapters, with the arguments' rate, betas and decay."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    decay = args.weight_decay
+    return build_optimiser(model, name, lr=args.learning_rate, weight_decay=decay, betas=betas, **options)
