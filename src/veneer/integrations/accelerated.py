@@ -14,7 +14,7 @@ from veneer.integrations.checkpoint import load_checkpoint, save_checkpoint
 def adapters_only(accelerator: Any) -> None:
     """Makes the states of an Accelerator hold the adapters of prepared models, and nothing of their bases.
 
-    Optimisers, schedulers and generators stay in the state as ever. Models without adapters are saved whole.
+    The state keeps optimisers, schedulers and generators. Models without adapters are saved whole.
     The second and further adapted models lie in folders model_1, model_2, ..
 
         accelerator = Accelerator()

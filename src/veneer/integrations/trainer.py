@@ -57,7 +57,7 @@ class AdapterTrainer:
     def _with_reference(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins a trainer of TRL whose reference, where it has one, is the model with its adapters off."""
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
-        settings = given.arguments.get("args")
+        settings: Any = given.arguments.get("args")
         if getattr(settings, "use_vllm", False):
             raise ConfigError("args: use_vllm would send vLLM the base without its adapters; leave it out")
         if "ref_model" in given.signature.parameters:
