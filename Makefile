@@ -45,12 +45,12 @@ demo: $(if $(wildcard $(STAMP)),$(STAMP),$(LEAN))
 
 # Two processes of one thread each: tiny tensors gain nothing from more threads.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # Other instructions and thread counts sum in another order; see docs/promises.md.
 test-portable: $(STAMP)
-	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
-	ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 	OMP_NUM_THREADS=4 $(BIN)/python -m pytest -n 1 $(ARGS)
 
 real: $(STAMP)

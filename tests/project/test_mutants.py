@@ -211,7 +211,7 @@ def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools"), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", script, str(test), "4"],
+        [sys.executable, "-c", script, str(test), "12"],  # seconds; a busy machine needs some
         env=environment,
         capture_output=True,
         text=True,

@@ -40,6 +40,6 @@ def test_trainings_side_by_side_pause_together(tmp_path):
 
 
 def test_patience_ends_a_training_before_its_pause(tmp_path):
-    run = Run.from_dict(given(tmp_path, "a", lr=5.0, patience=1, eval_every=2, save_every=2))
+    run = Run.from_dict(given(tmp_path, "a", lr=50.0, patience=1, eval_every=2, save_every=2))
     found = fit_until(run, 12)
     assert isinstance(found, Result) and found.metrics["steps"] < 12

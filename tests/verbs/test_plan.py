@@ -235,9 +235,10 @@ def test_the_probe_measures_and_nothing_is_written(folder, planned, untried):
 def test_length_counts_steps_tokens_and_evaluations(planned):
     assert planned.length.steps == 14
     assert planned.length.evaluations == 5  # before steps 0, 4, 8 and 12, and after 14
-    assert planned.length.batches == 5 * 2 * 2  # of 4 windows in batches of 2, of valid and of known text
+    # Valid and known text are short: all 6 windows of each are measured, in batches of 2.
+    assert planned.length.batches == 5 * 2 * 3
     assert planned.length.tokens == pytest.approx(14 * 2 * 2 * 32, rel=0.02)
-    expected = 14 * planned.measured.seconds + 20 * planned.measured.evaluation_seconds
+    expected = 14 * planned.measured.seconds + 30 * planned.measured.evaluation_seconds
     assert planned.seconds == pytest.approx(expected)
 
 

@@ -11,7 +11,7 @@ import typer
 from veneer import settings
 from veneer.cli import flags, given
 from veneer.cli.calls import Call, Json, show
-from veneer.cli.panels import SPEED, panel_of
+from veneer.cli.panels import METHOD, SPEED, panel_of
 from veneer.cli.words import Debug
 from veneer.errors import ConfigError
 from veneer.launcher import launched
@@ -46,7 +46,7 @@ Recipe = Annotated[
         "--recipe",
         metavar="<name>",
         help="Settings that a study of LoRA recommends: learns-less, without-regret. Flags replace them.",
-        rich_help_panel=panel_of("config"),
+        rich_help_panel=METHOD,
     ),
 ]
 Configs = Annotated[
