@@ -186,7 +186,8 @@ def _on_base(
                 f"{found.file} changes {site.name!r} by more than two factors; cut it to a rank:\n"
                 f"  {command} --rank 64"
             )
-        kind: Kind = "linear" if site.kind == "transposed" else site.kind  # type: ignore[assignment]
+        alike = site.kind in ("transposed", "parameter")
+        kind: Kind = "linear" if alike else site.kind  # type: ignore[assignment]
         sites[site.name] = Pair(site.pack(f.A).detach(), f.B.detach(), 1.0, kind=kind)
     return Pairs(
         sites, origin=found.config.get("base_model_name_or_path"), task=found.config.get("task_type")

@@ -90,6 +90,8 @@ def entries(model: nn.Module, adapters: Mapping[str, Source]) -> dict[str, Entry
 
 def _form(site: Site, delta: Delta) -> Form | None:
     """Returns the form that the delta has in eval mode."""
+    if not site.acts_by_hook:
+        return None  # tokens of all rows are mixed in front of fused experts
     training = delta.training
     try:
         return form_of(site, delta.eval())
@@ -102,7 +104,9 @@ def _shapeless(name: str, changes: Changes) -> list[str]:
     problems: dict[tuple[str, bool, str], list[str]] = {}
     for site, delta in changes:
         if _form(site, delta) is None:
-            problems.setdefault((method_of(delta), site.kind in ROWWISE, site.kind), []).append(site.name)
+            problems.setdefault(
+                (method_of(delta), site.kind in ROWWISE and site.acts_by_hook, site.kind), []
+            ).append(site.name)
     return [
         (
             f"{name!r}: {method} has no normal form at {first_few(names)}; use it alone, or make it a LoRA "
