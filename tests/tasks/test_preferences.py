@@ -345,6 +345,10 @@ def test_settings_and_texts_that_do_not_fit(tmp_path):
     run = {"model": str(base), "task": "dpo", "data": str(tmp_path / "d.jsonl"), "out": str(tmp_path / "run")}
     with pytest.raises(ConfigError, match="method must be an adapter, got 'full'"):
         fit(Run.from_dict({**run, "method": "full", "steps": 1, "device": "cpu"}), progress=False)
+    tiny.jsonl(tmp_path / "d.jsonl", *ROWS * 4, *[{**ROWS[0], "chosen": ROWS[0]["rejected"]}] * 8)
+    why = r"rows have nothing to learn \(an empty answer, or equal answers\): .* remove or correct them"
+    with pytest.raises(DataError, match=why):
+        fit(Run.from_dict({**run, "steps": 1, "device": "cpu"}), progress=False)
     with pytest.raises(ConfigError, match="label_smoothing has no effect on task 'ipo'"):
         Run.from_dict({**run, "task": "ipo", "label_smoothing": 0.1})
 

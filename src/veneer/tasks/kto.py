@@ -46,6 +46,7 @@ class KTO(Preference):
 
     FORMS = {**columns.PAIRS, **columns.JUDGED, **columns.TEXT}
     EXAMPLE = "answer"
+    COMPARES = True  # z is of the whole batch
     ANSWERS = ("answer",)
 
     def __init__(

@@ -68,7 +68,7 @@ def keep(encoded: Sequence[Encoded], task: Task, part: str, notes: Notes) -> tup
             kept.append(one)
     lengths = {one.row.where: one.whole or 0 for one in encoded}
     _check_overlong(found, lengths, reading, part)
-    _check_empty(found.empty, len(encoded), reading, part)
+    _check_empty(found.empty, len(encoded), task, part)
     for why, names in found._asdict().items():
         if names:
             rows = f"{len(names)} of {len(encoded)} rows"
@@ -114,12 +114,17 @@ def _check_overlong(found: LeftOut, lengths: dict[str, int], reading: Reading, p
         )
 
 
-def _check_empty(names: Sequence[str], total: int, reading: Reading, part: str) -> None:
+def _check_empty(names: Sequence[str], total: int, task: Task, part: str) -> None:
+    reading = task.reading
     if names and (reading.empty == "error" or len(names) > SHARE * total):
         limit = "" if reading.empty == "error" else f"at most {SHARE:.0%} may be left out: "
         drop = f", or set {option('empty', 'drop')}" if reading.empty == "error" else ""
+        why, advice = "every label is masked", "give them a completion"
+        if "train_on" in task.SETTINGS:
+            advice += f"{',' if drop else ' or'} use {option('train_on', 'all')}"
+        else:
+            why, advice = task.UNLEARNED
         raise DataError(
-            f"{part}: {len(names)} of {total} rows have nothing to learn (every label is masked):"
-            f" {first_few(names)};"
-            f" {limit}give them a completion{',' if drop else ' or'} use {option('train_on', 'all')}{drop}"
+            f"{part}: {len(names)} of {total} rows have nothing to learn ({why}): {first_few(names)};"
+            f" {limit}{advice}{drop}"
         )

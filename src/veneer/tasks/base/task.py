@@ -57,6 +57,8 @@ class Task(ABC):
     FACTS: ClassVar[tuple[str, ...]] = ("rows", "examples", "labels")  # shown of a text, a subset of facts()
     EXAMPLE: ClassVar[str] = "example"  # word for what a batch is made of
     EVALUATED: ClassVar[int] = 0  # examples of a text that are measured unless the run says; 0: all
+    # Why a row has nothing to learn, and what to do; said where the task has no train_on.
+    UNLEARNED: ClassVar[tuple[str, str]] = ("every label is masked", "give them a label")
     RATE: ClassVar[float] = 1.0  # share of the usual learning rate that a run takes unless it names one
     FIXED: ClassVar[bool] = True  # the model sees an example alike in every pass
     COMPARES: ClassVar[bool] = False  # the loss compares the examples of a batch, which stays whole

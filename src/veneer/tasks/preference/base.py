@@ -47,6 +47,7 @@ class Preference(Task, Decoder, Outlined):
     EVALUATED = 200
     FIXED = False  # a pass of the base and one of the adapted model
     RATE = 0.1  # of the usual rate
+    UNLEARNED = ("an empty answer, or equal answers", "remove or correct them")
     REFERENCE: ClassVar[bool] = True  # the loss compares with the base
     ANSWERS: ClassVar[tuple[str, ...]]  # names of an example's answers
 
