@@ -1,4 +1,5 @@
-"""Measures LoRA on a small mixture of fused experts beside PEFT's: a step, its memory, and layouts of files.
+"""Measures LoRA on a small mixture of fused experts beside PEFT's: a step, its memory, and layouts of files;
+and counts the types of PEFT's adapters that open (see _peft_types.py).
 
 python bench/family.py [variant]
 
@@ -17,6 +18,7 @@ from typing import Any
 import _measure as m
 import memory
 import torch
+from _peft_types import peft_types
 
 import veneer
 from veneer.adapt.peft.parameters import joined, parted
@@ -136,6 +138,7 @@ def main() -> None:
         "experts_step_vs_peft": seconds["peft"] / seconds["veneer"],
         "experts_memory_vs_peft": bytes_["veneer"] / bytes_["peft"],
         "experts_roundtrip_error": roundtrip(),
+        **peft_types(),
     }
     m.report("family", figures)
 

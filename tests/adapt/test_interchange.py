@@ -526,7 +526,7 @@ def test_an_initial_folder_that_does_not_fit(tmp_path: Path) -> None:
             "brand_new=7: a setting of PEFT that is not known here, and may change what the tensors mean",
         ),
         (dict(target_modules="(q_proj"), "target_modules='(q_proj' is not a regular expression"),
-        (dict(peft_type="LILY"), "peft_type 'LILY' is not read here"),
+        (dict(peft_type="LILY"), "peft_type 'LILY' cannot be read: its router averages over all tokens"),
         (dict(target_modules=["mlp"]), "'model.layers.0.mlp' is a LlamaMLP, which cannot be adapted here"),
         (
             dict(target_modules=["w_q"]),

@@ -82,7 +82,8 @@ def test_gains_are_no_product_and_can_be_cut_to_one(tmp_path, base):
     assert str(refused.value) == (
         f"{tmp_path / 'a' / 'adapter_model.safetensors'} changes 'model.layers.0.self_attn.q_proj' by more"
         " than two factors; cut it to"
-        f" a rank:\n  veneer convert {tmp_path / 'a'} --to vllm --out OUT --model BASE"
+        " a rank, or keep it whole with to='veneer':\n"
+        f"  veneer convert {tmp_path / 'a'} --to vllm --out OUT --model BASE"
         " --rank 64"
     )
     done = convert(str(tmp_path / "a"), out=str(tmp_path / "o"), to="vllm", model=base, rank=32)

@@ -147,7 +147,7 @@ def test_half_a_pair_is_an_error(tmp_path, to):
         ),
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
         ({"bias": "all"}, "bias='all'"),
-        ({"peft_type": "LILY"}, "peft_type 'LILY' is not read here"),
+        ({"peft_type": "LILY"}, "peft_type 'LILY' cannot be read: its router averages over all tokens"),
     ],
 )
 def test_peft_settings_that_say_something_else(tmp_path, changes, text):

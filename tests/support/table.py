@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from oracles import (
+    adalora,
+    dense,
     dora,
     flora,
     fourierft,
@@ -113,6 +115,9 @@ METHODS = {
     "hra of rank 4": Method("hra", {"rank": 4}, hra.weight, start=1e-14),
     "hira": Method("hira", {"rank": 3}, hira.weight),
     "shira": Method("shira", {"rank": 2}, shira.weight),
+    "shira of 7 numbers": Method("shira", {"numbers": 7}, shira.weight),
+    "adalora": Method("adalora", {"rank": 3, "target": 1}, adalora.weight),
+    "dense": Method("dense", {}, dense.weight),
     "randlora": Method("randlora", {"rank": 2, "alpha": 3.0}, randlora.weight),
     "randlora alpha": Method("randlora", {"rank": 3, "alpha": 4.0, "seed": 1}, randlora.weight),
     "lorafa": Method("lorafa", {"rank": 3}, lora.weight),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pages.markdown import escaped, prose, table
 from veneer import methods, optim
+from veneer.adapt.peft import types
 from veneer.cli.flags import flag_of_method, shown_default
 from veneer.methods import Delta, PeftKind, inits
 from veneer.methods.base.described import Described, helps_of, of_module, option_helps
@@ -20,6 +21,16 @@ Every method is one file of `veneer.methods`, every start one of `veneer.methods
 of `veneer.optim`. This page is generated from their signatures and docstrings; `veneer methods` prints the
 short form.
 `CONTRIBUTING.md` in the repository shows how one is added."""
+
+
+PEFT_HEAD = """## Types of PEFT
+
+PEFT 0.21 saves these types of adapters. *Exactly*: a method of Veneer reads the file's own numbers, and most
+write them too. *To rounding*: `veneer convert ADAPTER --to veneer --model BASE --out OUT` lets PEFT (`pip
+install 'veneer[peft]'`) merge one layer at a time in float64, compares the merged layer's outputs with those
+of PEFT's adapter, and keeps the change in float32 in the layout named here, or in a smaller one. Factors can
+be written in every format of `--to`. *For its own base*: the change is computed from that base's weights,
+whose fingerprint is saved with it."""
 
 
 class Entry(NamedTuple):
@@ -52,7 +63,14 @@ def page(notes: Path) -> str:
             table(("name", "what it is", ""), rows),
             *(_entry(e, notes) for e in entries),
         ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, _peft_types()]) + "\n"
+
+
+def _peft_types() -> str:
+    """Every type of adapter that PEFT saves, and how it opens."""
+    ways = {"load": "exactly: `veneer.load`", "convert": "to rounding: `veneer convert`", "no": "refused"}
+    rows = [(f"`{name}`", ways[way.by], escaped(way.how)) for name, way in types.every().items()]
+    return f"{PEFT_HEAD}\n\n{table(('type', 'opens', 'how, or why not'), rows)}"
 
 
 def _entry(e: Entry, notes: Path) -> str:

@@ -60,6 +60,7 @@ class Prefix(Delta, OpensModel, PeftKind):
         ),
         "num_transformer_submodules": 1,
         "prefix_projection": False,
+        "num_frozen_tokens": None,  # of a cartridge, whose first keys and values did not train
     }
 
     def __init__(self, site: Site, *, length: int = 16, start: float = 0.1, seed: int = 0) -> None:
@@ -114,7 +115,7 @@ class Prefix(Delta, OpensModel, PeftKind):
 
     @classmethod
     def reads_peft(cls, config: dict[str, Any]) -> bool:
-        return config.get("peft_type") == "PREFIX_TUNING"
+        return config.get("peft_type") in ("PREFIX_TUNING", "CARTRIDGE")  # of one layout
 
     def delta(self, site: Site) -> Tensor:
         raise NotMergeable(

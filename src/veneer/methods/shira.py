@@ -1,7 +1,7 @@
 """SHiRA: W' = W + S, S zero but for n trained numbers at fixed random places.  Bhardwaj et al. 2024,
 https://arxiv.org/abs/2406.13175
 
-Parameters: n = r (in + out) a layer, as many as a LoRA of rank r.
+Parameters: n = r (in + out) a layer, as many as a LoRA of rank r, or any other n.
 State: the numbers and their places.
 Cost: every pass builds S as a matrix and multiplies by it like by another weight; the backward builds it
 again. Merged: none, and an exchange of merged adapters writes n numbers.
@@ -22,6 +22,7 @@ from veneer.methods.base.delta import Delta, DenseDelta, master_dtype
 from veneer.methods.base.options import build
 from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
 from veneer.ops.draws import keyed
+from veneer.ops.matrix.linalg import check_at_most
 from veneer.sites import Site
 
 
@@ -38,14 +39,19 @@ class SHiRA(DenseDelta, PeftStored):
     }
     places: Tensor
 
-    def __init__(self, site: Site, *, rank: int = 8, seed: int = 0) -> None:
+    def __init__(self, site: Site, *, rank: int = 8, numbers: int | None = None, seed: int = 0) -> None:
         """
         rank: r, for as many numbers as a LoRA of this rank, at most those of W
+        numbers: n, in place of a rank
         seed: key of the places, together with the layer's name
         """
         super().__init__()
-        check_rank(rank, site)
         n, most = rank * (site.in_ + site.out), site.in_ * site.out
+        if numbers is not None:
+            check_at_most(numbers, most, "in out", site.name, "numbers")
+            n = numbers
+        else:
+            check_rank(rank, site)
         if n > most:
             raise ShapeError(
                 f"rank {rank} asks for {n} numbers, W has {most} at {site.name!r};"
@@ -60,12 +66,21 @@ class SHiRA(DenseDelta, PeftStored):
         return flat.view(site.out, site.in_)
 
     def to_peft(self, site: Site) -> PeftForm | None:
-        if site.kind != "linear":
+        if site.kind != "linear" or len(self.v) % (site.in_ + site.out):
             return None
         rows, columns = self.places // site.in_, self.places % site.in_
         tensors = {"shira_weight": self.v.detach(), "shira_indices": torch.stack([rows, columns]).int()}
         rank = len(self.v) // (site.in_ + site.out)
         return PeftForm({"peft_type": "SHIRA", "r": rank}, tensors)
+
+    @classmethod
+    def holding(cls, site: Site, places: Tensor, v: Tensor) -> Delta:
+        """Returns the change with the numbers v (n,) at places (n,), row * in + column, in any order."""
+        delta = build(cls, site, {"numbers": len(v)})
+        with torch.no_grad():
+            delta.get_buffer("places").copy_(places)
+            delta.get_parameter("v").copy_(v)
+        return delta
 
     @classmethod
     def reads_peft(cls, config: dict[str, Any]) -> bool:

@@ -13,9 +13,10 @@ import torch
 
 from veneer.compress.trp import runs as trp
 from veneer.data.order.order import Order
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, option
 from veneer.runs.prepare import Ready
 from veneer.tasks import Batch, Objective
+from veneer.train import allocation
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.step import Learner, under_autocast
 from veneer.train.mean import Mean
@@ -44,6 +45,11 @@ def learner(ready: Ready, order: Order, voice: Voice, world: World = ALONE) -> L
         mean=Mean(ready.parts, run.ema) if run.ema else None,
     )
     trp.hold(ready.model, plain.optimiser, run)
+    if run.ema and allocation.trained(ready.model):
+        raise ConfigError(
+            f"{option('ema')} averages parameters of one size, and adalora's shrink; leave it out"
+        )
+    allocation.hold(ready.model, plain.optimiser, order.total)
     if not _compiles(ready, order, device, voice):
         objective = compiling.prepare(ready.model, ready.task, _first_batch(plain, order, device))
         return plain._replace(objective=in_precision(run, objective, device))

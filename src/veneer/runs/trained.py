@@ -112,7 +112,7 @@ def described(model: nn.Module, run: Run, parts: list[groups.Part]) -> str:
 
 def _scale(form: methods.PeftForm | None) -> float | None:
     """Returns the factor of B A that PEFT computes from rank and alpha."""
-    if form is None or "lora_alpha" not in form.config:
+    if form is None or not {"r", "lora_alpha"} <= form.config.keys():
         return None
     rank, alpha = int(form.config["r"]), float(form.config["lora_alpha"])
     return alpha / math.sqrt(rank) if form.config.get("use_rslora") else alpha / rank

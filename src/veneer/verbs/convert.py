@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from veneer import dtypes
-from veneer.adapt import combine
+from veneer.adapt import combine, hooks
+from veneer.adapt.attached import changes
 from veneer.adapt.peft.settings import method_of
 from veneer.adapt.store import manifest, store
 from veneer.adapt.store.folder import adapter_folder
 from veneer.convert import carry, pairs
 from veneer.convert.base import Base, of_model
 from veneer.convert.detect import NATIVE, Found, detect
+from veneer.convert.merged import opening
+from veneer.convert.merged.holding import described, ranks
 from veneer.convert.pairs import Kind, Pair, Pairs
 from veneer.errors import ConfigError, FormatError, first_few, option, suggest
 from veneer.files import check_new, replacing, write_json
@@ -53,6 +57,7 @@ def convert(
     model: str | None = None,
     names: str | None = None,
     part: str | None = None,
+    poly_task: int | None = None,
     rank: int | None = None,
     energy: float | None = None,
     dtype: str | None = None,
@@ -62,34 +67,38 @@ def convert(
 
     adapter: folder or file of PEFT, kohya, LyCORIS, diffusers, torchtune, mlx-lm, LitGPT or Veneer
     out: folder of the result, which must not exist
-    to: format: peft, kohya, diffusers, torchtune, mlx-lm, litgpt, vllm (plain LoRA of one legal rank) or gguf
+    to: format: peft, kohya, diffusers, torchtune, mlx-lm, litgpt, vllm (LoRA of one rank), gguf or veneer (any)
     model: base model, for formats that need names, sizes or weights of its layers
     names: file with the names of the base's modules, one a line, in place of a model
     part: part of a diffusers pipeline to take, or that the adapter changes, such as unet
+    poly_task: number of the task to take from PEFT's POLY, which mixes its factors anew for each
     rank: rank to cut to; needed, or energy, to make plain LoRA of another kind of change
     energy: share of the squared norm to keep in a cut, such as 0.99
     dtype: number format of the result: fp32, bf16 or fp16 [that of the source]
     allow: names of tensors or settings to leave out, with * for any text
     """
     source, folder, to = adapter_folder(Path(adapter)), Path(out), ALSO.get(to, to)
-    if to not in carry.WRITERS:
-        raise ConfigError(f"to: unknown format {to!r}{suggest(to, carry.WRITERS)}")
+    if to not in (*carry.WRITERS, NATIVE):
+        raise ConfigError(f"to: unknown format {to!r}{suggest(to, (*carry.WRITERS, NATIVE))}")
     number_format = dtypes.of_name(dtype) if dtype is not None else None
     check_new(folder)
     found, base = detect(source), _base(model, names)
-    ready, notes = _pairs(found, base, model, to, (rank, energy), allow)
+    if to == NATIVE:
+        return _record(_to_veneer(found, model, folder, (rank, energy), number_format, poly_task))
+    ready, notes = _pairs(found, base, model, to, (rank, energy), allow, poly_task)
     ready = pairs.take_part(ready, part) if part else ready
     ready, said = pairs.to_dtype(ready, number_format) if number_format else (ready, [])
     notes += said + carry.write(ready, folder, to, base=base)
     ranks, left = sorted({p.rank for p in ready.sites.values()}), list(ready.left_out)
-    done = Conversion(str(source), found.dialect, to, str(folder), len(ready.sites), ranks, notes, left)
-    _record(done)
-    return done
+    return _record(
+        Conversion(str(source), found.dialect, to, str(folder), len(ready.sites), ranks, notes, left)
+    )
 
 
-def _record(done: Conversion) -> None:
+def _record(done: Conversion) -> Conversion:
     with replacing(Path(done.out) / RECORD) as (path,):
         write_json(path, done.as_dict())
+    return done
 
 
 def _base(model: str | None, names: str | None) -> Base:
@@ -107,6 +116,7 @@ def _pairs(
     to: str,
     cut: tuple[int | None, float | None],
     allow: Sequence[str],
+    task: int | None,
 ) -> tuple[Pairs, list[str]]:
     """Returns the adapter as pairs that `to` can hold: unchanged, cut, or factored from the dense change."""
     command = f"veneer convert {found.folder} --to {to} --out OUT --model BASE"
@@ -117,7 +127,7 @@ def _pairs(
             f"  {command}"
         )
     if other and model is not None:
-        ready, notes = _on_base(found, model, cut, command)
+        ready, notes = _on_base(found, model, cut, command, task)
         return ready, [f"{other} is written as plain LoRA", *notes]
     if found.dialect == "peft" and model is not None and _moves_base(found):
         ready, notes = _on_base(found, model, cut, command)
@@ -150,7 +160,7 @@ def _otherwise(found: Found) -> str | None:
     other = (
         found.dialect == "peft"
         and found.config.get("peft_type", "LORA") != "LORA"
-        and method_of(found.config) is not None
+        and (method_of(found.config) is not None or opening.opens(found.config))
     )
     return f"PEFT's {found.config['peft_type']}" if other else None
 
@@ -159,32 +169,69 @@ def _moves_base(found: Found) -> bool:
     return str(found.config.get("init_lora_weights")).lower() in ("pissa", "olora")
 
 
+def _opened(found: Found, model: str, name: str, task: int | None) -> nn.Module:
+    """Returns the base with the adapter attached as `name`, through PEFT where Veneer has no such method."""
+    packed = adapted.format_of([adapted.Wanted(name, found.folder, 1.0)], model)
+    base = pretrained.causal_lm(model, torch.float32, torch.device("cpu"), packed)
+    if opening.opens(found.config):
+        hooks.hang(base, name, opening.to_changes(base, found.folder, task))
+    else:
+        store.load(base, found.folder, name)
+    return base
+
+
+def _cut(base: nn.Module, cut: tuple[int | None, float | None]) -> tuple[str, list[str]]:
+    """Returns the name of the adapter, of its cut to plain LoRA if one is wanted, and notes on the cut."""
+    if cut == (None, None):
+        return "adapter", []
+    cuts = combine.to_lora(base, "adapter", "plain", rank=cut[0], energy=cut[1])
+    worst = max(cuts, key=lambda c: c.error)
+    kept = 1 - worst.error**2
+    most = max(c.rank for c in cuts)
+    return "plain", [f"cut to ranks of at most {most}; {worst.site} kept least, {kept:.1%} of its energy"]
+
+
+@torch.no_grad()
+def _to_veneer(
+    found: Found,
+    model: str | None,
+    folder: Path,
+    cut: tuple[int | None, float | None],
+    dtype: torch.dtype | None,
+    task: int | None,
+) -> Conversion:
+    """Writes the adapter as Veneer saves it, with notes on the layouts of what PEFT merged."""
+    if not model:
+        raise ConfigError(f"{option('to', NATIVE)} opens the adapter on its base; give {option('model')}")
+    if found.dialect not in (NATIVE, "peft"):
+        raise ConfigError(
+            f"{found.file} is of {found.dialect}; convert it to peft, which Veneer opens directly"
+        )
+    base = _opened(found, model, "adapter", task)
+    name, notes = _cut(base, cut)
+    own = changes(base, name)
+    notes += described(own) * opening.opens(found.config)
+    store.save(base, folder, name, dtype=dtype)
+    return Conversion(str(found.folder), found.dialect, NATIVE, str(folder), len(own), ranks(own), notes)
+
+
 @torch.no_grad()
 def _on_base(
-    found: Found, model: str, cut: tuple[int | None, float | None], command: str
+    found: Found, model: str, cut: tuple[int | None, float | None], command: str, task: int | None = None
 ) -> tuple[Pairs, list[str]]:
     """Returns the change on the base's weights as plain LoRA of the wanted rank, and notes on the cut.
 
     Without a rank the change must be a product of two factors, which stay unchanged.
     """
-    packed = adapted.format_of([adapted.Wanted("adapter", found.folder, 1.0)], model)
-    base = pretrained.causal_lm(model, torch.float32, torch.device("cpu"), packed)
-    store.load(base, found.folder, "adapter")
-    notes, name = [], "adapter"
-    if cut != (None, None):
-        cuts = combine.to_lora(base, name, "plain", rank=cut[0], energy=cut[1])
-        worst = max(cuts, key=lambda c: c.error)
-        kept = 1 - worst.error**2
-        most = max(c.rank for c in cuts)
-        notes.append(f"cut to ranks of at most {most}; {worst.site} kept least, {kept:.1%} of its energy")
-        name = "plain"
+    base = _opened(found, model, "adapter", task)
+    name, notes = _cut(base, cut)
     sites = {}
     for site, delta in combine.of_matrices(base, name):
         f = delta.factors(site)
         if f is None or not f.is_product:
             raise FormatError(
-                f"{found.file} changes {site.name!r} by more than two factors; cut it to a rank:\n"
-                f"  {command} --rank 64"
+                f"{found.file} changes {site.name!r} by more than two factors; cut it to a rank, or keep it"
+                f" whole with {option('to', NATIVE)}:\n  {command} --rank 64"
             )
         alike = site.kind in ("transposed", "parameter")
         kind: Kind = "linear" if alike else site.kind  # type: ignore[assignment]
@@ -196,8 +243,8 @@ def _on_base(
 
 def text(done: Conversion) -> str:
     """Returns the conversion in a few lines for people."""
-    ranks = first_few(map(str, done.ranks))
-    lines = [f"{done.source}: {done.dialect} -> {done.to} in {done.out}: {done.layers} layers, ranks {ranks}"]
+    ranks = f", ranks {first_few(map(str, done.ranks))}" if done.ranks else ""
+    lines = [f"{done.source}: {done.dialect} -> {done.to} in {done.out}: {done.layers} layers{ranks}"]
     lines += [f"- {note}" for note in done.notes]
     if done.left_out:
         lines.append(f"- left out: {first_few(done.left_out)}")

@@ -68,7 +68,7 @@ def to_changes(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]
     beside.rows(config)
     beside.embeddings()
     problems += beside.problems
-    problems += _left_over(model, {k: t for k, t in tensors.items() if k not in used})
+    problems += left_over(model, {k: t for k, t in tensors.items() if k not in used})
     return changes, problems
 
 
@@ -182,7 +182,7 @@ def _one_by_one(model: nn.Module, names: list[str], problems: list[Problem]) -> 
     return sites, refused
 
 
-def _left_over(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
+def left_over(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
     """Yields problems with tensors that no layer took.
 
     PEFT copies embeddings of the base into the file; only copies that differ from the base's are problems.

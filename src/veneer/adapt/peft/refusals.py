@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from veneer.adapt.peft import starts
+from veneer.adapt.peft import starts, types
 from veneer.adapt.peft.settings import method_of, table
 from veneer.adapt.peft.targets import Config, expressions
 
@@ -53,10 +53,7 @@ def settings_problems(config: Config, has_initial: bool, *, only_pairs: bool = F
         return wrong
     kind = method_of(config)
     if kind is None:
-        return [
-            f"peft_type {config['peft_type']!r} is not read here; convert it with PEFT's own save_as_lora, "
-            "or merge it there"
-        ]
+        return [unread(config["peft_type"])]
     known = table(kind).every
     refused = {**BEYOND, **(BESIDE if only_pairs else {})}
     beyond = {k: why for k, why in refused.items() if config.get(k) and config[k] != known.get(k)}
@@ -76,6 +73,21 @@ def settings_problems(config: Config, has_initial: bool, *, only_pairs: bool = F
     found += [f"{p} is not a regular expression" for p in malformed]
     start = starts.problem(config.get("init_lora_weights", True), has_initial)
     return found + ([start] if start else [])
+
+
+def unread(peft_type: str) -> str:
+    """Returns why an adapter of this type cannot be read by its tensors alone, and the way out."""
+    how = types.opened(peft_type)
+    if how is None:
+        return (
+            f"peft_type {peft_type!r} is not a type of PEFT 0.21; update Veneer, or merge the adapter in PEFT"
+        )
+    if how.by == "no":
+        return f"peft_type {peft_type!r} cannot be read: {how.how}"
+    return (
+        f"peft_type {peft_type!r} opens through PEFT's own merge:"
+        " veneer convert FOLDER --to veneer --model BASE --out OUT"
+    )
 
 
 NAMES = (str, list, type(None))

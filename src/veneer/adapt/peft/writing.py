@@ -141,7 +141,8 @@ def _settings(
     stacked: forms of whole parameters, by their names.
     """
     every = {**forms, **stacked}
-    patterns = {k: p for k, p in PATTERNS.items() if k in settings.every and p in settings.every}
+    first = next(iter(every.values())).config if every else {}
+    patterns = {k: p for k, p in PATTERNS.items() if k in first and {k, p} <= settings.every.keys()}
     per_site = {n: {k: v for k, v in f.config.items() if k in settings.every} for n, f in every.items()}
     shared = [{k: v for k, v in own.items() if k not in patterns} for own in per_site.values()]
     if any(own != shared[0] for own in shared) or (stacked and shared[0]["lora_dropout"]):

@@ -56,7 +56,7 @@ def describe(
             "options": {k: v for k, v in delta.options.items() if k not in shared or shared[k] != v},
             "own": dict(own.get(site.name, {})),
             **({} if f is None else {"rank": f.A.shape[0]}),
-            **({"scaling": _scaling(settings)} if "lora_alpha" in settings else {}),
+            **({"scaling": _scaling(settings)} if settings.get("peft_type") == "LORA" else {}),
         }
     return {
         "format": FORMAT,

@@ -14,19 +14,18 @@ from veneer.adapt.store.manifest import method_of, site_options
 from veneer.adapt.store.problems import Problem
 from veneer.errors import VeneerError, first_few
 from veneer.methods.base.biased import Biased
+from veneer.methods.base.protocols import Resizes
 from veneer.sites import site_of_kind
 from veneer.sites.finding.kinds import layers_of
 
 TENSORS = "delta.safetensors"
+BIAS = "b"  # the tensor beside those of a method, of a change with a bias
 
 
 def homeless(changes: Changes) -> list[Problem]:
     """Returns problems with deltas of methods outside `veneer.methods`, which could not be built again."""
     if any(isinstance(delta, Rows) for _, delta in changes):
         return [Problem("fit", "it is a bank of several adapters; save each of them under its own name")]
-    if any(isinstance(delta, Biased) for _, delta in changes):
-        text = "biases beside this method have no format; merge the adapter, or load it without them"
-        return [Problem("fit", text)]
     odd = sorted({method_of(delta) for _, delta in changes} - set(methods.available()))
     text = (
         f"{first_few(odd)}: PEFT cannot express this method, and Veneer finds methods by file when loading;"
@@ -61,6 +60,10 @@ def rebuild(
             problems.append(Problem("fit", str(e)))
             used |= {f"{lead}{k}" for k in own}
             continue
+        if isinstance(delta, Resizes) and all(k in own for k, _ in delta.named_parameters()):
+            delta.resize({k: own[k].shape for k, _ in delta.named_parameters()})
+        if BIAS in own and BIAS not in delta.state_dict():
+            delta = Biased(site, delta, site.weight().new_zeros(site.out))
         wanted = delta.state_dict()
         used |= {f"{lead}{k}" for k in wanted}
         wrong = _misfits(name, wanted, own)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from veneer.methods.base.factors import Factors, Products
@@ -97,6 +99,15 @@ class Switched(ABC):
     @abstractmethod
     def state(self) -> tuple[int, ...]:
         """Returns a value that differs after the state was changed."""
+
+
+class Resizes(ABC):
+    """A change whose parameters change their sizes while it trains."""
+
+    @abstractmethod
+    def resize(self, sizes: Mapping[str, torch.Size]) -> None:
+        """Gives the parameters and buffers the sizes of a saved state of parameters, by name; its numbers
+        follow."""
 
 
 class OpensModel(ABC):

@@ -68,15 +68,15 @@ def check_rank(rank: int, W: Tensor, where: str = "") -> None:
     check_at_most(rank, min(W.shape), "min(out, in)", where)
 
 
-def check_at_most(rank: int, most: int, what: str, where: str = "") -> None:
-    """Raises ShapeError unless rank is an integer from 1 to `most`, which the message calls `what`."""
+def check_at_most(rank: int, most: int, what: str, where: str = "", name: str = "rank") -> None:
+    """Raises ShapeError unless `rank`, called `name`, is an integer from 1 to `most`, called `what`."""
     if isinstance(rank, bool) or not isinstance(rank, int):
-        raise ShapeError(f"rank must be an integer >= 1, got {rank!r}")
+        raise ShapeError(f"{name} must be an integer >= 1, got {rank!r}")
     at = f" at {where!r}" if where else ""
     if rank < 1:
-        raise ShapeError(f"rank must be >= 1, got {rank}{at}")
+        raise ShapeError(f"{name} must be >= 1, got {rank}{at}")
     if rank > most:
-        raise ShapeError(f"rank {rank} > {what} = {most}{at}; use at most {most} or exclude the layer")
+        raise ShapeError(f"{name} {rank} > {what} = {most}{at}; use at most {most} or exclude the layer")
 
 
 def range_finder(W: Tensor, sketch: Tensor, iterations: int, rank: int) -> Tensor:

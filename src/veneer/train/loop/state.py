@@ -14,6 +14,7 @@ from torch import Tensor
 from veneer.adapt.attached import layers
 from veneer.data.order.order import Steps
 from veneer.errors import FormatError, first_few
+from veneer.methods.base.protocols import Resizes
 from veneer.sites.own import is_own
 from veneer.tasks import Figure
 from veneer.train.folder.checkpoint import Checkpoint
@@ -92,6 +93,7 @@ def laid_out(t: Tensor, stride: Sequence[int] | None) -> Tensor:
 
 def restore(learner: Learner, saved: Checkpoint) -> None:
     """Restores everything. Raises FormatError, before any change, if the checkpoint has other parameters."""
+    _resize(learner, saved)
     held = fixed(learner)
     wanted = {
         **{f"p.{p.name}": tuple(p.parameter.shape) for p in learner.parts},
@@ -117,6 +119,17 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
                 k: laid_out(t, strides.get(f"{prefix}{k}")).to(device) for k, t in state.items()
             }
     draw_on(learner, saved.tensors)
+
+
+def _resize(learner: Learner, saved: Checkpoint) -> None:
+    """Gives changes that resize themselves in training the sizes they were saved with."""
+    names = {id(part.parameter): part.name for part in learner.parts}
+    for held in layers(learner.model):
+        for delta in (held[name] for name in held.names()):
+            if isinstance(delta, Resizes):
+                own = {n: f"p.{names.get(id(p))}" for n, p in delta.named_parameters()}
+                if all(key in saved.tensors for key in own.values()):
+                    delta.resize({n: saved.tensors[key].shape for n, key in own.items()})
 
 
 def draws(learner: Learner) -> dict[str, Tensor]:
@@ -168,6 +181,7 @@ def _of_processes(world: World) -> dict[str, Tensor]:
 @torch.no_grad()
 def put_back(learner: Learner, saved: Checkpoint) -> None:
     """Restores the trained parameters and their means alone."""
+    _resize(learner, saved)
     for part in learner.parts:
         part.parameter.copy_(saved.tensors[f"p.{part.name}"])
     if learner.mean is not None:

@@ -1,0 +1,1 @@
+"""Opens PEFT's other types of adapters: PEFT merges one layer at a time, and the change is kept."""
