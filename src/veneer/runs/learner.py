@@ -49,7 +49,7 @@ def learner(ready: Ready, order: Order, voice: Voice, world: World = ALONE) -> L
         raise ConfigError(
             f"{option('ema')} averages parameters of one size, and adalora's shrink; leave it out"
         )
-    allocation.hold(ready.model, plain.optimiser, order.total)
+    allocation.hold(ready.model, plain.optimiser, order.steps)
     if not _compiles(ready, order, device, voice):
         objective = compiling.prepare(ready.model, ready.task, _first_batch(plain, order, device))
         return plain._replace(objective=in_precision(run, objective, device))

@@ -67,7 +67,7 @@ def convert(
 
     adapter: folder or file of PEFT, kohya, LyCORIS, diffusers, torchtune, mlx-lm, LitGPT or Veneer
     out: folder of the result, which must not exist
-    to: format: peft, kohya, diffusers, torchtune, mlx-lm, litgpt, vllm (LoRA of one rank), gguf or veneer (any)
+    to: format: peft, kohya, diffusers, torchtune, mlx-lm, litgpt, vllm (one rank), gguf or veneer (any)
     model: base model, for formats that need names, sizes or weights of its layers
     names: file with the names of the base's modules, one a line, in place of a model
     part: part of a diffusers pipeline to take, or that the adapter changes, such as unet
