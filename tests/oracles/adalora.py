@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al. 2023): the change (equation 3), the importance of triplets (equations 7 to 9)."""
+"""AdaLoRA (Zhang et al. 2023): the change, the importance of triplets, the budget."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def triplets(A, E, B):
 
 
 def budget(t, T, b0, bT, ti, tf):
-    """Equation 10, with ti steps before the first removal and tf after the last."""
+    """The cubic curve, with ti steps before the first removal and tf after the last."""
     if t < ti:
         return b0
     if t >= T - tf:

@@ -33,3 +33,39 @@ def weight_from_kept(W, t, options):
     s = 16 / options["rank"] ** 0.5
     start = t["B0"] @ t["A0"] if "A0" in t else 0.0
     return W + s * (t["B"] @ t["A"] - start)
+
+
+def gora(G, A, s, gamma=0.05):
+    """He et al. 2025: B0 from the projection of -G on A's rows, times gamma sqrt(in / r) / s."""
+    r, n = A.shape
+    return -gamma * (n / r) ** 0.5 / s * G @ np.linalg.pinv(A)
+
+
+def gora_ranks(Ws, Gs, r, least, most):
+    """He et al. 2025: ranks by the mean of |W o G|, at the parameters of rank r."""
+    importance = np.array([np.abs(W * G).mean() for W, G in zip(Ws, Gs, strict=True)])
+    size = np.array([(W.shape[0] + W.shape[1]) ** 0.5 for W in Ws])
+    share = importance / importance.sum() * (size.sum() * r)
+    return [int(min(max(round(x), least), most)) for x in share / size]
+
+
+def keeplora(W, G, r, protected=0.5):
+    """Luo et al. 2026: the protected basis M (in, k), and the r leading right vectors of G (I - M M')."""
+    _, S, V = np.linalg.svd(W)
+    k = int(np.searchsorted(np.cumsum(S**2) / np.sum(S**2), protected)) + 1
+    M = V[:k].T
+    return M, np.linalg.svd(G @ (np.eye(W.shape[1]) - M @ M.T))[2][:r]
+
+
+def eva(X, r):
+    """Paischer et al. 2024: the r leading right singular vectors of the inputs (n, in)."""
+    return np.linalg.svd(X, full_matrices=False)[2][:r]
+
+
+def corda(W, X, r, s, least=False, damp=1e-3):
+    """Yang et al. 2024: s B0 A0, the chosen part of W by its effect on the inputs X (n, in)."""
+    C = X.T @ X
+    C = C + damp * np.mean(np.diag(C)) * np.eye(len(C))
+    U, S, V = np.linalg.svd(W @ C, full_matrices=False)
+    own = slice(len(S) - r, len(S)) if least else slice(0, r)
+    return (U[:, own] * S[own]) @ V[own] @ np.linalg.inv(C)

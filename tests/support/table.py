@@ -5,6 +5,7 @@ Every property in test_methods.py runs on every cell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,6 +90,10 @@ METHODS = {
     "olora": Method("lora", {"rank": 2, "init": "olora", "alpha": 3.0}, lora.weight_from_olora),
     "orthogonal": Method("lora", {"rank": 2, "init": "orthogonal"}, lora.weight),
     "loraga": Method("lora", {"rank": 2, "init": "loraga"}, starts.weight_from_kept, calibrated=True),
+    "gora": Method(  # whose start is a step away from the base
+        "lora", {"rank": 2, "init": "gora", "alpha": 4.0}, lora.weight, calibrated=True, start=math.inf
+    ),
+    "keeplora": Method("lorafa", {"rank": 2, "init": "keeplora"}, lora.weight, calibrated=True),
     "miss": Method("miss", {"rank": 3}, miss.weight),
     "miss mini": Method("miss", {"rank": 2, "mini": 1}, miss.weight),
     "bat": Method("bat", {"rank": 1}, miss.weight_from_bat),

@@ -22,6 +22,7 @@ from veneer.adapt.modes import evaluating
 from veneer.errors import ConfigError, DataError, SiteError, first_few
 from veneer.methods import Delta, Factors, Stats
 from veneer.methods.base.delta import master_dtype
+from veneer.methods.base.moments import Moments, over_processes
 from veneer.ops.draws import keyed
 from veneer.ops.matrix import sketch
 from veneer.sites import Site, find
@@ -47,6 +48,7 @@ class Sketched(Delta):
         self.Y = nn.Parameter(like.new_zeros(site.out, fixed.Omega.shape[1]))
         self.Z = nn.Parameter(like.new_zeros(fixed.Psi.shape[0], site.in_))
         self.sums = [torch.zeros_like(p, dtype=torch.float64) for p in (self.Y, self.Z)]
+        self.moments: Moments | None = None
 
     def factors(self, site: Site) -> Factors:
         return Factors(torch.cat([self.Omega.mT, self.Z]), torch.cat([self.Y, self.Psi.mT], 1))
@@ -55,6 +57,8 @@ class Sketched(Delta):
         """Returns zero, computed in the sketch's precision whatever the model computes in."""
         with torch.autocast(y.device.type, enabled=False):
             wide = y.to(self.Y.dtype)
+            if self.moments is not None:
+                self.moments.see(x.detach(), site)
             x = self.dropped(x.detach(), wide, site)
             return self.factors(site).added(x, wide, site).to(y.dtype)
 
@@ -70,7 +74,7 @@ class Sketched(Delta):
 
     def leading(self, rank: int) -> sketch.Svd:
         """Returns the gradient's leading triplets, from the sums over all processes."""
-        Y, Z = (_over_processes(total).to(self.Y.dtype) for total in self.sums)
+        Y, Z = (over_processes(total).to(self.Y.dtype) for total in self.sums)
         if not (torch.isfinite(Y).all() and torch.isfinite(Z).all()):
             return sketch.Svd(*(Y.new_full((1,), torch.nan),) * 3)
         return sketch.leading(Y, Z, self.Psi, rank)
@@ -87,6 +91,7 @@ def calibrate(
     loss: Loss | None = None,
     width: int = 4,
     seed: int = 0,
+    inputs: bool = False,
 ) -> dict[str, Stats]:
     """Returns gradient statistics by layer for attach(.., stats=..). The model is left unchanged.
 
@@ -94,14 +99,18 @@ def calibrate(
     adapters on; under torch.distributed every process brings its own batches and all get the sum. rank: the
     largest to be attached. to, exclude, untie: as in attach. loss: returns a scalar; `model(**batch).loss`
     unless given. width: columns of the sketch in ranks; a layer takes about 20 (out + 2 in) width rank bytes
-    meanwhile and 8 (out + in) rank afterwards. Raises DataError without a batch, SiteError naming layers
-    without a gradient.
+    meanwhile and 8 (out + in) rank afterwards. inputs: statistics of the layers' inputs too, for the starts
+    eva and corda; 8 in^2 bytes more meanwhile, once for layers that read one tensor. Raises DataError
+    without a batch, SiteError naming layers without a gradient.
     """
     refuse_compiled(model)
     check_name(model, NAME)
     _check_numbers(rank, width)
     sites = find(model, "all-linear" if to is None else to, exclude, untie)
     probes = [(site, Sketched(site, width * rank, seed)) for site in sites]
+    moments = Moments() if inputs else None
+    for _, probe in probes:
+        probe.moments = moments
     with _hung(model, probes, to is None or to == ALL), evaluating(model), torch.enable_grad():
         seen = _sum_gradients(model, batches, loss or _own_loss, [probe for _, probe in probes])
         reached = {site.name for site, _ in changes(model, NAME)}
@@ -109,7 +118,8 @@ def calibrate(
         raise DataError("calibration got no batch; pass some of the training's text")
     found = {site.name: probe.leading(2 * rank) for site, probe in probes if site.name in reached}
     _check_gradients(found)
-    return {name: Stats(gradient) for name, gradient in found.items()}
+    stats = {name: Stats(gradient) for name, gradient in found.items()}
+    return stats if moments is None else moments.joined(stats, [site for site, _ in probes], rank)
 
 
 def _sum_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss, probes: list[Sketched]) -> int:
@@ -122,14 +132,7 @@ def _sum_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss, probes:
             probe.collect()
     if seen:
         check_called(model)
-    return int(_over_processes(seen))
-
-
-def _over_processes(total: Tensor) -> Tensor:
-    """Sums over all processes in place and returns the tensor."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    return total
+    return int(over_processes(seen))
 
 
 def _check_numbers(rank: int, width: int) -> None:

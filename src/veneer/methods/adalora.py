@@ -2,8 +2,8 @@
 https://arxiv.org/abs/2303.10512
 
 A row of A, a number e and a column of B are a triplet. Its importance is that of e plus the means of its row
-and its column. The importance of a number w is a smoothed |w dL/dw| times its smoothed deviation (section
-3.2). The number of triplets falls from `rank` to `target` a layer along a cubic curve; the layers compete for
+and its column. The importance of a number w is a smoothed |w dL/dw| times its smoothed deviation.
+The number of triplets falls from `rank` to `target` a layer along a cubic curve; the layers compete for
 them. A removed triplet is cut out of the parameters and the optimiser's state, so computation and memory
 shrink; in the paper and in PEFT it is masked and may come back. `veneer fit` removes by itself; other loops
 call `veneer.train.allocation.hold`.

@@ -67,8 +67,8 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
         loraga
         stabilised: s = alpha / sqrt(r) instead of alpha / r (rsLoRA, https://arxiv.org/abs/2312.03732)
         dropout: share of the adapter's inputs dropped in training; the base path keeps all
-        init: start of A and B: kaiming, gaussian, pissa, olora, orthogonal; loraga needs the loss's gradient;
-        qpissa and loftq need a quantised base
+        init: start of A and B: kaiming, gaussian, pissa, olora, orthogonal; loraga, gora and keeplora need
+        the loss's gradient, eva and corda the layers' inputs; qpissa and loftq need a quantised base
         init_options: options of the start by name, such as gamma=64
         seed: key of the random draws, together with the layer's name
         """
@@ -84,7 +84,12 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
         W = site.weight().detach().to(master_dtype(site))
         given = inits.Start(W, rank, self.scaling, keyed(seed, site.key), site.kind == "embedding", stats)
         A, B = chosen.start(given, **(init_options or {}))
-        shifted = not A.is_meta and bool(A.any()) and bool(B.any()) and not chosen.NEEDS.residual
+        shifted = (
+            not A.is_meta
+            and bool(A.any())
+            and bool(B.any())
+            and not (chosen.NEEDS.residual or chosen.NEEDS.acts)
+        )
         self._hold(A, B, A.clone() if shifted else None, B.clone() if shifted else None)
 
     def _hold(self, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> None:

@@ -24,7 +24,7 @@ from veneer.train.run import Run
 
 def needed(run: Run) -> bool:
     """Tells if the run's start needs statistics of the loss."""
-    return run.init is not None and inits.needs(run.init).gradient
+    return run.init is not None and inits.needs(run.init).data
 
 
 def goes_on(run: Run) -> bool:
@@ -53,16 +53,27 @@ def _sites(model: nn.Module, run: Run) -> list[Site]:
 def look(model: nn.Module, run: Run, task: Task, examples: Sequence[Any], voice: Voice) -> dict[str, Stats]:
     """Returns statistics of evenly spaced examples. Raises the errors of `calibrate`."""
     chosen = spread(examples, run.calibration)
+    needs = inits.needs(run.init or "kaiming")
+    share = 1 / max(1, sum(map(task.labels, chosen))) if needs.mean else 1.0
     given = (batch for _, batch in batches(task, model, chosen, run.batch, nothing))
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return task.loss(model, batch)[0]
+        return share * task.loss(model, batch)[0]
 
     own = methods.options_of(methods.get(run.method))["rank"].default
     rank = max(run.options.get("rank", own), *run.rank_pattern.values(), 1)
     to = "|".join(re.escape(site.name) for site in _sites(model, run))
     with voice.phase("calibrating the start"):
-        found = calibrate(model, given, rank=rank, to=to, untie=run.untie, loss=loss, seed=run.seed)
+        found = calibrate(
+            model,
+            given,
+            rank=rank,
+            to=to,
+            untie=run.untie,
+            loss=loss,
+            seed=run.seed,
+            inputs=not needs.gradient,
+        )
     voice.say(
         f"init {run.options['init']!r} used statistics of {len(chosen)} {task.EXAMPLE}s of the training text"
     )

@@ -14,7 +14,7 @@ from veneer.methods.adalora import AdaLoRA
 
 
 def budget(step: int, steps: int, n_start: int, n_end: int, begin: float, end: float) -> int:
-    """Returns the number of triplets to keep after `step` of `steps` (equation 10 of the paper)."""
+    """Returns the number of triplets to keep after `step` of `steps` (the paper's cubic curve)."""
     first, last = begin * steps, (1 - end) * steps
     if step <= first:
         return n_start

@@ -210,7 +210,7 @@ def _to_veneer(
     base = _opened(found, model, "adapter", task)
     name, notes = _cut(base, cut)
     own = changes(base, name)
-    notes += described(own) * opening.opens(found.config)
+    notes += described(own) if opening.opens(found.config) else []
     store.save(base, folder, name, dtype=dtype)
     return Conversion(str(found.folder), found.dialect, NATIVE, str(folder), len(own), ranks(own), notes)
 

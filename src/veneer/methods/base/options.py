@@ -53,7 +53,8 @@ def unseen(site: Site) -> Stats:
     used."""
     W = site.weight()
     one, q = torch.ones((), dtype=master_dtype(site), device=W.device), min(W.shape)
-    return Stats(Svd(one.expand(site.out, q), one.expand(q), one.expand(q, site.in_)))
+    like = Svd(one.expand(site.out, q), one.expand(q), one.expand(q, site.in_))
+    return Stats(like, inputs=(like,), oriented=(like, like))
 
 
 def takes_stats(method: type[Delta]) -> bool:

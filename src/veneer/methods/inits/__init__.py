@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,22 @@ class Start(NamedTuple):
                 f" calibrate with rank={self.rank}"
             )
         return Svd(*(t.to(self.W) for t in (found.U[:, :rank], found.S[:rank], found.Vh[:rank])))
+
+    def inputs(self, kind: Literal["inputs", "oriented"]) -> tuple[Svd, ...]:
+        """Returns a statistic of the layer's inputs for the rank. Raises ConfigError without one."""
+        found: tuple[Svd, ...] | None = None if self.stats is None else getattr(self.stats, kind)
+        if found is None:
+            raise ConfigError(
+                "this init starts from the layer's inputs, which are missing; calibrate first:"
+                " stats = veneer.calibrate(model, batches, rank=.., inputs=True), then"
+                " veneer.attach(.., stats=stats); grouped convolutions have no such statistic"
+            )
+        known = min(len(part.S) for part in found)
+        if known < self.rank:
+            raise ConfigError(
+                f"calibrated for rank {known}, the rank here is {self.rank}; calibrate with rank={self.rank}"
+            )
+        return tuple(Svd(*(t.to(self.W) for t in part)) for part in found)
 
     def leading(self) -> Svd:
         """Returns the leading triplets of W, as many as the rank."""
