@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,23 @@ READERS: dict[str, ModuleType] = {
     "litgpt": litgpt,
 }
 WRITERS: dict[str, ModuleType] = {**READERS, "vllm": vllm, "gguf": gguf}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion. notes: roundings, paddings and cuts; left_out: parts missing from the result."""
+
+    source: str
+    dialect: str
+    to: str
+    out: str
+    layers: int
+    ranks: list[int]
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
 
 
 def read(path: str | Path, *, base: Base | None = None, allow: str | Iterable[str] = ()) -> Pairs:

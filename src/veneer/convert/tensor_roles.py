@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from veneer.convert.leftovers import Leftovers
-from veneer.errors import FormatError, first_few
+from veneer.errors import FormatError, first_few, option
 
 Roles = dict[str, Tensor]
 NEEDED = ("A", "B")
@@ -21,6 +21,9 @@ OTHERS = {
     "full fine-tuning": r"diff(_b)?",
     "norm layers": r"[wb]_norm",
 }
+MERGE = "merge them there, and take the difference with veneer.extract"
+WAYS = dict.fromkeys(("LoHa", "LoKr"), f"use {option('to', 'peft')} for a file of them alone, or {MERGE}")
+WAYS |= {"OFT or BOFT": f"use {option('to', 'veneer')} for a file of OFT alone, or {MERGE}"}
 LYCORIS = "|".join(OTHERS[method] for method in ("LoHa", "LoKr"))
 
 
@@ -41,7 +44,7 @@ def by_module(
         module = name.removesuffix(end) if end else next((m for m in others if name.startswith(f"{m}.")), "")
         if module in others and (end is None or endings[end] not in needed):
             why = f"tensors of {others[module]} (LyCORIS), which are not pairs of factors"
-            rest.add(name, f"{why}; merge them there, and take the difference with veneer.extract")
+            rest.add(name, f"{why}; {WAYS.get(others[module], MERGE)}")
         elif end is None:
             rest.add(name, "tensors other than factors of plain LoRA")
         else:

@@ -181,7 +181,7 @@ class LoKr(Delta, PeftStored):
 def shape_of(site: Site, factor: int) -> Shape:
     """Returns the sides of L and R: PEFT's rule. A convolution's kernel belongs to n."""
     kernel = _kernel(site)
-    (p, k), (m, n) = _split(site.out, factor), _split(site.in_ // kernel, factor)
+    (p, k), (m, n) = split(site.out, factor), split(site.in_ // kernel, factor)
     return Shape(p, k, m, n * kernel)
 
 
@@ -189,7 +189,7 @@ def _kernel(site: Site) -> int:
     return math.prod(site.module.kernel_size) if site.kind == "conv" else 1
 
 
-def _split(size: int, factor: int) -> tuple[int, int]:
+def split(size: int, factor: int) -> tuple[int, int]:
     """Returns `factor` and its cofactor if it divides, else the most even pair whose smaller number is at
     most it."""
     if factor > 0 and size % factor == 0:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +17,10 @@ from veneer.adapt.store import manifest, store
 from veneer.adapt.store.folder import adapter_folder
 from veneer.convert import carry, pairs
 from veneer.convert.base import Base, of_model
+from veneer.convert.carry import Conversion
 from veneer.convert.detect import NATIVE, Found, detect
-from veneer.convert.merged import opening
+from veneer.convert.lycoris import exact
+from veneer.convert.merged import others
 from veneer.convert.merged.holding import described, ranks
 from veneer.convert.pairs import Kind, Pair, Pairs
 from veneer.errors import ConfigError, FormatError, first_few, option, suggest
@@ -30,23 +31,6 @@ from veneer.models.pretrained import skeleton
 RECORD = "convert.json"
 ALSO = {"mlx-lm": "mlx", "lycoris": "kohya"}  # other names of formats
 PLAIN_ONLY = ("vllm", "litgpt", "gguf")  # dialects without DoRA
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A conversion. notes: roundings, paddings and cuts; left_out: parts missing from the result."""
-
-    source: str
-    dialect: str
-    to: str
-    out: str
-    layers: int
-    ranks: list[int]
-    notes: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def convert(
@@ -85,6 +69,9 @@ def convert(
     found, base = detect(source), _base(model, names)
     if to == NATIVE:
         return _record(_to_veneer(found, model, folder, (rank, energy), number_format, poly_task))
+    exactly = (part, rank, energy, dtype) == (None,) * 4
+    if exactly and (done := exact.converted(found, to, folder, base)) is not None:
+        return _record(Conversion(str(source), found.dialect, to, str(folder), *done))
     ready, notes = _pairs(found, base, model, to, (rank, energy), allow, poly_task)
     ready = pairs.take_part(ready, part) if part else ready
     ready, said = pairs.to_dtype(ready, number_format) if number_format else (ready, [])
@@ -160,9 +147,9 @@ def _otherwise(found: Found) -> str | None:
     other = (
         found.dialect == "peft"
         and found.config.get("peft_type", "LORA") != "LORA"
-        and (method_of(found.config) is not None or opening.opens(found.config))
+        and method_of(found.config) is not None
     )
-    return f"PEFT's {found.config['peft_type']}" if other else None
+    return f"PEFT's {found.config['peft_type']}" if other else others.kind(found)
 
 
 def _moves_base(found: Found) -> bool:
@@ -173,8 +160,8 @@ def _opened(found: Found, model: str, name: str, task: int | None) -> nn.Module:
     """Returns the base with the adapter attached as `name`, through PEFT where Veneer has no such method."""
     packed = adapted.format_of([adapted.Wanted(name, found.folder, 1.0)], model)
     base = pretrained.causal_lm(model, torch.float32, torch.device("cpu"), packed)
-    if opening.opens(found.config):
-        hooks.hang(base, name, opening.to_changes(base, found.folder, task))
+    if others.kind(found):
+        hooks.hang(base, name, others.to_changes(base, found, task))
     else:
         store.load(base, found.folder, name)
     return base
@@ -203,14 +190,14 @@ def _to_veneer(
     """Writes the adapter as Veneer saves it, with notes on the layouts of what PEFT merged."""
     if not model:
         raise ConfigError(f"{option('to', NATIVE)} opens the adapter on its base; give {option('model')}")
-    if found.dialect not in (NATIVE, "peft"):
+    if found.dialect not in (NATIVE, "peft") and not others.kind(found):
         raise ConfigError(
             f"{found.file} is of {found.dialect}; convert it to peft, which Veneer opens directly"
         )
     base = _opened(found, model, "adapter", task)
     name, notes = _cut(base, cut)
     own = changes(base, name)
-    notes += described(own) if opening.opens(found.config) else []
+    notes += described(own) if others.kind(found) else []
     store.save(base, folder, name, dtype=dtype)
     return Conversion(str(found.folder), found.dialect, NATIVE, str(folder), len(own), ranks(own), notes)
 

@@ -48,7 +48,7 @@ def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
     `base.names` resolve the flattened names: those of the model, or of a pipeline's models by part.
     """
     modules = by_module(tensor_files.tensors(found.file), ENDINGS, rest)
-    names = _resolve(modules, base.names)
+    names = resolve(modules, base.names)
     parts = tuple(sorted({p for flat in modules if (p := _split(flat)[0])}))
     return Pairs({names[flat]: _pair(names[flat], roles) for flat, roles in modules.items()}, parts)
 
@@ -61,7 +61,7 @@ def _split(flat: str) -> tuple[str, str]:
     return PARTS[prefix], flat.removeprefix(f"{prefix}_")
 
 
-def _resolve(modules: Iterable[str], names: tuple[str, ...]) -> dict[str, str]:
+def resolve(modules: Iterable[str], names: tuple[str, ...]) -> dict[str, str]:
     """Returns {flattened name: real name}. Raises ConfigError for names with no match or several matches."""
     flattened: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -132,7 +132,7 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
         )
     tensors: dict[str, Tensor] = {}
     for name, p in pairs.sites.items():
-        flat, ones = _flat(clip_names.in_files(name), pairs.parts), (1,) * (p.A.ndim - 2)
+        flat, ones = flattened(clip_names.in_files(name), pairs.parts), (1,) * (p.A.ndim - 2)
         if f"{flat}.alpha" in tensors:
             raise FormatError(f"{name} and another layer are both named {flat} in kohya's format")
         own = {
@@ -148,7 +148,7 @@ def write(pairs: Pairs, folder: Path, base: Base) -> list[str]:
     return [] if pairs.parts else ["layers are named lycoris_..; for a part of a pipeline give part="]
 
 
-def _flat(name: str, parts: tuple[str, ...]) -> str:
+def flattened(name: str, parts: tuple[str, ...]) -> str:
     """Returns "lora_unet_.." for a layer of a pipeline's part, "lycoris_.." for a layer of a single model.
 
     With two text encoders the names begin with lora_te1 and lora_te2.

@@ -31,7 +31,7 @@ EMBEDDING = {".lora_embedding_A": "eA", ".lora_embedding_B": "eB"}
 MAGNITUDE = ".lora_magnitude_vector"
 # The second form of the magnitude is PEFT's before 0.12.
 NAMES = {**LINEAR, **EMBEDDING, MAGNITUDE: "m", f"{MAGNITUDE}.weight": "m"}
-PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}
 
 
 def read(found: Found, base: Base, rest: Leftovers) -> Pairs:
@@ -164,18 +164,18 @@ def settings(pairs: Pairs, base: Base) -> dict[str, Any]:
         "base_model_name_or_path": pairs.origin,
         "fan_in_fan_out": pairs.transposed or base.transposed,
         "lora_dropout": pairs.dropout,
-        "target_modules": _targets(pairs.sites, base.names),
+        "target_modules": targets_of(pairs.sites, base.names),
         "task_type": pairs.task,
         **({"use_dora": True} if dora == {True} else {}),
     }
     ranks = {n: float(p.rank) for n, p in pairs.sites.items()}
     alphas = {n: p.scaling * p.rank for n, p in pairs.sites.items()}
     for key, values in (("r", ranks), ("lora_alpha", alphas)):
-        config[key], config[PATTERNS[key]] = _pattern(key, values)
+        config[key], config[PATTERNS[key]] = pattern(key, values)
     return config
 
 
-def _targets(sites: Iterable[str], names: tuple[str, ...]) -> list[str]:
+def targets_of(sites: Iterable[str], names: tuple[str, ...]) -> list[str]:
     """Returns name endings that match exactly these layers of the model; full names if no endings do."""
     wanted = set(sites)
     short = sorted({n.rsplit(".", 1)[-1] for n in wanted})
@@ -183,7 +183,7 @@ def _targets(sites: Iterable[str], names: tuple[str, ...]) -> list[str]:
     return short if meant == wanted else sorted(wanted)
 
 
-def _pattern(key: str, values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+def pattern(key: str, values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """Returns the most common value and {name: value} of the others.
 
     A name becomes a regular expression if the plain name would match other layers too.
