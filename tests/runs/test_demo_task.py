@@ -32,7 +32,7 @@ VARIANTS = {
     "bottleneck parallel": ("bottleneck", {"placement": "parallel"}),
     "last layers": ("full", {"to": LAST}),
 }
-RATES = {"loldu svd": 0.128}  # other than the method's own
+RATES = {"loldu svd": 0.128, "adalora": 0.05}  # other than the method's own
 VARIANTS["bat"] = ("bat", {"rank": 16})  # its ranks must divide the layers
 VARIANTS["bitfit"] = ("bitfit", {"to": "all-linear"})  # the model has no biases of its own
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from oracles import starts as oracle
 from support import tiny
 from torch import nn
 
@@ -15,15 +18,19 @@ from veneer.adapt.attached import changes, layers
 from veneer.cli.frame import main
 from veneer.errors import ConfigError
 from veneer.files import read_json
+from veneer.runs.fit import fit
 from veneer.search.decide import plateau
 from veneer.search.decide.plateau import Short
 from veneer.search.decide.trial import FINISHED, Point, Progress
-from veneer.search.rank import cuts
+from veneer.search.rank import cuts, gradient
+from veneer.search.rank.rank import rank
 from veneer.search.rank.settings import RankSearch
 from veneer.search.rank.sweep import runs, sweep
+from veneer.sites import site_for
 from veneer.tasks import Metric
 from veneer.tasks.base.figure import Figure
 from veneer.train.run import Run
+from veneer.verbs.search.rank import text
 
 METRIC = Metric("mse", "mean squared error")
 D = 24
@@ -202,3 +209,47 @@ def test_the_command_writes_settings_that_fit_takes(tmp_path, capsys):
     config = read_json(tmp_path / "fitted" / "config.json")["run"]
     assert config["options"] == {"rank": found["rank"]}
     assert main(["rank", *line, "--method", "ia3", "--out", str(tmp_path / "b")]) == 2
+
+
+# -- by the gradient ---------------------------------------------------------------------------------------
+
+
+def test_ranks_by_the_gradient_are_the_papers():
+    draw = np.random.default_rng(0)
+    shapes = [(6, 9), (20, 9), (9, 9), (30, 40)]
+    Ws, Gs = ([draw.standard_normal(shape) for shape in shapes] for _ in range(2))
+    Gs[1] *= 20
+    Gs[2] *= 0.01
+    shares = [float(np.abs(W * G).mean()) for W, G in zip(Ws, Gs, strict=True)]
+    found = gradient.ranks(shapes, shares, 4)
+    wanted = oracle.gora_ranks(Ws, Gs, 4, 2, 16)
+    assert found == [min(r, *shape) for r, shape in zip(wanted, shapes, strict=True)]
+    assert found[1] == 9 and found[2] == 2, "the most a layer can have, and half the mean rank"
+    assert gradient.ranks(shapes, [0.0] * 4, 4) == [4] * 4
+
+
+def test_importance_is_the_mean_product_with_the_gradient():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False).double())
+    x = torch.randn(7, 5).double()
+    stats = veneer.calibrate(model, [x], rank=4, loss=lambda m, x: m(x).square().sum(), to=["0"])
+    W = model[0].weight
+    model.requires_grad_(True)
+    (G,) = torch.autograd.grad(model(x).square().sum(), W)
+    expected = float((W * G).abs().mean())
+    assert gradient.importance(site_for("0", model[0]), stats["0"]) == pytest.approx(expected)
+
+
+def test_a_search_by_the_gradient_writes_ranks_that_fit_takes(tmp_path):
+    given = tiny.settings(tmp_path, steps=2, eval_every=2, options={"rank": 2}, report=False)
+    out = tmp_path / "search"
+    found = rank(Run.from_dict(given), RankSearch(form="gradient", out=str(out)), progress=False)
+    pattern = found["rank_pattern"]
+    assert found["rank"] == 2 and len(pattern) > 3 and all(1 <= r <= 8 for r in pattern.values())
+    assert not (out / "pilot").exists() and "by the gradient" in text(found)
+    settings = yaml.safe_load((out / "rank.yaml").read_text())
+    assert settings["rank_pattern"] == {n: r for n, r in pattern.items() if r != 2}
+    run = Run.from_dict({**given, **settings, "out": str(tmp_path / "run")})
+    fit(run, progress=False)
+    record = read_json(tmp_path / "run" / "adapter" / "veneer.json")
+    assert {n: entry["rank"] for n, entry in record["sites"].items()} == pattern

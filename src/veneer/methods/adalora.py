@@ -18,6 +18,7 @@ comparison has it below LoRA (37.3 against 47.8).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -213,7 +214,7 @@ def _check(rank: int, target: int, begin: float, end: float, every: int, orthogo
         problems.append(f"begin and end must be shares with a sum below 1, got {begin} and {end}")
     if every < 1:
         problems.append(f"every must be 1 or more steps, got {every}")
-    if not orthogonality >= 0:
+    if not 0 <= orthogonality < math.inf:
         problems.append(f"orthogonality must be 0 or more, got {orthogonality}")
     if problems:
         raise ConfigError("\n".join(problems))

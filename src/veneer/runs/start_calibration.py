@@ -43,10 +43,10 @@ def statistics(
 
 def unseen(model: nn.Module, run: Run) -> dict[str, Stats]:
     """Returns empty statistics of the right shapes."""
-    return {site.name: methods.unseen(site) for site in _sites(model, run)}
+    return {site.name: methods.unseen(site) for site in sites(model, run)}
 
 
-def _sites(model: nn.Module, run: Run) -> list[Site]:
+def sites(model: nn.Module, run: Run) -> list[Site]:
     return methods.get(run.method).find(model, run.to, run.exclude, run.untie, options=run.options)
 
 
@@ -62,7 +62,7 @@ def look(model: nn.Module, run: Run, task: Task, examples: Sequence[Any], voice:
 
     own = methods.options_of(methods.get(run.method))["rank"].default
     rank = max(run.options.get("rank", own), *run.rank_pattern.values(), 1)
-    to = "|".join(re.escape(site.name) for site in _sites(model, run))
+    to = "|".join(re.escape(site.name) for site in sites(model, run))
     with voice.phase("calibrating the start"):
         found = calibrate(
             model,

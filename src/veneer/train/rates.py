@@ -43,7 +43,7 @@ def default(method: str, optimiser: str, builtin: bool, init: str = "") -> float
     known = BUILTIN if builtin else OTHERS
     if method in OWN_BUILTIN:
         return _own(method, optimiser, OWN_BUILTIN if builtin else OWN_OTHERS)
-    kind = "full" if method == "full" or (init in AS_FULL and ("full", optimiser) in known) else "adapter"
+    kind = "full" if method in ("full", "dense") or (init in AS_FULL and ("full", optimiser) in known) else "adapter"
     if (kind, optimiser) in known:
         return known[kind, optimiser]
     measured = BUILTIN.get((kind, optimiser))
@@ -68,6 +68,6 @@ def _own(method: str, optimiser: str, known: dict[str, float]) -> float:
 def borrowed(method: str, rate: float) -> str:
     """Returns a note for a rate that is LoRA's because this method's own was never measured, else ""."""
     lora = {r for table in (BUILTIN, OTHERS) for (kind, _), r in table.items() if kind == "adapter"}
-    if method == "full" or method in LIKE_LORA or method in OWN_BUILTIN or rate not in lora:
+    if method in ("full", "dense") or method in LIKE_LORA or method in OWN_BUILTIN or rate not in lora:
         return ""
     return f" (LoRA's: none was measured for {method!r}; try others with --lr, by factors of 4)"

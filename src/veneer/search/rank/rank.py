@@ -13,6 +13,7 @@ from veneer.search.compare import texts
 from veneer.search.compare.compare import alone, begin
 from veneer.search.compare.training import Training
 from veneer.search.rank import sweep as sweeping
+from veneer.search.rank.gradient import by_gradient
 from veneer.search.rank.pilot import check, pilot
 from veneer.search.rank.settings import RankSearch
 from veneer.train.folder import layout
@@ -37,6 +38,8 @@ def rank(run: Run, search: RankSearch, *, progress: bool = True) -> dict[str, An
             return read_json(out / layout.RESULTS)
         if search.form == "pilot":
             found = pilot(_at(shared, run.lr, steps), search, voice)
+        elif search.form == "gradient":
+            found = by_gradient(_at(shared, run.lr, steps), voice)
         else:
             every = sweeping.runs(shared, search)
             training = Training(every, steps, out, voice, search.together)
@@ -60,7 +63,7 @@ def _write(file: Path, method: str, found: dict[str, Any]) -> None:
         own["lr"] = found["lr"]
     uneven = {n: r for n, r in found.get("rank_pattern", {}).items() if r != found["rank"]}
     test = found.get("test", {})
-    if uneven and _better(test, found["metric"]):
+    if uneven and (not test or _better(test, found["metric"])):
         own["rank_pattern"] = uneven
     with replacing(file) as (temporary,):
         temporary.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in own.items()), encoding="utf-8")

@@ -17,10 +17,10 @@ class RankSearch(Settings):
 
     PANEL = "Method"
 
-    form: Literal["pilot", "sweep"] = setting(
+    form: Literal["pilot", "sweep", "gradient"] = setting(
         "pilot",
         "pilot: one training at a high rank, cut to every smaller one; sweep: a training for each rank, then"
-        " each group of layers",
+        " each group of layers; gradient: no training, ranks of layers by the loss's gradient (GoRA)",
     )
     most: int = setting(64, "highest rank")
     rates: int = setting(grid.FEWEST, "learning rates that a sweep tunes once, by factors of two")
