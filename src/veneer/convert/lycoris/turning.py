@@ -62,7 +62,7 @@ def _change(name: str, W: Tensor, own: dict[str, Tensor]) -> Tensor:
         raise FormatError(f"{name}: its turning was constrained (alpha), which is not read; merge it there")
     Q, eye = P - P.mT, torch.eye(b, dtype=P.dtype)
     R = (eye + Q) @ torch.linalg.inv(eye - Q)
-    turned = (R.mT @ W.unflatten(0, (n, b))).flatten(0, 1)
+    turned: Tensor = (R.mT @ W.unflatten(0, (n, b))).flatten(0, 1)
     if "rescale" in own:
         turned = own["rescale"].double().reshape(-1, 1) * turned
     return turned - W
