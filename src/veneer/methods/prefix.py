@@ -60,7 +60,6 @@ class Prefix(Delta, OpensModel, PeftKind):
         ),
         "num_transformer_submodules": 1,
         "prefix_projection": False,
-        "num_frozen_tokens": None,  # of a cartridge, whose first keys and values did not train
     }
 
     def __init__(self, site: Site, *, length: int = 16, start: float = 0.1, seed: int = 0) -> None:

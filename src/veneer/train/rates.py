@@ -43,7 +43,11 @@ def default(method: str, optimiser: str, builtin: bool, init: str = "") -> float
     known = BUILTIN if builtin else OTHERS
     if method in OWN_BUILTIN:
         return _own(method, optimiser, OWN_BUILTIN if builtin else OWN_OTHERS)
-    kind = "full" if method in ("full", "dense") or (init in AS_FULL and ("full", optimiser) in known) else "adapter"
+    kind = (
+        "full"
+        if method in ("full", "dense") or (init in AS_FULL and ("full", optimiser) in known)
+        else "adapter"
+    )
     if (kind, optimiser) in known:
         return known[kind, optimiser]
     measured = BUILTIN.get((kind, optimiser))

@@ -29,6 +29,8 @@ BESIDE = {
     "lora_bias": "the low-rank branch has a bias",
     "trainable_token_indices": "single rows of the embedding were trained",
 }
+# Settings that change nothing in what the tensors mean; a cartridge's first keys and values did not train.
+IDLE = ("runtime_config", "num_frozen_tokens")
 # Settings of other programs' file of the same name.
 DIALECTS = {
     "fine_tune_type": "mlx-lm's",
@@ -61,7 +63,7 @@ def settings_problems(config: Config, has_initial: bool, *, only_pairs: bool = F
         f"{k}={config[k]!r}: {why}; this cannot be read: merge it in PEFT and keep the merged model"
         for k, why in beyond.items()
     ]
-    unknown = [k for k in config if k not in known and k != "runtime_config" and config[k]]
+    unknown = [k for k in config if k not in known and k not in IDLE and config[k]]
     found += [
         f"{k}={config[k]!r}: a setting of PEFT that is not known here, and may change what the tensors mean"
         for k in unknown
