@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from veneer.adapt.merge import merge
     from veneer.adapt.store.store import load, read, save
     from veneer.adapt.switch import activate, train_only, using
+    from veneer.adapt.tokens.add import add_tokens, resize_vocabulary
     from veneer.compress.compress import compress
     from veneer.compress.folder import save_compressed
     from veneer.compress.quantise import dequantise, quantise, quantise_around
@@ -34,6 +35,7 @@ __all__ = [
     "activate",
     "active",
     "adapters",
+    "add_tokens",
     "attach",
     "bank",
     "calibrate",
@@ -52,6 +54,7 @@ __all__ = [
     "quantise",
     "quantise_around",
     "read",
+    "resize_vocabulary",
     "save",
     "save_compressed",
     "save_quantised",
@@ -66,6 +69,7 @@ __all__ = [
 _HOMES = {
     "veneer.adapt.combine": ("combine", "extract", "to_lora"),
     "veneer.adapt.attach": ("attach", "detach"),
+    "veneer.adapt.tokens.add": ("add_tokens", "resize_vocabulary"),
     "veneer.adapt.attached": ("active", "adapters"),
     "veneer.adapt.banks.make": ("bank",),
     "veneer.adapt.calibrate": ("calibrate",),

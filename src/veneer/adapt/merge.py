@@ -15,7 +15,7 @@ from veneer.adapt.attached import active, adapters, changes, layers
 from veneer.adapt.modes import evaluating
 from veneer.adapt.probe_inputs import default_inputs
 from veneer.adapt.switch import strengths, using
-from veneer.adapt.untie import Ties
+from veneer.adapt.untie import Ties, is_twin
 from veneer.errors import ConfigError, NotMergeable, first_few, option
 from veneer.methods import Delta
 from veneer.methods.base.protocols import Dialled, Shifts
@@ -173,7 +173,7 @@ def _check(model: nn.Module, wanted: Mapping[str, float]) -> None:
 
 
 class _Change(NamedTuple):
-    """The changes of one layer; twins: whole modules with the same parameters and the same change."""
+    """The changes of one layer; twins: modules with the same parameters and the same change."""
 
     site: Site
     own: list[tuple[Delta, float]]
@@ -185,22 +185,12 @@ def _layer_changes(model: nn.Module, wanted: Mapping[str, float]) -> list[_Chang
     found: list[_Change] = []
     for d in layers(model):
         own = [(d[n], s) for n, s in wanted.items() if n in d]
-        twin = next((c for c in found if own and d.site.kind == "leaf" and _is_twin(c, d.site, own)), None)
+        twin = next((c for c in found if own and is_twin(c.site, c.own, d.site, own)), None)
         if twin is not None:
             twin.twins.append(d.site.module)
         elif own:
             found.append(_Change(d.site, own, []))
     return found
-
-
-def _is_twin(change: _Change, site: Site, own: list[tuple[Delta, float]]) -> bool:
-    """Returns True if a whole module shares all parameters with another one, and all changes."""
-    theirs, ours = ([*s.module.parameters(recurse=False)] for s in (change.site, site))
-    if len(theirs) != len(ours) or any(p is not q for p, q in zip(theirs, ours, strict=True)):
-        return False
-    pairs = zip(change.own, own, strict=False)
-    same = all(s == t and torch.equal(a.delta(change.site), b.delta(site)) for (a, s), (b, t) in pairs)
-    return same and len(change.own) == len(own)
 
 
 def total_change(site: Site, own: list[tuple[Delta, float]]) -> Tensor:

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.methods import Delta
+from veneer.methods.base.token_rows import TokenRows
+from veneer.sites import Site
+
 
 class Ties:
     """The ties that were cut, to tie them again."""
@@ -42,6 +46,29 @@ class Ties:
             module._parameters[name] = p
         for config in self._configs:
             config.tie_word_embeddings = True
+
+
+Own = Sequence[tuple[Delta, float]]  # the deltas of one layer with their strengths
+
+
+def is_twin(site: Site, own: Own, other: Site, others: Own) -> bool:
+    """Returns True if two layers share parameters and changes: whole modules, or rows of tokens."""
+    if any(s != t for (_, s), (_, t) in zip(own, others, strict=False)) or len(own) != len(others):
+        return False
+    rows = [
+        (d.D, e.D)
+        for (d, _), (e, _) in zip(own, others, strict=True)
+        if isinstance(d, TokenRows) and isinstance(e, TokenRows)
+    ]
+    if rows and len(rows) == len(own):
+        tied = site.module.weight is other.module.weight
+        return tied and all(D is E for D, E in rows)
+    theirs, ours = ([*s.module.parameters(recurse=False)] for s in (site, other))
+    if {site.kind, other.kind} != {"leaf"} or len(theirs) != len(ours):
+        return False
+    shared = all(p is q for p, q in zip(theirs, ours, strict=True))
+    pairs = zip(own, others, strict=True)
+    return shared and all(torch.equal(a.delta(site), b.delta(other)) for (a, _), (b, _) in pairs)
 
 
 def _tied_configs(model: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from veneer.adapt.peft.targets import Config, ends
 from veneer.adapt.peft.whole import equal, whole_module
 from veneer.adapt.store.problems import Problem
 from veneer.methods.base.biased import Biased
+from veneer.methods.base.token_rows import TokenRows
 from veneer.methods.lora import LoRA
 from veneer.sites import BiasSite, LeafSite, Site, site_for
 from veneer.sites.own import base_modules
@@ -94,8 +95,9 @@ class Beside:
                     self.problems.append(Problem("fit", f"missing: {key} ({len(indices)}, ..)"))
                     continue
                 self.used.add(self.keys[key])
+                made: list[nn.Parameter] = []
                 for site in self._sharing(name, module):
-                    self._put_rows(site, indices, self.tensors[key], key)
+                    self._put_rows(site, indices, self.tensors[key], key, made)
 
     def _sharing(self, name: str, module: nn.Module) -> list[Site]:
         """Returns the sites of the module and of those that share its weight."""
@@ -103,7 +105,9 @@ class Beside:
         same = [(n, m) for n, m in base_modules(self.model).items() if m._parameters.get("weight") is weight]
         return [site_for(n, m) for n, m in same] if weight is not None else [site_for(name, module)]
 
-    def _put_rows(self, site: Site, indices: Sequence[int], rows: Tensor, key: str) -> None:
+    def _put_rows(
+        self, site: Site, indices: Sequence[int], rows: Tensor, key: str, made: list[nn.Parameter]
+    ) -> None:
         own = site.module.weight.detach()
         if rows.shape != (len(indices), own.shape[1]) or max(indices, default=0) >= len(own):
             text = (
@@ -116,14 +120,17 @@ class Beside:
         change = rows.to(own.device, torch.float32) - own[chosen].float()  # (n, d)
         if not change.any():
             return
+        i = self._at(site.name)
+        if i is None:
+            if not made:
+                made.append(nn.Parameter(change))
+            self.changes.append((site, TokenRows(site, made[0], indices)))
+            return
         marks = torch.zeros(len(indices), len(own), device=own.device)
         marks[torch.arange(len(indices)), chosen] = 1
         # Embedding: W is (d, vocabulary), and W' - W = change' marks. Linear head: W' - W = marks' change.
         A, B = (marks, change.mT) if site.kind == "embedding" else (change, marks.mT)
-        i = self._at(site.name)
-        if i is None:
-            self.changes.append((site, LoRA.holding(site, A, B, alpha=len(indices))))
-        elif isinstance(delta := self.changes[i][1], LoRA) and delta.A0 is None:
+        if isinstance(delta := self.changes[i][1], LoRA) and delta.A0 is None:
             joined = (
                 torch.cat([delta.A, A.to(delta.A)]),
                 torch.cat([delta.scaling * delta.B, B.to(delta.B)], 1),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from veneer.adapt.attached import Changes
 from veneer.adapt.peft import parameters
+from veneer.adapt.peft.beside import ROWS
 from veneer.adapt.peft.origin import origin
 from veneer.adapt.peft.settings import PREFIX, TOP, Table, table
 from veneer.adapt.peft.targets import PATTERNS, Config, at, ends, targeted, wrapped
@@ -19,6 +20,7 @@ from veneer.adapt.peft.whole import saved_modules, saved_tensors
 from veneer.methods import Delta, PeftForm, PeftStored
 from veneer.methods.base.biased import Biased
 from veneer.methods.base.factors import ROWWISE
+from veneer.methods.base.token_rows import TokenRows
 from veneer.methods.bitfit import BitFit
 from veneer.methods.full import Full
 from veneer.methods.lora import LoRA
@@ -50,7 +52,8 @@ def write(model: nn.Module, changes: Changes, beside: Iterable[str] = ()) -> Wri
     """
     whole: Changes = [(s, d) for s, d in changes if isinstance(d, Full)]
     biases: Changes = [(s, d) for s, d in changes if isinstance(d, BitFit)]
-    others = [(s, d) for s, d in changes if not isinstance(d, Full | BitFit)]
+    rows = [(s, d) for s, d in changes if isinstance(d, TokenRows)]
+    others = [(s, d) for s, d in changes if not isinstance(d, Full | BitFit | TokenRows)]
     bare: Changes = [(s, d) for s, d in others if isinstance(s, ParameterSite)]
     others = [(s, d) for s, d in others if not isinstance(s, ParameterSite)]
     stacked = parameters.fused(model, bare)
@@ -65,18 +68,34 @@ def write(model: nn.Module, changes: Changes, beside: Iterable[str] = ()) -> Wri
     settings, saved = table(kind), saved_modules(model, [*(s.name for s, _ in whole), *beside])
     config = _settings(model, known, saved, settings, stacked)
     shared = _shared([f.shared for f in known.values()], _room(kind, others, known)) if known else {}
-    if config is None or shared is None or (biases and config["peft_type"] != "LORA"):
+    if config is None or shared is None or ((biases or rows) and config["peft_type"] != "LORA"):
         return None
     if biases:
         config["bias"] = "all"
     if "fan_in_fan_out" in settings.always:
         config["fan_in_fan_out"] = any(s.kind == "transposed" for s, _ in changes)
     tensors = {f"{PREFIX}{n}.{end}": t for n, f in known.items() for end, t in f.tensors.items()}
+    if rows:
+        config["trainable_token_indices"], trained = _token_rows(rows)
+        tensors |= trained
     tensors |= {f"{PREFIX}{n}": t for f in stacked.values() for n, t in f.tensors.items()}
     own = {n: {k: v for k, v in f.config.items() if k not in settings.every} for n, f in known.items()}
     tensors |= {f"{TOP}{n}": t for n, t in shared.items()}
     tensors |= {f"{PREFIX}{s.name}.bias": (s.weight() + d.delta(s)).detach()[:, 0] for s, d in biases}
     return Written(config, tensors, saved_tensors(model, saved, whole), own)
+
+
+def _token_rows(found: list[tuple[Site, TokenRows]]) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+    """Returns PEFT's indices by module and its tensors of whole rows; a tied head follows its embedding."""
+    seen: set[int] = set()
+    indices: dict[str, list[int]] = {}
+    tensors: dict[str, Tensor] = {}
+    for site, delta in found:
+        if id(delta.D) not in seen:
+            seen.add(id(delta.D))
+            indices[site.name] = delta.tokens
+            tensors[f"{PREFIX}{site.name}.{ROWS}"] = delta.rows(site)
+    return indices, tensors
 
 
 def _bare(delta: Delta) -> Delta:

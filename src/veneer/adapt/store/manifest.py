@@ -14,6 +14,7 @@ from veneer.errors import FormatError
 from veneer.files import read_json
 from veneer.methods import Delta
 from veneer.methods.base.biased import Biased
+from veneer.methods.base.token_rows import TokenRows
 from veneer.methods.full import Full
 from veneer.version import __version__
 
@@ -42,7 +43,7 @@ def describe(
     adapter.
     """
 
-    main = next((d for _, d in changes if not isinstance(d, Full)), changes[0][1])
+    main = next((d for _, d in changes if not isinstance(d, Full | TokenRows)), changes[0][1])
     sites: dict[str, dict[str, Any]] = {}
     for site, delta in changes:
         size, f = sizes[site.name], delta.factors(site)

@@ -1,0 +1,1 @@
+"""Adds tokens to a model and its tokenizer."""

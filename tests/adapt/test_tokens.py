@@ -1,0 +1,120 @@
+"""New tokens: only their rows change, on tied and untied models; PEFT and the merged model agree."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from support import models, tiny
+
+import veneer
+from veneer.adapt.attached import base_parameters
+from veneer.errors import ConfigError, FormatError
+
+NEW = ["<call>", "</call>", "<end>"]
+
+
+def begun(tied):
+    """Returns a model, its tokenizer and the number of its rows."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())  # which tests share
+    model = models.llama(vocab_size=len(tokenizer), tie_word_embeddings=tied, initializer_range=0.2)
+    return model, tokenizer, len(tokenizer)
+
+
+def trained(tied):
+    """Returns a model after steps on texts with new tokens, its tokenizer, the new ids and some inputs."""
+    model, tokenizer, rows = begun(tied)
+    veneer.attach(model, "lora", rank=2)
+    ids = veneer.add_tokens(model, tokenizer, NEW)
+    x = torch.randint(3, rows, (2, 12), generator=torch.Generator().manual_seed(1))
+    x[:, ::3] = torch.tensor([*ids.values(), rows])[:4]
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    model.train()
+    for _ in range(5):
+        adam.zero_grad()
+        model(x, labels=x).loss.backward()
+        adam.step()
+    return model.eval(), tokenizer, ids, x
+
+
+def logits(model, x):
+    with torch.no_grad():
+        return model(x).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_the_new_rows_change_and_all_programs_agree(tied, tmp_path):
+    model, tokenizer, ids, x = trained(tied)
+    plain, _, rows = begun(tied)
+    y = logits(model, x)
+    base = dict(plain.named_parameters())
+    for n, p in base_parameters(model).items():  # the base itself is untouched
+        assert torch.equal(p[: len(base[n])], base[n]) and not p[len(base[n]) :].any()
+    veneer.save(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert set(config["trainable_token_indices"]) == (
+        {"model.embed_tokens"} | ({"lm_head"} - {"lm_head" * tied})
+    )
+
+    read = veneer.resize_vocabulary(begun(tied)[0], len(tokenizer))
+    veneer.load(read, tmp_path / "a")
+    torch.testing.assert_close(logits(read, x), y, rtol=1e-5, atol=1e-5)
+    veneer.save(read, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text()) == config
+    with pytest.raises(FormatError, match=r"weights have other shapes"):
+        veneer.load(begun(tied)[0], tmp_path / "a")
+
+    other = begun(tied)[0]
+    other.resize_token_embeddings(len(tokenizer))  # with rows of its own, which the adapter's replace
+    theirs = peft.PeftModel.from_pretrained(other, tmp_path / "a").eval()
+    torch.testing.assert_close(logits(theirs, x), y, rtol=1e-5, atol=1e-5)
+
+    veneer.merge(model)
+    torch.testing.assert_close(logits(model, x), y, rtol=1e-5, atol=1e-5)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert (embedding is head) == tied and model.config.tie_word_embeddings == tied
+    assert torch.equal(embedding[:rows], plain.get_input_embeddings().weight)
+    assert torch.equal(head[:rows], plain.get_output_embeddings().weight)
+    assert embedding[list(ids.values())].any(dim=1).all()
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(logits(opened, x), y, rtol=1e-5, atol=1e-5)
+    again = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert again.convert_tokens_to_ids(NEW) == list(ids.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_strength_lies_between_the_rows(tied):
+    model, _, _, x = trained(tied)
+    with veneer.using(model, {"default": 0.5}):
+        half = logits(model, x)
+    veneer.merge(model, {"default": 0.5})
+    torch.testing.assert_close(logits(model, x), half, rtol=1e-5, atol=1e-5)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+
+
+def test_rows_of_a_padded_vocabulary_are_used_before_it_grows():
+    model, tokenizer, rows = begun(False)
+    model.resize_token_embeddings(rows + 8)
+    veneer.attach(model, "lora", rank=2)
+    ids = veneer.add_tokens(model, tokenizer, NEW)
+    assert list(ids.values()) == [rows, rows + 1, rows + 2]
+    assert len(model.get_input_embeddings().weight) == rows + 8
+
+
+def test_what_is_wrong_is_named_and_nothing_is_changed():
+    model, tokenizer, rows = begun(True)
+    known = next(iter(tokenizer.get_vocab()))
+    with pytest.raises(ConfigError) as e:
+        veneer.add_tokens(model, tokenizer, [known, "<call>", "<call>"])
+    text = str(e.value)
+    assert f"tokens must be new, got {known!r}, which has the id" in text
+    assert "tokens must differ, got '<call>' 2 times" in text
+    assert "name must be an attached adapter, got 'default'" in text
+    assert len(tokenizer) == rows == len(model.get_input_embeddings().weight)
