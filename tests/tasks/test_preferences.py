@@ -160,8 +160,11 @@ def test_recomputed_blocks_are_without_dropout_in_the_backward_too():
     batch = own.collate(examples(own))
     plain = gradients(found, own.loss(found.train(), batch)[0])
     found.gradient_checkpointing_enable({"use_reentrant": False})
+    passes = []
+    found.model.layers[0].mlp.register_forward_pre_hook(lambda *call: passes.append(1))
     again = gradients(found, own.loss(found.train(), batch)[0])
     torch.testing.assert_close(again, plain)
+    assert len(passes) == 3  # the model's, the base's, and the recomputed one
 
 
 def test_a_trained_head_gets_the_same_gradients_as_from_whole_logits():
@@ -240,6 +243,15 @@ def test_every_form_of_a_conversation_gives_the_same_tokens(kind, columns):
         assert torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels)
     decoded = tiny.tokenizer().decode(found.answers[0].ids)
     assert ANSWER in decoded and decoded.endswith(tiny.END) and ASK not in decoded
+
+
+def test_of_an_answer_of_several_turns_the_assistants_are_learned():
+    talk = [USER, GOOD, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    content = task("dpo").encode(row({"chosen": talk, "rejected": [*talk[:1], BAD]}, "pairs")).content
+    answer = content.answers[0]
+    learned = tiny.tokenizer().decode(answer.ids[answer.labels != -100])
+    assert learned == f"{ANSWER}{tiny.END}So.{tiny.END}"
+    assert "Why?" in tiny.tokenizer().decode(answer.ids)
 
 
 def test_texts_share_their_beginning():
