@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import experts
 
 import veneer
@@ -42,6 +42,33 @@ def test_each_expert_has_its_own_pairs(tmp_path):
         lead = f"model.layers.1.mlp.experts.{e}."
         torch.testing.assert_close(torch.cat([gate, up]), by_name[f"{lead}gate_up_proj"])
         torch.testing.assert_close(down, by_name[f"{lead}down_proj"])
+
+
+def of_expert(model):
+    return next(c for c in changes(model, "default") if c[0].name.endswith("1.mlp.experts.2.gate_up_proj"))
+
+
+def test_pairs_of_each_expert_are_read_into_the_fused_ones(tmp_path):
+    model, _, _ = written("qwen3_moe", tmp_path)
+    loaded = veneer.load(experts.model("qwen3_moe"), tmp_path)
+    torch.testing.assert_close(experts.logits(loaded), experts.logits(model), rtol=1e-5, atol=1e-6)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for key in [k for k in tensors if ".up_proj." in k]:  # trained apart: gate and up have other factors
+        tensors[key] = torch.randn(tensors[key].shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    trained_apart = veneer.load(experts.model("qwen3_moe"), tmp_path)
+    site, delta = of_expert(trained_apart)
+    rows = [
+        tensors[f"{LEAD}2.{n}.lora_B.weight"] @ tensors[f"{LEAD}2.{n}.lora_A.weight"]
+        for n in ("gate_proj", "up_proj")
+    ]
+    torch.testing.assert_close(delta.delta(site), torch.cat(rows))
+    for key in [k for k in tensors if ".up_proj." in k]:
+        del tensors[key]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    half = veneer.load(experts.model("qwen3_moe"), tmp_path, allow="targets")  # which name up_proj still
+    site, delta = of_expert(half)
+    torch.testing.assert_close(delta.delta(site), torch.cat([rows[0], torch.zeros_like(rows[1])]))
 
 
 def test_models_that_take_stacks_get_peft_s(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer import foreign
 from veneer.adapt.attached import Changes
-from veneer.adapt.peft import parameters, starts
+from veneer.adapt.peft import parameters, per_expert, starts
 from veneer.adapt.peft.beside import Beside
 from veneer.adapt.peft.settings import PREFIX, TOP, method_of, table
 from veneer.adapt.peft.targets import Config, at, expressions, targeted, wrapped
@@ -18,6 +18,7 @@ from veneer.adapt.peft.whole import equal, outermost, whole_module
 from veneer.adapt.store.problems import Problem
 from veneer.errors import FormatError, SiteError, first_few
 from veneer.methods import PeftStored
+from veneer.methods.lora import LoRA
 from veneer.sites import Site, find
 from veneer.sites.finding.kinds import kind_of
 from veneer.sites.own import base_modules, is_own
@@ -45,7 +46,12 @@ def to_changes(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]
     if config["target_modules"] in (None, "all-linear"):
         config["target_modules"] = [] if stacked else _meant(tensors)
     foreign.check_expressions(expressions(config), names, "adapter_config.json")
-    idle = idle_targets(config, names)
+    experts = (
+        per_expert.read(model, config, tensors)
+        if issubclass(kind, LoRA)
+        else per_expert.Found([], set(), set())
+    )
+    idle = [e for e in idle_targets(config, names) if e.rpartition(".")[2] not in experts.parts]
     text = (
         f"target_modules names {first_few(idle)}, which no layer of the model is called: nothing was "
         "trained there"
@@ -54,9 +60,10 @@ def to_changes(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]
         [Problem("targets", text)] if 0 < len(idle) < len(config["target_modules"]) else []
     )  # all of them: reported below
     wanted = [n for n in names if targeted(config, n)]
-    none = stacked and not wanted and not config["target_modules"]
+    none = not wanted and (experts.changes or (stacked and not config["target_modules"]))
     sites, refused = ([], []) if none else _sites(model, wanted, config, problems)
     changes, used = _adapted(kind, sites, source._replace(config=config), problems)
+    changes, used = changes + experts.changes, used | experts.used
     if stacked:
         parameters.read(model, config, tensors, parameters.Found(changes, used, problems))
     used |= {k for k in tensors if any(k.startswith(f"{PREFIX}{n}.") for n in refused)}
