@@ -40,7 +40,7 @@ def read(model: nn.Module, config: Config, tensors: Mapping[str, Tensor]) -> Fou
     """Returns the changes of fused experts that the tensors name one by one."""
     found = Found([], set(), set())
     named = [m for key in tensors if (m := NAME.fullmatch(key))]
-    if not named:
+    if not named or not LoRA.reads_peft(config):
         return found
     layers = layers_of(model)
     for expert in dict.fromkeys(m["expert"] for m in named):

@@ -18,7 +18,6 @@ from veneer.adapt.peft.whole import equal, outermost, whole_module
 from veneer.adapt.store.problems import Problem
 from veneer.errors import FormatError, SiteError, first_few
 from veneer.methods import PeftStored
-from veneer.methods.lora import LoRA
 from veneer.sites import Site, find
 from veneer.sites.finding.kinds import kind_of
 from veneer.sites.own import base_modules, is_own
@@ -46,11 +45,7 @@ def to_changes(model: nn.Module, source: Source) -> tuple[Changes, list[Problem]
     if config["target_modules"] in (None, "all-linear"):
         config["target_modules"] = [] if stacked else _meant(tensors)
     foreign.check_expressions(expressions(config), names, "adapter_config.json")
-    experts = (
-        per_expert.read(model, config, tensors)
-        if issubclass(kind, LoRA)
-        else per_expert.Found([], set(), set())
-    )
+    experts = per_expert.read(model, config, tensors)
     idle = [e for e in idle_targets(config, names) if e.rpartition(".")[2] not in experts.parts]
     text = (
         f"target_modules names {first_few(idle)}, which no layer of the model is called: nothing was "
