@@ -27,8 +27,8 @@ from veneer.methods import Stats, inits
 from veneer.ops.draws import keyed
 from veneer.ops.matrix import sketch
 from veneer.ops.matrix.sketch import Svd
-from veneer.runs import start_calibration
 from veneer.runs.fit import fit
+from veneer.runs.starts import calibration
 from veneer.train import rates
 from veneer.train.errors import Interrupted
 from veneer.train.loop.step import Learner
@@ -373,7 +373,7 @@ def test_a_resumed_training_keeps_its_start_and_looks_at_nothing_again(place, tm
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         patched.setattr(Learner, "step", step)
         fit(Run.from_dict(given), progress=False)
-    monkeypatch.setattr(start_calibration, "look", lambda *args: pytest.fail("calibrated again"))
+    monkeypatch.setattr(calibration, "look", lambda *args: pytest.fail("calibrated again"))
     fit(Run.from_dict({**given, "resume": True}), progress=False)
     ours, theirs = (Path(run["out"]) / "adapter" / "adapter_model.safetensors" for run in (given, whole))
     assert ours.read_bytes() == theirs.read_bytes()

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from veneer.optim.base.groups import Part
-from veneer.runs.fit import fit_until
+from veneer.runs.fit import fit, fit_until
 from veneer.train import same_start
 from veneer.train.loop.loop import Loop
 from veneer.train.run import Run
@@ -58,3 +58,23 @@ def start(world: World, *, changed: str = "") -> tuple[torch.Tensor, str]:
     except ConfigError as e:
         return parts[0].parameter.detach().clone(), str(e)
     return parts[0].parameter.detach().clone(), ""
+
+
+def whole(world: World, given: dict[str, Any]) -> tuple[int, int]:
+    """Trains to the end; returns the parameters of the base that this process held, and those of the base."""
+    from torch.distributed.tensor import DTensor
+
+    from veneer.runs import divided
+
+    held: list[tuple[int, int]] = []
+    divide = divided.divide
+
+    def watched(ready: Any, *more: Any) -> None:
+        total = sum(p.numel() for p in ready.model.parameters())
+        divide(ready, *more)
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in ready.model.parameters()]
+        held.append((sum(p.numel() for p in own), total))
+
+    with mock.patch.object(divided, "divide", watched):
+        fit(Run.from_dict(given), progress=False, world=world)
+    return held[0] if held else (0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def train(
     steps: int = 10,
     same: bool = False,
     lr: float = 1e-3,
+    change: Callable[[Learner], Learner] = lambda own: own,
 ) -> dict[str, Any]:
     """Returns losses, norms, a hash of the parameters and the bytes on the wire.
 
@@ -52,7 +54,7 @@ def train(
         veneer.attach(model, method, **(options or {}))
         parts = groups.of_adapter(model, "default")
     built = optim.make(optimiser, **(optimiser_options or {})).build(optim.Trained(parts))
-    learner = Learner(model, parts, built, causal_lm(), next_token.loss, 1.0, 0.01, world=world)
+    learner = change(Learner(model, parts, built, causal_lm(), next_token.loss, 1.0, 0.01, world=world))
     every = windows(steps * ROWS)
     found: dict[str, Any] = {"losses": [], "norms": []}
     with wire.counted() as counted:

@@ -22,7 +22,7 @@ from veneer.analyse.cost import process_memory, simulate
 from veneer.analyse.cost.memory import Live, Saved, n_bytes
 from veneer.analyse.cost.simulate import Memory
 from veneer.cli.frame import main
-from veneer.runs import start_calibration
+from veneer.runs.starts import calibration
 from veneer.tasks.text import next_token
 from veneer.train.run import Run
 from veneer.verbs.plan import plan as module
@@ -254,9 +254,7 @@ def test_the_setting_that_halves_is_tried(planned):
 
 
 def test_a_start_that_looks_at_the_loss_is_planned_by_its_shapes(folder, monkeypatch):
-    monkeypatch.setattr(
-        start_calibration, "look", lambda *given: pytest.fail("a pass over the text was made")
-    )
+    monkeypatch.setattr(calibration, "look", lambda *given: pytest.fail("a pass over the text was made"))
     for other in ("_recompute", "_batch", "_precision", "_length"):
         monkeypatch.setattr(smaller, other, lambda *given: iter(()))
     loraga = run(folder, options={"rank": 16, "init": "loraga"}, batch=1, accumulate=1, length=8)

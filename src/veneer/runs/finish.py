@@ -16,7 +16,7 @@ from veneer.compress.trp import runs as trp
 from veneer.errors import FormatError, NotWritten, option
 from veneer.models import machine
 from veneer.models.of_task import for_task
-from veneer.runs import card, report
+from veneer.runs import card, divided, report
 from veneer.runs.prepare import NAME, Ready
 from veneer.tasks import Figure
 from veneer.train import full, track
@@ -53,7 +53,8 @@ def end(begun: Begun, loop: Loop, position: Position, wish: Wish) -> Result:
         raise loop.interrupted() from None
     compiling.restore(ready.model)
     if begun.world.first:
-        _write(begun, loop, position, test, wish)
+        whole = begun._replace(ready=divided.whole(ready)) if ready.run.shard else begun
+        _write(whole, loop, position, test, wish)
     begun.world.barrier()
     result = Result.read(out)
     begun.feed.finish(result.metrics)

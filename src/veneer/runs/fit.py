@@ -19,7 +19,7 @@ from veneer.files import clean
 from veneer.launcher import launched
 from veneer.models import machine
 from veneer.ops.draws import keyed
-from veneer.runs import base_model
+from veneer.runs import base_model, divided
 from veneer.runs.findings import sampler
 from veneer.runs.finish import Begun, end, made_up
 from veneer.runs.learner import keeping, learner, precision
@@ -180,6 +180,8 @@ def loop_of(begun: Begun) -> Loop:
     torch.manual_seed(int(torch.randint(1 << 62, (), generator=keyed(run.seed, draws))))
     laid, pace = lay_out(run, task, ready.texts["train"].examples)
     order = streamed.order(run, task, begun.voice) if run.stream else laid
+    if run.shard:
+        divided.divide(ready, begun.world, begun.voice)
     plain = learner(ready, laid, begun.voice, begun.world)
     with in_turn(begun.world):  # one process makes the cache's files
         own = keeping(ready, plain, laid, begun.voice)

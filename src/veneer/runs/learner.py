@@ -18,6 +18,7 @@ from veneer.runs.prepare import Ready
 from veneer.tasks import Batch, Objective
 from veneer.train import allocation
 from veneer.train.loop.progress import Voice
+from veneer.train.loop.room import Room
 from veneer.train.loop.step import Learner, under_autocast
 from veneer.train.mean import Mean
 from veneer.train.run import Run
@@ -42,6 +43,8 @@ def learner(ready: Ready, order: Order, voice: Voice, world: World = ALONE) -> L
         run.weight_decay,
         run.label_smoothing,
         world=world,
+        room=Room(voice.say),
+        idle=ready.task.trial(ready.texts["train"].examples) if run.shard else None,
         mean=Mean(ready.parts, run.ema) if run.ema else None,
     )
     trp.hold(ready.model, plain.optimiser, run)

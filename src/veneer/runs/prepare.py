@@ -19,8 +19,9 @@ from veneer.data.row_files import Row
 from veneer.errors import ConfigError, option
 from veneer.models import machine, pretrained
 from veneer.optim.base import groups
-from veneer.runs import base_model, start_calibration, start_left, trained
+from veneer.runs import base_model, trained
 from veneer.runs.decide import decided
+from veneer.runs.starts import calibration, left
 from veneer.runs.texts import streamed, texts
 from veneer.runs.texts.decided import as_begun, with_length
 from veneer.runs.texts.texts import Text
@@ -76,18 +77,21 @@ def prepare(
     the first one computes its start.
     """
     run = decided(texts.named(run), device)
+    if run.shard and world.size == 1:
+        raise ConfigError(f"{option('shard')} divides the base among processes, got 1; use torchrun")
     with voice.phase("reading texts"):
         run, task, found = (reader or read)(run, voice)
     same_start.check_batches(run, task, world)
     with voice.phase("loading the model"):
-        model, stats = base_model.base(run, task, run.base_dtype, device, voice, only_shapes=only_shapes)
+        place = torch.device("cpu") if run.shard else device  # blocks move one by one, divided
+        model, stats = base_model.base(run, task, run.base_dtype, place, voice, only_shapes=only_shapes)
     task.check(model, [e for t in found.values() for e in t.examples])
     sha256 = "" if only_shapes else fingerprint.measure(model)["sha256"]
     base = {"model": run.model, "class": type(model).__name__, "sha256": sha256}
-    if start_calibration.needed(run):
-        blank = only_shapes or start_calibration.goes_on(run) or not world.first
+    if calibration.needed(run):
+        blank = only_shapes or calibration.goes_on(run) or not world.first
         train = None if blank else found["train"].examples
-        stats = start_calibration.statistics(model, run, task, train, voice)
+        stats = calibration.statistics(model, run, task, train, voice)
     with voice.phase("starting the adapter"):
         aside = trained.Aside(heads(model) if task.NEW_HEAD else [], task.unused(model))
         parts = trained.open_parameters(model, run, stats, aside)
@@ -184,11 +188,11 @@ def _begun(
     model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None, voice: Voice
 ) -> dict[str, Any]:
     """Returns, for config.json, the share of the weights that a start leaves."""
-    init = start_left.of_weights(run)
-    layers = start_left.left(model, NAME, stats) if init else {}
+    init = left.of_weights(run)
+    layers = left.left(model, NAME, stats) if init else {}
     if init is None or not layers:
         return {}
-    found = start_left.described(init, layers)
+    found = left.described(init, layers)
     voice.say(started(found))
     return {"start": found}
 

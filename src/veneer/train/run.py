@@ -45,6 +45,7 @@ class Run(Place, Speed, Evaluation, Steps, Updates, Change, Base, Reading, Texts
             yield from part.problems(self)
         yield from _of_task(self)
         yield from _of_speed(self)
+        yield from _of_shard(self)
         yield from _of_evaluation(self)
         yield from _of_full(self)
         yield from _of_start(self)
@@ -107,6 +108,21 @@ def _of_speed(run: Run) -> Iterator[str]:
     if run.stream and run.cache_frozen:
         cache, stream = option("cache_frozen"), option("stream")
         yield f"{cache} needs all examples at the start, which {stream} lacks; leave one of them out"
+
+
+def _of_shard(run: Run) -> Iterator[str]:
+    if not run.shard:
+        return
+    others = {
+        "quantise": run.quantise is not None,
+        "cache_frozen": run.cache_frozen,
+        "samples": run.samples > 0,
+        "compile": run.compile in ("on", "graphs"),
+    }
+    for name in (name for name, set_ in others.items() if set_):
+        yield f"{option('shard')} needs the whole base for {option(name)}; leave one of them out"
+    if run.trains_base:
+        yield f"{option('shard')} divides a frozen base, and method 'full' trains it; leave it out"
 
 
 def _of_evaluation(run: Run) -> Iterator[str]:

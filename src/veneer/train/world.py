@@ -62,15 +62,20 @@ class World(ABC):
         every = self.sum(every)
         return [rank for rank in range(self.size) if not torch.equal(every[rank], every[0])]
 
-    def shares(self, micro: Sequence[Sequence[Any]], whole: bool = False) -> list[list[Any]]:
+    def shares(
+        self, micro: Sequence[Sequence[Any]], whole: bool = False, alike: bool = False
+    ) -> list[list[Any]]:
         """Returns this process' share of a step's micro-batches: a part of each.
 
-        whole: micro-batches that must not be divided, dealt out in turn.
+        whole: micro-batches that must not be divided, dealt out in turn. alike: keeps empty shares, so that
+        all processes have equally many.
         """
         if whole:
-            return [list(some) for some in micro[self.rank :: self.size]]
-        shares = [list(some[self.rank :: self.size]) for some in micro]
-        return [some for some in shares if some]
+            shares = [list(some) for some in micro[self.rank :: self.size]]
+            shares += [[]] * (-(-len(micro) // self.size) - len(shares))
+        else:
+            shares = [list(some[self.rank :: self.size]) for some in micro]
+        return [some for some in shares if some or alike]
 
 
 @contextmanager

@@ -161,7 +161,8 @@ class Loop:
                 f"{e.text}\nthe training ended after step {p.step} of {self.pace.steps}; "
                 f"correct the data and {then}"
             ) from e
-        return world.shares(micro, self.learner.task.COMPARES), self.pace.rate(p.step)
+        own = self.learner
+        return world.shares(micro, own.task.COMPARES, own.idle is not None), self.pace.rate(p.step)
 
     def take(self, outcome: Outcome, before: float, started: float) -> None:
         """Records a step. before, started: clock seconds at the beginning of the step and of the training."""

@@ -14,6 +14,7 @@ from veneer.errors import DataError
 from veneer.optim.base.groups import Part, set_rates
 from veneer.optim.base.paired import Paired
 from veneer.tasks import Batch, Objective, Task
+from veneer.train.loop.room import Room, is_lack
 from veneer.train.mean import Mean
 from veneer.train.speed.compiling import Shapes, eagerly
 from veneer.train.speed.frozen_cache import Kept
@@ -72,7 +73,8 @@ class Learner(NamedTuple):
 
     objective: the task's loss, made fast; shapes: of the batches that run compiled; kept: cached hidden
     states of the frozen blocks; world: the processes that learn together;
-    mean: of the parameters over the steps.
+    mean: of the parameters over the steps; room: of the memory; idle: on a divided base, an example for a
+    process without a share, which must make as many passes as the others.
     """
 
     model: nn.Module
@@ -87,6 +89,8 @@ class Learner(NamedTuple):
     kept: Kept | None = None
     world: World = ALONE
     mean: Mean | None = None
+    room: Room | None = None
+    idle: Any = None
 
     def step(self, micro: Sequence[Sequence[Any]], rate: float) -> Outcome:
         """Learns from the micro-batches of all processes as from one batch: the loss is a mean over all
@@ -96,7 +100,7 @@ class Learner(NamedTuple):
         batch without labels.
         """
         labels = self.begin(micro)
-        return self.finish(micro, self._backward(micro, labels), rate)
+        return self.finish(micro, self._fitting(micro, labels), rate)
 
     def begin(self, micro: Sequence[Sequence[Any]]) -> int:
         """Prepares a step and returns the number of labels in the world. Raises DataError if it is 0."""
@@ -129,7 +133,7 @@ class Learner(NamedTuple):
 
     def _sizes(self, micro: Sequence[Sequence[Any]]) -> tuple[int, int, int]:
         """Returns labels, tokens and positions of the step in the world."""
-        positions = sum(len(some) * self.task.width(some, self._widths()) for some in micro)
+        positions = sum(len(some) * self.task.width(some, self._widths()) for some in micro if some)
         counts = (self._count(self.task.labels, micro), self._count(self.task.size, micro), positions)
         labels, tokens, positions = (int(self.world.sum(n)) for n in counts)
         return labels, tokens, positions
@@ -152,16 +156,31 @@ class Learner(NamedTuple):
             return float(self.optimiser.clip(parameters, most))
         return float(nn.utils.clip_grad_norm_(parameters, most))
 
+    def _fitting(self, micro: Sequence[Sequence[Any]], labels: int) -> float:
+        """Returns `_backward`, in passes that fit the memory. Raises NoRoom."""
+        if self.room is None or self.idle is not None or self.task.COMPARES:
+            return self._backward(micro, labels)
+        passes = self.room.cut(micro)
+        while True:
+            try:
+                return self._backward(passes, labels)
+            except RuntimeError as e:
+                if not is_lack(e):
+                    raise
+                self.optimiser.zero_grad(set_to_none=True)
+                passes = self.room.halve(passes, e)
+
     def _backward(self, micro: Sequence[Sequence[Any]], labels: int) -> float:
         device = self.parts[0].parameter.device
         total = torch.zeros((), dtype=torch.float64)
-        for some in micro:
+        for given in micro:
+            some = given or [self.idle]
             short = self.shapes is not None and len(some) != self.shapes.rows
             width = self.task.width(some, self._widths())
             with eagerly(short), self.kept.passing(some, width) if self.kept else nullcontext():
                 loss, _ = self.objective(self.model, self.batch(some, device), smoothing=self.smoothing)
-                (loss / labels).backward()
-            total += loss.detach().cpu()
+                (loss / labels if given else 0 * loss).backward()
+            total += loss.detach().cpu() if given else 0
         return float(total / labels)
 
     def batch(self, examples: Sequence[Any], device: torch.device) -> Batch:

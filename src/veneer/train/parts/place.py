@@ -64,6 +64,9 @@ class Speed(Settings):
     gradient_checkpointing: bool = setting(
         False, "keep only each block's input and recompute the rest backward: less memory, a third more time"
     )
+    shard: bool = setting(
+        False, "divide the frozen blocks of the base among the processes of torchrun (FSDP2)"
+    )
     cache_frozen: bool = setting(
         False,
         "cache on disk, in out, the hidden states below the first adapted block, computed once an example",

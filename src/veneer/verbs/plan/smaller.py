@@ -15,8 +15,9 @@ from veneer.adapt import attach, switch
 from veneer.analyse.cost import simulate
 from veneer.analyse.cost.simulate import Memory
 from veneer.optim.base.groups import of_adapter
-from veneer.runs import base_model, start_calibration
+from veneer.runs import base_model
 from veneer.runs.prepare import NAME, Ready
+from veneer.runs.starts import calibration
 from veneer.tasks.base.abilities import Outlined
 from veneer.tasks.base.shape import Shape
 from veneer.train.run import Run
@@ -127,7 +128,7 @@ def _instead(model: nn.Module, run: Run) -> Iterator[None]:
     layers: dict[str, Any] = {
         name: getattr(run, name) for name in ("to", "exclude", "untie", "rank_pattern", "alpha_pattern")
     }
-    stats = start_calibration.unseen(model, run) if start_calibration.needed(run) else None
+    stats = calibration.unseen(model, run) if calibration.needed(run) else None
     # The start is left out where it needs a base of its own: the adapter has one size with all of them.
     options = {k: v for k, v in run.options.items() if k != "init" or base_model.start_of(run) is None}
     attach.attach(model, run.method, name=TRIAL, stats=stats, **layers, **options)

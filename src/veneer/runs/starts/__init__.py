@@ -1,0 +1,1 @@
+"""Starts of adapters that depend on the data or on the base."""
