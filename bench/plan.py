@@ -61,8 +61,8 @@ from veneer.runs import fit as app
 from veneer.train.loop.step import Learner
 cpu, loaded, steps = torch.device("cpu"), [], []
 prepare, step = app.prepare, Learner.step
-def prepared(*given):
-    found = prepare(*given)
+def prepared(*given, **more):
+    found = prepare(*given, **more)
     loaded.append(resident.forget_peak(cpu))
     return found
 def watched(self, *given):

@@ -29,7 +29,10 @@ def counted() -> Iterator[Counted]:
         own = getattr(dist, name)
 
         def call(*args: Any, **options: Any) -> Any:
-            given = next(a for a in args if isinstance(a, Tensor))
+            # A gather names what it hands over behind what it fills.
+            named = options.get("input_tensor", options.get("input"))
+            place = args[1:] if name == "all_gather_into_tensor" else args
+            given = next(a for a in (named, *place) if isinstance(a, Tensor))
             found.total += given.numel() * given.element_size()
             found.calls[name] += 1
             return own(*args, **options)

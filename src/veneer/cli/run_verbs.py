@@ -11,7 +11,7 @@ import typer
 from veneer import settings
 from veneer.cli import flags, given
 from veneer.cli.calls import Call, Json, show
-from veneer.cli.panels import METHOD, SPEED, panel_of
+from veneer.cli.panels import METHOD, panel_of
 from veneer.cli.words import Debug
 from veneer.errors import ConfigError
 from veneer.launcher import launched
@@ -58,9 +58,6 @@ Configs = Annotated[
         help="One file of settings for each run.",
         show_default=False,
     ),
-]
-Probe = Annotated[
-    bool, typer.Option(help="Measure seconds and bytes in five steps, in memory.", rich_help_panel=SPEED)
 ]
 Action = Annotated[
     Literal["show", "check"],
@@ -120,29 +117,6 @@ def fit_many() -> Call:
     def call(files: Configs, *, as_json: Json = False, debug: Debug = False, **values: Any) -> None:
         results = start([run_of(file, every, values) for file in files])
         show(list(map(_record, results)) if as_json else results, summaries, as_json)
-
-    return flags.declare(call, every)
-
-
-def plan() -> Call:
-    """Returns the call of `veneer plan`."""
-    from veneer.verbs.plan.plan import plan as run
-    from veneer.verbs.plan.text import text
-
-    every = of_run()
-
-    def call(
-        *,
-        config: Config = None,
-        recipe: Recipe = None,
-        probe: Probe = True,
-        as_json: Json = False,
-        debug: Debug = False,
-        **values: Any,
-    ) -> int:
-        found = run(run_of(config, every, values, recipe), probe=probe)
-        show(found, text, as_json)
-        return 0 if found.problem is None else 3
 
     return flags.declare(call, every)
 

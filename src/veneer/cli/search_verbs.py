@@ -6,7 +6,8 @@ from typing import Any
 
 from veneer.cli import flags, given
 from veneer.cli.calls import Call, Json, show
-from veneer.cli.run_verbs import Config, Probe, of_run, run_of
+from veneer.cli.plan_verb import Probe
+from veneer.cli.run_verbs import Config, of_run, run_of
 from veneer.cli.words import Debug
 
 # Settings of a run that a search chooses itself, or that its trials do without.

@@ -41,8 +41,9 @@ VERBS = {
             "veneer plan --data notes.txt",
             "veneer plan --model ./llama --data chats.jsonl --method dora --rank 16",
             "veneer plan --config run.yaml --no-probe --json",
+            "veneer plan --model ./llama-70b --length 2048 --data - --world-size 64 --shard",
         ),
-        "veneer.cli.run_verbs:plan",
+        "veneer.cli.plan_verb:plan",
         own=True,
     ),
     "compare": Verb(

@@ -116,7 +116,8 @@ def _parts(model: nn.Module, base: torch.dtype | None, full: bool) -> _Parts:
     trained = parameters if full else masters
     converted = {id(p): base for p in parameters if base is not None and p.is_floating_point()}
     learned = {id(t) for t in trained}
-    return _Parts([*parameters, *buffers], acting, trained, converted, learned, parameters[0].device)
+    device = next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
+    return _Parts([*parameters, *buffers], acting, trained, converted, learned, device)
 
 
 @contextmanager
