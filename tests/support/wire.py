@@ -10,7 +10,8 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor
 
-NAMES = ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "reduce")
+GATHERS = tuple(name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name))
+NAMES = ("all_reduce", "broadcast", "reduce_scatter_tensor", "all_gather", "reduce", *GATHERS)
 
 
 class Counted:
@@ -31,7 +32,7 @@ def counted() -> Iterator[Counted]:
         def call(*args: Any, **options: Any) -> Any:
             # A gather names what it hands over behind what it fills.
             named = options.get("input_tensor", options.get("input"))
-            place = args[1:] if name == "all_gather_into_tensor" else args
+            place = args[1:] if name in GATHERS else args
             given = next(a for a in (named, *place) if isinstance(a, Tensor))
             found.total += given.numel() * given.element_size()
             found.calls[name] += 1
