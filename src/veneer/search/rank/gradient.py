@@ -16,9 +16,10 @@ from torch import Tensor
 from veneer.methods import Stats, get
 from veneer.methods.base.options import option
 from veneer.models import machine
-from veneer.runs import base_model, start_calibration
+from veneer.runs import base_model
 from veneer.runs.decide import decided
 from veneer.runs.prepare import read
+from veneer.runs.starts import calibration
 from veneer.sites import Site
 from veneer.train.loop.progress import Notes, Voice
 from veneer.train.run import Run
@@ -60,8 +61,8 @@ def by_gradient(run: Run, voice: Voice) -> dict[str, Any]:
     model, _ = base_model.base(rated, task, rated.base_dtype, device, Voice(False))
     rank = int(option(get(rated.method), "rank", rated.options))
     looked = replace(rated, options={**rated.options, "init": "gora"})
-    stats = start_calibration.look(model, looked, task, held["train"].examples, voice)
-    sites = [site for site in start_calibration.sites(model, rated) if site.name in stats]
+    stats = calibration.look(model, looked, task, held["train"].examples, voice)
+    sites = [site for site in calibration.sites(model, rated) if site.name in stats]
     shares = [importance(site, stats[site.name]) for site in sites]
     chosen = ranks([(site.out, site.in_) for site in sites], shares, rank)
     return {
