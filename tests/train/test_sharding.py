@@ -112,4 +112,4 @@ def test_one_example_too_many_ends_with_advice():
 
 
 def test_every_task_says_if_its_loss_compares_examples():
-    assert [name for name in tasks.available() if tasks.get(name).COMPARES] == ["embeddings"]
+    assert [name for name in tasks.available() if tasks.get(name).COMPARES] == ["embeddings", "kto"]
