@@ -36,6 +36,9 @@ FORMAT = (DOCS / "format.md").read_text(encoding="utf-8")
 WRITTEN = sorted(p for p in DOCS.rglob("*.md") if "generated" not in p.parts)
 # Flags of other programs that the pages name.
 FOREIGN = set("--logdir --append --backend-store-uri --project --debug".split())
+FOREIGN |= set(
+    "--nproc-per-node --nnodes --rdzv-backend --rdzv-endpoint --max-restarts".split()
+)  # torchrun's
 FOREIGN |= set("--enable-lora --max-lora-rank --lora-modules --replicas".split())
 
 

@@ -97,14 +97,21 @@ def _start(name: str, device: str) -> str | None:
 def _started(model: Any, name: str) -> Tensor:
     """Returns the products s B A of all layers at the start, and those that are subtracted."""
     needs, where = inits.needs(name), str(next(model.parameters()).device)
+    method = "lorafa" if name == "keeplora" else "lora"  # KeepLoRA's A is frozen
     stats = None
     if needs.residual:
         stats = veneer.quantise_around(model, "nf4", start=name, rank=4, to=["q_proj"])
-    elif needs.gradient:
+    elif needs.gradient or needs.inputs or needs.oriented:
         loss = models.task().loss
-        batches = [models.batch(where)]
-        stats = veneer.calibrate(model, batches, rank=4, to=["q_proj"], loss=lambda m, b: loss(m, b)[0])
-    veneer.attach(model, "lora", init=name, rank=4, to=["q_proj"], stats=stats)
+        stats = veneer.calibrate(
+            model,
+            [models.batch(where)],
+            rank=4,
+            to=["q_proj"],
+            loss=lambda m, b: loss(m, b)[0],
+            inputs=not needs.gradient,
+        )
+    veneer.attach(model, method, init=name, rank=4, to=["q_proj"], stats=stats)
     deltas: list[Any] = [delta for _, delta in changes(model, "default")]
     whole = torch.cat([(d.scaling * d.B @ d.A).detach().float().flatten().cpu() for d in deltas])
     return whole if whole.norm() else torch.cat([d.A.detach().float().flatten().cpu() for d in deltas])
