@@ -274,6 +274,7 @@ def test_layers_survive_safetensors_copies_pickles_dtypes_and_compilation(name):
     assert (
         copy.deepcopy(model).bfloat16()[0].dtype == torch.bfloat16 and model[0].weight.dtype == torch.float32
     )
+    torch._dynamo.reset()  # other tests fill the cache of these functions
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), y)
     assert f"format={name}" in repr(model)

@@ -120,6 +120,7 @@ def test_gradients_copies_pickles_and_detaching():
     buffer.seek(0)
     again = torch.load(buffer, weights_only=False)
     assert torch.equal(again(x), y)
+    torch._dynamo.reset()  # other tests fill the cache of these functions
     assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), y)
     veneer.detach(again)
     assert torch.equal(again(x), base(x)) and not again[0]._forward_pre_hooks

@@ -71,7 +71,7 @@ def test_wandb_writes_offline_runs_with_one_id(tmp_path):
     assert told("wandb", tmp_path, pause=1.1).said == []  # its folders are named by the second
     runs = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert {p.name for p in runs} == {f"run-{kept(tmp_path, 'wandb')}.wandb"}
-    records = [r for p in runs for r in wandb_records(p)]
+    records = [r for p in runs for r in ended(p)]
     steps = [
         row for r in records if r.WhichOneof("record_type") == "history" for row in [items(r.history.item)]
     ]
@@ -89,6 +89,16 @@ def test_wandb_writes_offline_runs_with_one_id(tmp_path):
     )
     settings = [items(r.run.config.update) for r in records if r.WhichOneof("record_type") == "run"]
     assert settings and all(s["run"] == CONFIG["run"] for s in settings)
+
+
+def ended(path: Path) -> list[Any]:
+    """The records of a finished run; a process of wandb's own may write the last ones a little later."""
+    for _ in range(300):
+        records = wandb_records(path)
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.1)
+    return records
 
 
 def wandb_records(path: Path) -> list[Any]:

@@ -58,6 +58,7 @@ FEATURES = (
     feature("pictures as data", "images", {"pillow": "10.0"}),
     feature("task text-to-image", "diffusion", {"diffusers": "0.35"}),
     feature("files of GGUF", "gguf", {"gguf": "0.17"}),
+    feature("other types of PEFT's adapters", "peft", {"peft": "0.21"}),
     feature("replicas behind Ray Serve", "ray", {"ray[serve]": "2.40", "httpx": "0.27"}),
     feature(
         "serve",
