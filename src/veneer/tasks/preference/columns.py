@@ -34,6 +34,7 @@ TEXT = {"text": ("text",)}
 ASSISTANT = "assistant"
 
 Messages = list[dict[str, Any]]
+NO_PROMPT = "'chosen' and 'rejected' share no prompt; begin both with it, or add a column prompt"
 
 
 def answered(row: Row, *names: str) -> list[Row]:
@@ -115,7 +116,7 @@ def _parted(
     if all(talk and talk[0]["role"] != ASSISTANT for talk in talks):
         return _parted_talks(talks)
     if asked is None:
-        raise DataError("'chosen' and 'rejected' share no prompt; begin both with it, or add a column prompt")
+        raise DataError(NO_PROMPT)
     return asked, [*talks]
 
 
@@ -125,7 +126,7 @@ def _parted_texts(texts: Sequence[str]) -> tuple[str, list[str | Messages]]:
     n = next((i for i in range(shortest) if len({text[i] for text in texts}) > 1), shortest)
     n -= n > 0 and texts[0][n - 1] == " "
     if not n:
-        raise DataError("'chosen' and 'rejected' share no prompt; begin both with it, or add a column prompt")
+        raise DataError(NO_PROMPT)
     return texts[0][:n], [text[n:] for text in texts]
 
 
