@@ -64,7 +64,7 @@ def test_only_the_new_rows_change_and_all_programs_agree(tied, tmp_path):
     torch.testing.assert_close(logits(read, x), y, rtol=1e-5, atol=1e-5)
     veneer.save(read, tmp_path / "b")
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text()) == config
-    with pytest.raises(FormatError, match=r"weights have other shapes"):
+    with pytest.raises(FormatError, match=r"new tokens <call>, .*call veneer.resize_vocabulary\(model, "):
         veneer.load(begun(tied)[0], tmp_path / "a")
 
     other = begun(tied)[0]
@@ -118,3 +118,42 @@ def test_what_is_wrong_is_named_and_nothing_is_changed():
     assert "tokens must differ, got '<call>' 2 times" in text
     assert "name must be an attached adapter, got 'default'" in text
     assert len(tokenizer) == rows == len(model.get_input_embeddings().weight)
+
+
+class Fixed:
+    """A tokenizer of single bytes whose vocabulary is fixed."""
+
+    def get_vocab(self):
+        return {chr(i): i for i in range(128)}
+
+    def encode(self, text, add_special_tokens=True):
+        return list(text.encode())
+
+    def add_tokens(self, tokens):
+        raise NotImplementedError("bytes are all there is")
+
+
+class Deaf(Fixed):
+    """Takes new tokens, and goes on to read them byte by byte."""
+
+    def __init__(self):
+        self.added = {}
+
+    def get_vocab(self):
+        return super().get_vocab() | self.added
+
+    def add_tokens(self, tokens):
+        self.added |= {t: 128 + i for i, t in enumerate(tokens)}
+
+
+def test_a_tokenizer_that_cannot_grow_is_refused_and_unchanged():
+    model, _, rows = begun(True)
+    veneer.attach(model, "lora", rank=2)
+    with pytest.raises(ConfigError, match=r"got a Fixed, which refuses \(NotImpl.*bytes are all there is"):
+        veneer.add_tokens(model, Fixed(), NEW)
+    deaf = Deaf()
+    with pytest.raises(ConfigError, match=r"tokenizer must read '<call>' as one token, and a Deaf does not"):
+        veneer.add_tokens(model, deaf, NEW)
+    assert not deaf.added and len(model.get_input_embeddings().weight) == rows
+    with pytest.raises(ConfigError, match=r"tokens must not be empty, got ''; leave it out"):
+        veneer.add_tokens(model, Fixed(), [""])

@@ -20,6 +20,7 @@ VERBS = {
             "veneer fit --data notes.txt --out runs/notes",
             "veneer fit --model ./llama --data chats.jsonl --method dora --rank 16 --lr 2e-4",
             "veneer fit --config run.yaml --steps 500",
+            'veneer fit --model ./llama --data calls.jsonl --add-tokens "<call>" --add-tokens "</call>"',
         ),
         "veneer.cli.run_verbs:fit",
         own=True,

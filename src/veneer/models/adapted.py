@@ -20,7 +20,7 @@ from veneer.adapt.switch import using
 from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError, first_few, option
 from veneer.files import read_json
-from veneer.models import pretrained
+from veneer.models import pretrained, vocabulary
 from veneer.models.of_task import for_task
 from veneer.sites import changed
 from veneer.tasks import Task
@@ -28,11 +28,7 @@ from veneer.train.folder.layout import BASE, CONFIG, METRICS
 
 TEMPLATE = "chat_template.jinja"  # as transformers saves it beside a tokenizer
 SPEC = re.compile(r"(?:(?P<name>[^=@/]+)=)?(?P<folder>[^@]+?)(?:@(?P<strength>[-+.\de]+))?")
-
-
-PLAIN = re.compile(
-    r"(?P<folder>.+)(?P<name>)(?P<strength>)"
-)  # a folder whose path has the marks of SPEC in it
+PLAIN = re.compile(r"(?P<folder>.+)(?P<name>)(?P<strength>)")  # a folder whose path has the marks of SPEC
 
 
 class Wanted(NamedTuple):
@@ -233,13 +229,20 @@ def open_base(
     read = task.processor if task else processor(base, wanted)
     form, place = format_of(wanted, base), torch.device(device)
     if task is None:
-        return Opened(pretrained.causal_lm(base, dtype, place, form), read, base)
-    return Opened(for_task(base, task, dtype, place, form), read, base)
+        model = pretrained.causal_lm(base, dtype, place, form)
+    else:
+        model = for_task(base, task, dtype, place, form)
+    return Opened(vocabulary.grown(model, [w.folder for w in wanted], read), read, base)
 
 
 def processor(base: str, wanted: Sequence[Wanted], kind: str = pretrained.TOKENIZER) -> Any:
-    """Returns the base's processor, with the chat template of the adapters if all name the same."""
+    """Returns the base's processor, with the new tokens and the chat template of the adapters.
+
+    Raises ConfigError for adapters of different new tokens; of different templates none is taken.
+    """
     found = pretrained.processor(base, kind)
+    if kind == pretrained.TOKENIZER:
+        found = vocabulary.tokenizer_of(found, [w.folder for w in wanted])
     templates = {chat_template(w.folder) for w in wanted} - {None}
     if len(templates) == 1:
         found.chat_template = templates.pop()

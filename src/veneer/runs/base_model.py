@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from veneer import methods
+from veneer.adapt.tokens.add import resize_vocabulary
 from veneer.compress.quantise import quantise, quantise_around
 from veneer.methods import Stats, inits
 from veneer.methods.base.options import option
@@ -41,8 +42,8 @@ def base(
     """
     start = start_of(run)
     if run.quantise is None:
-        return for_task(run.model, task, dtype, device), None
-    model = for_task(run.model, task, dtype, torch.device("cpu"))
+        return _grown(for_task(run.model, task, dtype, device), run, task), None
+    model = _grown(for_task(run.model, task, dtype, torch.device("cpu")), run, task)
     before, stats = _size(model), None
     if start is None:
         quantise(model, run.quantise)
@@ -61,8 +62,20 @@ def base(
 def base_again(run: Run, task: Task, out: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Returns the base of the run in folder `out`, its own if it has one. Raises the errors of loading."""
     if changed.kind_of_folder(out / BASE) is not None:
-        return for_task(str(out / BASE), task, dtype, device)
-    return for_task(run.model, task, dtype, device, run.quantise)
+        return _grown(for_task(str(out / BASE), task, dtype, device), run, task)
+    return _grown(for_task(run.model, task, dtype, device, run.quantise), run, task)
+
+
+def added(run: Run, task: Task) -> dict[str, int]:
+    """Returns the ids of the run's new tokens, which the task's tokenizer holds."""
+    known = task.processor.get_vocab() if run.add_tokens else {}
+    return {t: int(known[t]) for t in run.add_tokens}
+
+
+def _grown(model: nn.Module, run: Run, task: Task) -> nn.Module:
+    """Returns the model with room for the run's new tokens."""
+    ids = added(run, task).values()
+    return resize_vocabulary(model, max(ids) + 1) if ids else model
 
 
 def _size(model: nn.Module) -> int:

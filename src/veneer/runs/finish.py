@@ -111,6 +111,8 @@ def _save(ready: Ready, out: Path, voice: Voice) -> None:
         _save_adapter(model, where, voice)
         task_record.write(where, run.task, run.task_options)
         processor = ready.task.companion(ready.texts["train"].facts)
+        if processor is None and run.add_tokens:
+            processor = ready.task.processor
         if processor is not None:
             processor.save_pretrained(where)
     except Exception as e:  # every library has its own for a full disk

@@ -93,6 +93,8 @@ def _check(runs: Sequence[Run]) -> None:
         problems.append(
             "neftune changes embeddings, which all runs share here; train them alone, or leave it out"
         )
+    if any(run.add_tokens for run in runs):
+        problems.append("add_tokens changes the vocabulary, which all runs share here; train them alone")
     if asked := sorted({run.compile for run in runs} & {"on", "graphs"}):
         problems.append(f"compile must be 'off' or 'auto' for runs trained together, got {asked[0]!r}")
     if problems:

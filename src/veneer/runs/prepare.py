@@ -13,6 +13,7 @@ from torch import nn
 
 from veneer import methods, optim, tasks
 from veneer.adapt.store import fingerprint
+from veneer.adapt.tokens import words
 from veneer.analyse.numbers import started
 from veneer.data.forms.columns import EMPTY
 from veneer.data.row_files import Row
@@ -93,7 +94,9 @@ def prepare(
         train = None if blank else found["train"].examples
         stats = calibration.statistics(model, run, task, train, voice)
     with voice.phase("starting the adapter"):
-        aside = trained.Aside(heads(model) if task.NEW_HEAD else [], task.unused(model))
+        aside = trained.Aside(
+            heads(model) if task.NEW_HEAD else [], task.unused(model), base_model.added(run, task)
+        )
         parts = trained.open_parameters(model, run, stats, aside)
     begun = {} if only_shapes else _begun(model, run, stats, voice)
     compiling.recompute(model, run.gradient_checkpointing)
@@ -158,8 +161,13 @@ def _with_options(run: Run, task: Task, rows: Mapping[str, list[Row]]) -> tuple[
 
 
 def task_of(run: Run) -> Task:
-    """Returns the run's task with the model's processor. Raises ConfigError if the model lacks one."""
+    """Returns the run's task with the model's processor.
+
+    Raises ConfigError if the model lacks one, or if its tokenizer refuses new tokens.
+    """
     processor = pretrained.processor(run.model, tasks.get(run.task).PROCESSOR)
+    if run.add_tokens:
+        words.enter(processor, run.add_tokens)
     return tasks.build(run.task, processor, run, run.task_options)
 
 

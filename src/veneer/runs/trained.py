@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from veneer import methods, optim
 from veneer.adapt import attach, attached, hooks, switch
+from veneer.adapt.tokens.add import train_rows
 from veneer.errors import ConfigError
 from veneer.methods.full import Full
 from veneer.optim.base import groups
@@ -24,10 +26,14 @@ NAME = "default"  # of the adapter
 
 
 class Aside(NamedTuple):
-    """Modules of a task that no adapter changes: heads, which are trained whole, and unused ones."""
+    """Modules of a task that no adapter changes: heads, which are trained whole, and unused ones.
+
+    tokens: ids of new tokens, whose rows are trained.
+    """
 
     heads: list[str]
     unused: list[str]
+    tokens: Mapping[str, int] = MappingProxyType({})
 
 
 def open_parameters(
@@ -67,6 +73,8 @@ def _of_adapter(
     attach.attach(model, run.method, name=NAME, stats=stats, **layers, **{**seed, **run.options})
     if aside.heads:
         _train_whole(model, aside.heads)
+    if aside.tokens:
+        train_rows(model, aside.tokens, NAME)
     return groups.of_adapter(model, NAME)
 
 

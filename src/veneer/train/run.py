@@ -13,7 +13,9 @@ from veneer import methods, optim, settings, tasks
 from veneer.data.reading import NO_TEXT, Reading, Texts
 from veneer.errors import ConfigError, option
 from veneer.methods import inits
+from veneer.tasks import Task
 from veneer.tasks.base.abilities import Writer
+from veneer.tasks.preference.base import Preference
 from veneer.train.parts.change import Base, Change
 from veneer.train.parts.options import unsuitable
 from veneer.train.parts.place import Evaluation, Place, Speed
@@ -48,6 +50,7 @@ class Run(Place, Speed, Evaluation, Steps, Updates, Change, Base, Reading, Texts
         yield from _of_shard(self)
         yield from _of_evaluation(self)
         yield from _of_full(self)
+        yield from _of_tokens(self)
         yield from _of_start(self)
         yield from _of_optimiser(self)
 
@@ -150,6 +153,29 @@ def _of_full(run: Run) -> Iterator[str]:
     if run.untie:
         untie = option("untie")
         yield f"{untie} is for adapters; method 'full' trains the weight that tied layers share: leave it out"
+
+
+def _of_tokens(run: Run) -> Iterator[str]:
+    """Yields a sentence for every setting that new tokens cannot go with."""
+    if not run.add_tokens:
+        return
+    tokens, advice = option("add_tokens"), "leave one of them out"
+    if run.trains_base:
+        yield f"{tokens} trains rows beside an adapter; method 'full' trains all rows: leave one of them out"
+    if run.cache_frozen:
+        yield f"{tokens} changes the embedding, below the blocks of {option('cache_frozen')}; {advice}"
+    if run.shard:
+        yield f"{tokens} needs the embedding whole, and {option('shard')} divides it; {advice}"
+    if run.task not in tasks.available():
+        return
+    task = tasks.get(run.task)
+    if task.PROCESSOR != Task.PROCESSOR:
+        yield f"{tokens} needs a task with a tokenizer, which {run.task!r} lacks; {advice}"
+    if issubclass(task, Preference) and task.REFERENCE:
+        yield (
+            f"{tokens}: task {run.task!r} compares with the base, in which the rows of new tokens are zeros;"
+            " add them by another task first, and merge"
+        )
 
 
 def _of_start(run: Run) -> Iterator[str]:

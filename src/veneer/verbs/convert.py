@@ -25,7 +25,7 @@ from veneer.convert.merged.holding import described, ranks
 from veneer.convert.pairs import Kind, Pair, Pairs
 from veneer.errors import ConfigError, FormatError, first_few, option, suggest
 from veneer.files import check_new, replacing, write_json
-from veneer.models import adapted, pretrained
+from veneer.models import adapted, pretrained, vocabulary
 from veneer.models.pretrained import skeleton
 
 RECORD = "convert.json"
@@ -160,6 +160,7 @@ def _opened(found: Found, model: str, name: str, task: int | None) -> nn.Module:
     """Returns the base with the adapter attached as `name`, through PEFT where Veneer has no such method."""
     packed = adapted.format_of([adapted.Wanted(name, found.folder, 1.0)], model)
     base = pretrained.causal_lm(model, torch.float32, torch.device("cpu"), packed)
+    vocabulary.grown(base, [found.folder])
     if others.kind(found):
         hooks.hang(base, name, others.to_changes(base, found, task))
     else:

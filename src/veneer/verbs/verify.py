@@ -19,7 +19,7 @@ from veneer.adapt.store.problems import ALLOW
 from veneer.adapt.store.sizes import size
 from veneer.errors import FormatError, first_few
 from veneer.files import read_json
-from veneer.models import adapted, pretrained
+from veneer.models import adapted, pretrained, vocabulary
 
 NAME = "being-verified"
 # Problems that `store.load` refuses, by the word that lets each through, and the text of a passed check.
@@ -82,7 +82,7 @@ def verify(adapter: str, *, model: str | None = None, dtype: str = "float32", de
     wanted = [adapted.Wanted(NAME, folder, 1.0)]
     base = model or adapted.base_of(wanted)
     found = pretrained.causal_lm(base, number_format, torch.device(device), adapted.format_of(wanted, base))
-    return examine(found, adapter_folder(folder))
+    return examine(vocabulary.grown(found, [folder]), adapter_folder(folder))
 
 
 def examine(model: nn.Module, folder: str | Path, *, inputs: Mapping[str, Any] | None = None) -> Report:

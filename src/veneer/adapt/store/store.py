@@ -36,6 +36,7 @@ from veneer.adapt.store.problems import (
     resized,
 )
 from veneer.adapt.store.sizes import size
+from veneer.adapt.tokens.known import missing
 from veneer.errors import ConfigError, first_few
 from veneer.methods.prefix import Prefix
 
@@ -147,6 +148,8 @@ def read(
     hooks.refuse_compiled(model)
     folder, allowed = adapter_folder(Path(folder)), check_allowed(allow)
     found = open_folder(folder)
+    short = [Problem("fit", text) for text in missing(model, found.manifest)]
+    refuse(f"{folder} was not loaded", short, allowed)
     deltas, problems = _deltas(model, found, open_initial(found, initial))
     sizes = {site.name: size(site, delta) for site, delta in deltas}
     record = found.manifest

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 
 from veneer.adapt import calls, hooks, switch
 from veneer.adapt.attached import Changes, adapters, deltas_of
-from veneer.errors import ConfigError, first_few
+from veneer.adapt.tokens import words
+from veneer.errors import first_few
 from veneer.methods.base.delta import master_dtype
 from veneer.methods.base.token_rows import TokenRows
 from veneer.sites import Site, site_for
@@ -32,14 +32,23 @@ def add_tokens(
     >>> veneer.attach(model, "lora", rank=8)
     >>> veneer.add_tokens(model, tokenizer, ["<call>", "</call>"])
     """
-    _check(model, tokenizer, tokens, name)
-    tokenizer.add_tokens(list(tokens))
-    ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(tokens))]
-    resize_vocabulary(model, max(ids) + 1)
+    words.refuse([*words.problems(tokenizer, tokens), *_unfit(model, name)])
+    ids = words.put(tokenizer, tokens)
+    train_rows(model, ids, name)
+    return ids
+
+
+@torch.no_grad()
+def train_rows(model: nn.Module, ids: Mapping[str, int], name: str = "default") -> None:
+    """Trains the rows of these tokens, {token: id}, as a part of adapter `name`; the model grows.
+
+    Raises ConfigError, before anything is changed, if embedding or head is adapted already.
+    """
+    words.refuse(_unfit(model, name))
+    resize_vocabulary(model, max(ids.values()) + 1)
     hooks.hang(model, name, _changes(model, ids))
     switch.train_only(model, name)
     calls.watch(model)
-    return dict(zip(tokens, ids, strict=True))
 
 
 @torch.no_grad()
@@ -69,33 +78,26 @@ def _ends(model: nn.Module) -> list[Site]:
     return [found[id(m)] for m in own if m is not None and id(m) in found]
 
 
-def _changes(model: nn.Module, ids: list[int]) -> Changes:
+def _changes(model: nn.Module, ids: Mapping[str, int]) -> Changes:
     """Returns the trained rows of embedding and head; a tied head shares those of the embedding."""
     made: Changes = []
     shared: dict[int, nn.Parameter] = {}
+    rows = list(ids.values())
     for site in _ends(model):
         W: Tensor = site.module.weight.detach().to(master_dtype(site))
         D = shared.get(id(site.module.weight))
         if D is None:
             kept = torch.ones(len(W), dtype=torch.bool, device=W.device)
-            kept[ids] = False
-            D = nn.Parameter(W[kept].mean(0) - W[ids])
+            kept[rows] = False
+            D = nn.Parameter(W[kept].mean(0) - W[rows])
             shared[id(site.module.weight)] = D
-        made.append((site, TokenRows(site, D, ids)))
+        made.append((site, TokenRows(site, D, rows, list(ids))))
     return made
 
 
-def _check(model: nn.Module, tokenizer: Any, tokens: Sequence[str], name: str) -> None:
-    """Raises ConfigError with everything that is wrong."""
-    known = tokenizer.get_vocab()
-    problems = [
-        f"tokens must be new, got {t!r}, which has the id {known[t]}; leave it out"
-        for t in dict.fromkeys(tokens)
-        if t in known
-    ]
-    problems += [f"tokens must differ, got {t!r} {n} times" for t, n in Counter(tokens).items() if n > 1]
-    if not tokens:
-        problems.append("tokens must hold at least one token, got none")
+def _unfit(model: nn.Module, name: str) -> list[str]:
+    """Returns the reasons why adapter `name` of the model cannot train rows of tokens."""
+    problems = []
     if name not in adapters(model):
         problems.append(f"name must be an attached adapter, got {name!r}; attach one first")
     if embeddings(model, "input") is None:
@@ -104,5 +106,4 @@ def _check(model: nn.Module, tokenizer: Any, tokens: Sequence[str], name: str) -
         there = [s.name for s in _ends(model) if deltas_of(s.module) is not None]
         if there:
             problems.append(f"{first_few(there)} must have no adapter, got one; leave them out with exclude=")
-    if problems:
-        raise ConfigError("\n".join(f"add_tokens: {p}" for p in problems))
+    return problems

@@ -17,15 +17,16 @@ from veneer.sites import Site
 class TokenRows(FactoredDelta):
     """D (n, d): the trained rows minus the base's. A tied embedding and head hold one D together.
 
-    tokens: the numbers of the rows. The site is an embedding, W (d, vocabulary), or a head, (vocabulary, d).
+    tokens: the numbers of the rows; words: the tokens' texts, if they are known. The site is an embedding,
+    W (d, vocabulary), or a head, (vocabulary, d).
     """
 
     ids: Tensor
 
-    def __init__(self, site: Site, D: nn.Parameter, tokens: Sequence[int]) -> None:
+    def __init__(self, site: Site, D: nn.Parameter, tokens: Sequence[int], words: Sequence[str] = ()) -> None:
         super().__init__()
         self.D, self.tokens = D, list(tokens)
-        self.options = {"tokens": self.tokens}
+        self.options = {"tokens": self.tokens, "words": list(words)}
         self.register_buffer("ids", torch.tensor(self.tokens, device=site.device), persistent=False)
 
     def factors(self, site: Site) -> Factors:

@@ -45,10 +45,15 @@ class Part(NamedTuple):
 
 
 def of_adapter(model: nn.Module, adapter: str) -> list[Part]:
-    """Returns the trained parameters of one adapter, in the model's order. Raises ConfigError without any."""
-    found = []
+    """Returns the trained parameters of one adapter, in the model's order, a shared one once.
+
+    Raises ConfigError without any.
+    """
+    found: list[Part] = []
     for site, delta in changes(model, adapter):
         for name, p in delta.named_parameters():
+            if any(p is other.parameter for other in found):  # rows of tokens of a tied head
+                continue
             path, _, own = name.rpartition(".")
             inner = delta.get_submodule(path)
             given = delta.roles.get(own, _shape(p))

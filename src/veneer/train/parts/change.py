@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from veneer import dtypes, methods, tasks
+from veneer.adapt.tokens.words import spelling
 from veneer.errors import ConfigError, option
 from veneer.methods import inits
 from veneer.ops.matrix.linalg import multiplies_bf16
@@ -79,6 +80,9 @@ class Change(Settings):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata=about("other alphas, by ending or pattern of a layer's name")
     )
+    add_tokens: tuple[str, ...] = setting(
+        (), "new tokens for tokenizer, embedding and head; their rows alone are trained beside the adapter"
+    )
     calibration: int = setting(
         64, "examples of data to collect statistics from for a start such as loraga", unit="examples"
     )
@@ -106,6 +110,8 @@ class Change(Settings):
             full = option("method", "full")
             trp = option("trp", self.trp)
             yield f"{trp} projects the weights that {full} trains; add it, or leave trp out"
+        if self.add_tokens:
+            yield from (f"{option('add_tokens')}: {sentence}" for sentence in spelling(self.add_tokens))
         try:
             known = methods.options_of(methods.get(self.method))
         except ConfigError as e:  # nothing else can be checked
