@@ -86,6 +86,24 @@ def test_gradients_beside_a_frozen_and_a_trained_layer(trained, grad):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("trained", [(), ("base",)])
+def test_gradients_under_autocast_have_the_precision_of_bfloat16(trained):
+    torch.manual_seed(0)
+    model = veneer.attach(nn.Sequential(nn.Linear(24, 16)), "fourierft", frequencies=20, scaling=30.0)
+    randomise(model, size=1.0)
+    veneer.train_only(model, "default", *trained)
+    layer, (site, delta) = model[0], changes(model, "default")[0]
+    x = torch.randn(8, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    exact = nn.functional.linear(x, layer.weight + delta.delta(site), layer.bias)
+    wanted = [x, delta.c, *(layer.parameters(recurse=False) if trained else [])]
+    pairs = zip(*(torch.autograd.grad(out.float().sin().sum(), wanted) for out in (y, exact)), strict=True)
+    for found, expected in pairs:
+        assert found.dtype == expected.dtype
+        assert (found - expected).norm() <= 0.03 * expected.norm()  # some roundings of 2**-9 each
+
+
 def test_working_memory_serves_inference_and_training_in_turns():
     """Its tensors are used again, in whatever mode they were made."""
     model = veneer.attach(nn.Sequential(nn.Linear(8, 6)), "fourierft", frequencies=20, scaling=30.0)

@@ -24,6 +24,8 @@ MIXTURE = {
     "ia3": ("ia3", {}),
     "flora": ("flora", {"to": ["q_proj", "o_proj"]}),
     "products": ("flora", {"rank": 3, "to": ["q_proj", "v_proj", "down_proj"]}),
+    "second_dora": ("dora", {"rank": 4, "to": ["q_proj", "up_proj"]}),  # gains beside those of the first
+    "second_ia3": ("ia3", {}),
 }
 
 
@@ -60,6 +62,8 @@ SUMS = [
     {"dora": 0.5, "ia3": 1.0, "twin": 2.0},
     {"flora": 1.0, "products": 0.5, "miss": 1.0},
     {"miss": 1.0},
+    {"second_dora": 1.0},
+    {"second_ia3": 1.0},
 ]
 
 

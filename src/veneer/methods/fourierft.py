@@ -135,7 +135,7 @@ class FourierFT(DenseDelta, Served, AddsInPlace, PeftStored):
     def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
         if self.grid or site.kind not in ROWWISE:
             return y + self(x, y, site)  # type: ignore[no-any-return]
-        W = _frozen(site, x, y) if writable else None
+        W = _frozen(site) if writable else None
         return fourier.added(
             y, x.to(y.dtype), self._coefficients(), self.rows, self.columns, writable=writable, frozen=W
         )
@@ -185,15 +185,11 @@ class FourierFT(DenseDelta, Served, AddsInPlace, PeftStored):
         return delta
 
 
-def _frozen(site: Site, x: Tensor, y: Tensor) -> Tensor | None:
-    """Returns W if y is x W' (+ bias), unchanged so far, and only x takes a gradient; else None."""
+def _frozen(site: Site) -> Tensor | None:
+    """Returns W if only x takes a gradient through the layer; else None."""
     layer = site.module
     trained = any(p.requires_grad for p in layer.parameters(recurse=False))
-    return (
-        layer.weight
-        if type(layer) is nn.Linear and not trained and x.dtype == layer.weight.dtype == y.dtype
-        else None
-    )
+    return layer.weight if type(layer) is nn.Linear and not trained else None
 
 
 @functools.lru_cache(maxsize=32)
