@@ -8,6 +8,7 @@ import json
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import models, tiny
 
 import veneer
@@ -157,3 +158,56 @@ def test_a_tokenizer_that_cannot_grow_is_refused_and_unchanged():
     assert not deaf.added and len(model.get_input_embeddings().weight) == rows
     with pytest.raises(ConfigError, match=r"tokens must not be empty, got ''; leave it out"):
         veneer.add_tokens(model, Fixed(), [""])
+
+
+# PEFT itself fails on a tied model whose head is named too.
+TARGETS = [(True, None), (False, None), (False, ["embed_tokens", "lm_head"])]
+
+
+@pytest.mark.parametrize("tied, targets", TARGETS)
+def test_rows_alone_go_to_peft_and_come_from_it(tied, targets, tmp_path):
+    torch.manual_seed(2)
+    config = peft.TrainableTokensConfig(
+        token_indices=[7, 1, 5], target_modules=targets, task_type="CAUSAL_LM", init_weights=True
+    )
+    theirs = peft.get_peft_model(begun(tied)[0], config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.tensor([[1, 2, 3, 5, 7, 1]])
+    wanted, plain = logits(theirs, x), begun(tied)[0]
+    assert (wanted - logits(plain, x)).abs().max() > 0.1
+
+    model = veneer.load(begun(tied)[0], tmp_path / "theirs")
+    torch.testing.assert_close(logits(model, x), wanted, rtol=1e-5, atol=1e-5)
+    veneer.save(model, tmp_path / "ours")
+    settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "TRAINABLE_TOKENS" and settings["token_indices"] == [7, 1, 5]
+    again = peft.PeftModel.from_pretrained(begun(tied)[0], tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again, x), wanted, rtol=1e-5, atol=1e-5)
+    again = veneer.load(begun(tied)[0], tmp_path / "ours")
+    torch.testing.assert_close(logits(again, x), wanted, rtol=1e-5, atol=1e-5)
+
+    veneer.merge(model)
+    torch.testing.assert_close(logits(model, x), wanted, rtol=1e-5, atol=1e-5)
+    own, base = model.get_input_embeddings().weight, plain.get_input_embeddings().weight
+    kept = [i for i in range(len(own)) if i not in (1, 5, 7)]
+    assert torch.equal(own[kept], base[kept]) and not torch.equal(own[[1, 5, 7]], base[[1, 5, 7]])
+
+
+def test_rows_alone_that_do_not_fit_are_named(tmp_path):
+    config = peft.TrainableTokensConfig(token_indices=[1, 5], task_type="CAUSAL_LM")
+    peft.get_peft_model(begun(True)[0], config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    rows = load_file(file)
+    name = "base_model.model.lm_head.trainable_tokens_delta"
+    save_file({**rows, name: rows[name] + 1, name.replace("lm_head", "odd"): rows[name].clone()}, file)
+    with pytest.raises(FormatError) as e:
+        veneer.load(begun(True)[0], tmp_path)
+    assert "share a weight, and the file holds different rows for them" in str(e.value)
+    assert "1 tensors belong to no layer: odd.trainable_tokens_delta (2, 32)" in str(e.value)
+    save_file({k: t[:1].clone() for k, t in rows.items()}, file)
+    with pytest.raises(FormatError, match=r"wrong shape: .* is \(1, 32\) for 2 tokens"):
+        veneer.load(begun(True)[0], tmp_path)

@@ -15,6 +15,7 @@ from veneer.adapt.attached import changes
 from veneer.adapt.peft.settings import method_of
 from veneer.adapt.store import manifest, store
 from veneer.adapt.store.folder import adapter_folder
+from veneer.adapt.tokens.alone import is_alone
 from veneer.convert import carry, pairs
 from veneer.convert.base import Base, of_model
 from veneer.convert.carry import Conversion
@@ -147,7 +148,7 @@ def _otherwise(found: Found) -> str | None:
     other = (
         found.dialect == "peft"
         and found.config.get("peft_type", "LORA") != "LORA"
-        and method_of(found.config) is not None
+        and (method_of(found.config) is not None or is_alone(found.config))
     )
     return f"PEFT's {found.config['peft_type']}" if other else others.kind(found)
 

@@ -8,6 +8,7 @@ from typing import Any
 from veneer.adapt.peft import starts, types
 from veneer.adapt.peft.settings import method_of, table
 from veneer.adapt.peft.targets import Config, expressions
+from veneer.adapt.tokens import alone
 
 # Settings that make the adapter more than a change of the targeted layers' weights.
 BEYOND = {
@@ -54,9 +55,9 @@ def settings_problems(config: Config, has_initial: bool, *, only_pairs: bool = F
     if wrong := _wrong_types(config):
         return wrong
     kind = method_of(config)
-    if kind is None:
+    if kind is None and not alone.is_alone(config):
         return [unread(config["peft_type"])]
-    known = table(kind).every
+    known = alone.every() if kind is None else table(kind).every
     refused = {**BEYOND, **(BESIDE if only_pairs else {})}
     beyond = {k: why for k, why in refused.items() if config.get(k) and config[k] != known.get(k)}
     found = [

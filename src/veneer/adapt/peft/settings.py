@@ -118,11 +118,17 @@ def table(kind: type[Delta]) -> Table:
     """Returns the settings of the method's kind."""
     if not issubclass(kind, PeftKind) or not kind.peft_settings:
         return Table(LONG_KNOWN, NEWER)
-    general = {k: v for k, v in KEYS.items() if k in GENERAL}
+    always, others = general()
+    return Table({**always, **kind.peft_settings}, others)
+
+
+def general() -> Table:
+    """Returns the settings of every kind of adapter."""
+    every = {k: v for k, v in KEYS.items() if k in GENERAL}
     always = {
-        k: v for k, v in general.items() if k in LONG_KNOWN and not k.startswith("layers")
+        k: v for k, v in every.items() if k in LONG_KNOWN and not k.startswith("layers")
     }  # which not every kind has
-    return Table({**always, **kind.peft_settings}, {k: v for k, v in general.items() if k not in always})
+    return Table(always, {k: v for k, v in every.items() if k not in always})
 
 
 def method_of(config: Config) -> type[Delta] | None:

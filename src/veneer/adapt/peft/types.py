@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from veneer.adapt.peft.settings import method_of
 from veneer.adapt.peft.targets import Config
+from veneer.adapt.tokens.alone import is_alone
 
 
 class Form(NamedTuple):
@@ -19,7 +20,7 @@ class Form(NamedTuple):
     of_base: bool = False
 
 
-# Methods of Veneer's read these.
+# Methods of Veneer's read these, and rows of tokens.
 NATIVE = {
     *(
         "ADALORA",
@@ -35,7 +36,7 @@ NATIVE = {
         "MISS",
         "OFT",
     ),
-    *("PREFIX_TUNING", "RANDLORA", "SHIRA", "VERA"),
+    *("PREFIX_TUNING", "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VERA"),
 }
 # `veneer convert` opens these: PEFT merges layer by layer in float64, and the change is kept in float32.
 CONVERTED = {
@@ -56,7 +57,6 @@ CONVERTED = {
     "ROAD": Form("dense", of_base=True),
     "SUPERTUNING": Form("sparse"),
     "TINYLORA": Form("factors", of_base=True),
-    "TRAINABLE_TOKENS": Form("sparse, whole rows"),
     "UNILORA": Form("factors"),
     "VBLORA": Form("factors"),
     "WAVEFT": Form("sparse or dense"),
@@ -100,7 +100,7 @@ def every() -> dict[str, Opened]:
 def opened(peft_type: str) -> Opened | None:
     """Returns how adapters of a type open, or None for an unknown type."""
     config: Config = {"peft_type": peft_type}
-    if method_of(config) is not None:
+    if method_of(config) is not None or is_alone(config):
         return Opened("load", "the file's own numbers")
     if peft_type in CONVERTED:
         form, of_base = CONVERTED[peft_type]

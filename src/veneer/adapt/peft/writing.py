@@ -17,6 +17,7 @@ from veneer.adapt.peft.origin import origin
 from veneer.adapt.peft.settings import PREFIX, TOP, Table, table
 from veneer.adapt.peft.targets import PATTERNS, Config, at, ends, targeted, wrapped
 from veneer.adapt.peft.whole import saved_modules, saved_tensors
+from veneer.adapt.tokens import alone
 from veneer.methods import Delta, PeftForm, PeftStored
 from veneer.methods.base.biased import Biased
 from veneer.methods.base.factors import ROWWISE
@@ -53,6 +54,9 @@ def write(model: nn.Module, changes: Changes, beside: Iterable[str] = ()) -> Wri
     whole: Changes = [(s, d) for s, d in changes if isinstance(d, Full)]
     biases: Changes = [(s, d) for s, d in changes if isinstance(d, BitFit)]
     rows = [(s, d) for s, d in changes if isinstance(d, TokenRows)]
+    if len(rows) == len(changes):
+        found = alone.write(model, rows)
+        return Written(*found, {}, {}) if found and not beside else None
     others = [(s, d) for s, d in changes if not isinstance(d, Full | BitFit | TokenRows)]
     bare: Changes = [(s, d) for s, d in others if isinstance(s, ParameterSite)]
     others = [(s, d) for s, d in others if not isinstance(s, ParameterSite)]

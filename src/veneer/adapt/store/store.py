@@ -36,6 +36,7 @@ from veneer.adapt.store.problems import (
     resized,
 )
 from veneer.adapt.store.sizes import size
+from veneer.adapt.tokens import alone
 from veneer.adapt.tokens.known import missing
 from veneer.errors import ConfigError, first_few
 from veneer.methods.prefix import Prefix
@@ -216,7 +217,9 @@ def _deltas(
         assert record is not None
         return native.rebuild(model, record, found.tensors)
     own = {n: entry["own"] for n, entry in record["sites"].items()} if record else {}
-    if settings.method_of(found.config) is Prefix:
+    if alone.is_alone(found.config):
+        changes, problems = alone.to_changes(model, found.config, found.tensors)
+    elif settings.method_of(found.config) is Prefix:
         changes, problems = prefixes.to_changes(model, found.config, found.tensors)
     else:
         changes, problems = reading.to_changes(
