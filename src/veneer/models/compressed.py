@@ -45,9 +45,11 @@ def load_compressed(
     return found
 
 
-def hollow_model(config: Any) -> Any:
+def hollow_model(config: Any, dtype: torch.dtype | None = None) -> Any:
     """Returns the causal language model of a configuration with its parameters on the meta device and real
     buffers.
+
+    dtype: of the parameters; the configuration's unless given.
 
     Buffers outside the state dict, such as rotary frequencies, are computed while a model is built and lie in
     no file.
@@ -56,7 +58,8 @@ def hollow_model(config: Any) -> Any:
 
     try:
         with parameters_on_meta():
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            given = {} if dtype is None else {"dtype": dtype}
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **given)
     except ValueError as e:
         raise ConfigError(
             f"model: {type(config).__name__} describes no causal language model ({e})"

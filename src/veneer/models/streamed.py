@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from veneer import foreign
@@ -33,13 +33,13 @@ class Streamed(Source):
         from transformers import AutoConfig
 
         self.folder, self.device = folder, torch.device(device)
-        self.files = _files(folder)
+        self.files = files_of(folder)
         self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = hollow_model(self.config).eval().requires_grad_(False)
         for name, buffer in list(model.named_buffers()):
             owner, _, last = name.rpartition(".")
             model.get_submodule(owner)._buffers[last] = buffer.to(self.device)
-        wanted = _names(model)
+        wanted = names_of(model)
         missing = [n for n in wanted if n not in self.files]
         if missing:
             raise FormatError(
@@ -82,18 +82,21 @@ class Streamed(Source):
         return found
 
 
-def _files(folder: Path) -> dict[str, str]:
-    """The file that holds each weight, by the weight's name."""
+def files_of(folder: Path) -> dict[str, str]:
+    """Returns the file that holds each weight, by the weight's name."""
     if (folder / INDEX).is_file():
         named: dict[str, str] = foreign.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         return named
     if not (folder / WEIGHTS).is_file():
         raise FormatError(f"{folder}: {WEIGHTS} is missing")
-    with safe_open(folder / WEIGHTS, "pt") as f:
-        return dict.fromkeys(f.keys(), WEIGHTS)
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as f:
+            return dict.fromkeys(f.keys(), WEIGHTS)
+    except SafetensorError as e:
+        raise FormatError(f"{folder / WEIGHTS} is damaged ({e}); download it again") from None
 
 
-def _names(model: nn.Module) -> list[str]:
+def names_of(model: nn.Module) -> list[str]:
     """Names of the state dict, each shared tensor under its first name alone."""
     seen: set[int] = set()
     found = []

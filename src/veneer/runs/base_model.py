@@ -12,9 +12,14 @@ from torch import nn
 from veneer import methods
 from veneer.adapt.tokens.add import resize_vocabulary
 from veneer.compress.quantise import quantise, quantise_around
+from veneer.errors import ConfigError
+from veneer.errors import option as option_of
 from veneer.methods import Stats, inits
 from veneer.methods.base.options import option
+from veneer.models.from_disk import from_disk
 from veneer.models.of_task import for_task
+from veneer.models.on_disk import shelf_of
+from veneer.models.pretrained import LANGUAGE_MODEL
 from veneer.sites import changed
 from veneer.tasks import Task
 from veneer.train.folder.layout import BASE
@@ -41,6 +46,8 @@ def base(
     It is quantised where it was loaded, and moves to the device in few bits. Raises the errors of both.
     """
     start = start_of(run)
+    if run.stream_base:
+        return _on_disk(run, task, dtype, device, voice), None
     if run.quantise is None:
         return _grown(for_task(run.model, task, dtype, device), run, task), None
     model = _grown(for_task(run.model, task, dtype, torch.device("cpu")), run, task)
@@ -57,6 +64,23 @@ def base(
         model.__dict__["name_or_path"] = str(own_base(run))  # recorded by the adapter's files
     voice.say(f"the base in {run.quantise}: {size(_size(model))} instead of {size(before)}")
     return model.to(device), stats
+
+
+def _on_disk(run: Run, task: Task, dtype: torch.dtype, device: torch.device, voice: Voice) -> nn.Module:
+    """Returns the base with its blocks on disk. Raises ConfigError, FormatError."""
+    if task.AUTO != LANGUAGE_MODEL:
+        raise ConfigError(
+            f"{option_of('stream_base')} reads causal language models block by block, got task {run.task!r};"
+            " leave it out"
+        )
+    model = from_disk(run.model, dtype, device, run.quantise, near=Path(run.out))
+    held = shelf_of(model)
+    assert held is not None
+    voice.say(
+        f"the base stays on disk: {size(_size(model))}, of which one block of {size(held.block_bytes)} is in"
+        " memory at a time"
+    )
+    return model
 
 
 def base_again(run: Run, task: Task, out: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:

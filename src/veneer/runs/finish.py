@@ -80,7 +80,9 @@ def _write(
     trp.write(ready.model, out, ready.run, ready.task.processor)
     _save(ready, out, voice)
     layout.put(out / layout.RESULTS, _results(ready, out, position, test, voice))
-    if ready.run.report:
+    if ready.run.report and ready.run.stream_base:
+        voice.say(f"the report needs the base in memory: veneer report {out} --measure writes it there")
+    elif ready.run.report:
         report.at_the_end(ready, out, loop.precision, wish, voice)
     _write_card(out, voice)
 
@@ -94,7 +96,7 @@ def _write_card(out: Path, voice: Voice) -> None:
 
 def made_up(ready: Ready, out: Path, voice: Voice) -> None:
     """Writes the report and the card of a finished run whose end was interrupted before them."""
-    if ready.run.report and not (out / report.page.REPORT).exists():
+    if ready.run.report and not ready.run.stream_base and not (out / report.page.REPORT).exists():
         voice.say(f"{out} lacks its report, which is written now")
         report.made_up(out, voice)
     if not (out / layout.ADAPTER / card.CARD).exists():

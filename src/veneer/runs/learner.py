@@ -104,6 +104,8 @@ def _compiles(ready: Ready, order: Order, device: torch.device, voice: Voice) ->
     Raises ConfigError if it must be and cannot; reports if it only would pay.
     """
     run = ready.run
+    if run.stream_base:
+        return False
     lacking, asked = compiling.missing(device), run.compile in ("on", "graphs")
     if asked and lacking:
         raise ConfigError(

@@ -80,6 +80,8 @@ def prepare(
     run = decided(texts.named(run), device)
     if run.shard and world.size == 1:
         raise ConfigError(f"{option('shard')} divides the base among processes, got 1; use torchrun")
+    if run.stream_base and world.size > 1:
+        raise ConfigError(f"{option('stream_base')} runs in one process, got {world.size}; use --shard there")
     with voice.phase("reading texts"):
         run, task, found = (reader or read)(run, voice)
     same_start.check_batches(run, task, world)
@@ -99,7 +101,7 @@ def prepare(
         )
         parts = trained.open_parameters(model, run, stats, aside)
     begun = {} if only_shapes else _begun(model, run, stats, voice)
-    compiling.recompute(model, run.gradient_checkpointing)
+    compiling.recompute(model, run.gradient_checkpointing or run.stream_base)
     prefix = _try_out(model, run, task, found, voice)
     optimiser = optim.make(run.optimiser, **run.optimiser_options)
     _announce(model, run, task, parts, optimiser, found, voice)

@@ -48,6 +48,7 @@ class Run(Place, Speed, Evaluation, Steps, Updates, Change, Base, Reading, Texts
         yield from _of_task(self)
         yield from _of_speed(self)
         yield from _of_shard(self)
+        yield from _of_stream_base(self)
         yield from _of_evaluation(self)
         yield from _of_full(self)
         yield from _of_tokens(self)
@@ -126,6 +127,26 @@ def _of_shard(run: Run) -> Iterator[str]:
         yield f"{option('shard')} needs the whole base for {option(name)}; leave one of them out"
     if run.trains_base:
         yield f"{option('shard')} divides a frozen base, and method 'full' trains it; leave it out"
+
+
+def _of_stream_base(run: Run) -> Iterator[str]:
+    if not run.stream_base:
+        return
+    base = option("stream_base")
+    reads = {
+        "shard": (run.shard, "divides a base that is in memory"),
+        "samples": (run.samples > 0, "reads the whole base for every token"),
+        "compile": (run.compile in ("on", "graphs"), "compiles blocks that are in memory"),
+        "cache_frozen": (run.cache_frozen, "runs the blocks of a base that is in memory"),
+    }
+    for name, (given, why) in reads.items():
+        if given:
+            yield f"{base} keeps the base on disk, and {option(name)} {why}; leave one of them out"
+    if run.trains_base:
+        yield f"{base} reads a frozen base, and method 'full' trains it; leave it out, or train an adapter"
+    init = run.init if run.method in methods.available() else None
+    if init in inits.available() and (inits.needs(init).data or inits.needs(init).residual):
+        yield f"{base} starts from weights alone, and {option('init')} {init} needs more; use another start"
 
 
 def _of_evaluation(run: Run) -> Iterator[str]:

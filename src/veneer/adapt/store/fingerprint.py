@@ -49,13 +49,16 @@ def _state(model: nn.Module) -> str:
     digest = hashlib.sha256(repr(changed.forms_of(model)).encode())
     for name, p in base_parameters(model).items():
         version = -1 if p.is_inference() else p._version
-        digest.update(f"{name} {id(p)} {p.data_ptr()} {tuple(p.shape)} {p.dtype} {version} ".encode())
-        digest.update(_bytes(_sample(plain(p.detach()), KEPT)))
+        where = 0 if p.is_meta else p.data_ptr()
+        digest.update(f"{name} {id(p)} {where} {tuple(p.shape)} {p.dtype} {version} ".encode())
+        if not p.is_meta:  # a block on disk is never written to
+            digest.update(_bytes(_sample(plain(p.detach()), KEPT)))
     return digest.hexdigest()
 
 
 def _measured(model: nn.Module) -> Record:
-    tensors = {name: _of(name, plain(p.detach())) for name, p in base_parameters(model).items()}
+    # By attribute, which reads the blocks of a base on disk one by one.
+    tensors = {name: _of(name, plain(model.get_parameter(name).detach())) for name in base_parameters(model)}
     return {"sha256": _digest(tensors), "tensors": tensors, **changed.forms_of(model)}
 
 

@@ -17,7 +17,7 @@ from veneer.train.run import Run
 
 ID, EARLIER = "id", "earlier"  # entries of config.json
 # Settings that change nothing in what is computed: they may differ when a run goes on.
-FREE = ("out", "resume", "allow", "keep", "save_every", "report", "track", "shard")
+FREE = ("out", "resume", "allow", "keep", "save_every", "report", "track", "shard", "stream_base")
 Owner = dict[str, str]
 
 

@@ -67,6 +67,9 @@ class Speed(Settings):
     shard: bool = setting(
         False, "divide the frozen blocks of the base among the processes of torchrun (FSDP2)"
     )
+    stream_base: bool = setting(
+        False, "leave the frozen base on disk and read one block at a time: memory of a block, slower steps"
+    )
     cache_frozen: bool = setting(
         False,
         "cache on disk, in out, the hidden states below the first adapted block, computed once an example",

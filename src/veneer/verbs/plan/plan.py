@@ -34,12 +34,13 @@ def plan(run: Run, *, probe: bool = True, progress: bool = True) -> Plan:
 
     probe: takes five steps on the run's texts, in memory, to measure seconds and bytes. Without it, or where
     the training would not fit, memory is estimated from shapes. progress: prints notes on stderr. Raises the
-    errors of `fit` for impossible settings, and NoRoom if the model alone does not fit.
+    errors of `fit` for impossible settings, and NoRoom if the model alone does not fit. A base that exceeds
+    the memory is planned with `stream_base`.
     """
     voice, device = Voice(progress), machine.device(run.device)
     if not issubclass(tasks.get(run.task), Outlined):
         raise ConfigError(f"plan needs a task that states its shapes, which {run.task!r} does not")
-    room.check_weights(run, device)
+    run = room.fitting(run, device, voice.say)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         ready = prepare(run, device, voice, only_shapes=True)
         held = process_memory.forget_peak(device)
@@ -85,6 +86,7 @@ def _simulated(ready: Ready, shape: Shape) -> tuple[simulate.Step, simulate.Step
         own = simulate.step(ready.model, shape, task, full=True, autocast=narrow, states=states)
         return own, own
     own = simulate.step(ready.model, shape, task, states=states)
+    own = own._replace(memory=room.in_memory(ready.model, own.memory))
     with using(ready.model), as_plain(ready.model):
         return own, simulate.step(ready.model, shape, task, full=True, base=torch.float32, autocast=narrow)
 

@@ -68,7 +68,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Returns everything, ready for JSON."""
         run = self.run
-        settings = ("model", "method", "device", "precision", "batch", "accumulate", "length")
+        settings = ("model", "method", "device", "precision", "batch", "accumulate", "length", "stream_base")
         return {
             **{name: getattr(run, name) for name in settings},
             "layers": [

@@ -22,6 +22,7 @@ from veneer.tasks.base.abilities import Outlined
 from veneer.tasks.base.shape import Shape
 from veneer.train.run import Run
 from veneer.train.speed import compiling
+from veneer.verbs.plan import room
 
 TRIAL = "trial"  # the name of an adapter that exists for a moment
 MOST = 3  # halvings of one setting
@@ -58,7 +59,8 @@ Trials = Iterator[tuple[int, Trial, Memory]]  # times halved
 
 
 def _recompute(ready: Ready, shape: Shape, now: Memory) -> Trials:
-    if ready.run.gradient_checkpointing or not ready.model.supports_gradient_checkpointing:
+    run = ready.run
+    if run.gradient_checkpointing or run.stream_base or not ready.model.supports_gradient_checkpointing:
         return
     with compiling.recomputing(ready.model):
         change = "--gradient-checkpointing, a third more time,"
@@ -119,7 +121,7 @@ def _memory(ready: Ready, shape: Shape, *, narrow: bool = False) -> Memory:
     states = ready.optimiser.state_bytes(ready.trained)
     assert isinstance(ready.task, Outlined)  # checked at the start of the plan
     own: dict[str, Any] = {"full": full, "base": base, "autocast": full and bf16, "states": states}
-    return simulate.step(ready.model, shape, ready.task, **own).memory
+    return room.in_memory(ready.model, simulate.step(ready.model, shape, ready.task, **own).memory)
 
 
 @contextmanager

@@ -55,6 +55,8 @@ def _of_memory(p: Plan) -> list[str]:
     if p.measured and p.measured.growth is not None:
         grown = f"the process grew by {size(p.measured.growth)} over the loaded model"
         lines.append(f"{grown}, libraries and free memory included")
+    if p.run.stream_base:
+        lines.append("--stream-base: the blocks of the base stay on disk, and one is in memory at a time")
     room = "unknown" if p.available is None else size(p.available)
     return [*lines, f"available on {p.run.device}: {room}", p.problem or "fits"]
 
