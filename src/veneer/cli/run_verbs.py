@@ -60,8 +60,11 @@ Configs = Annotated[
     ),
 ]
 Action = Annotated[
-    Literal["show", "check"],
-    typer.Argument(help="show: rows as tokens, the learned ones marked; check: counts, lengths, leaks."),
+    Literal["show", "check", "prepare"],
+    typer.Argument(
+        help="show: rows as tokens, the learned ones marked; check: counts, lengths, leaks; prepare: write"
+        " token shards into --out, which fit --data reads."
+    ),
 ]
 Files = Annotated[
     list[str] | None, typer.Argument(metavar="TEXT", help="Texts, as by --data.", show_default=False)
@@ -70,6 +73,9 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or id, or builtin.", show_default=False)
 ]
 Rows = Annotated[int, typer.Option("--rows", metavar="<integer>", help="Rows to show.")]
+Shards = Annotated[
+    Path, typer.Option("--out", metavar="<path>", help="Folder of the token shards that prepare writes.")
+]
 # The settings of a Run that decide how texts are read and learned.
 READING = (
     "data model valid test known batch accumulate length overlong empty packing columns prompt_template"
@@ -125,6 +131,7 @@ def data() -> Call:
     """Returns the call of `veneer data`."""
     from veneer.cli import coloured_tokens
     from veneer.train.run import Run
+    from veneer.verbs.data import prepare as shards
     from veneer.verbs.data.check import check, text
     from veneer.verbs.data.show import show as rows_of
 
@@ -135,6 +142,7 @@ def data() -> Call:
         files: Files = None,
         *,
         rows: Rows = 3,
+        out: Shards = Path("shards"),
         config: Config = None,
         as_json: Json = False,
         debug: Debug = False,
@@ -143,6 +151,9 @@ def data() -> Call:
         run = run_of(config, every, {**values, "data": [*(values["data"] or []), *(files or [])]})
         if action == "show":
             show(rows_of(run, rows), coloured_tokens.shown, as_json, coloured=True)
+            return 0
+        if action == "prepare":
+            show(shards.prepare(run, out), shards.text, as_json)
             return 0
         checked = check(run)
         show(checked, text, as_json)

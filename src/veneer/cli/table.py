@@ -117,10 +117,11 @@ VERBS = {
     ),
     "data": Verb(
         LOOK,
-        "Show texts as tokens, learned ones marked, or check them; exit code 3 if a check fails.",
+        "Show texts as tokens, check them (exit code 3 if a check fails), or write them as token shards.",
         (
             "veneer data show chats.jsonl --model ./llama",
             "veneer data check chats.jsonl --valid held_out.jsonl --length 512",
+            "veneer data prepare chats.jsonl --model ./llama --out shards",
         ),
         "veneer.cli.run_verbs:data",
         own=True,

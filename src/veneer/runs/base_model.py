@@ -73,7 +73,7 @@ def _on_disk(run: Run, task: Task, dtype: torch.dtype, device: torch.device, voi
             f"{option_of('stream_base')} reads causal language models block by block, got task {run.task!r};"
             " leave it out"
         )
-    model = from_disk(run.model, dtype, device, run.quantise, near=Path(run.out))
+    model = _grown(from_disk(run.model, dtype, device, run.quantise, near=Path(run.out)), run, task)
     held = shelf_of(model)
     assert held is not None
     voice.say(

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer import methods, optim, tasks
+from veneer import optim, tasks
 from veneer.adapt.store import fingerprint
 from veneer.adapt.tokens import words
-from veneer.analyse.numbers import started
 from veneer.data.forms.columns import EMPTY
+from veneer.data.order.mapped import Joined
 from veneer.data.row_files import Row
 from veneer.errors import ConfigError, option
 from veneer.models import machine, pretrained
@@ -23,10 +23,10 @@ from veneer.optim.base import groups
 from veneer.runs import base_model, trained
 from veneer.runs.decide import decided
 from veneer.runs.starts import calibration, left
-from veneer.runs.texts import streamed, texts
+from veneer.runs.texts import shards, streamed, texts
 from veneer.runs.texts.decided import as_begun, with_length
 from veneer.runs.texts.texts import Text
-from veneer.runs.trained import NAME
+from veneer.runs.trained import NAME as NAME
 from veneer.tasks import Task
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.heads import heads
@@ -78,17 +78,14 @@ def prepare(
     the first one computes its start.
     """
     run = decided(texts.named(run), device)
-    if run.shard and world.size == 1:
-        raise ConfigError(f"{option('shard')} divides the base among processes, got 1; use torchrun")
-    if run.stream_base and world.size > 1:
-        raise ConfigError(f"{option('stream_base')} runs in one process, got {world.size}; use --shard there")
+    _check_size(run, world)
     with voice.phase("reading texts"):
         run, task, found = (reader or read)(run, voice)
     same_start.check_batches(run, task, world)
     with voice.phase("loading the model"):
         place = torch.device("cpu") if run.shard else device  # blocks move one by one, divided
         model, stats = base_model.base(run, task, run.base_dtype, place, voice, only_shapes=only_shapes)
-    task.check(model, [e for t in found.values() for e in t.examples])
+    task.check(model, Joined(*(t.examples for t in found.values())))
     sha256 = "" if only_shapes else fingerprint.measure(model)["sha256"]
     base = {"model": run.model, "class": type(model).__name__, "sha256": sha256}
     if calibration.needed(run):
@@ -100,7 +97,7 @@ def prepare(
             heads(model) if task.NEW_HEAD else [], task.unused(model), base_model.added(run, task)
         )
         parts = trained.open_parameters(model, run, stats, aside)
-    begun = {} if only_shapes else _begun(model, run, stats, voice)
+    begun = {} if only_shapes else left.begun(model, run, stats, voice)
     compiling.recompute(model, run.gradient_checkpointing or run.stream_base)
     prefix = _try_out(model, run, task, found, voice)
     optimiser = optim.make(run.optimiser, **run.optimiser_options)
@@ -109,6 +106,14 @@ def prepare(
     own_base = base_model.start_of(run) is not None
     same_start.same_start(model, parts, config, world, own_base=own_base)
     return Ready(run, task, model, parts, optimiser, found, config, prefix)
+
+
+def _check_size(run: Run, world: World) -> None:
+    """Raises ConfigError for settings that need one process, or several."""
+    if run.shard and world.size == 1:
+        raise ConfigError(f"{option('shard')} divides the base among processes, got 1; use torchrun")
+    if run.stream_base and world.size > 1:
+        raise ConfigError(f"{option('stream_base')} runs in one process, got {world.size}; use --shard there")
 
 
 def _config(run: Run, task: Task, found: Mapping[str, Text], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,13 +137,30 @@ def read(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, Text]]:
 
     Raises DataError, ConfigError.
     """
+    if shards.is_shards(run.data):
+        return _from_shards(run, notes)
     run, task, encoded = encoded_texts(run, notes)
     found = texts.prepare_all(encoded, task, notes)
     return run, task, streamed.begin(found, run, task, notes) if run.stream else found
 
 
-def encoded_texts(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, list[Encoded]]]:
-    """Returns the run with its length decided, its task, and the rows by part as the task reads them."""
+def _from_shards(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, Text]]:
+    """Returns the run with the settings of its token shards, its task, and their texts by part."""
+    run = shards.settled(run)
+    task = task_of(run)
+    found, said = shards.texts_of(run, task)
+    for sentence in [*said, f"{run.data[0]}: windows are read from token shards"]:
+        notes.say(sentence)
+    return run, task.with_reading(run), found
+
+
+def encoded_texts(
+    run: Run, notes: Notes, *, encode: shards.Encode = texts.encode_all
+) -> tuple[Run, Task, dict[str, list[Encoded]]]:
+    """Returns the run with its length decided, its task, and the rows by part as the task reads them.
+
+    encode: encodes the rows of all parts.
+    """
     rows = (streamed if run.stream else texts).gather(run, notes)
     run = as_begun(run)
     run, task = _with_options(run, task_of(run), rows)
@@ -146,7 +168,7 @@ def encoded_texts(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, list[Enc
         notes.say(sentence)
     if "train" in rows:
         task.check_rows(rows["train"])
-    encoded = texts.encode_all(rows, task)
+    encoded = encode(rows, task)
     run = with_length(run, streamed.looked_at(run, task) if run.stream else encoded["train"], notes)
     return run, task.with_reading(run), encoded
 
@@ -194,19 +216,6 @@ def _announce(
     voice.say("; ".join(texts.counted(part, t.facts, task) for part, t in found.items()))
 
 
-def _begun(
-    model: nn.Module, run: Run, stats: Mapping[str, methods.Stats] | None, voice: Voice
-) -> dict[str, Any]:
-    """Returns, for config.json, the share of the weights that a start leaves."""
-    init = left.of_weights(run)
-    layers = left.left(model, NAME, stats) if init else {}
-    if init is None or not layers:
-        return {}
-    found = left.described(init, layers)
-    voice.say(started(found))
-    return {"start": found}
-
-
 def _try_out(
     model: nn.Module, run: Run, task: Task, found: Mapping[str, Text], voice: Voice
 ) -> Prefix | None:
@@ -214,7 +223,7 @@ def _try_out(
 
     Returns the frozen blocks if they are to be cached; raises its errors.
     """
-    examples = [e for t in found.values() for e in t.examples]
+    examples = Joined(*(t.examples for t in found.values()))
     trial, device = task.trial(examples), next(model.parameters()).device
     inputs = task.inputs({k: v.to(device) for k, v in task.collate([trial]).items()})
     if run.trains_base:

@@ -10,15 +10,29 @@ import torch
 from torch import nn
 
 from veneer.adapt.attached import changes
+from veneer.analyse.numbers import started
 from veneer.methods import Stats, inits
 from veneer.methods.base.protocols import SubtractsStart
 from veneer.ops.matrix.linalg import norm_without
+from veneer.runs.trained import NAME
+from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
 
 def of_weights(run: Run) -> str | None:
     """Returns the run's start if it takes A and B out of the weights."""
     return run.init if run.init is not None and inits.needs(run.init).of_weight else None
+
+
+def begun(model: nn.Module, run: Run, stats: Mapping[str, Stats] | None, voice: Voice) -> dict[str, Any]:
+    """Returns, for config.json, the share of the weights that the run's start leaves, and says it."""
+    init = of_weights(run)
+    layers = left(model, NAME, stats) if init else {}
+    if init is None or not layers:
+        return {}
+    found = described(init, layers)
+    voice.say(started(found))
+    return {"start": found}
 
 
 @torch.no_grad()

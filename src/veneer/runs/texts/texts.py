@@ -31,7 +31,7 @@ class Text(NamedTuple):
     kept: the rows of a measured text as the task reads them.
     """
 
-    examples: list[Any]
+    examples: Sequence[Any]
     facts: dict[str, Any]
     left_out: LeftOut = LeftOut([], [], [])
     kept: Sequence[Encoded] = ()

@@ -53,7 +53,7 @@ def calibration(model: str, s: Options, tokenizer: Tokenizer, device: torch.devi
 
 def windows_of(
     names: Sequence[str], split: str, model: str, s: Options, tokenizer: Tokenizer
-) -> list[Window]:
+) -> Sequence[Window]:
     """Returns all windows of the texts, as long as the settings or the model's context say."""
     context = getattr(pretrained.config(model).get_text_config(), "max_position_embeddings", None) or LENGTH
     length = s.length or min(LENGTH, context)
