@@ -11,7 +11,9 @@ import torch
 from veneer.optim.base.groups import Part
 from veneer.runs.fit import fit, fit_until
 from veneer.train import same_start
+from veneer.train.errors import Unlike
 from veneer.train.loop.loop import Loop
+from veneer.train.loop.step import Learner
 from veneer.train.run import Run
 from veneer.train.world import World
 
@@ -78,3 +80,56 @@ def whole(world: World, given: dict[str, Any]) -> tuple[int, int]:
     with mock.patch.object(divided, "divide", watched):
         fit(Run.from_dict(given), progress=False, world=world)
     return held[0] if held else (0, 0)
+
+
+def with_nan(
+    world: World, given: dict[str, Any], rank: int, steps: list[int], what: str
+) -> list[dict[str, Any]]:
+    """Trains with a NaN in process `rank` at these steps: in its loss, or in a gradient before the exchange.
+
+    Returns, for each step, the parameters' hash before and after it, and the reason why it was skipped.
+    """
+    found: list[dict[str, Any]] = []
+    finish = Learner.finish
+
+    def watched(learner: Learner, micro: Any, loss: float, rate: float) -> Any:
+        before, nan = _digest(learner), world.rank == rank and len(found) + 1 in steps
+        if nan and what == "gradient":
+            learner.parts[0].parameter.grad[0] = float("nan")
+        outcome = finish(learner, micro, float("nan") if nan and what == "loss" else loss, rate)
+        found.append({"before": before, "after": _digest(learner), "skipped": outcome.skipped})
+        return outcome
+
+    with mock.patch.object(Learner, "finish", watched):
+        fit(Run.from_dict(given), progress=False, world=world)
+    return found
+
+
+def diverged(world: World, given: dict[str, Any], rank: int, step: int, where: str) -> str:
+    """Trains with the last bit of a number flipped in process `rank` after that step; returns the error.
+
+    where: "parameter", or the name of a moment.
+    """
+    made: list[int] = []
+    finish = Learner.finish
+
+    def watched(learner: Learner, *more: Any) -> Any:
+        outcome, part = finish(learner, *more), learner.parts[1]
+        made.append(1)
+        if world.rank == rank and len(made) == step:
+            t = part.parameter if where == "parameter" else learner.optimiser.state[part.parameter][where]
+            t.data.view(torch.int32)[0, 0] ^= 1
+        return outcome
+
+    with mock.patch.object(Learner, "finish", watched):
+        try:
+            fit(Run.from_dict(given), progress=False, world=world)
+        except Unlike as e:
+            return str(e)
+    return ""
+
+
+def _digest(learner: Learner) -> str:
+    state = [p.parameter.detach() for p in learner.parts]
+    state += [t for p in learner.parts for t in learner.optimiser.state.get(p.parameter, {}).values()]
+    return hashlib.sha256(b"".join(torch.as_tensor(t).numpy().tobytes() for t in state)).hexdigest()

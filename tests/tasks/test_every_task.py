@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import heads, tiny
 from support.resuming import resumes_bit_for_bit
+from support.rows import CASES
 
 from veneer import tasks
 from veneer.errors import ConfigError
@@ -25,77 +26,6 @@ from veneer.verbs.plan.plan import plan
 SENSES = {"speech-recognition", "image-classification", "text-to-image"}
 # Tasks that differ from dpo and orpo by a formula alone: tests/tasks/test_preferences.py has all of these.
 ALIKE = {"ipo", "simpo"}
-ANIMALS = ("cat", "dogs")
-
-
-def tagged(seed: int) -> dict[str, Any]:
-    words = heads.animal(seed)["text"].split()
-    return {"tokens": words, "tags": ["B-ANIMAL" if w in ANIMALS else "O" for w in words]}
-
-
-def paired(seed: int) -> dict[str, Any]:
-    row = heads.animal(seed)
-    return {"source": row["text"], "target": row["label"]}
-
-
-def together(seed: int) -> dict[str, Any]:
-    text = tiny.text(seed, 12).split()
-    return {"anchor": " ".join(text[:6]), "positive": " ".join(text[:4])}
-
-
-def rated(seed: int) -> dict[str, Any]:
-    first, other = (heads.animal(s) for s in (seed, seed // 3))
-    score = float(first["label"] == other["label"])
-    return {"text_a": first["text"], "text_b": other["text"], "score": score}
-
-
-def scored(seed: int) -> dict[str, Any]:
-    row = heads.animal(seed)
-    return {"text": row["text"], "label": float(row["label"] == "cat")}
-
-
-def asked(seed: int) -> dict[str, Any]:
-    row = heads.animal(seed)
-    return {"prompt": f"{row['text']} is ", "completion": row["label"]}
-
-
-def plain(seed: int) -> dict[str, Any]:
-    return {"text": tiny.text(seed, 24)}
-
-
-def solved(seed: int) -> dict[str, Any]:
-    name = "the cat sat on a mat".split()[seed % 6]
-    return {"prompt": f"{name} = ", "completion": f"'{name}'\n", "test": f"assert {name} == '{name}'"}
-
-
-def preferred(seed: int) -> dict[str, Any]:
-    row = heads.animal(seed)
-    other = next(a for a in ANIMALS if a != row["label"])
-    return {"prompt": f"{row['text']} is", "chosen": f" {row['label']}", "rejected": f" {other}"}
-
-
-def judged(seed: int) -> dict[str, Any]:
-    row = preferred(seed)
-    good = seed % 3 > 0
-    return {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
-
-
-# Rows, base, and the least improvement of the metric in the short training below.
-CASES: dict[str, tuple[Any, str]] = {
-    "causal-lm": (plain, "lm"),
-    "answers": (asked, "lm"),
-    "code": (solved, "lm"),
-    "sequence-classification": (heads.animal, "bert"),
-    "sequence-regression": (scored, "bert"),
-    "token-classification": (tagged, "bert"),
-    "masked-lm": (plain, "masked"),
-    "text-to-text": (paired, "t5"),
-    "embeddings": (together, "bert"),
-    "embedding-similarity": (rated, "bert"),
-    "dpo": (preferred, "lm"),
-    "orpo": (preferred, "lm"),
-    "kto": (judged, "lm"),
-}
 each_task = pytest.mark.parametrize("task", CASES)
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import collections
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import shared_runs, shared_steps, tiny
+from support.torchrun import torchrun
 
 from veneer import methods, optim
 from veneer.data.order.order import Order
@@ -29,6 +25,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "miss": {"rank": 4},
     "bat": {"rank": 4},
     "bitfit": {"to": "all-linear"},
+    "loldu": {"rank": 8},
+    "lokr": {"rank": 2},  # small enough for pairs A, B
 }
 
 
@@ -43,8 +41,10 @@ def optimisers(method: str) -> list[str]:
     return [o for o in own if (o == "galore") == (method == "full") or o == "adamw"]
 
 
-def largest(one: dict[str, Any], other: dict[str, Any]) -> float:
-    return max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
+def largest(one: dict[str, Any], other: dict[str, Any], steps: int | None = None) -> float:
+    """Returns the largest difference of two trainings' losses, over the first steps or all."""
+    pairs = list(zip(one["losses"], other["losses"], strict=True))
+    return max(abs(a - b) for a, b in pairs[:steps])
 
 
 @pytest.mark.parametrize("optimiser", optim.available())
@@ -75,10 +75,15 @@ def test_methods_split_the_batch(method, two):
 )
 def test_every_method_and_optimiser_over_fifty_steps(method, optimiser, two, four):
     one = shared_steps.train(ALONE, optimiser, **of_method(method), steps=50)
+    # What the order of the sums alone changes in one process: lora-muon amplifies it at near-zero directions.
+    other = shared_steps.train(ALONE, optimiser, **of_method(method), steps=50, backwards=True)
+    bound = max(1e-5, 3 * largest(one, other))
     same = shared_steps.train(ALONE, optimiser, **of_method(method), same=True)
     for ranks in (two, four):
         found = ranks.call(STEP, optimiser, **of_method(method), steps=50)
-        assert largest(one, found[0]) <= 1e-5 and len({f["hash"] for f in found}) == 1
+        assert len({f["hash"] for f in found}) == 1
+        assert largest(one, found[0], 10) <= 1e-6, f"{largest(one, found[0], 10):.1e} in {ranks.size}"
+        assert largest(one, found[0]) <= bound, f"{largest(one, found[0]):.1e} in {ranks.size}"
         assert ranks.call(STEP, optimiser, **of_method(method), same=True)[0]["losses"] == same["losses"]
 
 
@@ -176,21 +181,6 @@ def test_a_device_that_processes_cannot_share_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="process 1: each process of a machine needs its own GPU, got 1"):
         with group.joined("cuda"):
             pass
-
-
-def torchrun(given: dict[str, Any], *launcher: str, verb: str = "fit", **environment: str) -> Any:
-    """Starts `torchrun .. -m veneer fit` with the settings as flags."""
-    config = Path(given["out"]).with_suffix(".yaml")
-    config.write_text(json.dumps(given), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    more = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen(
-        [*command, "--nproc-per-node", "2", *launcher, "-m", "veneer", verb, "--config", str(config)],
-        env={**more, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_the_command_line_under_torchrun_is_the_run_of_one(tmp_path):

@@ -16,6 +16,7 @@ from veneer.data.order.order import Order
 from veneer.errors import ConfigError, option
 from veneer.runs.prepare import Ready
 from veneer.tasks import Batch, Objective
+from veneer.tasks.base.abilities import Draws
 from veneer.train import allocation
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.room import Room
@@ -92,9 +93,13 @@ def _autocast(run: Run) -> bool:
 
 
 def _first_batch(learner: Learner, order: Order, device: torch.device) -> Batch:
-    """Returns this process' share of the first batch, or all of it where it has no share."""
+    """Returns this process' share of the first batch, or all of it where it has no share.
+
+    A task that draws gets all of it: a dry run then draws as much as that of one process.
+    """
     micro = order.step(0)
-    own = learner.world.shares(micro, learner.task.COMPARES)
+    whole = isinstance(learner.task, Draws) and learner.shapes is None
+    own = micro if whole else learner.world.shares(micro, learner.task.COMPARES)
     return learner.batch((own or micro)[0], device)
 
 

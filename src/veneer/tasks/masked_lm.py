@@ -18,7 +18,7 @@ from veneer.adapt.modes import evaluating
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.errors import ConfigError, DataError
-from veneer.tasks.base.abilities import Outlined
+from veneer.tasks.base.abilities import Draws, Outlined
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.shape import Counted, Shape
@@ -30,7 +30,7 @@ NAME = "masked-lm"
 MASKED, KEPT = 0.8, 0.1  # shares of the hidden tokens that are replaced by the mask, and left unchanged
 
 
-class MaskedLM(Padded, Outlined):
+class MaskedLM(Padded, Outlined, Draws):
     """Texts with hidden tokens, measured by the nats of a hidden token.
 
     share: of the tokens of a window that are hidden
@@ -84,6 +84,11 @@ class MaskedLM(Padded, Outlined):
             ids[row, at] = self._shown(ids[row, at], draw)
         return {**batch, "input_ids": ids, "labels": labels}
 
+    def drawn(self, examples: Sequence[Any]) -> list[Any]:
+        whole = self.hidden(self.collate(examples))
+        sizes = map(self.size, examples)
+        return [{k: whole[k][i, :n] for k in ("input_ids", "labels")} for i, n in enumerate(sizes)]
+
     def _shown(self, ids: Tensor, draw: torch.Generator | None) -> Tensor:
         kind = torch.rand(len(ids), generator=draw).to(ids.device)
         other = torch.randint(len(self.processor), (len(ids),), generator=draw).to(ids.device)
@@ -91,7 +96,7 @@ class MaskedLM(Padded, Outlined):
         return torch.where(kind < MASKED, self.processor.mask_token_id, seen)
 
     def loss(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
-        logits, labels = self._logits(model, self.hidden(batch))
+        logits, labels = self._logits(model, batch if "labels" in batch else self.hidden(batch))
         return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing), len(labels)
 
     def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

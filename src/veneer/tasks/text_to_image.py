@@ -18,17 +18,18 @@ from veneer.data.forms.media import PICTURES, Media
 from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.errors import ConfigError, DataError
-from veneer.tasks.base.abilities import Examined
+from veneer.tasks.base.abilities import Draws, Examined
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.task import Batch, Between, Task, batches, nothing
 from veneer.tasks.senses import painting, pictures
 
 PRIOR, PAINTED = "prior", 6
-LATENTS = ("mean", "deviation", "weight")  # of an example; the rest are conditions of its caption
+DRAWN = ("latents", "noise", "positions")  # in training, for each example
+LATENTS = ("mean", "deviation", "weight", *DRAWN)  # the rest are conditions of a caption
 
 
-class TextToImage(Task, Examined):
+class TextToImage(Task, Examined, Draws):
     """The prediction of noise or velocity. Examples are latents with the tokens of captions."""
 
     AUTO = "veneer.models.diffusion.Diffusion"
@@ -103,12 +104,21 @@ class TextToImage(Task, Examined):
         self.processor.kind.check(model)
 
     def loss(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
+        own = batch if "noise" in batch else {**batch, **self._draws(batch)}
+        errors = self.errors(model, *(own[name] for name in DRAWN), captions(batch))
+        return (errors * batch["weight"]).sum(), len(errors)
+
+    def drawn(self, examples: Sequence[Any]) -> list[Any]:
+        own = self._draws(self.collate(examples))
+        return [{**e, **{name: own[name][i] for name in DRAWN}} for i, e in enumerate(examples)]
+
+    def _draws(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns latents, noise and positions in the schedule of a training batch."""
         latents = batch["mean"] + batch["deviation"] * torch.randn_like(batch["mean"])
         positions = torch.randint(
             self.processor.kind.schedule.positions, (len(latents),), device=latents.device
         )
-        errors = self.errors(model, latents, torch.randn_like(latents), positions, captions(batch))
-        return (errors * batch["weight"]).sum(), len(errors)
+        return {"latents": latents, "positions": positions, "noise": torch.randn_like(latents)}
 
     def errors(
         self, model: Any, latents: Tensor, noise: Tensor, positions: Tensor, conditions: Mapping[str, Tensor]

@@ -24,6 +24,10 @@ class Diverged(VeneerError):
         self.folder = folder
 
 
+class Unlike(VeneerError):
+    """The processes of one training hold different parameters; nothing of the last step is saved."""
+
+
 class NotSaved(NotWritten):
     """A checkpoint could not be written; the older ones are untouched."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +15,16 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, VeneerError, option
 from veneer.launcher import Launched, launched
+from veneer.train import meeting, roll_call
 from veneer.train.world import ALONE, World
 
 # Seconds that a step's exchange waits for a process that hangs. A process that ends is seen at once.
 STEP = float(os.environ.get("VENEER_STEP_TIMEOUT", "120"))
+START = 600.0  # seconds for all processes to import PyTorch
 LONG = timedelta(hours=12)  # for the first process' files and reports
+# In the texts of gloo's and NCCL's errors, which have no type of their own.
+OF_EXCHANGE = re.compile("gloo|nccl|connection|timed out", re.IGNORECASE)
+TIMED_OUT = re.compile("timed? ?out", re.IGNORECASE)
 
 
 class Lost(VeneerError):
@@ -40,10 +45,12 @@ class Group(World):
         """Returns the sum of all processes' numbers or tensors, the same in each."""
         if isinstance(value, Tensor):
             total = value.clone(memory_format=torch.contiguous_format)
-            self._exchange("sum of tensors", partial(dist.all_reduce, total))
+            with self.exchange("sum of tensors"):
+                dist.all_reduce(total)
             return total
         counts = torch.tensor(value, dtype=torch.float64)
-        self._exchange("sum of counts", partial(dist.all_reduce, counts))
+        with self.exchange("sum of counts"):
+            dist.all_reduce(counts)
         return type(value)(counts.item())
 
     @torch.no_grad()
@@ -51,23 +58,40 @@ class Group(World):
         """Replaces each tensor by the one of process `source`."""
         for t in tensors:
             sent = t.detach().contiguous()
-            self._exchange("share of tensors", partial(dist.broadcast, sent, source))
+            with self.exchange("share of tensors"):
+                dist.broadcast(sent, source)
             if sent.data_ptr() != t.data_ptr():
                 t.copy_(sent)
 
     def barrier(self) -> None:
         """Waits until all processes are here, for hours if the first one writes files."""
-        self._exchange("barrier", partial(dist.barrier, self._patient))
+        with self.exchange("barrier"):
+            dist.barrier(self._patient)
 
-    def _exchange(self, name: str, run: Callable[[], Any]) -> None:
+    @contextmanager
+    def exchange(self, name: str) -> Iterator[None]:
+        """Raises Lost for an exchange that fails within the block, with the processes that hang."""
         try:
-            run()
+            yield
         except RuntimeError as e:
-            why = str(e).strip().splitlines()[0]
+            if not _is_of_exchange(e):
+                raise
             raise Lost(
-                f"process {self.rank} of {self.size}: the {name} failed: another process ended, or hung for"
-                f" {STEP:g} s ({why}); see its message, then go on with {option('resume', True)}"
+                f"process {self.rank} of {self.size}: the {name} failed: {self._why(str(e))}; see its"
+                f" message, then go on with {option('resume', True)}"
             ) from e
+
+    def _why(self, error: str) -> str:
+        first = error.strip().splitlines()[0]
+        if not TIMED_OUT.search(first):
+            return f"another process ended ({first})"
+        hung = roll_call.missing(self.rank, self.size, STEP / 4)
+        named = f"process {', '.join(map(str, hung))}" if hung else "another process"
+        return f"{named} hung for {STEP:g} s ({first})"
+
+
+def _is_of_exchange(e: RuntimeError) -> bool:
+    return isinstance(e, dist.DistError) or OF_EXCHANGE.search(str(e)) is not None
 
 
 @contextmanager
@@ -86,7 +110,10 @@ def joined(device: str) -> Iterator[World]:
         return
     cuda = _on_cuda(device, own)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=STEP))
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=START)))
+    own_store = meeting.own_part(store, rank, size, START)
+    wait = timedelta(seconds=STEP)
+    dist.init_process_group(backend, store=own_store, rank=rank, world_size=size, timeout=wait)
     try:
         yield Group()
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,10 @@ class World(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Waits until all processes are here."""
+
+    def exchange(self, name: str) -> AbstractContextManager[None]:
+        """Returns a block whose exchanges, made by PyTorch itself, fail with the name of the exchange."""
+        return nullcontext()
 
     @property
     def first(self) -> bool:

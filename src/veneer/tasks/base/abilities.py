@@ -40,6 +40,14 @@ class Outlined(ABC):
         return 0
 
 
+class Draws(ABC):
+    """A task whose loss draws random numbers for its examples, such as noise or hidden tokens."""
+
+    @abstractmethod
+    def drawn(self, examples: Sequence[Any]) -> list[Any]:
+        """Returns the examples with these numbers, drawn as the loss draws them for one batch."""
+
+
 class Decoder(ABC):
     """A task whose model reads tokens from left to right, several documents in a row; its attention can be
     faster."""

@@ -17,6 +17,7 @@ from veneer.train.errors import Diverged, Interrupted
 from veneer.train.folder import checkpoint, owner
 from veneer.train.folder.layout import CHECKPOINTS, Metrics, Written
 from veneer.train.loop import best, saving, state
+from veneer.train.loop.drawing import Drawing
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.schedule import Pace
 from veneer.train.loop.signals import Stop, Wish
@@ -53,6 +54,7 @@ class Loop:
     ) -> None:
         self.learner, self.order, self.texts, self.pace, self.voice = learner, order, texts, pace, voice
         self.world, self.precision, self.chooses, self.sample = learner.world, precision, chooses, sample
+        self.drawing = Drawing(learner.task, learner.world)
         self.folder, self.checkpoints = folder, folder / CHECKPOINTS
         self.position, self.wish = Position(), Wish()
         self.until: int | None = None  # a step to pause at, saved
@@ -75,6 +77,7 @@ class Loop:
                 owner.check(self.checkpoints / f"step-{found.step:06d}", found.meta, self.owners)
                 state.restore(self.learner, found)
                 self.order.restore(found.tensors)
+                self.drawing.restore(found.tensors)
                 self.position, written = Position.from_meta(found.meta)
                 measured = self.position.evaluated == found.step
                 self.saved = found.step if measured or not self.pace.evaluates(found.step) else None
@@ -94,7 +97,7 @@ class Loop:
         self.world.barrier()
         started = time.monotonic() - self.position.seconds
         try:
-            with self.voice.bar(self.pace.steps, self.position.step):
+            with self.world.exchange("gather of blocks"), self.voice.bar(self.pace.steps, self.position.step):
                 while self.goes_on():
                     self.agree(wish)
                     back = state.return_point(self.learner, self.order)
@@ -151,7 +154,7 @@ class Loop:
         """
         p, world = self.position, self.world
         try:
-            micro = self.order.step(p.step)
+            micro = self.drawing.draw(self.order.step(p.step))
         except DataError as e:
             kept = [path.name for path in checkpoint.found(self.checkpoints)]
             then = "start again"
@@ -166,8 +169,7 @@ class Loop:
 
     def take(self, outcome: Outcome, before: float, started: float) -> None:
         """Records a step. before, started: clock seconds at the beginning of the step and of the training."""
-        p, now = self.position, time.monotonic()
-        rate = self.pace.rate(p.step)
+        p, now, rate = self.position, time.monotonic(), self.pace.rate(self.position.step)
         p.step, p.tokens, p.seconds = p.step + 1, p.tokens + outcome.tokens, now - started
         p.positions += outcome.positions
         p.skipped_in_a_row = p.skipped_in_a_row + 1 if outcome.skipped else 0

@@ -19,6 +19,7 @@ from veneer.sites.own import is_own
 from veneer.tasks import Figure
 from veneer.train.folder.checkpoint import Checkpoint
 from veneer.train.folder.layout import Written
+from veneer.train.loop.drawing import STATE
 from veneer.train.loop.step import Learner
 from veneer.train.world import World
 
@@ -143,6 +144,8 @@ def draws(learner: Learner) -> dict[str, Tensor]:
 def draw_on(learner: Learner, saved: Mapping[str, Tensor]) -> None:
     """Continues this process' random numbers from the states of `draws`."""
     own = "rng" if learner.world.first else f"rng.{learner.world.rank}"
+    if learner.world.size == 1 and STATE in saved:  # several processes drew for the task apart
+        own = STATE
     torch.set_rng_state(saved.get(own, saved["rng"]))
     if own not in saved:  # fewer processes saved it; two with the same draws would drop out alike
         torch.manual_seed(int(torch.randint(1 << 62, ())) ^ learner.world.rank)
