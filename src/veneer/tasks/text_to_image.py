@@ -105,7 +105,8 @@ class TextToImage(Task, Examined, Draws):
 
     def loss(self, model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, int]:
         own = batch if "noise" in batch else {**batch, **self._draws(batch)}
-        errors = self.errors(model, *(own[name] for name in DRAWN), captions(batch))
+        drawn = own["latents"], own["noise"], own["positions"]
+        errors = self.errors(model, *drawn, captions(batch))
         return (errors * batch["weight"]).sum(), len(errors)
 
     def drawn(self, examples: Sequence[Any]) -> list[Any]:
