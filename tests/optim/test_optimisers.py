@@ -422,13 +422,14 @@ def test_embeddings_have_a_rate_of_their_own():
         }
 
 
-def test_lorapro_clips_by_the_norm_of_the_projected_gradient():
-    made = learner("lorapro sgd", dtype=torch.float64)
+@pytest.mark.parametrize("method", ["lora", "dora"])  # DoRA's m is outside the pairs
+def test_lorapro_clips_by_the_norm_of_the_projected_gradient(method):
+    made = learner("lorapro sgd", method, dtype=torch.float64)
     models.randomise(made.model)
     loss, n = next_token.loss(made.model.train(), made.batch(windows(2), torch.device("cpu")))
     (loss / n).backward()
-    square = 0.0
-    for _, d in changes(made.model, "default"):
+    square = sum(float(p.parameter.grad.square().sum()) for p in made.parts if p.role not in "AB")
+    for d in (m for _, change in changes(made.model, "default") for m in change.modules() if hasattr(m, "A")):
         A, B, s = d.A.detach(), d.B.detach(), d.scaling
         G = torch.linalg.pinv(s * B).T @ d.A.grad  # what the factors' gradients tell of the whole one
         G = G + (d.B.grad / s - G @ A.T) @ torch.linalg.pinv(A).T

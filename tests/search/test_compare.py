@@ -168,6 +168,16 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path, fake):
         compare(run, small(tmp_path, out=str(tmp_path)), progress=False)
 
 
+def test_a_folder_from_before_a_setting_existed_goes_on(tmp_path, fake):
+    run = Run.from_dict(settings(tmp_path))
+    compare(run, small(tmp_path), progress=False)
+    config = Path(small(tmp_path).out) / "config.json"
+    found = json.loads(config.read_text())
+    del found["run"]["add_tokens"], found["search"]["rates"]
+    config.write_text(json.dumps(found))
+    compare(run, small(tmp_path), progress=False)
+
+
 def test_missing_parts_are_set_aside_and_said(tmp_path, fake, capsys):
     rows = [{"text": tiny.text(i, 40)} for i in range(40)]
     data = tiny.jsonl(tmp_path / "rows.jsonl", *rows)

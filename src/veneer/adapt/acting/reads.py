@@ -7,19 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from veneer.adapt.attached import layers
 
 
 class _Recorded(dict[str, Any]):
-    """A module's parameters, which note every access while the module does not run."""
+    """A module's parameters, which note every access, and whether the module was called."""
 
     def __init__(self, own: dict[str, Any]) -> None:
         super().__init__(own)
-        self.running, self.was_read, self.was_called = 0, False, False
+        self.was_read = self.was_called = False
 
     def __getitem__(self, name: str) -> Any:
-        self.was_read |= not self.running
+        self.was_read = True
         return super().__getitem__(name)
 
 
@@ -36,29 +37,20 @@ def watching_reads(model: nn.Module) -> Iterator[list[str]]:
     try:
         yield found
     finally:
-        for name, (module, own, recorded, handles) in zip(names, watched, strict=True):
-            for handle in handles:
-                handle.remove()
+        for name, (module, own, recorded, handle) in zip(names, watched, strict=True):
+            handle.remove()
             module._parameters = own
             if recorded.was_read and not recorded.was_called:
                 found.append(name)
 
 
-def _watch(module: nn.Module) -> tuple[nn.Module, dict[str, Any], _Recorded, list[Any]]:
+def _watch(module: nn.Module) -> tuple[nn.Module, dict[str, Any], _Recorded, RemovableHandle]:
     own: dict[str, Any] = module._parameters
     recorded = _Recorded(own)
 
     def begins(*event: Any) -> None:
-        recorded.running += 1
         recorded.was_called = True
 
-    def ends(*event: Any) -> None:
-        recorded.running -= 1
-
-    # First and last of all hooks, so that hooks of adapters, which read W, count as running.
-    handles = [
-        module.register_forward_pre_hook(begins, prepend=True),
-        module.register_forward_hook(ends, always_call=True),
-    ]
+    handle = module.register_forward_pre_hook(begins)
     module._parameters = recorded
-    return module, own, recorded, handles
+    return module, own, recorded, handle

@@ -24,7 +24,7 @@ from veneer.search.decide.trial import Trial
 from veneer.settings import Settings
 from veneer.train.errors import Busy
 from veneer.train.folder import layout, lock
-from veneer.train.folder.drift import differences
+from veneer.train.folder.drift import defaults, differences
 from veneer.train.loop.progress import Voice
 from veneer.train.parts.change import FULL
 from veneer.train.run import Run
@@ -91,14 +91,22 @@ def prepared(
 
 
 def begin(out: Path, run: Run, search: Settings) -> None:
-    """Writes config.json, or raises ConfigError if the folder holds another search."""
+    """Writes config.json, or raises ConfigError if the folder holds another search.
+
+    Settings that came to Veneer after it was written are at their defaults.
+    """
     own = {k: v for k, v in asdict(search).items() if k not in FREE}
     config = {"veneer": __version__, "run": {**asdict(run), "out": ""}, "search": own}
     there = [p.name for p in out.iterdir()] if out.is_dir() else []  # before the look for another's config
     if (out / layout.CONFIG).is_file():
         then = read_json(out / layout.CONFIG)
         now = json.loads(json.dumps(config))
-        changed = [line for part in ("run", "search") for line in differences(then.get(part, {}), now[part])]
+        known = {
+            "run": defaults(Run),
+            "search": {k: v for k, v in defaults(type(search)).items() if k in own},
+        }
+        pairs = (({**known[part], **then.get(part, {})}, now[part]) for part in known)
+        changed = [line for pair in pairs for line in differences(*pair)]
         if changed:
             lines = "\n".join(f"  {line}" for line in changed)
             raise ConfigError(f"out {out} holds another search:\n{lines}\nchoose another folder")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from veneer.search.study.claims import UNKNOWN, Rows
+from veneer.search.study.claims import FAILS, HOLDS, NOISE, UNKNOWN, Rows
 from veneer.tasks import Metric
 
 TEXTS = {"prose": "English prose, near the pretraining data", "c": "C headers, far from it"}
+
+
+OUTCOMES = {HOLDS: "hold", FAILS: "do not hold", NOISE: "lie inside the noise", UNKNOWN: "were not measured"}
 
 
 def page(found: Mapping[str, Any], parts: Mapping[str, Rows], metric: Metric) -> str:
@@ -36,10 +40,10 @@ def page(found: Mapping[str, Any], parts: Mapping[str, Rows], metric: Metric) ->
 
 
 def _counted(claims: Sequence[Mapping[str, str]]) -> str:
-    kinds = dict.fromkeys(c["outcome"] for c in claims)
-    counts = ", ".join(f"{sum(c['outcome'] == kind for c in claims)} {kind}" for kind in kinds)
-    note = "" if UNKNOWN not in kinds else " A claim without figures was not measured in this form."
-    return f"Of {len(claims)} verdicts: {counts}.{note}"
+    numbers = Counter(c["outcome"] for c in claims)
+    counts = ", ".join(f"{numbers[kind]} {words}" for kind, words in OUTCOMES.items() if numbers[kind])
+    note = "\nA claim without figures was not measured in this form." if numbers[UNKNOWN] else ""
+    return f"Of {len(claims)} claims, {counts}.{note}"
 
 
 def _scores(rows: Rows) -> list[str]:

@@ -18,13 +18,15 @@ from veneer.train.run import Run
 def record(folder: Path) -> dict[str, Any]:
     """The run's config.json; settings that came to Veneer after it was written are at their defaults."""
     config = read_json(folder / CONFIG, ("run", "data", "base"))
-    defaults = {
-        name: s.default for name, s in settings.table(Run).items() if s.default is not settings.REQUIRED
-    }
     before = {"special_tokens": "spell", "eval_by": "windows"}  # the only ways before there were settings
     if "truncate" in config["run"].get("allow", ()):
         before["overlong"] = "cut"
-    return {**config, "run": {**defaults, **before, **config["run"]}}
+    return {**config, "run": {**defaults(Run), **before, **config["run"]}}
+
+
+def defaults(kind: type[settings.Settings]) -> dict[str, Any]:
+    """Returns the defaults of all settings that have one."""
+    return {n: s.default for n, s in settings.table(kind).items() if s.default is not settings.REQUIRED}
 
 
 def check_drift(folder: Path, now: Mapping[str, Any], allow: Collection[str]) -> list[str]:
