@@ -185,3 +185,43 @@ def test_a_killed_trainer_resumes_from_its_checkpoint(tmp_path):
     straight.train()
     same(again.model, straight.model)
     assert losses(again) == losses(straight)
+
+
+KILLED_SFT = """
+import os, sys
+sys.path[:0] = {paths}
+from test_loops import sft
+trainer = sft({folder!r})
+inner = trainer.training_step
+def step(*given):
+    if trainer.state.global_step == 3:
+        os.kill(os.getpid(), 9)
+    return inner(*given)
+trainer.training_step = step
+trainer.train()
+"""
+
+
+def sft(folder):
+    """TRL's SFTTrainer with our checkpoints and optimiser, on rows of prompts and completions."""
+    import trl
+    from test_trl import ROWS, common, trainer_of
+
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in ROWS]
+    args = trl.SFTConfig(**common(folder, max_length=32, max_steps=5))
+    return trainer_of(trl.SFTTrainer, args, rows, "loraplus")
+
+
+def test_a_killed_sft_trainer_resumes_from_its_checkpoint(tmp_path):
+    pytest.importorskip("trl")
+    here = Path(__file__).parent
+    text = KILLED_SFT.format(paths=[str(here), str(here.parent)], folder=str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", text], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    folder = tmp_path / "run" / "checkpoint-2"
+    assert done.returncode == -9 and (folder / STATE).is_file() and not list(folder.glob("model*"))
+    again, straight = sft(tmp_path / "run"), sft(tmp_path / "whole")
+    again.train(resume_from_checkpoint=True)
+    straight.train()
+    same(again.model, straight.model)
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (again, straight)]
+    assert losses[0] == losses[1] and len(losses[0]) == 5

@@ -74,6 +74,8 @@ CASES: dict[str, tuple[Any, str]] = {
     "embeddings": (together, "bert"),
     "embedding-similarity": (rated, "bert"),
     "dpo": (preferred, "lm"),
+    "ipo": (preferred, "lm"),
     "orpo": (preferred, "lm"),
+    "simpo": (preferred, "lm"),
     "kto": (judged, "lm"),
 }

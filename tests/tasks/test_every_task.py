@@ -24,13 +24,11 @@ from veneer.verbs.plan.plan import plan
 
 # Tasks of pictures and sound, which have tests of their own.
 SENSES = {"speech-recognition", "image-classification", "text-to-image"}
-# Tasks that differ from dpo and orpo by a formula alone: tests/tasks/test_preferences.py has all of these.
-ALIKE = {"ipo", "simpo"}
 each_task = pytest.mark.parametrize("task", CASES)
 
 
 def test_every_task_is_here_or_has_tests_of_its_own():
-    assert {*tasks.available()} - SENSES - ALIKE == {*CASES}
+    assert {*tasks.available()} - SENSES == {*CASES}
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,38 @@ def test_ktos_loss_and_gradients_equal_the_oracle(seed, above):
     torch.testing.assert_close(gradients(found, loss), gradients(found, surrogate), rtol=1e-8, atol=1e-12)
 
 
+PARTNERS = [
+    ("aabbc", "bbcca"),  # the next answer to another prompt, past equal prompts, around the end
+    ("abab", "baba"),
+    ("aaaa", "aaaa"),  # one prompt alone: the next answer, which is never the row's own
+    ("ab", "ba"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "partners"), PARTNERS)
+def test_ktos_partner_is_the_next_answer_to_another_prompt(prompts, partners):
+    own = task("kto")
+    some = [
+        {"prompt": torch.tensor([ord(p)]), "answer": torch.tensor([1000 + i]), "good": torch.tensor(True)}
+        for i, p in enumerate(prompts)
+    ]
+    some = [{**e, "answer_labels": e["answer"]} for e in some]
+    batch = own.collate(some)
+    assert batch["other_ids"][:, 0].tolist() == [ord(p) for p in prompts]
+    answers = [int(labels[labels >= 0]) - 1000 for labels in batch["other_labels"]]
+    assert "".join(prompts[i] for i in answers) == partners
+    assert all(a != i for i, a in enumerate(answers))
+    for i, a in enumerate(answers):  # the nearest such row
+        between = [(i + k) % len(prompts) for k in range(1, (a - i) % len(prompts))]
+        assert all(prompts[j] == prompts[i] for j in between)
+
+
+def test_a_row_alone_has_no_partner_and_z_is_zero():
+    own, found = task("kto"), model(6)
+    batch = own.collate(examples(own)[:1])
+    assert "other_ids" not in batch and own._z(found, batch) == 0.0
+
+
 def test_odds_near_certainty_and_far_from_it():
     p = torch.tensor([-1e-9, -1e-4, -0.1, -0.7, -3.0, -60.0], dtype=torch.float64, requires_grad=True)
     found = log_odds(p)

@@ -45,6 +45,39 @@ def run(data, **more):
 # ---------
 
 
+PREFERRED = {"prompt": "Q: the cat?", "chosen": " sat", "rejected": " ran away"}
+
+
+def test_show_gives_both_answers_of_a_preference(by, tmp_path, capsys):
+    equal = {**PREFERRED, "rejected": " sat"}
+    data = str(tiny.jsonl(tmp_path / "a.jsonl", PREFERRED, equal))
+    assert main(["data", "show", data, "--task", "dpo", "--length", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["where"].rpartition(", ")[2] for row in found["rows"]] == ["chosen", "rejected"]
+    for row, answer in zip(found["rows"], (" sat", " ran away"), strict=True):
+        assert "".join(t["text"] for t in row["tokens"]) == f"<|end|>Q: the cat?{answer}<|end|>"
+        assert "".join(t["text"] for t in row["tokens"] if t["learned"]) == f"{answer}<|end|>"
+    assert any("answers that are equal" in said for said in found["notes"])
+    assert main(["data", "show", data, "--task", "dpo", "--length", "32"]) == 0
+    assert "⟦ ran away" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_check_counts_preferences_by_answer(by, tmp_path, task):
+    other = {"prompt": "A", "chosen": "b", "rejected": "c"}
+    rows = [PREFERRED, PREFERRED, *({**other, "prompt": f"A{i}"} for i in range(10))]
+    data = str(tiny.jsonl(tmp_path / "a.jsonl", *rows))
+    found = check.check(run(data, task=task, length=32, valid=("none",), batch=4))
+    train = found.parts["train"]
+    assert (train["rows"], train["examples"], train["duplicates"]) == (12, 24, 1)
+    n = [
+        len(by(f"<|end|>{r['prompt']}{r[k]}<|end|>").input_ids) for r in rows for k in ("chosen", "rejected")
+    ]
+    assert train["tokens"] == sum(n) and found.epoch["tokens"] == sum(n) - 24
+    assert train["learned"] == found.epoch["learned"] > 0
+    assert found.epoch["windows"] == 24 and found.epoch["steps"] == (3 if task == "dpo" else 6)
+
+
 def test_show_gives_every_token_and_what_is_learned(by, tmp_path):
     data = pairs(tmp_path / "a.jsonl", ("Q: the cat?", " ä😀\n"), *((str(i), "x") for i in range(3)))
     valid = pairs(tmp_path / "v.jsonl", ("v", "v"))

@@ -78,7 +78,7 @@ Shards = Annotated[
 ]
 # The settings of a Run that decide how texts are read and learned.
 READING = (
-    "data model valid test known batch accumulate length overlong empty packing columns prompt_template"
+    "data model task valid test known batch accumulate length overlong empty packing columns prompt_template"
     " special_tokens train_on train_roles train_turns chat_template add_tokens seed allow".split()
 )
 

@@ -137,7 +137,7 @@ class KTO(Preference):
         return torch.where(good, good_weight * torch.sigmoid(-away), bad_weight * torch.sigmoid(away))
 
     @torch.no_grad()
-    def figures(
+    def judgements(
         self, model: nn.Module, examples: Sequence[Any], batch: int, between: Between
     ) -> list[Figure]:
         found, good = [], torch.stack([e["good"] for e in examples])

@@ -18,14 +18,14 @@ from veneer.data.reading import Reading
 from veneer.data.row_files import Row
 from veneer.errors import ConfigError, DataError, first_few
 from veneer.ops.chunked import CHUNK, Kernel
-from veneer.tasks.base.abilities import Decoder, Outlined
+from veneer.tasks.base.abilities import Decoder, Outlined, Surveyed
 from veneer.tasks.base.encoded import Encoded
 from veneer.tasks.base.figure import Figure, Metric
 from veneer.tasks.base.shape import Counted, Shape
-from veneer.tasks.base.task import Batch, Between, Objective, Task, nothing
-from veneer.tasks.preference import answers
+from veneer.tasks.base.task import Batch, Between, Objective, nothing
+from veneer.tasks.preference import answers, shown
 from veneer.tasks.preference.scores import base
-from veneer.tasks.text import checks, next_token, windows
+from veneer.tasks.text import checks, next_token, survey, windows
 from veneer.tasks.text.bits import BITS, nats_by_window
 from veneer.tasks.text.head import cut
 from veneer.tasks.text.padded import check_ids
@@ -36,7 +36,7 @@ WINDOWS = 24  # of known text that are measured, as of causal-lm
 Example = Mapping[str, Tensor]
 
 
-class Preference(Task, Decoder, Outlined):
+class Preference(Surveyed, Decoder, Outlined):
     """Answers and a judgement of them. An example is {"prompt" (n,), an answer, ..}, or that of a text."""
 
     AUTO = "transformers.AutoModelForCausalLM"
@@ -115,6 +115,22 @@ class Preference(Task, Decoder, Outlined):
         if one.row.kind == TEXT:
             return [_of_segment(s) for s in windows.cut(one, window)]
         return [] if one.content is None else self.judged(one.row, one.content.cut(window))
+
+    def figures(self, every: Sequence[Encoded]) -> dict[str, Any]:
+        return survey.figures([shown.as_texts(one) for one in every], self.reading.window)
+
+    def problems(self, every: Sequence[Encoded]) -> dict[str, list[str]]:
+        return {}
+
+    def problem(self, problem: str, rows: Sequence[str]) -> str:
+        raise NotImplementedError(problem)
+
+    def epoch(self, examples: Sequence[Example], per_step: int) -> dict[str, Any]:
+        return shown.epoch(map(self.sequences, examples), self.reading.window, per_step)
+
+    def entries(self, one: Encoded) -> list[dict[str, Any]]:
+        names = self.ANSWERS if len(self.ANSWERS) > 1 else ()
+        return survey.entries(shown.as_texts(one), self.reading.window, self.processor, names)
 
     @abstractmethod
     def judged(self, row: Row, own: answers.Asked) -> list[dict[str, Tensor]]:
@@ -209,10 +225,10 @@ class Preference(Task, Decoder, Outlined):
             raise DataError("the measured text has no example")
         if "input_ids" in examples[0]:
             return of_texts(model, examples, batch, between)
-        return self.figures(model, examples, batch, between)
+        return self.judgements(model, examples, batch, between)
 
     @abstractmethod
-    def figures(
+    def judgements(
         self, model: nn.Module, examples: Sequence[Any], batch: int, between: Between
     ) -> list[Figure]:
         """Returns the figures of judged answers, the loss first."""

@@ -80,7 +80,7 @@ class Pairs(Preference, Previewed, Writer, Examined):
         own = self.losses(found, smoothing)
         return own.sum(), len(own)
 
-    def figures(
+    def judgements(
         self, model: nn.Module, examples: Sequence[Any], batch: int, between: Between
     ) -> list[Figure]:
         metrics = [LOSS, ACCURACY, MARGIN, CHOSEN, REJECTED, *([KL] if self.has_base else []), NATS]

@@ -60,13 +60,16 @@ def epoch(found: Sequence[Window], window: int, per_step: int) -> dict[str, Any]
     }
 
 
-def entries(one: Encoded, window: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Returns the row's examples token by token.
+def entries(
+    one: Encoded, window: int, tokenizer: Tokenizer, words: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Returns the row's examples token by token. words: of the examples, "example 1 of 2" unless given.
 
     Each is {where, kind, length, learned, special, spelt, too_long, tokens}.
     """
     own, where = one.content or [], one.row.where
-    names = [f"{where}, example {i} of {len(own)}" for i in range(1, len(own) + 1)]
+    words = words or [f"example {i} of {len(own)}" for i in range(1, len(own) + 1)]
+    names = [f"{where}, {word}" for word in words]
     names = names if len(own) > 1 else [where]
     return [_entry(name, one.row, found, window, tokenizer) for name, found in zip(names, own, strict=False)]
 
