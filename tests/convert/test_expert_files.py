@@ -15,7 +15,6 @@ from veneer.convert.base import Base
 from veneer.convert.dialects import vllm
 from veneer.convert.experts import apart, together
 from veneer.convert.pairs import Pair, Pairs
-from veneer.errors import ConfigError
 
 LEAD = "base_model.model.model.layers.1.mlp.experts."
 
@@ -96,10 +95,3 @@ def test_gate_and_up_there_and_back(interleaved, shared):
     back = together(gate, up, interleaved=interleaved)
     assert back.rank == (3 if shared else 9)
     torch.testing.assert_close(back.product(), pair.product())
-
-
-def test_a_bank_of_experts_is_refused_by_name():
-    model = veneer.attach(experts.model("mixtral"), "lora", to="experts", rank=2)
-    experts.shake(model)
-    with pytest.raises(ConfigError, match=r"of kind 'parameter'; a bank serves linear layers"):
-        veneer.bank(model, ["default"])

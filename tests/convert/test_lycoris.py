@@ -124,6 +124,35 @@ def test_shapes_that_peft_cannot_have_are_refused(tmp_path, base):
         convert(str(source), out=str(tmp_path / "p"), to="peft", model=base)
 
 
+def test_a_first_product_of_half_the_side_is_whole_in_peft(tmp_path, base):
+    """PEFT keeps a matrix whole from a rank of half its larger side on."""
+    for rank, fits in ((3, True), (4, False)):
+        own = {"lokr_w1_a": draw(8, rank), "lokr_w1_b": draw(rank, 8), "lokr_w2": draw(4, 4)}
+        source = written(tmp_path / f"a{rank}", {Q: own})
+        if fits:
+            convert(str(source), out=str(tmp_path / "p3"), to="peft", model=base)
+            theirs = peft.PeftModel.from_pretrained(models.llama(), tmp_path / "p3")
+            wanted = with_weights({Q: 1.5 / rank * kron(own)})
+            torch.testing.assert_close(models.output(theirs), wanted, rtol=1e-4, atol=1e-4)
+            continue
+        with pytest.raises(FormatError, match="PEFT has one rule for the shapes of all layers"):
+            convert(str(source), out=str(tmp_path / "p4"), to="peft", model=base)
+
+
+def test_a_wide_second_matrix_stays_whole(tmp_path):
+    """k = 2 and n = 8: PEFT compares the rank with the larger one."""
+    base = models.llama(num_key_value_heads=1)
+    base.save_pretrained(tmp_path / "base")
+    K = "model.layers.0.self_attn.k_proj"
+    own = {"lokr_w1": draw(4, 4), "lokr_w2": draw(2, 8)}
+    source = written(tmp_path / "a", {K: own})
+    convert(str(source), out=str(tmp_path / "p"), to="peft", model=str(tmp_path / "base"))
+    theirs = peft.PeftModel.from_pretrained(models.llama(num_key_value_heads=1), tmp_path / "p")
+    with torch.no_grad():
+        base.get_submodule(K).weight += kron(own)
+    torch.testing.assert_close(models.output(theirs), models.output(base), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("alpha", "scalar", "scaling"), [(None, None, 1.0), (0.0, None, 1.0), (1.5, 2.0, 2 * S)]
 )

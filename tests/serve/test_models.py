@@ -100,3 +100,28 @@ def test_a_model_without_our_attention_gets_static_batches(caplog):
     assert list(got) == expected(model, p, {})[:6]
     with pytest.raises(ConfigError, match="engine=packed cannot run this model"):
         veneer.serve(model, tokenizer=tiny.tokenizer(), engine="packed")
+
+
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("engine", ["packed", "static"])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_answers_of_fused_experts_are_those_of_each_sum_alone(family, engine):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**{**SIZES, **EXPERTS[family]})
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for p in model.parameters():
+        if p.ndim == 3:
+            torch.nn.init.normal_(p, std=0.2)
+    for seed, name in enumerate("ab"):
+        veneer.attach(model, "lora", rank=2, name=name, to=["experts", "attention"])
+        randomise(model, name, seed=seed, size=0.3)
+    prompts = [served.prompt(i, 7 + 11 * i) for i in range(len(REQUESTS))]
+    right = [expected(model, p, terms) for p, (_, terms) in zip(prompts, REQUESTS, strict=True)]
+    assert len({tuple(r) for r in right}) == len(right)  # each sum has an answer of its own
+    kind, got = answers(model, [(p, m) for p, (m, _) in zip(prompts, REQUESTS, strict=True)], engine)
+    assert kind == engine.capitalize() and got == right

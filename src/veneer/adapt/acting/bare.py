@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.adapt.acting import groups
 from veneer.adapt.acting.changed import Changed, Low
 from veneer.adapt.acting.forward import Acting, Deltas, acting
 from veneer.adapt.acting.recomputation import guard
 from veneer.methods import Delta
-from veneer.methods.base.protocols import Dialled
+from veneer.methods.base.protocols import Dialled, Routed
 from veneer.sites import Site
-from veneer.sites.bare.site import Holder, shelf_of
+from veneer.sites.bare.site import Holder, Holders, shelf_of
 from veneer.sites.leaf import put_parameters
 
+Forms = Mapping[int | None, Acting]
 
-def changed(owner: nn.Module, parameter: str, holders: Sequence[Holder]) -> Tensor:
+
+def changed(
+    owner: nn.Module, parameter: str, holders: Sequence[Holder], given: Forms | None = None
+) -> Tensor:
     """Returns W' for a parameter of `owner`: the sum kept apart, or dense where a change has no factors.
 
-    holders: of the matrices with acting changes.
+    holders: of the matrices with acting changes; given: the changes, in place of those that act.
     """
     W: Tensor = getattr(owner, parameter)
-    forms = {h.index: acting(_deltas(h)) for h in holders}
+    forms = {h.index: acting(_deltas(h)) for h in holders} if given is None else given
     note = _Note(owner, holders)
     if isinstance(owner, nn.RNNBase | nn.MultiheadAttention) or any(f.others for f in forms.values()):
         note(None)
@@ -49,15 +54,13 @@ class _Note:
     def __call__(self, index: int | None) -> None:
         every = self.by_index.values() if index is None else [d] if (d := self.by_index.get(index)) else []
         for deltas in every:
-            if not deltas.stepped:
-                deltas.called = True
-                deltas.stepped = self.training
+            _noted(deltas, self.training)
 
 
 class _Stack:
     """Makes the changes of a stack's matrices: of one alone, or of several side by side."""
 
-    def __init__(self, W: Tensor, forms: dict[int | None, Acting], holder: Holder, note: _Note) -> None:
+    def __init__(self, W: Tensor, forms: Forms, holder: Holder, note: _Note) -> None:
         self.W, self.forms, self.holder, self.note = W, forms, holder, note
         self.all: Low | None = None
 
@@ -140,28 +143,77 @@ def _deltas(holder: Holder) -> Deltas:
 # Hooks are plain functions so that they survive deepcopy and pickle. A compiler breaks its graph at them: a
 # swap traced by half would let the base act.
 @torch.compiler.disable
-def put_changes(owner: nn.Module, args: tuple[Any, ...]) -> None:
-    """Puts W' into the module before it runs."""
+def put_changes(owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Puts W' into the module before it runs; of a bank with several adapters, that of the first group."""
     shelf = shelf_of(owner)
     if shelf is None:
-        return
-    found = {}
-    for parameter, holders in shelf.by_parameter().items():
-        active = [h for h in holders if _deltas(h).active]
-        if active:
-            found[parameter] = changed(owner, parameter, active)
-    shelf.swapped = put_parameters(owner, found) if found else {}
+        return None
+    bank = groups.routed(shelf)
+    if bank is None:
+        found = {p: changed(owner, p, holders) for p, holders in groups.holders_of(shelf).items()}
+        shelf.swapped = put_parameters(owner, found) if found else {}
+        return None
+    every = groups.groups_of(bank, owner, args)
+    _put_group(owner, shelf, every[0].key)
+    if every[0].index is None:
+        return None
+    shelf.waiting = groups.Waiting(args, every)
+    return groups.chosen(args, every[0].index)
 
 
 @torch.compiler.disable
-def take_changes(owner: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-    """Puts the module's own W back after it ran, or failed."""
+def take_changes(owner: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
+    """Puts the module's own W back after it ran, or failed; runs the other groups of a bank."""
     shelf = shelf_of(owner)
     if shelf is None:
-        return
-    if shelf.swapped:
-        put_parameters(owner, shelf.swapped)
-        shelf.swapped = {}
+        return None
+    _put_back(owner, shelf)
+    waiting, shelf.waiting = shelf.waiting, None
+    if waiting is not None and y is not None:
+
+        def run(group: groups.Group, own: tuple[Any, ...]) -> Any:
+            try:
+                _put_group(owner, shelf, group.key)
+                return owner.forward(*own)
+            finally:
+                _put_back(owner, shelf)
+
+        y = groups.rest(waiting, y, run)
     if owner.training or torch.is_grad_enabled():
         for holders in shelf.by_parameter().values():
             guard(_deltas(holders[0]), y)
+    return None if waiting is None else y
+
+
+def _put_group(owner: nn.Module, shelf: Holders, key: Hashable) -> None:
+    """Puts in the W' of one adapter of a bank."""
+    found = {}
+    for parameter, holders in groups.holders_of(shelf).items():
+        forms = {h.index: form for h in holders if (form := _of_group(_deltas(h), key)) is not None}
+        if forms:
+            own = [h for h in holders if h.index in forms]
+            found[parameter] = changed(owner, parameter, own, forms)
+        for h in holders:
+            _noted(_deltas(h), owner.training)
+    shelf.swapped = put_parameters(owner, found) if found else {}
+
+
+def _put_back(owner: nn.Module, shelf: Holders) -> None:
+    if shelf.swapped:
+        put_parameters(owner, shelf.swapped)
+        shelf.swapped = {}
+
+
+def _of_group(deltas: Deltas, key: Hashable) -> Acting | None:
+    """Returns the change of one matrix by an adapter of the bank, or None for the base's."""
+    (name,) = deltas.active or ("",)
+    own = deltas[name] if name else None
+    assert isinstance(own, Routed)
+    found = own.of_group(key, deltas.site.dtype)
+    return None if found is None else Acting(*found, ())
+
+
+def _noted(deltas: Deltas, training: bool) -> None:
+    if not deltas.stepped:
+        deltas.called = True
+        deltas.stepped = training

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from veneer.adapt import attached
+from veneer.adapt.acting.groups import by_token
 from veneer.adapt.attached import Changes
 from veneer.adapt.banks.rows import Form, form_of
 from veneer.adapt.store import store
@@ -24,6 +25,9 @@ Source: TypeAlias = (
     "str | Path | Loaded"  # an attached adapter's name, a folder, or what veneer.read returned
 )
 Forms: TypeAlias = "dict[str, tuple[Site, Form]]"  # one adapter's, by layer
+
+
+EXPERTS = ", and experts whose module gets a choice of them for each token"
 
 
 class Entry(NamedTuple):
@@ -90,13 +94,15 @@ def entries(model: nn.Module, adapters: Mapping[str, Source]) -> dict[str, Entry
 
 def _form(site: Site, delta: Delta) -> Form | None:
     """Returns the form that the delta has in eval mode."""
-    if not site.acts_by_hook:
-        return None  # tokens of all rows are mixed in front of fused experts
+    if not site.acts_by_hook and not by_token(site):
+        return None
     training = delta.training
     try:
-        return form_of(site, delta.eval())
+        form = form_of(site, delta.eval())
     finally:
         delta.train(training)
+    plain = form is None or (form.products is None and form.factors.c is None)
+    return form if plain or site.acts_by_hook else None  # experts see no other input, nor products apart
 
 
 def _shapeless(name: str, changes: Changes) -> list[str]:
@@ -104,9 +110,7 @@ def _shapeless(name: str, changes: Changes) -> list[str]:
     problems: dict[tuple[str, bool, str], list[str]] = {}
     for site, delta in changes:
         if _form(site, delta) is None:
-            problems.setdefault(
-                (method_of(delta), site.kind in ROWWISE and site.acts_by_hook, site.kind), []
-            ).append(site.name)
+            problems.setdefault((method_of(delta), _by_row(site), site.kind), []).append(site.name)
     return [
         (
             f"{name!r}: {method} has no normal form at {first_few(names)}; use it alone, or make it a LoRA "
@@ -114,11 +118,16 @@ def _shapeless(name: str, changes: Changes) -> list[str]:
         )
         if rowwise
         else (
-            f"{name!r} changes {first_few(names)} of kind {kind!r}; a bank serves linear layers: leave "
-            "these out"
+            f"{name!r} changes {first_few(names)} of kind {kind!r}; a bank serves linear layers"
+            f"{EXPERTS if kind == 'parameter' else ''}: leave these out"
         )
         for (method, rowwise, kind), names in problems.items()
     ]
+
+
+def _by_row(site: Site) -> bool:
+    """Tells if a bank can serve this site at all, by a method with a normal form."""
+    return site.kind in ROWWISE if site.acts_by_hook else by_token(site)
 
 
 def _nearest(model: nn.Module, name: str) -> str:

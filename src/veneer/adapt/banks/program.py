@@ -41,7 +41,7 @@ class Program:
         """rows: (adapters, number of consecutive rows) in their order. like: device and dtype of the
         strengths.
         """
-        self.rows = sum(n for _, n in rows)
+        self.rows, self.given = sum(n for _, n in rows), list(rows)
         starts = [0]
         for _, n in rows:
             starts.append(starts[-1] + n)
@@ -58,6 +58,17 @@ class Program:
         levels = _levels(spans)
         self.pairs = runs(levels[0] if levels else (), like)
         self.more = [_gathered(level, like) for level in levels[1:]]
+
+    def groups(self, device: torch.device) -> list[tuple[Terms, Tensor | None]]:
+        """Returns the different sums of adapters, each with its rows, or with None for all."""
+        places: dict[Terms, list[Tensor]] = {}
+        start = 0
+        for terms, n in self.given:
+            places.setdefault(terms, []).append(torch.arange(start, start + n, device=device))
+            start += n
+        if len(places) == 1:
+            return [(terms, None) for terms in places]
+        return [(terms, torch.cat(index)) for terms, index in places.items()]
 
     @property
     def is_idle(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, NotMergeable, ShapeError
 from veneer.methods import Delta, Factors, Products
-from veneer.methods.base.protocols import AddsInPlace, GainsInput, Served, Switched
+from veneer.methods.base.protocols import AddsInPlace, GainsInput, Routed, Served, Switched
 from veneer.ops import batched
 from veneer.sites import Site
 
@@ -101,7 +101,7 @@ class Stacks(NamedTuple):
     b: Tensor | None = None
 
 
-class Rows(Delta, GainsInput, AddsInPlace, Switched):
+class Rows(Delta, GainsInput, AddsInPlace, Switched, Routed):
     """Adds each row's own change to a layer's output, and scales each row's input by its own gain."""
 
     router: Router
@@ -124,6 +124,24 @@ class Rows(Delta, GainsInput, AddsInPlace, Switched):
     def state(self) -> tuple[int, ...]:
         ids = self.router.ids
         return id(ids), -1 if ids.is_inference() else ids._version
+
+    def groups(self, tokens: int) -> list[tuple[Hashable, Tensor | None]]:
+        ids = self.router.ids.reshape(-1)
+        if len(ids) == 1 or bool((ids == ids[0]).all()):
+            return [(int(ids[0]), None)]
+        if tokens % len(ids):
+            raise ShapeError(
+                f"the bank has ids of {len(ids)} rows and fused experts were called with {tokens} tokens;"
+                " name an adapter for every row of this batch with use([..])"
+            )
+        each = ids.repeat_interleave(tokens // len(ids))
+        return [(int(k), (each == k).nonzero()[:, 0]) for k in ids.unique()]
+
+    def of_group(self, key: Hashable, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        if key == 0:
+            return None
+        stacks, k = self.stacks(dtype), int(str(key))
+        return stacks.A[k], stacks.B[k].mT, None if stacks.excess is None else stacks.excess[k]
 
     def is_finite(self) -> bool:
         """Returns True if all numbers in the stacks are known to be finite."""

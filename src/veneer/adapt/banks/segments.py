@@ -9,7 +9,7 @@ largest rank, and no factor is copied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from veneer.adapt.banks.rows import Form
 from veneer.adapt.banks.stacks import PLACES, Layer, Placed, Stack, rank_class
 from veneer.errors import ConfigError, NotMergeable, ShapeError
 from veneer.methods import Delta, Factors
-from veneer.methods.base.protocols import AddsInPlace, GainsInput
+from veneer.methods.base.protocols import AddsInPlace, GainsInput, Routed
 from veneer.ops import segmented
 from veneer.ops.segmented import Run
 from veneer.sites import Site
@@ -99,7 +99,7 @@ class SegmentBank:
         self.layers, self.stacks, self.programs = {}, {}, ()
 
 
-class SegmentLayer(Delta, GainsInput, AddsInPlace):
+class SegmentLayer(Delta, GainsInput, AddsInPlace, Routed):
     """Adds each row's own adapters to one layer's output."""
 
     def __init__(self, bank: SegmentBank, site: Site) -> None:
@@ -111,9 +111,11 @@ class SegmentLayer(Delta, GainsInput, AddsInPlace):
         """The program for the rows of x, or None where no row has an adapter. Raises ShapeError for other
         rows.
         """
+        return self._of_rows(x.numel() // x.shape[-1])
+
+    def _of_rows(self, rows: int) -> Program | None:
         if not self.bank.programs:
             return None
-        rows = x.numel() // x.shape[-1]
         for program in self.bank.programs:
             if program.rows == rows:
                 return program
@@ -125,6 +127,23 @@ class SegmentLayer(Delta, GainsInput, AddsInPlace):
 
     def _layer(self, stack: int) -> Layer | None:
         return self.bank.stacks[stack].layers.get(self.site.name)
+
+    def groups(self, tokens: int) -> list[tuple[Hashable, Tensor | None]]:
+        program = self._of_rows(tokens)
+        return [((), None)] if program is None else [*program.groups(self.site.device)]
+
+    @torch.no_grad()
+    def of_group(self, key: Hashable, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        assert isinstance(key, tuple)
+        found = [(placed.place, layer, s) for placed, s in key if (layer := self._layer(placed.stack))]
+        if not found:
+            return None
+        pairs = [(f[0][i], s * f[1][i].mT) for i, own, s in found if (f := own.factors(i, 1))]
+        gains = [s * own.excess[i] for i, own, s in found if own.excess is not None]
+        W = self.site.weight()
+        A = torch.cat([a for a, _ in pairs]) if pairs else W.new_zeros(0, self.site.in_)
+        B = torch.cat([b for _, b in pairs], 1) if pairs else W.new_zeros(self.site.out, 0)
+        return A, B, torch.stack(gains).sum(0) if gains else None
 
     def normal_form(self, site: Site) -> Factors | None:
         return None  # each row has another one

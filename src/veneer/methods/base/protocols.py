@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,24 @@ class Switched(ABC):
     @abstractmethod
     def state(self) -> tuple[int, ...]:
         """Returns a value that differs after the state was changed."""
+
+
+class Routed(ABC):
+    """A change that differs from token to token, as a bank's; fused experts run once for each adapter."""
+
+    @abstractmethod
+    def groups(self, tokens: int) -> list[tuple[Hashable, Tensor | None]]:
+        """Returns the adapters among that many tokens, each with the numbers of its tokens, None for all.
+
+        Raises ShapeError for tokens that do not belong to the rows of the batch.
+        """
+
+    @abstractmethod
+    def of_group(self, key: Hashable, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Returns A (r, in), B (out, r) and excess (out,) of one adapter of `groups`, None for the base's W.
+
+        W' = (1 + excess) W + B A; an excess of None is 0.
+        """
 
 
 class Resizes(ABC):

@@ -39,6 +39,7 @@ class Holders(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.swapped: dict[str, Tensor | None] = {}  # the module's own parameters while it runs with others
+        self.waiting: Any = None  # groups of tokens that run after the first one
 
     def by_parameter(self) -> dict[str, list[Holder]]:
         """Returns the holders by parameter, in the order of their matrices."""
