@@ -13,7 +13,7 @@ from veneer.adapt.acting.changed import Changed, Low
 from veneer.adapt.acting.forward import Acting, Deltas, acting
 from veneer.adapt.acting.recomputation import guard
 from veneer.methods import Delta
-from veneer.methods.base.protocols import Dialled, Routed
+from veneer.methods.base.protocols import Dialled
 from veneer.sites import Site
 from veneer.sites.bare.site import Holder, Holders, shelf_of
 from veneer.sites.leaf import put_parameters
@@ -155,10 +155,10 @@ def put_changes(owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | No
         return None
     every = groups.groups_of(bank, owner, args)
     _put_group(owner, shelf, every[0].key)
-    if every[0].index is None:
+    if every[0].tokens is None:
         return None
     shelf.waiting = groups.Waiting(args, every)
-    return groups.chosen(args, every[0].index)
+    return groups.chosen(args, every[0].tokens)
 
 
 @torch.compiler.disable
@@ -206,11 +206,13 @@ def _put_back(owner: nn.Module, shelf: Holders) -> None:
 
 def _of_group(deltas: Deltas, key: Hashable) -> Acting | None:
     """Returns the change of one matrix by an adapter of the bank, or None for the base's."""
-    (name,) = deltas.active or ("",)
-    own = deltas[name] if name else None
-    assert isinstance(own, Routed)
+    (name,) = deltas.active
+    own: Any = deltas[name]
     found = own.of_group(key, deltas.site.dtype)
-    return None if found is None else Acting(*found, ())
+    if found is None:
+        return None
+    A, B, excess = found
+    return Acting(A, B, excess, ())
 
 
 def _noted(deltas: Deltas, training: bool) -> None:

@@ -22,10 +22,10 @@ ROUTES = ("top_k_index", "router_indices", "selected_experts")
 
 
 class Group(NamedTuple):
-    """The tokens of one adapter. index: their numbers, or None for all tokens of the call."""
+    """The tokens of one adapter: their numbers, or None for all tokens of the call."""
 
     key: Hashable
-    index: Tensor | None
+    tokens: Tensor | None
 
 
 class Waiting(NamedTuple):
@@ -82,7 +82,7 @@ def chosen(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
 
 def rest(waiting: Waiting, first: Any, run: Callable[[Group, tuple[Any, ...]], Any]) -> Tensor:
     """Runs the other groups and returns the outputs of all tokens in their order."""
-    indices = [g.index for g in waiting.groups if g.index is not None]
+    indices = [g.tokens for g in waiting.groups if g.tokens is not None]
     outputs = [first]
     for group, index in list(zip(waiting.groups, indices, strict=True))[1:]:
         outputs.append(run(group, chosen(waiting.args, index)))
