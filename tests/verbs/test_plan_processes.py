@@ -71,3 +71,12 @@ def test_the_command_line_forecasts_processes(tmp_path):
     assert found["processes"] == 4 and found["rows"] == 2 and found["wire_bytes"]["gradients"] > 0
     with pytest.raises(ConfigError, match="plans task 'causal-lm' on a plain base, got quantise='nf4'"):
         plan_processes(Run(data="-", quantise="nf4"), 2)
+
+
+def test_recomputed_blocks_shrink_the_forecast_and_a_base_on_disk_has_none(given):
+    plain = plan_processes(Run.from_dict(given), 2)
+    recomputed = plan_processes(Run.from_dict({**given, "gradient_checkpointing": True}), 2)
+    assert recomputed.memory.activations < plain.memory.activations / 2
+    assert recomputed.flops > 1.2 * plain.flops and recomputed.wire == plain.wire
+    with pytest.raises(ConfigError, match="plans a base in memory, and stream_base leaves it on disk"):
+        plan_processes(Run.from_dict({**given, "stream_base": True}), 2)

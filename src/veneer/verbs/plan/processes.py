@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from veneer.sites.blocks import blocks
 from veneer.sites.own import is_own
 from veneer.tasks.base.shape import Shape
 from veneer.train.run import Run
+from veneer.train.speed import compiling
 from veneer.units import size
 
 TOKENS = 1024  # of an example where the run leaves its length open
@@ -51,6 +52,32 @@ class Processes:
         return {**own, **counts, "memory_bytes": self.memory._asdict(), "wire_bytes": exchanged}
 
 
+class Simulated(NamedTuple):
+    """One process' step on a whole base. rows: of its pass; frozen: bytes of each block; base: parameters."""
+
+    run: Run
+    rows: int
+    step: simulate.Step
+    frozen: list[int]
+    base: int
+    trained: int
+
+    def among(self, processes: int, *, shard: bool) -> Processes:
+        """Returns the forecast for so many processes with these rows each, on a whole or a divided base."""
+        run, step, given = replace(self.run, shard=shard), self.step, {"shard": shard}
+        return Processes(
+            run,
+            processes,
+            self.base,
+            self.trained,
+            self.rows,
+            run.window,
+            of_process(step.memory, self.frozen, processes, **given),
+            step.flops.total,
+            wire(step.memory.gradients, self.frozen, processes, run.accumulate, **given),
+        )
+
+
 def plan_processes(run: Run, processes: int) -> Processes:
     """Returns the forecast for each of `processes` processes of `fit`, from the model's configuration alone.
 
@@ -58,13 +85,18 @@ def plan_processes(run: Run, processes: int) -> Processes:
     adapter does not count. Raises ConfigError for another task than causal-lm.
     """
     _check(run, processes)
+    return simulated(run, math.ceil(run.batch / processes)).among(processes, shard=run.shard)
+
+
+def simulated(run: Run, rows: int) -> Simulated:
+    """Returns the step of a process with `rows` rows in a pass. Raises ConfigError."""
     run = decided(run, machine.device(run.device))
     model, window = hollow_model(pretrained.config(run.model)), run.length
     run = replace(run, length=TOKENS if window == "auto" else window, options=_sized(run.options))
     task: Any = tasks.get(run.task)(None, run)
     model.requires_grad_(False)
     parts = trained.open_parameters(model, run)
-    rows = math.ceil(run.batch / processes)
+    compiling.recompute(model, run.gradient_checkpointing)
     shape = Shape(rows, run.window, rows * run.window, run.accumulate)
     states = optim.make(run.optimiser, **run.optimiser_options).state_bytes(trained.for_optimiser(run, parts))
     full, narrow = run.trains_base, run.precision == "bf16"
@@ -72,23 +104,18 @@ def plan_processes(run: Run, processes: int) -> Processes:
         model, shape, task, base=run.base_dtype, full=full, autocast=full and narrow, states=states
     )
     frozen = _blocks(model, task, run.base_dtype)
-    given = {"shard": run.shard}
-    return Processes(
-        run,
-        processes,
-        sum(p.numel() for n, p in model.named_parameters() if not is_own(n)),
-        sum(p.parameter.numel() for p in parts),
-        rows,
-        run.window,
-        of_process(step.memory, frozen, processes, **given),
-        step.flops.total,
-        wire(step.memory.gradients, frozen, processes, run.accumulate, **given),
-    )
+    base = sum(p.numel() for n, p in model.named_parameters() if not is_own(n))
+    return Simulated(run, rows, step, frozen, base, sum(p.parameter.numel() for p in parts))
 
 
 def _check(run: Run, processes: int) -> None:
     if processes < 1:
         raise ConfigError(f"{option('world_size')} must be 1 or more, got {processes}")
+    if run.stream_base:
+        base, size = option("stream_base"), option("world_size")
+        raise ConfigError(
+            f"{size} plans a base in memory, and {base} leaves it on disk; leave one of them out"
+        )
     if run.task != tasks.DEFAULT or run.quantise:
         got = f"task {run.task!r}" if run.task != tasks.DEFAULT else option("quantise", run.quantise)
         raise ConfigError(
