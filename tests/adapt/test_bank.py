@@ -85,6 +85,14 @@ def test_gains_leave_biases_as_they_are(trainable):
     torch.testing.assert_close(model(x), torch.cat(expected), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_gains_of_inputs_act_beside_adapters_without(trainable):
+    model, ids, rows = mixed(names=("ia3", "pissa")), tokens(3), ["pissa", "ia3", None]
+    expected = one_by_one(model, rows, ids)
+    veneer.bank(model, ["ia3", "pissa"], trainable=trainable).use(rows)
+    torch.testing.assert_close(model(input_ids=ids).logits.detach(), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_the_base_stays_bit_for_bit_under_slot_0():
     model, ids = mixed(names=("pissa", "dora")), tokens(3)
     with veneer.using(model):

@@ -12,7 +12,7 @@ from torch import nn
 
 import veneer
 from veneer import methods
-from veneer.adapt.acting.changed import Changed
+from veneer.adapt.acting.changed import Changed, Low
 from veneer.adapt.attached import changes
 from veneer.errors import ConfigError, SiteError
 
@@ -229,3 +229,15 @@ def test_two_kinds_of_change_of_one_module_are_refused():
     veneer.attach(model, "full", to=r".*mlp\.experts", name="whole")
     with pytest.raises(SiteError, match="as a site of another kind"):
         veneer.attach(model, "lora", to="experts", rank=2)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_gains_act_on_outputs_in_either_layout(flipped):
+    draw = torch.Generator().manual_seed(0)
+    W, A, B, excess = (
+        torch.randn(2, *shape, generator=draw, dtype=torch.float64)
+        for shape in ((5, 7), (3, 7), (5, 3), (5,))
+    )
+    expected = torch.stack([W[e] + torch.diag(excess[e]) @ W[e] + B[e] @ A[e] for e in range(2)])
+    found = Low(A, B, excess).onto(W.mT if flipped else W, flipped=flipped)
+    torch.testing.assert_close(found.mT if flipped else found, expected, rtol=1e-12, atol=1e-12)

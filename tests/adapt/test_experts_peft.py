@@ -94,6 +94,7 @@ def square(kind):
     [
         ("mixtral", "0.18.1", True),
         ("mixtral", "0.19.0", True),
+        ("mixtral", "0.19", True),
         ("mixtral", "0.19.1", False),
         ("mixtral", "0.21.0.dev0", False),
         ("gpt_oss", "0.18.0", False),

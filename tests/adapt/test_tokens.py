@@ -65,7 +65,8 @@ def test_only_the_new_rows_change_and_all_programs_agree(tied, tmp_path):
     torch.testing.assert_close(logits(read, x), y, rtol=1e-5, atol=1e-5)
     veneer.save(read, tmp_path / "b")
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text()) == config
-    with pytest.raises(FormatError, match=r"new tokens <call>, .*call veneer.resize_vocabulary\(model, "):
+    needed = rf"new tokens <call>, .*\({rows} of {len(tokenizer)}\); call .*\(model, {len(tokenizer)}\) first"
+    with pytest.raises(FormatError, match=needed):
         veneer.load(begun(tied)[0], tmp_path / "a")
 
     other = begun(tied)[0]

@@ -137,7 +137,7 @@ def test_files_of_peft_go_both_ways(tmp_path):
     theirs.base_model.resize_modules_by_rank_pattern(theirs.peft_config["default"].rank_pattern, "default")
     theirs.save_pretrained(tmp_path / "theirs")
     ours = veneer.load(models.llama(), tmp_path / "theirs")
-    assert {len(d.E) for d in deltas(ours)} == {2, 4}
+    assert {len(d.E) for d in deltas(ours)} == {2, 4} and {d.options["target"] for d in deltas(ours)} == {2}
     torch.testing.assert_close(models.output(ours), models.output(theirs), rtol=1e-5, atol=1e-5)
     model = adapted()
     train(model, 10)

@@ -12,6 +12,7 @@ from support import models
 from support.peer import agrees_with_peft
 
 import veneer
+from veneer import methods
 from veneer.errors import FormatError, ShapeError
 from veneer.methods.loha import PEFT_NAMES as LOHA
 from veneer.methods.lokr import PEFT_NAMES as LOKR
@@ -258,3 +259,33 @@ def test_lorafa_is_saved_as_lora_and_keeps_no_input(tmp_path):
     torch.testing.assert_close(models.output(theirs), models.output(model), rtol=1e-5, atol=1e-5)
     again = veneer.load(models.llama(), tmp_path)
     torch.testing.assert_close(models.output(again), models.output(model), rtol=1e-5, atol=1e-5)
+
+
+DEFAULTS = {
+    "adalora": peft.AdaLoraConfig(total_step=1),
+    "bat": peft.MissConfig(),
+    "boft": peft.BOFTConfig(),
+    "fourierft": peft.FourierFTConfig(),
+    "hira": peft.HiraConfig(),
+    "hra": peft.HRAConfig(),
+    "ia3": peft.IA3Config(),
+    "loha": peft.LoHaConfig(),
+    "lokr": peft.LoKrConfig(),
+    "miss": peft.MissConfig(),
+    "oft": peft.OFTConfig(),
+    "randlora": peft.RandLoraConfig(),
+    "shira": peft.ShiraConfig(),
+    "vera": peft.VeraConfig(),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_settings_that_a_file_lacks_have_pefts_defaults(name):
+    theirs, ours = DEFAULTS[name].to_dict(), methods.get(name).peft_settings
+    assert len(ours) > 2
+    assert ours == {k: theirs[k] for k in ours}
+
+
+def test_every_kind_of_peft_is_among_the_defaults():
+    found = {n for n in methods.available() if getattr(methods.get(n), "peft_settings", None)}
+    assert found - {"prefix"} <= {*DEFAULTS}

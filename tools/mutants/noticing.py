@@ -25,10 +25,17 @@ ROWS = {
     "adapt/banks/bank.py": "gains* flora* bank* complaints*",
     "adapt/banks/members.py": "gains* flora* bank* complaints*",
     "adapt/banks/rows.py": "gains* flora* bank* complaints*",
-    "adapt/acting/*": "gains* attach* shared_inputs* whole* recomputation* calls*",
+    "adapt/banks/s*.py": "gains* segments*",
+    "adapt/banks/program.py": "gains* segments*",
+    "adapt/acting/bare.py": "experts*",
+    "adapt/acting/changed.py": "experts*",
+    "adapt/acting/*": "gains* attach* shared_inputs* whole* recomputation* calls* experts*",
+    "adapt/tokens/*": "tokens* beside store interchange complaints*",
+    "adapt/peft/parameters.py": "expert_files experts_peft interchange",
     "adapt/calibrate.py": "starts* complaints*",
     "adapt/peft/*": (
-        "beside interchange peft_kinds miss* fourierft* frozen* prefix* store complaints* verify starts*"
+        "beside interchange peft_kinds experts_peft tokens* miss* fourierft* frozen* prefix* store"
+        " complaints* verify starts*"
     ),
     "adapt/attach*": (
         "merge* gains* attach* combine* prefix* baselines* store complaints* quant shared_inputs* methods"

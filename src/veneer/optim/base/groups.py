@@ -66,9 +66,7 @@ def of_adapter(model: nn.Module, adapter: str) -> list[Part]:
 
 def of_base(model: nn.Module) -> list[Part]:
     """Returns the trained parameters of the model itself, a tied one once. Raises ConfigError without any."""
-    tables = {
-        id(p) for m in model.modules() if kind_of(m) is EmbeddingSite for p in m.parameters(recurse=False)
-    }
+    tables = {id(m.weight) for m in model.modules() if kind_of(m) is EmbeddingSite}
     return _trained(Part(n, p, _shape(p), id(p) in tables) for n, p in model.named_parameters())
 
 

@@ -35,7 +35,7 @@ class Optimiser(ABC):
     @property
     def rated_as(self) -> str:
         """Returns the key of its rates in train/rates.py: its own name unless a form needs other rates."""
-        return type(self).__module__.rsplit(".", 1)[-1].replace("_", "-")
+        return type(self).__module__.split(".")[-1].replace("_", "-")
 
     @abstractmethod
     def build(self, trained: Trained) -> torch.optim.Optimizer:
