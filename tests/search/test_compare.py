@@ -75,7 +75,7 @@ def fake(monkeypatch):
     made = Fake()
     dial = {"recommended": 1.0, "points": [{"strength": 1.0, "target_bpb": 1.0, "known_bpb": 1.1}]}
     monkeypatch.setattr(training, "WAIT", 0.05)
-    monkeypatch.setattr(training, "fit_until", lambda run, step, reader: made(run, step))
+    monkeypatch.setattr(training, "fit_until", lambda run, step, shared: made(run, step))
     monkeypatch.setattr(
         comparing, "Judge", lambda run, voice: type("J", (), {"dial": lambda self, t: dial})()
     )

@@ -211,6 +211,29 @@ def test_the_command_writes_settings_that_fit_takes(tmp_path, capsys):
     assert main(["rank", *line, "--method", "ia3", "--out", str(tmp_path / "b")]) == 2
 
 
+def test_fit_leaves_the_rank_to_a_pilot_and_records_it(tmp_path, capsys):
+    given, out = tiny.settings(tmp_path, test=str(tmp_path / "valid.txt")), tmp_path / "fitted"
+    line = ["--lr", "0.02", "--precision", "fp32", "--eval-windows", "4", "--compile", "off", "--steps", "16"]
+    for name in ("model", "data", "valid", "test", "known", "batch", "length"):
+        line += [f"--{name}", str(given[name])]
+    assert main(["fit", *line, "--rank", "auto", "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    found = read_json(tmp_path / "fitted-rank" / "results.json")
+    config = read_json(out / "config.json")["run"]
+    assert f"rank {found['rank']} in the mean: {found['reason']} (a pilot of 4 steps" in said
+    assert config["options"]["rank"] == found["rank"] and config["steps"] == 16
+    uneven = {n: r for n, r in found["rank_pattern"].items() if r != found["rank"]}
+    better = found["test"]["by_energy"] < found["test"]["uniform"]
+    small = {n: most for n, most in found["narrow"].items() if most < found["rank"]}
+    assert config["rank_pattern"] == (uneven if better else small) and min(found["narrow"].values()) == 16
+    sites = read_json(out / "adapter" / "veneer.json")["sites"]
+    wanted = found["rank_pattern"] if better and uneven else {**dict.fromkeys(sites, found["rank"]), **small}
+    assert {n: entry["rank"] for n, entry in sites.items()} == wanted
+    assert main(["fit", *line, "--rank", "many", "--out", str(tmp_path / "b")]) == 2
+    assert main(["rank", *line, "--rank", "auto", "--out", str(tmp_path / "c")]) == 2
+    assert main(["fit", *line, "--method", "ia3", "--rank", "auto", "--out", str(tmp_path / "d")]) == 2
+
+
 # -- by the gradient ---------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +18,14 @@ from veneer.analyse.activations import linear_cka, procrustes
 from veneer.analyse.intruders import intruders, n_intruders
 from veneer.errors import ConfigError
 from veneer.models import pretrained
-from veneer.search.study import claims, measures, protocol
+from veneer.search.study import answers, claims, measures, protocol, sources
 from veneer.search.study import study as studying
+from veneer.search.study.answers import Diversity, diversity
 from veneer.search.study.claims import FAILS, HOLDS, NOISE, UNKNOWN
 from veneer.search.study.report import page
 from veneer.search.study.study import study
 from veneer.tasks import Metric
+from veneer.tasks.text.samples import continuations
 from veneer.verbs.search.study import text
 
 METRIC = Metric("bpb", "bits per byte")
@@ -141,7 +144,7 @@ def test_the_study_runs_in_parts_and_writes_its_page(tmp_path, monkeypatch, caps
     monkeypatch.setattr(studying, "compare", compare)
     monkeypatch.setattr(studying.compare_page, "write", lambda folder: [])
     monkeypatch.setattr(studying, "prepared", lambda *a: ({"lora": None}, 32, {}))
-    monkeypatch.setattr(studying, "measured", lambda judge, trial: row([2.0])["measures"])
+    monkeypatch.setattr(studying, "measured", lambda judge, trial, asked: row([2.0])["measures"])
     out, to = tmp_path / "out", tmp_path / "docs"
     first = study(str(out), quick=True, part="c", progress=False)
     assert (first["parts"], first["missing"], ran) == (["c"], ["prose"], ["builtin:c"])
@@ -151,7 +154,9 @@ def test_the_study_runs_in_parts_and_writes_its_page(tmp_path, monkeypatch, caps
     made = (to / "index.md").read_text()
     assert "| LoRA Learns Less and Forgets Less | LoRA learns less" in made and "## C headers" in made
     assert made == (out / "index.md").read_text()
-    with pytest.raises(ConfigError, match="part must be one of prose, c, got 'pros'; did you mean 'prose'"):
+    with pytest.raises(
+        ConfigError, match="part must be one of prose, c, ast, got 'pros'; did you mean 'prose'"
+    ):
         study(str(out), quick=True, part="pros")
 
 
@@ -168,3 +173,65 @@ def test_the_protocol_says_the_settings():
     assert f"quick: {quick.run['steps']} steps" in words and f"with {full.comparison['seeds']} seeds" in words
     assert {protocol.LORA, protocol.HIGH, protocol.LOW, protocol.DECAY} <= set(protocol.QUICK)
     assert all(protocol.parts(size, "a").keys() == {"prose", "c"} for size in (quick, full))
+
+
+# -- instructions with exact answers -----------------------------------------------------------------------
+
+
+def test_instructions_have_one_right_answer_and_no_part_knows_another():
+    found = sources.rows()
+    assert {part: len(some) for part, some in found.items()} == sources.ROWS
+    every = [row for some in found.values() for row in some]
+    assert len({row.prompt for row in every}) == len(every)
+    for row in every[::97]:
+        source = row.prompt.removesuffix("\nast: ")
+        assert ast.dump(ast.parse(source, mode="eval").body) == row.completion
+    assert sources.rows() == found and sources.rows(1) != found
+
+
+def test_unique_answers_are_counted_right_and_wrong_apart():
+    samples = [["a", "a", "b", "c"], ["d", "d", "d", "d"]]
+    found = diversity(samples, ["a".__eq__, "x".__eq__])
+    assert found == Diversity(unique_right=0.5, unique_wrong=1.5, right=0.25)
+
+
+def test_answers_of_an_adapter_are_exact_or_not(tmp_path, monkeypatch):
+    rows, said = [sources.Asked("1 +", "yes"), sources.Asked("2 +", "no")], []
+
+    def write(model, tokenizer, prompt, *, n, **options):
+        said.append((prompt, n, options["temperature"]))
+        return ["yes "] if n == 1 else ["yes", "no", "no"] * 4 + ["maybe"] * 4
+
+    monkeypatch.setattr(answers, "continuations", write)
+    found = answers.answered(nn.Linear(1, 1), tiny.tokenizer(), rows)
+    assert (found["exact"], found["unique_right"], found["unique_wrong"]) == (0.5, 1, 2)
+    assert found["right"] == pytest.approx((4 + 8) / 32)
+    assert said == [("1 +", 1, 0.0), ("2 +", 1, 0.0), ("1 +", 16, 0.8), ("2 +", 16, 0.8)]
+
+
+def test_samples_of_one_prompt_differ_and_the_same_call_repeats(tmp_path):
+    base = tiny.base(tmp_path / "base")
+    model = pretrained.causal_lm(str(base), torch.float32, torch.device("cpu"))
+    own = {"max_new_tokens": 6, "seed": 1, "temperature": 1.0}
+    found = continuations(model, tiny.tokenizer(), "the cat", n=4, **own)
+    assert len(found) == 4 and len(set(found)) > 1
+    assert found == continuations(model, tiny.tokenizer(), "the cat", n=4, **own)
+
+
+def test_the_part_on_instructions_is_fixed_beforehand(tmp_path):
+    run, comparison = protocol.instructions(protocol.QUICKLY, str(tmp_path))
+    assert {protocol.DROPOUT, protocol.DECAY, "full"} < set(comparison.methods)
+    assert len((tmp_path / "ast" / "texts" / "train.jsonl").read_text().splitlines()) == 2000
+    words = (ROOT / "docs" / "study" / "instructions.md").read_text(encoding="utf-8")
+    assert f"{sources.ROWS['train']} of {sum(sources.ROWS.values())}" in words
+    assert f"{run.batch} instructions" in words and f"{answers.EACH} samples" in words
+
+
+def test_the_page_has_answers_and_claims_of_instructions():
+    own = {"exact": 0.5, "right": 0.25, "unique_right": 1.0, "unique_wrong": 4.0}
+    rows = {"full": row([2.0, 2.01]), "lora": row([2.0, 2.02])}
+    for label, more in (("full", 0.0), ("lora", 3.0)):
+        rows[label]["measures"] |= {"answers": {**own, "unique_wrong": 4.0 + more}}
+    assert outcome("full fine-tuning's answers are less diverse than LoRA's", rows, "ast").outcome == HOLDS
+    made = page({"quick": True, "missing": [], "claims": []}, {"ast": rows}, METRIC)
+    assert "| lora | 50% | 25% | 1.0 | 7.0 |" in made and "## Instructions" in made

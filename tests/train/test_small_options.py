@@ -24,7 +24,7 @@ from veneer.runs.texts import texts
 from veneer.train.loop.progress import Notes
 from veneer.train.loop.schedule import Pace
 from veneer.train.mean import Mean
-from veneer.train.noise import noisy
+from veneer.train.noise import dropping, noisy
 from veneer.train.run import Run
 
 
@@ -48,6 +48,7 @@ def test_warm_up_is_a_share_or_a_number_of_steps(warmup, rising):
         ({"warmup": 8, "steps": 8}, "warmup must be less than steps, got 8 and 8"),
         ({"ema": 1.0}, "ema must be in [0, 1), got 1"),
         ({"neftune": -1.0}, "neftune must be 0 or more, got -1"),
+        ({"attention_dropout": 1.0}, "attention_dropout must be in [0, 1), got 1"),
         ({"patience": 0}, "patience must be 1 or more, got 0"),
         (
             {"patience": 2, "valid": "none"},
@@ -95,6 +96,33 @@ def test_noise_changes_steps_and_no_figure(tmp_path):
     noised = run(tmp_path, steps=4, neftune=5.0, out=str(tmp_path / "noised"))
     assert plain.learned.before == noised.learned.before
     assert lines(plain.folder, "loss")[1] != lines(noised.folder, "loss")[1]
+
+
+def test_attention_drops_its_weights_in_training_alone():
+    model, ids = models.llama(), torch.arange(60).view(3, 20)
+    model.eval()
+    plain = model(ids).logits
+    undo = dropping(model, 0.5)
+    assert torch.equal(model(ids).logits, plain)
+    torch.manual_seed(0)
+    one, other = model.train()(ids).logits, model(ids).logits
+    assert not torch.allclose(one, plain) and not torch.allclose(one, other)
+    undo()
+    torch.testing.assert_close(model.train()(ids).logits, plain)
+    with pytest.raises(ConfigError, match="attention layers with dropout, got Linear; leave it out"):
+        dropping(nn.Linear(2, 2), 0.5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_attention_dropout_changes_steps_and_no_figure(tmp_path, method):
+    own = {"steps": 2, "method": method, "options": {}}
+    plain = run(tmp_path, **own, out=str(tmp_path / "plain"))
+    dropped = run(tmp_path, **own, attention_dropout=0.3, out=str(tmp_path / "dropped"))
+    assert plain.learned.before == dropped.learned.before
+    assert lines(plain.folder, "loss")[1] != lines(dropped.folder, "loss")[1]
+    two = [Run.from_dict(tiny.settings(tmp_path, out=str(tmp_path / n), attention_dropout=0.1)) for n in "ab"]
+    with pytest.raises(ConfigError, match="attention_dropout acts on the rows of all runs; train them alone"):
+        fit_many(two, progress=False)
 
 
 def test_joint_training_has_no_noise(tmp_path):

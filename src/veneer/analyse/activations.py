@@ -1,4 +1,4 @@
-"""Compares hidden states of a base and of the tuned model: linear CKA and the Procrustes distance.
+"""Compares hidden states of a base and of the tuned model: linear CKA, Procrustes and Gram distances.
 
 Kornblith et al. 2019, https://arxiv.org/abs/1905.00414; Schoenemann 1966. PEFT-Arena 2026,
 https://arxiv.org/abs/2605.28819, finds both to go with forgetting.
@@ -28,6 +28,13 @@ def procrustes(X: Tensor, Y: Tensor) -> float:
     nuclear = torch.linalg.svdvals(Y.mT @ X).sum()
     squared = X.square().sum() + Y.square().sum() - 2 * nuclear
     return float(squared.clamp_min(0).sqrt() / X.norm())
+
+
+def gram_distortion(X: Tensor, Y: Tensor) -> float:
+    """Returns ||C(Y) - C(X)||_F / ||C(X)||_F, C (n, n) the cosines of rows; X (n, d), Y (n, d)."""
+    before, after = (nn.functional.normalize(M.double(), dim=1) for M in (X, Y))
+    whole = before @ before.mT
+    return float((after @ after.mT - whole).norm() / whole.norm())
 
 
 def _centred(X: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from veneer.train.run import Run
 T = TypeVar("T")
 # Settings that hold options, which have flags of their own.
 METHOD, OPTIMISER, TASK = "options", "optimiser_options", "task_options"
+RANK, BY_PILOT = "rank", int | Literal["auto"]  # auto: a pilot decides, in veneer fit
 OF_THE_RUN = ("seed",)  # options that the setting of this name gives to every method
 COMPLETED: Mapping[str, Callable[[], Iterable[str]]] = {  # by the shell, from registries
     "method": methods.available,
@@ -86,8 +87,9 @@ def of_methods() -> list[Flag]:
                 continue
             name = flag_of_method(method, key)
             panel = panel_of(name, panels.METHOD)
-            before = found.setdefault(name, Flag(name, p.annotation, "", into=METHOD, key=key, panel=panel))
-            if before.hint != p.annotation:
+            hint = BY_PILOT if key == RANK and p.annotation is int else p.annotation
+            before = found.setdefault(name, Flag(name, hint, "", into=METHOD, key=key, panel=panel))
+            if before.hint != hint:
                 other = f"of {before.owners} a {before.hint}"
                 raise TypeError(f"option {key!r} of method {method!r} is a {p.annotation}, {other}")
             found[name] = before._replace(owners=(*before.owners, method))

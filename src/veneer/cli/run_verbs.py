@@ -107,7 +107,7 @@ def fit() -> Call:
             limit = given.share("forget_at_most", forget_at_most)
             show(within.fit_within(run_of(config, every, values, recipe), limit), within.text, as_json)
             return
-        result = start(run_of(config, every, values, recipe))
+        result = start(run_of(config, every, values, recipe, pilots=own.size == 1))
         if own.first:
             show(_record(result) if as_json else result, summary, as_json)
 
@@ -170,14 +170,20 @@ def of_run() -> list[flags.Flag]:
 
 
 def run_of(
-    config: Path | None, every: list[flags.Flag], values: dict[str, Any], recipe: str | None = None
+    config: Path | None,
+    every: list[flags.Flag],
+    values: dict[str, Any],
+    recipe: str | None = None,
+    *,
+    pilots: bool = False,
 ) -> Run:
     """Returns the run of a file's settings and the flags that replace them, with `auto` settled.
 
-    recipe: fills up what neither gives.
+    recipe: fills up what neither gives. pilots: a pilot may decide the rank.
     """
     from veneer import settings
     from veneer.search import auto, recipes
+    from veneer.search.rank import auto as rank_auto
     from veneer.train.loop.progress import Voice
     from veneer.train.run import Run
 
@@ -190,7 +196,9 @@ def run_of(
         chosen, reason = auto.settled(chosen)
         Voice(launched().first).say(reason)
     given.check_optimiser(every, values, str(chosen.get("optimiser", Run.optimiser)))
-    return Run.from_dict(chosen)
+    if not pilots or not rank_auto.asked(chosen):
+        return Run.from_dict(chosen)
+    return rank_auto.ranked(Run.from_dict(rank_auto.without(chosen)), Voice(True))
 
 
 def _record(result: Result) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from veneer import disk
 from veneer.compress.store import save_quantised
@@ -23,7 +24,8 @@ from veneer.runs import base_model, divided
 from veneer.runs.findings import sampler
 from veneer.runs.finish import Begun, end, made_up
 from veneer.runs.learner import keeping, learner, precision
-from veneer.runs.prepare import Reader, Ready, prepare
+from veneer.runs.prepare import Ready, prepare
+from veneer.runs.shared import Shared
 from veneer.runs.texts import streamed, texts
 from veneer.tasks import Task
 from veneer.tasks.base.abilities import Writer
@@ -36,7 +38,7 @@ from veneer.train.loop.progress import Voice
 from veneer.train.loop.schedule import Pace
 from veneer.train.loop.signals import listening
 from veneer.train.loop.state import Position
-from veneer.train.noise import noisy
+from veneer.train.noise import dropping, noisy
 from veneer.train.run import Run
 from veneer.train.world import ALONE, World, in_turn
 
@@ -65,32 +67,39 @@ def fit(
         begun = begin(ready, voice, stack, world)
         if isinstance(begun, Result):
             return begun
-        if run.neftune:
-            stack.callback(noisy(begun.ready.model, run.neftune).remove)
+        _unsettle(begun.ready.model, run, stack)
         loop = loop_of(begun)  # a signal ends its compilation at once
         wish = stack.enter_context(listening(alone=world.size == 1))
         return end(begun, loop, loop.run(wish), wish)
 
 
 def fit_until(
-    run: Run, step: int, *, progress: bool = False, reader: Reader | None = None, world: World = ALONE
+    run: Run, step: int, *, progress: bool = False, shared: Shared | None = None, world: World = ALONE
 ) -> Result | Position:
     """Trains as `fit` up to a step and saves there; returns the result once the training has ended.
 
-    run: with resume, so that the next call goes on; reader: see `prepare`. Raises the errors of `fit`.
+    run: with resume, so that the next call goes on; shared: with other runs of this process. Raises the
+    errors of `fit`.
     """
     voice = Voice(progress and world.first)
     with disk.written(Path(run.out)), ExitStack() as stack:
-        begun = begin(look(run, voice, stack, world, reader), voice, stack, world)
+        begun = begin(look(run, voice, stack, world, shared), voice, stack, world)
         if isinstance(begun, Result):
             return begun
-        if run.neftune:
-            stack.callback(noisy(begun.ready.model, run.neftune).remove)
-        loop = loop_of(begun)
+        _unsettle(begun.ready.model, run, stack)
+        loop = loop_of(begun, shared)
         wish = stack.enter_context(listening(alone=world.size == 1))
         loop.until = step
         position = loop.run(wish)
         return position if loop.paused() else end(begun, loop, position, wish)
+
+
+def _unsettle(model: nn.Module, run: Run, stack: ExitStack) -> None:
+    """Adds noise and dropout of the run's training, until the stack closes. Raises ConfigError."""
+    if run.neftune:
+        stack.callback(noisy(model, run.neftune).remove)
+    if run.attention_dropout:
+        stack.callback(dropping(model, run.attention_dropout))
 
 
 def _with(ready: Ready, objective: Loss, voice: Voice) -> Ready:
@@ -109,7 +118,7 @@ def _with(ready: Ready, objective: Loss, voice: Voice) -> Ready:
 
 
 def look(
-    run: Run, voice: Voice, stack: ExitStack, world: World = ALONE, reader: Reader | None = None
+    run: Run, voice: Voice, stack: ExitStack, world: World = ALONE, shared: Shared | None = None
 ) -> Ready:
     """Reads and checks everything; writes nothing but the lock of a run that has begun."""
     out = Path(run.out)
@@ -120,7 +129,7 @@ def look(
         if held := (out / layout.CONFIG).exists():
             stack.enter_context(lock.held(out))
     stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-    return prepare(run, device, voice, reader=reader, world=world)._replace(held=held)
+    return prepare(run, device, voice, shared=shared, world=world)._replace(held=held)
 
 
 def begin(ready: Ready, voice: Voice, stack: ExitStack, world: World = ALONE) -> Begun | Result:
@@ -173,7 +182,7 @@ def _check_same(out: Path, ready: Ready, voice: Voice) -> None:
         layout.put(out / layout.CONFIG, owner.renewed({**ready.config, "allowed": allowed}, before))
 
 
-def loop_of(begun: Begun) -> Loop:
+def loop_of(begun: Begun, shared: Shared | None = None) -> Loop:
     """Returns the training, at its beginning or at the newest checkpoint."""
     ready, run, task = begun.ready, begun.ready.run, begun.ready.task
     draws = "dropout" if begun.world.first else f"dropout of process {begun.world.rank}"
@@ -200,6 +209,7 @@ def loop_of(begun: Begun) -> Loop:
         precision=precision(run, next(ready.model.parameters()).device),
         chooses=run.chooses,
         sample=sample,
+        opening=shared.opening(run) if shared else None,
     )
     loop.begin(run.resume)
     return loop

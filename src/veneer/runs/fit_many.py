@@ -11,7 +11,8 @@ from veneer import disk, tasks
 from veneer.errors import ConfigError
 from veneer.runs.finish import Begun, end
 from veneer.runs.fit import begin, look, loop_of
-from veneer.runs.prepare import NAME, Reader
+from veneer.runs.prepare import NAME
+from veneer.runs.shared import Shared
 from veneer.tasks.base.abilities import Joint
 from veneer.train.folder.result import Result
 from veneer.train.loop import together
@@ -36,27 +37,29 @@ def fit_many(runs: Sequence[Run], *, progress: bool = True) -> list[Result]:
 
 
 def fit_many_until(
-    runs: Sequence[Run], step: int | None, *, progress: bool = False, reader: Reader | None = None
+    runs: Sequence[Run], step: int | None, *, progress: bool = False, shared: Shared | None = None
 ) -> list[Result | Position]:
     """Trains as `fit_many` up to a step and saves there; see `fit_until`. step: None for all of them."""
     _check(runs)
     with disk.written(Path(runs[0].out)), ExitStack() as stack:
         voices = [Voice(progress) for _ in runs]
         readies = [
-            look(replace(run, compile="off"), voice, stack, reader=reader)
+            look(replace(run, compile="off"), voice, stack, shared=shared)
             for run, voice in zip(runs, voices, strict=True)
         ]
         together.share_base([ready.model for ready in readies])
         together.check({ready.run.out: ready.model for ready in readies}, NAME)
         opened = [begin(ready, voice, stack) for ready, voice in zip(readies, voices, strict=True)]
         going = [b for b in opened if isinstance(b, Begun)]
-        ended = iter(_train(going, stack, step) if going else [])
+        ended = iter(_train(going, stack, step, shared) if going else [])
         return [b if isinstance(b, Result) else next(ended) for b in opened]
 
 
-def _train(going: Sequence[Begun], stack: ExitStack, until: int | None) -> list[Result | Position]:
+def _train(
+    going: Sequence[Begun], stack: ExitStack, until: int | None, shared: Shared | None
+) -> list[Result | Position]:
     bank = together.carry([b.ready.model for b in going], NAME)
-    loops, wish = [loop_of(b) for b in going], stack.enter_context(listening())
+    loops, wish = [loop_of(b, shared) for b in going], stack.enter_context(listening())
     for loop in loops:
         loop.until = until
     positions = together.run_together(loops, bank, wish)
@@ -95,6 +98,8 @@ def _check(runs: Sequence[Run]) -> None:
         )
     if any(run.add_tokens for run in runs):
         problems.append("add_tokens changes the vocabulary, which all runs share here; train them alone")
+    if any(run.attention_dropout for run in runs):
+        problems.append("attention_dropout acts on the rows of all runs; train them alone, or leave it out")
     if asked := sorted({run.compile for run in runs} & {"on", "graphs"}):
         problems.append(f"compile must be 'off' or 'auto' for runs trained together, got {asked[0]!r}")
     if problems:

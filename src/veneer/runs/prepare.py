@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from veneer.models import machine, pretrained
 from veneer.optim.base import groups
 from veneer.runs import base_model, trained
 from veneer.runs.decide import decided
+from veneer.runs.shared import Shared, opened
 from veneer.runs.starts import calibration, left
 from veneer.runs.texts import shards, streamed, texts
 from veneer.runs.texts.decided import as_begun, with_length
@@ -68,23 +69,23 @@ def prepare(
     voice: Voice,
     *,
     only_shapes: bool = False,
-    reader: Reader | None = None,
+    shared: Shared | None = None,
     world: World = ALONE,
 ) -> Ready:
     """Reads and checks everything, cheap things first. Raises the errors of what does not fit.
 
     only_shapes: the trained parameters need not have their starting values, nor the base a fingerprint.
-    reader: in place of `read`, for several runs on the same texts. world: the processes that train the run;
-    the first one computes its start.
+    shared: texts and base of earlier runs of this process. world: the processes that train the run; the first
+    one computes its start.
     """
     run = decided(texts.named(run), device)
     _check_size(run, world)
     with voice.phase("reading texts"):
-        run, task, found = (reader or read)(run, voice)
+        run, task, found = shared.texts(run, lambda: read(run, voice)) if shared else read(run, voice)
     same_start.check_batches(run, task, world)
     with voice.phase("loading the model"):
         place = torch.device("cpu") if run.shard else device  # blocks move one by one, divided
-        model, stats = base_model.base(run, task, run.base_dtype, place, voice, only_shapes=only_shapes)
+        model, stats = opened(shared, run, task, place, voice, only_shapes=only_shapes)
     task.check(model, Joined(*(t.examples for t in found.values())))
     sha256 = "" if only_shapes else fingerprint.measure(model)["sha256"]
     base = {"model": run.model, "class": type(model).__name__, "sha256": sha256}
@@ -127,9 +128,6 @@ def _config(run: Run, task: Task, found: Mapping[str, Text], more: Mapping[str, 
         **({"rendering": rendering} if rendering else {}),
         **more,
     }
-
-
-Reader = Callable[[Run, Notes], tuple[Run, Task, dict[str, Text]]]
 
 
 def read(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, Text]]:

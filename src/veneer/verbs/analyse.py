@@ -15,6 +15,7 @@ from veneer.adapt.store import store
 from veneer.adapt.store.folder import adapter_folder
 from veneer.analyse.intruders import intruders, scale_intruders
 from veneer.analyse.likeness import likeness
+from veneer.analyse.profiles import profiles
 from veneer.analyse.spectra import spectra
 from veneer.errors import ConfigError, NotMergeable, option
 from veneer.files import check_new
@@ -123,16 +124,20 @@ def _check(
 
 
 def _layers(model: nn.Module, name: str, k: int, threshold: float, seed: int) -> list[dict[str, Any]]:
-    """Returns each layer's spectrum, share of the squared norm, and intruders if its change is a matrix."""
+    """Returns each layer's spectrum, share of the squared norm, profile, and intruders if its change is a
+    matrix.
+    """
     found = spectra(model, name)
     total = sum(s.norm**2 for s in found)
     try:
         counted = {i.site: i for i in intruders(model, name, k=k, threshold=threshold, seed=seed)}
     except NotMergeable:  # some layer's change has another form than a matrix
         counted = {}
+    seen = {p.site: p.as_dict() for p in profiles(model, name, k=k, seed=seed)}
     return [
         {
             **s.as_dict(),
+            "profile": seen.get(s.site),
             "values": s.values[:VALUES],
             "share": s.norm**2 / total if total else 0.0,
             "intruders": counted[s.site].count if s.site in counted else None,
@@ -185,6 +190,7 @@ def text(found: Analysis) -> str:
     lines += [_line(layer) for layer in found.layers]
     shares = ", ".join(f"{role} {share:.0%}" for role, share in found.roles.items() if share)
     lines += ["", f"squared norm: {shares}; intruder dimensions: {_total(found.layers)}"]
+    lines += _profile(found.layers)
     for other, rows in found.likeness.items():
         cosine, outputs, inputs = (mean(r[key] for r in rows) for key in ("cosine", "outputs", "inputs"))
         shared = f"outputs {outputs:.0%}, inputs {inputs:.0%}"
@@ -204,6 +210,21 @@ def _line(layer: Mapping[str, Any]) -> str:
     ranks = f"{layer['rank']:>5} {layer['effective_rank']:>9.1f} {layer['energy_rank']:>8}"
     count = "–" if layer["intruders"] is None else layer["intruders"]
     return f"{layer['site'][-44:]:<44} {ranks} {layer['share']:>7.1%} {count:>9}"
+
+
+def _profile(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a line on the base's leading directions: what the change adds there, and at which angle."""
+    seen = [layer["profile"] for layer in layers if layer["profile"] and layer["profile"]["outputs"]]
+    if not seen:
+        return []
+    kept = mean(mean(p["retention"]) / mean(p["values"]) for p in seen if sum(p["values"]))
+    angle = mean(min(p["outputs"]) for p in seen)
+    turned = mean(mean(p["cosines"]) for p in seen)
+    return [
+        f"leading directions of the base: values change by {kept:.1%} in the mean, cosine {turned:.3f} to"
+        f" those of the tuned layer; the change begins {angle:.0f} degrees away; stable rank"
+        f" {mean(p['stable_rank'] for p in seen):.1f}"
+    ]
 
 
 def _total(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -29,7 +29,7 @@ DEFAULT = ("full", "lora", "lora-mlp", "dora", "pissa", "loraplus", "oft")
 
 
 # Settings of a run that a contender may set, beside its method's options.
-OF_RUN = ("weight_decay", "label_smoothing", "neftune", "ema", "batch", "schedule")
+OF_RUN = ("weight_decay", "label_smoothing", "neftune", "attention_dropout", "ema", "batch", "schedule")
 
 
 def known() -> list[str]:

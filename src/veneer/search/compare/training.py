@@ -9,22 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.runs.fit import fit_until
 from veneer.runs.fit_many import fit_many_until
-from veneer.runs.prepare import Reader, read
-from veneer.runs.texts.texts import Text
+from veneer.runs.shared import Shared
 from veneer.search.compare.journal import Journal
 from veneer.search.decide.halving import diverged
 from veneer.search.decide.trial import DIVERGED, FINISHED, GOING, Point, Progress, Trial, every, rung
-from veneer.tasks import Metric, Task, get
+from veneer.tasks import Metric, get
 from veneer.tasks.base.abilities import Joint
 from veneer.train.errors import Busy, Diverged
 from veneer.train.folder import layout, lock
-from veneer.train.loop.progress import Notes, Voice
+from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
 TRIALS, CLAIMS = "trials", "claims"
@@ -42,7 +41,7 @@ class Training:
         self.runs, self.steps, self.folder, self.voice = runs, steps, folder, voice
         self.metric: Metric = get(next(iter(runs.values())).task).METRIC
         self.journal = Journal(folder, self.metric)
-        self.together, self.reader = together, remembering()
+        self.together, self.shared = together, Shared()
         self.alone: set[str] = {label for label, run in runs.items() if not _may_share(run)}
 
     def run_of(self, trial: Trial) -> Run:
@@ -125,17 +124,24 @@ class Training:
             self._tried(trials, share)
 
     def _weigh(self, alone: Trial, others: Sequence[Trial]) -> None:
-        """Notes if one pass is faster, by the seconds of training and evaluation without those of loading."""
-        found = self.journal.read()
-        first = found[alone.key].points[-1].seconds
-        rest = mean(found[t.key].points[-1].seconds for t in others)
+        """Notes if one pass is faster, by the median seconds of a step; loading and evaluation are alike."""
+        first = self._seconds(alone)
+        rest = self._seconds(others[0]) / len(others)
         if first <= 0:
             return
         self.journal.note(BANK, rest / first)
         self.voice.say(
-            f"{len(others)} trials in one pass take {rest:.2g} s each, one alone {first:.2g} s: one pass is"
-            f" {'faster' if rest < first else 'slower'}"
+            f"{len(others)} trials in one pass take {rest:.2g} s a step each, one alone {first:.2g} s: one"
+            f" pass is {'faster' if rest < first else 'slower'}"
         )
+
+    def _seconds(self, trial: Trial) -> float:
+        """Returns the median seconds of a step, of the pass for one of several trials."""
+        lines = _lines(self.folder / TRIALS / trial.key / layout.METRICS)
+        steps = [line for line in lines if line.get("tokens_per_second")]
+        before = [0, *(line["tokens"] for line in steps)]
+        spent = [(s["tokens"] - n) / s["tokens_per_second"] for s, n in zip(steps, before, strict=False)]
+        return median(spent) if spent else 0.0
 
     def _tried(self, trials: Sequence[Trial], share: float) -> bool:
         """Trains trials and says how long it took; tells if all were trained as meant."""
@@ -151,7 +157,7 @@ class Training:
     def _by_itself(self, trial: Trial, share: float) -> bool:
         run, reason = self.run_of(trial), ""
         try:
-            fit_until(run, rung(share, run.steps or 1), reader=self.reader)
+            fit_until(run, rung(share, run.steps or 1), shared=self.shared)
         except Diverged as e:
             reason = e.text.splitlines()[0]
         self._record(trial, share, 1, reason)
@@ -161,7 +167,7 @@ class Training:
         runs = {t: replace(self.run_of(t), compile="off") for t in trials}
         until = None if share >= 1 else rung(share, self.steps)  # trials of other lengths have no rungs
         try:
-            fit_many_until(list(runs.values()), until, reader=self.reader)
+            fit_many_until(list(runs.values()), until, shared=self.shared)
         except Diverged as e:
             lost = next(t for t in trials if Path(runs[t].out) == e.folder)
             self._record(lost, share, len(trials), e.text.splitlines()[0])
@@ -191,20 +197,6 @@ class Training:
             self._forget(trial)
 
 
-def remembering() -> Reader:
-    """Returns a reader that reads the texts of every seed once: all contenders share them."""
-    held: dict[int, tuple[Run, Task, dict[str, Text]]] = {}
-
-    def reader(run: Run, notes: Notes) -> tuple[Run, Task, dict[str, Text]]:
-        if run.seed not in held:
-            held[run.seed] = read(run, notes)
-        known, task, found = held[run.seed]
-        decided = {name: getattr(known, name) for name in ("length", "special_tokens", "task_options")}
-        return replace(run, **decided), task, found
-
-    return reader
-
-
 def joined(
     before: Sequence[Point], lines: Sequence[Mapping[str, Any]], metric: Metric, n: int
 ) -> tuple[Point, ...]:
@@ -231,4 +223,4 @@ def _may_share(run: Run) -> bool:
     """Tells if a run's settings allow a pass with others."""
     joint = issubclass(get(run.task), Joint)
     asked = run.compile in ("on", "graphs") or run.cache_frozen or run.neftune or run.trains_base
-    return joint and not asked and not run.options.get("dropout")
+    return joint and not asked and not run.attention_dropout and not run.options.get("dropout")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def rank(run: Run, search: RankSearch, *, progress: bool = True) -> dict[str, An
             voice.say(f"{out} is finished already; its results are returned unchanged")
             return read_json(out / layout.RESULTS)
         if search.form == "pilot":
-            found = pilot(_at(shared, run.lr, steps), search, voice)
+            found = pilot(_at(shared, run.lr, max(1, round(search.share * steps))), search, voice)
         elif search.form == "gradient":
             found = by_gradient(_at(shared, run.lr, steps), voice)
         else:
@@ -58,18 +59,26 @@ def _at(shared: Run, lr: float | None, steps: int) -> Run:
 
 def _write(file: Path, method: str, found: dict[str, Any]) -> None:
     """Writes the settings of the found rank as YAML, which JSON is part of."""
-    own: dict[str, Any] = {"method": method, "options": {"rank": found["rank"]}}
-    if found["lr"]:
-        own["lr"] = found["lr"]
-    uneven = {n: r for n, r in found.get("rank_pattern", {}).items() if r != found["rank"]}
-    test = found.get("test", {})
-    if uneven and (not test or _better(test, found["metric"])):
-        own["rank_pattern"] = uneven
+    own = {"method": method, **chosen(found)}
     with replacing(file) as (temporary,):
         temporary.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in own.items()), encoding="utf-8")
 
 
-def _better(test: dict[str, float], metric: dict[str, Any]) -> bool:
+def chosen(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a finished search supports: rank, rate, and a pattern where it is better."""
+    own: dict[str, Any] = {"options": {"rank": found["rank"]}}
+    if found["lr"]:
+        own["lr"] = found["lr"]
+    uneven = {n: r for n, r in found.get("rank_pattern", {}).items() if r != found["rank"]}
+    test = found.get("test", {})
+    if not uneven or (test and not _better(test, found["metric"])):
+        uneven = {n: most for n, most in found.get("narrow", {}).items() if most < found["rank"]}
+    if uneven:
+        own["rank_pattern"] = uneven
+    return own
+
+
+def _better(test: Mapping[str, float], metric: Mapping[str, Any]) -> bool:
     """Tells if ranks by energy are better than uniform ones."""
     gain = test["uniform"] - test["by_energy"]
     return gain > 0 if metric["lower_is_better"] else gain < 0

@@ -23,6 +23,7 @@ class RankSearch(Settings):
         " each group of layers; gradient: no training, ranks of layers by the loss's gradient (GoRA)",
     )
     most: int = setting(64, "highest rank")
+    share: float = setting(1.0, "length of the pilot, as a share of the steps")
     rates: int = setting(grid.FEWEST, "learning rates that a sweep tunes once, by factors of two")
     seeds: int = setting(2, "seeds of each rank of a sweep", unit="seeds")
     tolerance: float = setting(plateau.TOLERANCE, "share of the score that a doubling must gain")
@@ -37,6 +38,7 @@ class RankSearch(Settings):
         yield from Range(f"{grid.FEWEST} or more", ("rates",), grid.FEWEST).problems(self)
         yield from Range("1 or more", ("seeds", "together"), 1).problems(self)
         yield from Range("above 0 and below 1", ("tolerance",), 0, 1, open=True).problems(self)
+        yield from Range("above 0 and at most 1", ("share",), 0, 1 + 1e-12, open=True).problems(self)
         yield from Range("above 0", ("max_cost",), 0, open=True).problems(self)
         if self.form == "sweep" and self.seeds < 2:
             yield f"{option('seeds')} must be 2 or more to know the noise of a sweep, got {self.seeds}"

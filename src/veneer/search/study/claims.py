@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from veneer.ops.intervals import of_difference
-from veneer.search.study.protocol import DECAY, FAR, HIGH, LORA, LOW, NEAR
+from veneer.search.study.protocol import AST, DECAY, DROPOUT, FAR, HIGH, LORA, LOW, NEAR
 from veneer.tasks import Metric
 
 HOLDS, FAILS, NOISE, UNKNOWN = "holds", "does not hold", "inside the noise", "not measured"
@@ -149,6 +149,16 @@ def _intrudes(rows: Rows, metric: Metric) -> tuple[str, str]:
     return (HOLDS if counts[0] > counts[1] else FAILS), f"lora {counts[0]}, full {counts[1]}"
 
 
+def _less_diverse(rows: Rows, metric: Metric) -> tuple[str, str]:
+    """Full fine-tuning gives fewer unique answers among samples of a prompt than LoRA."""
+    found = [rows.get(label, {}).get("measures", {}).get("answers") for label in ("full", LORA)]
+    if None in found:
+        return UNKNOWN, ""
+    full, lora = (one["unique_right"] + one["unique_wrong"] for one in found)
+    figures = f"unique answers: full {full:.1f}, lora {lora:.1f}; one seed each"
+    return (HOLDS if full < lora else FAILS), figures
+
+
 BIDERMAN = "LoRA Learns Less and Forgets Less"
 REGRET = "LoRA Without Regret"
 CLAIMS = (
@@ -156,6 +166,11 @@ CLAIMS = (
     Claim(BIDERMAN, "LoRA forgets less at equal learning", _forgets_less_at_equal_learning),
     Claim(BIDERMAN, "weight decay learns like plain full fine-tuning", _alike(DECAY, "full")),
     Claim(BIDERMAN, "full fine-tuning's change has 10 times LoRA's rank", _high_rank),
+    Claim(
+        BIDERMAN, "LoRA of high rank learns instructions like full fine-tuning", _alike(HIGH, "full"), (AST,)
+    ),
+    Claim(BIDERMAN, "attention dropout learns like plain full fine-tuning", _alike(DROPOUT, "full"), (AST,)),
+    Claim(BIDERMAN, "full fine-tuning's answers are less diverse than LoRA's", _less_diverse, (AST,)),
     Claim("LoRA", "low rank suffices near the pretraining data", _alike(LOW, HIGH), (NEAR,)),
     Claim("LoRA", "high rank is needed far from it", _worse(LOW, HIGH), (FAR,)),
     Claim(REGRET, "MLP alone does as well as all layers", _alike("lora-mlp", LORA)),

@@ -1,20 +1,28 @@
-"""The protocol of the study, fixed before any run; docs/study/protocol.md says the same in words."""
+"""The protocol of the study, fixed before any run; docs/study/protocol.md says the same in words.
+
+The part on instructions, which runs when asked for, is in docs/study/instructions.md.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from veneer.search.compare import texts
 from veneer.search.compare.settings import Comparison
+from veneer.search.study import sources
 from veneer.train.run import Run
 
 LORA, HIGH, LOW = "lora", "lora:rank=64", "lora:rank=2"
-DECAY = "full:weight_decay=0.1"
+DECAY, DROPOUT = "full:weight_decay=0.1", "full:attention_dropout=0.1"
 CONTENDERS = (
     "full", DECAY, LOW, LORA, HIGH, "lora-mlp", "lora-attention", "loraplus", "lorapro",
     "pissa", "olora", "loraga", "miss", "oft",
 )  # fmt: skip
 QUICK = ("full", DECAY, LOW, LORA, HIGH, "lora-mlp", "loraplus", "lorapro", "pissa")
+INSTRUCTED = ("full", DECAY, DROPOUT, LOW, LORA, HIGH)
+AST = "ast"  # instructions with exact answers
 NEAR, FAR = "prose", "c"  # texts near the pretraining data, and far from it
 
 
@@ -42,3 +50,12 @@ def parts(size: Size, out: str) -> dict[str, tuple[Run, Comparison]]:
         text: (Run(data=(f"builtin:{text}",), **size.run), Comparison(out=f"{out}/{text}", **size.comparison))
         for text in (NEAR, FAR)
     }
+
+
+def instructions(size: Size, out: str) -> tuple[Run, Comparison]:
+    """Returns the comparison of the part on instructions, and writes its texts."""
+    folder = f"{out}/{AST}"
+    files = sources.write(Path(folder) / texts.FOLDER, sources.rows())
+    own = {"data": (files["train"],), "valid": (files["valid"],), "test": (files["test"],), "packing": False}
+    run = Run(**{**size.run, "batch": 8, "length": 128, **own})
+    return run, Comparison(out=folder, **{**size.comparison, "methods": INSTRUCTED})

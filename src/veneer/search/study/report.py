@@ -9,7 +9,11 @@ from typing import Any
 from veneer.search.study.claims import FAILS, HOLDS, NOISE, UNKNOWN, Rows
 from veneer.tasks import Metric
 
-TEXTS = {"prose": "English prose, near the pretraining data", "c": "C headers, far from it"}
+TEXTS = {
+    "prose": "English prose, near the pretraining data",
+    "c": "C headers, far from it",
+    "ast": "Instructions: an expression, answered by its syntax tree",
+}
 
 
 OUTCOMES = {HOLDS: "hold", FAILS: "do not hold", NOISE: "lie inside the noise", UNKNOWN: "were not measured"}
@@ -36,7 +40,27 @@ def page(found: Mapping[str, Any], parts: Mapping[str, Rows], metric: Metric) ->
     for name, rows in parts.items():
         lines += ["", f"## {TEXTS.get(name, name)}", "", f"![scores]({name}-scores.png)", ""]
         lines += [f"![learning and forgetting]({name}-front.png)", "", *_scores(rows), "", *_measures(rows)]
+        lines += (
+            ["", *_profiles(rows)] if any(row["measures"].get("profile") for row in rows.values()) else []
+        )
+        answers = {label: row["measures"].get("answers") for label, row in rows.items()}
+        lines += ["", *_answers(answers)] if any(answers.values()) else []
     return "\n".join(lines) + "\n"
+
+
+def _answers(found: Mapping[str, Mapping[str, float] | None]) -> list[str]:
+    """Returns exact answers, and unique ones among samples of a prompt, right and wrong."""
+    head = ("method", "exact", "samples right", "unique right", "unique wrong")
+    made = [
+        (label, f"{one['exact']:.0%}", f"{one['right']:.0%}", *_unique(one))
+        for label, one in found.items()
+        if one
+    ]
+    return _table(head, made)
+
+
+def _unique(one: Mapping[str, float]) -> list[str]:
+    return [f"{one[key]:.1f}" for key in ("unique_right", "unique_wrong")]
 
 
 def _counted(claims: Sequence[Mapping[str, str]]) -> str:
@@ -75,6 +99,16 @@ def _measures(rows: Rows) -> list[str]:
             ranks = (_number(v) for v in (m["energy_rank"], *roles, m["intruders"]))
             made.append((label, *ranks, f"{m['cka']:.4f}", f"{m['procrustes']:.4f}"))
     return _table(head, made)
+
+
+def _profiles(rows: Rows) -> list[str]:
+    """Returns the profiles along the base's ten leading directions, which no claim is judged by."""
+    keys = ("retention", "adaptation", "cosine", "stable_rank", "outputs", "inputs", "drift", "drift_unit")
+    head = ("method", *(key.replace("_", " ") for key in keys), "Gram")
+    found = {label: row["measures"] for label, row in rows.items() if row["measures"].get("profile")}
+    return _table(
+        head, ((n, *(f"{m['profile'][k]:.3g}" for k in keys), f"{m['gram']:.3g}") for n, m in found.items())
+    )
 
 
 def _number(value: float | None) -> str:

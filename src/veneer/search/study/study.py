@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,18 @@ from veneer.files import read_json, replacing
 from veneer.models import machine
 from veneer.search.compare.compare import compare, prepared
 from veneer.search.compare.judge import Judge
+from veneer.search.compare.settings import Comparison
 from veneer.search.compare.training import TRIALS
 from veneer.search.decide.trial import Trial
-from veneer.search.study import protocol
+from veneer.search.study import protocol, sources
 from veneer.search.study.claims import judged
-from veneer.search.study.measures import measured
+from veneer.search.study.measures import PROFILE, measured
 from veneer.search.study.report import page
+from veneer.search.study.sources import Asked
 from veneer.tasks import Metric
 from veneer.train.folder import layout
 from veneer.train.loop.progress import Voice
+from veneer.train.run import Run
 
 PAGE = "index.md"
 
@@ -38,27 +41,31 @@ def study(
 
     out: folder of the study; the same command goes on with it [runs/study, or runs/study-quick]
     quick: fewer steps and contenders, for two cores and half an hour
-    part: one part alone, prose or c; several processes may each run one
+    part: one part alone, prose, c or ast; several processes may each run one [prose and c]
     to: folder for the page and its pictures, such as docs/study
     """
     size, voice = protocol.QUICKLY if quick else protocol.FULLY, Voice(progress)
     out = out or ("runs/study-quick" if quick else "runs/study")
     every = protocol.parts(size, out)
-    if part is not None and part not in every:
-        raise ConfigError(f"part must be one of {', '.join(every)}, got {part!r}{suggest(part, every)}")
-    for name in every if part is None else [part]:
+    main, known = list(every), [*every, protocol.AST]
+    if part is not None and part not in known:
+        raise ConfigError(f"part must be one of {', '.join(known)}, got {part!r}{suggest(part, known)}")
+    if part == protocol.AST or (Path(out) / protocol.AST).is_dir():
+        every[protocol.AST] = protocol.instructions(size, out)
+    for name in main if part is None else [part]:
         voice.say(f"== {name}")
         run, comparison = every[name]
         found = compare(run, comparison, progress=progress)
         compare_page.write(Path(comparison.out))
-        _measure(Path(comparison.out), found, *every[name], voice)
+        questions = sources.rows()["test"] if name == protocol.AST else ()
+        _measure(Path(comparison.out), found, every[name], voice, questions)
     rows = {name: _rows(Path(c.out)) for name, (_, c) in every.items() if (Path(c.out) / MEASURES).is_file()}
     metric = _metric(every, rows)
     verdicts = judged(rows, metric) if metric else []
     made = {
         "quick": quick,
         "parts": sorted(rows),
-        "missing": sorted(set(every) - set(rows)),
+        "missing": sorted(set(main) - set(rows)),
         "claims": [v._asdict() for v in verdicts],
         "versions": machine.versions(),
         "hardware": machine.hardware(machine.device("cpu")),
@@ -72,18 +79,25 @@ def study(
 MEASURES = "measures.json"
 
 
-def _measure(folder: Path, found: Mapping[str, Any], run: Any, comparison: Any, voice: Voice) -> None:
+def _measure(
+    folder: Path,
+    found: Mapping[str, Any],
+    part: tuple[Run, Comparison],
+    voice: Voice,
+    questions: Sequence[Asked],
+) -> None:
     """Measures the first seed's trial of every contender."""
-    if (folder / MEASURES).is_file():
+    known = read_json(folder / MEASURES) if (folder / MEASURES).is_file() else {}
+    if known and all(PROFILE in one for one in known.values()):
         return
-    runs, _, _ = prepared(run, comparison, Voice(False))
+    runs, _, _ = prepared(*part, Voice(False))
     judge = Judge(runs[protocol.LORA], voice)
     made = {}
     for row in found["methods"]:
         if row["lr"] is not None and row["values"]:
             trial = folder / TRIALS / Trial(row["label"], row["lr"], found["seed"]).key
             with voice.phase(f"measuring the change of {row['label']}"):
-                made[row["label"]] = measured(judge, trial)
+                made[row["label"]] = measured(judge, trial, questions)
     layout.put(folder / MEASURES, made)
 
 

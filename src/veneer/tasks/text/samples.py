@@ -18,7 +18,6 @@ PROMPT, LONGEST = 24, 200  # tokens of a prompt from plain text, and of the long
 WRITTEN = 48  # tokens
 
 
-@torch.no_grad()
 def continuation(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -29,7 +28,24 @@ def continuation(
     temperature: float = 0.7,
     **options: Any,
 ) -> str:
-    """Returns the text that the model writes after the prompt.
+    """Returns the text that the model writes after the prompt; see `continuations`."""
+    own: dict[str, Any] = {"chat": chat, "seed": seed, "temperature": temperature, **options}
+    return continuations(model, tokenizer, prompt, n=1, **own)[0]
+
+
+@torch.no_grad()
+def continuations(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    n: int,
+    chat: bool = False,
+    seed: int = 0,
+    temperature: float = 0.7,
+    **options: Any,
+) -> list[str]:
+    """Returns n texts that the model writes after the prompt.
 
     chat: the prompt is a chat template's, which writes the beginning token itself. options: of transformers'
     generate. Raises ConfigError if prompt and continuation together are longer than the model's context.
@@ -55,10 +71,11 @@ def continuation(
             ids,
             attention_mask=torch.ones_like(ids),
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **({"num_return_sequences": n} if n > 1 else {}),
             **drawing,
             **options,
         )
-    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+    return [str(tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)) for row in written]
 
 
 def room(model: nn.Module) -> int:

@@ -18,6 +18,7 @@ from veneer.train.folder import checkpoint, owner
 from veneer.train.folder.layout import CHECKPOINTS, Metrics, Written
 from veneer.train.loop import best, saving, state
 from veneer.train.loop.drawing import Drawing
+from veneer.train.loop.opening import Opening
 from veneer.train.loop.progress import Voice
 from veneer.train.loop.schedule import Pace
 from veneer.train.loop.signals import Stop, Wish
@@ -35,7 +36,7 @@ class Loop:
     """One training in one folder. texts: examples to measure by name; "valid" chooses the best step.
 
     "test" is measured before and after only. precision: context of measurements, such as autocast; chooses:
-    False keeps the last step; sample: writes texts with the model, after every evaluation.
+    False keeps the last step; sample: writes texts after every evaluation; opening: see its class.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class Loop:
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         chooses: bool = True,
         sample: Callable[[], list[dict[str, str]]] | None = None,
+        opening: Opening | None = None,
     ) -> None:
         self.learner, self.order, self.texts, self.pace, self.voice = learner, order, texts, pace, voice
         self.world, self.precision, self.chooses, self.sample = learner.world, precision, chooses, sample
         self.drawing = Drawing(learner.task, learner.world)
         self.folder, self.checkpoints = folder, folder / CHECKPOINTS
-        self.position, self.wish = Position(), Wish()
+        self.position, self.wish, self.opening = Position(), Wish(), opening or Opening()
         self.until: int | None = None  # a step to pause at, saved
         self.owners = owner.read(folder)
         self.saved: int | None = None
@@ -70,7 +72,8 @@ class Loop:
         """
         written = Written()
         if resume:
-            found, damaged = self._newest()
+            with in_turn(self.world):  # the first process sets damaged ones aside before others look
+                found, damaged = checkpoint.newest(self.checkpoints)
             for sentence in damaged:
                 self.voice.say(sentence)
             if found:
@@ -86,19 +89,15 @@ class Loop:
         self.metrics = Metrics(self.folder, written, writes=self.world.first)
         self.feed.start(self.position.step)
 
-    def _newest(self) -> tuple[checkpoint.Checkpoint | None, list[str]]:
-        """Returns the newest checkpoint; the first process sets damaged ones aside before others look."""
-        with in_turn(self.world):
-            return checkpoint.newest(self.checkpoints)
-
     def run(self, wish: Wish) -> Position:
         """Trains to the end. Saves and raises Interrupted after a signal, Diverged after skipped steps."""
         self.wish = wish
         self.world.barrier()
-        started = time.monotonic() - self.position.seconds
+        started = 0.0  # set before the first step, as the evaluation before it may be another training's
         try:
             with self.world.exchange("gather of blocks"), self.voice.bar(self.pace.steps, self.position.step):
                 while self.goes_on():
+                    started = started or time.monotonic() - self.position.seconds
                     self.agree(wish)
                     back = state.return_point(self.learner, self.order)
                     micro, rate = self.due()
@@ -128,9 +127,8 @@ class Loop:
 
     def goes_on(self) -> bool:
         """Evaluates and saves if due before the next step; tells if there is a next step."""
-        p, improved = self.position, False
-        if self.pace.evaluates(p.step) and p.evaluated != p.step:
-            improved = self._evaluate()
+        p = self.position
+        improved = self.pace.evaluates(p.step) and p.evaluated != p.step and self._evaluate()
         if self.pace.saves(p.step) or improved:
             self.save()
         over = p.step < self.pace.steps and self.pace.is_over(p.step, p.best_step)
@@ -198,7 +196,8 @@ class Loop:
     def _evaluate(self) -> bool:
         """Measures the texts; tells if the validation text improved."""
         p = self.position
-        figures = self.measure([name for name in self.texts if name != "test" or p.step == 0])
+        names = [name for name in self.texts if name != "test" or p.step == 0]
+        figures = self.opening.measured(p.step, lambda: self.measure(names))
         best.check_finite(self, figures)
         named = {f"{text}_{f.name}": known(f.value) for text, some in figures.items() for f in some}
         self._write({"step": p.step, **named, "seconds": p.seconds})

@@ -86,13 +86,14 @@ def run_together(loops: Sequence[Loop], bank: Bank, wish: Wish) -> list[Position
 
     Raises Interrupted after a signal, and Diverged if one training skips too many steps; all are saved first.
     """
-    started = [time.monotonic() - loop.position.seconds for loop in loops]
+    started: list[float] = []  # before the first step: evaluations before it may be another's
     for loop in loops:
         loop.wish = wish
     try:
         with loops[0].voice.bar(loops[0].pace.steps, loops[0].position.step):
             while going := [i for i, loop in enumerate(loops) if loop.goes_on()]:
                 wish.check()
+                started = started or [time.monotonic() - loop.position.seconds for loop in loops]
                 before = time.monotonic()
                 outcomes = step(bank, [Due(i + 1, loops[i].learner, *loops[i].due()) for i in going])
                 for i, outcome in zip(going, outcomes, strict=True):

@@ -36,6 +36,7 @@ class Updates(Settings):
     )
 
     neftune: float = setting(0.0, "NEFTune's alpha: noise on embeddings in training, usually 5; 0: no noise")
+    attention_dropout: float = setting(0.0, "share of attention weights dropped in training")
     ema: float = setting(
         0.0, "decay of a running mean of the trained weights, measured and saved in their place; 0: no mean"
     )
@@ -44,7 +45,7 @@ class Updates(Settings):
         """Yields a sentence for every unknown name, unsuitable option and value out of range."""
         yield from Range("above 0", ("lr", "embedding_lr"), 0, open=True).problems(self)
         yield from Range("0 or more", ("weight_decay", "clip", "neftune"), 0).problems(self)
-        yield from Range("in [0, 1)", ("label_smoothing", "ema"), 0, 1).problems(self)
+        yield from Range("in [0, 1)", ("label_smoothing", "ema", "attention_dropout"), 0, 1).problems(self)
         if not all(0 <= b < 1 for b in self.betas):
             yield f"{option('betas')} must both be in [0, 1), got {self.betas}"
         try:
