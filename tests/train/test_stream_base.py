@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import models, tiny
+from support import families, models, tiny
 
 import veneer
 from veneer.analyse.cost import process_memory
@@ -18,6 +18,7 @@ from veneer.models import pretrained
 from veneer.models.from_disk import from_disk
 from veneer.models.on_disk import shelf_of
 from veneer.runs import fit as training
+from veneer.sites.blocks import blocks
 from veneer.train.run import Run
 from veneer.train.speed import compiling
 
@@ -106,6 +107,34 @@ def test_numbers_that_someone_holds_are_not_overwritten(base):
         found.append({n: p.grad for n, p in some.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() and len(found[0]) > 50
     assert all(torch.equal(g, found[1][n]) for n, g in found[0].items())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma", "phi3", "falcon", "gpt-oss", "llama4", "mamba2"])
+def test_other_families_have_the_gradients_of_a_base_in_memory(name, tmp_path):
+    families.build(name).save_pretrained(tmp_path)
+    ids, found = torch.arange(24)[None], []
+    for opened in (pretrained.causal_lm, from_disk):
+        model: Any = veneer.attach(opened(str(tmp_path), torch.float32, CPU), "lora", rank=2)
+        compiling.recompute(model, opened is from_disk)
+        loss = model.train()(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach(), **grads})
+    shelf = shelf_of(model)
+    assert shelf is not None and shelf.made == len(list(model_blocks(model)[0].named_parameters()))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 8
+    assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
+
+
+def model_blocks(model: Any) -> list[Any]:
+    veneer.detach(model)
+    return blocks(model)
+
+
+def test_experts_that_are_fused_while_loading_are_refused(tmp_path):
+    families.build("mixtral").save_pretrained(tmp_path)
+    with pytest.raises(FormatError, match=r"as MixtralForCausalLM names them; .*mlp\.experts\.gate_up_proj"):
+        from_disk(str(tmp_path), torch.float32, CPU)
 
 
 def test_what_cannot_go_with_it_is_refused():
