@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import veneer
 from veneer.cli.frame import main
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, VeneerError
 from veneer.models import adapted
 from veneer.runs.fit import fit, fit_until
 from veneer.train.run import Run
@@ -142,3 +142,27 @@ def test_adapters_of_different_tokens_are_refused_by_name(tmp_path):
         fit(Run.from_dict({**run, "add_tokens": tokens}), progress=False)
     with pytest.raises(ConfigError, match="adapters must have the same new tokens"):
         adapted.open_all([str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+def test_tokens_come_from_the_manifest_without_a_tokenizer_and_must_have_the_ids_of_their_rows(tmp_path):
+    fit(Run.from_dict(given(tmp_path, steps=2, known=("none",))), progress=False)
+    adapter = tmp_path / "run" / "adapter"
+    opened, _ = adapted.open_all([str(tmp_path / "run")])
+    x = torch.tensor([opened.tokenizer.encode("the <call>cat")])
+    y = logits(opened.model, x)
+    swapped = AutoTokenizer.from_pretrained(tmp_path / "base")
+    for file in adapter.glob("tokenizer*"):
+        file.unlink()
+    again, _ = adapted.open_all([str(tmp_path / "run")])
+    assert again.tokenizer.encode("the <call>cat") == x[0].tolist()
+    assert torch.equal(logits(again.model, x), y)
+    swapped.add_tokens(list(reversed(NEW)))
+    swapped.save_pretrained(adapter)
+    with pytest.raises(ConfigError, match=r"tokenizer must number the new tokens .*'<call>' has the id"):
+        adapted.open_all([str(tmp_path / "run")])
+
+
+def test_a_server_names_the_way_out(tmp_path):
+    fit(Run.from_dict(given(tmp_path, steps=2, known=("none",))), progress=False)
+    with pytest.raises(VeneerError, match="for a server export the merged model"):
+        veneer.serve(str(tmp_path / "base"), {"a": str(tmp_path / "run")})

@@ -27,5 +27,6 @@ def missing(model: nn.Module, record: Mapping[str, Any] | None) -> list[str]:
     needed = max(tokens.values()) + 1
     return [
         f"the adapter has the new tokens {first_few(tokens)}, for which the model lacks rows ({len(rows)} of"
-        f" {needed}); call veneer.resize_vocabulary(model, {needed}) first"
+        f" {needed}); call veneer.resize_vocabulary(model, {needed}) first, and for a server export the"
+        " merged model"
     ]
