@@ -256,6 +256,13 @@ def test_the_smallest_layout_without_loss_is_chosen():
     assert type(sparse).__name__ == "SHiRA" and torch.equal(sparse.delta(site).double(), D)
     full = torch.randn(40, 60).double()
     assert type(holding.holding(site, full)).__name__ == "Dense"
+    for share, kind in ((0.3, "SHiRA"), (0.4, "Dense")):  # a number with its place takes that of three
+        some = torch.zeros(2400).double()
+        places = torch.randperm(2400, generator=torch.Generator().manual_seed(1))[: int(2400 * share)]
+        some[places] = torch.randn(len(places)).double()
+        found = holding.holding(site, some.view(40, 60))
+        assert type(found).__name__ == kind
+        torch.testing.assert_close(found.delta(site).double(), some.view(40, 60), rtol=1e-6, atol=1e-6)
     assert type(holding.holding(site, B @ A + 1e-8 * full)).__name__ == "Dense"  # a loss of 1e-8 is a loss
     zero = holding.holding(site, torch.zeros(40, 60).double())
     assert isinstance(zero, LoRA) and not zero.delta(site).any()

@@ -123,8 +123,7 @@ def _adapted(
                 f"{folder}: PEFT {peft.__version__} cannot open this {config['peft_type']} on this base:"
                 f" {str(e).splitlines()[0] if str(e) else type(e).__name__}"
             ) from e
-        found = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-        yield [(n, m) for n, m in found if not any(n.startswith(f"{o}.") for o, _ in found)]
+        yield [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 
 def _config(config: Config) -> Any:
