@@ -179,6 +179,12 @@ def test_extraction_gives_back_a_low_rank_change():
     torch.testing.assert_close(model(IDS).logits, tuned(IDS).logits, rtol=1e-6, atol=1e-6)
 
 
+def test_extraction_says_nothing_where_it_leaves_out_nothing(recwarn):
+    model = llama().double().eval()
+    extract(model, tuned_copy(model), "found", rank=2, rest="drop")
+    assert not [w for w in recwarn if "leaves out" in str(w.message)]
+
+
 def test_extraction_is_open_about_the_rest():
     model = llama().double().eval()
     tuned = tuned_copy(model)
@@ -196,7 +202,9 @@ def test_extraction_is_open_about_the_rest():
     with veneer.using(model):
         assert not torch.allclose(model(IDS).logits, tuned(IDS).logits)
     veneer.detach(model)
-    extract(model, tuned, "part", rank=2, rest="drop")
+    text = r"leaves out 2 other parameters: model\.embed_tokens\.weight, model\.norm\.weight"
+    with pytest.warns(UserWarning, match=text):
+        extract(model, tuned, "part", rank=2, rest="drop")
     assert len(changes(model, "part")) == 14
     with pytest.raises(FormatError, match="the same weights"):
         extract(model, copy.deepcopy(llama().double()), "none", rank=2)
