@@ -172,6 +172,7 @@ def test_of_a_method_only_tests_that_name_it_run_and_of_what_all_share_every_one
         "methods/lora.py", other
     )
     assert noticing.concerns("adapt/store/store.py", other)
+    assert noticing.concerns("methods/base/turning.py", other)
 
 
 def test_the_nearest_tests_run_first():

@@ -49,7 +49,7 @@ ROWS = {
         " frozen* complaints* interchange verify"
     ),
 }
-SHARED = ("__init__", "base", "lora")  # files in methods that other files use
+SHARED = ("__init__", "lora", "kaiming")  # files in methods that other files use, as those in base
 COSTLY = "compil"  # in the name of a test that compiles: slow, and seldom the only one to notice a fault
 
 
@@ -81,8 +81,9 @@ def tests(file: str) -> list[str]:
 
 def concerns(file: str, test: str) -> bool:
     """Returns True if a test may concern a file; tests of a method have its name in their name or file."""
-    stem = Path(file).stem
-    return area(file) != "methods" or stem in SHARED or stem in test or _names(test.partition("::")[0], stem)
+    path, (module, _, _) = Path(file), test.partition("::")
+    shared = path.parts[0] != "methods" or path.stem in SHARED or path.parent.name == "base"
+    return shared or path.stem in test or _names(module, path.stem)
 
 
 @functools.cache
