@@ -42,7 +42,7 @@ ELSEWHERE = {
     "wandb_project": "a run is named after its folder",
     "wandb_name": "a run is named after its folder",
     "special_tokens": "the tokenizer is used unchanged",
-    "tokens": "the tokenizer is used unchanged",
+    "tokens": "axolotl trains the whole embedding, add_tokens the new rows alone; give it by --add-tokens",
     "chat_template": "the tokenizer's own template is used",
     "model_type": "the base model's own class is used",
     "tokenizer_type": "the base model's own tokenizer is used",
