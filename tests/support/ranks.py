@@ -17,18 +17,23 @@ from support import tiny
 
 from veneer.train.group import Group
 
-SECONDS = 120
+SECONDS, LATER = 120, 5
 
 
 class Ranks:
     """`size` processes of one group."""
 
     def __init__(self, size: int, folder: str) -> None:
-        context = tiny._forks()
-        self.size, self.connections, self.processes = size, [], []
-        for rank in range(size):
+        self.size, self.folder, self.starts = size, folder, 0
+        self.start()
+
+    def start(self) -> None:
+        context, self.starts = tiny._forks(), self.starts + 1
+        self.connections, self.processes = [], []
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            own = context.Process(target=serve, args=(rank, size, f"{folder}/meeting", theirs), daemon=True)
+            meeting = f"{self.folder}/meeting-{self.starts}"
+            own = context.Process(target=serve, args=(rank, self.size, meeting, theirs), daemon=True)
             own.start()
             theirs.close()
             self.connections.append(ours)
@@ -38,14 +43,24 @@ class Ranks:
         """Returns what "module:name"(world, ..) returned in each process; raises their first error."""
         for c in self.connections:
             c.send((function, args, options))
-        found = []
+        found, seconds, error = [], SECONDS, ""
         for rank, c in enumerate(self.connections):
-            assert c.poll(SECONDS), f"process {rank} does not answer {function}"
-            found.append(c.recv())
-        for kind, value in found:
-            if kind == "error":
-                raise AssertionError(value)
-        return [value for _, value in found]
+            kind, value = c.recv() if c.poll(seconds) else ("silent", f"process {rank} does not answer")
+            found.append(value)
+            error = error or (value if kind != "value" else "")
+            seconds = LATER if error else SECONDS  # the others may wait for one that failed
+            if kind == "silent":
+                self.kill()
+                self.start()
+                break
+        if error:
+            raise AssertionError(error)
+        return found
+
+    def kill(self) -> None:
+        for p in self.processes:
+            p.kill()
+            p.join()
 
     def close(self) -> None:
         for c in self.connections:

@@ -19,6 +19,16 @@ from veneer.train.loop.step import Learner
 from veneer.train.world import World
 
 ROWS = 8
+# Options that make a method fit the tiny model's layers.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "oft": {"block": 4},
+    "boft": {"block": 4},
+    "miss": {"rank": 4},
+    "bat": {"rank": 4},
+    "bitfit": {"to": "all-linear"},
+    "loldu": {"rank": 8},
+    "lokr": {"rank": 2},  # small enough for pairs A, B
+}
 
 
 def windows(n: int, seed: int = 3) -> list[Window]:

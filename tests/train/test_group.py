@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import shared_runs, shared_steps, tiny
+from support.shared_steps import OPTIONS
 from support.torchrun import torchrun
 
 from veneer import methods, optim
@@ -18,16 +19,6 @@ from veneer.train import group
 from veneer.train.world import ALONE, World
 
 STEP, RUN = "support.shared_steps:train", "support.shared_runs:until"
-# Options that make a method fit the tiny model's layers.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "oft": {"block": 4},
-    "boft": {"block": 4},
-    "miss": {"rank": 4},
-    "bat": {"rank": 4},
-    "bitfit": {"to": "all-linear"},
-    "loldu": {"rank": 8},
-    "lokr": {"rank": 2},  # small enough for pairs A, B
-}
 
 
 def of_method(method: str) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import shared_runs, tiny
+from support import experts, shared_runs, tiny
+from support.shared_steps import OPTIONS
 from torch import nn
 
-from veneer import tasks
+import veneer
+from veneer import methods, tasks
 from veneer.errors import ConfigError
 from veneer.train.loop import room
 from veneer.train.run import Run
@@ -24,22 +26,54 @@ def settings(folder: Any, **changed: Any) -> dict[str, Any]:
     return {**given, "eval_every": 5, **changed}
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+OTHERS = [m for m in methods.available() if m not in ("lora", "dora", "full")]
+
+
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", *(pytest.param(m, marks=pytest.mark.slow) for m in OTHERS)]
+)
 def test_a_divided_base_learns_what_a_whole_one_does(method, tmp_path, two):
-    given = settings(tmp_path, method=method)
+    own: dict[str, Any] = {"options": OPTIONS.get(method, {"rank": 4} if method in ("lora", "dora") else {})}
+    if "to" in own["options"]:
+        own["to"] = own["options"].pop("to")
+    _alike(tmp_path, two, settings(tmp_path, method=method, **own), 0.9)
+    if method in ("lora", "dora"):
+        _opens_in_peft(tmp_path)
+
+
+def test_a_base_divided_among_four_processes(tmp_path, four):
+    _alike(tmp_path, four, settings(tmp_path, eval_every=99), 0.75)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_quantised_weights_are_divided_as_they_are_stored(format, tmp_path, two):
+    _alike(tmp_path, two, settings(tmp_path, quantise=format), 0.9)
+
+
+def test_fused_experts_are_divided(tmp_path, two):
+    given = settings(tmp_path, model=str(tmp_path / "experts"))
+    sizes = {"vocab_size": len(tiny.tokenizer()), "max_position_embeddings": 128}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "SIZES", {**experts.SIZES, **sizes})
+        experts.model("mixtral").save_pretrained(tmp_path / "experts")
+    tiny.tokenizer().save_pretrained(tmp_path / "experts")
+    _alike(tmp_path, two, given, 0.85)
+
+
+def _alike(tmp_path: Any, ranks: Any, given: dict[str, Any], share: float) -> None:
+    """Trains on a whole base and on a divided one. share: most of the base's numbers that a process holds."""
     shared_runs.whole(ALONE, {**given, "out": str(tmp_path / "alone")})
-    for held, total in two.call(WHOLE, {**given, "shard": True}):
-        assert 0 < held < 0.85 * total  # blocks are halved; embeddings, head and adapter are whole
+    for held, total in ranks.call(WHOLE, {**given, "shard": True}):
+        assert 0 < held < share * total  # embeddings, head and adapter are whole
     one, other = tiny.metrics(tmp_path / "alone"), tiny.metrics(tmp_path / "run")
     assert [line["step"] for line in one] == [line["step"] for line in other]
     for a, b in zip(one, other, strict=True):
         for key in {"loss", "gradient_norm", "valid_bpb"} & a.keys():
             assert b[key] == pytest.approx(a[key], abs=2e-6), (a["step"], key)
-    _opens_in_peft(tmp_path)
 
 
 def _opens_in_peft(folder: Any) -> None:
-    """Plain PEFT computes from the divided run's folder what it does from the whole run's."""
+    """Plain PEFT computes from the divided run's folder what Veneer does, and what a whole run's gives."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -53,13 +87,22 @@ def _opens_in_peft(folder: Any) -> None:
                 plain = base.unload() if hasattr(base, "unload") else model.unload()
                 assert not torch.equal(plain(torch.arange(24)[None]).logits, logits[-1])
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=2e-4)
+    own = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    veneer.load(own, folder / "run" / "adapter")
+    with torch.no_grad():
+        ours = own.eval()(torch.arange(24)[None]).logits
+    assert float((ours - logits[1]).norm() / logits[1].norm()) <= 1e-5
 
 
 def test_shard_alone_or_with_a_changed_base_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="divides the base among processes, got 1"):
         shared_runs.whole(ALONE, settings(tmp_path, shard=True))
-    with pytest.raises(ConfigError, match=r"needs the whole base for quantise(.|\n)*method 'full' trains it"):
-        Run(data="-", method="full", shard=True, quantise="nf4")
+    with pytest.raises(
+        ConfigError, match=r"needs the whole base for cache_frozen(.|\n)*method 'full' trains it"
+    ):
+        Run(data="-", method="full", shard=True, cache_frozen=True)
+    with pytest.raises(ConfigError, match="needs the whole base for init"):
+        Run(data="-", shard=True, quantise="nf4", options={"init": "loftq"})
 
 
 class Short(nn.Module):

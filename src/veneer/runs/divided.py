@@ -10,6 +10,7 @@ from veneer.runs.starts import calibration
 from veneer.sites.own import is_own
 from veneer.tasks.base.heads import heads
 from veneer.train import sharding
+from veneer.train.loop import state
 from veneer.train.loop.progress import Voice
 from veneer.train.world import World
 from veneer.units import size
@@ -32,6 +33,7 @@ def whole(ready: Ready) -> Ready:
     parts = trained.open_parameters(model, run, stats, aside)
     held = dict([*ready.model.named_parameters(), *ready.model.named_buffers()])
     learned = {part.name for part in parts}
+    state.resize(model, parts, {part.name: part.parameter.shape for part in ready.parts})
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if is_own(name) or name in learned:
             t.copy_(held[name])

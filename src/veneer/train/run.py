@@ -117,8 +117,9 @@ def _of_speed(run: Run) -> Iterator[str]:
 def _of_shard(run: Run) -> Iterator[str]:
     if not run.shard:
         return
+    own = run.init if run.method in methods.available() else None
     others = {
-        "quantise": run.quantise is not None,
+        "init": own in inits.available() and inits.needs(own).residual,
         "cache_frozen": run.cache_frozen,
         "samples": run.samples > 0,
         "compile": run.compile in ("on", "graphs"),

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.adapt.attached import layers
 from veneer.data.order.order import Steps
 from veneer.errors import FormatError, first_few
 from veneer.methods.base.protocols import Resizes
+from veneer.optim.base.groups import Part
 from veneer.sites.own import is_own
 from veneer.tasks import Figure
 from veneer.train.folder.checkpoint import Checkpoint
@@ -123,14 +124,19 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
 
 
 def _resize(learner: Learner, saved: Checkpoint) -> None:
-    """Gives changes that resize themselves in training the sizes they were saved with."""
-    names = {id(part.parameter): part.name for part in learner.parts}
-    for held in layers(learner.model):
+    shapes = {n.removeprefix("p."): t.shape for n, t in saved.tensors.items() if n.startswith("p.")}
+    resize(learner.model, learner.parts, shapes)
+
+
+def resize(model: nn.Module, parts: Sequence[Part], shapes: Mapping[str, torch.Size]) -> None:
+    """Gives changes that resize themselves in training these shapes of their parameters, by name."""
+    names = {id(part.parameter): part.name for part in parts}
+    for held in layers(model):
         for delta in (held[name] for name in held.names()):
             if isinstance(delta, Resizes):
-                own = {n: f"p.{names.get(id(p))}" for n, p in delta.named_parameters()}
-                if all(key in saved.tensors for key in own.values()):
-                    delta.resize({n: saved.tensors[key].shape for n, key in own.items()})
+                own = {n: names.get(id(p), "") for n, p in delta.named_parameters()}
+                if all(key in shapes for key in own.values()):
+                    delta.resize({n: shapes[key] for n, key in own.items()})
 
 
 def draws(learner: Learner) -> dict[str, Tensor]:
