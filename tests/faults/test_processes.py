@@ -146,6 +146,13 @@ def test_a_flipped_bit_in_one_process_is_seen_before_the_next_checkpoint(place, 
     assert_same(own, tmp_path / "whole")
 
 
+def test_a_signal_while_the_processes_agree_stops_all_a_step_later(place, tmp_path, two):
+    own = given(place, tmp_path / "run", options={"rank": 4}, eval_every=9)
+    for end in two.call("support.shared_runs:signalled", own, 1, 3):
+        assert "stopped by signal 15 after step 3 of 6; saved" in end
+    assert kept(own)[-1] == "step-000003"
+
+
 needs_all = pytest.mark.skipif(not tally.FULL, reason="starts torchrun: make test-faults")
 
 

@@ -11,7 +11,7 @@ import torch
 from veneer.optim.base.groups import Part
 from veneer.runs.fit import fit, fit_until
 from veneer.train import same_start
-from veneer.train.errors import Unlike
+from veneer.train.errors import Interrupted, Unlike
 from veneer.train.loop.loop import Loop
 from veneer.train.loop.step import Learner
 from veneer.train.run import Run
@@ -125,6 +125,30 @@ def diverged(world: World, given: dict[str, Any], rank: int, step: int, where: s
         try:
             fit(Run.from_dict(given), progress=False, world=world)
         except Unlike as e:
+            return str(e)
+    return ""
+
+
+def signalled(world: World, given: dict[str, Any], rank: int, step: int) -> str:
+    """Trains; a signal comes to process `rank` while all agree before that step. Returns the error."""
+    agree = Loop.agree
+
+    def watched(loop: Loop, wish: Any) -> None:
+        real = loop.world.sum
+
+        def late(value: Any) -> Any:
+            total = real(value)
+            if world.rank == rank and loop.position.step == step - 1:
+                wish.number = 15
+            return total
+
+        with mock.patch.object(loop.world, "sum", late):
+            agree(loop, wish)
+
+    with mock.patch.object(Loop, "agree", watched):
+        try:
+            fit(Run.from_dict(given), progress=False, world=world)
+        except Interrupted as e:
             return str(e)
     return ""
 

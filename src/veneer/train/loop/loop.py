@@ -113,10 +113,10 @@ class Loop:
         return self.position
 
     def agree(self, wish: Wish) -> None:
-        """Raises Stop in all processes if a signal came in any."""
-        if self.world.size > 1 and self.world.sum(wish.number or 0) and wish.number is None:
-            wish.number = signal.SIGTERM
-        wish.check()
+        """Raises Stop in all processes if a signal came in any; one that comes meanwhile waits a step."""
+        if self.world.sum(wish.number or 0):
+            wish.number = wish.number or signal.SIGTERM
+            raise Stop
 
     def interrupted(self) -> Interrupted:
         """Saves a checkpoint unless there is one, and returns the error to raise after a signal."""
