@@ -191,7 +191,7 @@ def bounded(knowing, out, runs):
     for seed in range(runs):
         given = of_new_words(knowing, steps=6, seed=seed, eval_windows=40)
         run = Run.from_dict({**given, "lr": 0.02, "eval_every": 6, "out": str(out / f"{seed}")})
-        found = fit_within(run, 0.05, progress=False)
+        found = fit_within(run, 0.02, progress=False)
         held += found["chosen"] is None or found["chosen"]["held"]
         chosen += found["chosen"] is not None
     return held, chosen
