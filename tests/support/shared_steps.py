@@ -50,14 +50,12 @@ def train(
     optimiser_options: dict[str, Any] | None = None,
     steps: int = 10,
     same: bool = False,
-    backwards: bool = False,
     lr: float = 1e-3,
     change: Callable[[Learner], Learner] = lambda own: own,
 ) -> dict[str, Any]:
     """Returns losses, norms, a hash of the parameters and the bytes on the wire.
 
-    same: the whole batch in every process, in place of a share. backwards: sums each micro-batch from its
-    end, and begins with the second one.
+    same: the whole batch in every process, in place of a share.
     """
     model = models.llama()
     if method == "full":
@@ -72,7 +70,6 @@ def train(
     with wire.counted() as counted:
         for i in range(steps):
             micro = [every[i * ROWS : i * ROWS + 4], every[i * ROWS + 4 : (i + 1) * ROWS]]
-            micro = [some[::-1] for some in micro[::-1]] if backwards else micro
             outcome = learner.step(micro if same else world.shares(micro), lr)
             assert outcome.skipped is None
             found["losses"].append(outcome.loss)
