@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,3 +170,9 @@ def test_transformers_stays_in_its_layers(file):
 )
 def test_the_check_sees_what_points_upwards(file, source):
     assert len(upward(file, ast.parse(source))) == 1
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names alone."""
+    names = Counter(path.name for path in (Path(__file__).parents[1]).rglob("test_*.py"))
+    assert [name for name, n in names.items() if n > 1] == []
