@@ -126,6 +126,7 @@ def test_a_missing_bias_of_the_branch_is_named(tmp_path):
 ROWS = {
     "a list": {"trainable_token_indices": [5, 6, 95]},
     "by name": {"trainable_token_indices": {"embed_tokens": [5, 7]}},
+    "of the head": {"trainable_token_indices": {"lm_head": [5, 9]}},
     "of both ends": {"trainable_token_indices": {"embed_tokens": [5, 7], "lm_head": [5, 9]}},
     "beside the embedding": {
         "trainable_token_indices": {"lm_head": [5, 9]},
@@ -135,7 +136,7 @@ ROWS = {
 
 
 # PEFT ties the ends of a tied model, whose rows then differ in the settings alone.
-ENDS = [(kind, tied) for kind in ("a list", "by name", "of both ends") for tied in (False, True)][:-1]
+ENDS = [(kind, tied) for kind in ROWS for tied in (False, True) if (kind, tied) != ("of both ends", True)]
 
 
 @pytest.mark.parametrize(("kind", "tied"), ENDS)

@@ -18,6 +18,8 @@ from veneer.methods.base.biased import Biased
 from veneer.methods.base.token_rows import TokenRows
 from veneer.methods.lora import LoRA
 from veneer.sites import BiasSite, LeafSite, Site, site_for
+from veneer.sites.embedding import EmbeddingSite
+from veneer.sites.finding.kinds import kind_of
 from veneer.sites.own import base_modules
 from veneer.sites.roles import embeddings
 
@@ -85,7 +87,8 @@ class Beside:
 
     @torch.no_grad()
     def rows(self, config: Config) -> None:
-        """trainable_token_indices: absolute rows of embeddings, and of a tied head."""
+        """trainable_token_indices: absolute rows. Rows of an embedding are those of a head tied to it too;
+        rows of a tied head leave the embedding as it is."""
         for entry, indices in _indices(self.model, config.get("trainable_token_indices")):
             for name, module in base_modules(self.model).items():
                 key = f"{name}.{ROWS}"
@@ -100,8 +103,8 @@ class Beside:
                     self._put_rows(site, indices, self.tensors[key], key, made)
 
     def _sharing(self, name: str, module: nn.Module) -> list[Site]:
-        """Returns the sites of the module and of those that share its weight."""
-        weight = module._parameters.get("weight")
+        """Returns the sites of the module and, of an embedding, of those that share its weight."""
+        weight = module._parameters.get("weight") if kind_of(module) is EmbeddingSite else None
         same = [(n, m) for n, m in base_modules(self.model).items() if m._parameters.get("weight") is weight]
         return [site_for(n, m) for n, m in same] if weight is not None else [site_for(name, module)]
 
