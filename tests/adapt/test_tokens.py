@@ -13,6 +13,7 @@ from support import models, tiny
 
 import veneer
 from veneer.adapt.attached import base_parameters
+from veneer.adapt.probe_inputs import default_inputs
 from veneer.errors import ConfigError, FormatError
 
 NEW = ["<call>", "</call>", "<end>"]
@@ -196,6 +197,23 @@ def test_rows_alone_go_to_peft_and_come_from_it(tied, targets, tmp_path):
     own, base = model.get_input_embeddings().weight, plain.get_input_embeddings().weight
     kept = [i for i in range(len(own)) if i not in (1, 5, 7)]
     assert torch.equal(own[kept], base[kept]) and not torch.equal(own[[1, 5, 7]], base[[1, 5, 7]])
+
+
+def test_rows_of_tokens_that_the_probe_lacks_are_no_idle_adapter(tmp_path):
+    model = begun(False)[0]
+    seen = default_inputs(model)["input_ids"]
+    rare = [i for i in range(len(model.get_input_embeddings().weight)) if i not in seen][:3]
+    config = peft.TrainableTokensConfig(token_indices=rare, target_modules=["embed_tokens"])
+    theirs = peft.get_peft_model(model, config).eval()
+    for p in theirs.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    x = torch.tensor([[1, *rare]])
+    wanted = logits(theirs, x)
+    torch.testing.assert_close(
+        logits(veneer.load(begun(False)[0], tmp_path), x), wanted, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_rows_alone_that_do_not_fit_are_named(tmp_path):

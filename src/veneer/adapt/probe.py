@@ -133,14 +133,18 @@ def _far(state: str, kept: str, error: Tensor, allowed: float) -> list[str]:
     ]
 
 
-def is_idle(model: nn.Module, run: Run) -> bool:
+def is_idle(model: nn.Module, run: Run, tokens: Sequence[int] = ()) -> bool:
     """Returns True if outputs with the adapter equal the base's bit for bit; False if no input can tell.
 
-    Raises what the model raises with the adapter on but not off.
+    tokens: ids whose rows the adapter changes; some of them end the input. Raises what the model raises with
+    the adapter on but not off.
     """
     inputs = packed_default(model)
     if isinstance(inputs, str):
         return False
+    for own in inputs.values():  # of encoder and decoder
+        (ids,) = own["values"]
+        own["values"] = [[*ids, *tokens][-len(ids) :] if len(tokens) < len(ids) else [*tokens][: len(ids)]]
     try:
         off = run(inputs, False)
     except Exception:  # a model may need more than token ids
