@@ -222,6 +222,23 @@ def test_training_loops_ask_for_gradients_themselves():
     calls.check_gradients(fine)  # of the first step only
 
 
+class Halves(nn.Module):
+    """Only one of two layers is reached, as a tower of a model that gets no pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.reached, self.tower = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.reached(x)
+
+
+def test_layers_that_were_not_called_are_asked_for_no_gradient():
+    model = veneer.attach(Halves(), "lora", rank=2)
+    model(x).sum().backward()
+    calls.check_gradients(model)
+
+
 def test_gradients_may_be_gathered_and_dropped_between_steps():
     model = veneer.attach(Tower(), "lora", rank=2, to=r"text.*")
     with torch.no_grad():
