@@ -39,6 +39,7 @@ LESS_IS_BETTER += (
     "_overhead",
     "_memory_vs_",
 )
+LESS_IS_BETTER += ("bank_time_ratio", "bank_step_ratio", "bank_memory_ratio", "search_time_ratio")
 LESS_IS_BETTER += ("_kept_vs_", "_time_vs_lora", "_over_merged_")
 # Not better in either direction, or seconds and bytes of one machine.
 FORECAST = re.compile(r"memory_error|time_error|\w+_(bytes|processor)_error|\w+_part\w*_error\w*")
