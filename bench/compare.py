@@ -48,7 +48,7 @@ from veneer.train.run import Run
 RESULTS = Path(__file__).parent / "results" / "compare.json"
 WORK = Path("runs") / "bench_compare"
 TRIALS, SKIPPED = 8, 3  # steps that warm up
-STEPS = {"bank": 48, "search": 96}
+STEPS = {"bank": 32, "search": 96}
 RANKS, RATES, SEEDS = (4, 8, 16), 8, 3
 
 
