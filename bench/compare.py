@@ -174,12 +174,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[], help="default: all")
     parser.add_argument("--write", action="store_true", help="keep the outcome in bench/results")
     args = parser.parse_args()
     figures = json.loads(RESULTS.read_text())["figures"] if RESULTS.exists() else {}
     device = machine.hardware(torch.device("cpu"))
-    for part in args.parts:  # each is kept once it is measured
+    for part in args.parts or PARTS:  # each is kept once it is measured
         figures |= {name: float(f"{value:.4g}") for name, value in PARTS[part]().items()}
         line = {"bench": "compare", "device": device, "versions": m.versions(), "figures": figures}
         if args.write:
