@@ -22,8 +22,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 pytest_plugins = ["support.pretraining", "support.ranks", "support.real"]
 
 
+LEFT_OUT = {"slow": "takes minutes; run with -m slow", "ray": "starts Ray; run with -m ray"}
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves tests of minutes out unless -m names them."""
     for item in items:
-        if "slow" in item.keywords and "slow" not in config.getoption("-m"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+        for mark, reason in LEFT_OUT.items():
+            if item.get_closest_marker(mark) and mark not in config.getoption("-m"):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -11,8 +11,8 @@ import typer
 from veneer import settings
 from veneer.cli import flags, given
 from veneer.cli.calls import Call, Json, show
-from veneer.cli.panels import METHOD, panel_of
-from veneer.cli.words import Debug
+from veneer.cli.panels import panel_of
+from veneer.cli.words import Bound, Debug, Engine, Recipe, Restarts, Workers
 from veneer.errors import ConfigError
 from veneer.launcher import launched
 
@@ -29,24 +29,6 @@ Config = Annotated[
         metavar="<file.yaml>",
         help="Settings from a file; flags replace them.",
         rich_help_panel=panel_of("config"),
-    ),
-]
-Bound = Annotated[
-    str | None,
-    typer.Option(
-        "--forget-at-most",
-        metavar="<share>",
-        help="Try rates, layers and strengths; keep the best that forgets at most this share, such as 1%.",
-        rich_help_panel="Evaluation",
-    ),
-]
-Recipe = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        metavar="<name>",
-        help="Settings that a study of LoRA recommends: learns-less, without-regret. Flags replace them.",
-        rich_help_panel=METHOD,
     ),
 ]
 Configs = Annotated[
@@ -94,6 +76,9 @@ def fit() -> Call:
         config: Config = None,
         recipe: Recipe = None,
         forget_at_most: Bound = None,
+        engine: Engine = "torch",
+        workers: Workers = None,
+        max_restarts: Restarts = None,
         as_json: Json = False,
         debug: Debug = False,
         **values: Any,
@@ -102,12 +87,17 @@ def fit() -> Call:
         if forget_at_most is not None:
             if own.size > 1:
                 raise ConfigError(f"forget_at_most tries runs in one process, got {own.size}; leave it out")
+            if engine != "torch":
+                raise ConfigError(
+                    f"forget_at_most tries runs in one process, got engine {engine!r}; leave it out"
+                )
             from veneer.search.budget import within
 
             limit = given.share("forget_at_most", forget_at_most)
             show(within.fit_within(run_of(config, every, values, recipe), limit), within.text, as_json)
             return
-        result = start(run_of(config, every, values, recipe, pilots=own.size == 1))
+        run = run_of(config, every, values, recipe, pilots=own.size == 1)
+        result = start(run, engine=engine, workers=workers, max_restarts=max_restarts)
         if own.first:
             show(_record(result) if as_json else result, summary, as_json)
 

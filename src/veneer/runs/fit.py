@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from veneer.runs import base_model, divided
 from veneer.runs.findings import sampler
 from veneer.runs.finish import Begun, end, made_up
 from veneer.runs.learner import keeping, learner, precision
+from veneer.runs.on_ray import fit as on_ray
 from veneer.runs.prepare import Ready, prepare
 from veneer.runs.shared import Shared
 from veneer.runs.texts import streamed, texts
@@ -44,18 +45,28 @@ from veneer.train.world import ALONE, World, in_turn
 
 
 def fit(
-    run: Run, *, progress: bool = True, world: World | None = None, objective: Loss | None = None
+    run: Run,
+    *,
+    progress: bool = True,
+    world: World | None = None,
+    objective: Loss | None = None,
+    engine: Literal["torch", "ray"] = "torch",
+    workers: int | None = None,
+    max_restarts: int | None = None,
 ) -> Result:
     """Trains as `run` says, in the folder run.out, and returns the result.
 
     progress: prints sentences on stderr, and a bar on a terminal. world: the processes that train this run
     together, each with a share of every batch; those of torchrun unless given. objective: loss(model, batch)
     in place of the task's, which returns the sum of the losses and the number of labels; figures stay the
-    task's. Everything is checked before anything is written. Raises the errors of veneer.errors, and those
+    task's. engine: "ray" trains in workers of Ray Train; see `fit_on_ray` for workers and max_restarts.
+    Everything is checked before anything is written. Raises the errors of veneer.errors, and those
     of veneer.train.errors for trainings that end early, all saved.
 
         veneer.fit(veneer.Run(model="./llama", data="notes.jsonl", method="dora", options={"rank": 16}))
     """
+    if on_ray.chosen(engine, workers, max_restarts, world):
+        return on_ray.fit_on_ray(run, workers, max_restarts, progress=progress, objective=objective)
     if launched().restarts:
         run = replace(run, resume=True)
     with disk.written(Path(run.out)), ExitStack() as stack:

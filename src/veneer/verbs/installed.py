@@ -29,7 +29,7 @@ MODULES = {
     "scikit-learn": "sklearn",
     "pyyaml": "yaml",
     "pillow": "PIL",
-    "ray[serve]": "ray",
+    "ray[serve,train]": "ray",
     "mlflow-skinny": "mlflow",
     "sse-starlette": "sse_starlette",
     "prometheus-client": "prometheus_client",
@@ -59,7 +59,7 @@ FEATURES = (
     feature("task text-to-image", "diffusion", {"diffusers": "0.35"}),
     feature("files of GGUF", "gguf", {"gguf": "0.17"}),
     feature("other types of PEFT's adapters", "peft", {"peft": "0.21"}),
-    feature("replicas behind Ray Serve", "ray", {"ray[serve]": "2.40", "httpx": "0.27"}),
+    feature("--engine ray, replicas", "ray", {"ray[serve,train]": "2.51", "httpx": "0.27"}),
     feature(
         "serve",
         "serve",

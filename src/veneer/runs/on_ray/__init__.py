@@ -1,0 +1,1 @@
+"""Trainings in workers of Ray Train, for `--engine ray`."""

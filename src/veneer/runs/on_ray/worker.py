@@ -1,0 +1,105 @@
+"""A worker of Ray Train: trains as a process of torchrun does, and tells the driver through an actor."""
+
+from __future__ import annotations
+
+import os
+from contextlib import redirect_stderr, suppress
+from dataclasses import replace
+from typing import Any, NamedTuple, TextIO, cast
+
+from veneer.errors import VeneerError
+from veneer.launcher import launched
+from veneer.tasks.base.custom import Loss
+from veneer.train.group import Lost
+from veneer.train.run import Run
+
+
+class Desk:
+    """An actor that all workers reach: keeps their lines, and the error that no restart would cure."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.error: tuple[type[VeneerError], tuple[Any, ...], dict[str, Any]] | None = None
+        self.starts = 0
+
+    def start(self, first: bool) -> bool:
+        """Counts the starts of the first worker; returns True if the training has ended by an error."""
+        self.starts += first
+        if first and self.starts > 1 and self.error is None:
+            self.say(f"restart {self.starts - 1}: a worker was lost; all go on from the newest checkpoint")
+        return self.error is not None
+
+    def say(self, line: str) -> None:
+        """Keeps a line for the driver."""
+        self.lines.append(line)
+
+    def end(self, kind: type[VeneerError], args: tuple[Any, ...], state: dict[str, Any]) -> None:
+        """Keeps the first error in parts: not every class can be pickled."""
+        self.error = self.error or (kind, args, state)
+
+    def news(self) -> tuple[list[str], Any]:
+        """Returns the lines since the last call, and the parts of the error or None."""
+        lines, self.lines = self.lines, []
+        return lines, self.error
+
+
+class Plan(NamedTuple):
+    """All that a worker needs. folder: the directory from which relative paths of the run start."""
+
+    run: Run
+    desk: Any
+    folder: str
+    progress: bool
+    objective: Loss | None
+
+
+class Lines:
+    """A stream that sends every whole line to the desk."""
+
+    def __init__(self, desk: Any) -> None:
+        self.desk, self.rest = desk, ""
+
+    def write(self, text: str) -> int:
+        """Sends the lines that the text completes."""
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self.desk.say.remote(line)
+        return len(text)
+
+    def flush(self) -> None:
+        """Sends nothing: an incomplete line waits."""
+
+    def isatty(self) -> bool:
+        """Returns False: a bar would send a line for every step."""
+        return False
+
+
+def work(given: dict[str, Plan]) -> None:
+    """Trains, from the newest checkpoint if there is one. Returns at once if an error ended an earlier start.
+
+    Raises VeneerError alone, which Ray can pickle, so that all workers end.
+    """
+    import ray
+
+    from veneer.runs.fit import fit
+
+    plan = given["plan"]
+    if ray.get(plan.desk.start.remote(launched().first)):
+        return
+    with suppress(OSError):  # a machine without the driver's directory: paths must be absolute
+        os.chdir(plan.folder)
+    try:
+        with redirect_stderr(cast(TextIO, Lines(plan.desk))):
+            fit(replace(plan.run, resume=True), progress=plan.progress, objective=plan.objective)
+    except Lost as e:  # another worker ended: a restart may cure it
+        raise VeneerError(e.text) from None
+    except VeneerError as e:
+        ray.get(plan.desk.end.remote(type(e), e.args, e.__dict__))
+        raise VeneerError(e.text) from None
+
+
+def rebuilt(kind: type[VeneerError], args: tuple[Any, ...], state: dict[str, Any]) -> VeneerError:
+    """Returns the error of a worker, from the parts that the desk kept."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
