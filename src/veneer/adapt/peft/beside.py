@@ -87,8 +87,8 @@ class Beside:
 
     @torch.no_grad()
     def rows(self, config: Config) -> None:
-        """Reads trainable_token_indices: absolute rows. A tied head shares the embedding's rows, and its own
-        leave the embedding as it is."""
+        """Reads trainable_token_indices: absolute rows. A tied head shares the embedding's rows. Rows of the
+        head alone do not change the embedding."""
         for entry, indices in _indices(self.model, config.get("trainable_token_indices")):
             for name, module in base_modules(self.model).items():
                 key = f"{name}.{ROWS}"
