@@ -16,6 +16,7 @@ AREAS = ("methods", "optim", "adapt")
 # the file's own name come first; methods have them without a row. Processes started by tests run without the
 # fault.
 ROWS = {
+    "methods/base/token_rows.py": "tokens* beside",
     "methods/inits/*": "starts* methods complaints_settings interchange quant",
     "methods/*": (
         "ia3* prefix* flora* gains* frozen* miss* optim fourierft* baselines* peft_kinds methods counts"
