@@ -121,7 +121,8 @@ def _hidden(W: Tensor, squares: Tensor, rank: int) -> bool:
     at most about (1/sqrt(out) + 1/sqrt(in)) of its Frobenius norm.
     """
     spread = sum(1 / math.sqrt(n) for n in W.shape)
-    added = NOISE * spread * float(torch.linalg.vector_norm(W, dtype=torch.float32))  # float64: 30 times as long
+    norm = torch.linalg.vector_norm(W, dtype=torch.float32)  # in float64 it takes 30 times as long
+    added = NOISE * spread * float(norm)
     return added > 0.3 * float(squares[rank - 1].sqrt())
 
 
