@@ -205,7 +205,7 @@ def test_missing_parts_are_set_aside_and_said(tmp_path, fake, capsys):
         ({"seeds": 0}, "seeds must be 1 or more, got 0"),
         ({"durations": (0.5, 1.0)}, "durations must be between 0 and 1"),
         ({"centre": {"oft": 1e-3}}, "centre: 'oft' is not compared; add it to methods"),
-        ({"engine": "ray"}, "engine must be 'optuna' for now, got 'ray'"),
+        ({"workers": 2}, "workers=2 needs engine='ray'"),
         ({"methods": ()}, "methods must name a contender, got none"),
     ],
 )

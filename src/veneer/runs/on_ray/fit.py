@@ -101,9 +101,10 @@ def _trainer(plan: Plan, n: int, on_gpu: bool, restarts: int, storage: Path) -> 
 def _followed(ray: Any, trainer: Any, desk: Any, voice: Voice) -> Exception | None:
     """Trains, says the workers' lines, and returns Ray's error. Raises the error of the training itself.
 
-    The trainer has a thread of its own: signals then act here at once, and Ray does not take them over.
+    Threads call Ray, so that a signal acts here at once: within a call of Ray it would become a SystemError.
     """
     failed: list[Exception] = []
+    errors: list[Any] = []
 
     def train() -> None:
         try:
@@ -111,17 +112,23 @@ def _followed(ray: Any, trainer: Any, desk: Any, voice: Voice) -> Exception | No
         except Exception as e:  # Ray's own, and all that it passes on
             failed.append(e)
 
-    thread = threading.Thread(target=train, daemon=True)
-    thread.start()
-    ended = False
-    while not ended:
-        thread.join(LOOK)
-        ended = not thread.is_alive()
-        lines, error = ray.get(desk.news.remote())
-        for line in lines:
-            voice.tell(line)
-    if error is not None:
-        raise rebuilt(*error)
+    def listen() -> None:
+        ended = False
+        while not ended:
+            training.join(LOOK)
+            ended = not training.is_alive()
+            lines, error = ray.get(desk.news.remote())
+            for line in lines:
+                voice.tell(line)
+        errors.append(error)
+
+    training, listening = (threading.Thread(target=f, daemon=True) for f in (train, listen))
+    training.start()
+    listening.start()
+    while listening.is_alive():
+        listening.join(LOOK)
+    if errors and errors[0] is not None:
+        raise rebuilt(*errors[0])
     return failed[0] if failed else None
 
 

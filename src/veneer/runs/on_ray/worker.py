@@ -91,8 +91,8 @@ def work(given: dict[str, Plan]) -> None:
     try:
         with redirect_stderr(cast(TextIO, Lines(plan.desk))):
             fit(replace(plan.run, resume=True), progress=plan.progress, objective=plan.objective)
-    except Lost as e:  # another worker ended: a restart may cure it
-        raise VeneerError(e.text) from None
+    except Lost as e:  # another worker ended: a restart may cure it, and the driver gives the advice
+        raise VeneerError(e.text.partition("; see its")[0]) from None
     except VeneerError as e:
         ray.get(plan.desk.end.remote(type(e), e.args, e.__dict__))
         raise VeneerError(e.text) from None

@@ -13,7 +13,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.files import read_json
 from veneer.models import machine
-from veneer.search.compare import contenders, texts
+from veneer.search.compare import contenders, on_ray, texts
 from veneer.search.compare.cost import cost
 from veneer.search.compare.judge import Judge
 from veneer.search.compare.settings import Comparison
@@ -30,7 +30,7 @@ from veneer.train.parts.change import FULL
 from veneer.train.run import Run
 from veneer.version import __version__
 
-FREE = ("together", "out", "engine")  # settings that change no figure
+FREE = ("together", "out", "engine", "workers")  # settings that change no figure
 
 
 def compare(
@@ -44,7 +44,8 @@ def compare(
 
     run: settings that all trials share; its method, rate and folder are the contenders' own. forecasts:
     {label: {"seconds", "memory_bytes"}} of one training, for the cost and the table. Several processes may
-    work on one folder. Raises the errors of `fit`, and ConfigError for a folder of another comparison.
+    work on one folder; with engine "ray" they are tasks of Ray. Raises the errors of `fit`, and ConfigError
+    for a folder of another comparison.
     """
     voice, out = Voice(progress), Path(comparison.out)
     runs, steps, grids = prepared(run, comparison, voice)
@@ -55,6 +56,9 @@ def compare(
     times = {label: f["seconds"] for label, f in (forecasts or {}).items() if f.get("seconds")}
     price = cost(comparison, len(runs), steps, times if len(times) == len(runs) else None)
     voice.say(price.sentence())
+    if comparison.engine == "ray":
+        on_ray.compare_in_tasks(compare, run, comparison, forecasts, voice)
+        return read_json(out / layout.RESULTS)
     training = Training(runs, steps, out, voice, comparison.together)
     choices = choose(training, grids, run.seed)
     repeats, shorter = _further(choices, run.seed, comparison)

@@ -11,11 +11,6 @@ from veneer.search.compare import contenders
 from veneer.search.decide import grid
 from veneer.settings import Range, Settings, about, setting
 
-RAY = (
-    "engine must be 'optuna' for now, got 'ray': trials over several machines are not built yet; start the"
-    " same command several times on one folder instead"
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Settings):
@@ -38,7 +33,12 @@ class Comparison(Settings):
     together: int = setting(
         8, "most trials in one pass, where that was measured to be faster; 1: never", unit="trials"
     )
-    engine: Literal["optuna", "ray"] = setting("optuna", "search engine")
+    engine: Literal["optuna", "ray"] = setting(
+        "optuna", "processes that train. optuna: this one; ray: tasks of Ray on one journal"
+    )
+    workers: int | None = setting(
+        None, "tasks of engine ray, with a CPU or GPU each; one for each GPU unless given", unit="tasks"
+    )
     out: str = setting("runs/compare", "folder of the comparison; the same command goes on with it")
 
     def __post_init__(self) -> None:
@@ -60,8 +60,8 @@ class Comparison(Settings):
         for label in self.centre:
             if label not in self.methods:
                 yield f"{option('centre')}: {label!r} is not compared; add it to {option('methods')}"
-        if self.engine == "ray":
-            yield RAY
+        if self.workers is not None and self.engine != "ray":
+            yield f"{option('workers', self.workers)} needs {option('engine', 'ray')}"
 
     def grids(self, runs: dict[str, Any]) -> dict[str, list[float]]:
         """Returns the rates of every contender. Raises one ConfigError for all without a known rate."""
