@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,10 @@ from support.lost_worker import Killing
 from veneer.errors import ConfigError, VeneerError
 from veneer.runs.fit import fit
 from veneer.runs.on_ray import cluster
-from veneer.runs.on_ray.fit import _reason
+from veneer.runs.on_ray.fit import _followed, _reason
 from veneer.runs.on_ray.worker import Desk, Lines, rebuilt
 from veneer.train.errors import Interrupted
+from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
 RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
@@ -179,3 +181,17 @@ def test_a_failure_names_the_first_worker_that_failed():
     failed = SimpleNamespace(worker_failures={1: ValueError("b"), 0: ValueError("Traceback\n  a\nlast")})
     assert _reason(failed) == "process 0: last"
     assert _reason(RuntimeError("Ray ended\n  why\n")) == "why"
+
+
+def test_lines_are_said_while_the_trainer_works_and_its_failure_is_returned(capfd):
+    news = [(["step 1"], None), (["step 2"], None)]
+    desk = SimpleNamespace(news=SimpleNamespace(remote=lambda: news.pop(0) if news else ([], None)))
+    lost = RuntimeError("lost")
+
+    def work() -> None:
+        time.sleep(0.5)
+        raise lost
+
+    ray = SimpleNamespace(get=lambda made: made)
+    assert _followed(ray, SimpleNamespace(fit=work), desk, Voice(True)) is lost
+    assert capfd.readouterr().err.splitlines() == ["step 1", "step 2"]
