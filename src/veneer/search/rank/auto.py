@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from veneer.search.rank.rank import chosen, rank
-from veneer.search.rank.settings import RankSearch
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
@@ -36,6 +34,9 @@ def ranked(run: Run, voice: Voice) -> Run:
     the same call. Patterns of the run replace the pilot's. Raises the errors of `fit`, and ConfigError for a
     method without a rank.
     """
+    from veneer.search.rank.rank import chosen, rank  # the training, which most calls need not load here
+    from veneer.search.rank.settings import RankSearch
+
     out = Path(f"{run.out.rstrip('/')}{SUFFIX}")
     plain = replace(run, out=str(out), resume=False)
     found = rank(plain, RankSearch(share=SHARE, out=str(out)), progress=voice.aloud)
