@@ -97,7 +97,7 @@ def fit() -> Call:
             show(within.fit_within(run_of(config, every, values, recipe), limit), within.text, as_json)
             return
         run = run_of(config, every, values, recipe, pilots=own.size == 1)
-        elsewhere = {"engine": engine, "workers": workers, "max_restarts": max_restarts}
+        elsewhere: dict[str, Any] = {"engine": engine, "workers": workers, "max_restarts": max_restarts}
         result = start(run, **{k: v for k, v in elsewhere.items() if v not in ("torch", None)})
         if own.first:
             show(_record(result) if as_json else result, summary, as_json)
