@@ -122,11 +122,7 @@ def diverged(world: World, given: dict[str, Any], rank: int, step: int, where: s
         return outcome
 
     with mock.patch.object(Learner, "finish", watched):
-        try:
-            fit(Run.from_dict(given), progress=False, world=world)
-        except Unlike as e:
-            return str(e)
-    return ""
+        return _refusal(world, given, Unlike)
 
 
 def signalled(world: World, given: dict[str, Any], rank: int, step: int) -> str:
@@ -146,10 +142,15 @@ def signalled(world: World, given: dict[str, Any], rank: int, step: int) -> str:
             agree(loop, wish)
 
     with mock.patch.object(Loop, "agree", watched):
-        try:
-            fit(Run.from_dict(given), progress=False, world=world)
-        except Interrupted as e:
-            return str(e)
+        return _refusal(world, given, Interrupted)
+
+
+def _refusal(world: World, given: dict[str, Any], kind: type[Exception]) -> str:
+    """Trains, and returns the text of an error of this kind, or "" without one."""
+    try:
+        fit(Run.from_dict(given), progress=False, world=world)
+    except kind as e:
+        return str(e)
     return ""
 
 
