@@ -18,6 +18,7 @@ from veneer.analyse.activations import linear_cka, procrustes
 from veneer.analyse.intruders import intruders, n_intruders
 from veneer.errors import ConfigError
 from veneer.models import pretrained
+from veneer.search.compare import contenders
 from veneer.search.study import answers, claims, measures, protocol, sources
 from veneer.search.study import study as studying
 from veneer.search.study.answers import Diversity, diversity
@@ -93,6 +94,26 @@ def test_alike_means_that_the_interval_covers_zero():
     rows[protocol.HIGH] = row([1.5, 1.51])
     assert outcome("low rank suffices near the pretraining data", rows).outcome == FAILS
     assert outcome("high rank is needed far from it", rows, "c").outcome == HOLDS
+
+
+@pytest.mark.parametrize(
+    ("scores", "wanted"), [((2.2, 2.1, 2.1), HOLDS), ((2.2, 2.0, 2.4), FAILS), ((2.0, 2.3, 2.1), FAILS)]
+)
+def test_a_score_that_falls_with_more_parameters_is_seen(scores, wanted):
+    labels = (protocol.LOW, protocol.LORA, protocol.HIGH)
+    rows = {label: row([s, s + 0.01, s - 0.01]) for label, s in zip(labels, scores, strict=True)}
+    found = outcome("scores do not fall with more parameters", rows)
+    assert found.outcome == wanted and found.figures.count(" - ") == 2
+    del rows[protocol.LORA]
+    assert outcome("scores do not fall with more parameters", rows).outcome == UNKNOWN
+
+
+@pytest.mark.parametrize("size", [protocol.QUICKLY, protocol.FULLY])
+def test_every_contender_is_known_and_has_a_rate(size):
+    for run, comparison in protocol.parts(size, "out").values():
+        made = contenders.runs(run, comparison.methods)
+        assert len(made) == len(comparison.methods)
+        assert all(contenders.centre(one) > 0 for one in made.values())
 
 
 def test_hidden_states_are_alike_up_to_rotation():

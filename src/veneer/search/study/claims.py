@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from veneer.ops.intervals import of_difference
-from veneer.search.study.protocol import AST, DECAY, DROPOUT, FAR, HIGH, LORA, LOW, NEAR
+from veneer.search.study.protocol import AST, BALANCED, DECAY, DROPOUT, FAR, HIGH, LORA, LOW, MUON, NEAR
 from veneer.tasks import Metric
 
 HOLDS, FAILS, NOISE, UNKNOWN = "holds", "does not hold", "inside the noise", "not measured"
@@ -149,6 +149,16 @@ def _intrudes(rows: Rows, metric: Metric) -> tuple[str, str]:
     return (HOLDS if counts[0] > counts[1] else FAILS), f"lora {counts[0]}, full {counts[1]}"
 
 
+def _no_collapse(rows: Rows, metric: Metric) -> tuple[str, str]:
+    """LoRA of a higher rank never scores worse than of the next lower one, beyond noise."""
+    order = [label for label in (LOW, LORA, HIGH) if label in rows]
+    steps = [_differ(rows, metric, more, less, lambda r: r["values"]) for less, more in pairwise(order)]
+    if len(order) < 3 or any(outcome == UNKNOWN for outcome, _ in steps):
+        return UNKNOWN, ""
+    worse = any(outcome == HOLDS for outcome, _ in steps)
+    return (FAILS if worse else HOLDS), "; ".join(figures for _, figures in steps)
+
+
 def _less_diverse(rows: Rows, metric: Metric) -> tuple[str, str]:
     """Full fine-tuning gives fewer unique answers among samples of a prompt than LoRA."""
     found = [rows.get(label, {}).get("measures", {}).get("answers") for label in ("full", LORA)]
@@ -169,16 +179,24 @@ CLAIMS = (
     Claim(
         BIDERMAN, "LoRA of high rank learns instructions like full fine-tuning", _alike(HIGH, "full"), (AST,)
     ),
-    Claim(BIDERMAN, "attention dropout learns like plain full fine-tuning", _alike(DROPOUT, "full"), (AST,)),
+    Claim(
+        BIDERMAN,
+        "attention dropout learns like plain full fine-tuning",
+        _alike(DROPOUT, "full"),
+        (NEAR, FAR, AST),
+    ),
     Claim(BIDERMAN, "full fine-tuning's answers are less diverse than LoRA's", _less_diverse, (AST,)),
     Claim("LoRA", "low rank suffices near the pretraining data", _alike(LOW, HIGH), (NEAR,)),
     Claim("LoRA", "high rank is needed far from it", _worse(LOW, HIGH), (FAR,)),
+    Claim("LoRA", "scores do not fall with more parameters", _no_collapse),
     Claim(REGRET, "MLP alone does as well as all layers", _alike("lora-mlp", LORA)),
     Claim(REGRET, "attention alone does worse than MLP alone", _worse("lora-attention", "lora-mlp")),
     Claim(REGRET, "the best LoRA rate is about 10 times full fine-tuning's", _times_full),
     Claim("LoRA+", "LoRA+ reaches the reference sooner than tuned LoRA", _sooner("loraplus", LORA)),
     Claim("LoRA-Pro", "LoRA-Pro learns like full fine-tuning", _alike("lorapro", "full")),
     Claim("LoRA-Pro", "LoRA-Pro learns more than tuned LoRA", _worse(LORA, "lorapro")),
+    Claim("Balanced LoRA+", "the balanced ratio learns like full fine-tuning", _alike(BALANCED, "full")),
+    Claim("LoRA-Muon", "the spectral ratio learns like full fine-tuning", _alike(MUON, "full")),
     Claim("PiSSA", "PiSSA reaches the reference sooner than tuned LoRA", _sooner("pissa", LORA)),
     Claim("OLoRA", "OLoRA reaches the reference sooner than tuned LoRA", _sooner("olora", LORA)),
     Claim("LoRA-GA", "LoRA-GA reaches the reference sooner than tuned LoRA", _sooner("loraga", LORA)),

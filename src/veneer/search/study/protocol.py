@@ -16,9 +16,10 @@ from veneer.train.run import Run
 
 LORA, HIGH, LOW = "lora", "lora:rank=64", "lora:rank=2"
 DECAY, DROPOUT = "full:weight_decay=0.1", "full:attention_dropout=0.1"
+BALANCED, MUON = "lora/balanced", "lora/lora-muon"  # adaptive ratios of the steps of A and B
 CONTENDERS = (
-    "full", DECAY, LOW, LORA, HIGH, "lora-mlp", "lora-attention", "loraplus", "lorapro",
-    "pissa", "olora", "loraga", "miss", "oft",
+    "full", DECAY, DROPOUT, LOW, LORA, HIGH, "lora-mlp", "lora-attention", "loraplus", BALANCED, MUON,
+    "lorapro", "pissa", "olora", "loraga", "miss",
 )  # fmt: skip
 QUICK = ("full", DECAY, LOW, LORA, HIGH, "lora-mlp", "loraplus", "lorapro", "pissa")
 INSTRUCTED = ("full", DECAY, DROPOUT, LOW, LORA, HIGH)
