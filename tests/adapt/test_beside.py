@@ -10,10 +10,11 @@ import torch
 import transformers as T
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.models import SIZES
+from support.models import SIZES, randomise
 
 import veneer
 from veneer.adapt.attached import changes
+from veneer.adapt.peft import beside
 from veneer.errors import FormatError, NotMergeable
 
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -147,6 +148,23 @@ def test_rows_of_tokens_act_as_in_peft(kind, tied, tmp_path):
     ids = torch.tensor([[5, 6, 7, 9, 95, 3, 5]])
     model = by_peft(build(), tmp_path / "a", **{"target_modules": ["q_proj"], **ROWS[kind]})
     assert_same(build, model, tmp_path / "a", ids)
+
+
+@pytest.mark.parametrize(("method", "start"), [("lora", "olora"), ("dora", True)])
+def test_rows_beside_a_change_that_cannot_hold_them_are_refused(method, start, tmp_path):
+    """Only a LoRA from zero takes them up as further ranks."""
+    folder = tmp_path / "a"
+    model = veneer.attach(llama(), method, rank=2, to=["lm_head"])
+    randomise(model)
+    rows = {f"base_model.model.lm_head.{beside.ROWS}": torch.ones(1, 32)}
+    veneer.save(model, folder)
+    (folder / "veneer.json").unlink()
+    path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file({**load_file(path), **rows}, path, {"format": "pt"})
+    told = {"init_lora_weights": start, "trainable_token_indices": {"lm_head": [5]}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **told}))
+    with pytest.raises(FormatError, match="lm_head: rows of tokens were trained beside another change"):
+        veneer.load(llama(), folder)
 
 
 def test_rows_beyond_the_vocabulary_say_what_to_do(tmp_path):

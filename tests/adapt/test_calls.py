@@ -239,6 +239,12 @@ def test_layers_that_were_not_called_are_asked_for_no_gradient():
     calls.check_gradients(model)
 
 
+def test_experts_that_the_first_step_did_not_reach_are_asked_for_no_gradient():
+    model = veneer.attach(Experts(), "lora", rank=2)
+    model(x).sum().backward()
+    calls.check_gradients(model)
+
+
 def test_gradients_may_be_gathered_and_dropped_between_steps():
     model = veneer.attach(Tower(), "lora", rank=2, to=r"text.*")
     with torch.no_grad():

@@ -11,12 +11,13 @@ import peft
 import pytest
 import torch
 from oracles import adalora as oracle
+from safetensors.torch import load_file, save_file
 from support import models, tiny
 from support.resuming import resumes_bit_for_bit
 
 import veneer
 from veneer.adapt.attached import changes
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 from veneer.runs.fit import fit
 from veneer.train import allocation
 from veneer.train.run import Run
@@ -157,6 +158,18 @@ def test_a_convolutions_triplets_are_kept_in_our_own_file(tmp_path):
     veneer.save(model, tmp_path)
     again = veneer.load(models.conv_net(), tmp_path)
     assert len(deltas(again)[0].E) == 2 and torch.equal(models.output(again), models.output(model))
+
+
+@pytest.mark.parametrize("lost", ["A", "B", "E"])
+def test_a_tensor_missing_from_our_own_file_is_named(lost, tmp_path):
+    model = veneer.attach(models.conv_net(), "adalora", rank=4, target=2, to=["first"])
+    models.randomise(model)
+    veneer.save(model, tmp_path)
+    kept = load_file(tmp_path / "delta.safetensors")
+    del kept[f"first.{lost}"]
+    save_file(kept, tmp_path / "delta.safetensors")
+    with pytest.raises(FormatError, match=rf"- missing: first\.{lost} \("):
+        veneer.load(models.conv_net(), tmp_path)
 
 
 def test_a_run_shrinks_saves_and_resumes_bit_for_bit(tmp_path, monkeypatch):

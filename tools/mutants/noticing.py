@@ -12,9 +12,9 @@ from mutants.faults import ROOT, SOURCE, Fault
 
 TESTS = ROOT / "tests"
 AREAS = ("methods", "optim", "adapt")
-# The first row that matches a file of src/veneer names its tests (test_NAME.py), the slowest last. Tests of
-# the file's own name come first; methods have them without a row. Processes started by tests run without the
-# fault.
+# The first row that matches a file of src/veneer names its tests (test_NAME.py), the slowest last. Every file
+# has those of its own name without a row. They come first, then those that mention what the file defines.
+# Processes started by tests run without the fault.
 ROWS = {
     "methods/base/token_rows.py": "tokens* beside",
     "methods/inits/*": "starts* methods complaints_settings interchange quant",
@@ -28,10 +28,12 @@ ROWS = {
     "adapt/banks/rows.py": "gains* flora* bank* complaints*",
     "adapt/banks/s*.py": "gains* segments*",
     "adapt/banks/program.py": "gains* segments*",
+    "adapt/banks/*": "bank* gains* flora* segments* experts_bank complaints*",
     "adapt/acting/bare.py": "experts*",
     "adapt/acting/changed.py": "experts*",
     "adapt/acting/*": "gains* attach* shared_inputs* whole* recomputation* calls* experts*",
     "adapt/tokens/*": "tokens* beside store interchange complaints*",
+    "adapt/peft/per_expert.py": "experts_peft expert_files experts interchange",
     "adapt/peft/parameters.py": "expert_files experts_peft interchange",
     "adapt/calibrate.py": "starts* complaints*",
     "adapt/peft/*": (
@@ -47,7 +49,7 @@ ROWS = {
     "adapt/store/fingerprint.py": "store beside quant interchange verify complaints*",
     "adapt/*": (
         "calls* probe* beside* roles* whole* draws* own* loaded* merge* combine* attach* store prefix*"
-        " frozen* complaints* interchange verify"
+        " frozen* complaints* interchange verify moving_base changed_bases starts* quant methods"
     ),
 }
 SHARED = ("__init__", "lora", "kaiming")  # files in methods that other files use, as those in base
@@ -70,14 +72,36 @@ def tests(file: str) -> list[str]:
     """Returns the test files for a file under src/veneer, its own first."""
     path = Path(file)
     stem = path.parent.name if path.stem == "__init__" else path.stem
-    own = [f"{stem}*"] if area(file) == "methods" else []
+    own = [p for name in (stem, f"{stem}_*") for p in sorted((TESTS / area(file)).glob(f"test_{name}.py"))]
     row = next(names.split() for pattern, names in ROWS.items() if fnmatch(file, pattern))
-    found = dict.fromkeys(
-        p.relative_to(ROOT).as_posix()
-        for name in [*own, *row]
-        for p in sorted(TESTS.rglob(f"test_{name}.py"))
-    )
-    return sorted(found, key=lambda test: not fnmatch(Path(test).name, f"test_{stem}*"))
+    listed = [*own, *(p for name in row for p in sorted(TESTS.rglob(f"test_{name}.py")))]
+    found = dict.fromkeys(p.relative_to(ROOT).as_posix() for p in listed)
+    first = {p.relative_to(ROOT).as_posix() for p in own}
+    return sorted(found, key=lambda test: (test not in first, -mentions(file, test)))
+
+
+def mentions(file: str, test_file: str) -> float:
+    """Returns how many names that the file defines occur in a test file; a name that many tests share counts
+    less."""
+    every = _words_of_tests()
+    own = every[test_file]
+    return sum(1 / sum(name in words for words in every.values()) for name in _defined(file) & own)
+
+
+@functools.cache
+def _words_of_tests() -> dict[str, frozenset[str]]:
+    return {
+        p.relative_to(ROOT).as_posix(): frozenset(re.findall(r"\w+", p.read_text(encoding="utf-8")))
+        for p in TESTS.rglob("test_*.py")
+    }
+
+
+@functools.cache
+def _defined(file: str) -> frozenset[str]:
+    """Returns the name of a module, and of its functions, methods, classes and constants."""
+    source = (SOURCE / file).read_text(encoding="utf-8")
+    found = re.findall(r"^ *(?:def|class) (\w+)|^([A-Z][A-Z_]+)\b", source, re.MULTILINE)
+    return frozenset({Path(file).stem, *(a or b for a, b in found)} - {"__init__"})
 
 
 def concerns(file: str, test: str) -> bool:
@@ -87,9 +111,8 @@ def concerns(file: str, test: str) -> bool:
     return shared or path.stem in test or _names(module, path.stem)
 
 
-@functools.cache
 def _names(test_file: str, stem: str) -> bool:
-    return re.search(rf"\b{stem}\b", (ROOT / test_file).read_text(encoding="utf-8")) is not None
+    return stem in _words_of_tests()[test_file]
 
 
 def place(fault: Fault, test: str) -> tuple[bool, int]:
