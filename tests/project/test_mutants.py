@@ -157,6 +157,15 @@ def test_every_file_has_tests_its_own_ones_first_and_a_new_one_too():
     assert noticing.tests("methods/miss.py")[0] == "tests/methods/test_miss.py"
     assert noticing.tests("optim/lorapro/__init__.py")[0] == "tests/optim/test_lorapro.py"
     assert "tests/methods/test_methods.py" in noticing.tests("methods/added_tomorrow.py")
+    assert noticing.tests("adapt/store/rounding.py")[0] == "tests/adapt/test_rounding.py"
+    order = noticing.tests(
+        "methods/inits/qpissa.py"
+    )  # named by the tests of quantisation more than by others
+    near, far = (f"tests/{name}.py" for name in ("compress/test_quant", "methods/test_methods"))
+    assert noticing.mentions("methods/inits/qpissa.py", near) > noticing.mentions(
+        "methods/inits/qpissa.py", far
+    )
+    assert order.index(near) < order.index(far)
     assert noticing.files(["src/veneer/optim/lorapro"]) == [
         f"optim/lorapro/{n}.py" for n in ("__init__", "factored", "forms")
     ]

@@ -99,9 +99,10 @@ def _words_of_tests() -> dict[str, frozenset[str]]:
 @functools.cache
 def _defined(file: str) -> frozenset[str]:
     """Returns the name of a module, and of its functions, methods, classes and constants."""
-    source = (SOURCE / file).read_text(encoding="utf-8")
+    path = SOURCE / file
+    source = path.read_text(encoding="utf-8") if path.exists() else ""
     found = re.findall(r"^ *(?:def|class) (\w+)|^([A-Z][A-Z_]+)\b", source, re.MULTILINE)
-    return frozenset({Path(file).stem, *(a or b for a, b in found)} - {"__init__"})
+    return frozenset({path.stem, *(a or b for a, b in found)} - {"__init__"})
 
 
 def concerns(file: str, test: str) -> bool:
