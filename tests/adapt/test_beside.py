@@ -283,3 +283,17 @@ def test_a_random_head_is_saved_with_the_adapter(tmp_path):
     veneer.save(model, tmp_path / "a")
     assert record(tmp_path / "a")["base"]["replaced"] == ["score"]
     torch.testing.assert_close(logits(veneer.load(build(2), tmp_path / "a")), logits(model))
+
+
+def test_a_second_adapter_is_read_beside_a_first_on_the_same_modules(tmp_path):
+    """The first one's tensors inside these modules are not the model's own."""
+    kept = {"modules_to_save": ["lm_head", "norm"], "bias": "all", "trainable_token_indices": [5, 6]}
+    model = by_peft(qwen(), tmp_path / "a", target_modules=["q_proj"], **kept)
+    ours = veneer.load(qwen(), tmp_path / "a", "one")
+    veneer.load(ours, tmp_path / "a", "two")
+    for name in ("one", "two"):
+        with veneer.using(ours, {name: 1.0}):
+            torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-5)
+    veneer.save(ours, tmp_path / "b", "two")
+    again = veneer.load(qwen(), tmp_path / "b")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ ROWS = {
     "methods/base/token_rows.py": "tokens* beside",
     "methods/inits/*": "starts* methods complaints_settings interchange quant",
     "methods/*": (
-        "ia3* prefix* flora* gains* frozen* miss* optim fourierft* baselines* peft_kinds methods counts"
+        "ia3* prefix* flora* gains* frozen miss* optim fourierft* baselines* peft_kinds methods counts"
         " moving_base complaints* interchange starts*"
     ),
     "optim/*": "optim lowrank* optimisers* lorapro* scratch* complaints_settings",
@@ -37,7 +37,7 @@ ROWS = {
     "adapt/peft/parameters.py": "expert_files experts_peft interchange",
     "adapt/calibrate.py": "starts* complaints*",
     "adapt/peft/*": (
-        "beside interchange peft_kinds experts_peft tokens* miss* fourierft* frozen* prefix* store"
+        "beside interchange peft_kinds experts_peft tokens* miss* fourierft* frozen prefix* store"
         " complaints* verify starts*"
     ),
     "adapt/attach*": (
@@ -49,7 +49,7 @@ ROWS = {
     "adapt/store/fingerprint.py": "store beside quant interchange verify complaints*",
     "adapt/*": (
         "calls* probe* beside* roles* whole* draws* own* loaded* merge* combine* attach* store prefix*"
-        " frozen* complaints* interchange verify moving_base changed_bases starts* quant methods"
+        " frozen complaints* interchange verify moving_base changed_bases starts* quant methods"
     ),
 }
 SHARED = ("__init__", "lora", "kaiming")  # files in methods that other files use, as those in base
