@@ -41,7 +41,9 @@ def relative(a, b):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize(("t", "compiled"), [(2, False), (33, False), (33, True), (128, True), (256, True)])
+@pytest.mark.parametrize(
+    ("t", "compiled"), [(2, False), (33, False), (33, True), (65, False), (128, True), (256, True)]
+)
 def test_output_and_gradients_are_pytorchs(t, compiled, dtype, tolerance, masked):
     q, k, v, do = tensors(t, dtype)
     mask = documents(t) if masked else None
