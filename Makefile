@@ -15,7 +15,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH
 
-.PHONY: gpu real real-clean test-real test-portable help demo test lint docs bench bench-check study mutants test-faults clean
+.PHONY: gpu real real-clean test-real test-portable help demo test lint docs bench bench-check study study-real mutants test-faults clean
 
 help:
 	@echo "make demo    adapt the built-in model in three ways and see what was learned and forgotten"
@@ -27,6 +27,7 @@ help:
 	@echo "make docs    build the documentation into site/ and check its links"
 	@echo "make bench   run every script in bench/; make bench-check compares with the figures in bench/results"
 	@echo "make study   judge claims about learning and forgetting (hours; ARGS=--quick: half an hour)"
+	@echo "make study-real  repeat its claims on SmolLM2's real weights (45 minutes of one core)"
 	@echo "make mutants plant 60 faults one at a time and see whether the tests notice; ARGS=\"--seed 1\" for others, ARGS=--help for more"
 	@echo "make test-faults  kill, damage, signal and race trainings and fill their disk, at every point; eight minutes"
 	@echo "make gpu     check and time Veneer on this machine's GPU in eight minutes; the figures go to bench/results/gpu.json"
@@ -87,6 +88,10 @@ bench-check: $(STAMP)
 study: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/veneer study --part prose $(ARGS) & OMP_NUM_THREADS=1 $(BIN)/veneer study --part c $(ARGS); wait
 	OMP_NUM_THREADS=1 $(BIN)/veneer study --to docs/study $(ARGS)
+
+study-real: KEYS = smollm2
+study-real: real
+	OMP_NUM_THREADS=1 $(BIN)/veneer study --part smollm2 --to docs/study
 
 mutants: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=tools $(BIN)/python -m mutants $(ARGS)

@@ -176,7 +176,7 @@ def test_the_study_runs_in_parts_and_writes_its_page(tmp_path, monkeypatch, caps
     assert "| LoRA Learns Less and Forgets Less | LoRA learns less" in made and "## C headers" in made
     assert made == (out / "index.md").read_text()
     with pytest.raises(
-        ConfigError, match="part must be one of prose, c, ast, got 'pros'; did you mean 'prose'"
+        ConfigError, match="part must be one of prose, c, ast, smollm2, got 'pros'; did you mean 'prose'"
     ):
         study(str(out), quick=True, part="pros")
 

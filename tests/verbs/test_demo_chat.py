@@ -8,6 +8,7 @@ import pytest
 from support import models, tiny
 
 from veneer.embedded import bank
+from veneer.models.short_names import place
 from veneer.verbs.demo import chat, choice
 
 
@@ -60,8 +61,8 @@ def test_a_demo_writes_answers_before_and_after_and_goes_on(tmp_path, small):
 def test_the_name_of_a_real_model_is_its_folder_or_the_hubs_name(tmp_path, monkeypatch):
     monkeypatch.setenv("VENEER_REAL", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert chat.place("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert place("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     (tmp_path / "smollm2").mkdir()
     (tmp_path / "smollm2" / "config.json").write_text("{}")
-    assert chat.place("smollm2") == str(tmp_path / "smollm2")
-    assert chat.place("./other") == "./other"
+    assert place("smollm2") == str(tmp_path / "smollm2")
+    assert place("./other") == "./other"

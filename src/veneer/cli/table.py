@@ -71,8 +71,8 @@ VERBS = {
     ),
     "study": Verb(
         MEASURE,
-        "Judge claims about learning and forgetting on the built-in model, by a fixed protocol.",
-        ("veneer study --quick", "veneer study --part prose", "veneer study --to docs/study"),
+        "Judge claims about learning and forgetting by a fixed protocol, on the built-in model or SmolLM2.",
+        ("veneer study --quick", "veneer study --part smollm2", "veneer study --to docs/study"),
         "veneer.verbs.search.study:study",
     ),
     "generate": Verb(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from veneer.models.short_names import SMOLLM2
 from veneer.search.study.claims import FAILS, HOLDS, NOISE, UNKNOWN, Rows
 from veneer.tasks import Metric
 
@@ -13,6 +14,7 @@ TEXTS = {
     "prose": "English prose, near the pretraining data",
     "c": "C headers, far from it",
     "ast": "Instructions: an expression, answered by its syntax tree",
+    SMOLLM2: "SmolLM2-135M-Instruct (real weights): an expression, answered by its syntax tree",
 }
 
 
@@ -21,12 +23,8 @@ OUTCOMES = {HOLDS: "hold", FAILS: "do not hold", NOISE: "lie inside the noise", 
 
 def page(found: Mapping[str, Any], parts: Mapping[str, Rows], metric: Metric) -> str:
     """Returns the page. found: results.json of the study; parts: rows of every text by label."""
-    size = "quick form" if found["quick"] else "full form"
     lines = [
-        "# Learning against forgetting: claims of the papers, measured",
-        "",
-        f"The built-in model, {size}. [The protocol](protocol.md) was fixed before the runs; each rule",
-        "is code (`search/study/claims.py`). `veneer study` repeats everything. All scores are",
+        *_head(found, SMOLLM2 in parts),
         f"{metric.words} of test text; {metric.better} is better.",
         "",
         *_table(
@@ -46,6 +44,22 @@ def page(found: Mapping[str, Any], parts: Mapping[str, Rows], metric: Metric) ->
         answers = {label: row["measures"].get("answers") for label, row in rows.items()}
         lines += ["", *_answers(answers)] if any(answers.values()) else []
     return "\n".join(lines) + "\n"
+
+
+def _head(found: Mapping[str, Any], real: bool) -> list[str]:
+    """Returns title and first lines. real: of the part on real weights."""
+    title, words = "Learning against forgetting: claims of the papers", "measured"
+    size = "quick form" if found["quick"] else "full form"
+    of, protocol, command = f"The built-in model, {size}.", "protocol", "veneer study"
+    if real:
+        words, of, protocol = "on SmolLM2", "SmolLM2-135M-Instruct, real weights.", "confirming"
+        command = f"veneer study --part {SMOLLM2}"
+    return [
+        f"# {title}, {words}",
+        "",
+        f"{of} [The protocol]({protocol}.md) was fixed before the runs; each rule",
+        f"is code (`search/study/claims.py`). `{command}` repeats everything. All scores are",
+    ]
 
 
 def _answers(found: Mapping[str, Mapping[str, float] | None]) -> list[str]:

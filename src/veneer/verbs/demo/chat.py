@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from veneer.adapt.store import store
 from veneer.adapt.switch import using
 from veneer.embedded import bank
 from veneer.models import pretrained
+from veneer.models.short_names import place
 from veneer.runs.texts import sources, texts
 from veneer.tasks import build
 from veneer.tasks.text.answering import asked, questions, same_json, text_of
@@ -23,7 +23,6 @@ from veneer.train.loop.progress import Notes, Voice
 from veneer.train.run import Run
 from veneer.verbs.demo.training import trained
 
-KNOWN = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 ROWS = {"train": 400, "valid": 8, "test": 48}  # valid text is asked at every strength
 SHOWN, LENGTH, RANK, RATE = 6, 256, 8, 1e-3
 ANSWERS = "answers.json"
@@ -53,14 +52,6 @@ def demo(out: str, model: str, *, steps: int, seed: int, fresh: bool, progress: 
     }
     put(folder / ANSWERS, found)
     return found
-
-
-def place(model: str) -> str:
-    """Returns the folder of a model that `make real` fetched, else its name on the Hub or the name itself."""
-    for root in (os.environ.get("VENEER_REAL"), ".real"):
-        if root and model in KNOWN and (Path(root) / model / "config.json").is_file():
-            return str(Path(root) / model)
-    return KNOWN.get(model, model)
 
 
 def settings(folder: Path, model: str, *, steps: int, seed: int) -> Run:
