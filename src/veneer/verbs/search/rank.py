@@ -26,7 +26,9 @@ def text(found: Mapping[str, Any]) -> str:
             f"capacity asks for rank {found['capacity_floor']} or more (a bit a label, two a parameter)"
         )
     if "cost_ratio" in found:
-        lines.append(f"the search took {found['cost_ratio']:.2f} times as long as its one training")
+        time, work = found["cost_ratio"], found.get("work_ratio")
+        counted = "" if work is None else f", and {work:.2f} times its work in tokens"
+        lines.append(f"the search took {time:.2f} times as long as its one training{counted}")
     if found["rank"] is None:
         return "\n".join(lines)
     return "\n".join([*lines, f"next: veneer fit --config {found['folder']}/{SETTINGS} --data .."])
