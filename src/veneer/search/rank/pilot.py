@@ -64,8 +64,8 @@ def pilot(run: Run, search: RankSearch, voice: Voice) -> dict[str, Any]:
     with voice.phase("measuring cuts of the pilot"):
         found = cuts.curve(model, NAME, task, examples["valid"], search.ranks, batch=run.batch)
         answer = plateau.of_pilot(found, search.tolerance)
-        uniform = {s.name: min(answer.rank, s.out, s.in_) for s, _ in changes(model, NAME)}
         pattern = cuts.pattern(model, NAME, answer.rank)
+        uniform = {s.name: min(answer.rank, s.out, s.in_) for s, _ in changes(model, NAME)}
         scores = {
             word: cuts.measured_by(model, NAME, task, examples["test"], ranks, batch=run.batch).value
             for word, ranks in (("uniform", uniform), ("by_energy", pattern))
@@ -75,8 +75,7 @@ def pilot(run: Run, search: RankSearch, voice: Voice) -> dict[str, Any]:
         "form": "pilot",
         "metric": task.METRIC._asdict(),
         "curve": {rank: short._asdict() for rank, short in found.items()},
-        "rank": answer.rank,
-        "reason": answer.reason,
+        **answer._asdict(),
         "rank_pattern": pattern,
         "narrow": narrow,
         "test": {"pilot": result.learned.after, "before": result.learned.before, **scores},
