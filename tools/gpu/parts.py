@@ -34,6 +34,7 @@ PARTS = {
     "checkpointing": Part("gpu.ways:checkpointing", 15),
     "quantised": Part("gpu.ways:quantised", 30),
     "bank": Part("gpu.serving:bank", 20),
+    "one_pass": Part("gpu.kernels:one_pass", 40),
     "merge": Part("gpu.serving:merge", 15),
     "generate": Part("gpu.serving:generate", 20),
     "serve": Part("gpu.serving:serve", 25),

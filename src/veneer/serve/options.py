@@ -39,6 +39,11 @@ class Options(Settings):
     engine: Literal["auto", "packed", "static"] = setting(
         "auto", "packed: continuous batching; static: padded batches; auto: packed where it is exact"
     )
+    one_pass: bool = setting(
+        False,
+        "try a kernel for base and adapters at once at the start, on a GPU; batches for which it was faster"
+        " use it",
+    )
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for every option out of its range."""

@@ -18,6 +18,7 @@ from veneer.adapt.banks.segments import SegmentBank
 from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError
 from veneer.models import machine, pretrained
+from veneer.serve import kernels
 from veneer.serve.adapters.proof import Prover
 from veneer.serve.adapters.reading import Reader
 from veneer.serve.adapters.registry import Registry
@@ -86,7 +87,7 @@ def _filled(
 
 
 def _parts(model: Any, tokenizer: Tokenizer, reader: Reader, options: Options, name: str) -> Parts:
-    bank = SegmentBank(model)
+    bank = kernels.bank(model) if options.one_pass else SegmentBank(model)
     slots = Slots(bank, options.slots)
     limits = Limits(
         options.running, options.step_tokens, options.cache_tokens, _context(model, options), options.patience

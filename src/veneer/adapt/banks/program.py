@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from veneer.adapt.banks.stacks import Placed
+from veneer.ops.fused.product import Plan, plan
 from veneer.ops.segmented import Run, Segment, runs
 
 Terms: TypeAlias = "tuple[tuple[Placed, float], ...]"  # a sum of adapters with strengths; () is the base
@@ -42,6 +44,7 @@ class Program:
         strengths.
         """
         self.rows, self.given = sum(n for _, n in rows), list(rows)
+        self.device = like.device
         starts = [0]
         for _, n in rows:
             starts.append(starts[-1] + n)
@@ -69,6 +72,25 @@ class Program:
         if len(places) == 1:
             return [(terms, None) for terms in places]
         return [(terms, torch.cat(index)) for terms, index in places.items()]
+
+    @property
+    def is_plain(self) -> bool:
+        """True if every row has one adapter's low-rank part at most, and nothing else."""
+        return bool(self.pairs) and not (self.more or self.gains or self.scales or self.apart)
+
+    @cached_property
+    def segments(self) -> list[tuple[int, Segment]]:
+        """The adapter of each stretch of rows with its first row, for a plain program."""
+        found, start = [], 0
+        for terms, n in self.given:
+            found += [(start, _segment(placed, strength, n)) for placed, strength in terms if n]
+            start += n
+        return found
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The blocks of rows of a plain program."""
+        return plan(self.segments, self.rows, self.device)
 
     @property
     def is_idle(self) -> bool:

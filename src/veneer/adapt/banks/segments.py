@@ -9,7 +9,7 @@ largest rank, and no factor is copied.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +34,14 @@ class SegmentBank:
     model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """model: gets a hook at each layer that some adapter changes, when the first such adapter comes."""
+    def __init__(self, model: nn.Module, layer: Callable[[SegmentBank, Site], SegmentLayer] | None = None):
+        """
+        model: gets a hook at each layer that some adapter changes, when the first such adapter comes
+        layer: makes the change of such a layer
+        """
         hooks.refuse_compiled(model)
         hooks.check_name(model, NAME)
-        self.model = model
+        self.model, self.layer = model, layer or SegmentLayer
         self.stacks: dict[int, Stack] = {}
         self.layers: dict[str, SegmentLayer] = {}
         self.programs: tuple[Program, ...] = ()
@@ -69,7 +72,7 @@ class SegmentBank:
         for name, (site, form) in forms.items():
             layer = self.layers.get(name)
             if layer is None:
-                layer = self.layers[name] = SegmentLayer(self, site)
+                layer = self.layers[name] = self.layer(self, site)
                 new.append((site, layer))
             if form.factors.c is not None and not layer.scales:
                 layer.scales = True
