@@ -5,7 +5,7 @@ both products: x W' and h = x A' are summed side by side, and h B is added befor
 written once, and h never leaves the chip. Each column's program computes h again: r / n of the base's work.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 # Triton refuses annotations of names that it does not know, so its functions have none.
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def plan(segments: Sequence[tuple[int, Segment]], rows: int, device: torch.devic
 
 def _blocks(found: Sequence[tuple[int, int, int, float]], device: torch.device) -> Blocks:
     starts, counts, places, strengths = zip(*found, strict=True)
-    whole = (torch.tensor(t, dtype=torch.int32, device=device) for t in (starts, counts, places))
-    return Blocks(*whole, torch.tensor(strengths, dtype=torch.float32, device=device))
+    first, n, place = torch.tensor([starts, counts, places], dtype=torch.int32, device=device)
+    return Blocks(first, n, place, torch.tensor(strengths, dtype=torch.float32, device=device))
 
 
 def fits(W: Tensor, rank: int) -> bool:
