@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import experts, shared_runs, tiny
-from support.shared_steps import OPTIONS
+from support import experts, shared_runs, shared_steps, tiny
+from support.shared_steps import OPTIONS, bound, largest, of_method, optimisers
 from torch import nn
 
 import veneer
-from veneer import methods, tasks
+from veneer import methods, optim, tasks
 from veneer.errors import ConfigError
 from veneer.train.loop import room
 from veneer.train.run import Run
@@ -39,6 +39,29 @@ def test_a_divided_base_learns_what_a_whole_one_does(method, tmp_path, two):
     _alike(tmp_path, two, settings(tmp_path, method=method, **own), 0.9)
     if method in ("lora", "dora"):
         _opens_in_peft(tmp_path)
+
+
+OPTIMISERS = [o for o in optim.available() if o != "galore"]  # it trains the base
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_optimisers_on_a_divided_base(optimiser, two):
+    one = shared_steps.train(ALONE, optimiser, lr=1e-3)
+    found = two.call("support.shared_steps:train", optimiser, divided=True, lr=1e-3)
+    assert largest(one, found[0]) <= 1e-6 and found[0]["hash"] == found[1]["hash"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "optimiser"), [(m, o) for m in ("lora", "dora", *OTHERS) for o in optimisers(m)]
+)
+def test_every_method_and_optimiser_on_a_divided_base_over_fifty_steps(method, optimiser, two):
+    own: dict[str, Any] = {**of_method(method), "steps": 50}
+    one = shared_steps.train(ALONE, optimiser, **own)
+    found = two.call("support.shared_steps:train", optimiser, **own, divided=True)
+    assert found[0]["hash"] == found[1]["hash"]
+    assert largest(one, found[0], 10) <= 1e-6, f"{largest(one, found[0], 10):.1e}"
+    assert largest(one, found[0]) <= bound(method, optimiser), f"{largest(one, found[0]):.1e}"
 
 
 def test_a_base_divided_among_four_processes(tmp_path, four):

@@ -63,7 +63,7 @@ class GaLore(Optimiser):
             )
         return Projected(trained, self)
 
-    def state_bytes(self, trained: Trained) -> int:
+    def state_bytes(self, trained: Trained, processes: int = 1) -> int:
         other = Trained([p for p in trained.parts if not _is_projected(p)])
         shapes = [(p.parameter.shape[0], p.parameter[0].numel()) for p in trained.parts if _is_projected(p)]
         return super().state_bytes(other) + sum(

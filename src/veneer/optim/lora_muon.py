@@ -36,7 +36,7 @@ class LoRAMuon(Rule):
         """
         self.damping = check_damping(damping)
 
-    def state_bytes(self, trained: Trained) -> int:
+    def state_bytes(self, trained: Trained, processes: int = 1) -> int:
         return super().state_bytes(trained) - sum(
             p.parameter.numel() * p.parameter.element_size() for p in trained.parts if p.role in "AB"
         )

@@ -14,6 +14,7 @@ import torch
 from veneer.compress.trp import runs as trp
 from veneer.data.order.order import Order
 from veneer.errors import ConfigError, option
+from veneer.optim.base.owned import Owned
 from veneer.runs.prepare import Ready
 from veneer.tasks import Batch, Objective
 from veneer.tasks.base.abilities import Draws
@@ -34,10 +35,13 @@ def learner(ready: Ready, order: Order, voice: Voice, world: World = ALONE) -> L
     Raises ConfigError if the run asks for compilation that model or machine cannot do.
     """
     run, device = ready.run, next(ready.model.parameters()).device
+    optimiser = ready.optimiser.build(ready.trained)
+    if isinstance(optimiser, Owned):
+        optimiser.divide(world.rank, world.size, world.share)
     plain = Learner(
         ready.model,
         ready.parts,
-        ready.optimiser.build(ready.trained),
+        optimiser,
         ready.task,
         ready.task.loss,
         run.clip,

@@ -14,27 +14,31 @@ COUNTS = 6 * 8
 class Wire(NamedTuple):
     """Bytes that a process hands to collectives in a step.
 
-    gradients: of the trained parameters; blocks: of the divided base; sent: by a ring of the processes.
+    gradients: of the trained parameters; blocks: of the divided base; sent: by a ring of the processes;
+    factors: of pairs that one process steps for all.
     """
 
     gradients: int
     blocks: int
     sent: int
+    factors: int = 0
 
     @property
     def handed(self) -> int:
         """Returns all bytes that a process hands to collectives."""
-        return self.gradients + self.blocks + COUNTS
+        return self.gradients + self.blocks + self.factors + COUNTS
 
 
-def wire(gradients: int, blocks: Sequence[int], processes: int, passes: int, *, shard: bool) -> Wire:
-    """Returns the bytes of a step. blocks: frozen bytes of each block of the base.
+def wire(
+    gradients: int, blocks: Sequence[int], processes: int, passes: int, *, shard: bool, factors: int = 0
+) -> Wire:
+    """Returns the bytes of a step. blocks: frozen bytes of each block of the base; factors: see Wire.
 
     A divided block is gathered for the forward pass and again for the backward pass.
     """
     own = 2 * passes * sum(-(-n // processes) for n in blocks) if shard else 0
-    sent = 2 * gradients * (processes - 1) // processes + own * (processes - 1)
-    return Wire(gradients, own, sent)
+    sent = (2 * gradients + factors) * (processes - 1) // processes + own * (processes - 1)
+    return Wire(gradients, own, sent, factors)
 
 
 def of_process(whole: Memory, blocks: Sequence[int], processes: int, *, shard: bool) -> Memory:

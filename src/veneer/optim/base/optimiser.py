@@ -41,10 +41,17 @@ class Optimiser(ABC):
     def build(self, trained: Trained) -> torch.optim.Optimizer:
         """Returns the torch optimiser; `groups.set_rates` sets its groups, and its state is tensors only."""
 
-    def state_bytes(self, trained: Trained) -> int:
-        """Returns the bytes of its state: two numbers per trained one, and a step count per tensor."""
+    def state_bytes(self, trained: Trained, processes: int = 1) -> int:
+        """Returns the bytes of its state in one of several processes, the most of them.
+
+        Unless overridden: two numbers per trained one, and a step count per tensor.
+        """
         every = [p.parameter for p in trained.parts]
         return sum(2 * p.numel() * p.element_size() + 4 for p in every)
+
+    def shared_bytes(self, trained: Trained, processes: int) -> int:
+        """Returns the bytes that each of several processes exchanges in a step, beside the gradients."""
+        return 0
 
     def announcement(self, trained: Trained) -> str | None:
         """Returns a warning for the user before the training, or None."""

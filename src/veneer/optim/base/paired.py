@@ -65,6 +65,10 @@ class Paired(torch.optim.Optimizer, ABC):
         """Scales gradients to a joint norm of at most `most`; returns the norm before."""
         return nn.utils.clip_grad_norm_(parameters, most)
 
+    def own(self, present: list[Present]) -> list[Present]:
+        """Returns the pairs that this process steps."""
+        return present
+
     def buckets(self) -> Iterator[Bucket]:
         """Yields the pairs with gradients, one bucket per shape."""
         for group in self.param_groups:
@@ -88,7 +92,7 @@ class Paired(torch.optim.Optimizer, ABC):
         )
 
     def _changes(self, group: dict[str, Any]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        present = _present(group)
+        present = self.own(_present(group))
         if present:
             dA, dB = self.steps(self._bucket(group, present))
             yield from zip((A for A, *_ in present), dA, strict=True)

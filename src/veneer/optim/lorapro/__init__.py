@@ -12,8 +12,8 @@ https://arxiv.org/abs/1804.04235); no (out, in) matrix is made. `sgd` steps by d
 The gradient is clipped by the norm of the projected one, which <gA, dA> + <gB, dB> gives. Weight decay
 shrinks B A; the authors' code shrinks the frozen W as well.
 
-State: full: 2 out x in numbers a layer, as full fine-tuning; factored: (out + in)(r + 1) + 2 r^2, about half
-of AdamW's; sgd: none.
+State: full: 2 out x in numbers a layer, as full fine-tuning, each layer's in one process; factored:
+(out + in)(r + 1) + 2 r^2, about half of AdamW's; sgd: none.
 Cost: O((out + in) r^2 + r^3) a layer and step; full: 8 r out x in operations and a dozen passes over out x in
 besides.
 Use: to come nearer to full fine-tuning at a low rank. The rate is below LoRA's: the authors use full
@@ -34,6 +34,7 @@ import torch
 from veneer.errors import ConfigError, suggest
 from veneer.ops.matrix.tangent import Choice
 from veneer.optim.base.optimiser import Optimiser, Trained, check_damping
+from veneer.optim.base.owned import owners
 from veneer.optim.base.pairs import Pair, of
 from veneer.optim.lorapro.factored import Factored
 from veneer.optim.lorapro.forms import Full, Plain
@@ -73,10 +74,20 @@ class LoRAPro(Optimiser):
     def build(self, trained: Trained) -> torch.optim.Optimizer:
         return FORMS[self.form](trained, self.x, self.damping)
 
-    def state_bytes(self, trained: Trained) -> int:
+    def state_bytes(self, trained: Trained, processes: int = 1) -> int:
         pairs, others = of(trained.parts)
-        numbers = sum(self._numbers(p) * max(4, p.A.element_size()) for p in pairs)
-        return numbers + super().state_bytes(trained._replace(parts=others))
+        loads = [self._numbers(p) * max(4, p.A.element_size()) for p in pairs]
+        held = [0] * (processes if self.form == "full" else 1)
+        dealt = owners([p.shape[0] * p.shape[1] for p in pairs], len(held))
+        for owner, load in zip(dealt, loads, strict=True):
+            held[owner] += load
+        return max(held) + super().state_bytes(trained._replace(parts=others))
+
+    def shared_bytes(self, trained: Trained, processes: int) -> int:
+        if self.form != "full" or processes == 1:
+            return 0
+        pairs, _ = of(trained.parts)
+        return sum(t.numel() * t.element_size() for p in pairs for t in (p.A, p.B))
 
     def _numbers(self, pair: Pair) -> int:
         m, n, r = pair.shape

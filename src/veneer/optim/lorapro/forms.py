@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from veneer.ops.matrix.linalg import precise
 from veneer.ops.matrix.tangent import Choice, Inverses, Point, adjust, inverses, mix, squared_norm
 from veneer.optim.base.moments import direction
 from veneer.optim.base.optimiser import Trained
+from veneer.optim.base.owned import Owned
 from veneer.optim.base.paired import Paired
 from veneer.optim.base.pairs import Bucket, inner
 
@@ -76,8 +78,15 @@ class Plain(Projected):
         ]
 
 
-class Full(Projected):
-    """AdamW on the projected gradient E = s (B dA + dB A), projected again. State is kept with B."""
+class Full(Projected, Owned):
+    """AdamW on the projected gradient E = s (B dA + dB A), projected again. State is kept with B.
+
+    Among processes each pair's state lies in one of them.
+    """
+
+    def empty_state(self, A: nn.Parameter, B: nn.Parameter) -> dict[str, Tensor]:
+        moment = precise(B).new_zeros(B.shape[0], A.shape[1])
+        return {"step": torch.zeros(()), "exp_avg": moment, "exp_avg_sq": torch.zeros_like(moment)}
 
     def steps(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         at = self.point(bucket)

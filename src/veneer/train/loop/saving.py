@@ -21,6 +21,7 @@ def save(loop: Loop) -> None:
     best.check_parameters(loop)
     tensors = {**state.tensors(loop.learner), **loop.order.state(), **loop.drawing.state()}
     alike.check(loop, tensors)
+    tensors |= state.dealt(loop.learner)
     if loop.world.first:
         loop.checkpoints.mkdir(parents=True, exist_ok=True)
         own = {"strides": state.strides(tensors), **({"owner": loop.owners[0]} if loop.owners else {})}

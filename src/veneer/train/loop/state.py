@@ -16,6 +16,7 @@ from veneer.data.order.order import Steps
 from veneer.errors import FormatError, first_few
 from veneer.methods.base.protocols import Resizes
 from veneer.optim.base.groups import Part
+from veneer.optim.base.owned import Owned
 from veneer.sites.own import is_own
 from veneer.tasks import Figure
 from veneer.train.folder.checkpoint import Checkpoint
@@ -72,15 +73,26 @@ def tensors(learner: Learner) -> dict[str, Tensor]:
     """Returns the tensors of a checkpoint.
 
     p.<name>: parameters; m.<name>: their running means; b.<name>: see fixed;
-    o.<name>.<key>: state of the optimiser; rng, rng.1, ..: random numbers
+    o.<name>.<key>: state of the optimiser, see dealt for the rest; rng, rng.1, ..: random numbers
     of each process; rng.cuda: of the first one's GPU. All processes must call it.
     """
     found = {**draws(learner), **fixed(learner), **(learner.mean.tensors() if learner.mean else {})}
     for part in learner.parts:
         found[f"p.{part.name}"] = part.parameter
+        if isinstance(learner.optimiser, Owned) and learner.optimiser.is_dealt(part.parameter):
+            continue
         for key, value in learner.optimiser.state.get(part.parameter, {}).items():
             found[f"o.{part.name}.{key}"] = value
     return found
+
+
+def dealt(learner: Learner) -> dict[str, Tensor]:
+    """Returns the states that one process each keeps, all in the first one. All processes must call it."""
+    if not isinstance(learner.optimiser, Owned) or learner.world.size == 1:
+        return {}
+    names = {id(part.parameter): part.name for part in learner.parts}
+    every = learner.optimiser.gathered()
+    return {f"o.{names[id(p)]}.{key}": t for p, some in every for key, t in some.items()}
 
 
 def strides(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -115,7 +127,7 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
     for part in learner.parts:
         prefix = f"o.{part.name}."
         state = {n.removeprefix(prefix): t for n, t in saved.tensors.items() if n.startswith(prefix)}
-        if state:
+        if state and (not isinstance(learner.optimiser, Owned) or learner.optimiser.holds(part.parameter)):
             device = part.parameter.device
             learner.optimiser.state[part.parameter] = {
                 k: laid_out(t, strides.get(f"{prefix}{k}")).to(device) for k, t in state.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -53,7 +53,10 @@ class Processes:
 
 
 class Simulated(NamedTuple):
-    """One process' step on a whole base. rows: of its pass; frozen: bytes of each block; base: parameters."""
+    """One process' step on a whole base. rows: of its pass; frozen: bytes of each block; base: parameters.
+
+    shared: bytes of the optimiser's state in one of so many processes, and of what they exchange for it.
+    """
 
     run: Run
     rows: int
@@ -61,10 +64,15 @@ class Simulated(NamedTuple):
     frozen: list[int]
     base: int
     trained: int
+    shared: Callable[[int], tuple[int, int]]
 
     def among(self, processes: int, *, shard: bool) -> Processes:
         """Returns the forecast for so many processes with these rows each, on a whole or a divided base."""
         run, step, given = replace(self.run, shard=shard), self.step, {"shard": shard}
+        states, factors = self.shared(processes)
+        memory = step.memory._replace(
+            optimiser=states, peak=step.memory.peak - step.memory.optimiser + states
+        )
         return Processes(
             run,
             processes,
@@ -72,9 +80,9 @@ class Simulated(NamedTuple):
             self.trained,
             self.rows,
             run.window,
-            of_process(step.memory, self.frozen, processes, **given),
+            of_process(memory, self.frozen, processes, **given),
             step.flops.total,
-            wire(step.memory.gradients, self.frozen, processes, run.accumulate, **given),
+            wire(memory.gradients, self.frozen, processes, run.accumulate, **given, factors=factors),
         )
 
 
@@ -98,14 +106,28 @@ def simulated(run: Run, rows: int) -> Simulated:
     parts = trained.open_parameters(model, run)
     compiling.recompute(model, run.gradient_checkpointing)
     shape = Shape(rows, run.window, rows * run.window, run.accumulate)
-    states = optim.make(run.optimiser, **run.optimiser_options).state_bytes(trained.for_optimiser(run, parts))
+    optimiser, own = optim.make(run.optimiser, **run.optimiser_options), trained.for_optimiser(run, parts)
     full, narrow = run.trains_base, run.precision == "bf16"
     step = simulate.step(
-        model, shape, task, base=run.base_dtype, full=full, autocast=full and narrow, states=states
+        model,
+        shape,
+        task,
+        base=run.base_dtype,
+        full=full,
+        autocast=full and narrow,
+        states=optimiser.state_bytes(own),
     )
     frozen = _blocks(model, task, run.base_dtype)
     base = sum(p.numel() for n, p in model.named_parameters() if not is_own(n))
-    return Simulated(run, rows, step, frozen, base, sum(p.parameter.numel() for p in parts))
+    return Simulated(
+        run,
+        rows,
+        step,
+        frozen,
+        base,
+        sum(p.parameter.numel() for p in parts),
+        lambda n: (optimiser.state_bytes(own, n), optimiser.shared_bytes(own, n)),
+    )
 
 
 def _check(run: Run, processes: int) -> None:
@@ -147,6 +169,7 @@ def text(found: Processes) -> str:
             f"memory of a process: {size(m.peak)} at the peak; weights {size(m.weights)}, adapter"
             f" {size(m.adapter)}, optimiser {size(m.optimiser)}, kept for the backward {size(m.activations)}",
             f"exchanged by a process and step: {size(w.handed)} handed over, {size(w.sent)} sent in a ring;"
-            f" gradients {size(w.gradients)}, blocks {size(w.blocks)}",
+            f" gradients {size(w.gradients)}, blocks {size(w.blocks)}"
+            + (f", factors {size(w.factors)}" if w.factors else ""),
         ]
     )
