@@ -44,7 +44,9 @@ def test_a_divided_base_learns_what_a_whole_one_does(method, tmp_path, two):
 OPTIMISERS = [o for o in optim.available() if o != "galore"]  # it trains the base
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize(
+    "optimiser", [o if o == "lorapro" else pytest.param(o, marks=pytest.mark.slow) for o in OPTIMISERS]
+)
 def test_optimisers_on_a_divided_base(optimiser, two):
     one = shared_steps.train(ALONE, optimiser, lr=1e-3)
     found = two.call("support.shared_steps:train", optimiser, divided=True, lr=1e-3)

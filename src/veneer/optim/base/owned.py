@@ -1,7 +1,7 @@
 """Pairs whose moments are as large as the weights are dealt out among processes: each steps its own for all.
 
-After a step the owner's A and B replace those of the others: r (out + in) numbers a pair are exchanged, and no
-other process keeps its moments of out x in numbers.
+After a step the owner's A and B replace those of the others: r (out + in) numbers a pair are exchanged, and
+no other process keeps the moments, out x in numbers each.
 """
 
 from __future__ import annotations
