@@ -6,7 +6,7 @@ written once, and h never leaves the chip. Each column's program computes h agai
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# Triton refuses annotations of names that it does not know, so its functions have none.
+# Triton refuses annotations by other names than its own, so its functions are not annotated.
 
 from __future__ import annotations
 
