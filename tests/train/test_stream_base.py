@@ -187,3 +187,30 @@ def test_plan_chooses_it_for_a_base_that_does_not_fit(tmp_path, monkeypatch, cap
     assert main(["plan", "--config", str(config), "--no-probe", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert not found["stream_base"] and found["memory_bytes"]["lora"]["weights"] > 300_000
+
+
+def test_measured_and_written_texts_are_those_of_a_base_in_memory(tmp_path, monkeypatch):
+    from veneer.verbs.eval.evaluate import evaluate
+    from veneer.verbs.generate import generate
+
+    monkeypatch.chdir(tmp_path)  # packed blocks lie here
+    for quantise in (None, "nf4"):
+        given = tiny.settings(tmp_path, steps=8, lr=3e-2, quantise=quantise)
+        out = str(tmp_path / f"run-{quantise}")
+        training.fit(Run.from_dict({**given, "out": out}), progress=False)
+        found = []
+        for stream in (False, True):
+            options: dict[str, Any] = {"adapter": [out], "stream_base": stream, "device": "cpu"}
+            own = evaluate(given["model"], data=[given["data"]], length=32, **options, progress=False)
+            written = generate("a b c", model=given["model"], tokens=24, dtype="fp32", **options)
+            found.append((own.lines, written))
+        assert found[0] == found[1] and len(found[0][1]) == 2
+        assert found[0][1]["base"] != found[0][1][f"run-{quantise}"]
+
+
+def test_other_tasks_are_measured_on_a_base_in_memory(tmp_path):
+    from veneer.models.of_task import loaded_base
+    from veneer.tasks import get
+
+    with pytest.raises(ConfigError, match="reads causal language models block by block; leave it out for"):
+        loaded_base("builtin", get("masked-lm"), torch.float32, CPU, stream=True)

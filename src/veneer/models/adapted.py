@@ -21,7 +21,7 @@ from veneer.data.tokenizer import Tokenizer
 from veneer.errors import ConfigError, first_few, option
 from veneer.files import read_json
 from veneer.models import pretrained, vocabulary
-from veneer.models.of_task import for_task
+from veneer.models.of_task import loaded_base
 from veneer.sites import changed
 from veneer.tasks import Task
 from veneer.train.folder.layout import BASE, CONFIG, METRICS
@@ -136,11 +136,8 @@ def _base(folder: Path) -> str | None:
     for run in (folder, folder.parent):
         if changed.kind_of_folder(run / BASE) is not None:
             return str(run / BASE)
-        if (
-            (run / CONFIG).is_file()
-            and adapter_folder(run).is_dir()
-            and "run" in (config := read_json(run / CONFIG))
-        ):
+        is_run = (run / CONFIG).is_file() and adapter_folder(run).is_dir()
+        if is_run and "run" in (config := read_json(run / CONFIG)):
             return str(config["run"]["model"])
     settings = adapter_folder(folder) / PEFT_CONFIG
     return read_json(settings).get("base_model_name_or_path") if settings.is_file() else None
@@ -220,18 +217,17 @@ def open_all(
 
 
 def open_base(
-    base: str, wanted: Sequence[Wanted], dtype: torch.dtype, device: str, task: Task | None = None
+    base: str,
+    wanted: Sequence[Wanted],
+    dtype: torch.dtype,
+    device: str,
+    task: Task | None = None,
+    *,
+    stream: bool = False,
 ) -> Opened:
-    """Returns the base alone, in the quantised form that these adapters were trained on.
-
-    task: decides the class that loads it and brings the processor; language modelling unless given.
-    """
+    """Returns the base alone, in the quantised form that these adapters were trained on; see loaded_base."""
     read = task.processor if task else processor(base, wanted)
-    form, place = format_of(wanted, base), torch.device(device)
-    if task is None:
-        model = pretrained.causal_lm(base, dtype, place, form)
-    else:
-        model = for_task(base, task, dtype, place, form)
+    model = loaded_base(base, task, dtype, torch.device(device), format_of(wanted, base), stream=stream)
     return Opened(vocabulary.grown(model, [w.folder for w in wanted], read), read, base)
 
 

@@ -23,6 +23,7 @@ def generate(
     chat: bool = False,
     dtype: str = "auto",
     device: str = "auto",
+    stream_base: bool = False,
     allow: Sequence[str] = (),
 ) -> dict[str, str]:
     """The continuation of the prompt by name: "base", then every adapter at its strength.
@@ -38,11 +39,12 @@ def generate(
     chat: treat the prompt as a user's message, written by the chat template of training
     dtype: number format of the weights: fp32, bf16, fp16, or auto for the fastest one here
     device: where to compute: cpu, cuda, ..; auto: cuda if available
+    stream_base: leave the base on disk, one block at a time in memory; each token reads the whole base
     allow: what to let through when loading, see veneer.load
     """
     if tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ConfigError("tokens must be 1 or more, temperature 0 or more, top_p above 0 and at most 1")
-    opened, wanted = _opened(adapter, model, dtype, device, allow)
+    opened, wanted = _opened(adapter, model, dtype, device, allow, stream_base)
     options = {"max_new_tokens": tokens, "temperature": temperature, "top_p": top_p}
     found: dict[str, str] = {}
     shown: dict[str, adapted.Wanted | None] = {"base": None} if base or not wanted else {}
@@ -55,14 +57,14 @@ def generate(
 
 
 def _opened(
-    specs: Sequence[str], model: str | None, dtype: str, device: str, allow: Sequence[str]
+    specs: Sequence[str], model: str | None, dtype: str, device: str, allow: Sequence[str], stream: bool
 ) -> tuple[adapted.Opened, list[adapted.Wanted]]:
     """Returns the base alone, and the adapters, each of which can be loaded."""
     if not specs and model is None:
         model = "builtin"
     wanted, where = adapted.there(specs), machine.device(device)
     base = model or adapted.base_of(wanted)
-    opened = adapted.open_base(base, wanted, machine.dtype(dtype, where), str(where))
+    opened = adapted.open_base(base, wanted, machine.dtype(dtype, where), str(where), stream=stream)
     adapted.check(opened.model, wanted, allow)
     return opened, wanted
 

@@ -17,11 +17,12 @@ class _Recorded(dict[str, Any]):
 
     def __init__(self, own: dict[str, Any]) -> None:
         super().__init__(own)
+        self.own = own  # that of a block on disk reads from files
         self.was_read = self.was_called = False
 
     def __getitem__(self, name: str) -> Any:
         self.was_read = True
-        return super().__getitem__(name)
+        return self.own[name]
 
 
 @contextmanager

@@ -49,6 +49,7 @@ def evaluate(
     batch: int = 8,
     dtype: str = "fp32",
     device: str = "auto",
+    stream_base: bool = False,
     seed: int = 0,
     allow: Sequence[str] = (),
     progress: bool = True,
@@ -73,6 +74,7 @@ def evaluate(
     batch: windows or questions in one forward pass
     dtype: of the weights: fp32, bf16 or fp16
     device: cpu, cuda, ..; auto: cuda where there is one
+    stream_base: leave the base on disk, one block at a time in memory; each batch reads the whole base
     seed: decides the draws of the intervals
     allow: checks to turn off when loading, see veneer.load
     """
@@ -85,7 +87,9 @@ def evaluate(
     rows = {name: spread(sources.rows([name], "test", shape=shape), documents) for name in data}
     reading = Reading(length=length or LENGTH, packing=False, train_on=train_on, overlong=overlong)
     asked = _task(task, adapted.processor(base, wanted, kind.PROCESSOR), reading, wanted, rows)
-    opened = adapted.open_base(base, wanted, number_format, str(machine.device(device)), asked)
+    opened = adapted.open_base(
+        base, wanted, number_format, str(machine.device(device)), asked, stream=stream_base
+    )
     length = length or min(LENGTH, context(opened.model) or LENGTH)
     asked = asked.with_reading(replace(reading, length=length))
     adapted.check(opened.model, wanted, allow)
