@@ -82,8 +82,7 @@ def evaluate(
     _check(data, tasks, {"documents": documents, "examples": examples}, numbers)
     kind, number_format, notes = get(task), dtypes.of_name(dtype), Notes()
     known = benchmarks.find(tasks, task_folder) if tasks else None  # cheap refusals first
-    wanted = adapted.there(adapter)
-    shape = Shape(forms=kind.FORMS, media=kind.MEDIA)
+    wanted, shape = adapted.there(adapter), Shape(forms=kind.FORMS, media=kind.MEDIA)
     rows = {name: spread(sources.rows([name], "test", shape=shape), documents) for name in data}
     reading = Reading(length=length or LENGTH, packing=False, train_on=train_on, overlong=overlong)
     asked = _task(task, adapted.processor(base, wanted, kind.PROCESSOR), reading, wanted, rows)
@@ -93,10 +92,13 @@ def evaluate(
     length = length or min(LENGTH, context(opened.model) or LENGTH)
     asked = asked.with_reading(replace(reading, length=length))
     adapted.check(opened.model, wanted, allow)
-    read = _texts(rows, asked, opened.model, notes)
-    options = benchmarks.Options(shots, chat, examples or None, batch)
+    read, options = _texts(rows, asked, opened.model, notes), _options(shots, chat, examples, batch)
     found = _measured(opened, wanted, read, known, options, allow, Voice(progress))
     return Evaluation(base, _lines(read, found, seed, notes), notes.said)
+
+
+def _options(shots: int | None, chat: bool, examples: int, batch: int) -> benchmarks.Options:
+    return benchmarks.Options(shots, chat, examples or None, batch)
 
 
 def _check(
