@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from veneer.adapt.attached import layers
@@ -17,12 +17,14 @@ class _Recorded(dict[str, Any]):
 
     def __init__(self, own: dict[str, Any]) -> None:
         super().__init__(own)
-        self.own = own  # that of a block on disk reads from files
+        self.own = own
         self.was_read = self.was_called = False
 
     def __getitem__(self, name: str) -> Any:
         self.was_read = True
-        return self.own[name]
+        found = super().__getitem__(name)
+        on_disk = isinstance(found, Tensor) and found.is_meta
+        return self.own[name] if on_disk else found  # the own one reads a block from its file
 
 
 @contextmanager
