@@ -27,7 +27,7 @@ help:
 	@echo "make docs    build the documentation into site/ and check its links"
 	@echo "make bench   run every script in bench/; make bench-check compares with the figures in bench/results"
 	@echo "make study   judge claims about learning and forgetting (hours; ARGS=--quick: half an hour)"
-	@echo "make study-real  repeat its claims on SmolLM2's real weights (45 minutes of one core)"
+	@echo "make study-real  repeat its claims on SmolLM2's real weights (an hour of one core)"
 	@echo "make mutants plant 60 faults one at a time and see whether the tests notice; ARGS=\"--seed 1\" for others, ARGS=--help for more"
 	@echo "make test-faults  kill, damage, signal and race trainings and fill their disk, at every point; eight minutes"
 	@echo "make gpu     check and time Veneer on this machine's GPU in eight minutes; the figures go to bench/results/gpu.json"

@@ -16,6 +16,8 @@ import veneer
 from veneer.adapt.attached import base_parameters
 from veneer.cli.frame import main
 from veneer.errors import ConfigError
+from veneer.ops import spans
+from veneer.runs import shared as sharing
 from veneer.train.errors import Interrupted
 from veneer.train.loop import together
 from veneer.train.loop.step import Learner
@@ -65,6 +67,23 @@ def test_each_learns_what_it_learns_alone(tmp_path):
             assert many == {
                 k: pytest.approx(v, rel=1e-3) if isinstance(v, float) else v for k, v in one.items()
             }
+
+
+def test_ranks_apart_learn_what_they_learn_alone_and_share_texts_and_base(tmp_path, monkeypatch):
+    """Plain low-rank changes are added by spans of rows; the third run reads another text."""
+    added, loaded, add, load = [], [], spans.add, sharing.for_task
+    monkeypatch.setattr(spans, "add", lambda *given, **own: added.append(given[2]) or add(*given, **own))
+    monkeypatch.setattr(sharing, "for_task", lambda *given: loaded.append(given) or load(*given))
+    runs = [replace(run(tmp_path, f"r{r}", steps=4), options={"rank": r}) for r in (1, 4)]
+    runs.append(run(tmp_path, "other", steps=4, data=str(tmp_path / "known.txt")))
+    found = veneer.fit_many([replace(r, out=f"{r.out}-many") for r in runs], progress=False)
+    assert len(loaded) == 1 and {s.own for s in added[0]} == {1, 2, 3}
+    monkeypatch.undo()
+    for r, result in zip(runs, found, strict=True):
+        alone = veneer.fit(r, progress=False)
+        torch.testing.assert_close(adapter(result.folder), adapter(alone.folder), rtol=1e-4, atol=1e-6)
+        kept = [json.loads((f.folder / "config.json").read_text()) for f in (result, alone)]
+        assert kept[0]["data"] == kept[1]["data"] and kept[0]["notes"] == kept[1]["notes"]
 
 
 def test_a_stopped_training_goes_on_in_every_run(tmp_path, monkeypatch):

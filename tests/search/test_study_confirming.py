@@ -53,8 +53,10 @@ def test_the_confirming_part_has_one_form(tmp_path):
 def test_the_confirming_part_runs_on_real_weights_and_writes_a_page_of_its_own(real, tmp_path, monkeypatch):
     monkeypatch.setenv("VENEER_REAL", str(real(SMOLLM2).parent))
     few = {**protocol.CONFIRMING.comparison, "methods": (protocol.LOW, protocol.LORA), "seeds": 2}
-    few["centre"] = dict.fromkeys(few["methods"], 1e-3)
-    size = protocol.Size({**protocol.CONFIRMING.run, "steps": 2, "batch": 2}, few)
+    few["centre"] = dict.fromkeys(few["methods"], 0.016)  # two steps like it high: no rate lies on an edge
+    (tmp_path / "known.py.txt").write_text("def area(side: float) -> float:\n    return side * side\n" * 2)
+    own = {"steps": 2, "batch": 2, "known": (str(tmp_path / "known.py.txt"),)}
+    size = protocol.Size({**protocol.CONFIRMING.run, **own}, few)
     monkeypatch.setattr(protocol, "CONFIRMING", size)
     monkeypatch.setattr(sources, "ROWS", {"train": 16, "valid": 4, "test": 4})
     out, to = tmp_path / "out", tmp_path / "docs"

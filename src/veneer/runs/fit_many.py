@@ -14,6 +14,7 @@ from veneer.runs.fit import begin, look, loop_of
 from veneer.runs.prepare import NAME
 from veneer.runs.shared import Shared
 from veneer.tasks.base.abilities import Joint
+from veneer.train.folder import layout
 from veneer.train.folder.result import Result
 from veneer.train.loop import together
 from veneer.train.loop.progress import Voice
@@ -41,22 +42,23 @@ def fit_many_until(
 ) -> list[Result | Position]:
     """Trains as `fit_many` up to a step and saves there; see `fit_until`. step: None for all of them."""
     _check(runs)
+    kept = shared or Shared()
     with disk.written(Path(runs[0].out)), ExitStack() as stack:
         voices = [Voice(progress) for _ in runs]
         readies = [
-            look(replace(run, compile="off"), voice, stack, shared=shared)
+            look(replace(run, compile="off"), voice, stack, shared=kept if shared or _fresh(run) else None)
             for run, voice in zip(runs, voices, strict=True)
         ]
         together.share_base([ready.model for ready in readies])
         together.check({ready.run.out: ready.model for ready in readies}, NAME)
         opened = [begin(ready, voice, stack) for ready, voice in zip(readies, voices, strict=True)]
         going = [b for b in opened if isinstance(b, Begun)]
-        ended = iter(_train(going, stack, step, shared) if going else [])
+        ended = iter(_train(going, stack, step, kept) if going else [])
         return [b if isinstance(b, Result) else next(ended) for b in opened]
 
 
 def _train(
-    going: Sequence[Begun], stack: ExitStack, until: int | None, shared: Shared | None
+    going: Sequence[Begun], stack: ExitStack, until: int | None, shared: Shared
 ) -> list[Result | Position]:
     bank = together.carry([b.ready.model for b in going], NAME)
     loops, wish = [loop_of(b, shared) for b in going], stack.enter_context(listening())
@@ -67,6 +69,11 @@ def _train(
         position if loop.paused() else end(b, loop, position, wish)
         for b, loop, position in zip(going, loops, positions, strict=True)
     ]
+
+
+def _fresh(run: Run) -> bool:
+    """Returns True unless the run goes on, which may read as its own beginning did."""
+    return not (Path(run.out) / layout.CONFIG).exists()
 
 
 def _check(runs: Sequence[Run]) -> None:

@@ -81,7 +81,7 @@ def prepare(
     run = decided(texts.named(run), device)
     _check_size(run, world)
     with voice.phase("reading texts"):
-        run, task, found = shared.texts(run, lambda: read(run, voice)) if shared else read(run, voice)
+        run, task, found = shared.texts(run, lambda: read(run, voice), voice) if shared else read(run, voice)
     same_start.check_batches(run, task, world)
     with voice.phase("loading the model"):
         place = torch.device("cpu") if run.shard else device  # blocks move one by one, divided

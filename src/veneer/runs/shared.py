@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -12,33 +12,46 @@ from torch import nn
 
 from veneer.adapt import attached
 from veneer.adapt.store import fingerprint
+from veneer.data.reading import Reading
 from veneer.methods import Stats
 from veneer.models.of_task import for_task
 from veneer.runs import base_model
 from veneer.runs.texts.texts import Text
 from veneer.tasks import Task
 from veneer.train.loop.opening import Opening
-from veneer.train.loop.progress import Voice
+from veneer.train.loop.progress import Notes, Voice
 from veneer.train.run import Run
 
 # Settings that neither the start of an adapter nor an evaluation depends on.
 OF_LENGTH = ("lr", "out", "eval_every", "save_every", "keep", "resume", "report", "track", "allow", "compile")
 Read = tuple[Run, Task, dict[str, Text]]
+# Settings that decide what is read, beside those of Reading.
+OF_TEXTS = (
+    *("model", "task", "task_options", "add_tokens", "data", "valid", "test", "known", "seed"),
+    *("eval_windows", "chooses", *(f.name for f in fields(Reading))),
+)
 
 
 class Shared:
-    """Keeps the texts of every seed, the base, and the evaluation before the first step of every start."""
+    """Keeps texts, the base, and the evaluation before the first step of every start."""
 
     def __init__(self) -> None:
-        self._texts: dict[int, Read] = {}
+        self._texts: dict[str, tuple[Read, list[str]]] = {}
         self._bases: dict[str, tuple[nn.Module, str]] = {}
         self._openings: dict[str, Opening] = {}
 
-    def texts(self, run: Run, read: Callable[[], Read]) -> Read:
-        """Returns the run, its task and texts; those of a seed are read once."""
-        if run.seed not in self._texts:
-            self._texts[run.seed] = read()
-        known, task, found = self._texts[run.seed]
+    def texts(self, run: Run, read: Callable[[], Read], notes: Notes) -> Read:
+        """Returns the run, its task and texts; runs that read alike read once, and each takes the notes."""
+        if run.stream:  # a stream is used up by its run
+            return read()
+        key = repr([getattr(run, name) for name in OF_TEXTS])
+        if key not in self._texts:
+            before = len(notes.said)
+            self._texts[key] = read(), notes.said[before:]
+        else:
+            for sentence in self._texts[key][1]:
+                notes.say(sentence)
+        known, task, found = self._texts[key][0]
         decided = {name: getattr(known, name) for name in ("length", "special_tokens", "task_options")}
         return replace(run, **decided), task, found
 

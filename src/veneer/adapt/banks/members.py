@@ -12,6 +12,7 @@ from torch import Tensor
 from veneer.adapt.banks.rows import Form, Router, Rows, Stacks, form_of, products_of
 from veneer.methods import Delta, Factors
 from veneer.methods.base.protocols import GainsInput
+from veneer.ops import spans
 from veneer.sites import Site
 
 
@@ -131,6 +132,16 @@ class Live(Rows):
         b = [like.new_zeros(0, self.site.out) if p is None else p.b.to(dtype) for p in some]
         return Stacks(_padded(A, rank), _padded(B, rank), excess, _padded(a, most), _padded(b, most))
 
+    def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
+        """Adds the change of each stretch of rows by its own products where all changes are plain ones."""
+        forms = self._forms() if spans.suits(x) else []
+        if not forms or any(f is not None and not _is_plain(f) for f in forms):
+            return super().onto(x, y, site, writable=writable)
+        self.router.of(x, site)  # refuses ids of another shape
+        found = self.router.stretches()
+        pairs = [None if f is None else (f.factors.A.to(y.dtype), f.factors.B.to(y.dtype)) for f in forms]
+        return spans.add(x.to(y.dtype), y, found, [pairs[s.own] for s in found], writable=writable)
+
     def input_gains(self, dtype: torch.dtype) -> Tensor | None:
         return _gains(
             [None if f is None else f.factors.c for f in self._forms()],
@@ -144,6 +155,12 @@ class Live(Rows):
 
     def gains_input(self, site: Site) -> bool:
         return any(isinstance(d, GainsInput) and d.gains_input(site) for d in self.changes if d is not None)
+
+
+def _is_plain(form: Form) -> bool:
+    """Returns True for a change that is only a low-rank product."""
+    f = form.factors
+    return f.g is None and f.c is None and form.products is None and f.A.shape[0] > 0
 
 
 def _folded(form: Factors) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.errors import ConfigError, NotMergeable, ShapeError
 from veneer.methods import Delta, Factors, Products
 from veneer.methods.base.protocols import AddsInPlace, GainsInput, Routed, Served, Switched
-from veneer.ops import batched
+from veneer.ops import batched, spans
 from veneer.sites import Site
 
 FREE = ""  # the name of a slot that holds nothing
@@ -32,10 +32,11 @@ class Router(nn.Module):
         self.broken: set[int] = set()  # slots that hold a number that is not finite
         self.finite = True
         self.held: tuple[Tensor, batched.Layout] | None = None
+        self.spread: tuple[Tensor, list[spans.Span]] | None = None
         self.register_buffer("ids", torch.zeros((), dtype=torch.long, device=device), persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "held": None}
+        return {**self.__dict__, "held": None, "spread": None}
 
     def mark(self, slot: int, finite: bool) -> None:
         """Notes whether the slot that was just written is finite throughout."""
@@ -52,6 +53,13 @@ class Router(nn.Module):
                 f" every row of this batch with use([..]), or one for all of them with use(name)"
             )
         return ids.reshape(-1).to(x.device)
+
+    def stretches(self) -> list[spans.Span]:
+        """Returns the stretches of rows with one adapter, made once for all layers."""
+        flat = self.ids.reshape(-1)
+        if self.spread is None or not torch.equal(self.spread[0], flat):
+            self.spread = flat.clone(), spans.of(flat.tolist())
+        return self.spread[1]
 
     def layout(self) -> batched.Layout | None:
         """Returns the rows by adapter, made once for all layers; None if that would break a graph or wait."""
