@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from mutants import __main__ as command  # noqa: E402
-from mutants import aside, faults, journal, noticing, pool  # noqa: E402
+from mutants import aside, faults, journal, nearness, noticing, pool  # noqa: E402
 from mutants.operators import OPERATORS  # noqa: E402
 
 BY_HAND = [
@@ -158,14 +158,8 @@ def test_every_file_has_tests_its_own_ones_first_and_a_new_one_too():
     assert noticing.tests("optim/lorapro/__init__.py")[0] == "tests/optim/test_lorapro.py"
     assert "tests/methods/test_methods.py" in noticing.tests("methods/added_tomorrow.py")
     assert noticing.tests("adapt/store/rounding.py")[0] == "tests/adapt/test_rounding.py"
-    order = noticing.tests(
-        "methods/inits/qpissa.py"
-    )  # named by the tests of quantisation more than by others
-    near, far = (f"tests/{name}.py" for name in ("compress/test_quant", "methods/test_methods"))
-    assert noticing.mentions("methods/inits/qpissa.py", near) > noticing.mentions(
-        "methods/inits/qpissa.py", far
-    )
-    assert order.index(near) < order.index(far)
+    order = noticing.tests("adapt/attach.py", "_warn_of_experts")  # test_calls has a word of its message
+    assert order[:2] == ["tests/adapt/test_attach.py", "tests/adapt/test_calls.py"]
     assert noticing.files(["src/veneer/optim/lorapro"]) == [
         f"optim/lorapro/{n}.py" for n in ("__init__", "factored", "forms")
     ]
@@ -188,6 +182,9 @@ def test_the_nearest_tests_run_first():
     fault = found("class RowNorms:\n    def factors(self):\n        return 1")[0]
     names = ("a.py::test_factors_of_row_norms[some]", "some.py::test_x", "a.py::test_it_compiles")
     near, far, slow = (f"tests/test_{name}" for name in names)
+    assert nearness.words_of("methods/miss.py", "MiSS.from_peft") >= {"mini_r", "MiSS", "to_peft"}
+    by_text = noticing.place(fault, far, test_the_nearest_tests_run_first)
+    assert by_text < noticing.place(fault, far)  # this test names factors
     assert sorted([slow, far, near], key=lambda test: noticing.place(fault, test)) == [near, far, slow]
 
 
@@ -207,7 +204,7 @@ def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
     script = (
         "import hypothesis, pytest, sys, safetensors.torch\n"
         "from mutants import faults, noticing, pool\n"
-        "noticing.tests = lambda file: [sys.argv[1]]\n"
+        "noticing.tests = lambda *_: [sys.argv[1]]\n"
         "source = (faults.SOURCE / 'files.py').read_text(encoding='utf-8')\n"
         "places = ('sha256', 'blocks', 'refuse_pickle')\n"
         "own = [f for f in faults.of('files.py', source) if f.where in places]\n"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+from mutants import nearness
 from mutants.faults import ROOT, SOURCE, Fault
+from mutants.nearness import TESTS
 
-TESTS = ROOT / "tests"
 AREAS = ("methods", "optim", "adapt")
 # The first row that matches a file of src/veneer names its tests (test_NAME.py), the slowest last. Every file
-# has those of its own name without a row. They come first, then those that mention what the file defines.
+# has those of its own name without a row. They come first, then those with most words of the faulty function.
 # Processes started by tests run without the fault.
 ROWS = {
     "methods/base/token_rows.py": "tokens* beside",
@@ -42,6 +44,7 @@ ROWS = {
     ),
     "adapt/attach*": (
         "merge* gains* attach* combine* prefix* baselines* store complaints* quant shared_inputs* methods"
+        " calls experts families"
     ),
     "adapt/merge.py": "merge* gains* combine* prefix* baselines* complaints* quant methods",
     "adapt/banks/entries.py": "bank*",
@@ -68,8 +71,8 @@ def files(only: Iterable[str] = ()) -> list[str]:
     return [f for f in found if not wanted or any(f == w or f.startswith(f"{w}/") for w in wanted)]
 
 
-def tests(file: str) -> list[str]:
-    """Returns the test files for a file under src/veneer, its own first."""
+def tests(file: str, where: str = "") -> list[str]:
+    """Returns the test files for a function of a file under src/veneer: its own first, then the nearest."""
     path = Path(file)
     stem = path.parent.name if path.stem == "__init__" else path.stem
     own = [p for name in (stem, f"{stem}_*") for p in sorted((TESTS / area(file)).glob(f"test_{name}.py"))]
@@ -77,32 +80,7 @@ def tests(file: str) -> list[str]:
     listed = [*own, *(p for name in row for p in sorted(TESTS.rglob(f"test_{name}.py")))]
     found = dict.fromkeys(p.relative_to(ROOT).as_posix() for p in listed)
     first = {p.relative_to(ROOT).as_posix() for p in own}
-    return sorted(found, key=lambda test: (test not in first, -mentions(file, test)))
-
-
-def mentions(file: str, test_file: str) -> float:
-    """Returns how many names that the file defines occur in a test file; a name that many tests share counts
-    less."""
-    every = _words_of_tests()
-    own = every[test_file]
-    return sum(1 / sum(name in words for words in every.values()) for name in _defined(file) & own)
-
-
-@functools.cache
-def _words_of_tests() -> dict[str, frozenset[str]]:
-    return {
-        p.relative_to(ROOT).as_posix(): frozenset(re.findall(r"\w+", p.read_text(encoding="utf-8")))
-        for p in TESTS.rglob("test_*.py")
-    }
-
-
-@functools.cache
-def _defined(file: str) -> frozenset[str]:
-    """Returns the name of a module, and of its functions, methods, classes and constants."""
-    path = SOURCE / file
-    source = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = re.findall(r"^ *(?:def|class) (\w+)|^([A-Z][A-Z_]+)\b", source, re.MULTILINE)
-    return frozenset({path.stem, *(a or b for a, b in found)} - {"__init__"})
+    return sorted(found, key=lambda t: (t not in first, -nearness.of_file(file, where, t)))
 
 
 def concerns(file: str, test: str) -> bool:
@@ -112,14 +90,16 @@ def concerns(file: str, test: str) -> bool:
     return shared or path.stem in test or _names(module, path.stem)
 
 
+@functools.cache
 def _names(test_file: str, stem: str) -> bool:
-    return stem in _words_of_tests()[test_file]
+    return re.search(rf"\b{stem}\b", (ROOT / test_file).read_text(encoding="utf-8")) is not None
 
 
-def place(fault: Fault, test: str) -> tuple[bool, int]:
+def place(fault: Fault, test: str, function: Callable[..., Any] | None = None) -> tuple[bool, float]:
     """Returns a sort key for tests: compiling ones last, else by words shared with file and function."""
     shared = _words(Path(fault.file).stem, fault.where) & _words(test.partition("::")[2])
-    return COSTLY in test, -len(shared)
+    text = 0.0 if function is None else nearness.of_test(fault.file, fault.where, function)
+    return COSTLY in test, -len(shared) - text
 
 
 def _words(*names: str) -> set[str]:

@@ -109,7 +109,7 @@ def outcomes(
         while left or running:
             while left and len(running) < jobs:
                 fault = left.pop()
-                trial = Trial.start(fault, noticing.tests(fault.file), limit)
+                trial = Trial.start(fault, noticing.tests(fault.file, fault.where), limit)
                 running[id(trial)] = fault, trial
             wait([t.results for _, t in running.values()], timeout=1.0)
             for fault, trial in list(running.values()):
@@ -125,7 +125,7 @@ def outcomes(
 def _outcome(fault: Fault, trial: Trial, patience: float) -> Outcome | None:
     """Returns the outcome of the fault, or None while its tests run."""
     ended, now = trial.listen(), time.monotonic()
-    seconds, at = now - trial.began, trial.test or noticing.tests(fault.file)[0]
+    seconds, at = now - trial.began, trial.test or noticing.tests(fault.file, fault.where)[0]
     if trial.failed:
         return Outcome(fault, "failed", seconds, trial.failed[0])
     if trial.code == 0:

@@ -47,7 +47,7 @@ class Watcher:
         if fault is not None:
             file = fault.file
             items[:] = [i for i in items if noticing.concerns(file, i.nodeid)]  # type: ignore[attr-defined]
-            items.sort(key=lambda item: noticing.place(fault, item.nodeid))  # type: ignore[attr-defined]
+            items.sort(key=lambda item: noticing.place(fault, item.nodeid, getattr(item, "function", None)))  # type: ignore[attr-defined]
         else:
             items[:] = [item for item in items if item.nodeid in self.wanted]  # type: ignore[attr-defined]
 
