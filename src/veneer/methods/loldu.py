@@ -71,5 +71,5 @@ def _ldu(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     U."""
     P, L, U = torch.linalg.lu(W)
     pivots = U.diagonal()[:rank]
-    unit = torch.where(pivots[:, None] == 0, 0, U[:rank] / torch.where(pivots == 0, 1, pivots)[:, None])
+    unit = torch.where(pivots[:, None] == 0, 0, U[:rank] / pivots[:, None])
     return L[:, :rank][P.argmax(1)], pivots, unit

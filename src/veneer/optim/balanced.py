@@ -52,4 +52,4 @@ def product_norm(left: Tensor, right: Tensor) -> Tensor:
 
 def over(u: Tensor, length: Tensor) -> Tensor:
     """Returns u / length, and 0 for a length of 0."""
-    return torch.where(length > 0, u / torch.where(length > 0, length, 1), 0)
+    return torch.where(length > 0, u / length, 0)
