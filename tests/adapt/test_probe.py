@@ -156,6 +156,32 @@ def test_fast_products_are_compared_as_what_they_are(tmp_path):
     veneer.load(llama(1, 2), folder)
 
 
+@pytest.mark.parametrize("compared", [["off", "on"], ["on"]])
+@pytest.mark.parametrize("moved", ["off", "on"])
+def test_the_limit_is_relative_to_the_outputs(compared, moved):
+    """Outputs of another unit are judged alike, also where only those with the adapter on are compared."""
+    draw = torch.Generator().manual_seed(0)
+    off, change, noise = torch.randn(3, 40, generator=draw, dtype=torch.float64)
+    model = llama(0, 2)
+
+    def verdicts(unit):
+        kept = {"off": (unit * off).tolist(), "on": (unit * (off + change)).tolist()}
+        saved = {"inputs": {}, "shape": [40], "where": list(range(40)), "compared": compared} | kept
+
+        def refused(error):
+            def run(inputs, adapted):
+                y = off + change if adapted else off
+                return unit * (y + error * noise * (adapted or moved == "off"))
+
+            return bool(probe.check(model, run, {**saved, "dtype": "float32", "precision": "float32"}))
+
+        return [refused(10 ** (-n / 8)) for n in range(80)]
+
+    usual = verdicts(1.0)
+    assert usual[0] and not usual[-1] and sorted(usual, reverse=True) == usual
+    assert verdicts(1e3) == verdicts(1e-3) == usual
+
+
 def test_large_vocabularies_are_asked_in_common_words():
     ids = default_inputs(llama(0, 2, vocabulary=9000))["input_ids"]
     assert ids.shape == (1, 16) and int(ids.min()) >= 2000 and int(ids.max()) < 3000
