@@ -19,6 +19,7 @@ import veneer
 import veneer.methods
 from veneer.adapt.attached import changes
 from veneer.adapt.merge import merge
+from veneer.errors import ConfigError, ShapeError
 from veneer.sites import site_for
 from veneer.sites.factored.layers import Factored, plain_linear
 
@@ -291,8 +292,19 @@ def test_every_method_is_asked_for_its_layers_in_the_same_way(name):
     ]
 
 
-def test_dropout_outside_its_range_is_refused():
-    from veneer.errors import ConfigError
+def options_with(name):
+    return [m for m in veneer.methods.available() if name in veneer.methods.options_of(veneer.methods.get(m))]
 
-    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), got 1.0"):
-        veneer.attach(nn.Sequential(nn.Linear(3, 3)), "lora", rank=1, dropout=1.0)
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0, 2.0])
+@pytest.mark.parametrize("name", options_with("dropout"))
+def test_dropout_outside_its_range_is_refused(name, wrong):
+    with pytest.raises(ConfigError, match=rf"dropout must be in \[0, 1\), got {wrong}"):
+        veneer.attach(nn.Sequential(nn.Linear(64, 64)), name, dropout=wrong, to=["0"])
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+@pytest.mark.parametrize("name", options_with("rank"))
+def test_ranks_below_one_are_refused(name, wrong):
+    with pytest.raises((ConfigError, ShapeError), match=rf"rank .*{wrong}"):
+        veneer.attach(nn.Sequential(nn.Linear(64, 64)), name, rank=wrong, to=["0"])

@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import models
 from support.peer import agrees_with_peft
+from torch import nn
 
 import veneer
 from veneer import methods
 from veneer.errors import FormatError, ShapeError
 from veneer.methods.loha import PEFT_NAMES as LOHA
 from veneer.methods.lokr import PEFT_NAMES as LOKR
+from veneer.sites import site_for
 
 OFT = {"Q": "oft_R.*.weight"}
 BOFT = {"P": "boft_R", "s": "boft_s"}
@@ -289,3 +291,26 @@ def test_settings_that_a_file_lacks_have_pefts_defaults(name):
 def test_every_kind_of_peft_is_among_the_defaults():
     found = {n for n in methods.available() if getattr(methods.get(n), "peft_settings", None)}
     assert found - {"prefix"} <= {*DEFAULTS}
+
+
+CIRCULAR = {"kernel_size": 3, "padding": 1, "padding_mode": "circular"}
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("name", ["lora", "dora", "lorafa", "loha", "lokr"])
+def test_convolutions_that_peft_computes_otherwise_are_not_written_as_its_own(name, rank):
+    """PEFT pads a change of a circular convolution with zeros."""
+    for layer, kept in ((nn.Conv2d(8, 8, **CIRCULAR), True), (nn.Conv2d(8, 8, 3), False)):
+        site = site_for("0", layer)
+        form = methods.build(methods.get(name), site, {"rank": rank}).to_peft(site)
+        assert (form is None) == kept
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_a_lokr_with_a_whole_factor_of_a_1d_convolution_stays_in_our_own_file(rank):
+    for layer, spatial in ((nn.Conv1d(64, 64, 3), 1), (nn.Conv2d(64, 64, 3), 2), (nn.Conv3d(64, 64, 1), 3)):
+        site = site_for("0", layer)
+        delta = methods.build(methods.get("lokr"), site, {"rank": rank})
+        whole = "R" in dict(delta.named_parameters())
+        assert whole == (rank == 8)
+        assert (delta.to_peft(site) is None) == (spatial == 3 or (spatial == 1 and whole))

@@ -56,6 +56,8 @@ ROWS = {
     ),
 }
 SHARED = ("__init__", "lora", "kaiming")  # files in methods that other files use, as those in base
+NEAREST = 3  # test files that run after those of the row
+FAR = ("project", "real")  # folders of tests of the tree and of fetched models
 COSTLY = "compil"  # in the name of a test that compiles: slow, and seldom the only one to notice a fault
 
 
@@ -78,9 +80,12 @@ def tests(file: str, where: str = "") -> list[str]:
     own = [p for name in (stem, f"{stem}_*") for p in sorted((TESTS / area(file)).glob(f"test_{name}.py"))]
     row = next(names.split() for pattern, names in ROWS.items() if fnmatch(file, pattern))
     listed = [*own, *(p for name in row for p in sorted(TESTS.rglob(f"test_{name}.py")))]
-    found = dict.fromkeys(p.relative_to(ROOT).as_posix() for p in listed)
     first = {p.relative_to(ROOT).as_posix() for p in own}
-    return sorted(found, key=lambda t: (t not in first, -nearness.of_file(file, where, t)))
+    near = functools.partial(nearness.of_file, file, where)
+    others = sorted((t for t in nearness.words_of_tests() if Path(t).parts[1] not in FAR), key=near)
+    found = dict.fromkeys(p.relative_to(ROOT).as_posix() for p in listed)
+    ordered = sorted(found, key=lambda t: (t not in first, -near(t)))
+    return [*ordered, *(t for t in others[-NEAREST:] if t not in found)]
 
 
 def concerns(file: str, test: str) -> bool:
