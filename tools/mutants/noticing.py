@@ -21,8 +21,8 @@ ROWS = {
     "methods/base/token_rows.py": "tokens* beside",
     "methods/inits/*": "starts* methods complaints_settings interchange quant",
     "methods/*": (
-        "ia3* prefix* flora* gains* frozen miss* optim fourierft* baselines* peft_kinds methods counts"
-        " moving_base complaints* interchange starts*"
+        "ia3* prefix* flora* gains* frozen miss* optim fourierft* baselines* peft_kinds starts* counts"
+        " moving_base complaints* methods interchange"
     ),
     "optim/*": "optim lowrank* optimisers* lorapro* scratch* complaints_settings",
     "adapt/banks/bank.py": "gains* flora* bank* complaints*",
@@ -43,8 +43,8 @@ ROWS = {
         " complaints* verify starts*"
     ),
     "adapt/attach*": (
-        "merge* gains* attach* combine* prefix* baselines* store complaints* quant shared_inputs* methods"
-        " calls experts families"
+        "attach* calls merge* gains* combine* prefix* baselines* store complaints* quant shared_inputs*"
+        " methods experts families"
     ),
     "adapt/merge.py": "merge* gains* combine* prefix* baselines* complaints* quant methods",
     "adapt/banks/entries.py": "bank*",
@@ -84,7 +84,8 @@ def tests(file: str, where: str = "") -> list[str]:
     near = functools.partial(nearness.of_file, file, where)
     others = sorted((t for t in nearness.words_of_tests() if Path(t).parts[1] not in FAR), key=near)
     found = dict.fromkeys(p.relative_to(ROOT).as_posix() for p in listed)
-    ordered = sorted(found, key=lambda t: (t not in first, -near(t)))
+    late = {test: i / len(found) for i, test in enumerate(found)}  # of a row's order, the slowest last
+    ordered = sorted(found, key=lambda t: (t not in first, -near(t) * (1 - late[t])))
     return [*ordered, *(t for t in others[-NEAREST:] if t not in found)]
 
 
