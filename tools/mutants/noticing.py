@@ -22,7 +22,7 @@ ROWS = {
     "methods/inits/*": "starts* methods complaints_settings interchange quant",
     "methods/*": (
         "ia3* prefix* flora* gains* frozen miss* optim fourierft* baselines* peft_kinds starts* counts"
-        " moving_base complaints* methods interchange"
+        " moving_base complaints* quant methods interchange"
     ),
     "optim/*": "optim lowrank* optimisers* lorapro* scratch* complaints_settings",
     "adapt/banks/bank.py": "gains* flora* bank* complaints*",
