@@ -79,7 +79,7 @@ def check_gradients(model: nn.Module) -> None:
 
     Looks at the first step after an adapter was attached; for training loops, after the backward pass.
     """
-    if CHECKED in model.__dict__:
+    if model.__dict__.get(CHECKED):
         return
     bare = [n for n, p in _trained(model, called=True) if p.grad is None]
     if bare:
