@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +18,7 @@ TESTS = ROOT / "tests"
 def of_file(file: str, where: str, test_file: str) -> float:
     """Returns the words that a function and a test file share, rare ones above all, by the file's length."""
     own = words_of_tests()[test_file]
-    return rare(words_of(file, where) & own) / (1 + len(own)) ** 0.5
+    return rare(words_of(file, where) & own) / math.sqrt(1 + len(own))
 
 
 def of_test(file: str, where: str, test: Callable[..., Any]) -> float:

@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from multiprocessing.connection import Connection
 from types import ModuleType
+from typing import Any
 
 from mutants import faults, noticing
 from mutants.faults import ROOT, SOURCE, Fault
@@ -42,14 +43,14 @@ class Watcher:
     def __init__(self, say: Callable[[str, str], None], fault: Fault | None, wanted: Sequence[str]) -> None:
         self.say, self.fault, self.wanted = say, fault, frozenset(wanted)
 
-    def pytest_collection_modifyitems(self, items: list[object]) -> None:
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         fault = self.fault
         if fault is not None:
-            file = fault.file
-            items[:] = [i for i in items if noticing.concerns(file, i.nodeid)]  # type: ignore[attr-defined]
-            items.sort(key=lambda item: noticing.place(fault, item.nodeid, getattr(item, "function", None)))  # type: ignore[attr-defined]
+            kept: list[Any] = [i for i in items if noticing.concerns(fault.file, i.nodeid)]
+            kept.sort(key=lambda i: noticing.place(fault, i.nodeid, getattr(i, "function", None)))
+            items[:] = kept
         else:
-            items[:] = [item for item in items if item.nodeid in self.wanted]  # type: ignore[attr-defined]
+            items[:] = [item for item in items if item.nodeid in self.wanted]
 
     def pytest_collectreport(self, report: object) -> None:
         self._tell(report)
