@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from torch import nn
@@ -35,3 +37,15 @@ def test_numbers_below_float16_are_zero_in_it():
 def test_formats_other_than_float16_leave_no_room():
     a, b = model(1.0, torch.bfloat16), model(1 + 2.0**-6, torch.float32)
     assert differences(b, measure(a)) and differences(a, measure(b))
+
+
+def test_the_sample_of_a_large_weight_is_the_one_in_files_of_earlier_versions():
+    """4096 numbers hashed and 32 kept, at multiples of 2^32 over the golden ratio."""
+    linear = nn.Linear(100, 90, bias=False)
+    flat = torch.arange(9000.0) / 7
+    linear.weight.data = flat.view(90, 100)
+    places = [i * 2654435761 % 9000 for i in range(4096)]
+    seen = flat[places].to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    record = measure(linear)["tensors"]["weight"]
+    assert record["sha256"] == hashlib.sha256(b"weight (90, 100) " + seen).hexdigest()[:32]
+    assert record["sample"] == [float(f"{v:.9g}") for v in flat[places[:32]].tolist()]

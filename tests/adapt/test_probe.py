@@ -186,5 +186,8 @@ def test_large_vocabularies_are_asked_in_common_words():
     ids = default_inputs(llama(0, 2, vocabulary=9000))["input_ids"]
     assert ids.shape == (1, 16) and int(ids.min()) >= 2000 and int(ids.max()) < 3000
     assert len(ids.unique()) == 16
+    least = default_inputs(llama(0, 1, vocabulary=8192))["input_ids"]
+    assert int(least.min()) >= 2000 and int(least.max()) < 3000
+    assert int(default_inputs(llama(0, 1, vocabulary=8191))["input_ids"].min()) < 2000
     small = default_inputs(llama(0, 2, vocabulary=300))["input_ids"]
     assert int(small.max()) < 300

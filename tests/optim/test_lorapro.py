@@ -17,7 +17,7 @@ from veneer.methods.lora import LoRA
 from veneer.ops.matrix.grams import gram
 from veneer.ops.matrix.tangent import adjust, point, squared_norm
 from veneer.optim.base import groups
-from veneer.optim.lorapro.factored import sums
+from veneer.optim.lorapro.factored import floored, sums
 
 M, N, R, S = 37, 29, 5, 2.0
 CHOICES = ["sylvester", "zero", "symmetric"]
@@ -300,3 +300,14 @@ def test_options_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError) as e:
         optim.make("lorapro", **options)
     assert str(e.value) == message
+
+
+def test_second_moments_end_a_millionth_below_their_mean():
+    rows = torch.tensor([[[3.0], [3e-6], [1.4e-6], [0.0]], [[1.0], [1.0], [1.0], [1.0]]], dtype=torch.float64)
+    bounded = floored(rows)
+    mean = (3 + 3e-6 + 1.4e-6) / 4
+    expected = torch.tensor([3.0, 3e-6, 1.4e-6, 1e-6 * mean], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(
+        bounded, torch.stack([expected, torch.ones_like(expected)]), rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(floored(rows.mT), bounded.mT, rtol=0, atol=0)
