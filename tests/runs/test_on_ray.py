@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.runs.fit import fit
 from veneer.runs.on_ray import cluster
 from veneer.runs.on_ray.fit import _followed, _reason
-from veneer.runs.on_ray.worker import Desk, Lines, rebuilt
+from veneer.runs.on_ray.worker import Desk, Lines, following, rebuilt
 from veneer.train.errors import Interrupted
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
@@ -79,6 +80,26 @@ def test_a_lost_worker_is_started_again_to_the_losses_of_one_process(place, join
         assert losses(ours.folder)[step] == pytest.approx(loss, abs=1e-6)
     assert ours.learned.after == pytest.approx(whole.learned.after, abs=1e-6)
     assert not (place / ".killed.ray").exists()
+
+
+@RAY
+@pytest.mark.ray
+def test_a_signal_to_the_driver_saves_at_one_step_and_resumes(place, joined):
+    long: dict[str, Any] = {"steps": 400, "eval_every": 400, "save_every": 400}
+    own = run_of(place, "signalled", **long)
+
+    def send() -> None:
+        metrics = place / "signalled" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text(encoding="utf-8").count("gradient_norm") >= 3):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(Interrupted, match=r"stopped by signal 15 after step \d+ of 400; saved in") as caught:
+        fit(own, progress=False, engine="ray", workers=2)
+    assert caught.value.exit_code == 143
+    (saved,) = (p.name for p in (place / "signalled" / "checkpoints").iterdir())
+    assert 3 <= int(saved.removeprefix("step-")) < 400
 
 
 @RAY
@@ -166,6 +187,38 @@ def test_the_desk_counts_restarts_and_keeps_the_first_error_whole():
     assert lines == []
     again = rebuilt(*parts)
     assert (type(again), str(again), again.exit_code) == (Interrupted, "stopped after step 3", 143)
+
+
+def test_a_worker_stops_once_the_desk_wants_it(place):
+    desk = Desk()
+    far = SimpleNamespace(wanted=SimpleNamespace(remote=desk.wanted))
+    threading.Timer(1.0, lambda: desk.stop(signal.SIGTERM)).start()
+    with pytest.raises(Interrupted, match=r"stopped by signal 15 after step \d+ of 9000; saved"):
+        with following(far, lambda made: made):
+            fit(run_of(place, "followed", steps=9000, eval_every=9000, save_every=9000), progress=False)
+    with following(far, lambda made: made):  # wanted before the first step
+        with pytest.raises(Interrupted):
+            time.sleep(1)
+            fit(run_of(place, "later", steps=9, eval_every=9, save_every=9), progress=False)
+
+
+def test_a_signal_is_told_to_the_desk_once():
+    told: list[int] = []
+    ended = threading.Event()
+    desk = SimpleNamespace(
+        news=SimpleNamespace(remote=lambda: ([], None)),
+        stop=SimpleNamespace(remote=lambda number: (told.append(number), ended.set())),
+    )
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.wait(30)
+        time.sleep(1)
+
+    before = signal.getsignal(signal.SIGTERM)
+    trainer, ray = SimpleNamespace(fit=work), SimpleNamespace(get=lambda made: made)
+    assert _followed(ray, trainer, desk, Voice(False)) is None
+    assert told == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_whole_lines_are_sent():

@@ -15,17 +15,17 @@ from typing import Any
 from veneer.errors import ConfigError, VeneerError, option
 from veneer.launcher import launched
 from veneer.runs.on_ray import cluster
-from veneer.runs.on_ray.worker import Desk, Plan, rebuilt, work
+from veneer.runs.on_ray.worker import LOOK, Desk, Plan, rebuilt, work
 from veneer.tasks.base.custom import Loss
 from veneer.train import group
 from veneer.train.folder import layout
 from veneer.train.folder.result import Result
+from veneer.train.loop import signals
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
 
 ENGINES = ("torch", "ray")
 RESTARTS = 2
-LOOK = 0.3  # seconds between two looks at the workers' lines
 
 
 def chosen(engine: str, workers: int | None, max_restarts: int | None, world: object = None) -> bool:
@@ -101,7 +101,8 @@ def _trainer(plan: Plan, n: int, on_gpu: bool, restarts: int, storage: Path) -> 
 def _followed(ray: Any, trainer: Any, desk: Any, voice: Voice) -> Exception | None:
     """Trains, says the workers' lines, and returns Ray's error. Raises the error of the training itself.
 
-    Threads call Ray, so that a signal acts here at once: within a call of Ray it would become a SystemError.
+    Threads call Ray: within a call of Ray a signal would become a SystemError. The first signal has all
+    workers save and end.
     """
     failed: list[Exception] = []
     errors: list[Any] = []
@@ -113,20 +114,24 @@ def _followed(ray: Any, trainer: Any, desk: Any, voice: Voice) -> Exception | No
             failed.append(e)
 
     def listen() -> None:
-        ended = False
+        ended = told = False
         while not ended:
             training.join(LOOK)
             ended = not training.is_alive()
+            if wish.number and not told:
+                told = True
+                desk.stop.remote(wish.number)
             lines, error = ray.get(desk.news.remote())
             for line in lines:
                 voice.tell(line)
         errors.append(error)
 
     training, listening = (threading.Thread(target=f, daemon=True) for f in (train, listen))
-    training.start()
-    listening.start()
-    while listening.is_alive():
-        listening.join(LOOK)
+    with signals.listening(alone=False) as wish:
+        training.start()
+        listening.start()
+        while listening.is_alive():
+            listening.join(LOOK)
     if errors and errors[0] is not None:
         raise rebuilt(*errors[0])
     return failed[0] if failed else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import redirect_stderr, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple, TextIO, cast
 
@@ -11,7 +13,10 @@ from veneer.errors import VeneerError
 from veneer.launcher import launched
 from veneer.tasks.base.custom import Loss
 from veneer.train.group import Lost
+from veneer.train.loop.signals import Wish, hearing
 from veneer.train.run import Run
+
+LOOK = 0.3  # seconds between two questions to the desk
 
 
 class Desk:
@@ -20,7 +25,7 @@ class Desk:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.error: tuple[type[VeneerError], tuple[Any, ...], dict[str, Any]] | None = None
-        self.starts = 0
+        self.starts, self.signal = 0, 0
 
     def start(self, first: bool) -> bool:
         """Counts the starts of the first worker; returns True if the training has ended by an error."""
@@ -28,6 +33,14 @@ class Desk:
         if first and self.starts > 1 and self.error is None:
             self.say(f"restart {self.starts - 1}: a worker was lost; all go on from the newest checkpoint")
         return self.error is not None
+
+    def stop(self, number: int) -> None:
+        """Asks the workers to save and end, as for a signal."""
+        self.signal = number
+
+    def wanted(self) -> int:
+        """Returns the number of the signal that came to the driver, or 0."""
+        return self.signal
 
     def say(self, line: str) -> None:
         """Keeps a line for the driver."""
@@ -89,13 +102,32 @@ def work(given: dict[str, Plan]) -> None:
     with suppress(OSError):  # a machine without the driver's directory: paths must be absolute
         os.chdir(plan.folder)
     try:
-        with redirect_stderr(cast(TextIO, Lines(plan.desk))):
+        with redirect_stderr(cast(TextIO, Lines(plan.desk))), following(plan.desk, ray.get):
             fit(replace(plan.run, resume=True), progress=plan.progress, objective=plan.objective)
     except Lost as e:  # another worker ended: a restart may cure it, and the driver gives the advice
         raise VeneerError(e.text.partition("; see its")[0]) from None
     except VeneerError as e:
         ray.get(plan.desk.end.remote(type(e), e.args, e.__dict__))
         raise VeneerError(e.text) from None
+
+
+@contextmanager
+def following(desk: Any, get: Callable[[Any], Any]) -> Iterator[None]:
+    """Within the block a training of this thread stops once the desk wants it. get: that of Ray."""
+    wish, ended = Wish(), threading.Event()
+
+    def ask() -> None:
+        while wish.number is None and not ended.wait(LOOK):
+            wish.number = get(desk.wanted.remote()) or None
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    try:
+        with hearing(wish):
+            yield
+    finally:
+        ended.set()
+        asking.join()
 
 
 def rebuilt(kind: type[VeneerError], args: tuple[Any, ...], state: dict[str, Any]) -> VeneerError:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -31,15 +32,28 @@ class Wish:
             raise Stop
 
 
+_given: ContextVar[Wish | None] = ContextVar("wish", default=None)
+
+
+@contextmanager
+def hearing(wish: Wish) -> Iterator[None]:
+    """Within the block trainings of this thread stop as `wish` says, which another thread may set."""
+    before = _given.set(wish)
+    try:
+        yield
+    finally:
+        _given.reset(before)
+
+
 @contextmanager
 def listening(*, alone: bool = True) -> Iterator[Wish]:
     """Within the block the first SIGINT, SIGTERM or SIGHUP requests a clean stop; the second ends at once.
 
     While PyTorch compiles, which takes minutes, the first one raises Stopped at once, unless other processes
     train too (`alone` False) and would wait for this one. Python delivers signals to the main thread only;
-    other threads never see a request.
+    other threads see only the request of `hearing`.
     """
-    wish = Wish()
+    wish = _given.get() or Wish()
     if threading.current_thread() is not threading.main_thread():
         yield wish
         return
