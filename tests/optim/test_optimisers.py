@@ -441,3 +441,21 @@ def test_lorapro_clips_by_the_norm_of_the_projected_gradient(method):
     ]
     assert norms == pytest.approx([math.sqrt(square), math.sqrt(square), 0.1 * math.sqrt(square)], rel=1e-4)
     assert made.step([windows(2)], 0.0).norm == pytest.approx(math.sqrt(square), rel=1e-9)
+
+
+@pytest.mark.parametrize("lost", ["A", "B", "AB"])
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_pair_without_one_of_its_gradients_stays_and_the_others_move(name: str, lost: str) -> None:
+    made = learner(name)
+    models.randomise(made.model)
+    before = trained(made)
+    for p in made.parts:
+        p.parameter.grad = torch.ones_like(p.parameter)
+    still = made.parts[0].owner
+    for p in made.parts:
+        if p.owner is still and p.role in lost:
+            p.parameter.grad = None
+    groups.set_rates(made.optimiser, 1e-2, 0.1)
+    made.optimiser.step()
+    moved = [not torch.equal(p.parameter, was) for p, was in zip(made.parts, before, strict=True)]
+    assert moved == [p.owner is not still for p in made.parts]
