@@ -11,10 +11,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import veneer
+from veneer import methods
 from veneer.adapt.attached import changes
 from veneer.errors import ShapeError
 from veneer.methods.flora import FEW_ROWS, FLoRA
 from veneer.optim.base.groups import adamw, of_adapter, set_rates
+from veneer.sites import site_for
 
 
 def made(rank, *, bias=True):
@@ -137,3 +139,13 @@ def test_weight_decay_does_not_shrink_the_weights_themselves():
     adam = adamw(of_adapter(model, "default"), {})
     set_rates(adam, rate=0.1, decay=0.5)
     assert [group["weight_decay"] for group in adam.param_groups] == [0.0]
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("hira", {"dropout": 0.5}), ("flora", {})])
+def test_products_with_the_weight_are_of_rows_alone(name, dropout):
+    """A bank applies them to rows; a convolution or an embedding has others."""
+    for layer in (nn.Linear(8, 8), nn.Conv2d(8, 8, 1), nn.Embedding(8, 8)):
+        site = site_for("0", layer)
+        delta = methods.build(methods.get(name), site, {"rank": 2, **dropout})
+        assert (delta.eval().products(site) is None) == (not isinstance(layer, nn.Linear))
+        assert (delta.train().products(site) is None) == (not isinstance(layer, nn.Linear) or bool(dropout))

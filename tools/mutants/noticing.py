@@ -57,7 +57,8 @@ ROWS = {
 }
 SHARED = ("__init__", "lora", "kaiming")  # files in methods that other files use, as those in base
 NEAREST = 3  # test files that run after those of the row
-FAR = ("project", "real")  # folders of tests of the tree and of fetched models
+# Folders of tests of the tree, of fetched models, or that start processes.
+FAR = ("project", "real", "cli", "runs", "faults", "search", "verbs", "embedded", "integrations")
 COSTLY = "compil"  # in the name of a test that compiles: slow, and seldom the only one to notice a fault
 
 
