@@ -357,3 +357,23 @@ def test_the_wrapper_of_a_compiled_model_is_refused():
         ConfigError, match=r"model: must not be torch\.compile's wrapper; pass the model itself"
     ):
         veneer.attach(torch.compile(llama()), "lora", rank=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", veneer.methods.available())
+def test_whole_numbers_stay_whole_when_a_model_is_cast(name, dtype):
+    """Places and permutations keep their type; what trains keeps float32 at least."""
+    model = llama() if name == "prefix" else nn.Sequential(nn.Linear(64, 64))
+    veneer.attach(model, name, **({} if name == "prefix" else {"to": ["0"]}))
+
+    def held():
+        return {
+            n: t.dtype
+            for _, d in changes(model, "default")
+            for n, t in [*d.named_parameters(), *d.named_buffers()]
+        }
+
+    before = held()
+    model.to(dtype)
+    wanted = torch.promote_types(dtype, torch.float32)
+    assert held() == {n: wanted if t.is_floating_point else t for n, t in before.items()}

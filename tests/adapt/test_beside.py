@@ -212,6 +212,20 @@ def test_a_base_of_another_size_is_refused_with_the_size(tmp_path):
         veneer.load(llama(), tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("shape", "said"), [((48, 32), ""), ((48, 33), r" \(\(48, 33\) in .* \(48, 32\) here\)")]
+)
+def test_weights_of_another_base_in_the_file_are_named(shape, said, tmp_path):
+    """Only other numbers of rows are those of another vocabulary."""
+    by_peft(llama(), tmp_path / "a", target_modules=["q_proj"])
+    path, name = tmp_path / "a" / "adapter_model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    save_file({**load_file(path), f"base_model.model.{name}": torch.ones(shape)}, path, {"format": "pt"})
+    with pytest.raises(
+        FormatError, match=rf"{name} in the file is another than .*base's{said}: the base is an"
+    ):
+        veneer.load(llama(), tmp_path / "a")
+
+
 def test_equal_embeddings_in_the_file_change_nothing(tmp_path):
     model = get_peft_model(resized(1), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     for n, p in model.named_parameters():
