@@ -8,6 +8,7 @@ import io
 
 import pytest
 import torch
+from support.gains import Gains
 from support.models import llama, output, randomise
 from support.table import SITES
 from torch import nn
@@ -18,28 +19,8 @@ from veneer.adapt.acting.shared_inputs import discover, groups
 from veneer.adapt.attached import changes
 from veneer.adapt.combine import to_lora
 from veneer.adapt.merge import merge
-from veneer.methods import FactoredDelta, Factors
-from veneer.methods.base.delta import master_dtype
-from veneer.methods.base.protocols import GainsInput
+from veneer.methods import Factors
 from veneer.sites import site_for
-
-
-class Gains(FactoredDelta, GainsInput):
-    """All four parts of the form, each of which can be left out."""
-
-    def __init__(self, site, *, parts: str = "ABgc"):
-        super().__init__()
-        like = {"dtype": master_dtype(site), "device": site.weight().device}
-        self.A = nn.Parameter(torch.zeros(2, site.in_, **like))
-        self.B = nn.Parameter(torch.zeros(site.out, 2, **like))
-        self.g = nn.Parameter(torch.ones(site.out, **like)) if "g" in parts else None
-        self.c = nn.Parameter(torch.ones(site.in_, **like)) if "c" in parts else None
-        self.parts = parts
-
-    def factors(self, site):
-        A, B = (self.A, self.B) if "AB" in self.parts else (self.A[:0], self.B[:, :0])
-        return Factors(A, B, self.g, self.c)
-
 
 PARTS = ["ABgc", "ABc", "gc", "c", "ABg", "g"]
 

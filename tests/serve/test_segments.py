@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gains import Gains
 from support.models import llama, randomise
 from torch import nn
 
@@ -26,6 +27,7 @@ MIXTURE = {
     "products": ("flora", {"rank": 3, "to": ["q_proj", "v_proj", "down_proj"]}),
     "second_dora": ("dora", {"rank": 4, "to": ["q_proj", "up_proj"]}),  # gains beside those of the first
     "second_ia3": ("ia3", {}),
+    "all_parts": (Gains, {"to": ["q_proj", "down_proj", "lm_head"]}),
 }
 
 
@@ -64,6 +66,9 @@ SUMS = [
     {"miss": 1.0},
     {"second_dora": 1.0},
     {"second_ia3": 1.0},
+    {"all_parts": 1.0},
+    {"all_parts": 0.5},
+    {"all_parts": -1.0, "twin": 1.0, "dora": 0.5},
 ]
 
 
