@@ -182,6 +182,31 @@ def test_the_limit_is_relative_to_the_outputs(compared, moved):
     assert verdicts(1e3) == verdicts(1e-3) == usual
 
 
+@pytest.mark.parametrize(
+    ("dtype", "of_effect", "noise"),
+    [
+        ("float32", 1e-4, 3e-6 + 5e-7 * 2**0.5),
+        ("float16", 1e-2, 2.5e-3 + 7.5e-4 * 2**0.5),
+        ("bfloat16", 5e-2, 2e-2 + 6e-3 * 2**0.5),
+    ],
+)
+def test_the_effect_may_be_off_by_the_rounding_of_factors_and_outputs(dtype, of_effect, noise):
+    """In a model of two blocks; three quarters of the numbers count."""
+    draw = torch.Generator().manual_seed(0)
+    off, effect = torch.randn(2, 40, generator=draw, dtype=torch.float64)
+    on = off + 3 * effect
+    allowed = of_effect * 3 * float(effect.norm()) + 2**0.5 * noise * max(float(off.norm()), float(on.norm()))
+    saved = {"inputs": {}, "shape": [40], "where": list(range(40)), "off": off.tolist(), "on": on.tolist()}
+    for share, found in ((0.98, 0), (1.02, 1)):
+        moved = on + share * allowed / 30**0.5
+
+        def run(inputs, adapted, moved=moved):
+            return moved if adapted else off
+
+        model = llama(0, 2, getattr(torch, dtype))
+        assert len(probe.check(model, run, {**saved, "dtype": dtype, "precision": dtype})) == found
+
+
 def test_large_vocabularies_are_asked_in_common_words():
     ids = default_inputs(llama(0, 2, vocabulary=9000))["input_ids"]
     assert ids.shape == (1, 16) and int(ids.min()) >= 2000 and int(ids.max()) < 3000
