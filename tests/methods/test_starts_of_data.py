@@ -181,6 +181,14 @@ def test_inputs_that_are_missing_or_of_another_rank_are_refused():
         ConfigError, match=r"starts from the layer's inputs, which are missing; calibrate first"
     ):
         veneer.attach(model, "lora", init="eva", rank=R, to=TO)
+    bare = veneer.calibrate(
+        model, [models.inputs(model)], rank=R, to=TO, loss=lambda m, b: m(**b).logits.sum()
+    )
+    assert all(s.inputs is None and s.oriented is None for s in bare.values())  # they take memory
+    with pytest.raises(
+        ConfigError, match=r"starts from the layer's inputs, which are missing; calibrate first"
+    ):
+        veneer.attach(model, "lora", init="corda", rank=R, to=TO, stats=bare)
     with pytest.raises(ConfigError, match="calibrated for rank 2, the rank here is 3; calibrate with rank=3"):
         veneer.attach(model, "lora", init="corda", rank=3, to=TO, stats=stats)
 
