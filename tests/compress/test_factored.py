@@ -302,33 +302,45 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, mo
 
 AGAIN = """
 import sys, torch, veneer
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = [sys.argv[1]]
 from support import models
-model = veneer.load_compressed({small!r})
-veneer.load(model, {adapter!r})
-torch.save(models.output(model), {out!r})
-veneer.merge(model)
-torch.save(models.output(model), {out!r} + ".merged")
+for place in sys.argv[2:]:
+    model = veneer.load_compressed(place + "/small")
+    veneer.load(model, place + "/adapter")
+    torch.save(models.output(model), place + "/out")
+    veneer.merge(model)
+    torch.save(models.output(model), place + "/merged")
 """
 
 
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A model of each form with an adapter, and its folder of files that one other process opened."""
+    made = {}
+    for form in ("plain", "pivoted"):
+        place = tmp_path_factory.mktemp(form)
+        veneer.save_compressed(factored(form=form), place / "small")
+        model = veneer.load_compressed(place / "small")
+        veneer.attach(model, "lora", rank=2)
+        models.randomise(model)
+        veneer.save(model, place / "adapter")
+        made[form] = model, place
+    places = [str(place) for _, place in made.values()]
+    tests = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", AGAIN, tests, *places], check=True, timeout=300)
+    return made
+
+
 @FORMS
-def test_saved_adapted_and_opened_in_another_process_it_does_the_same(form, tmp_path):
-    veneer.save_compressed(factored(form=form), tmp_path / "small")
-    model = veneer.load_compressed(tmp_path / "small")
-    veneer.attach(model, "lora", rank=2)
-    models.randomise(model)
-    veneer.save(model, tmp_path / "adapter")
-    manifest = json.loads((tmp_path / "adapter" / "veneer.json").read_text())
+def test_saved_adapted_and_opened_in_another_process_it_does_the_same(form, adapted):
+    model, place = adapted[form]
+    manifest = json.loads((place / "adapter" / "veneer.json").read_text())
     assert manifest["base"]["factored"] == [form]
     with pytest.raises(FormatError, match=rf"the adapter's is factored \({form}\), this model is plain"):
-        veneer.load(models.llama(), tmp_path / "adapter")
-    names = {n: str(tmp_path / n) for n in ("small", "adapter", "out")}
-    code = AGAIN.format(tests=str(Path(__file__).parents[1]), **names)
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+        veneer.load(models.llama(), place / "adapter")
     y = models.output(model)
-    torch.testing.assert_close(torch.load(tmp_path / "out"), y, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.load(tmp_path / "out.merged"), y, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.load(place / "out"), y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.load(place / "merged"), y, rtol=1e-3, atol=1e-3)
 
 
 def test_layers_survive_copies_pickles_and_compilation():

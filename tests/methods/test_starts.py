@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -148,8 +147,8 @@ def test_on_a_narrow_base_the_sums_are_wide(dtype):
 def test_two_processes_find_what_one_does_and_so_does_another_order(tmp_path):
     whole = gloo_child.calibrated(gloo_child.batches(5))
     turned = gloo_child.calibrated(gloo_child.batches(5)[::-1])
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=gloo_child.share, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    share = gloo_child.share
+    processes = [tiny._forks().Process(target=share, args=(rank, 2, str(tmp_path))) for rank in range(2)]
     for p in processes:
         p.start()
     for p in processes:

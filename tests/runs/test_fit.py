@@ -714,6 +714,7 @@ def test_the_built_in_model_learns_the_interpreters_own_prose(tmp_path):
         "batch": 1,
         "length": 64,
         "eval_windows": 2,
+        "report": False,
         "out": str(tmp_path / "run"),
     }
     result = fit(Run.from_dict(settings), progress=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from support import tiny
 from torch import Tensor
 
 from veneer.runs.fit import fit
@@ -32,9 +32,9 @@ class Gloo(World):
 
 def train(given: dict[str, Any], meeting: str, processes: int = 2) -> list[int]:
     """Runs `fit` in as many processes; returns their exit codes."""
-    context = multiprocessing.get_context("spawn")
     started = [
-        context.Process(target=_share, args=(rank, processes, meeting, given)) for rank in range(processes)
+        tiny._forks().Process(target=_share, args=(rank, processes, meeting, given))
+        for rank in range(processes)
     ]
     for p in started:
         p.start()

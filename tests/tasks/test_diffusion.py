@@ -38,7 +38,7 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-each_kind = pytest.mark.parametrize("kind", pipelines.KINDS)
+each_kind = pytest.mark.parametrize("kind", pipelines.KINDS, scope="module")  # one kind after another
 
 
 def settings(place: Path, kind: str, out: Path, **changed: Any) -> dict[str, Any]:
@@ -48,17 +48,10 @@ def settings(place: Path, kind: str, out: Path, **changed: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, Path]:
-    return {}
-
-
-@pytest.fixture
-def whole(place, runs, kind) -> Path:
+def whole(place, kind) -> Path:
     """The folder of one training of the kind."""
-    if kind not in runs:
-        fit(Run.from_dict(settings(place, kind, place / f"run-{kind}", report=True)), progress=False)
-        runs[kind] = place / f"run-{kind}"
-    return runs[kind]
+    given = settings(place, kind, place / f"run-{kind}", report=True)
+    return fit(Run.from_dict(given), progress=False).folder
 
 
 def opened(folder: Path, **options: Any) -> tuple[Any, Any]:
@@ -162,7 +155,7 @@ def test_files_of_other_programs_are_read_back(place, whole, kind, tmp_path):
         assert torch.allclose(painted(task, again), ours, atol=2e-3), program
 
 
-def test_kohya_has_no_names_for_flux(place, runs, tmp_path):
+def test_kohya_has_no_names_for_flux(place, tmp_path):
     _, model = opened(place / "Flux")
     veneer.attach(model, "lora", rank=2, to=r"transformer\..*to_q")
     veneer.save(model, tmp_path / "adapter", allow=("zero",))
@@ -287,7 +280,7 @@ def test_flux_learns_without_guidance(place, kind):
     assert torch.allclose(found, own, atol=1e-5) and not torch.allclose(found, guided, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["Flux"])
+@pytest.mark.parametrize("kind", ["Flux"], scope="module")
 def test_t5_stays_frozen(place, whole, kind, tmp_path):
     names = json.loads((whole / "adapter" / "adapter_config.json").read_text())["target_modules"]
     assert not [n for n in names if n.startswith("text_encoder_2")]

@@ -24,7 +24,7 @@ from veneer.verbs.plan.plan import plan
 
 # Tasks of pictures and sound, which have tests of their own.
 SENSES = {"speech-recognition", "image-classification", "text-to-image"}
-each_task = pytest.mark.parametrize("task", CASES)
+each_task = pytest.mark.parametrize("task", CASES, scope="module")  # one task after another
 ROWS = (64, 12, 8)  # of train, valid and known
 FEW = {"code": (64, 4, 3)}  # where each measured row is a process
 
@@ -50,17 +50,10 @@ def settings(place: Path, task: str, out: Path, **changed: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def runs(place) -> dict[str, Path]:
-    return {}
-
-
-@pytest.fixture
-def whole(place, runs, task) -> Path:
+def whole(place, task) -> Path:
     """The folder of one uninterrupted training of the task."""
-    if task not in runs:
-        fit(Run.from_dict(settings(place, task, place / f"run-{task}", report=True)), progress=False)
-        runs[task] = place / f"run-{task}"
-    return runs[task]
+    given = settings(place, task, place / f"run-{task}", report=True)
+    return fit(Run.from_dict(given), progress=False).folder
 
 
 @each_task
