@@ -228,11 +228,16 @@ def test_every_note_belongs_to_something():
 # -- hand-written pages -----------------------------------------------------------------------------------
 
 
+@functools.cache
+def flags() -> set[str]:
+    """The flags of all commands."""
+    return {o for name in VERBS for p in command(name).params for o in (*p.opts, *p.secondary_opts)}
+
+
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda p: p.relative_to(DOCS).as_posix())
 def test_flags_and_settings_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")
-    flags = {o for name in VERBS for p in command(name).params for o in (*p.opts, *p.secondary_opts)}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - flags - FOREIGN == set()
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - flags() - FOREIGN == set()
     for word in re.findall(r"`veneer ([a-z-]+)", text):
         assert word in VERBS, f"veneer {word}"
 

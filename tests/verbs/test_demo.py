@@ -26,11 +26,15 @@ LEAST = {"prose": 0.10, "c": 0.15}  # what LoRA must learn, as a share of the ba
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_lora_learns_what_the_demo_promises(target, tmp_path):
-    """The demo's own setting, its whole length, judged on test text that nothing was chosen by."""
+@pytest.mark.parametrize(
+    ("steps", "windows"), [(50, 12), pytest.param(100, judge.WINDOWS, marks=pytest.mark.slow)]
+)
+def test_lora_learns_what_the_demo_promises(target, steps, windows, tmp_path, monkeypatch):
+    """The demo's own setting, already at half its length, judged on test text that nothing was chosen by."""
     from veneer.runs.fit import fit
 
-    run = settings(tmp_path, target, "lora", CONTENDERS["lora"], steps=100, seed=0)
+    monkeypatch.setattr(judge, "WINDOWS", windows)
+    run = settings(tmp_path, target, "lora", CONTENDERS["lora"], steps=steps, seed=0)
     row = Judge(seed=0).row(target, "lora", fit(run, progress=False))
     assert row["target_bpb_after"] <= (1 - LEAST[target]) * row["target_bpb_before"]
     assert row["known_bpb_after"] > row["known_bpb_before"]  # it does forget, and says so
