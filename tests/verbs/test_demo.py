@@ -23,17 +23,19 @@ from veneer.verbs.demo.judge import Judge
 
 TARGETS = [d for d in DOMAINS if has(d)]
 LEAST = {"prose": 0.10, "c": 0.15}  # what LoRA must learn, as a share of the base's bits per byte
+ENOUGH = {"prose": 100, "c": 60}  # steps that reach it; the demo makes 100
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("steps", "windows"), [(50, 12), pytest.param(100, judge.WINDOWS, marks=pytest.mark.slow)]
+    ("target", "steps"),
+    [(t, ENOUGH[t]) for t in TARGETS]
+    + [pytest.param(t, 100, marks=pytest.mark.slow) for t in TARGETS if ENOUGH[t] < 100],
 )
-def test_lora_learns_what_the_demo_promises(target, steps, windows, tmp_path, monkeypatch):
-    """The demo's own setting, already at half its length, judged on test text that nothing was chosen by."""
+def test_lora_learns_what_the_demo_promises(target, steps, tmp_path, monkeypatch):
+    """The demo's own setting, its whole length or less, judged on test text that nothing was chosen by."""
     from veneer.runs.fit import fit
 
-    monkeypatch.setattr(judge, "WINDOWS", windows)
+    monkeypatch.setitem(judge.DIALLED, "test", [1.0])  # the strength is chosen on validation text
     run = settings(tmp_path, target, "lora", CONTENDERS["lora"], steps=steps, seed=0)
     row = Judge(seed=0).row(target, "lora", fit(run, progress=False))
     assert row["target_bpb_after"] <= (1 - LEAST[target]) * row["target_bpb_before"]
