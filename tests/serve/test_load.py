@@ -169,7 +169,7 @@ class Load:
         assert min(self.counts[k] for k in ("over HTTP", "cancelled", "disconnected")) > self.requests / 100
 
 
-@pytest.mark.parametrize("requests", [120, pytest.param(2000, marks=pytest.mark.slow)], ids=["short", "long"])
+@pytest.mark.parametrize("requests", [200, pytest.param(2000, marks=pytest.mark.slow)], ids=["short", "long"])
 def test_mixed_requests_are_right_while_adapters_come_change_and_go(tmp_path, requests):
     Load(tmp_path, requests, seed=requests).run()
 
