@@ -49,7 +49,7 @@ class Options(Settings):
         """Yields a sentence for every option out of its range."""
         for f in fields(Options):
             value, low = getattr(self, f.name), _LEAST.get(f.name, 1)
-            if isinstance(value, int | float) and value < low:
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < low:
                 yield f"{f.name} must be at least {low:g}, got {value}"
 
 
