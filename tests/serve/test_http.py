@@ -185,10 +185,11 @@ def test_an_error_in_a_stream_is_an_event(server, client):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(server, web, stream):
     body = {"prompt": "the cat", "max_tokens": 200, "stream": stream, "ignore_eos": True, "temperature": 0}
-    step = server.engine.runner.step
+    step, made = server.engine.runner.step, []
 
     def slow(works, *, decoding):
         time.sleep(0.02)
+        made.append(decoding)
         return step(works, decoding=decoding)
 
     server.engine.runner.step = slow
@@ -201,10 +202,10 @@ def test_a_client_that_leaves_frees_its_place(server, web, stream):
             while not server.engine.active and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert server.engine.active
-        left = time.monotonic()
-        while server.engine.known and time.monotonic() < left + 3:
+        deadline = time.monotonic() + 60
+        while server.engine.known and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not server.engine.known and time.monotonic() - left < 1.5
+        assert not server.engine.known and len(made) < 100  # the whole answer takes 200 steps
     finally:
         server.engine.runner.step = step
 

@@ -17,7 +17,7 @@ from support import tiny
 
 from veneer.train.group import Group
 
-SECONDS, LATER = 120, 5
+SECONDS, LATER = 300, 20  # for a process that hangs; a busy machine needs some for one that does not
 
 
 class Ranks:
