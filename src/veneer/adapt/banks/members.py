@@ -107,6 +107,7 @@ class Live(Rows):
             list(changes),
         )  # in a list: they belong to their own adapters
         self.options: dict[str, Any] = {}
+        self.plain: bool | None = None
 
     def _forms(self) -> list[Form | None]:
         return [None if d is None else form_of(self.site, d) for d in self.changes]
@@ -132,14 +133,21 @@ class Live(Rows):
         b = [like.new_zeros(0, self.site.out) if p is None else p.b.to(dtype) for p in some]
         return Stacks(_padded(A, rank), _padded(B, rank), excess, _padded(a, most), _padded(b, most))
 
+    @torch.no_grad()
+    def is_plain(self) -> bool:
+        """Returns True if all changes are low-rank products alone; looked at once, as forms can be dear."""
+        if self.plain is None:
+            self.plain = all(f is None or _is_plain(f) for f in self._forms())
+        return self.plain
+
     def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
         """Adds the change of each stretch of rows by its own products where all changes are plain ones."""
-        forms = self._forms() if spans.suits(x) else []
-        if not forms or any(f is not None and not _is_plain(f) for f in forms):
+        if not spans.suits(x) or not self.is_plain():
             return super().onto(x, y, site, writable=writable)
         self.router.of(x, site)  # refuses ids of another shape
         found = self.router.stretches()
-        pairs = [None if f is None else (f.factors.A.to(y.dtype), f.factors.B.to(y.dtype)) for f in forms]
+        factors = [None if f is None else f.factors for f in self._forms()]
+        pairs = [None if f is None else (f.A.to(y.dtype), f.B.to(y.dtype)) for f in factors]
         return spans.add(x.to(y.dtype), y, found, [pairs[s.own] for s in found], writable=writable)
 
     def input_gains(self, dtype: torch.dtype) -> Tensor | None:
