@@ -15,7 +15,7 @@ from gpu import __main__ as command  # noqa: E402
 from gpu import agreement, ways  # noqa: E402
 from gpu.parts import PARTS, TOTAL, Part, Skipped  # noqa: E402
 
-HERE_ALONE = {"graphs": "needs a GPU", "distributed": "runs on one device"}  # skipped, with a reason
+HERE_ALONE = {"graphs": "needs a GPU"}  # skipped, with a reason
 
 
 def test_without_a_card_it_says_so_and_succeeds(monkeypatch, capsys):

@@ -134,8 +134,3 @@ def _torchao(model: Any) -> Any:
 
     ao.quantize_(model.model.layers, ao.Int8WeightOnlyConfig())
     return model
-
-
-def distributed(device: str, *, tiny: bool = False) -> dict[str, Any]:
-    """DDP and FSDP2 in a world of one."""
-    raise Skipped("veneer fit runs on one device; its world of processes is tested with gloo (tests/train)")
