@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
 from safetensors import safe_open
-from support import models
+from support import models, tiny
 
 import veneer
 from veneer.adapt.attached import changes
@@ -149,57 +147,46 @@ def test_lightnings_checkpoints_hold_adapters_and_resume(tmp_path):
 
 # -- a kill ----------------------------------------------------------------------------------------
 
-KILLED = """
-import os, sys
-sys.path[:0] = {paths}
-from test_trainer import Ids, adapted, adapter_trainer, arguments, Trainer
-from pathlib import Path
-trainer = adapter_trainer(Trainer, "loraplus")(
-    model=adapted(), args=arguments(Path({folder!r})), train_dataset=Ids()
-)
-inner = trainer.training_step
-def step(*given):
-    if trainer.state.global_step == 4:
-        os.kill(os.getpid(), 9)
-    return inner(*given)
-trainer.training_step = step
-trainer.train()
-"""
+
+def die(make, folder, at, threads):
+    """Trains in a process of its own, which is killed in the step after the first `at`."""
+    torch.set_num_threads(threads)
+    trainer = make(folder)
+    inner = trainer.training_step
+
+    def step(*given):
+        if trainer.state.global_step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*given)
+
+    trainer.training_step = step
+    trainer.train()
+
+
+def killed(make, folder, at):
+    process = tiny._forks().Process(target=die, args=(make, folder, at, torch.get_num_threads()))
+    process.start()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def plain(folder):
+    """The Trainer of transformers with our checkpoints and optimiser."""
+    from test_trainer import Ids, Trainer, adapter_trainer, arguments
+
+    kind = adapter_trainer(Trainer, "loraplus")
+    return kind(model=adapted(), args=arguments(folder), train_dataset=Ids())
 
 
 def test_a_killed_trainer_resumes_from_its_checkpoint(tmp_path):
-    from test_trainer import Ids, Trainer, adapter_trainer, arguments, losses
+    from test_trainer import losses
 
-    here = Path(__file__).parent
-    text = KILLED.format(paths=[str(here), str(here.parent)], folder=str(tmp_path / "run"))
-    done = subprocess.run([sys.executable, "-c", text], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == -9 and (tmp_path / "run" / "checkpoint-3" / STATE).is_file()
-
-    def trainer(folder):
-        return adapter_trainer(Trainer, "loraplus")(
-            model=adapted(), args=arguments(folder), train_dataset=Ids()
-        )
-
-    again, straight = trainer(tmp_path / "run"), trainer(tmp_path / "whole")
+    assert killed(plain, tmp_path / "run", 4) and (tmp_path / "run" / "checkpoint-3" / STATE).is_file()
+    again, straight = plain(tmp_path / "run"), plain(tmp_path / "whole")
     again.train(resume_from_checkpoint=True)
     straight.train()
     same(again.model, straight.model)
     assert losses(again) == losses(straight)
-
-
-KILLED_SFT = """
-import os, sys
-sys.path[:0] = {paths}
-from test_loops import sft
-trainer = sft({folder!r})
-inner = trainer.training_step
-def step(*given):
-    if trainer.state.global_step == 3:
-        os.kill(os.getpid(), 9)
-    return inner(*given)
-trainer.training_step = step
-trainer.train()
-"""
 
 
 def sft(folder):
@@ -214,11 +201,9 @@ def sft(folder):
 
 def test_a_killed_sft_trainer_resumes_from_its_checkpoint(tmp_path):
     pytest.importorskip("trl")
-    here = Path(__file__).parent
-    text = KILLED_SFT.format(paths=[str(here), str(here.parent)], folder=str(tmp_path / "run"))
-    done = subprocess.run([sys.executable, "-c", text], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed(sft, tmp_path / "run", 3)
     folder = tmp_path / "run" / "checkpoint-2"
-    assert done.returncode == -9 and (folder / STATE).is_file() and not list(folder.glob("model*"))
+    assert (folder / STATE).is_file() and not list(folder.glob("model*"))
     again, straight = sft(tmp_path / "run"), sft(tmp_path / "whole")
     again.train(resume_from_checkpoint=True)
     straight.train()
