@@ -149,3 +149,18 @@ def test_products_with_the_weight_are_of_rows_alone(name, dropout):
         delta = methods.build(methods.get(name), site, {"rank": 2, **dropout})
         assert (delta.eval().products(site) is None) == (not isinstance(layer, nn.Linear))
         assert (delta.train().products(site) is None) == (not isinstance(layer, nn.Linear) or bool(dropout))
+
+
+@pytest.mark.parametrize(
+    "shape", [(FEW_ROWS,), (2, FEW_ROWS // 2), (FEW_ROWS // 2, 2), (1, 2, FEW_ROWS // 2)]
+)
+def test_the_dense_change_is_made_for_more_than_few_rows(shape, monkeypatch):
+    _, model = made(2)
+
+    def dense(*_):
+        raise AssertionError("W' - W was made")
+
+    monkeypatch.setattr(FLoRA, "delta", dense)
+    model(torch.randn(*shape, 7).double())
+    with pytest.raises(AssertionError, match="W' - W was made"):
+        model(torch.randn(*shape[:-1], shape[-1] + 1, 7).double())

@@ -311,3 +311,11 @@ def test_second_moments_end_a_millionth_below_their_mean():
         bounded, torch.stack([expected, torch.ones_like(expected)]), rtol=1e-12, atol=0
     )
     torch.testing.assert_close(floored(rows.mT), bounded.mT, rtol=0, atol=0)
+
+
+def test_sums_of_nothing_are_those_of_epsilons():
+    left, right = torch.zeros(3, 5, 2, dtype=torch.float64), torch.zeros(3, 2, 7, dtype=torch.float64)
+    row, col = sums(left, right, 2.0)
+    torch.testing.assert_close(row, torch.full_like(row, 7e-16), rtol=1e-12, atol=0)
+    torch.testing.assert_close(col, torch.full_like(col, 5e-16), rtol=1e-12, atol=0)
+    assert row.shape == (3, 5, 1) and col.shape == (3, 1, 7)
