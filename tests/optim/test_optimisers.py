@@ -459,3 +459,15 @@ def test_a_pair_without_one_of_its_gradients_stays_and_the_others_move(name: str
     made.optimiser.step()
     moved = [not torch.equal(p.parameter, was) for p, was in zip(made.parts, before, strict=True)]
     assert moved == [p.owner is not still for p in made.parts]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rates_are_looked_up_by_the_optimisers_own_name(name: str) -> None:
+    assert rule(name).rated_as == {"lorapro sgd": "lorapro-sgd"}.get(name, RULES[name].name)
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_plain_descent_takes_pairs_of_one_rank_together_and_others_those_of_one_shape(name: str) -> None:
+    made = learner(name)
+    found = [g for g in made.optimiser.param_groups if g["where"]]
+    assert len(found) == (1 if name == "lorapro sgd" else 2)  # of q_proj and down_proj
