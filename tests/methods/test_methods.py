@@ -308,3 +308,18 @@ def test_dropout_outside_its_range_is_refused(name, wrong):
 def test_ranks_below_one_are_refused(name, wrong):
     with pytest.raises((ConfigError, ShapeError), match=rf"rank .*{wrong}"):
         veneer.attach(nn.Sequential(nn.Linear(64, 64)), name, rank=wrong, to=["0"])
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", options_with("alpha"))
+def test_scales_that_are_no_positive_number_are_refused(name, wrong):
+    with pytest.raises(ConfigError, match=r"alpha must be a number above 0"):
+        veneer.attach(nn.Sequential(nn.Linear(64, 64)), name, alpha=wrong, to=["0"])
+
+
+@pytest.mark.parametrize("option", ["placement", "activation", "basis", "init"])
+def test_unknown_choices_are_refused_before_anything_is_built(option):
+    for name in options_with(option):
+        site = site_for("0", nn.Linear(8, 8))
+        with pytest.raises(ConfigError, match=rf"{option}.*'nowhere'"):
+            veneer.methods.build(veneer.methods.get(name), site, {option: "nowhere", "rank": 2})
