@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from support import models, tiny
+from torch import nn
 
 import veneer
+from veneer import methods
 from veneer.adapt import leading_parts
 from veneer.adapt.attached import changes
 from veneer.cli.run_verbs import summary
@@ -18,6 +20,7 @@ from veneer.errors import ShapeError
 from veneer.models import pretrained
 from veneer.ops.matrix import linalg
 from veneer.runs.fit import fit
+from veneer.sites import site_for
 from veneer.train.run import Run
 
 
@@ -129,3 +132,15 @@ def test_a_quantised_base_tells_what_neither_codes_nor_start_hold(place, tmp_pat
 def test_a_start_that_is_not_of_the_weights_is_not_told_of(place, tmp_path):
     result = trained(place, tmp_path / "run", report=False)
     assert "start" not in result.metrics and "leaves" not in summary(result)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "kaiming"])
+def test_the_subtracted_start_has_the_scale_of_the_change(method: str, init: str) -> None:
+    torch.manual_seed(0)
+    site = site_for("0", nn.Linear(12, 10).double())
+    delta = methods.build(methods.get(method), site, {"rank": 3, "alpha": 6.0, "init": init})
+    pair, taken = getattr(delta, "lora", delta), delta.taken()
+    assert (taken is None) == (init == "kaiming")
+    if taken is not None:
+        torch.testing.assert_close(taken.B @ taken.A, 2.0 * pair.B @ pair.A)  # s = 6 / 3
