@@ -11,6 +11,7 @@ import torch
 from oracles import lorapro as oracle
 from torch import Tensor, nn
 
+import veneer
 from veneer import optim
 from veneer.errors import ConfigError
 from veneer.methods.lora import LoRA
@@ -319,3 +320,12 @@ def test_sums_of_nothing_are_those_of_epsilons():
     torch.testing.assert_close(row, torch.full_like(row, 7e-16), rtol=1e-12, atol=0)
     torch.testing.assert_close(col, torch.full_like(col, 5e-16), rtol=1e-12, atol=0)
     assert row.shape == (3, 5, 1) and col.shape == (3, 1, 7)
+
+
+def test_state_is_dealt_among_processes_by_the_size_of_the_layers():
+    sizes = [(64, 8), (48, 8), (8, 64), (8, 48)]  # (out, in)
+    model = nn.Sequential(*(nn.Linear(n, m) for m, n in sizes))
+    veneer.attach(model, "lora", rank=2, to=["0", "1", "2", "3"])
+    trained = optim.Trained(groups.of_adapter(model, "default"))
+    most = 4 * (2 * (512 + 384) + 2)  # bytes: two numbers an entry and a count a layer
+    assert optim.make("lorapro", form="full").state_bytes(trained, 2) == most
