@@ -15,6 +15,7 @@ from gpu import __main__ as command  # noqa: E402
 from gpu import agreement, ways  # noqa: E402
 from gpu.parts import PARTS, TOTAL, Part, Skipped  # noqa: E402
 
+SAME = {"steps_h4096"}  # as steps_h2048 at tiny sizes
 HERE_ALONE = {"graphs": "needs a GPU"}  # skipped, with a reason
 
 
@@ -30,12 +31,19 @@ def test_the_limits_fit_into_the_whole():
     assert sum(part.seconds for part in list(PARTS.values())[:-1]) <= 1.2 * TOTAL  # most end long before
 
 
-@pytest.mark.parametrize("name", [n for n in PARTS if n not in HERE_ALONE])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SAME else n for n in PARTS if n not in HERE_ALONE],
+)
 def test_a_part_runs_on_a_processor(name):
     part = PARTS[name]
     figures = part.function()("cpu", tiny=True, **part.arguments)
     assert figures.pop("problems", []) == []
     assert figures and all(isinstance(v, float) for v in figures.values())
+
+
+def test_only_a_part_of_another_size_is_left_out():
+    assert {PARTS[n].home for n in SAME} == {PARTS["steps_h2048"].home}
 
 
 @pytest.mark.parametrize("name", HERE_ALONE)
