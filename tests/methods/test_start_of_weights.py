@@ -144,3 +144,25 @@ def test_the_subtracted_start_has_the_scale_of_the_change(method: str, init: str
     assert (taken is None) == (init == "kaiming")
     if taken is not None:
         torch.testing.assert_close(taken.B @ taken.A, 2.0 * pair.B @ pair.A)  # s = 6 / 3
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "spread"),
+    [
+        ("lora", {"init": "gaussian"}, 900**-0.5),
+        ("lora", {"init": "kaiming"}, 900**-0.5),
+        ("dora", {}, 900**-0.5),
+        ("hira", {}, 900**-0.5),
+        ("bottleneck", {}, 900**-0.5),
+        ("adalora", {}, 0.02),
+    ],
+)
+def test_drawn_starts_are_as_wide_as_their_papers_say(
+    method: str, given: dict[str, Any], spread: float
+) -> None:
+    """Of 300 inputs: 1 / sqrt(3 in), drawn evenly or normally."""
+    site = site_for("0", nn.Linear(300, 300))
+    delta = methods.build(methods.get(method), site, {"rank": 64, **given})
+    drawn = delta.get_parameter({"bottleneck": "D", "dora": "lora.A"}.get(method, "A"))
+    assert float(drawn.detach().std()) == pytest.approx(spread, rel=0.03)  # five standard errors
+    assert abs(float(drawn.detach().mean())) < 0.04 * spread

@@ -329,3 +329,6 @@ def test_state_is_dealt_among_processes_by_the_size_of_the_layers():
     trained = optim.Trained(groups.of_adapter(model, "default"))
     most = 4 * (2 * (512 + 384) + 2)  # bytes: two numbers an entry and a count a layer
     assert optim.make("lorapro", form="full").state_bytes(trained, 2) == most
+    assert optim.make("lorapro", form="full").state_bytes(trained, 3) == 4 * (
+        2 * 2 * 384 + 2
+    )  # 512, 512, 768
