@@ -359,6 +359,46 @@ def test_damped_muon_adds_a_share_of_both_grams_to_each():
     torch.testing.assert_close(B - b, t * msign(G @ A.T @ RA) @ RA, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["scaled", "balanced", "lora-muon"])
+def test_moments_follow_the_papers_over_several_steps(name):
+    """Gradients that differ from step to step tell the two decay rates and the count of steps apart."""
+    A, B, *Gs = numbers((R, N), (M, R), *[(M, N)] * 4)
+    rate, moments = 1e-2, {"A": [0.0, 0.0], "B": [0.0, 0.0]}
+    found = alone(name, A, B, [lambda W, G=G: G for G in Gs], rate, damped=True)
+
+    def adam(side: str, g: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """The corrected mean, and Adam's direction."""
+        m, v = moments[side] = [0.9 * moments[side][0] + 0.1 * g, 0.999 * moments[side][1] + 0.001 * g**2]
+        m, v = m / (1 - 0.9**t), v / (1 - 0.999**t)
+        return m, m / (v.sqrt() + 1e-8)
+
+    def root(K: Tensor, power: float) -> Tensor:
+        sizes, U = torch.linalg.eigh(K)
+        return U @ torch.diag(sizes**power) @ U.T
+
+    def msign(H: Tensor) -> Tensor:
+        U, _, Vh = torch.linalg.svd(H, full_matrices=False)
+        return U @ Vh
+
+    for t, G in enumerate(Gs, 1):
+        gA, gB = S * B.T @ G, S * G @ A.T
+        damp = 0.05 * (A.square().sum() + B.square().sum()) / R * torch.eye(R, dtype=torch.float64)
+        P, Q = A @ A.T + damp, B.T @ B + damp
+        if name == "scaled":
+            dA, dB = adam("A", root(Q, -1) @ gA, t)[1], adam("B", gB @ root(P, -1), t)[1]
+        elif name == "balanced":
+            uA, uB = adam("A", gA, t)[1], adam("B", gB, t)[1]
+            a, b, reach = (B @ uA).norm(), (uB @ A).norm(), math.sqrt(M * N) / (2 * S)
+            dA, dB = reach * uA / (a + 0.1 * b), reach * uB / (b + 0.1 * a)
+        else:
+            RA, RB, reach = root(P, -0.5), root(Q, -0.5), math.sqrt(max(M, N)) / (2 * S)
+            dA = reach * RB @ msign(RB @ adam("A", gA, t)[0])
+            dB = reach * msign(adam("B", gB, t)[0] @ RA) @ RA
+        A, B = A - rate * dA, B - rate * dB
+    torch.testing.assert_close(found[0], A, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(found[1], B, rtol=1e-7, atol=1e-10)
+
+
 def test_balanced_steps_move_the_product_as_far_as_the_rate_says():
     A, B, G = numbers((R, N), (M, R), (M, N))
     a, b = alone("balanced", A, B, [lambda W: G], 1e-3, damped=False)
