@@ -154,6 +154,8 @@ def test_bottlenecks_that_make_no_sense_are_refused():
         SiteError, match="a houlsby adapter needs vectors; 'first' is of kind 'conv': exclude it"
     ):
         veneer.attach(conv_net(), "bottleneck", to=["first"])
+    with pytest.raises(SiteError, match=r"no module that fits is called 'down_proj'"):
+        veneer.attach(llama(), "bottleneck", to=["down_proj"], placement="parallel")  # a layer is no block
     model = veneer.attach(llama(), "bottleneck", to=["self_attn"], placement="parallel")
     with pytest.raises(
         SiteError, match=r"'model.layers.0.self_attn' returns a tuple; only layers returning a tensor"

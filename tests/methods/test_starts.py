@@ -566,3 +566,24 @@ def test_options_of_a_start_on_the_command_line(place, tmp_path):
     )
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["options"]
     assert kept == {"rank": 2, "init": "loraga", "init_options": {"gamma": 64.0, "direction": "A2rBr"}}
+
+
+# By the papers: a start out of the weight (PiSSA, OLoRA, CorDA; LoftQ and QPiSSA out of its quantisation
+# error), of the loss's gradient (LoRA-GA, GoRA, KeepLoRA), or of the layer's inputs (EVA, CorDA).
+@pytest.mark.parametrize(
+    ("need", "wanted"),
+    [
+        ("of_weight", {"pissa", "olora", "corda", "loftq", "qpissa"}),
+        ("leading", {"pissa"}),
+        ("residual", {"loftq", "qpissa"}),
+        ("gradient", {"loraga", "gora", "keeplora"}),
+        ("mean", {"gora"}),
+        ("acts", {"gora"}),
+        ("inputs", {"eva"}),
+        ("oriented", {"corda"}),
+        ("data", {"loraga", "gora", "keeplora", "eva", "corda"}),
+    ],
+)
+def test_a_start_says_what_it_is_made_of(need, wanted):
+    assert {name for name in inits.available() if getattr(inits.needs(name), need)} == wanted
+    assert all(inits.needs(name).sentence for name in wanted)
