@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import veneer
@@ -135,6 +138,13 @@ def _errors() -> Iterator[tuple[str, str, str]]:
 
 
 def _modules() -> Iterator[tuple[str, str]]:
+    """Yields names and summaries out of the files: a module may need a package that is not installed."""
     for found in pkgutil.walk_packages(veneer.__path__, "veneer."):
         if found.name != "veneer.__main__":
-            yield f"`{found.name}`", escaped(of_doc(inspect.getdoc(import_module(found.name)) or "").summary)
+            yield f"`{found.name}`", escaped(of_doc(_docstring(found.name)).summary)
+
+
+def _docstring(module: str) -> str:
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
