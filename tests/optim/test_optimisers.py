@@ -415,6 +415,19 @@ def test_a_balanced_step_that_would_move_nothing_is_none():
     u, length = torch.ones(2, R, N), torch.tensor([[[0.0]], [[4.0]]])
     assert torch.equal(over(u, length), torch.stack([torch.zeros(R, N), torch.full((R, N), 0.25)]))
     assert float(product_norm(B.T @ B, A @ A.T)) == 0
+    below = torch.full((1, 1), -1e-9)  # of rounding: a sum of squares is never negative otherwise
+    assert float(product_norm(below, torch.ones(1, 1))) == 0
+
+
+@pytest.mark.parametrize(
+    ("floor", "fits"), [(-0.5, False), (0.0, False), (0.01, True), (1.0, True), (1.5, False)]
+)
+def test_the_floor_of_balanced_steps_is_a_share(floor, fits):
+    if fits:
+        assert optim.make("balanced", floor=floor).floor == floor
+    else:
+        with pytest.raises(ConfigError, match=r"floor must be in \(0, 1\], got"):
+            optim.make("balanced", floor=floor)
 
 
 def test_scaled_adamw_is_adamw_on_scaled_gradients():

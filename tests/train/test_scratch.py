@@ -110,10 +110,13 @@ def test_the_subspace_follows_the_gradient_and_the_moments_turn_with_it():
         math.sqrt(3), abs=1e-6
     )  # the same subspace
     assert (state["exp_avg_sq"] >= 0).all()
+    # The gradient has not changed: P turns within its subspace, by no symmetric matrix; so do the moments.
+    P = P @ torch.linalg.qr(gradient(3, 3, 2)).Q
     state = {"P": P.clone(), "exp_avg": mean.clone(), "exp_avg_sq": mean.square()}
-    follow(
-        state, old, 3, "w"
-    )  # the gradient has not changed: P turns within its subspace, and the mean means what it did
+    follow(state, old, 3, "w")
+    turn = state["P"].mT @ P
+    assert (turn - turn.mT).norm() > 0.1
+    torch.testing.assert_close(state["exp_avg_sq"], turn.square() @ mean.square(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(state["P"] @ state["exp_avg"], P @ mean, rtol=1e-6, atol=1e-6)
 
 

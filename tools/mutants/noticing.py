@@ -19,9 +19,9 @@ AREAS = ("methods", "optim", "adapt")
 # Processes started by tests run without the fault.
 ROWS = {
     "methods/base/token_rows.py": "tokens* beside",
-    "methods/inits/*": "starts* methods complaints_settings interchange quant",
+    "methods/inits/*": "start* methods complaints_settings interchange quant",
     "methods/*": (
-        "ia3* prefix* flora* gains* frozen miss* optim fourierft* baselines* peft_kinds starts* counts"
+        "ia3* prefix* flora* gains* frozen miss* optim fourierft* baselines* peft_kinds start* counts"
         " moving_base complaints* quant methods interchange"
     ),
     "optim/*": "optim lowrank* optimisers* lorapro* scratch* complaints_settings",
@@ -37,10 +37,10 @@ ROWS = {
     "adapt/tokens/*": "tokens* beside store interchange complaints*",
     "adapt/peft/per_expert.py": "experts_peft expert_files experts interchange",
     "adapt/peft/parameters.py": "expert_files experts_peft interchange",
-    "adapt/calibrate.py": "starts* complaints*",
+    "adapt/calibrate.py": "start* complaints*",
     "adapt/peft/*": (
         "beside interchange peft_kinds experts_peft tokens* miss* fourierft* frozen prefix* store"
-        " complaints* verify starts*"
+        " complaints* verify start*"
     ),
     "adapt/attach*": (
         "attach* calls merge* gains* combine* prefix* baselines* store complaints* quant shared_inputs*"
@@ -52,7 +52,7 @@ ROWS = {
     "adapt/store/fingerprint.py": "store beside quant interchange verify complaints*",
     "adapt/*": (
         "calls* probe* beside* roles* whole* draws* own* loaded* merge* combine* attach* store prefix*"
-        " frozen complaints* interchange verify moving_base changed_bases starts* quant methods"
+        " frozen complaints* interchange verify moving_base changed_bases start* quant methods"
     ),
 }
 SHARED = ("__init__", "lora", "kaiming")  # files in methods that other files use, as those in base
