@@ -55,6 +55,19 @@ def test_loraplus_multiplies_the_rate_of_B_alone():
     assert rates_by_name(found, optimiser) == {p.name: RATE * RATIO if p.role == "B" else RATE for p in found}
 
 
+def test_without_a_rate_of_their_own_embeddings_have_that_of_the_others():
+    found = parts(to=["embed_tokens", "q_proj"])
+    assert any(p.embedding for p in found)
+    for made in (groups.by_rate(found, {}), groups.adamw(found, {}).param_groups):
+        assert [(g["scale"], g["base"]) for g in made] == [(1.0, 1.0)] * len(made)
+
+
+@pytest.mark.parametrize("role", ["direction", "gain"])
+def test_matrices_of_some_roles_do_not_decay(role):
+    found = [groups.Part(one, nn.Parameter(torch.ones(4, 3)), one) for one in (role, "matrix")]
+    assert groups.decay_shares(found) == [0.0, 1.0]
+
+
 def test_embeddings_have_a_rate_of_their_own_and_no_ratio():
     found = parts(to=["embed_tokens", "q_proj"])
     optimiser = loraplus(found, embedding=0.1)
