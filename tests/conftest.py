@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-# Compiled graphs of this checkout and this processor's instructions only: PyTorch's key leaves both out.
-os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR",
-    str(Path(__file__).parents[1] / ".pytest_cache" / f"inductor-{torch.backends.cpu.get_cpu_capability()}"),
-)
+# Compiled graphs of this checkout and this processor's instructions only, which PyTorch's key leaves out, and
+# of one worker: another could open a library that is still being linked. Workers inherit the variable.
+_OURS = Path(__file__).parents[1] / ".pytest_cache"
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+if os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(_OURS)).startswith(str(_OURS)):
+    _GRAPHS = _OURS / f"inductor-{torch.backends.cpu.get_cpu_capability()}-{_WORKER}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_GRAPHS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # A shell that starts the tests in the background has them ignored, and so would every process they start.
