@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # Marks around a setting and its value in a message: Python and the command line write them differently.
@@ -157,6 +158,12 @@ def suggest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(names) or 'none'}" if listed else ""
+
+
+def not_finite(options: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each option whose value is infinite or NaN."""
+    wild = {n: v for n, v in options.items() if isinstance(v, float) and not math.isfinite(v)}
+    return [f"{name} must be a finite number, got {value:g}" for name, value in wild.items()]
 
 
 def first_few(names: Iterable[str], n: int = 5) -> str:

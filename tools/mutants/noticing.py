@@ -19,12 +19,12 @@ AREAS = ("methods", "optim", "adapt")
 # Processes started by tests run without the fault.
 ROWS = {
     "methods/base/token_rows.py": "tokens* beside",
-    "methods/inits/*": "start* methods complaints_settings interchange quant",
+    "methods/inits/*": "start* option_limits methods complaints_settings interchange quant",
     "methods/*": (
         "ia3* prefix* flora* gains* frozen miss* optim fourierft* baselines* peft_kinds start* counts"
-        " moving_base complaints* quant methods interchange"
+        " moving_base complaints* option_limits quant methods interchange"
     ),
-    "optim/*": "optim lowrank* optimisers* lorapro* scratch* complaints_settings",
+    "optim/*": "optim lowrank* option_limits optimisers* lorapro* scratch* complaints_settings",
     "adapt/banks/bank.py": "gains* flora* bank* complaints*",
     "adapt/banks/members.py": "gains* flora* bank* complaints*",
     "adapt/banks/rows.py": "gains* flora* bank* complaints*",

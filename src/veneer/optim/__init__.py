@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from veneer.errors import ConfigError, suggest
+from veneer.errors import ConfigError, not_finite, suggest
 from veneer.optim.base.optimiser import Optimiser, Trained
 from veneer.registry import Registry
 
@@ -33,9 +33,9 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
 def make(name: str, **options: Any) -> Optimiser:
     """Returns the optimiser with these options. Raises ConfigError for unknown names and bad values."""
     known = options_of(name)
-    unknown = [
+    problems = [
         f"optimiser {name!r} has no option {o!r}{suggest(o, known)}" for o in options if o not in known
     ]
-    if unknown:
-        raise ConfigError("\n".join(unknown))
+    if problems := [*problems, *not_finite(options)]:
+        raise ConfigError("\n".join(problems))
     return get(name)(**options)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from veneer.errors import ConfigError, suggest
+from veneer.errors import ConfigError, not_finite, suggest
 from veneer.methods.base.delta import Delta, master_dtype
 from veneer.methods.base.stats import Stats
 from veneer.ops.matrix.sketch import Svd
@@ -40,12 +40,14 @@ def option(method: type[Delta], name: str, options: Mapping[str, Any] | None) ->
 
 
 def check_options(method: type[Delta], options: dict[str, Any]) -> None:
-    """Raises ConfigError for all options unknown to the method, with the nearest names."""
+    """Raises ConfigError for all options unknown to the method, with the nearest names, and for infinite
+    ones."""
     known = options_of(method)
     name = method.__module__.rsplit(".", 1)[-1]
-    unknown = [f"method {name!r} has no option {o!r}{suggest(o, known)}" for o in options if o not in known]
-    if unknown:
-        raise ConfigError("\n".join(unknown))
+    problems = [f"method {name!r} has no option {o!r}{suggest(o, known)}" for o in options if o not in known]
+    problems += not_finite(options)
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def unseen(site: Site) -> Stats:

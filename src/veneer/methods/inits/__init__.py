@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.errors import ConfigError, suggest
+from veneer.errors import ConfigError, not_finite, suggest
 from veneer.methods.base.needs import Needs
 from veneer.methods.base.stats import Stats
 from veneer.ops.matrix.linalg import leading_svd
@@ -134,7 +134,8 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
 
 
 def check(name: str, options: Options | None) -> None:
-    """Raises ConfigError for an unknown start, and for all unknown options and values of the wrong type."""
+    """Raises ConfigError for an unknown start, and for all unknown options, values of the wrong type and
+    infinite ones."""
     known, problems = options_of(name), []
     for option, value in (options or {}).items():
         if option not in known:
@@ -143,5 +144,6 @@ def check(name: str, options: Options | None) -> None:
         elif (known[option].annotation is str) != isinstance(value, str):
             kind = "a word" if known[option].annotation is str else "a number"
             problems.append(f"init_options: {option} must be {kind}, got {value!r}")
+    problems += [f"init_options: {problem}" for problem in not_finite(options or {})]
     if problems:
         raise ConfigError("\n".join(problems))
