@@ -277,3 +277,15 @@ def test_a_rate_that_was_not_measured_is_marked():
         told = " (LoRA's: none was measured for 'nil'; try others with --lr, by factors of 4)"
         assert rates.borrowed("nil", lr) == told
         assert rates.borrowed("nil", 3 * lr) == ""  # given by hand
+
+
+@pytest.mark.parametrize("name", [n for n in optim.available() if n != "galore"])
+def test_an_optimiser_without_settings_is_that_of_one_process(name):
+    found = parts()
+    trained = optim.Trained(found)
+    assert trained == optim.Trained(found, betas=(0.9, 0.999), embedding=1.0)
+    for options in ({}, {"form": "full"}) if name == "lorapro" else ({},):
+        made = optim.make(name, **options)
+        alone, divided = made.state_bytes(trained, 1), made.state_bytes(trained, 2)
+        assert made.state_bytes(trained) == alone >= divided > 0
+        assert (alone > divided) == ("form" in options)

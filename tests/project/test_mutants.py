@@ -86,6 +86,16 @@ def f(a: tuple[3, 4] | None) -> x[0]:
     assert [f.becomes for f in found(source)] == ["pass"]
 
 
+def test_the_default_of_an_argument_that_is_never_read_is_left_alone():
+    source = "class A:\n    def f(self, a, b=1, *, c=2.0, d=(3,)):\n        return b + (lambda: d)()[0]\n"
+    assert {f.becomes for f in found(source) if "def f" in f.becomes} == {
+        "def f(self, a, b=2, *, c=2.0, d=(3,)):",
+        "def f(self, a, b=0, *, c=2.0, d=(3,)):",
+        "def f(self, a, b=1, *, c=2.0, d=(4,)):",
+        "def f(self, a, b=1, *, c=2.0, d=(2,)):",
+    }
+
+
 def test_the_planted_source_has_the_fault_and_nothing_else():
     source = "def f(a, b):\n    # a comment\n    if a > b:\n        return a - b\n    return b - a\n"
     for fault in found(source):

@@ -82,8 +82,8 @@ def plant(source: str, fault: Fault) -> ast.Module:
 
 def _planted(file: str, tree: ast.Module) -> Iterator[tuple[Fault, ast.Module]]:
     """Yields every fault with the tree, which contains the fault until the next one is requested."""
-    number = 0
-    for spot in list(_spots(tree, "", None)):
+    number, idle = 0, set(map(id, _idle(tree)))
+    for spot in (s for s in list(_spots(tree, "", None)) if id(s.node) not in idle):
         for name, operator in OPERATORS.items():
             for node in operator(spot.node):
                 was = _text(spot.statement)
@@ -110,6 +110,17 @@ def _spots(node: ast.AST, where: str, statement: ast.stmt | None) -> Iterator[Sp
             if own is not None:
                 yield Spot(child, node, field, place, own, where)
             yield from _spots(child, where, own)
+
+
+def _idle(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yields the default values of arguments that their function never reads, as of a method to override."""
+    for function in (f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)):
+        read = {n.id for line in function.body for n in ast.walk(line) if isinstance(n, ast.Name)}
+        given, last = function.args, [*function.args.posonlyargs, *function.args.args]
+        pairs = [*zip(last[::-1], given.defaults[::-1], strict=False)]
+        for argument, value in (*pairs, *zip(given.kwonlyargs, given.kw_defaults, strict=True)):
+            if value is not None and argument.arg not in read:
+                yield from ast.walk(value)
 
 
 def _is_silent(node: ast.AST) -> bool:
