@@ -26,6 +26,7 @@ PALETTE = {
     "loraplus": "#7570b3",
 }
 ROOM = 44  # characters of a title
+DPI = 150  # of a PNG
 SIZE = (4.2, 3.1)  # inches; at the width of a phone, letters are as large as the surrounding text
 # Places of a word beside its point, in points, with the side of the word that is there.
 BESIDE = ((8, 6, "left"), (8, -8, "left"), (-8, 6, "right"), (-8, -8, "right"), (0, 12, "center"))
@@ -106,13 +107,24 @@ def keep(figure: Any, file: Path) -> str:
     """Writes the PNG, completely or not at all, and returns the figure as an <svg> element."""
     import matplotlib
 
+    _lay_out(figure)
     with replacing(file) as (temporary,):
-        figure.savefig(temporary, dpi=150, format="png")
-    figure.set_layout_engine("none")  # keep the layout of the PNG
+        figure.savefig(temporary, dpi=DPI, format="png")
     drawn = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": file.stem}):  # ids must differ between pictures of a page
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(drawn.getvalue(), file.stem)
+
+
+def _lay_out(figure: Any) -> None:
+    """Places a figure's panels for its PNG, once: with a layout engine, saving draws a figure twice."""
+    engine, dpi = figure.get_layout_engine(), figure.dpi
+    figure.set_dpi(DPI)
+    try:
+        engine.execute(figure)
+    finally:
+        figure.set_dpi(dpi)
+    figure.set_layout_engine(None)
 
 
 def _inline(svg: str, name: str) -> str:
