@@ -201,11 +201,14 @@ def test_the_nearest_tests_run_first():
 def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
     test = tmp_path / "test_files.py"
     test.write_text(
-        "import hashlib, pathlib\n"
+        "import hashlib, time\n"
         "from veneer import files\n"
-        "def test_sha256_of_nothing(tmp_path):\n"
-        "    (tmp_path / 'f').touch()\n"
-        "    assert files.sha256(tmp_path / 'f') == hashlib.sha256().hexdigest()\n"
+        "class Nothing:\n"
+        "    def read(self, n):\n"
+        "        time.sleep(0.2)  # so that hanging takes no processor\n"
+        "        return b''\n"
+        "def test_blocks_of_nothing():\n"
+        "    assert list(files.blocks(Nothing())) == []\n"
         "def test_sha256(tmp_path):\n"
         "    (tmp_path / 'f').write_bytes(b'abc')\n"
         "    assert files.sha256(tmp_path / 'f') == hashlib.sha256(b'abc').hexdigest()\n",
@@ -236,7 +239,7 @@ def test_a_fault_in_a_real_module_is_noticed_and_none_is_not(tmp_path):
     )
     assert done.stdout.splitlines() == [
         "sha256 statement failed test_sha256",
-        "blocks condition hung test_sha256_of_nothing",
+        "blocks condition hung test_blocks_of_nothing",
         "refuse_pickle condition survived ",
         "['survived']",
         "[]",
