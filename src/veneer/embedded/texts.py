@@ -8,6 +8,7 @@ c         CPython's C headers, if installed: the far domain
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -147,6 +148,7 @@ def _related(documents: list[Document]) -> list[list[Document]]:
     return list({id(g): g for g in group.values()}.values())
 
 
+@functools.cache
 def _stdlib() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 

@@ -53,6 +53,7 @@ def fit(
     engine: Literal["torch", "ray"] = "torch",
     workers: int | None = None,
     max_restarts: int | None = None,
+    shared: Shared | None = None,
 ) -> Result:
     """Trains as `run` says, in the folder run.out, and returns the result.
 
@@ -60,6 +61,7 @@ def fit(
     together, each with a share of every batch; those of torchrun unless given. objective: loss(model, batch)
     in place of the task's, which returns the sum of the losses and the number of labels; figures stay the
     task's. engine: "ray" trains in workers of Ray Train; see `fit_on_ray` for workers and max_restarts.
+    shared: texts and base of earlier runs of this process; "torch" only.
     Everything is checked before anything is written. Raises the errors of veneer.errors, and those
     of veneer.train.errors for trainings that end early, all saved.
 
@@ -72,7 +74,7 @@ def fit(
     with disk.written(Path(run.out)), ExitStack() as stack:
         world = stack.enter_context(group.joined(run.device)) if world is None else world
         voice = Voice(progress and world.first)
-        ready = look(run, voice, stack, world)
+        ready = look(run, voice, stack, world, shared)
         if objective is not None:
             ready = _with(ready, objective, voice)
         begun = begin(ready, voice, stack, world)

@@ -14,6 +14,7 @@ from veneer.analyse.page.plots import TITLES, learning_vs_forgetting
 from veneer.analyse.page.run_report import REPORT
 from veneer.embedded.texts import DOMAINS, describe, domain, has, known
 from veneer.models import machine
+from veneer.runs.shared import Shared
 from veneer.train.folder.layout import RESULTS, put
 from veneer.train.loop.progress import Voice
 from veneer.train.run import Run
@@ -49,12 +50,12 @@ def demo(
         _clear(folder)
     for missing in sorted(set(DOMAINS) - set(targets)):
         voice.say(f"text for {TITLES[missing]!r} is missing in this interpreter; the demo leaves it out")
-    judge = Judge(seed)
-    rows = _trained(runs, judge, voice)
+    judge, shared = Judge(seed), Shared()
+    rows = _trained(runs, judge, shared, voice)
     asking = questions.settings(folder, steps=steps, seed=seed)
     results = {
         "methods": rows,
-        ANSWERS: _asked(asking, judge, voice),
+        ANSWERS: _asked(asking, judge, shared, voice),
         f"noise_{METRIC.name}": NOISE,
         "steps": steps,
         "seed": seed,
@@ -69,21 +70,23 @@ def demo(
     return results
 
 
-def _trained(runs: Mapping[tuple[str, str], Run], judge: Judge, voice: Voice) -> list[dict[str, Any]]:
+def _trained(
+    runs: Mapping[tuple[str, str], Run], judge: Judge, shared: Shared, voice: Voice
+) -> list[dict[str, Any]]:
     """Trains every run, or reads its finished folder, and returns the measured rows."""
     rows: list[dict[str, Any]] = []
     for (target, label), run in runs.items():
         voice.say(f"{TITLES[label]} on {TITLES[target]} ({len(rows) + 1} of {len(runs) + 1})")
-        result = trained(run, progress=voice.aloud)
+        result = trained(run, progress=voice.aloud, shared=shared)
         with voice.phase("measuring strengths"):
             rows.append(judge.row(target, label, result))
     return rows
 
 
-def _asked(run: Run, judge: Judge, voice: Voice) -> dict[str, Any]:
+def _asked(run: Run, judge: Judge, shared: Shared, voice: Voice) -> dict[str, Any]:
     """Trains on questions, or reads the finished folder, and returns the measured answers."""
     voice.say("LoRA on names in CamelCase (the last one)")
-    result = trained(run, progress=voice.aloud)
+    result = trained(run, progress=voice.aloud, shared=shared)
     with voice.phase("asking the test questions at every strength"):
         return questions.row(judge, result)
 

@@ -35,7 +35,8 @@ class Judge:
         self.model = pretrained.model(embedded.PREFIX, kind.AUTO, torch.float32, torch.device("cpu"))
         self.seed = seed
         self.examples: dict[tuple[str, str], Sequence[Any]] = {}
-        self.base: dict[tuple[str, str], list[Point]] = {}
+        self.base: dict[tuple[str, str], float] = {}
+        self.begun: dict[str, str] = {}  # prompts continued by the base
 
     def row(self, target: str, label: str, result: Result) -> dict[str, Any]:
         """Returns the entry of one run for results.json."""
@@ -44,7 +45,7 @@ class Judge:
             chosen = recommend(self.points(target, "valid"), self.task.METRIC)
             points = self.points(target, "test")
             at = {p.strength: p for p in points}
-            samples = {"before": self.sample(target, 0.0), "after": self.sample(target, 1.0)}
+            samples = {"before": self.before(target), "after": self.sample(target, 1.0)}
         finally:
             detach(self.model)
         return {
@@ -65,12 +66,18 @@ class Judge:
         return {k: v for k, v in point.as_dict(self.task.METRIC).items() if k != "strength"}
 
     def points(self, target: str, split: str) -> list[Point]:
-        """Returns the dial of the attached adapter on one split; the base's point is measured once."""
+        """Returns the dial of the attached adapter on one split."""
         text = {"target": self.text(target, split), "known": self.text("known", split)}
-        if (target, split) not in self.base:
-            self.base[target, split] = dial(self.model, "judged", self.task, text, strengths=[0.0])
-        own = dial(self.model, "judged", self.task, text, strengths=DIALLED[split])
-        return self.base[target, split] + own
+        base = Point(0.0, *(self.of_base(name, split) for name in (target, "known")))
+        return [base, *dial(self.model, "judged", self.task, text, strengths=DIALLED[split])]
+
+    def of_base(self, name: str, split: str) -> float:
+        """Returns the base's metric on one text; measures it once."""
+        if (name, split) not in self.base:
+            with using(self.model):
+                found = self.task.measure(self.model, self.text(name, split), batch=8)[0]
+            self.base[name, split] = found.value
+        return self.base[name, split]
 
     def text(self, name: str, split: str) -> Sequence[Any]:
         """Returns examples of one text, evenly spaced, fewer of validation text; reads it once."""
@@ -80,6 +87,12 @@ class Judge:
             n = WINDOWS if split == "test" else WINDOWS // 2
             self.examples[name, split] = spread(whole.examples, n)
         return self.examples[name, split]
+
+    def before(self, target: str) -> str:
+        """Returns the target's prompt continued by the base; writes it once."""
+        if target not in self.begun:
+            self.begun[target] = self.sample(target, 0.0)
+        return self.begun[target]
 
     def sample(self, target: str, strength: float) -> str:
         """Returns the target's prompt continued at a strength of the attached adapter."""

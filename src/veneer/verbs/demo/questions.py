@@ -106,7 +106,11 @@ def answered(judge: Judge, split: str, n: int) -> list[Answered]:
     for strength in STRENGTHS:
         with using(judge.model, *([{LOADED: strength}] if strength else [])):
             answers = asked(judge.model, judge.tokenizer, every, batch=n, further=FURTHER)
-            on_known = judge.task.measure(judge.model, known, batch=8)[0].value
+            on_known = (
+                judge.task.measure(judge.model, known, batch=8)[0].value
+                if strength
+                else judge.of_base("known", split)
+            )
         right = sum(map(same_text, answers, truths))
         found.append(Answered(strength, right, answers, on_known))
     return found

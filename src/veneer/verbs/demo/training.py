@@ -6,15 +6,19 @@ import re
 
 from veneer.errors import ConfigError, option
 from veneer.runs.fit import fit
+from veneer.runs.shared import Shared
 from veneer.train.errors import Interrupted
 from veneer.train.folder.result import Result
 from veneer.train.run import Run
 
 
-def trained(run: Run, *, progress: bool) -> Result:
-    """Returns the result of a training, or of its finished folder. Raises the errors of `fit`."""
+def trained(run: Run, *, progress: bool, shared: Shared | None = None) -> Result:
+    """Returns the result of a training, or of its finished folder. Raises the errors of `fit`.
+
+    shared: with the demo's other trainings.
+    """
     try:
-        return fit(run, progress=progress)
+        return fit(run, progress=progress, shared=shared)
     except ConfigError as e:
         ours = re.sub(r", or pass [^\n]*$", "", e.text)  # a demo has no flag for it
         raise ConfigError(f"{ours}\nor remove an earlier demo's files by {option('fresh', True)}") from e
