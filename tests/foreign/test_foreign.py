@@ -366,4 +366,4 @@ def test_a_long_line_takes_little_memory(monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(found.ids) > 25_000
-    assert peak < 80 * len(text)  # 170 bytes for each of the text in one piece
+    assert peak < 50 * len(text)  # 75 bytes for each of the text in one piece
