@@ -94,6 +94,7 @@ def _gradients(rows: _Rows, k: Tensor, v: Tensor, scale: float, may: Tensor) -> 
     """Returns the gradients of q, k and v (.., keys, d) from rows that may look at keys (.., rows, keys)."""
     q, do, total, inner = rows
     scores = (q @ k.mT).to(total.dtype) * scale - total
-    p = torch.where(may, scores, float("-inf")).exp()
+    # At most 1: large scores are rounded in q's dtype, and may lie above the exact logarithm of the sum.
+    p = torch.where(may, scores, float("-inf")).clamp(max=0).exp()
     ds = (p * ((do @ v.mT).to(total.dtype) - inner) * scale).to(q.dtype)
     return ds @ k, ds.mT @ q, p.to(q.dtype).mT @ do
