@@ -186,3 +186,14 @@ def test_large_scores_give_bounded_gradients():
     # every p is at most 1, so that |dv| is at most the sum of |do|
     assert ours[2].float().norm() <= 80 * do.norm()
     assert all(g.isfinite().all() for g in ours)
+
+
+def test_large_scores_of_a_prefix_give_bounded_gradients():
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (60 * torch.randn(3, 1, 2, 80, 32, generator=draw)).to(torch.bfloat16)
+    K, V = (60 * torch.randn(2, 2, 8, 32, generator=draw)).to(torch.bfloat16)
+    own = (K.requires_grad_(), V.requires_grad_())
+    do = torch.randn(q.shape, generator=draw)
+    found = torch.autograd.grad(prefixed.attend(q, k, v, *own, scale=0.5), own, do.to(q.dtype))
+    assert found[1].float().norm() <= 80 * do.norm()
+    assert all(g.isfinite().all() for g in found)

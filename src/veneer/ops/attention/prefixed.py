@@ -57,7 +57,8 @@ class _Prefixed(Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         q, K, V, out, total = ctx.saved_tensors
-        P = (ctx.scale * (q @ K.mT).to(total.dtype) - total[..., None]).exp()  # (b, heads, t, p)
+        scores = ctx.scale * (q @ K.mT).to(total.dtype) - total[..., None]  # (b, heads, t, p)
+        P = scores.clamp(max=0).exp()  # large scores are rounded, and may lie above the exact total
         inner = torch.linalg.vecdot(do.to(total.dtype), out.to(total.dtype))[..., None]
         dS = (P * ((do @ V.mT).to(total.dtype) - inner) * ctx.scale).to(q.dtype)
         return None, None, None, (dS.mT @ q).sum(0), (P.to(q.dtype).mT @ do).sum(0), None, None
