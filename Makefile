@@ -44,10 +44,9 @@ $(LEAN): pyproject.toml constraints.txt tools/install.py
 demo: $(if $(wildcard $(STAMP)),$(STAMP),$(LEAN))
 	$(BIN)/veneer demo
 
-# Three processes of one thread each: tiny tensors gain nothing from more threads, and one of three often waits for a
-# process or a server that it started.
+# Two processes of one thread each: tiny tensors gain nothing from more threads.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # Other instructions and thread counts sum in another order; see docs/promises.md.
 test-portable: $(STAMP)
