@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from veneer.errors import FormatError
 
-DEEPEST = 100  # levels of lists and objects in JSON
+DEEPEST = 100  # levels of lists and objects in JSON, and of a YAML text
 VALUES = 100_000  # of a YAML text, with aliases written out
 SECONDS = 5.0  # for an expression on all names of a model
 LONGEST_NAME = 500  # characters, up to which a plain expression takes no time
@@ -59,23 +59,36 @@ def _deep(found: Any) -> bool:
     return True
 
 
-def check_yaml(node: Any, seen: dict[int, int] | None = None) -> int:
-    """Returns the number of values that a YAML node stands for, with each alias written out.
+class Size(NamedTuple):
+    """Values of a YAML node and levels of its lists and mappings, itself included."""
 
-    Raises ValueError for more than `VALUES` and for a node that holds itself.
+    values: int
+    levels: int
+
+
+def check_yaml(node: Any, seen: dict[int, Size | None] | None = None) -> Size:
+    """Returns the size of a YAML node, with each alias written out.
+
+    Raises ValueError for more than `VALUES` values or `DEEPEST` levels, and for a node that holds itself.
     """
     seen = {} if seen is None else seen
     if id(node) in seen:
-        if seen[id(node)] < 0:
+        known = seen[id(node)]
+        if known is None:
             raise ValueError("an alias holds itself")
-        return seen[id(node)]
-    seen[id(node)] = -1
-    held = node.value if isinstance(node.value, list) else []
+        return known
+    seen[id(node)] = None
+    holds = isinstance(node.value, list)
+    held = node.value if holds else []
     inner = [part for one in held for part in (one if isinstance(one, tuple) else (one,))]
-    seen[id(node)] = total = 1 + sum(check_yaml(one, seen) for one in inner)
-    if total > VALUES:
+    sizes = [check_yaml(one, seen) for one in inner]
+    size = Size(1 + sum(s.values for s in sizes), holds + max((s.levels for s in sizes), default=0))
+    if size.values > VALUES:
         raise ValueError(f"its aliases stand for more than {VALUES:,} values")
-    return total
+    if size.levels > DEEPEST:
+        raise ValueError("it is nested too deeply")
+    seen[id(node)] = size
+    return size
 
 
 def yaml_of(text: str, loader: Any) -> Any:

@@ -342,7 +342,7 @@ def test_an_exclude_that_leaves_nothing_out_is_an_error():
 
 def test_impossible_numbers_are_refused():
     for alpha in (0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ConfigError, match="alpha must be a number above 0"):
+        with pytest.raises(ConfigError, match=r"alpha must be a (number above 0|finite number)"):
             veneer.attach(llama(), "lora", alpha=alpha)
     for rank in ("8", 4.5, True):
         with pytest.raises(ShapeError, match="rank must be an integer >= 1, got"):

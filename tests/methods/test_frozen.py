@@ -110,7 +110,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         with pytest.raises(ShapeError, match=r"rank 17 > min\(out, in\) = 16 at '.*k_proj'"):
             veneer.attach(llama(), method, rank=17, to=["k_proj"])
         for alpha in (-1, 0, float("inf"), float("nan")):
-            with pytest.raises(ConfigError, match=f"alpha must be a number above 0, got {alpha}"):
+            with pytest.raises(
+                ConfigError, match=f"alpha must be a (number above 0|finite number), got {alpha}"
+            ):
                 veneer.attach(llama(), method, rank=4, alpha=alpha)
     for method in ("vera", "loraxs"):
         with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), got 2"):

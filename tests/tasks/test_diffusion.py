@@ -48,9 +48,9 @@ def settings(place: Path, kind: str, out: Path, **changed: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def whole(place, kind) -> Path:
+def whole(place, kind, tmp_path_factory) -> Path:
     """The folder of one training of the kind."""
-    given = settings(place, kind, place / f"run-{kind}", report=True)
+    given = settings(place, kind, tmp_path_factory.mktemp("whole") / "run", report=True)
     return fit(Run.from_dict(given), progress=False).folder
 
 

@@ -54,9 +54,9 @@ def settings(place: Path, task: str, out: Path, **changed: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def whole(place, task) -> Path:
-    """The folder of one uninterrupted training of the task."""
-    given = settings(place, task, place / f"run-{task}", report=True)
+def whole(place, task, tmp_path_factory) -> Path:
+    """The folder of one uninterrupted training of the task, or of another when a worker comes back to it."""
+    given = settings(place, task, tmp_path_factory.mktemp("whole") / "run", report=True)
     return fit(Run.from_dict(given), progress=False).folder
 
 
