@@ -36,6 +36,7 @@ def make(name: str, **options: Any) -> Optimiser:
     problems = [
         f"optimiser {name!r} has no option {o!r}{suggest(o, known)}" for o in options if o not in known
     ]
-    if problems := [*problems, *not_finite(options)]:
+    problems += not_finite(options)
+    if problems:
         raise ConfigError("\n".join(problems))
     return get(name)(**options)

@@ -61,7 +61,8 @@ def fit(
     together, each with a share of every batch; those of torchrun unless given. objective: loss(model, batch)
     in place of the task's, which returns the sum of the losses and the number of labels; figures stay the
     task's. engine: "ray" trains in workers of Ray Train; see `fit_on_ray` for workers and max_restarts.
-    shared: texts and base of earlier runs of this process; "torch" only.
+    shared: a `veneer.runs.shared.Shared` with texts and base of earlier runs of this process; Ray's workers
+    read their own.
     Everything is checked before anything is written. Raises the errors of veneer.errors, and those
     of veneer.train.errors for trainings that end early, all saved.
 
