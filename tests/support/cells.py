@@ -46,3 +46,14 @@ def check_gradient(model, x):
     assert torch.autograd.gradcheck(
         output, tuple(p.detach().clone().requires_grad_() for p in parameters.values()), fast_mode=True
     )
+
+
+def built(method, layer, options):
+    """The site, and a change with trained numbers."""
+    torch.manual_seed(0)
+    site = site_for("layer", layer)
+    delta = veneer.methods.build(veneer.methods.get(method), site, options)
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return site, delta

@@ -21,8 +21,8 @@ ROWS = {
     "methods/base/token_rows.py": "tokens* beside",
     "methods/inits/*": "start* option_limits methods complaints_settings interchange quant",
     "methods/*": (
-        "ia3* prefix* flora* gains* frozen miss* optim fourierft* baselines* peft_kinds start* counts"
-        " moving_base complaints* option_limits quant methods interchange"
+        "ia3* prefix* flora* gains* frozen miss* optim fourierft* baselines* peft_kinds peft_forms* start*"
+        " counts moving_base complaints* option_limits quant methods interchange"
     ),
     "optim/*": "optim lowrank* option_limits optimisers* lorapro* scratch* complaints_settings",
     "adapt/banks/bank.py": "gains* flora* bank* complaints*",

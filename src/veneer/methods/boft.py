@@ -22,11 +22,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError
 from veneer.methods.base.checks import check_divides
 from veneer.methods.base.delta import Delta, master_dtype
 from veneer.methods.base.options import build
-from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
+from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_dims, check_peft_tensors
 from veneer.methods.base.turning import Turning, turned_size
 from veneer.ops.matrix import rotations
 from veneer.sites import Site
@@ -99,8 +99,7 @@ class BOFT(Turning, PeftStored):
 
     @classmethod
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
-        if "boft_R" not in tensors:
-            raise FormatError(f"missing: {site.name}.boft_R")
+        check_peft_dims(site, tensors, {"boft_R": 4})
         factors, _, block, _ = tensors["boft_R"].shape
         delta = build(cls, site, {"block": block, "factors": factors})
         shapes = {"boft_R": tuple(delta.get_parameter("P").shape), "boft_s": (site.out, 1)}

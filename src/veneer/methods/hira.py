@@ -24,7 +24,7 @@ from veneer.methods.base.checks import check_dropout, check_rank
 from veneer.methods.base.delta import Delta, DenseDelta, master_dtype
 from veneer.methods.base.factors import ROWWISE, Factors, Products
 from veneer.methods.base.options import build
-from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
+from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors, peft_flat
 from veneer.methods.base.protocols import Served
 from veneer.ops.draws import keyed
 from veneer.sites import Site
@@ -88,7 +88,7 @@ class HiRA(DenseDelta, Served, PeftStored):
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
         rank = config["r"]
         names = _peft_names(site) or ("hira_A", "hira_B")
-        given = {n: t.flatten(1) for n, t in ((n, tensors[n]) for n in names if n in tensors)}
+        given = {n: peft_flat(tensors[n]) for n in names if n in tensors}
         check_peft_tensors(site, given, {names[0]: (rank, site.in_), names[1]: (site.out, rank)})
         delta = build(cls, site, {"rank": rank, "dropout": config["hira_dropout"]})
         with torch.no_grad():

@@ -26,7 +26,7 @@ from veneer.methods.base.checks import check_rank, scaling_of
 from veneer.methods.base.delta import Delta, DenseDelta, master_dtype
 from veneer.methods.base.factors import ROWWISE, Factors
 from veneer.methods.base.options import build
-from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors, peft_dense_map
+from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors, peft_core, peft_dense_map
 from veneer.methods.base.protocols import Served
 from veneer.ops.draws import keyed
 from veneer.sites import Site
@@ -95,12 +95,9 @@ class LoHa(DenseDelta, Served, PeftStored):
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
         r = config["r"]
         for k in ("1", "2"):
-            if (
-                f"hada_t{k}" in tensors
-            ):  # PEFT's core of a convolution: a (r, out), b (r, in), t (r, r, kernel..)
-                a, b = tensors[f"hada_w{k}_a"], tensors[f"hada_w{k}_b"]
-                whole = torch.einsum("ij...,jn->in...", tensors[f"hada_t{k}"], b).flatten(1)
-                tensors |= {f"hada_w{k}_a": a.mT, f"hada_w{k}_b": whole}
+            if f"hada_t{k}" in tensors:
+                names = (f"hada_t{k}", f"hada_w{k}_a", f"hada_w{k}_b")
+                tensors |= peft_core(site, tensors, names, (r, site.out, site.in_))
         shapes: dict[str, tuple[int, ...]]
         shapes = {n: (site.out, r) if n.endswith("a") else (r, site.in_) for n in PEFT_NAMES.values()}
         check_peft_tensors(site, tensors, shapes)

@@ -26,7 +26,14 @@ from veneer.methods.base.checks import check_rank, scaling_of
 from veneer.methods.base.delta import Delta, master_dtype
 from veneer.methods.base.factors import ROWWISE, Factors
 from veneer.methods.base.options import build
-from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors, peft_dense_map
+from veneer.methods.base.peft import (
+    PeftForm,
+    PeftStored,
+    check_peft_tensors,
+    peft_core,
+    peft_dense_map,
+    peft_flat,
+)
 from veneer.ops.draws import keyed
 from veneer.sites import Site
 
@@ -155,10 +162,10 @@ class LoKr(Delta, PeftStored):
 
     @classmethod
     def from_peft(cls, site: Site, config: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
-        if "lokr_t2" in tensors:  # PEFT's core of a convolution: a (r, k), b (r, n), t (r, r, kernel..)
-            a, b = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
-            whole = torch.einsum("ij...,jn->in...", tensors["lokr_t2"], b).flatten(1)
-            tensors |= {"lokr_w2_a": a.mT, "lokr_w2_b": whole}
+        if "lokr_t2" in tensors:
+            _, k, _, n = shape_of(site, config["decompose_factor"])
+            names = ("lokr_t2", "lokr_w2_a", "lokr_w2_b")
+            tensors |= peft_core(site, tensors, names, (config["r"], k, n))
         if "lokr_w2" in tensors and site.spatial == 1:
             raise FormatError(
                 f"{site.name}: PEFT 0.21 lays out LoKr with a whole second factor of a Conv1d in another"
@@ -166,7 +173,7 @@ class LoKr(Delta, PeftStored):
                 f" not LoKr's product; convert the adapter with PEFT's own merge"
             )
         if "lokr_w2" in tensors:
-            tensors |= {"lokr_w2": tensors["lokr_w2"].flatten(1)}
+            tensors |= {"lokr_w2": peft_flat(tensors["lokr_w2"])}
         options = {"rank": config["r"], "alpha": float(config["alpha"])}
         options |= {"factor": config["decompose_factor"], "both": config["decompose_both"]}
         delta = build(cls, site, options)

@@ -29,7 +29,7 @@ from veneer.errors import ConfigError, FormatError
 from veneer.methods.base.checks import check_divides
 from veneer.methods.base.delta import Delta, master_dtype
 from veneer.methods.base.options import build
-from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_tensors
+from veneer.methods.base.peft import PeftForm, PeftStored, check_peft_dims, check_peft_tensors
 from veneer.methods.base.turning import Turning, turned_size
 from veneer.ops.matrix import rotations
 from veneer.sites import Site
@@ -106,8 +106,7 @@ class OFT(Turning, PeftStored):
                 f"{site.name}: PEFT before 0.18 summed another series for use_cayley_neumann;"
                 f" merge the adapter with the PEFT that trained it"
             )
-        if name not in tensors:
-            raise FormatError(f"missing: {site.name}.{name}")
+        check_peft_dims(site, tensors, {name: 2})
         n, numbers = tensors[name].shape
         block = (1 + math.isqrt(1 + 8 * numbers)) // 2 if config["block_share"] else size // n
         terms = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else 0

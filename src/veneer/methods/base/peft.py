@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from veneer.errors import FormatError
@@ -107,3 +109,38 @@ def check_peft_tensors(site: Site, tensors: dict[str, Tensor], shapes: dict[str,
             )
     if wrong:
         raise FormatError("\n".join(wrong))
+
+
+def check_peft_dims(site: Site, tensors: dict[str, Tensor], dims: dict[str, int]) -> None:
+    """Raises FormatError with a line for every tensor that is missing, empty, or has another number of
+    dimensions."""
+    wrong = [f"missing: {site.name}.{name}" for name in dims if name not in tensors]
+    wrong += [
+        f"wrong shape: {site.name}.{name} is {tuple(tensors[name].shape)},"
+        f" PEFT's has {n} dimensions, none of them empty"
+        for name, n in dims.items()
+        if name in tensors and (tensors[name].ndim != n or not tensors[name].numel())
+    ]
+    if wrong:
+        raise FormatError("\n".join(wrong))
+
+
+def peft_flat(t: Tensor) -> Tensor:
+    """Returns the tensor as a matrix of rows; a vector or a number stays, for check_peft_tensors to name."""
+    return t.flatten(1) if t.ndim > 1 else t
+
+
+def peft_core(
+    site: Site, tensors: dict[str, Tensor], names: tuple[str, str, str], sides: tuple[int, int, int]
+) -> dict[str, Tensor]:
+    """Returns the pair (out, r), (r, in kernel) in place of PEFT's core of a convolution.
+
+    names: of the core t (r, r, kernel..) and of a (r, out), b (r, in). sides: r, out, in times the kernel.
+    """
+    (core, left, right), (r, out, in_) = names, sides
+    kernel = tuple(site.module.kernel_size) if site.kind == "conv" else ()
+    check_peft_tensors(
+        site, tensors, {core: (r, r, *kernel), left: (r, out), right: (r, in_ // math.prod(kernel))}
+    )
+    whole = torch.einsum("ij...,jn->in...", tensors[core], tensors[right]).flatten(1)
+    return {left: tensors[left].mT, right: whole}
