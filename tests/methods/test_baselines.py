@@ -10,10 +10,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import veneer
+from veneer import methods
 from veneer.adapt.attached import base_parameters, changes
 from veneer.adapt.merge import merge
 from veneer.errors import ConfigError, NotMergeable, SiteError
 from veneer.runs.fit import fit
+from veneer.sites import BiasSite, BlockSite, LeafSite, site_for
 from veneer.train.run import Run
 
 IDS = torch.arange(10)[None]
@@ -179,3 +181,43 @@ def test_full_fine_tuning_of_the_last_layer_alone(tmp_path):
     assert all(torch.equal(p, before.get_parameter(n)) for n, p in base_parameters(model).items())
     with torch.no_grad():
         assert not torch.equal(model(IDS).logits, before(IDS).logits)
+
+
+class Odd(nn.Module):
+    """A module whose bias is a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(2, 2))
+
+
+def test_biases_are_vectors_of_a_module_itself():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False), nn.LayerNorm(2), Odd())
+    find = methods.get("bitfit").find
+    assert [s.name for s in find(model, None)] == ["0", "2"]
+    assert [s.name for s in find(model, ["0", "1", "2"])] == ["0", "1", "2"]
+    assert [s.name for s in find(model, "all-linear")] == ["0", "1"]
+    assert all(isinstance(s, BiasSite) for s in find(model, None))
+
+
+def test_full_fine_tuning_takes_every_module_with_parameters_of_its_own():
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)), Odd())
+    find = methods.get("full").find
+    assert [s.name for s in find(model, None)] == ["0", "2.0", "2.1", "3"]
+    assert [s.name for s in find(model, ["2"])] == ["2.0", "2.1"]
+    assert [s.name for s in find(model, "all-linear")] == ["0", "2.1"]
+    assert all(isinstance(s, LeafSite) for s in find(model, None))
+
+
+def test_a_parallel_bottleneck_reads_the_input_and_has_its_scale():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))
+    options = {"rank": 3, "placement": "parallel"}
+    delta = methods.build(methods.get("bottleneck"), BlockSite("mlp", block), options)
+    assert delta.D.shape == (3, 6) and delta.U.shape == (4, 3) and delta.scaling == 4.0
+    assert float(delta.D.detach().abs().max()) <= 6**-0.5
+    own = methods.build(methods.get("bottleneck"), BlockSite("mlp", block), {**options, "scaling": 0.5})
+    assert own.scaling == 0.5
+    assert (
+        methods.build(methods.get("bottleneck"), site_for("0", nn.Linear(6, 4)), {"rank": 3}).scaling == 1.0
+    )

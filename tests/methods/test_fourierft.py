@@ -14,7 +14,9 @@ from torch import nn
 import veneer
 from veneer.adapt.attached import changes
 from veneer.errors import ConfigError, ShapeError
+from veneer.methods.fourierft import _frozen
 from veneer.ops import fourier
+from veneer.sites import site_for
 
 TO = ["q_proj", "k_proj", "down_proj"]
 
@@ -179,3 +181,15 @@ def test_what_does_not_fit_is_refused():
         veneer.attach(llama(), "fourierft", to=["k_proj"])
     with pytest.raises(ConfigError, match=r"^rms must be a number above 0, got 0\.0$"):
         veneer.attach(llama(), "fourierft", frequencies=10, rms=0.0)
+
+
+def test_one_product_backward_stands_for_both_only_beside_a_frozen_layer():
+    layer = nn.Linear(4, 3)
+    assert _frozen(site_for("0", layer)) is None
+    layer.requires_grad_(False)
+    assert _frozen(site_for("0", layer)) is layer.weight
+    layer.inside = nn.Linear(2, 2)  # as an adapter stands inside its layer
+    assert _frozen(site_for("0", layer)) is layer.weight
+    layer.bias.requires_grad_(True)
+    assert _frozen(site_for("0", layer)) is None
+    assert _frozen(site_for("0", nn.Embedding(4, 3).requires_grad_(False))) is None

@@ -9,9 +9,10 @@ from support.models import randomise
 from torch import nn
 
 import veneer
+from veneer import methods
 from veneer.adapt.attached import changes
 from veneer.errors import ConfigError
-from veneer.methods.lokr import shape_of
+from veneer.methods.lokr import shape_of, split
 from veneer.sites import site_for
 
 
@@ -59,3 +60,27 @@ def test_the_sides_follow_pefts_rule():
     assert shape_of(site_for("x", nn.Conv2d(6, 4, 3)), -1) == (2, 2, 2, 27)
     with pytest.raises(ConfigError, match="factor must be at least 1, or -1, got 0"):
         veneer.attach(nn.Sequential(nn.Linear(4, 4)), "lokr", rank=1, factor=0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 12, 36, 64, 97])
+def test_sides_of_lokr_are_the_factor_or_the_most_even_pair_below_it(size):
+    for factor in (-1, *range(1, size + 3)):
+        if factor > 0 and size % factor == 0:
+            expected = factor
+        else:
+            pairs = [d for d in range(1, size + 1) if size % d == 0 and d <= size // d]
+            expected = max(d for d in pairs if factor == -1 or d <= factor)
+        assert split(size, factor) == (expected, size // expected)
+
+
+def started(layer, **options):
+    return methods.build(methods.get("lokr"), site_for("x", layer), options)
+
+
+@pytest.mark.parametrize(("rank", "products"), [(3, {"L", "A", "B"}), (4, {"L", "R"})])
+def test_lokr_has_a_whole_matrix_from_half_of_its_longer_side_on(rank, products):
+    for layer in (nn.Linear(16, 16), nn.Conv2d(16, 16, (3, 2)), nn.Linear(8, 16), nn.Linear(16, 8)):
+        found = dict(started(layer, rank=rank, factor=2).named_parameters())
+        assert set(found) == products
+    both = dict(started(nn.Linear(16, 16), rank=rank, factor=8, both=True).named_parameters())
+    assert set(both) == ({"Lb", "La", "R"} if rank == 3 else {"L", "R"})

@@ -77,6 +77,20 @@ def test_a_file_gives_the_same_change_and_options(name):
 
 
 @every
+def test_a_change_owns_its_numbers(name):
+    site, _, form = formed(name)
+    given = form._replace(
+        tensors={n: t.clone() for n, t in form.tensors.items()},
+        shared={n: t.clone() for n, t in form.shared.items()},
+    )
+    delta = read(name, site, given)
+    before = {n: t.clone() for n, t in delta.state_dict().items()}
+    for t in (*given.tensors.values(), *given.shared.values()):
+        t.zero_()
+    assert all(torch.equal(t, before[n]) for n, t in delta.state_dict().items())
+
+
+@every
 def test_every_tensor_is_needed_and_of_one_shape(name):
     site, _, form = formed(name)
     for n in (n for n in form.tensors if n != "fourierft_indices"):

@@ -35,7 +35,7 @@ from veneer.sites import Site
 
 @final
 class RandLoRA(FactoredDelta, PeftStored):
-    """l (r, n) starts at zero, g (n, min) at 1 / max(n, min); A (r, min), B (max, n, r)."""
+    """l (r, n) starts at zero, g (n, min) at 1 / min; A (r, min), B (max, n, r)."""
 
     roles = {"l": "factor", "g": "factor"}
     peft_settings = {
@@ -73,7 +73,7 @@ class RandLoRA(FactoredDelta, PeftStored):
         self.register_buffer("A", A.to(device, dtype).contiguous())
         self.register_buffer("B", B.to(device, dtype))
         self.l = nn.Parameter(torch.zeros(rank, n, dtype=dtype, device=device))
-        self.g = nn.Parameter(torch.full((n, least), 1 / max(n, least), dtype=dtype, device=device))
+        self.g = nn.Parameter(torch.full((n, least), 1 / least, dtype=dtype, device=device))
 
     def factors(self, site: Site) -> Factors:
         """PEFT pairs column j r + i of the B_j side by side with row i n + j of the scaled A; so does
