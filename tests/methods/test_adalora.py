@@ -204,3 +204,25 @@ def test_a_run_shrinks_saves_and_resumes_bit_for_bit(tmp_path, monkeypatch):
 def test_impossible_options_are_refused(options, text):
     with pytest.raises(ConfigError, match=text):
         adapted(**options)
+
+
+@pytest.mark.parametrize(("found", "kept"), [(3, 3), (4, 4), (9, 4)])
+def test_a_change_takes_the_rank_of_a_file_up_to_its_own(found, kept):
+    delta = deltas(adapted())[0]
+    before = {n: t.clone() for n, t in delta.state_dict().items()}
+    delta.resize({"E": torch.Size([found, 1])})
+    for n, dim in (("A", 0), ("B", 1), ("E", 0)):
+        for lead in ("", "mean_", "spread_"):
+            t, own = delta.state_dict()[lead + n], before[lead + n]
+            assert t.shape[dim] == kept and t.shape[1 - dim] == own.shape[1 - dim]
+            assert torch.equal(t, own) == (kept == 4)
+
+
+def test_a_step_without_gradients_of_a_factor_counts_and_leaves_its_averages():
+    delta = deltas(adapted())[0]
+    delta.E.grad = torch.ones_like(delta.E)
+    delta.E.data.fill_(2.0)
+    delta.observe()
+    assert delta.steps == 1 and not delta.mean_A.any() and not delta.spread_B.any()
+    torch.testing.assert_close(delta.mean_E, torch.full((4, 1), 0.15 * 2))
+    torch.testing.assert_close(delta.spread_E, torch.full((4, 1), 0.15 * (2 - 0.15 * 2)))

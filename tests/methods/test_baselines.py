@@ -221,3 +221,25 @@ def test_a_parallel_bottleneck_reads_the_input_and_has_its_scale():
     assert (
         methods.build(methods.get("bottleneck"), site_for("0", nn.Linear(6, 4)), {"rank": 3}).scaling == 1.0
     )
+
+
+def test_a_bottleneck_of_a_block_is_parallel_and_of_a_layer_may_be():
+    kind, block = methods.get("bottleneck"), nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4))
+    for placement in ("houlsby", "pfeiffer"):
+        with pytest.raises(SiteError, match=f"a {placement} adapter needs vectors; 'mlp' is of kind 'block'"):
+            methods.build(kind, BlockSite("mlp", block), {"placement": placement, "rank": 2})
+    for layer in (nn.Embedding(6, 4), nn.Conv1d(6, 4, 1)):
+        with pytest.raises(SiteError, match="a parallel adapter needs vectors"):
+            methods.build(kind, site_for("0", layer), {"placement": "parallel", "rank": 2})
+    site = site_for("0", nn.Linear(6, 4).double())
+    delta = methods.build(kind, site, {"placement": "parallel", "rank": 2, "scaling": 0.5})
+    randomise_change(delta)
+    x, y = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    expected = 0.5 * (torch.relu(x @ delta.D.mT + delta.a) @ delta.U.mT + delta.u)
+    torch.testing.assert_close(delta(x, y, site), expected)
+
+
+def randomise_change(delta):
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.copy_(torch.randn(p.shape))

@@ -12,6 +12,7 @@ from support.peer import agrees_with_peft
 from torch import nn
 
 import veneer
+from veneer import methods
 from veneer.adapt.attached import changes
 from veneer.errors import ConfigError, ShapeError
 from veneer.methods.fourierft import _frozen
@@ -193,3 +194,32 @@ def test_one_product_backward_stands_for_both_only_beside_a_frozen_layer():
     layer.bias.requires_grad_(True)
     assert _frozen(site_for("0", layer)) is None
     assert _frozen(site_for("0", nn.Embedding(4, 3).requires_grad_(False))) is None
+
+
+def test_a_sum_is_written_in_place_and_takes_both_gradients_only_where_it_may(monkeypatch):
+    asked = []
+    real = fourier.added
+
+    def added(*given, writable, frozen=None):
+        asked.append((writable, frozen))
+        return real(*given, writable=writable, frozen=frozen)
+
+    monkeypatch.setattr(fourier, "added", added)
+    layer = nn.Linear(8, 6).requires_grad_(False)
+    site = site_for("0", layer)
+    delta = methods.build(methods.get("fourierft"), site, {"frequencies": 5})
+    x = torch.randn(3, 8)
+    y = layer(x)
+    delta(x, y, site)
+    for writable in (False, True):
+        delta.onto(x, y.clone(), site, writable=writable)
+    assert asked == [(True, None), (False, None), (True, layer.weight)]
+
+
+def test_a_grid_has_a_normal_form_on_rows():
+    for layer in (nn.Linear(8, 6), nn.Conv1d(8, 6, 1), nn.Embedding(8, 6)):
+        site = site_for("0", layer)
+        for grid in (True, False):
+            delta = methods.build(methods.get("fourierft"), site, {"frequencies": 5, "grid": grid})
+            assert (delta.factors(site) is not None) == grid
+            assert (delta.normal_form(site) is not None) == (grid and isinstance(layer, nn.Linear))

@@ -8,10 +8,11 @@ from support import models
 from torch import nn
 
 import veneer
-from veneer import optim
+from veneer import methods, optim
 from veneer.adapt.attached import changes
 from veneer.optim.base import groups, pairs
 from veneer.optim.base.optimiser import Trained
+from veneer.sites import site_for
 
 
 def adapted(rank, width=40):
@@ -71,3 +72,19 @@ def test_optimisers_of_pairs_learn(name):
         optimiser.step()
         losses.append(float(loss))
     assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "small"),
+    [
+        (nn.Linear(12, 6), True),  # 4 (12 + 6) = 12 x 6
+        (nn.Linear(19, 5), False),  # 4 (19 + 5) > 19 x 5
+        (nn.Linear(20, 5), True),
+        (nn.Conv1d(20, 5, 1), False),  # whose outputs are no rows
+        (nn.Embedding(20, 5), False),
+    ],
+)
+def test_factors_serve_while_they_are_no_larger_than_w(layer, small):
+    site = site_for("0", layer)
+    delta = methods.build(methods.get("loha"), site, {"rank": 2})
+    assert (delta.normal_form(site) is not None) == small

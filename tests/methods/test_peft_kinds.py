@@ -250,6 +250,8 @@ def test_a_tensor_cut_short_is_refused(name, tmp_path):
 def test_as_many_numbers_as_w_has_is_the_most_for_shira():
     with pytest.raises(ShapeError, match=r"rank 20 asks for 1280 numbers, W has 1024 at .*; use at most 16"):
         veneer.attach(models.llama(), "shira", rank=20, to=["q_proj"])
+    every = methods.build(methods.get("shira"), site_for("0", nn.Linear(32, 32)), {"rank": 16})
+    assert torch.equal(every.places, torch.arange(1024))
 
 
 def test_lorafa_is_saved_as_lora_and_keeps_no_input(tmp_path):

@@ -11,6 +11,7 @@ from support.options import METHODS
 from torch import Tensor, nn
 
 from veneer import methods
+from veneer.methods.lora import LoRA
 from veneer.sites import site_for
 
 OUT, IN = 96, 150
@@ -139,6 +140,28 @@ def test_token_ids_start_with_zeros_on_the_other_side(method, ids):
     assert_drawn(drawn.detach(), "normal", 1.0)
 
 
+def test_a_start_of_token_ids_that_is_drawn_stays():
+    layer = nn.Embedding(IN, OUT)
+    frozen, trained = (started(n, layer=layer, init="pissa") for n in ("lorafa", "lora"))
+    assert torch.equal(frozen.A, trained.A) and not frozen.B.any()
+
+
+@pytest.mark.parametrize("stabilised", [True, False])
+def test_a_held_pair_has_the_scale_of_its_own_rank(stabilised):
+    site, A, B = site_for("0", nn.Linear(5, 4)), torch.randn(4, 5), torch.randn(4, 4)
+    delta = LoRA.holding(site, A, B, alpha=6.0, stabilised=stabilised)
+    s = 3.0 if stabilised else 1.5
+    assert delta.taken() is None and delta.dropout == 0.0 and delta.stabilised == stabilised
+    assert delta.options == {"rank": 4, "alpha": 6.0, "stabilised": stabilised, "dropout": 0.0}
+    torch.testing.assert_close(delta.delta(site), s * B @ A)
+    half = LoRA.holding(site, A, B, alpha=6.0, stabilised=stabilised, start=2, dropout=0.5)
+    torch.testing.assert_close(half.delta(site), s * B @ A)  # the same product, half of it a start
+    assert half.A.shape == (2, 5) and half.scaling == s and half.dropout == 0.5
+    torch.testing.assert_close(half.taken().B @ half.taken().A, s * B[:, 2:] @ (A[:2] - A[2:]))
+    assert half.alpha == pytest.approx(s * (2**0.5 if stabilised else 2))
+    assert not LoRA.holding(site, A, B, alpha=6.0).stabilised
+
+
 def test_hra_starts_in_pairs_and_loldu_with_its_scale():
     U = started("hra").U
     assert torch.equal(U[:, 0::2], U[:, 1::2]) and not torch.equal(U[:, 0], U[:, 2])
@@ -155,9 +178,10 @@ def test_further_ranks_of_flora_start_with_signs():
     assert torch.equal(B, torch.tensor([1.0, 0.0, 0.0]).expand(OUT, 3))
 
 
-@pytest.mark.parametrize(("layer", "sides"), [(nn.Linear(IN, OUT), IN), (nn.Embedding(IN, OUT), OUT)])
-def test_dora_starts_with_the_norms_of_rows(layer, sides):
-    delta = started("dora", layer=layer)
+@pytest.mark.parametrize("init", ["kaiming", "pissa", "gaussian"])
+@pytest.mark.parametrize("layer", [nn.Linear(IN, OUT), nn.Embedding(IN, OUT)])
+def test_dora_starts_with_the_norms_of_rows(layer, init):
+    delta = started("dora", layer=layer, init=init)
     W = layer.weight if isinstance(layer, nn.Linear) else layer.weight.mT
     torch.testing.assert_close(delta.m, W.detach().norm(dim=1))
     assert len(delta.m) == OUT and delta.lora.A.shape == (6, IN)

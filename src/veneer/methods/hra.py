@@ -49,7 +49,7 @@ class HRA(FactoredDelta, PeftStored):
         if rank % 2:
             raise ShapeError(f"rank must be even for hra, got {rank}; reflections start in pairs that cancel")
         half = 2 * torch.rand(site.in_, rank // 2, generator=keyed(seed, site.key)) - 1
-        self._hold(site, half.repeat_interleave(2, 1) / math.sqrt(max(1, rank // 2)))
+        self._hold(site, half.repeat_interleave(2, 1) / math.sqrt(rank // 2))
 
     def _hold(self, site: Site, U: Tensor) -> None:
         self.U = nn.Parameter(U.to(site.device, master_dtype(site), copy=True))

@@ -59,9 +59,8 @@ class MiSS(FactoredDelta, PeftStored):
         )
 
     def factors(self, site: Site) -> Factors:
-        return Factors(
-            self.A, self.D.repeat(site.out // self.D.shape[0], 1) if self.D.shape[0] < site.out else self.D
-        )
+        rows = len(self.D)
+        return Factors(self.A, self.D if rows == site.out else self.D.repeat(site.out // rows, 1))
 
     def to_peft(self, site: Site) -> PeftForm | None:
         if site.kind != "linear":
