@@ -79,6 +79,9 @@ def test_other_rules_hold_and_fail():
     rows["loraplus"]["steps_to_reference"] = None
     found = outcome("LoRA+ reaches the reference sooner than tuned LoRA", rows)
     assert (found.outcome, found.figures) == (FAILS, "steps to the reference: loraplus never, lora 20")
+    rows["lora"]["steps_to_reference"] = None
+    found = outcome("LoRA+ reaches the reference sooner than tuned LoRA", rows)
+    assert (found.outcome, found.figures) == (UNKNOWN, "neither loraplus nor lora reached the reference")
     words = "the best LoRA rate is about 10 times full fine-tuning's"
     assert outcome(words, rows).outcome == HOLDS and "10.0 times" in outcome(words, rows).figures
     rows["lora"]["lr"] = 1e-2

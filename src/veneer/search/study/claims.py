@@ -114,8 +114,10 @@ def _sooner(first: str, second: str) -> Callable[[Rows, Metric], tuple[str, str]
             f"{n} {f['mean']:.0f}" if f else f"{n} never" for n, f in zip((first, second), found, strict=True)
         ]
         a, b = found
-        if first not in rows or second not in rows or (a is None and b is None):
+        if first not in rows or second not in rows:
             return UNKNOWN, ""
+        if a is None and b is None:
+            return UNKNOWN, f"neither {first} nor {second} reached the reference"
         if a is None or b is None:
             return (FAILS if a is None else HOLDS), f"steps to the reference: {', '.join(shown)}"
         apart = None not in (a["low"], b["low"]) and (a["high"] < b["low"] or b["high"] < a["low"])
