@@ -19,7 +19,7 @@ from veneer.analyse.intruders import intruders, n_intruders
 from veneer.errors import ConfigError
 from veneer.models import pretrained
 from veneer.search.compare import contenders
-from veneer.search.study import answers, claims, measures, protocol, sources
+from veneer.search.study import answers, claims, later, measures, protocol, sources
 from veneer.search.study import study as studying
 from veneer.search.study.answers import Diversity, diversity
 from veneer.search.study.claims import FAILS, HOLDS, NOISE, UNKNOWN
@@ -89,6 +89,30 @@ def test_other_rules_hold_and_fail():
     assert outcome("full fine-tuning's change has 10 times LoRA's rank", rows).outcome == HOLDS
     assert outcome("LoRA has intruders, full fine-tuning fewer", rows).outcome == FAILS
     assert outcome("PiSSA reaches the reference sooner than tuned LoRA", rows).outcome == UNKNOWN
+
+
+def test_steps_to_tuned_lora_are_read_from_the_curves_of_all_seeds(tmp_path):
+    """LoRA gains 1 bit in 20 steps, evenly: 90 % of it after 18. One seed of LoRA+ is twice as fast."""
+    curves = {
+        "lora-0.01-s5": [(0, 3.0), (10, 2.5), (20, 2.0)],
+        "lora-0.01-s6": [(0, 3.0), (10, 2.5), (20, 2.0)],
+        "loraplus-0.002-s5": [(0, 3.0), (10, 2.0), (20, 1.9)],
+        "loraplus-0.002-s6": [(0, 3.0), (10, 2.9), (20, 2.8)],
+    }
+    for key, points in curves.items():
+        lines = [{"step": step, "valid_bpb": bpb, "seconds": 0.0} for step, bpb in points]
+        file = tmp_path / "trials" / key / "metrics.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    methods = [{"label": label, "lr": lr} for label, lr in (("lora", 0.01), ("loraplus", 0.002))]
+    methods.append({"label": "pissa", "lr": None})
+    found = {"metric": METRIC._asdict(), "seed": 5, "seeds": 2, "methods": methods}
+    steps = later.steps_to_lora(tmp_path, found)
+    assert {label: (s["mean"], s["n"]) for label, s in steps.items()} == {"lora": (18, 2), "loraplus": (9, 1)}
+    assert later.steps_to_lora(tmp_path, {**found, "methods": methods[1:]}) == {}
+    rows = {label: {**row([2.2, 2.2]), later.STEPS: s} for label, s in steps.items()}
+    shown = outcome("LoRA+ reaches 90 % of LoRA's gain sooner (added later)", rows).figures
+    assert shown == "steps to 90 % of LoRA's gain: loraplus 9, lora 18"
 
 
 def test_alike_means_that_the_interval_covers_zero():
@@ -161,7 +185,7 @@ def test_the_study_runs_in_parts_and_writes_its_page(tmp_path, monkeypatch, caps
     def compare(run, comparison, progress):
         ran.append(run.data[0])
         methods = [{"label": n, **row([2.0, 2.01, 1.99])} for n in ("full", "lora")]
-        found = {"methods": methods, "metric": METRIC._asdict(), "seed": 0}
+        found = {"methods": methods, "metric": METRIC._asdict(), "seed": 0, "seeds": 3}
         studying.layout.put(tmp_path / "out" / run.data[0].split(":")[1] / "results.json", found)
         return found
 

@@ -213,6 +213,11 @@ def joined(
     return (*found, *later)
 
 
+def points_of(folder: Path, metric: Metric) -> tuple[Point, ...]:
+    """Returns the evaluations of one trial's folder."""
+    return joined((), _lines(folder / layout.METRICS), metric, 1)
+
+
 def _lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []

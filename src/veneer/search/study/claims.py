@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from veneer.models.short_names import SMOLLM2
 from veneer.ops.intervals import of_difference
+from veneer.search.study.later import STEPS
 from veneer.search.study.protocol import AST, BALANCED, DECAY, DROPOUT, FAR, HIGH, LORA, LOW, MUON, NEAR
 from veneer.tasks import Metric
 
@@ -105,11 +106,13 @@ def known_at(
     return None
 
 
-def _sooner(first: str, second: str) -> Callable[[Rows, Metric], tuple[str, str]]:
-    """Returns the rule that `first` reaches the reference in fewer steps."""
+def _sooner(
+    first: str, second: str, key: str = "steps_to_reference", words: str = "the reference"
+) -> Callable[[Rows, Metric], tuple[str, str]]:
+    """Returns the rule that `first` reaches a reference in fewer steps. key: of the steps in a row."""
 
     def rule(rows: Rows, metric: Metric) -> tuple[str, str]:
-        found = [rows[label]["steps_to_reference"] if label in rows else None for label in (first, second)]
+        found = [rows[label].get(key) if label in rows else None for label in (first, second)]
         shown = [
             f"{n} {f['mean']:.0f}" if f else f"{n} never" for n, f in zip((first, second), found, strict=True)
         ]
@@ -117,12 +120,12 @@ def _sooner(first: str, second: str) -> Callable[[Rows, Metric], tuple[str, str]
         if first not in rows or second not in rows:
             return UNKNOWN, ""
         if a is None and b is None:
-            return UNKNOWN, f"neither {first} nor {second} reached the reference"
+            return UNKNOWN, f"neither {first} nor {second} reached {words}"
         if a is None or b is None:
-            return (FAILS if a is None else HOLDS), f"steps to the reference: {', '.join(shown)}"
+            return (FAILS if a is None else HOLDS), f"steps to {words}: {', '.join(shown)}"
         apart = None not in (a["low"], b["low"]) and (a["high"] < b["low"] or b["high"] < a["low"])
         outcome = NOISE if not apart else HOLDS if a["mean"] < b["mean"] else FAILS
-        return outcome, f"steps to the reference: {', '.join(shown)}"
+        return outcome, f"steps to {words}: {', '.join(shown)}"
 
     return rule
 
@@ -172,6 +175,15 @@ def _less_diverse(rows: Rows, metric: Metric) -> tuple[str, str]:
     return (HOLDS if full < lora else FAILS), figures
 
 
+def _to_lora(*names: tuple[str, str]) -> list[Claim]:
+    """Returns the claims of speed by the second reference (see `later`)."""
+    words = "90 % of LoRA's gain"
+    return [
+        Claim(source, f"{source} reaches {words} sooner (added later)", _sooner(label, LORA, STEPS, words))
+        for source, label in names
+    ]
+
+
 BIDERMAN = "LoRA Learns Less and Forgets Less"
 REGRET = "LoRA Without Regret"
 EVERY = (NEAR, FAR, SMOLLM2)  # claims that real weights confirm or not
@@ -208,5 +220,6 @@ CLAIMS = (
     Claim("OLoRA", "OLoRA reaches the reference sooner than tuned LoRA", _sooner("olora", LORA)),
     Claim("LoRA-GA", "LoRA-GA reaches the reference sooner than tuned LoRA", _sooner("loraga", LORA)),
     Claim("MiSS", "MiSS learns more than tuned LoRA", _worse(LORA, "miss")),
+    *_to_lora(("LoRA+", "loraplus"), ("PiSSA", "pissa"), ("OLoRA", "olora"), ("LoRA-GA", "loraga")),
     Claim("Intruder dimensions", "LoRA has intruders, full fine-tuning fewer", _intrudes, EVERY),
 )

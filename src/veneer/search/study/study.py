@@ -19,6 +19,7 @@ from veneer.search.compare.training import TRIALS
 from veneer.search.decide.trial import Trial
 from veneer.search.study import protocol, sources
 from veneer.search.study.claims import judged
+from veneer.search.study.later import STEPS, steps_to_lora
 from veneer.search.study.measures import PROFILE, measured
 from veneer.search.study.report import page
 from veneer.search.study.sources import Asked
@@ -131,8 +132,12 @@ def _measure(
 
 def _rows(folder: Path) -> dict[str, dict[str, Any]]:
     measures = read_json(folder / MEASURES)
-    methods = read_json(folder / layout.RESULTS, ("methods",))["methods"]
-    return {row["label"]: {**row, "measures": measures.get(row["label"], {})} for row in methods}
+    found = read_json(folder / layout.RESULTS, ("methods",))
+    steps = steps_to_lora(folder, found)
+    return {
+        row["label"]: {**row, "measures": measures.get(row["label"], {}), STEPS: steps.get(row["label"])}
+        for row in found["methods"]
+    }
 
 
 def _metric(every: Mapping[str, Any], rows: Mapping[str, Any]) -> Metric | None:
