@@ -11,16 +11,27 @@ from veneer.tasks import Metric
 
 CYCLE = ("full", "lora", "loraplus", "learned", "forgotten", "quiet", "muted", "ink")
 MARKS = "osD^v<>P"
+ROW = 0.2  # inches of a row of the legend
 Rows = Sequence[Mapping[str, Any]]
 
 
 def _look(i: int) -> dict[str, Any]:
-    """Returns colour and mark of the i-th contender."""
-    return {
+    """Returns colour and mark of the i-th contender; marks are hollow where the colours repeat."""
+    look = {
         "color": PALETTE[CYCLE[i % len(CYCLE)]],
         "marker": MARKS[(i + i // len(CYCLE)) % len(MARKS)],
         "markersize": 5,
     }
+    return look if i < len(CYCLE) else {**look, "markerfacecolor": PALETTE["paper"]}
+
+
+def _legend(panel: Any) -> None:
+    """Writes the contenders below the panel, and makes the figure higher for them."""
+    columns = 3
+    width, height = panel.figure.get_size_inches()
+    rows = -(-len(panel.get_legend_handles_labels()[1]) // columns)
+    panel.figure.set_size_inches(width, height + ROW * rows)
+    figures.legend(panel, columns)
 
 
 def scores(rows: Rows, metric: Metric) -> Any:
@@ -43,27 +54,28 @@ def scores(rows: Rows, metric: Metric) -> Any:
 
 def front(rows: Rows, metric: Metric) -> Any:
     """Plots trainings of each length: known text on x, new text on y; thin lines are dials."""
-    figure = figures.blank((4.8, 4.0))
+    figure = figures.blank((5.4, 4.0))
     panel = figure.subplots()
     target, known = f"target_{metric.name}", f"known_{metric.name}"
+    faint = 0.6 if len(rows) <= len(CYCLE) else 0.3
     for i, row in enumerate(rows):
         points, look = [p for p in row["front"] if p["known"] is not None], _look(i)
         for point in points:
             dial = sorted(point["points"], key=lambda p: p["strength"])
             x, y = [p[known] for p in dial], [p[target] for p in dial]
-            panel.plot(x, y, "-", color=look["color"], linewidth=0.6, alpha=0.6)
+            panel.plot(x, y, "-", color=look["color"], linewidth=0.6, alpha=faint)
         if points:
             x, y = [p["known"] for p in points], [p["target"] for p in points]
             panel.plot(x, y, linestyle="--", linewidth=1, label=row["label"], **look)
     panel.set_xlabel(f"known text, {metric.words}  (forgetting)")
     panel.set_ylabel(f"new text, {metric.words}  ({metric.better}: more learned)")
-    panel.legend(fontsize=8)
+    _legend(panel)
     return figure
 
 
 def sensitivity(rows: Rows, metric: Metric) -> Any:
     """Plots the score on valid text over the rate, for rates that were trained in full."""
-    figure = figures.blank((4.6, 3.6))
+    figure = figures.blank((5.4, 3.6))
     panel = figure.subplots()
     for i, row in enumerate(rows):
         full = [(t["lr"], t["best"]) for t in row["tried"] if t["state"] == "finished"]
@@ -75,10 +87,10 @@ def sensitivity(rows: Rows, metric: Metric) -> Any:
             panel.plot(*zip(*full, strict=True), linestyle="-", label=row["label"], **look)
         if early:
             panel.plot(*zip(*early, strict=True), "x", color=look["color"], markersize=4)
-    panel.set_xscale("log", base=2)
+    panel.set_xscale("log", base=4)  # of rates a factor of two apart, every other one
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     panel.set_xlabel("learning rate")
     panel.set_ylabel(f"{metric.words} on valid text")
     panel.set_title("crosses: ended early, at their last evaluation")
-    panel.legend(fontsize=8)
+    _legend(panel)
     return figure
