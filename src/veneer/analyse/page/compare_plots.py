@@ -11,7 +11,7 @@ from veneer.tasks import Metric
 
 CYCLE = ("full", "lora", "loraplus", "learned", "forgotten", "quiet", "muted", "ink")
 MARKS = "osD^v<>P"
-ROW = 0.2  # inches of a row of the legend
+ROW, LONG = 0.2, 16  # inches of a row of the legend; characters of a name that needs half of it
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -27,9 +27,10 @@ def _look(i: int) -> dict[str, Any]:
 
 def _legend(panel: Any) -> None:
     """Writes the contenders below the panel, and makes the figure higher for them."""
-    columns = 3
+    labels = panel.get_legend_handles_labels()[1]
+    columns = 2 if any(len(label) > LONG for label in labels) else 3
     width, height = panel.figure.get_size_inches()
-    rows = -(-len(panel.get_legend_handles_labels()[1]) // columns)
+    rows = -(-len(labels) // columns)
     panel.figure.set_size_inches(width, height + ROW * rows)
     figures.legend(panel, columns)
 
