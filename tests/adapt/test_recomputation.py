@@ -54,8 +54,9 @@ METHODS = {"lora": {"rank": 2}, "dora": {"rank": 2}, "ia3": {"to": ["first"]}, "
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reentrant", KINDS)
-def test_within_one_state_gradients_are_those_without_checkpointing(method, reentrant):
-    plain, model = (adapted(r, method, **METHODS[method]) for r in (None, reentrant))
+@pytest.mark.parametrize("training", [True, False])
+def test_within_one_state_gradients_are_those_without_checkpointing(method, reentrant, training):
+    plain, model = (adapted(r, method, **METHODS[method]).train(training) for r in (None, reentrant))
     for m in (plain, model):
         for names in (["a"], [{"a": 0.5, "b": -1.0}], []):
             with veneer.using(m, *names):
@@ -78,6 +79,79 @@ def test_a_backward_pass_under_other_strengths_is_an_error(method, reentrant, na
         ERRORS, match=r"computed again in the backward pass|Recomputed values|different number"
     ):
         y.backward()
+
+
+class Recurrent(nn.Module):
+    """A layer with two adapted matrices, which returns a tuple, recomputed in the backward pass."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.gru, self.reentrant = nn.GRU(6, 6), reentrant
+
+    def forward(self, x):
+        return checkpoint(lambda h: self.gru(h)[0], x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize(("reentrant", "training"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("changed", ["a", "b", None])
+def test_adapters_of_any_matrix_of_a_module_are_watched(changed, reentrant, training):
+    """Also those that hang on its second matrix alone."""
+    torch.manual_seed(0)
+    model = Recurrent(reentrant).double()
+    for name, matrix in (("a", "weight_ih_l0"), ("b", "weight_hh_l0")):
+        veneer.attach(model, "lora", name=name, to=[matrix], rank=2)
+        randomise(model, name, size=0.3)
+    veneer.train_only(model, "a", "b")
+    model.train(training)
+    veneer.activate(model, "a", "b")
+    y = model(x()).square().sum()
+    veneer.activate(model, *({n: 0.5 if n == changed else 1.0} for n in ("a", "b")))
+    if changed is None:
+        y.backward()
+    else:
+        with pytest.raises(SiteError, match=r"gru\.weight_.*is computed again in the backward pass"):
+            y.backward()
+
+
+class Last(nn.Module):
+    """Recomputes a single layer, which checkpointing leaves as soon as it has the tensors that it needs."""
+
+    def __init__(self, layer, reentrant):
+        super().__init__()
+        self.layer, self.reentrant = layer, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", KINDS)
+@pytest.mark.parametrize(
+    ("method", "layer"), [("lora", nn.Linear), ("hra", nn.Linear), ("full", nn.LayerNorm)]
+)
+def test_a_layer_at_the_end_of_what_is_recomputed_is_watched(method, layer, reentrant):
+    model = Last(layer(*([6] if layer is nn.LayerNorm else [6, 6])), reentrant).double().train()
+    veneer.attach(model, method, **({} if method == "full" else {"rank": 2}))
+    randomise(model, size=0.3)
+    with veneer.using(model, {"default": 0.5}):
+        y = model(x()).square().sum()
+    with pytest.raises(SiteError, match="'layer' is computed again in the backward pass"):
+        y.backward()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_are_watched_only_where_they_may_be_computed_again(training):
+    """No hook slows the backward pass elsewhere; nothing is noted in inference."""
+    seen = []
+    for reentrant in (None, False):
+        model = adapted(reentrant, rank=2).train(training)
+        model.first.register_forward_hook(lambda m, a, y: seen.append(bool(y._backward_hooks)))
+        model(x())
+        with veneer.using(model), torch.no_grad():
+            model(x())
+        assert bool(model.first.deltas.passes.bare) is training
+        with veneer.using(model):
+            model(x().detach()).sum()  # without a gradient in the second layer's input
+    assert seen == [False, False, False, True, False, False]
 
 
 def test_two_passes_of_different_states_in_one_backward_are_an_error():

@@ -216,6 +216,75 @@ def test_what_is_not_always_called_together_is_no_group(how):
     assert groups(model) == []
 
 
+def test_another_watched_step_replaces_the_groups_of_the_first():
+    model = veneer.attach(Paths(), "lora", rank=2).train()
+    for how, wanted in (("abc", [["a", "b", "c"]]), ("ab+c", [["a", "b"]]), ("a+b+c", [])):
+        found(model, lambda m, how=how: gradients(m, how, torch.randn(3, 5)))
+        assert groups(model) == wanted
+    with torch.inference_mode():
+        found(model, lambda m: m(torch.randn(3, 5)))  # whose tensors have no versions
+    assert groups(model) == []
+
+
+def test_layers_that_a_step_calls_without_a_tensor_are_no_group():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x):
+            return self.a(x) + self.b(input=x)
+
+    model = veneer.attach(Named(), "lora", rank=2).eval()
+    with veneer.using(model):
+        found(model, lambda m: m(torch.randn(3, 5)))
+    assert groups(model) == []
+
+
+def test_layers_of_other_kinds_are_no_group():
+    class Mixed(nn.Module):
+        def __init__(self, second):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), second
+
+        def forward(self, x):
+            return self.a(x).sum() + self.b(x).sum()
+
+    for second, wanted in ((nn.Conv1d(4, 6, 1), []), (nn.Linear(5, 3), [["a", "b"]])):
+        model = veneer.attach(Mixed(second), "lora", rank=2)
+        found(model, lambda m: m(torch.randn(2, 4, 5)))
+        assert groups(model) == wanted
+
+
+def test_a_part_waits_for_its_layer_alone():
+    """Taken parts are dropped, and a layer that reads the input alone leaves none."""
+    model = veneer.attach(Paths(), "lora", rank=2).train()
+    x = torch.randn(3, 5)
+    found(model, lambda m: gradients(m, "abc", x))
+    group, waiting = model.a.deltas.group, []
+    for layer in (model.a, model.b, model.c):
+        layer(x)
+        waiting.append(None if group.held is None else [*group.held.parts])
+    assert waiting == [[1, 2], [2], None]
+    veneer.attach(model, "lora", rank=2, name="one", to=["a"])
+    with veneer.using(model, "one"):
+        model.a(x)
+    assert group.held is None
+
+
+def test_a_first_layer_without_factors_lets_the_others_share(products):
+    model = veneer.attach(Paths(), "lora", rank=2, to=["b", "c"])
+    veneer.attach(model, "bottleneck", name="other", to=["a"])
+    veneer.activate(model, "default", "other")
+    x = torch.randn(3, 5)
+    found(model, lambda m: m(x))
+    assert groups(model) == [["a", "b", "c"]]
+    products.clear()
+    expected, y = copy.deepcopy(model)(x), (products.clear(), model(x))[1]
+    assert products == [2]
+    torch.testing.assert_close(y, expected)
+
+
 def test_a_product_does_not_outlive_what_it_was_made_of():
     model = veneer.attach(Paths(), "lora", rank=2).train()
     randomise(model)

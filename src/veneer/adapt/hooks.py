@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer.adapt.acting.bare import put_changes, take_changes
 from veneer.adapt.acting.forward import Deltas, act, changed_input, forget, is_private
-from veneer.adapt.acting.recomputation import guard
+from veneer.adapt.acting.recomputation import note, refuse_other_state
 from veneer.adapt.acting.whole import put_weights, take_weights
 from veneer.adapt.attached import Changes, adapters, changes, deltas_of, layers
 from veneer.adapt.base_notes import forget_base, note_base
@@ -59,7 +59,7 @@ def hang(model: nn.Module, name: str, found: Changes, by_default: bool = False) 
             site.mount()
         deltas = deltas_of(site.module)
         if deltas is None:
-            deltas = site.module.deltas = Deltas(site)
+            deltas = site.module.deltas = Deltas(site).train(site.module.training)
             _register(site)
         if _acts_on_input(site, delta) and _scale_input not in site.module._forward_pre_hooks.values():
             site.module.register_forward_pre_hook(_scale_input)
@@ -173,9 +173,9 @@ def _change_output(module: Any, args: tuple[Any, ...], y: Any) -> Any:
     ):  # once: a module's attributes are slow to set
         deltas.called = True
         deltas.stepped = module.training
+    refuse_other_state(deltas)
     if not deltas.active:
-        if module.training:
-            guard(deltas, y)
+        note(deltas, y)
         return y
     if not args or not isinstance(y, Tensor):
         _refuse(
@@ -184,8 +184,7 @@ def _change_output(module: Any, args: tuple[Any, ...], y: Any) -> Any:
         )
         return y
     out = act(deltas, args[0], y, writable=is_private(module, _change_output))
-    if module.training or torch.is_grad_enabled():
-        guard(deltas, out)
+    note(deltas, out)
     return out
 
 

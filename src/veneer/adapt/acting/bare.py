@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from veneer.adapt.acting import groups
 from veneer.adapt.acting.changed import Changed, Low
 from veneer.adapt.acting.forward import Acting, Deltas, acting
-from veneer.adapt.acting.recomputation import guard
+from veneer.adapt.acting.recomputation import note, refuse_other_state
 from veneer.methods import Delta
 from veneer.methods.base.protocols import Dialled
 from veneer.sites import Site
@@ -19,6 +19,7 @@ from veneer.sites.bare.site import Holder, Holders, shelf_of
 from veneer.sites.leaf import put_parameters
 
 Forms = Mapping[int | None, Acting]
+NOTHING = Acting(None, None, ())
 
 
 def changed(
@@ -67,8 +68,7 @@ class _Stack:
     def __call__(self, index: int | Tensor | None) -> Low:
         if isinstance(index, int):
             self.note(index)
-            form = self.forms.get(index)
-            return _low(form or Acting(None, None, None, ()), self.holder)
+            return _low(self.forms.get(index, NOTHING), self.holder)
         self.note(None)
         if self.all is None:
             self.all = self._stacked()
@@ -78,9 +78,7 @@ class _Stack:
         return Low(self.all.A[index], self.all.B[index], None if excess is None else excess[index])
 
     def _stacked(self) -> Low:
-        every = [
-            _low(self.forms.get(i) or Acting(None, None, None, ()), self.holder) for i in range(len(self.W))
-        ]
+        every = [_low(self.forms.get(i, NOTHING), self.holder) for i in range(len(self.W))]
         rank = max(low.A.shape[0] for low in every)
         gains = [low.excess for low in every]
         some = next((g for g in gains if g is not None), None)
@@ -96,12 +94,12 @@ class _Stack:
 
 def _low(form: Acting, holder: Holder) -> Low:
     """Returns the change of one matrix, of rank 0 for none."""
-    if form.A is not None and form.B is not None:
-        return Low(form.A, form.B, form.excess)
+    if form.factors is not None:
+        return Low(*form.factors, form.excess)
     W = getattr(holder.owner, holder.parameter)
-    a, b = W.shape[-2:] if not holder.transposed else W.shape[:-3:-1]
-    like = form.excess if form.excess is not None else torch.zeros((), device=W.device)
-    return Low(like.new_zeros(0, b), like.new_zeros(a, 0), form.excess)
+    out, in_ = (W.mT if holder.transposed else W).shape[-2:]
+    A, B = torch.zeros(0, in_, device=W.device), torch.zeros(out, 0, device=W.device)
+    return Low(A, B, form.excess)
 
 
 def _filled(t: Tensor, dim: int, size: int) -> Tensor:
@@ -135,7 +133,7 @@ def _at(delta: Delta, site: Site, strength: float) -> Tensor:
     return delta.delta_at(site, strength) if isinstance(delta, Dialled) else strength * delta.delta(site)
 
 
-def _deltas(holder: Holder) -> Deltas:
+def _deltas(holder: nn.Module) -> Deltas:
     deltas: Any = holder.deltas
     return deltas  # type: ignore[no-any-return]
 
@@ -148,17 +146,20 @@ def put_changes(owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | No
     shelf = shelf_of(owner)
     if shelf is None:
         return None
+    for holder in shelf.children():
+        refuse_other_state(_deltas(holder))
     bank = groups.routed(shelf)
     if bank is None:
         found = {p: changed(owner, p, holders) for p, holders in groups.holders_of(shelf).items()}
-        shelf.swapped = put_parameters(owner, found) if found else {}
+        shelf.swapped = put_parameters(owner, found)
         return None
     every = groups.groups_of(bank, owner, args)
-    _put_group(owner, shelf, every[0].key)
-    if every[0].tokens is None:
+    first = every[0]
+    _put_group(owner, shelf, first.key)
+    if first.tokens is None:
         return None
     shelf.waiting = groups.Waiting(args, every)
-    return groups.chosen(args, every[0].tokens)
+    return groups.chosen(args, first.tokens)
 
 
 @torch.compiler.disable
@@ -179,9 +180,8 @@ def take_changes(owner: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
                 _put_back(owner, shelf)
 
         y = groups.rest(waiting, y, run)
-    if owner.training or torch.is_grad_enabled():
-        for holders in shelf.by_parameter().values():
-            guard(_deltas(holders[0]), y)
+    for holder in shelf.children():  # each may have adapters of its own
+        note(_deltas(holder), y)
     return None if waiting is None else y
 
 
@@ -195,13 +195,12 @@ def _put_group(owner: nn.Module, shelf: Holders, key: Hashable) -> None:
             found[parameter] = changed(owner, parameter, own, forms)
         for h in holders:
             _noted(_deltas(h), owner.training)
-    shelf.swapped = put_parameters(owner, found) if found else {}
+    shelf.swapped = put_parameters(owner, found)
 
 
 def _put_back(owner: nn.Module, shelf: Holders) -> None:
-    if shelf.swapped:
-        put_parameters(owner, shelf.swapped)
-        shelf.swapped = {}
+    put_parameters(owner, shelf.swapped)
+    shelf.swapped = {}
 
 
 def _of_group(deltas: Deltas, key: Hashable) -> Acting | None:
@@ -212,7 +211,7 @@ def _of_group(deltas: Deltas, key: Hashable) -> Acting | None:
     if found is None:
         return None
     A, B, excess = found
-    return Acting(A, B, excess, ())
+    return Acting((A, B), excess, ())
 
 
 def _noted(deltas: Deltas, training: bool) -> None:

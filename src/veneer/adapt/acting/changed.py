@@ -52,7 +52,7 @@ class Changed(Tensor):
 
     def turned(self) -> Changed:
         """Returns the transpose of the matrices, with the change still apart."""
-        return Changed.of(self.raw.transpose(-2, -1), self.low, flipped=not self.flipped)
+        return Changed.of(self.raw.mT, self.low, flipped=not self.flipped)
 
     def picked(self, index: int | Tensor) -> Changed:
         """Returns one matrix of a stack, or several by their numbers."""
@@ -64,6 +64,8 @@ class Changed(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         own = HANDLERS.get(func)
+        if kwargs and own not in (_linear, _grouped):
+            own = None  # the others know their arguments by place
         found = NotImplemented if own is None else own(func, *args, **kwargs)
         if found is not NotImplemented:
             return found
@@ -94,9 +96,7 @@ def _dense(value: Any) -> Any:
     return type(value)(map(_dense, value)) if type(value) in (list, tuple) else value
 
 
-def _transpose(func: Any, W: Any, *dims: int, **named: int) -> Any:
-    if named or not isinstance(W, Changed):
-        return NotImplemented
+def _transpose(func: Any, W: Changed, *dims: int) -> Any:
     same = {d % W.raw.ndim for d in dims} == {W.raw.ndim - 2, W.raw.ndim - 1}
     return W.turned() if same or (not dims and W.raw.ndim == 2) else NotImplemented
 
@@ -105,47 +105,35 @@ def _mt(func: Any, W: Changed) -> Any:
     return W.turned()
 
 
-def _item(func: Any, W: Any, index: Any) -> Any:
-    if not isinstance(W, Changed) or W.raw.ndim != 3 or isinstance(index, bool):
+def _item(func: Any, W: Changed, index: Any) -> Any:
+    if W.raw.ndim != 3 or isinstance(index, bool):
         return NotImplemented
     if isinstance(index, Tensor) and index.ndim == 0 and index.dtype in (torch.int64, torch.int32):
         index = int(index)
     if isinstance(index, int):
         return W.picked(index % len(W.raw))
-    listed = isinstance(index, Tensor) and index.ndim == 1 and index.dtype in (torch.int64, torch.int32)
-    return W.picked(index) if listed else NotImplemented
+    return W.picked(index) if isinstance(index, Tensor) and index.ndim == 1 else NotImplemented
 
 
-def _linear(func: Any, x: Any, W: Any, bias: Any = None) -> Any:
-    plain = not isinstance(x, Changed) and not isinstance(bias, Changed) and isinstance(W, Changed)
-    if not plain or W.raw.ndim != 2 or W.flipped:
+def _linear(func: Any, input: Any, weight: Any, bias: Any = None) -> Any:  # named as in PyTorch
+    if not isinstance(weight, Changed) or weight.flipped:
         return NotImplemented
-    y = _added(F.linear(x, W.raw), W.low(None), lambda t, M: F.linear(t, M), x)
+    y = _added(F.linear(input, weight.raw), weight.low(None), lambda t, M: F.linear(t, M), input)
     return y if bias is None else y + bias
 
 
 def _matmul(func: Any, a: Any, b: Any) -> Any:
-    if isinstance(b, Changed) and not isinstance(a, Changed) and b.flipped:
+    if isinstance(b, Changed) and b.flipped and a.ndim > 1:  # a vector's products have no dimension for rows
         return _added(func(a, b.raw), b.low(None), lambda t, M: func(t, M.mT), a)
-    if isinstance(a, Changed) and not isinstance(b, Changed) and not a.flipped and b.ndim == a.raw.ndim:
+    if isinstance(a, Changed) and not a.flipped and b.ndim == a.raw.ndim:
         turned = _added(func(a.raw, b).mT, a.low(None), lambda t, M: func(t, M.mT), b.mT)
         return turned.mT
     return NotImplemented
 
 
-def _rmatmul(func: Any, b: Any, a: Any) -> Any:
-    return _matmul(torch.matmul, a, b)
-
-
 def _grouped(func: Any, x: Any, W: Any, *rest: Any, offs: Any = None, **more: Any) -> Any:
-    if (
-        isinstance(x, Changed)
-        or not W.flipped
-        or W.raw.ndim != 3
-        or x.ndim != 2
-        or rest
-        or any(more.values())
-    ):
+    apart = isinstance(W, Changed) and W.flipped and W.raw.ndim == 3 and x.ndim == 2
+    if not apart or rest or any(value is not None for value in more.values()):
         return NotImplemented
     low = _padded(W.low(None), x.element_size())
     if low.excess is not None:  # a row of y belongs to the first expert that ends behind it
@@ -167,7 +155,7 @@ def _added(y: Tensor, low: Low, product: Callable[[Tensor, Tensor], Tensor], x: 
 
 def _padded(low: Low, itemsize: int) -> Low:
     """Returns the change with its rank filled up by zeros to whole groups of ALIGNED bytes."""
-    short = -low.A.shape[-2] % max(ALIGNED // itemsize, 1)
+    short = -low.A.shape[-2] % (ALIGNED // itemsize)
     if not short:
         return low
     return low._replace(A=F.pad(low.A, (0, 0, 0, short)), B=F.pad(low.B, (0, short)))
@@ -182,7 +170,6 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.matmul: _matmul,
     Tensor.mm: _matmul,
     Tensor.__matmul__: _matmul,
-    Tensor.__rmatmul__: _rmatmul,
     torch.transpose: _transpose,
     Tensor.transpose: _transpose,
     Tensor.t: _transpose,

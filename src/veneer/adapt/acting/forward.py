@@ -18,12 +18,11 @@ from veneer.sites.quantised_linear import QuantisedLinear
 class Acting(NamedTuple):
     """The acting deltas of one layer:  y + excess * (y - bias) + B A x, and those without such a form.
 
-    A (r, in), B (out, r): of all adapters stacked, gains and strengths folded into B; excess (out,): g - 1,
-    or None. x is the layer's input, c * x where a delta with an input gain acts alone.
+    factors: A (r, in) and B (out, r) of all adapters stacked, gains and strengths folded into B; excess
+    (out,): g - 1. Both may be None. x is the layer's input, c * x where an input gain acts alone.
     """
 
-    A: Tensor | None
-    B: Tensor | None
+    factors: tuple[Tensor, Tensor] | None
     excess: Tensor | None
     others: tuple[tuple[Delta, float], ...]
 
@@ -83,14 +82,13 @@ class Group:
 
     def _shared(self, x: Tensor, dtype: torch.dtype) -> Held | None:
         every = [acting(m) for m in self.members]
-        As = [a.A for a in every if a.A is not None]
-        if every[0].A is None or len(As) == 1:
+        As = {i: a.factors[0] for i, a in enumerate(every) if a.factors is not None}
+        if len(As) < 2:
             return None
-        hs = iter(project(x.to(dtype), As))
-        parts = {i: Part(a, next(hs)) for i, a in enumerate(every) if a.A is not None}
-        sources = (
-            () if torch.compiler.is_compiling() else (x, *(p for m in self.members for p in m.parameters()))
-        )
+        hs = project(x.to(dtype), [*As.values()])
+        parts = {i: Part(every[i], h) for i, h in zip(As, hs, strict=True)}
+        traced = torch.compiler.is_compiling()
+        sources = () if traced else (x, *(p for m in self.members for p in m.parameters()))
         return Held(x, self._switches(dtype), sources, tuple(t._version for t in sources), parts)
 
     def _switches(self, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -101,8 +99,8 @@ class Group:
 
         Versions are not compared under compilation: parameters do not change within a graph.
         """
-        same = held.x is x and held.switches == self._switches(dtype)
-        return same and held.versions == tuple(t._version for t in held.sources)
+        now = self._switches(dtype), tuple(t._version for t in held.sources)
+        return held.x is x and (held.switches, held.versions) == now
 
 
 def normal_form(delta: Delta, site: Site) -> Factors | None:
@@ -131,7 +129,8 @@ def acting(deltas: Deltas) -> Acting:
             Bs.append(_times(form.B if form.g is None else form.g[:, None] * form.B, strength))
         if form.g is not None:
             gains.append(_times(form.g - 1, strength))
-    return Acting(_joined(As, 0), _joined(Bs, 1), sum(gains[1:], gains[0]) if gains else None, tuple(others))
+    factors = (_joined(As, 0), _joined(Bs, 1)) if As else None
+    return Acting(factors, sum(gains[1:], gains[0]) if gains else None, tuple(others))
 
 
 def changed_input(deltas: Deltas, x: Tensor) -> Tensor | None:
@@ -151,10 +150,8 @@ def _is_whole(deltas: Deltas) -> bool:
     return list(deltas.active.values()) == [1.0]
 
 
-def _joined(factors: list[Tensor], dim: int) -> Tensor | None:
-    if len(factors) < 2:
-        return factors[0] if factors else None
-    return torch.cat(factors, dim)
+def _joined(factors: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(factors, dim) if len(factors) > 1 else factors[0]
 
 
 def _at(delta: Delta, x: Tensor, y: Tensor, site: Site, strength: float) -> Tensor:
@@ -174,15 +171,17 @@ def act(deltas: Deltas, x: Tensor, y: Tensor, *, writable: bool) -> Tensor:
     part = deltas.group.part(deltas, x, y.dtype) if deltas.group is not None else None
     now = part.acting if part is not None else acting(deltas)
     if now.others and _is_whole(deltas):
-        return _onto(now.others[0][0], x, y, deltas.site, writable=writable)
+        ((delta, _),) = now.others
+        return _onto(delta, x, y, deltas.site, writable=writable)
     changes = [_at(delta, x, y, deltas.site, strength) for delta, strength in now.others]
     out = y
     if now.excess is not None:
         shift = deltas.site.shift()
         out = torch.addcmul(y, now.excess.to(y.dtype), y if shift is None else y - shift)
-    if now.A is not None and now.B is not None:
-        h = part.h if part is not None else project(x.to(y.dtype), [now.A])[0]
-        out = expand(out, h, now.B, writable=out is not y or (writable and not changes))
+    if now.factors is not None:
+        A, B = now.factors
+        (h,) = (part.h,) if part is not None else project(x.to(y.dtype), [A])
+        out = expand(out, h, B, writable=out is not y or (writable and not changes))
     for change in changes:
         out = out + change
     return out
@@ -206,6 +205,8 @@ def forget(model: nn.Module) -> None:
 class Deltas(nn.Module):
     """The child of an adapted layer: its deltas by adapter name, and the strengths of those that act."""
 
+    place: int  # in its group
+
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
@@ -216,7 +217,6 @@ class Deltas(nn.Module):
         self.by_default: set[str] = set()  # adapters that found this layer by default: it may be skipped
         self.misfit = ""  # why the layer's last call could not be changed
         self.group: Group | None = None  # of layers that read the same input, see shared_inputs.py
-        self.place = 0  # in the group
         self.swapped: dict[str, Tensor] = {}  # parameters of a whole module while it runs with others
 
     def _apply(self, fn: Any, recurse: bool = True) -> Deltas:

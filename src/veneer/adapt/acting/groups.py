@@ -39,8 +39,8 @@ def by_token(site: Site) -> bool:
     """Tells if the site is one of a stack of experts that gets a choice of experts for each token."""
     if not isinstance(site, ParameterSite) or site.module.index is None:
         return False
-    names = list(inspect.signature(site.host.forward).parameters)
-    return len(names) > 1 and names[1] in ROUTES
+    second = list(inspect.signature(site.host.forward).parameters)[1:2]
+    return any(name in ROUTES for name in second)
 
 
 def routed(shelf: Holders) -> Routed | None:
@@ -49,14 +49,15 @@ def routed(shelf: Holders) -> Routed | None:
     Raises ConfigError if other changes act beside it.
     """
     active = {n: s for h in shelf.children() for n, s in _deltas(h).active.items()}
-    found = [d for h in shelf.children() for n in _deltas(h).active if isinstance(d := _deltas(h)[n], Routed)]
-    if not found:
+    every = (_deltas(h)[n] for h in shelf.children() for n in _deltas(h).active)
+    bank = next((d for d in every if isinstance(d, Routed)), None)
+    if bank is None:
         return None
     if len(active) > 1 or set(active.values()) != {1.0}:
         raise ConfigError(
             f"a bank must act alone and at strength 1 at fused experts, got {active}; activate it alone"
         )
-    return found[0]
+    return bank
 
 
 def _deltas(holder: nn.Module) -> Any:
@@ -66,13 +67,15 @@ def _deltas(holder: nn.Module) -> Any:
 def groups_of(own: Routed, owner: nn.Module, args: tuple[Any, ...]) -> list[Group]:
     """Returns the groups of a call. Raises SiteError or ShapeError for arguments that are not by token."""
     found = [a for a in args if isinstance(a, Tensor)]
-    if len(found) < 2 or len({len(a) for a in found}) != 1:
+    lengths = {len(a) for a in found}
+    if len(found) < 2 or len(lengths) != 1:
         shapes = [tuple(a.shape) for a in found]
         raise SiteError(
             f"a {type(owner).__name__} must be called with tensors of one row a token, by place, to serve"
             f" several adapters, got {shapes}; use one adapter at a time"
         )
-    return [Group(key, index) for key, index in own.groups(len(found[0]))]
+    (tokens,) = lengths
+    return [Group(key, index) for key, index in own.groups(tokens)]
 
 
 def chosen(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:

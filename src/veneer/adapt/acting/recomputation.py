@@ -20,14 +20,28 @@ from veneer.methods.base.protocols import Switched
 State = tuple[Any, ...]
 
 
-def guard(deltas: Deltas, output: Any) -> None:
-    """Notes a forward pass, or raises SiteError if it recomputes another one in another state."""
+def refuse_other_state(deltas: Deltas) -> None:
+    """Raises SiteError if the layer is computed again in another state; comes before its change is computed.
+
+    Checkpointing may leave a module as soon as it has the tensors that it needs.
+    """
     if torch.compiler.is_compiling():
         return
     notes, task = deltas.passes, torch._C._current_graph_task_id()
-    if task != -1:
-        _recompute(deltas, notes, task)
+    if task == -1:
         return
+    notes.recomputed = task
+    state = _state(deltas)
+    if notes.mismatch == task or (not notes.graded and notes.bare and state not in notes.bare):
+        raise _error(deltas, state)
+
+
+def note(deltas: Deltas, output: Any) -> None:
+    """Notes the state of a forward pass."""
+    noted = deltas.training or torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or not noted or torch._C._current_graph_task_id() != -1:
+        return
+    notes = deltas.passes
     if notes.recomputed != -1:
         notes = deltas.passes = Passes()
     if not torch.is_grad_enabled():
@@ -37,15 +51,11 @@ def guard(deltas: Deltas, output: Any) -> None:
         return
     notes.graded = True
     checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    if checkpointed and isinstance(output, Tensor) and output.requires_grad:
-        output.register_hook(functools.partial(_met, deltas, notes, _state(deltas)))
-
-
-def _recompute(deltas: Deltas, notes: Passes, task: int) -> None:
-    notes.recomputed = task
-    state = _state(deltas)
-    if notes.mismatch == task or (not notes.graded and notes.bare and state not in notes.bare):
-        raise _error(deltas, state)
+    if checkpointed:
+        outputs = output if isinstance(output, tuple) else (output,)
+        for y in outputs:
+            if isinstance(y, Tensor) and y.requires_grad:
+                y.register_hook(functools.partial(_met, deltas, notes, _state(deltas)))
 
 
 def _met(deltas: Deltas, notes: Passes, then: State, gradient: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import takewhile
+from posixpath import commonpath
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ class _Watch:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         deltas = deltas_of(module)
-        if deltas is None or not args or not isinstance(args[0], Tensor) or args[0].is_inference():
+        assert deltas is not None
+        x, *_ = args or (None,)
+        if not isinstance(x, Tensor) or x.is_inference():
             self.last = None
             return
-        x = args[0]
         if self.last is not None and self.last[0] is x and self.last[1] == x._version:
             self.runs[-1].append(deltas)
         else:
@@ -99,6 +100,4 @@ def _freeze(model: nn.Module, members: tuple[Deltas, ...]) -> None:
 
 def _owner(names: Iterable[str]) -> str:
     """Returns the name of the smallest module that holds all of these."""
-    paths = [n.split(".") for n in names]
-    shared = takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
-    return ".".join(level[0] for level in shared)
+    return commonpath([n.replace(".", "/") for n in names]).replace("/", ".")

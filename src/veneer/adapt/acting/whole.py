@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapt.acting.forward import Deltas
-from veneer.adapt.acting.recomputation import guard
+from veneer.adapt.acting.recomputation import note, refuse_other_state
 from veneer.sites import LeafSite
 
 
@@ -28,7 +28,9 @@ def put_weights(module: Any, args: tuple[Any, ...]) -> None:
     if not deltas.stepped:
         deltas.called = True
         deltas.stepped = module.training
-    if deltas.active and isinstance(deltas.site, LeafSite):
+    refuse_other_state(deltas)
+    if deltas.active:
+        assert isinstance(deltas.site, LeafSite)
         deltas.swapped = deltas.site.put(deltas.site.split(changed_weight(deltas)))
 
 
@@ -39,5 +41,4 @@ def take_weights(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
     if deltas.swapped:
         deltas.site.put(deltas.swapped)
         deltas.swapped = {}
-    if module.training or torch.is_grad_enabled():
-        guard(deltas, y)
+    note(deltas, y)
