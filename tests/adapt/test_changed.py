@@ -66,6 +66,7 @@ STRAIGHT = {
     "mT": (lambda C: X @ C.mT, lambda W: X @ W.mT),
     "linear": (lambda C: F.linear(V, C[1], BIAS), lambda W: V @ W[1].T + BIAS),
     "linear without a bias": (lambda C: F.linear(X, C[2]), lambda W: X @ W[2].T),
+    "linear of a vector": (lambda C: F.linear(V[0], C[1], BIAS), lambda W: V[0] @ W[1].T + BIAS),
     "linear by names": (lambda C: F.linear(V, weight=C[0], bias=BIAS), lambda W: V @ W[0].T + BIAS),
     "linear by all names": (lambda C: F.linear(input=V, weight=C[0]), lambda W: V @ W[0].T),
     "one by 32 bits": (lambda C: F.linear(V, C[torch.tensor(1).int()]), lambda W: V @ W[1].T),
@@ -107,6 +108,7 @@ OTHERS = {
     "a bias": lambda C: F.linear(V.mT, inputs(OUT, ROWS), C[0].mT),
     "by names": lambda C: torch.matmul(C, other=X.mT),
     "turned by names": lambda C: C.transpose(dim0=1, dim1=2) @ inputs(OUT, 2),
+    "a dimension with itself": lambda C: C[0].transpose(1, 1).contiguous(),
     "other dimensions": lambda C: C.transpose(0, 1).contiguous(),
     "the last and the first": lambda C: C.transpose(0, 2).contiguous(),
     "a row of one": lambda C: C[0][1],
@@ -128,6 +130,11 @@ def test_any_other_operation_sees_the_changed_weight(name, flipped, gains):
     C = C.mT if flipped else C
     found = OTHERS[name](C)
     torch.testing.assert_close(torch.as_tensor(found), OTHERS[name](W), rtol=1e-12, atol=1e-12)
+
+
+def test_a_transpose_may_be_the_weight_of_a_linear_layer():
+    C, W = made(True, True)
+    torch.testing.assert_close(F.linear(V[:, :OUT], C[0]), V[:, :OUT] @ W[0], rtol=1e-12, atol=1e-12)
 
 
 def test_a_stack_cannot_be_turned_as_one_matrix():
@@ -174,6 +181,10 @@ def test_other_grouped_products_see_the_changed_weight(flipped):
     ends = torch.tensor([4, 12], dtype=torch.int32)  # of the inputs of one matrix
     parts = torch.stack([x[:, :4] @ wanted[1, :4], x[:, 4:] @ wanted[1, 4:]])
     torch.testing.assert_close(F.grouped_mm(x, C[1], offs=ends), parts, rtol=1e-5, atol=1e-5)
+    back, x = C.mT, inputs(7, WIDE[0], dtype=torch.float32)
+    wanted = torch._grouped_mm(x, wanted.mT.contiguous(), OFFS)
+    torch.testing.assert_close(F.grouped_mm(x, back, offs=OFFS), wanted, rtol=1e-5, atol=1e-5)
+    x = inputs(7, WIDE[1], dtype=torch.float32)
     with pytest.raises(RuntimeError):  # PyTorch takes no bias yet; it must not be lost
         torch._grouped_mm(x, C, offs=OFFS, bias=inputs(WIDE[0]).float(), out_dtype=None)
 

@@ -173,7 +173,7 @@ def extract(
     _refuse_rest(others, rest, nothing=not cuts and not others)
     if rest == "drop" and (others or odd):
         left = [*others, *odd]
-        warnings.warn(f"extract leaves out {len(left)} other parameters: {first_few(left)}", stacklevel=2)
+        warnings.warn(f"extract leaves out {len(left)} other parameters: {first_few(left)}", stacklevel=3)
     kept = _in_full(model, tuned, others, {s.name for s, _ in cuts}) if rest == "keep" else []
     hang(model, name, [*((s, as_lora(s, c.A, c.B)) for s, c in cuts), *kept])
     return [Cut(s.name, c.A.shape[0], c.error) for s, c in cuts]

@@ -133,7 +133,7 @@ def _is_packed(model: nn.Module) -> bool:
     return any(d.site.is_packed for d in layers(model))
 
 
-def refusal(verdict: Verdict, *, packed: bool = False) -> str:
+def refusal(verdict: Verdict, *, packed: bool) -> str:
     """Returns the error of a merge that was refused, with the ways out. packed: into a quantised format."""
     finer = "; bfloat16 is finer than the base's quantised format: merge into that (veneer.dequantise)"
     return (
@@ -185,7 +185,7 @@ def _layer_changes(model: nn.Module, wanted: Mapping[str, float]) -> list[_Chang
     found: list[_Change] = []
     for d in layers(model):
         own = [(d[n], s) for n, s in wanted.items() if n in d]
-        twin = next((c for c in found if own and is_twin(c.site, c.own, d.site, own)), None)
+        twin = next((c for c in found if is_twin(c.site, c.own, d.site, own)), None)
         if twin is not None:
             twin.twins.append(d.site.module)
         elif own:

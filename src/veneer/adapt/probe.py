@@ -89,7 +89,7 @@ def take(
         "off": _numbers(off, where),
         "on": _numbers(on, where),
         "dtype": max(dtypes, key=_tolerance),
-        "precision": max([_precision(model), *dtypes[1:]], key=_tolerance),
+        "precision": max([_precision(model), *dtypes], key=_tolerance),
     }
 
 
@@ -144,7 +144,7 @@ def is_idle(model: nn.Module, run: Run, tokens: Sequence[int] = ()) -> bool:
         return False
     for own in inputs.values():  # of encoder and decoder
         (ids,) = own["values"]
-        own["values"] = [[*ids, *tokens][-len(ids) :] if len(tokens) < len(ids) else [*tokens][: len(ids)]]
+        own["values"] = [[*ids, *tokens[: len(ids)]][-len(ids) :]]
     try:
         off = run(inputs, False)
     except Exception:  # a model may need more than token ids

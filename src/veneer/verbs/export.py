@@ -115,7 +115,7 @@ def _checked(adapter: Sequence[str], out: str, shard_size: str, dtype: str, base
 
 def _refuse(verdict: Verdict, force: bool) -> None:
     if verdict.lost and not force:
-        raise NotMergeable(refusal(verdict))
+        raise NotMergeable(refusal(verdict, packed=False))
 
 
 def _refuse_difference(found: Exported, force: bool) -> None:
