@@ -112,7 +112,7 @@ class Beside:
         self, site: Site, indices: Sequence[int], rows: Tensor, key: str, made: list[nn.Parameter]
     ) -> None:
         own = site.module.weight.detach()
-        if rows.shape != (len(indices), own.shape[1]) or max(indices, default=0) >= len(own):
+        if rows.shape != (len(indices), own.shape[1]) or any(i >= len(own) for i in indices):
             text = (
                 f"wrong shape: {key} is {tuple(rows.shape)} for {len(indices)} tokens, the model's rows are"
                 f" {tuple(own.shape)}; resize its vocabulary first (model.resize_token_embeddings)"
@@ -127,7 +127,8 @@ class Beside:
         if i is None:
             if not made:
                 made.append(nn.Parameter(change))
-            self.changes.append((site, TokenRows(site, made[0], indices)))
+            (shared,) = made
+            self.changes.append((site, TokenRows(site, shared, indices)))
             return
         marks = torch.zeros(len(indices), len(own), device=own.device)
         marks[torch.arange(len(indices)), chosen] = 1
@@ -152,7 +153,7 @@ class Beside:
         for name in _ends_of(self.model):
             module = self.model.get_submodule(name)
             keys = [f"{name}.{k}" for k, _ in module.named_parameters(recurse=False)]
-            if not keys or any(k not in self.tensors or self.keys[k] in self.used for k in keys):
+            if any(k not in self.tensors or self.keys[k] in self.used for k in keys):
                 continue
             own = {k: module.get_parameter(k.rpartition(".")[2]) for k in keys}
             fits = all(self.tensors[k].shape == p.shape for k, p in own.items())
