@@ -99,6 +99,7 @@ def square(kind):
         ("mixtral", "0.21.0.dev0", False),
         ("gpt_oss", "0.18.0", False),
         ("gpt_oss", "0.19.0", True),
+        ("gpt_oss", "0.19", True),
         ("gpt_oss", "0.19.1", False),
     ],
 )

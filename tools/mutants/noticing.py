@@ -35,11 +35,11 @@ ROWS = {
     "adapt/acting/changed.py": "experts*",
     "adapt/acting/*": "gains* attach* shared_inputs* whole* recomputation* calls* experts*",
     "adapt/tokens/*": "tokens* beside store interchange complaints*",
-    "adapt/peft/per_expert.py": "experts_peft expert_files experts interchange",
-    "adapt/peft/parameters.py": "expert_files experts_peft interchange",
+    "adapt/peft/per_expert.py": "experts_peft peft_parts expert_files experts interchange",
+    "adapt/peft/parameters.py": "expert_files experts_peft peft_parts interchange",
     "adapt/calibrate.py": "start* complaints*",
     "adapt/peft/*": (
-        "beside interchange peft_kinds experts_peft tokens* miss* fourierft* frozen prefix* store"
+        "beside interchange peft_* experts_peft tokens* miss* fourierft* frozen prefix* store"
         " complaints* verify start*"
     ),
     "adapt/attach*": (

@@ -28,7 +28,7 @@ def origin(model: nn.Module, saved: list[str]) -> Config:
 def heads(model: nn.Module) -> list[str]:
     """Returns the modules that PEFT trains with every adapter of the model's task, such as "classifier"."""
     task = _task(model)
-    return [n for n in base_modules(model) if n.endswith(HEADS.get(task or "", ()))]
+    return [n for n in base_modules(model) if task in HEADS and n.endswith(HEADS[task])]
 
 
 def _task(model: nn.Module) -> str | None:

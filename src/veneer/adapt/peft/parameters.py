@@ -44,9 +44,21 @@ class Stack(NamedTuple):
         return f"{self.module}.{self.parameter}"
 
     @property
+    def host(self) -> nn.Module:
+        """The module of the parameter."""
+        first, *_ = self.sites
+        return first.host
+
+    @property
+    def transposed(self) -> bool:
+        """True if the matrices are kept (in, out)."""
+        first, *_ = self.sites
+        return first.module.transposed
+
+    @property
     def stored(self) -> tuple[int, ...]:
         """The shape of the parameter."""
-        return tuple(self.sites[0].host.get_parameter(self.parameter).shape)
+        return tuple(self.host.get_parameter(self.parameter).shape)
 
 
 def stacks_of(model: nn.Module, sites: Iterable[ParameterSite]) -> list[Stack] | None:
@@ -58,10 +70,11 @@ def stacks_of(model: nn.Module, sites: Iterable[ParameterSite]) -> list[Stack] |
         found.setdefault(f"{module}.{parameter}", Stack(module, parameter, [])).sites.append(site)
     whole = []
     for stack in found.values():
-        own = sorted(stack.sites, key=lambda s: -1 if s.module.index is None else s.module.index)
-        if [s.module.index for s in own] != list(range(stack.stored[0] if len(stack.stored) == 3 else 0)):
+        own = {s.module.index: s for s in stack.sites}
+        every = range(stack.stored[0])
+        if own.keys() != set(every):  # the index of a single matrix is None
             return None
-        whole.append(stack._replace(sites=own))
+        whole.append(stack._replace(sites=[own[i] for i in every]))
     return whole
 
 
@@ -76,24 +89,25 @@ def fused(model: nn.Module, changes: Changes) -> dict[str, PeftForm] | None:
         return None
     forms: dict[str, PeftForm] = {}
     for stack in found:
-        own = [by_name[s.name].to_peft(s) for s in stack.sites]  # type: ignore[operator]
-        if any(f is None or f.config != own[0].config or "start_rank" in f.config for f in own):
+        own: list[PeftForm] = [by_name[s.name].to_peft(s) for s in stack.sites]  # type: ignore[operator]
+        first, *_ = own
+        if "start_rank" in first.config or any(f.config != first.config for f in own):
             return None
         pairs = [(f.tensors[A], f.tensors[B]) for f in own]
         names = _ends(stack, [s.parameter for s in found if s.module == stack.module])
-        tensors = joined(pairs, swap=stack.sites[0].module.transposed != _reads_turned(stack))
-        forms[stack.name] = PeftForm(own[0].config, dict(zip(names, tensors, strict=True)))
+        tensors = joined(pairs, swap=stack.transposed != _reads_turned(stack))
+        forms[stack.name] = PeftForm(first.config, dict(zip(names, tensors, strict=True)))
     return forms
 
 
 def _reads_turned(stack: Stack) -> bool:
     """Returns True if PEFT 0.19.1 reads the parameter as (E, in, out)."""
-    return bool(getattr(stack.sites[0].host, "is_transposed", False))
+    return bool(getattr(stack.host, "is_transposed", False))
 
 
 def _ends(stack: Stack, adapted: Sequence[str]) -> tuple[str, str]:
     """Returns the names of A and B behind the model's prefix. adapted: the module's adapted parameters."""
-    order = [n for n in stack.sites[0].host._parameters if n in adapted]
+    order = [n for n in stack.host._parameters if n in adapted]
     lead = f"{stack.module}." + "base_layer." * (len(order) - 1 - order.index(stack.parameter))
     return f"{lead}{A}", f"{lead}{B}"
 
@@ -190,7 +204,7 @@ def _changes(stack: Stack, config: Config, A: Tensor, B: Tensor) -> Changes:
             f" {r} asks for {(experts * r, d2)} and {(d1, experts * r)}"
         )
     turned = _written_turned(stack, config) if all(fits.values()) else fits[True]
-    pairs = parted(A, B, experts, swap=turned != stack.sites[0].module.transposed)
+    pairs = parted(A, B, experts, swap=turned != stack.transposed)
     return [
         (site, LoRA.from_peft(site, settings, {"lora_A.weight": a, "lora_B.weight": b}))
         for site, (a, b) in zip(stack.sites, pairs, strict=True)
@@ -202,13 +216,13 @@ def _written_turned(stack: Stack, config: Config) -> bool:
 
     Raises FormatError without a version, where both readings fit the shapes.
     """
-    said = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("peft_version") or ""))
+    said = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("peft_version")))
     if said is None:
         raise FormatError(
             f"{stack.name} {stack.stored}: its matrices are square, and PEFT before 0.19.1 wrote A and B the"
             " other way round; put the version that trained it into adapter_config.json as peft_version"
         )
-    version = (int(said[1]), int(said[2]), int(said[3] or 0))
-    if version < (0, 19, 0):
+    version = tuple(int(n) for n in said.groups() if n)
+    if version < (0, 19):
         return True
     return _reads_turned(stack) == (version >= FLIPPED)

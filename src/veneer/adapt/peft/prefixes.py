@@ -83,8 +83,9 @@ def to_changes(
         )
     if wrong or isinstance(every, str):
         return [], [*problems, Problem("fit", wrong)]
+    (size,) = {_size(s) for s in sites}
     parts = (
-        tensors[TENSOR].unflatten(1, (len(sites), 2, *_size(sites[0]))).permute(1, 2, 3, 0, 4)
+        tensors[TENSOR].unflatten(1, (len(sites), 2, *size)).permute(1, 2, 3, 0, 4)
     )  # (layers, 2, heads, p, head_dim)
     p = parts.shape[3]
     return [

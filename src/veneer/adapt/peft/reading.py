@@ -196,7 +196,7 @@ def left_over(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Probl
         p = base.get(name)
         if p is None:
             unused.append(f"{key} {tuple(t.shape)}")
-        elif p.shape != t.shape or not equal(t, p):
+        elif not equal(t, p):
             shapes = f" ({tuple(t.shape)} in the file, {tuple(p.shape)} here)" if p.shape != t.shape else ""
             why = "the base is another, or its vocabulary was resized; load the base it was trained on"
             if p.shape != t.shape and p.shape[1:] == t.shape[1:]:

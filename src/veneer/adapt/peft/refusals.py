@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from veneer.adapt.peft import starts, types
 from veneer.adapt.peft.settings import method_of, table
@@ -128,8 +127,8 @@ def _words(kinds: tuple[type, ...]) -> str:
     return " or ".join(words.get(kind, "null") for kind in kinds)
 
 
-def _compiles(pattern: Any) -> bool:
+def _compiles(pattern: str) -> bool:
     try:
-        return not isinstance(pattern, str) or bool(re.compile(pattern))
+        return bool(re.compile(pattern))
     except re.error:
         return False

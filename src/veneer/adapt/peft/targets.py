@@ -32,7 +32,7 @@ def at(config: Mapping[str, Any], name: str) -> Config:
 def wrapped(config: Config, names: Iterable[str]) -> set[str]:
     """Returns the modules that PEFT keeps whole: names that end with an entry of modules_to_save."""
     entries = tuple(config.get("modules_to_save") or ())
-    return {n for n in names if entries and n.endswith(entries)}
+    return {n for n in names if n.endswith(entries)}
 
 
 def targeted(config: Config, name: str) -> bool:

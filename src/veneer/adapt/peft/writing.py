@@ -68,7 +68,7 @@ def write(model: nn.Module, changes: Changes, beside: Iterable[str] = ()) -> Wri
     every = {**known, **stacked}
     if not every or len(known) < len(forms) or len({f.config["peft_type"] for f in every.values()}) > 1:
         return None
-    kind = type(_bare([*others, *bare][0][1]))
+    kind = type(_bare(next(d for _, d in [*others, *bare])))
     settings, saved = table(kind), saved_modules(model, [*(s.name for s, _ in whole), *beside])
     config = _settings(model, known, saved, settings, stacked)
     shared = _shared([f.shared for f in known.values()], _room(kind, others, known)) if known else {}
@@ -85,7 +85,7 @@ def write(model: nn.Module, changes: Changes, beside: Iterable[str] = ()) -> Wri
     tensors |= {f"{PREFIX}{n}": t for f in stacked.values() for n, t in f.tensors.items()}
     own = {n: {k: v for k, v in f.config.items() if k not in settings.every} for n, f in known.items()}
     tensors |= {f"{TOP}{n}": t for n, t in shared.items()}
-    tensors |= {f"{PREFIX}{s.name}.bias": (s.weight() + d.delta(s)).detach()[:, 0] for s, d in biases}
+    tensors |= {f"{PREFIX}{s.name}.bias": (s.weight() + d.delta(s)).detach().flatten() for s, d in biases}
     return Written(config, tensors, saved_tensors(model, saved, whole), own)
 
 
@@ -110,10 +110,11 @@ def _form(site: Site, delta: Delta) -> PeftForm | None:
     """Returns the change as PEFT writes it, with the bias of its low-rank branch, or None if it cannot."""
     inner = _bare(delta)
     form = inner.to_peft(site) if isinstance(inner, PeftStored) else None
-    if form is None or not isinstance(delta, Biased):
+    if not isinstance(delta, Biased):
         return form
     if not isinstance(inner, LoRA) or site.kind not in ROWWISE:
         return None
+    assert form is not None  # PEFT lacks LoRA only of some convolutions
     b = {BRANCH: (delta.b / inner.scaling).detach()}
     return PeftForm({**form.config, "lora_bias": True}, {**form.tensors, **b}, form.shared)
 
@@ -133,17 +134,19 @@ def _with_biases(forms: dict[str, PeftForm | None], sizes: dict[str, int]) -> di
 
 def _room(kind: type[Delta], changes: Changes, forms: dict[str, PeftForm]) -> dict[str, tuple[int, ...]]:
     """Returns the least shapes of shared tensors in PEFT."""
-    sites = [site for site, _ in changes if site.name in forms]
-    return kind.peft_room(sites, forms[sites[0].name].config) if issubclass(kind, PeftStored) else {}
+    config = next(iter(forms.values())).config
+    return kind.peft_room([s for s, _ in changes], config) if issubclass(kind, PeftStored) else {}
 
 
 def _shared(found: list[dict[str, Tensor]], room: dict[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
     """Returns every shared tensor at the largest size in use, or None if the layers' tensors do not nest."""
     whole: dict[str, Tensor] = {}
-    for name in found[0]:
+    names, *_ = found
+    for name in names:
         parts = [own[name] for own in found]
         shapes = [tuple(p.shape) for p in parts] + ([room[name]] if name in room else [])
-        largest = parts[0].new_zeros([max(sizes) for sizes in zip(*shapes, strict=True)])
+        first, *_ = parts
+        largest = first.new_zeros([max(sizes) for sizes in zip(*shapes, strict=True)])
         for p in parts:
             largest[tuple(map(slice, p.shape))] = p
         if not all(torch.equal(largest[tuple(map(slice, p.shape))], p) for p in parts):
@@ -165,12 +168,13 @@ def _settings(
     """
     every = {**forms, **stacked}
     first = next(iter(every.values())).config if every else {}
-    patterns = {k: p for k, p in PATTERNS.items() if k in first and {k, p} <= settings.every.keys()}
+    patterns = {k: p for k, p in PATTERNS.items() if k in first and p in settings.every}
     per_site = {n: {k: v for k, v in f.config.items() if k in settings.every} for n, f in every.items()}
     shared = [{k: v for k, v in own.items() if k not in patterns} for own in per_site.values()]
-    if any(own != shared[0] for own in shared) or (stacked and shared[0]["lora_dropout"]):
+    common, *_ = shared
+    if any(own != common for own in shared) or (stacked and common["lora_dropout"]):
         return None
-    config = {**settings.always, **shared[0], "modules_to_save": saved or None, **origin(model, saved)}
+    config = {**settings.always, **common, "modules_to_save": saved or None, **origin(model, saved)}
     for key, pattern in patterns.items():
         config[key], config[pattern] = _pattern({n: _whole(own[key]) for n, own in per_site.items()})
     names = list(without_own(n for n, _ in model.named_modules()))
