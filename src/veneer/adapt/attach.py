@@ -76,7 +76,7 @@ def _warn_of_experts(model: nn.Module) -> None:
     """Warns of stacks of matrices that no layer holds, which all-linear cannot reach."""
     left = bare_weights(model)
     if left:
-        share = sum(p.numel() for p in left.values()) / max(n_base_parameters(model), 1)
+        share = sum(p.numel() for p in left.values()) / n_base_parameters(model)
         warnings.warn(
             f"{len(left)} stacks of matrices, such as fused experts, hold {share:.0%} of the model and stay"
             f" frozen: {first_few(left, 2)}",

@@ -33,7 +33,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def n_base_parameters(model: nn.Module) -> int:
     """Counts the numbers in the base; a packed weight counts as if unpacked."""
     packed: list[Any] = [m for m in model.modules() if packed_kind(m)]
-    parts = {id(p) for m in packed for n, p in m.named_parameters(recurse=False) if n != "bias"}
+    parts = {id(p) for m in packed for n, p in m._parameters.items() if n != "bias"}
     whole = sum(p.numel() for p in base_parameters(model).values() if id(p) not in parts)
     return whole + sum(int(m.out_features * m.in_features) for m in packed)
 

@@ -42,11 +42,10 @@ class Sketched(Delta):
     def __init__(self, site: Site, k: int, seed: int) -> None:
         super().__init__()
         fixed = sketch.tests(site.out, site.in_, k, keyed(seed, f"{site.name} gradient"))
-        like = torch.empty(0, dtype=master_dtype(site), device=site.device)
-        self.register_buffer("Omega", fixed.Omega.to(like))
-        self.register_buffer("Psi", fixed.Psi.to(like))
-        self.Y = nn.Parameter(like.new_zeros(site.out, fixed.Omega.shape[1]))
-        self.Z = nn.Parameter(like.new_zeros(fixed.Psi.shape[0], site.in_))
+        self.register_buffer("Omega", fixed.Omega.to(site.device, master_dtype(site)))
+        self.register_buffer("Psi", fixed.Psi.to(self.Omega))
+        self.Y = nn.Parameter(self.Omega.new_zeros(site.out, self.Omega.shape[1]))
+        self.Z = nn.Parameter(self.Omega.new_zeros(self.Psi.shape[0], site.in_))
         self.sums = [torch.zeros_like(p, dtype=torch.float64) for p in (self.Y, self.Z)]
         self.moments: Moments | None = None
 
@@ -76,7 +75,7 @@ class Sketched(Delta):
         """Returns the gradient's leading triplets, from the sums over all processes."""
         Y, Z = (over_processes(total).to(self.Y.dtype) for total in self.sums)
         if not (torch.isfinite(Y).all() and torch.isfinite(Z).all()):
-            return sketch.Svd(*(Y.new_full((1,), torch.nan),) * 3)
+            return sketch.Svd(*(Y.new_full((), torch.nan),) * 3)
         return sketch.leading(Y, Z, self.Psi, rank)
 
 
@@ -123,11 +122,11 @@ def calibrate(
 
 
 def _sum_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss, probes: list[Sketched]) -> int:
-    """Sums the batches' gradients into the sketches and returns the number of batches of all processes."""
+    """Sums the batches' gradients into the sketches and returns the number of processes that had some."""
     seen = torch.zeros((), dtype=torch.int64, device=probes[0].Y.device)
     for batch in batches:
         _scalar(loss(model, batch)).backward()
-        seen += 1
+        seen = torch.ones_like(seen)
         for probe in probes:
             probe.collect()
     if seen:

@@ -130,7 +130,7 @@ def _join(
             dare(D, density, keyed(seed, f"{n}\0{site.name}"))
             for D, (n, _, _) in zip(dense, own, strict=True)
         ]
-    return truncate(torch.stack([w * D for w, D in zip(weights, dense, strict=True)]).sum(0), *cut)
+    return truncate(torch.stack([D.mul(w) for w, D in zip(weights, dense, strict=True)]).sum(0), *cut)
 
 
 def to_lora(

@@ -30,9 +30,8 @@ class Ahead:
             tuple[Any, ...], list[int]
         ] = {}  # what still has to be found, by what may be stacked
         self._keys = [_key(kind, *pair) for pair in zip(sites, options, strict=True)]
-        self._seeds = [
-            option(kind, "seed", own) if key else 0 for own, key in zip(options, self._keys, strict=True)
-        ]
+        pairs = zip(options, self._keys, strict=True)
+        self._seeds = [option(kind, "seed", own) if key else None for own, key in pairs]
         for i, key in enumerate(self._keys):
             if key:
                 self._alike.setdefault(key, []).append(i)

@@ -111,8 +111,8 @@ def _write_compared(
         written = [] if force else [c.site for c in _layer_changes(model, wanted)]
         before = [(site, site.weight().detach().clone(), _bias_of(site)) for site in written]
         ties = _write(model, wanted)
-        off = float((outputs(model, inputs) - adapted).norm())
-    effect = float((adapted - base).norm())
+        off = float(outputs(model, inputs).sub(adapted).norm())
+    effect = float(adapted.sub(base).norm())
     verdict = replace(verdict, logit_error=off / effect if effect else 1.0)
     if verdict.lost and not force:
         for site, W, b in before:
@@ -153,8 +153,6 @@ def _idle(wanted: Mapping[str, float]) -> str:
 def _check(model: nn.Module, wanted: Mapping[str, float]) -> None:
     if not wanted:
         raise ConfigError("nothing to merge: no adapter is attached and acting")
-    for name in wanted:
-        changes(model, name)
     bare = [
         site.name
         for name in wanted
@@ -212,7 +210,7 @@ def foresee(
         after = precise(W) + change
         stored = site.stored(after) if dtype is None else after.to(dtype)
         written = precise(stored) - precise(W if dtype is None else W.to(dtype))
-        norm, error = float(change.norm()), float((written - change).norm())
+        norm, error = float(change.norm()), float(written.sub(change).norm())
         kept.append(Kept(site.name, norm, error / norm if norm else 0.0))
         squared_error, squared_norm = squared_error + error**2, squared_norm + norm**2
     return Verdict(kept, math.sqrt(squared_error / squared_norm) if squared_norm else 0.0, None, limit)

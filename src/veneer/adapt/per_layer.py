@@ -56,7 +56,7 @@ def _capped(kind: type[Delta], site: Site, options: dict[str, Any], stats: Stats
     if "rank" not in methods.options_of(kind):
         return None
     wanted, most = option(kind, "rank", options), min(site.out, site.in_)
-    if not isinstance(wanted, int) or not 1 <= most < wanted:
+    if not isinstance(wanted, int) or most >= wanted:
         return None
     share = most / wanted
     alpha = options.get("alpha")
@@ -73,12 +73,12 @@ def _warn(capped: list[str], problems: list[str]) -> None:
         warnings.warn(
             f"{len(capped)} layers are smaller than the rank and get the largest that fits: "
             f"{first_few(capped, 3)}",
-            stacklevel=3,
+            stacklevel=4,
         )
     if problems:
         warnings.warn(
             f"all-linear leaves out {len(problems)} layers that the method does not fit: {problems[0]}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -53,7 +53,7 @@ Own = Sequence[tuple[Delta, float]]  # the deltas of one layer with their streng
 
 def is_twin(site: Site, own: Own, other: Site, others: Own) -> bool:
     """Returns True if two layers share parameters and changes: whole modules, or rows of tokens."""
-    if any(s != t for (_, s), (_, t) in zip(own, others, strict=False)) or len(own) != len(others):
+    if [s for _, s in own] != [t for _, t in others]:
         return False
     rows = [
         (d.D, e.D)
