@@ -31,7 +31,7 @@ class Ahead:
         ] = {}  # what still has to be found, by what may be stacked
         self._keys = [_key(kind, *pair) for pair in zip(sites, options, strict=True)]
         pairs = zip(options, self._keys, strict=True)
-        self._seeds = [option(kind, "seed", own) if key else None for own, key in pairs]
+        self._seeds: list[Any] = [option(kind, "seed", own) if key else None for own, key in pairs]
         for i, key in enumerate(self._keys):
             if key:
                 self._alike.setdefault(key, []).append(i)
