@@ -6,19 +6,21 @@ import math
 
 import pytest
 import torch
+from support import models
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import veneer
 from veneer import methods
 from veneer.adapt.attached import changes
-from veneer.adapt.peft import parameters, reading, rotary, starts, whole, writing
+from veneer.adapt.peft import parameters, prefixes, reading, rotary, starts, whole, writing
 from veneer.adapt.peft.rotary import Turn
 from veneer.adapt.peft.settings import PREFIX
 from veneer.adapt.probe import TOLERANCE
 from veneer.methods.base.biased import Biased
 from veneer.methods.base.token_rows import TokenRows
 from veneer.methods.lora import LoRA
+from veneer.methods.prefix import Prefix
 from veneer.sites import BiasSite, site_for
 from veneer.sites.bare.site import ParameterSite
 from veneer.sites.finding.kinds import layers_of
@@ -74,7 +76,9 @@ def test_layers_that_cannot_be_adapted_are_named_beside_those_that_can(odd):
     found, problems = read(model, config(["first", "second", "third"]), tensors)
     assert [s.name for s, _ in found] == ["first", "second"]
     for site, delta in found:
-        torch.testing.assert_close(delta.delta(site).double(), 3 * product(tensors, site.name))
+        torch.testing.assert_close(
+            delta.delta(site).double(), 3 * product(tensors, site.name), rtol=1e-5, atol=1e-5
+        )
     ((kind, text),) = problems  # its tensors are not unused
     said = "Linear whose weight is packed" if odd == "packed" else "LayerNorm, which cannot be adapted here"
     assert kind == "fit" and text.startswith(f"'third' is a {said}")
@@ -131,6 +135,66 @@ def test_pairs_of_each_expert_are_read_beside_other_layers(beside):
         torch.testing.assert_close(delta.delta(site).double(), 3 * wanted, rtol=1e-5, atol=1e-5)
 
 
+def of_expert(tensors, parts, stabilised):
+    """Returns the change of gate and up, one below the other, from the tensors of expert 1."""
+    rows = []
+    for part in ("gate", "up"):
+        r = parts.get(part)
+        s = 0.0 if r is None else 6 / (math.sqrt(r) if stabilised else r)
+        rows.append(s * product(tensors, f"mlp.experts.1.{part}_proj") if r else torch.zeros(4, 5).double())
+    return rows
+
+
+@pytest.mark.parametrize("interleaved", [None, False, True])
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "rank"),
+    [({"gate": 2, "up": 2}, 2), ({"gate": 2, "up": 3}, 5), ({"up": 3}, 3), ({"gate": 1}, 1)],
+)
+def test_gate_and_up_of_an_expert_are_one_matrix(parts, rank, stabilised, interleaved):
+    """Pairs with one A keep its rank; a part without a pair stays unchanged."""
+    model = net(mlp=nn.ModuleDict({"experts": Experts()}))
+    if interleaved is not None:
+        model["mlp"]["experts"].is_concatenated = not interleaved
+    tensors = {}
+    for part, r in parts.items():
+        lead = f"{PREFIX}mlp.experts.1.{part}_proj.lora_"
+        A = (
+            tensors[f"{PREFIX}mlp.experts.1.gate_proj.lora_A.weight"]
+            if rank == 2 and tensors
+            else numbers(r, 5)
+        )
+        tensors |= {f"{lead}A.weight": A, f"{lead}B.weight": numbers(4, r)}
+    names = [f"{part}_proj" for part in parts]
+    found, problems = read(model, config(names, use_rslora=stabilised), tensors)
+    ((site, delta),) = found
+    assert site.name == "mlp.experts.1.gate_up_proj" and not problems and len(delta.A) == rank
+    gate, up = of_expert(tensors, parts, stabilised)
+    wanted = torch.stack([gate, up], 1).flatten(0, 1) if interleaved else torch.cat([gate, up])
+    torch.testing.assert_close(delta.delta(site).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_of_an_expert_are_those_of_plain_lora():
+    model = net(mlp=nn.ModuleDict({"experts": Experts()}))
+    tensors = factors({"mlp.experts.0.down_proj": (5, 4)})
+    assert read(model, config(["down_proj"]), tensors)[0]
+    assert not read(model, config(["down_proj"], use_dora=True), tensors)[0]
+
+
+@pytest.mark.parametrize(("A", "B"), [((2, 6), (4, 2)), ((2, 5), (5, 2)), ((2, 5), (4, 3)), ((2, 5), None)])
+def test_pairs_of_an_expert_that_do_not_fit_are_not_read(A, B):
+    model = net(mlp=nn.ModuleDict({"experts": Experts()}))
+    lead = f"{PREFIX}mlp.experts.0."
+    down = {f"{lead}down_proj.lora_A.weight": numbers(2, 4), f"{lead}down_proj.lora_B.weight": numbers(5, 2)}
+    odd = {f"{lead}up_proj.lora_{x}.weight": numbers(*s) for x, s in (("A", A), ("B", B)) if s}
+    found, problems = read(model, config(["down_proj"]), {**down, **odd})
+    assert [s.name for s, _ in found] == ["mlp.experts.0.down_proj"]
+    assert [p.kind for p in problems] == ["unused"] and f"{len(odd)} tensors" in problems[0].text
+    gate = {f"{lead}gate_proj.lora_A.weight": numbers(2, 5), f"{lead}gate_proj.lora_B.weight": numbers(4, 2)}
+    found, _ = read(model, config(["gate_proj", "down_proj"]), {**down, **odd, **gate})
+    assert len(found) == (2 if B is None else 1)  # a pair of which half is missing is none
+
+
 @pytest.mark.parametrize("stacked", [["experts.down_proj"], None])
 @pytest.mark.parametrize("names", [["third"], []])
 def test_settings_that_name_no_layer_are_refused_unless_they_name_parameters(stacked, names):
@@ -179,6 +243,8 @@ def moved(stabilised, initial):
     """Returns a change read from a start, and s (B A - B0 A0) in float64."""
     model, tensors = net(), factors({"first": (4, 3)})
     begun = factors({"first": (4, 3)}) if initial else None
+    for t in (begun or {}).values():
+        t[0, 0] = 0  # a start with a zero in it is one
     start = "lora_ga" if initial else "pissa"
     settings = config(["first"], init_lora_weights=start, use_rslora=stabilised)
     found, problems = read(model, settings, tensors, begun)
@@ -195,6 +261,28 @@ def moved(stabilised, initial):
 def test_a_start_is_taken_off_at_the_scaling_of_the_change(stabilised, initial):
     found, wanted = moved(stabilised, initial)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_start_without_effect_is_plain():
+    for end in "AB":
+        tensors, begun = factors({"first": (4, 3)}), factors({"first": (4, 3)})
+        begun[f"{PREFIX}first.lora_{end}.weight"].zero_()
+        ((site, delta),), problems = read(net(), config(["first"], init_lora_weights="corda"), tensors, begun)
+        torch.testing.assert_close(
+            delta.delta(site).double(), 3 * product(tensors, "first"), rtol=1e-5, atol=1e-5
+        )
+        assert delta.A0 is None and not problems
+
+
+def test_embeddings_have_no_start_that_moves_the_base():
+    model = net(embed=nn.Embedding(7, 5))
+    A, B = numbers(2, 7), numbers(5, 2)
+    lead = f"{PREFIX}embed.lora_embedding_"
+    given = {f"{lead}A": A, f"{lead}B": B}
+    for start, begun in (("pissa", None), ("corda", {f"{lead}A": A + 1, f"{lead}B": B + 1})):
+        ((site, delta),), problems = read(model, config(["embed"], init_lora_weights=start), given, begun)
+        torch.testing.assert_close(delta.delta(site), 3 * B @ A)
+        assert not problems
 
 
 def test_the_factors_of_olora_are_those_of_the_stored_weight():
@@ -214,6 +302,9 @@ def test_a_trained_tensor_of_another_shape_than_the_start_is_named():
     _, problems = read(net(), config(["first"], init_lora_weights="corda"), tensors, begun)
     said = "wrong shape: first.lora_B.weight is (4, 2) in the initial folder, (4, 3) in the trained one"
     assert [p.text for p in problems] == [said]
+    del tensors[f"{PREFIX}first.lora_B.weight"]
+    _, problems = read(net(), config(["first"], init_lora_weights="corda"), tensors, begun)
+    assert len(problems) == 1 and problems[0].text.startswith("missing: first.lora_B.weight")
 
 
 @pytest.mark.parametrize(
@@ -349,11 +440,11 @@ def test_all_experts_of_a_parameter_are_one_pair():
         A, B = (written.tensors[f"{PREFIX}{lead}lora_{x}.weight"] for x in "AB")
         for e, (site, delta) in enumerate(found):
             change = 3 * B[:, [e, 3 + e]] @ A[2 * e : 2 * e + 2]
-            torch.testing.assert_close(change, delta.delta(site).detach())
+            torch.testing.assert_close(change, delta.delta(site).detach(), rtol=1e-5, atol=1e-5)
     again, problems = read(model, written.config, written.tensors)
     assert not problems and {s.name for s, _ in again} == {s.name for s, _ in [*up, *down]}
     wanted = {s.name: d.delta(s) for s, d in [*up, *down]}
-    assert all(torch.allclose(d.delta(s), wanted[s.name]) for s, d in again)
+    assert all(torch.allclose(d.delta(s), wanted[s.name], rtol=1e-5, atol=1e-5) for s, d in again)
 
 
 def test_experts_that_are_not_one_pair_are_not_written():
@@ -450,6 +541,33 @@ def test_shared_tensors_are_written_at_the_largest_size():
     assert writing._shared([{"A": small}, {"A": large + 1}, {"A": large}], {}) is None
 
 
+def prefix(model, layer, length=3):
+    name = f"model.layers.{layer}.self_attn"
+    site = next(s for s in Prefix.find(model, None) if s.name == name)
+    delta = methods.build(Prefix, site, {"length": length})
+    with torch.no_grad():
+        delta.K.normal_(), delta.V.normal_()
+    return site, delta
+
+
+def test_prefixes_go_to_peft_if_every_layer_has_one_of_one_length():
+    model = models.llama()
+    both = [prefix(model, 1), prefix(model, 0)]
+    written = prefixes.write(model, both)
+    assert written is not None and written.tensors[prefixes.TENSOR].shape == (3, 2 * 2 * 2 * 8)
+    again, problems = prefixes.to_changes(model, written.config, written.tensors)
+    assert not problems
+    for (_, given), (_, found) in zip(both[::-1], again, strict=True):
+        torch.testing.assert_close(found.K, given.K, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.V, given.V)
+    assert prefixes.write(model, both[:1]) is None
+    assert prefixes.write(model, [both[0], prefix(model, 0, 4)]) is None
+    for shape in ((3, 63), (3, 64, 1), (64,)):
+        _, problems = prefixes.to_changes(model, written.config, {prefixes.TENSOR: torch.zeros(shape)})
+        said = f"wrong shape: prompt_embeddings is {shape}, the model asks for (p, 64): keys and values of 2"
+        assert len(problems) == 1 and problems[0].text.startswith(said)
+
+
 # Turning keys
 
 
@@ -466,15 +584,22 @@ def test_keys_turn_by_the_distance(neighbours):
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_a_model_without_token_ids_cannot_be_measured():
+    model = net()
+    assert rotary.turns(model) == "its positions are not rotary"
+    model.register_buffer("inv_freq", torch.ones(2))
+    assert rotary.turns(model) == "its keys could not be read (KeyError)"
+
+
 def test_more_pairs_than_numbers_do_not_fit():
     keys = torch.zeros(1, 4)
-    assert not rotary._fits(Turn(torch.ones(3)), keys, keys)
-    assert rotary._fits(Turn(torch.ones(2)), keys, keys)
+    assert not rotary._fits(Turn(torch.ones(3), False), keys, keys)
+    assert rotary._fits(Turn(torch.ones(2), False), keys, keys)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_fit_up_to_rounding(dtype):
-    turn = Turn(torch.tensor([0.2]))
+    turn = Turn(torch.tensor([0.2]), False)
     here = numbers(8, 2).to(dtype)
     there = rotary.turned(here, turn, rotary.FAR).double()
     most = 4 * TOLERANCE[str(dtype).removeprefix("torch.")]

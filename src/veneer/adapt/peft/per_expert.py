@@ -39,9 +39,9 @@ class Found(NamedTuple):
 def read(model: nn.Module, config: Config, tensors: Mapping[str, Tensor]) -> Found:
     """Returns the changes of fused experts that the tensors name one by one."""
     found = Found([], set(), set())
-    named = [m for key in tensors if (m := NAME.fullmatch(key))]
-    if not named or not LoRA.reads_peft(config):
+    if not LoRA.reads_peft(config):
         return found
+    named = [m for key in tensors if (m := NAME.fullmatch(key))]
     layers = layers_of(model)
     for expert in dict.fromkeys(m["expert"] for m in named):
         for parameter, parts in PARTS.items():
@@ -81,16 +81,17 @@ def _scaled(A: Tensor, B: Tensor, settings: Config) -> tuple[Tensor, Tensor]:
 def _together(site: ParameterSite, pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
     """Returns A and B of the whole matrix; a part without a pair stays unchanged."""
     given = [p for p in pairs if p is not None]
-    shared = all(torch.equal(A, given[0][0]) for A, _ in given) and len(given) == len(pairs)
+    (first, like), *_ = given
+    shared = all(torch.equal(A, first) for A, _ in given) and len(given) == len(pairs)
     ranks = [0 if p is None else len(p[0]) for p in pairs]
     rows = []
     for i, pair in enumerate(pairs):
-        B = given[0][1].new_zeros(site.out // len(pairs), 0) if pair is None else pair[1]
+        B = like.new_zeros(site.out // len(pairs), 0) if pair is None else pair[1]
         if not shared:
             B = torch.cat(
                 [B.new_zeros(len(B), sum(ranks[:i])), B, B.new_zeros(len(B), sum(ranks[i + 1 :]))], 1
             )
         rows.append(B)
-    A = given[0][0] if shared else torch.cat([A for A, _ in given])
+    A = first if shared else torch.cat([A for A, _ in given])
     interleaved = getattr(site.host, "is_concatenated", True) is False
     return A, torch.stack(rows, 1).flatten(0, 1) if interleaved else torch.cat(rows)

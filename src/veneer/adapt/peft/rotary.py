@@ -27,7 +27,7 @@ class Turn(NamedTuple):
     """
 
     radians: Tensor
-    neighbours: bool = False
+    neighbours: bool
 
 
 def turned(keys: Tensor, turn: Turn, distance: int) -> Tensor:
@@ -63,10 +63,8 @@ def turns(model: nn.Module) -> list[Turn] | str:
         here, there = (_keys(model, start) for start in (0, FAR))
     except Exception as e:  # a model may need other inputs, or keep no keys, and then says so in its own way
         return f"its keys could not be read ({type(e).__name__})"
-    known = [
-        Turn(radians[0][:0]),
-        *(Turn(t.flatten(), neighbours) for t in radians for neighbours in (False, True)),
-    ]
+    none = torch.tensor([])
+    known = [Turn(t.flatten(), beside) for t in (none, *radians) for beside in (False, True)]
     found = [
         next((turn for turn in known if _fits(turn, a, b)), None) for a, b in zip(here, there, strict=True)
     ]
@@ -91,7 +89,8 @@ def _keys(model: nn.Module, start: int) -> list[Tensor]:
     off.
     """
     given = default_inputs(model) or {}
-    places = start + torch.arange(given["input_ids"].shape[1], device=given["input_ids"].device)
+    ids = given["input_ids"]
+    places = torch.arange(start, start + ids.shape[1], device=ids.device)
     with evaluating(model), using(model):
         return [
             layer.keys

@@ -37,16 +37,17 @@ NEVER = {
 def problem(start: Any, has_initial: bool) -> str | None:
     """Returns the reason why this init_lora_weights cannot be read and the way out, or None if it can."""
     name = start.lower() if isinstance(start, str) else start
+    family = _family(name)
     if has_initial and name in PLAIN:
         return (
             f"initial= is for starts that move the base; this adapter's init_lora_weights is {start!r}, "
             "which does not: leave it out"
         )
-    if name in PLAIN or name in EXACT or (has_initial and _family(name)):
+    if name in PLAIN or name in EXACT or (has_initial and family):
         return None
     if name in NEVER:
         return f"init_lora_weights {start!r}: {NEVER[name]}; merge it in PEFT and keep the merged model"
-    if _family(name) is None:
+    if family is None:
         return f"init_lora_weights {start!r} is not known here; {CONVERT}"
     why = {
         "pissa_niter": (
@@ -55,7 +56,7 @@ def problem(start: Any, has_initial: bool) -> str | None:
         ),
         "corda": "it moves the base by a decomposition over calibration data that the folder does not hold",
         "lora_ga": "it moves the base by a decomposition of gradients that the folder does not hold",
-    }[_family(name) or ""]
+    }[family]
     return (
         f"init_lora_weights {start!r}: {why}. Pass initial= with the folder saved before training, or "
         f"{CONVERT}"

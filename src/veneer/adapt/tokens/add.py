@@ -75,7 +75,7 @@ def _ends(model: nn.Module) -> list[Site]:
     """Returns the sites of the embedding and, if there is one, of the head."""
     own = [embeddings(model, end) for end in ("input", "output")]
     found = {id(m): site_for(n, m) for n, m in base_modules(model).items() if any(m is o for o in own)}
-    return [found[id(m)] for m in own if m is not None and id(m) in found]
+    return [found[id(m)] for m in own if id(m) in found]
 
 
 def _changes(model: nn.Module, ids: Mapping[str, int]) -> Changes:
