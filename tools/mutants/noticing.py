@@ -33,7 +33,8 @@ ROWS = {
     "adapt/banks/*": "bank* gains* flora* segments* experts_bank complaints*",
     "adapt/acting/bare.py": "experts*",
     "adapt/acting/changed.py": "experts*",
-    "adapt/acting/*": "gains* attach* shared_inputs* whole* recomputation* calls* experts*",
+    "adapt/acting/groups.py": "bare experts*",
+    "adapt/acting/*": "acting bare gains* attach* shared_inputs* whole* recomputation* calls* experts*",
     "adapt/tokens/*": "tokens* beside store interchange complaints*",
     "adapt/peft/per_expert.py": "experts_peft peft_parts expert_files experts interchange",
     "adapt/peft/parameters.py": "expert_files experts_peft peft_parts interchange",
@@ -46,13 +47,13 @@ ROWS = {
         "attach* calls merge* gains* combine* prefix* baselines* store complaints* quant shared_inputs*"
         " methods experts families"
     ),
-    "adapt/merge.py": "merge* gains* combine* prefix* baselines* complaints* quant methods",
+    "adapt/merge.py": "merge* verdict gains* combine* prefix* baselines* complaints* quant methods",
     "adapt/banks/entries.py": "bank*",
     "tasks/head.py": "chunked* store interchange",
     "adapt/store/fingerprint.py": "store beside quant interchange verify complaints*",
     "adapt/*": (
-        "calls* probe* beside* roles* whole* draws* own* loaded* merge* combine* attach* store prefix*"
-        " frozen complaints* interchange verify moving_base changed_bases start* quant methods"
+        "calls* probe* sums calibrate* beside* roles* whole* draws* own* loaded* merge* combine* attach*"
+        " store prefix* frozen complaints* interchange verify moving_base changed_bases start* quant methods"
     ),
 }
 SHARED = ("__init__", "lora", "kaiming")  # files in methods that other files use, as those in base
