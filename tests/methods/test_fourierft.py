@@ -210,9 +210,12 @@ def test_a_sum_is_written_in_place_and_takes_both_gradients_only_where_it_may(mo
     delta = methods.build(methods.get("fourierft"), site, {"frequencies": 5})
     x = torch.randn(3, 8)
     y = layer(x)
-    delta(x, y, site)
+    torch.nn.init.normal_(delta.c)
+    change = x @ delta.delta(site).mT
+    torch.testing.assert_close(delta(x, y, site), change, rtol=1e-4, atol=1e-6)
     for writable in (False, True):
-        delta.onto(x, y.clone(), site, writable=writable)
+        summed = delta.onto(x, y.clone(), site, writable=writable)
+        torch.testing.assert_close(summed, y + change, rtol=1e-4, atol=1e-6)
     assert asked == [(True, None), (False, None), (True, layer.weight)]
 
 
@@ -223,3 +226,13 @@ def test_a_grid_has_a_normal_form_on_rows():
             delta = methods.build(methods.get("fourierft"), site, {"frequencies": 5, "grid": grid})
             assert (delta.factors(site) is not None) == grid
             assert (delta.normal_form(site) is not None) == (grid and isinstance(layer, nn.Linear))
+
+
+def test_waves_follow_the_frequencies_that_are_loaded():
+    site = site_for("0", nn.Linear(8, 6).double())
+    delta = methods.build(methods.get("fourierft"), site, {"frequencies": 4, "grid": True, "rms": 0.5})
+    state = {**delta.state_dict(), "c": torch.randn(2, 2).double()}
+    delta.load_state_dict({**state, "rows": torch.tensor([5, 0]), "columns": torch.tensor([1, 4])})
+    F = torch.zeros(6, 8, dtype=torch.float64)
+    F[5, 1], F[5, 4], F[0, 1], F[0, 4] = delta.c.detach().flatten()
+    torch.testing.assert_close(delta.delta(site), torch.fft.ifft2(F).real * delta.scaling)
