@@ -164,3 +164,19 @@ def test_the_dense_change_is_made_for_more_than_few_rows(shape, monkeypatch):
     model(torch.randn(*shape, 7).double())
     with pytest.raises(AssertionError, match="W' - W was made"):
         model(torch.randn(*shape[:-1], shape[-1] + 1, 7).double())
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_rank_one_is_gains_and_further_ranks_are_products(rank):
+    site = site_for("0", nn.Linear(7, 5).double())
+    delta = methods.build(methods.get("flora"), site, {"rank": rank})
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.copy_(torch.randn(p.shape))
+    assert (delta.factors(site) is None) == (rank > 1)
+    assert (delta.products(site) is None) == (rank == 1)
+    if rank == 1:
+        form = delta.factors(site)
+        assert form.A.shape == (0, 7) and form.B.shape == (5, 0)
+        assert form.g.tolist() == delta.B[:, 0].tolist() and form.c.tolist() == delta.A[0].tolist()
+        torch.testing.assert_close(form.dense(site), delta.delta(site))

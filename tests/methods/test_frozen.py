@@ -51,6 +51,8 @@ def test_a_weight_of_zeros_has_pivots_too():
     nn.init.zeros_(layer.weight)
     model = veneer.attach(nn.Sequential(layer), "loldu", rank=3)
     assert torch.isfinite(model(torch.randn(2, 5))).all()
+    _, delta = changes(model, "default")[0]
+    assert not delta.U.any() and not delta.z0.any()
 
 
 @pytest.mark.parametrize("method", ["loldu", "loraxs", "vera"])

@@ -97,7 +97,7 @@ class AdaLoRA(FactoredDelta, PeftStored, Resizes):
         check_above_zero(alpha=alpha)
         _check(rank, target, begin, end, every, orthogonality)
         self.dropout, self.scaling = dropout, (2.0 * rank if alpha is None else alpha) / rank
-        draw, like = keyed(seed, site.key), torch.empty(0, dtype=master_dtype(site), device=site.device)
+        draw, like = keyed(seed, site.key), torch.empty((), dtype=master_dtype(site), device=site.device)
         self.A = nn.Parameter((0.02 * torch.randn(rank, site.in_, generator=draw)).to(like))
         self.B = nn.Parameter((0.02 * torch.randn(site.out, rank, generator=draw)).to(like))
         self.E = nn.Parameter(like.new_zeros(rank, 1))

@@ -86,7 +86,7 @@ class Bottleneck(Delta):
         width = site.in_ if self.parallel else site.out
         check_free_rank(rank, site)
         D = (torch.rand(rank, width, generator=keyed(seed, site.key)) * 2 - 1) / math.sqrt(width)
-        like = torch.empty(0, dtype=master_dtype(site), device=site.device)
+        like = torch.empty((), dtype=master_dtype(site), device=site.device)
         self.D, self.a = nn.Parameter(D.to(like)), nn.Parameter(like.new_zeros(rank))
         self.U, self.u = nn.Parameter(like.new_zeros(site.out, rank)), nn.Parameter(like.new_zeros(site.out))
 

@@ -51,7 +51,7 @@ class FLoRA(DenseDelta, GainsInput):
         """
         super().__init__()
         check_free_rank(rank, site)
-        like = torch.empty(0, dtype=master_dtype(site), device=site.weight().device)
+        like = torch.empty((), dtype=master_dtype(site), device=site.weight().device)
         A, B = torch.ones(rank, site.in_), torch.zeros(site.out, rank)
         A[1:] = 2 * torch.randint(0, 2, (rank - 1, site.in_), generator=keyed(seed, site.key)) - 1
         B[:, 0] = 1
@@ -60,7 +60,8 @@ class FLoRA(DenseDelta, GainsInput):
     def factors(self, site: Site) -> Factors | None:
         if self.A.shape[0] > 1:
             return None
-        return Factors(self.A[:0], self.B[:, :0], g=self.B[:, 0], c=self.A[0])
+        A, B = self.A.new_empty(0, site.in_), self.B.new_empty(site.out, 0)
+        return Factors(A, B, g=self.B.flatten(), c=self.A.flatten())
 
     def normal_form(self, site: Site) -> Factors | None:
         return self.factors(site) if site.kind in ROWWISE else None
@@ -77,7 +78,7 @@ class FLoRA(DenseDelta, GainsInput):
 
     def forward(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         own = self.products(site)
-        if own is None or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
+        if own is None or x.numel() > FEW_ROWS * x.shape[-1]:
             return super().forward(x, y, site)
         shift, x, ones = site.shift(), x.to(y.dtype), (1,) * (x.ndim - 1)
         scaled = x * own.a.to(x.dtype).view(-1, *ones, x.shape[-1])  # (r, .., in)

@@ -53,7 +53,7 @@ class HiRA(DenseDelta, Served, PeftStored):
         check_rank(rank, site)
         check_dropout(dropout)
         self.dropout = dropout
-        draw, like = keyed(seed, site.key), torch.empty(0, dtype=master_dtype(site), device=site.device)
+        draw, like = keyed(seed, site.key), torch.empty((), dtype=master_dtype(site), device=site.device)
         A, B = torch.zeros(rank, site.in_), torch.zeros(site.out, rank)
         if site.kind == "embedding":
             B = torch.randn(site.out, rank, generator=draw)

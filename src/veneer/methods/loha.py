@@ -59,7 +59,7 @@ class LoHa(DenseDelta, Served, PeftStored):
         super().__init__()
         check_rank(rank, site)
         self.scale = scaling_of(alpha, rank, default=1.0)
-        draw, like = keyed(seed, site.key), torch.empty(0, dtype=master_dtype(site), device=site.device)
+        draw, like = keyed(seed, site.key), torch.empty((), dtype=master_dtype(site), device=site.device)
 
         def uniform(rows: int, columns: int) -> nn.Parameter:
             t = (2 * torch.rand(rows, columns, generator=draw) - 1) / math.sqrt(columns)

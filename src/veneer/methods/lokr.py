@@ -92,7 +92,7 @@ class LoKr(Delta, PeftStored):
             raise ConfigError(f"factor must be at least 1, or -1, got {factor}")
         self.scale, self.shape = scaling_of(alpha, rank, default=1.0), shape_of(site, factor)
         p, k, m, n = self.shape
-        draw, like = keyed(seed, site.key), torch.empty(0, dtype=master_dtype(site), device=site.device)
+        draw, like = keyed(seed, site.key), torch.empty((), dtype=master_dtype(site), device=site.device)
 
         def uniform(rows: int, columns: int) -> nn.Parameter:
             t = (2 * torch.rand(rows, columns, generator=draw) - 1) / math.sqrt(columns)

@@ -118,7 +118,7 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
         delta = cls.__new__(cls)  # __init__ would draw a start, and copy W for it
         nn.Module.__init__(delta)
         k, r = A.shape[0], A.shape[0] - start
-        like = torch.empty(0, dtype=master_dtype(site), device=site.device)
+        like = torch.empty((), dtype=master_dtype(site), device=site.device)
         A, B = A.detach().to(like, copy=True), B.detach().to(like, copy=True)
         delta.dropout, delta.scaling, delta.stabilised = (
             dropout,

@@ -86,7 +86,7 @@ class OFT(Turning, PeftStored):
             "peft_type": "OFT",
             "oft_block_size": self.block,
             "block_share": len(self.Q) == 1 and turned_size(site) > self.block,
-            "use_cayley_neumann": self.terms > 0,
+            "use_cayley_neumann": bool(self.terms),
             "num_cayley_neumann_terms": self.terms or 5,
             "peft_version": "0.18.0",  # the first whose series this is; PEFT warns without it
         }
@@ -108,7 +108,7 @@ class OFT(Turning, PeftStored):
             )
         check_peft_dims(site, tensors, {name: 2})
         n, numbers = tensors[name].shape
-        block = (1 + math.isqrt(1 + 8 * numbers)) // 2 if config["block_share"] else size // n
+        block = math.isqrt(2 * numbers) + 1 if config["block_share"] else size // n
         terms = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else 0
         delta = build(cls, site, {"block": block, "terms": terms, "shared": bool(config["block_share"])})
         Q = delta.get_parameter("Q")
