@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cells import attach, check_gradient, fitted, numpy_tensors, shake
-from support.table import METHODS, SITES, Method
+from support.table import METHODS, SITES, Method, Place
 from torch import nn
 
 import veneer
@@ -77,6 +77,12 @@ def test_equals_the_closed_form(method, site):
     torch.testing.assert_close(model(x), expected(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_the_closed_form_with_more_outputs_than_inputs(method, monkeypatch):
+    monkeypatch.setitem(SITES, "wide", Place(lambda: nn.Linear(6, 10), lambda: torch.randn(2, 6).double()))
+    test_equals_the_closed_form(method, "wide")
+
+
 @cells
 def test_forward_equals_merged(method, site):
     _, model, x, _ = made(method, site)
@@ -105,7 +111,7 @@ def test_strength_is_a_dial(method, site):
     base, model, x, row = made(method, site)
     shake(model)
     full, (_, delta), W = model(x), changes(model, "default")[0], weight_of(base).detach().numpy()
-    for t in (0.0, 0.25, 1.5, -1.0):
+    for t in (0.0, 0.25, 2.0, -1.0):
         if row.dial is None:
             expected = base(x) + t * (full - base(x))
         else:

@@ -13,8 +13,9 @@ from torch import nn
 
 import veneer
 from veneer import methods, optim
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError, ShapeError, VeneerError
 from veneer.methods import inits
+from veneer.sites import site_for
 
 OUT, IN = 8, 12
 
@@ -176,6 +177,18 @@ def test_an_infinite_option_is_refused_everywhere(kind, name, option):
                 attached("lora", init=name, init_options={option: value})
             else:
                 optim.make(name, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "what"),
+    [("oft", {}, "block 5"), ("boft", {}, "block 5"), ("boft", {"factors": 1, "block": 7}, "block 7")],
+)
+def test_the_side_that_a_block_must_divide_is_named(method, options, what):
+    for layer, side in ((nn.Linear(12, 8), "in = 12"), (nn.Embedding(12, 8), "out = 8")):
+        with pytest.raises(ShapeError, match=rf"^{what} does not divide {side} at"):
+            methods.build(methods.get(method), site_for("0", layer), {"block": 5, **options})
+    with pytest.raises(ShapeError, match=r"^block x 2\^1 = 16 does not divide in = 12 at"):
+        methods.build(methods.get("boft"), site_for("0", nn.Linear(12, 8)), {"block": 8, "factors": 2})
 
 
 def test_several_factors_of_butterflies_need_an_even_block():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.cells import built
 from support.peft_forms import FORMS, IN, OUT
-from torch import Tensor, nn
+from torch import nn
 
 from veneer import methods
 from veneer.adapt.peft.settings import table
@@ -147,6 +147,12 @@ def test_shared_factors_may_be_wider_and_not_narrower(name):
     reader = methods.get(name)
     config = {**table(reader).every, **form.config}
     assert len(form.shared) == 2
+    other = {n: 2 * t for n, t in form.shared.items()}  # as another machine might have drawn them
+    delta = reader.from_peft(site, config, {**form.tensors, **other})
+    shapes = {"vera": ((5, IN), (OUT, 5)), "randlora": ((3, 1, OUT), (IN, 3, 3))}[name]
+    for part, shape in zip("AB", shapes, strict=True):
+        assert other[f"{name}_{part}"].shape == shape
+        assert torch.equal(delta.get_buffer(part).flatten(), other[f"{name}_{part}"].flatten())
     for n, t in form.shared.items():
         for dim in (d for d in range(t.ndim) if t.shape[d] > 1):
             given = {**form.tensors, **form.shared, n: t.narrow(dim, 0, t.shape[dim] - 1)}
@@ -232,17 +238,15 @@ def test_settings_of_ia3_may_be_a_list_or_none():
     assert not read("ia3 of inputs", site, outputs, feedforward_modules=None).reads
 
 
-@pytest.mark.parametrize("signs", list(itertools.product([1.0, -1.0], repeat=2)))
-def test_orthogonal_columns_of_hra_keep_their_signs(signs):
-    """PEFT's Gram-Schmidt of columns that are orthogonal only shortens them."""
-    layer = nn.Linear(3, 3)
-    site, U = site_for("layer", layer), torch.zeros(3, 2)
-    U[0, 0], U[2, 1] = 2 * signs[0], 3 * signs[1]
-    U[0, 1] = 5.0
+def test_orthogonal_columns_of_hra_are_those_of_gram_and_schmidt():
+    site, U = (
+        site_for("layer", nn.Linear(3, 3).double()),
+        torch.tensor([[-2.0, 5.0], [0.0, 0.0], [0.0, -3.0]]),
+    )
     config = {**table(methods.get("hra")).every, "peft_type": "HRA", "r": 2}
-    for gs in (False, True):
-        found: Tensor = (
-            methods.get("hra").from_peft(site, {**config, "apply_GS": gs}, {"hra_u": U}).U.detach()
-        )
-        expected = torch.tensor([[signs[0], 0.0], [0.0, 0.0], [0.0, signs[1]]]) if gs else U
-        torch.testing.assert_close(found, expected)
+    for gs, second in ((False, [5.0, 0.0, -3.0]), (True, [0.0, 0.0, 1.0])):
+        H = torch.eye(3).double()
+        for u in (torch.tensor([1.0, 0.0, 0.0]).double(), torch.tensor(second).double()):
+            H = H @ (torch.eye(3) - 2 * u[:, None] * u / (u @ u))
+        delta = methods.get("hra").from_peft(site, {**config, "apply_GS": gs}, {"hra_u": U.double()})
+        torch.testing.assert_close(delta.delta(site), site.weight() @ H - site.weight())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from veneer import methods
 from veneer.methods.lora import LoRA
+from veneer.ops.draws import keyed
 from veneer.sites import site_for
 
 OUT, IN = 96, 150
@@ -144,6 +145,30 @@ def test_a_start_of_token_ids_that_is_drawn_stays():
     layer = nn.Embedding(IN, OUT)
     frozen, trained = (started(n, layer=layer, init="pissa") for n in ("lorafa", "lora"))
     assert torch.equal(frozen.A, trained.A) and not frozen.B.any()
+
+
+DRAWS = [
+    ("bottleneck", "D", (6, OUT), OUT),
+    ("hira", "A", (6, IN), IN),
+    ("loha", "B1", (OUT, 6), 6),
+    ("lokr", "L", (8, 10), 10),
+    ("lora", "A", (6, IN), IN),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "shape", "inputs"), DRAWS)
+def test_a_seed_gives_the_same_start_in_every_version(method, name, shape, inputs):
+    """The numbers u of the generator of seed and name, in [0, 1), stand for (2 u - 1) / sqrt(inputs)."""
+    u = torch.rand(shape, generator=keyed(3, site_for("0", nn.Linear(IN, OUT)).key))
+    found = started(method, seed=3).get_parameter(name)
+    torch.testing.assert_close(found.detach(), (2 * u - 1) / inputs**0.5)
+
+
+def test_held_numbers_of_shira_are_at_their_places():
+    site, places, v = site_for("0", nn.Linear(5, 4)), torch.tensor([7, 0, 19]), torch.tensor([1.0, 2.0, 3.0])
+    D = torch.zeros(4, 5)
+    D[1, 2], D[0, 0], D[3, 4] = v
+    assert torch.equal(methods.get("shira").holding(site, places, v).delta(site), D)
 
 
 @pytest.mark.parametrize("stabilised", [True, False])

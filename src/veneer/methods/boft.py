@@ -71,7 +71,7 @@ class BOFT(Turning, PeftStored):
 
     def turn(self, T: Tensor, strength: float, *, back: bool = False) -> Tensor:
         P = self.P if strength == 1 else strength * self.P
-        D = rotations.cayley(((P - P.mT) / 2).flatten(0, 1)).view_as(P).to(T.dtype)
+        D = rotations.cayley((P - P.mT) / 2).to(T.dtype)
         order = range(len(P)) if back else range(len(P) - 1, -1, -1)
         total = torch.zeros_like(T)
         for i in order:

@@ -78,8 +78,9 @@ class HRA(FactoredDelta, PeftStored):
         check_peft_tensors(site, tensors, {"hra_u": (site.in_, rank)})
         U = tensors["hra_u"]
         if config["apply_GS"]:
-            Q, R = torch.linalg.qr(U.double())
-            U = (Q * R.diagonal().sign()).to(U.dtype)
+            U = torch.linalg.qr(U.double()).Q.to(
+                U.dtype
+            )  # up to signs, which a reflection does not depend on
         delta = cls.__new__(cls)  # __init__ takes even ranks alone
         nn.Module.__init__(delta)
         delta._hold(site, U)
