@@ -11,7 +11,10 @@ from support.table import METHODS, SITES
 from torch import nn
 
 import veneer
+from veneer import methods
 from veneer.adapt.attached import changes
+from veneer.methods import dora
+from veneer.sites import site_for
 
 PLACES = ["linear", "Conv1D", "embedding", "conv2d"]
 # Starts computed from W are kept with the adapter: the change stays the one of the W it was attached to.
@@ -147,3 +150,15 @@ def test_a_write_through_data_alone_is_the_limit():
     with torch.no_grad():
         model[0].weight.mul_(1)
     assert site.stamp() != before and torch.equal(d.base_norms(site), model[0].weight.norm(dim=1))
+
+
+def test_a_traced_pass_keeps_the_norms_that_dora_has(monkeypatch):
+    """A graph must not hold the stamp of the moment in which it was traced."""
+    site = site_for("0", nn.Linear(5, 4).requires_grad_(False))
+    delta = methods.build(methods.get("dora"), site, {"rank": 2})
+    before = delta.norms.clone()
+    site.module.weight.mul_(2)
+    with monkeypatch.context() as m:
+        m.setattr(dora, "is_traced", lambda: True)
+        assert torch.equal(delta.base_norms(site), before)
+    assert torch.equal(delta.base_norms(site), 2 * before)

@@ -79,10 +79,8 @@ def test_a_file_gives_the_same_change_and_options(name):
 @every
 def test_a_change_owns_its_numbers(name):
     site, _, form = formed(name)
-    given = form._replace(
-        tensors={n: t.clone() for n, t in form.tensors.items()},
-        shared={n: t.clone() for n, t in form.shared.items()},
-    )
+    parts = ({n: t.clone() for n, t in own.items()} for own in (form.tensors, form.shared))
+    given = PeftForm(form.config, *parts)
     delta = read(name, site, given)
     before = {n: t.clone() for n, t in delta.state_dict().items()}
     for t in (*given.tensors.values(), *given.shared.values()):

@@ -12,6 +12,7 @@ from torch import Tensor
 import veneer
 from veneer import methods
 from veneer.adapt.attached import changes
+from veneer.errors import ShapeError
 from veneer.methods.prefix import attention
 from veneer.ops.attention import prefixed
 from veneer.sites import AttentionSite
@@ -130,6 +131,30 @@ def test_a_call_is_noted_with_its_mode(made):
         site.module.train(training)
         attention(site.module, *drawn(), None)
         assert deltas.called and deltas.stepped == training
+
+
+def test_attentions_without_an_acting_prefix_are_the_models_own():
+    model = veneer.attach(llama(), "prefix", length=P, to=["1.self_attn"])
+    randomise(model, size=0.5)
+    site, _ = changes(model, "default")[0]
+    deltas = child_of(site.module)
+    own = [t.float() for t in drawn()]
+    first, last = (layer.self_attn for layer in model.model.layers)
+    deltas.called = deltas.stepped = False
+    with veneer.using(model):
+        off = attention(last, *own, None, is_causal=True)[0]
+    assert not deltas.called
+    assert torch.equal(off, attention(first, *own, None, is_causal=True)[0])
+    assert not torch.allclose(off, attention(last, *own, None, is_causal=True)[0])
+    assert deltas.called
+
+
+def test_lengths_of_a_prefix_have_a_limit():
+    site = AttentionSite("0", llama().model.layers[0].self_attn)
+    for length in (0, (1 << 16) + 1):
+        with pytest.raises(ShapeError, match=f"{length}"):
+            methods.build(methods.get("prefix"), site, {"length": length})
+    assert methods.build(methods.get("prefix"), site, {"length": 1 << 16}).K.shape == (2, 1 << 16, 8)
 
 
 def test_a_prefix_starts_as_noise_of_its_size_and_seed():

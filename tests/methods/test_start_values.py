@@ -259,6 +259,16 @@ def test_numbers_are_in_float32_at_least(method):
     assert {t.dtype for t in delta.state_dict().values() if t.is_floating_point()} == {torch.float64}
 
 
+@pytest.mark.parametrize("method", SAVED)
+def test_a_layer_without_numbers_gives_a_change_without_numbers(method):
+    """Counts of parameters are taken on the device meta."""
+    found = dict(started(method, layer=nn.Linear(IN, OUT, device="meta")).named_parameters())
+    assert {n: t.shape for n, t in found.items()} == {
+        n: t.shape for n, t in started(method).named_parameters()
+    }
+    assert all(t.is_meta for t in found.values())
+
+
 DRAWN = {
     **dict.fromkeys(
         ["adalora", "bottleneck", "dora", "hira", "hra", "loha", "lokr", "lora", "lorafa", "shira"]

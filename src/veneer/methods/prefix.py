@@ -189,7 +189,7 @@ def _attend(
         times, scale = query.shape[1] // key.shape[1], options.get("scaling") or query.shape[-1] ** -0.5
         text = (repeat_kv(t, times) for t in (key, value))
         own = (t.repeat_interleave(times, 0) for t in (K, V))
-        return prefixed.attend(query, *text, *own, scale=scale, mask=mask).transpose(1, 2).contiguous()
+        return prefixed.attend(query, *text, *own, scale=scale, mask=mask).permute(0, 2, 1, 3).contiguous()
     y: Tensor = sdpa_attention_forward(
         module, query, prefixed.behind(key, K), prefixed.behind(value, V), mask, **options
     )[0]
