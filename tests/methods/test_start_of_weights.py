@@ -166,3 +166,18 @@ def test_drawn_starts_are_as_wide_as_their_papers_say(
     drawn = delta.get_parameter({"bottleneck": "D", "dora": "lora.A"}.get(method, "A"))
     assert float(drawn.detach().std()) == pytest.approx(spread, rel=0.03)  # five standard errors
     assert abs(float(drawn.detach().mean())) < 0.04 * spread
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_of_a_weight_with_zeros_is_subtracted_too(method: str, init: str) -> None:
+    """An input that the layer ignores, and an output that is always zero."""
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 10).double()
+    with torch.no_grad():
+        layer.weight[:, 3] = 0
+        layer.weight[4] = 0
+    site = site_for("0", layer)
+    delta = methods.build(methods.get(method), site, {"rank": 3, "init": init})
+    assert delta.taken() is not None
+    torch.testing.assert_close(delta.delta(site), torch.zeros(10, 12).double(), rtol=0, atol=1e-14)

@@ -68,7 +68,7 @@ class Bat(DenseDelta, PeftStored):
             return None
         config = {
             "peft_type": "MISS",
-            "r": self.B.shape[1],
+            "r": self.options["rank"],
             "miss_dropout": 0.0,
             "mini_r": 1,
             "init_weights": "bat",

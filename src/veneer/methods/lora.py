@@ -139,7 +139,10 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
         return Factors(A, self.scaling * B)
 
     def taken(self) -> Factors | None:
-        return None if self.A0 is None or self.B0 is None else Factors(self.A0, self.scaling * self.B0)
+        if self.A0 is None:
+            return None
+        assert self.B0 is not None  # both, or neither
+        return Factors(self.A0, self.scaling * self.B0)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Returns A (k, in), B (out, k) with B A the unscaled change; k = r, or 2r if a start is subtracted.
@@ -147,8 +150,9 @@ class LoRA(FactoredDelta, SubtractsStart, PeftStored):
         B A - B0 A0 = (B - B0) A + B0 (A - A0). The differences are taken in float32: rounding the factors to
         bfloat16 for the product then keeps the start at exactly zero, and keeps small steps.
         """
-        if self.A0 is None or self.B0 is None:
+        if self.A0 is None:
             return self.A, self.B
+        assert self.B0 is not None  # both, or neither
         return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
 
     def to_peft(self, site: Site) -> PeftForm | None:
