@@ -11,7 +11,7 @@ from torch import nn
 from veneer.adapt.banks.program import Program
 from veneer.adapt.banks.rows import Form
 from veneer.adapt.banks.segments import SegmentBank
-from veneer.adapt.banks.stacks import rank_class
+from veneer.adapt.banks.stacks import Layer, rank_class
 from veneer.errors import ConfigError, NotMergeable, ShapeError
 from veneer.methods import Factors, Products
 from veneer.sites import find
@@ -192,6 +192,18 @@ def test_batches_of_layers_that_see_fewer_rows():
         SegmentBank(model)
 
 
+def test_inputs_get_a_hook_with_the_first_adapter_that_scales_them():
+    model, by = layers(), random.Random(7)
+    (site, _) = find(model, "all-linear")
+    bank, hooks = SegmentBank(model), []
+    for parts in ("", "g", "p", "c", "gc", ""):
+        bank.put({"0": (site, form(site, 1, parts, by))})
+        hooks.append((len(model[0]._forward_pre_hooks), len(model[0]._forward_hooks)))
+    assert hooks == [(0, 1)] * 3 + [(1, 1)] * 3
+    with pytest.raises(ConfigError, match=r"must not be torch\.compile's wrapper"):
+        SegmentBank(torch.compile(layers(), backend="eager"))
+
+
 def test_outputs_that_others_keep_are_not_written():
     """A hook in front keeps the base's output; an output that is not contiguous is copied."""
     model, by = layers(), random.Random(4)
@@ -229,8 +241,22 @@ def test_programs_say_what_they_hold():
     for odd in (gains, scales, many):
         assert not program(((low, 1.0),), ((odd, 1.0),)).is_plain
         assert not program(((odd, 1.0),)).is_idle
+        assert not program(((odd, 0.5),)).is_idle
     both = program(((low, 1.0), (low, 2.0)))
     assert not both.is_plain and not both.is_idle
+    nobody = Program([(((low, 1.0),), 0), ((), 2)], like)
+    assert nobody.is_idle and not nobody.is_plain
+    for terms, apart in (
+        (((low, 1.0), (low, 2.0)), 0),
+        (((gains, 0.5),), 0),
+        (((scales, 1.0),), 0),
+        (((scales, 0.5),), 1),
+        (((many, 1.0),), 1),
+        (((low, 1.0), (gains, 1.0)), 1),
+        (((low, 1.0), (scales, 1.0)), 1),
+    ):
+        assert len(program(terms).apart) == apart
+    assert program(((scales, 1.0),)).scales and not program(((scales, 0.5),)).scales
     plain = Program([(((low, 0.5),), 2), ((), 3), (((low, 1.0),), 0), (((low, 2.0),), 1)], like)
     assert [(start, s.rows, s.strength) for start, s in plain.segments] == [(0, 2, 0.5), (5, 1, 2.0)]
     found = program(((low, 1.0),), (), ((low, 1.0),)).groups(torch.device("cpu"))
@@ -239,3 +265,19 @@ def test_programs_say_what_they_hold():
         ((), [2, 3]),
     ]
     assert program(((low, 1.0),), ((low, 1.0),)).groups(torch.device("cpu")) == [(((low, 1.0),), None)]
+
+
+def test_places_without_an_adapter_cost_nothing_and_hold_nothing():
+    by = random.Random(6)
+    (site, _) = find(layers(), "all-linear")
+    layer = Layer(site, 4)
+    assert layer.factors(0, 16) is None
+    assert layer.write(2, form(site, 3, "gc", by)) and layer.write(5, form(site, 0, "p", by))
+    assert layer.factors(0, 2) is None and layer.factors(3, 13) is None
+    A, B = layer.factors(0, 16)
+    assert A.shape == (16, 3, IN) and B.shape == (16, 3, OUT)
+    layer.clear(2)
+    assert layer.factors(2, 1) is None
+    layer.clear(5)
+    assert layer.factors(0, 16) is None and not layer.products
+    assert not layer.A.any() and not layer.B.any() and not layer.excess.any() and bool((layer.c == 1).all())

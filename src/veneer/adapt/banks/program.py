@@ -48,7 +48,7 @@ class Program:
         starts = [0]
         for _, n in rows:
             starts.append(starts[-1] + n)
-        spans = [(terms, start, n) for (terms, n), start in zip(rows, starts, strict=False) if terms and n]
+        spans = [(terms, start, n) for (terms, n), start in zip(rows, starts, strict=False) if n]
         self.apart = [a for terms, start, n in spans for a in _apart(terms, start, n)]
         alone = [
             (placed, start, _segment(placed, strength, n))
@@ -95,7 +95,7 @@ class Program:
     @property
     def is_idle(self) -> bool:
         """True if no row has an adapter."""
-        return not (self.pairs or self.more or self.gains or self.scales or self.apart)
+        return not (self.pairs or self.apart)
 
 
 def _segment(placed: Placed, strength: float, rows: int) -> Segment:
@@ -104,7 +104,7 @@ def _segment(placed: Placed, strength: float, rows: int) -> Segment:
 
 def _is_scaled_apart(terms: Terms) -> bool:
     """True if a term with input gains cannot be given a scaled input, because other terms read it too."""
-    return any(p.scales for p, _ in terms) and not (len(terms) == 1 and terms[0][1] == 1)
+    return any(p.scales for p, _ in terms) and [strength for _, strength in terms] != [1.0]
 
 
 def _apart(terms: Terms, start: int, rows: int) -> list[Apart]:

@@ -24,9 +24,9 @@ class Placed(NamedTuple):
 
     stack: int
     place: int
-    gains: bool = False
-    scales: bool = False
-    multiplies: bool = False
+    gains: bool
+    scales: bool
+    multiplies: bool
 
 
 class Layer:
@@ -51,7 +51,7 @@ class Layer:
         self.A[place, :r].copy_(form.A)
         self.B[place, :r].copy_((form.B if form.g is None else form.g[:, None] * form.B).mT)
         self.ranks[place] = r
-        written = [self.A[place, :r], self.B[place, :r]]
+        written = [self.A[place], self.B[place]]
         if form.g is not None:
             if self.excess is None:
                 self.excess = self.A.new_zeros(PLACES, self.B.shape[2])
@@ -110,4 +110,4 @@ class Stack:
 
 def rank_class(rank: int) -> int:
     """The rank of the stacks that hold an adapter of this rank: the next power of two."""
-    return 1 << max(rank - 1, 0).bit_length() if rank else 0
+    return 1 << (rank - 1).bit_length() if rank else 0
