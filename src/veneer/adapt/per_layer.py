@@ -110,7 +110,8 @@ def options_at(
         hit = next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", site)), None)
         if hit is not None:
             found[setting] = hit
-    methods.check_options(method, found)
+    if found != options:  # which are checked already
+        methods.check_options(method, found)
     return found
 
 
