@@ -338,7 +338,11 @@ def test_a_head_is_saved_as_one_module_if_all_of_it_is():
     model = net(classifier=Head())
     inner = ["classifier.dense", "classifier.out_proj"]
     assert whole.saved_modules(model, [*inner, "first"]) == ["classifier", "first"]
+    assert whole.saved_modules(model, inner) == ["classifier"]
     assert whole.saved_modules(model, inner[:1]) == inner[:1]
+    assert whole.saved_modules(net(score=nn.Linear(3, 2)), ["first"]) == ["first"]
+    veneer.attach(model, "lora", to=["classifier.dense"], rank=1)
+    assert whole.saved_modules(model, inner) == ["classifier"]
     assert whole.saved_modules(net(body=Head()), ["body.dense", "body.out_proj"]) == [
         "body.dense",
         "body.out_proj",

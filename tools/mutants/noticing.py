@@ -50,10 +50,10 @@ ROWS = {
     "adapt/merge.py": "merge* verdict gains* combine* prefix* baselines* complaints* quant methods",
     "adapt/banks/entries.py": "bank*",
     "tasks/head.py": "chunked* store interchange",
-    "adapt/store/fingerprint.py": "store beside quant interchange verify complaints*",
+    "adapt/store/fingerprint.py": "store* beside quant interchange verify complaints*",
     "adapt/*": (
         "calls* probe* sums calibrate* beside* roles* whole* draws* own* loaded* merge* combine* attach*"
-        " store prefix* frozen complaints* interchange verify moving_base changed_bases start* quant methods"
+        " store* prefix* frozen complaints* interchange verify moving_base changed_bases start* quant methods"
     ),
 }
 SHARED = ("__init__", "lora", "kaiming")  # files in methods that other files use, as those in base

@@ -75,7 +75,7 @@ def saved_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     found = set(outermost(names))
     for name, module in model.named_modules():
         inner = [f"{name}.{n}" for n, m in module.named_modules() if n and _holds(m) and not is_own(n)]
-        if name and name.rpartition(".")[2] in heads and inner and found >= {*inner}:
+        if name.rpartition(".")[2] in heads and inner and found >= {*inner}:
             found = {name, *(found - {*inner})}
     return sorted(found)
 

@@ -24,7 +24,7 @@ from veneer.sites.quantised import plain
 HASHED, KEPT = 4096, 32
 SPREAD = 2_654_435_761  # a prime near 2^32 / golden ratio
 Record = dict[str, Any]
-_known: WeakKeyDictionary[nn.Module, tuple[str, Record]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[str, Record]] = WeakKeyDictionary()  # by the state it had
 
 
 def measure(model: nn.Module) -> Record:
@@ -34,10 +34,10 @@ def measure(model: nn.Module) -> Record:
     It is computed once for a model and again only after its parameters were replaced or written to.
     """
     state = _state(model)
-    known = _known.get(model)
-    if known is None or known[0] != state:
-        known = _known[model] = (state, _measured(model))
-    return copy.deepcopy(known[1])
+    known = _known.get(model, {})
+    if state not in known:
+        known = _known[model] = {state: _measured(model)}
+    return copy.deepcopy(known[state])
 
 
 def _state(model: nn.Module) -> str:
@@ -48,8 +48,8 @@ def _state(model: nn.Module) -> str:
     """
     digest = hashlib.sha256(repr(changed.forms_of(model)).encode())
     for name, p in base_parameters(model).items():
-        version = -1 if p.is_inference() else p._version
-        where = 0 if p.is_meta else p.data_ptr()
+        version = None if p.is_inference() else p._version
+        where = None if p.is_meta else p.data_ptr()
         digest.update(f"{name} {id(p)} {where} {tuple(p.shape)} {p.dtype} {version} ".encode())
         if not p.is_meta:  # a block on disk is never written to
             digest.update(_bytes(_sample(plain(p.detach()), KEPT)))

@@ -55,7 +55,7 @@ def open_folder(folder: Path) -> Opened:
     if config is None or "peft_type" in config:  # other programs' tensors have another name
         files.refuse_pickle(folder, path.name)
     else:
-        refuse_settings(config)
+        refuse_settings(config, [], has_initial=False)
     problems = []
     if record and files.sha256(path) != record["tensors"]["sha256"]:
         text = (
@@ -80,7 +80,7 @@ def open_initial(found: Opened, initial: str | Path | None) -> dict[str, Tensor]
     return files.read_tensors(Path(initial) / settings.TENSORS)
 
 
-def refuse_settings(config: Config, others: Iterable[Problem] = (), *, has_initial: bool = False) -> None:
+def refuse_settings(config: Config, others: Iterable[Problem], *, has_initial: bool) -> None:
     """Raises FormatError for settings that cannot be read, listing the other problems with them."""
     wrong = [Problem("fit", text) for text in refusals.settings_problems(config, has_initial)]
     refuse("the adapter cannot be read", [*wrong, *others] if wrong else [])

@@ -31,7 +31,7 @@ INSIDE = {
 def method_of(delta: Delta) -> str:
     """Returns the name of the delta's method: its file's."""
     method = delta.inner if isinstance(delta, Biased) else delta
-    return type(method).__module__.rsplit(".", 1)[-1]
+    return type(method).__module__.rpartition(".")[2]
 
 
 def describe(

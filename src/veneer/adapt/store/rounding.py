@@ -44,9 +44,10 @@ def as_saved(changes: Changes, dtype: torch.dtype, in_peft: bool) -> Changes:
 
 
 def _through_peft(site: Site, delta: Delta, dtype: torch.dtype) -> Delta:
-    form = delta.to_peft(site) if isinstance(delta, PeftStored) else None
-    if form is None or not isinstance(delta, PeftStored):
+    if not isinstance(delta, PeftStored):
         return delta
+    form = delta.to_peft(site)
+    assert form is not None  # the whole adapter is in PEFT's format
     return type(delta).from_peft(
         site, form.config, {k: rounded(t, dtype) for k, t in {**form.shared, **form.tensors}.items()}
     )

@@ -98,11 +98,12 @@ def write(
 
     PEFT has one list of tokens for all layers, and gives a tied head the rows of the embedding.
     """
-    if any(delta.tokens != rows[0][1].tokens for _, delta in rows):
+    tokens, *others = [delta.tokens for _, delta in rows]
+    if any(t != tokens for t in others):
         return None
     first = {id(delta.D): site.name for site, delta in reversed(rows)}
     always, _ = general()
     always = {k: v for k, v in always.items() if k != "modules_to_save"}  # which the type lacks
     config = {**always, **origin(model, []), "peft_type": TYPE, **OWN}
-    config |= {"target_modules": sorted(first.values()), "token_indices": rows[0][1].tokens}
+    config |= {"target_modules": sorted(first.values()), "token_indices": tokens}
     return config, {f"{PREFIX}{site.name}.{END}": delta.rows(site) for site, delta in rows}
