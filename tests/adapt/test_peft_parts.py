@@ -11,12 +11,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import veneer
-from veneer import methods
+from veneer import foreign, methods
 from veneer.adapt.attached import changes
 from veneer.adapt.peft import parameters, prefixes, reading, rotary, starts, whole, writing
 from veneer.adapt.peft.rotary import Turn
 from veneer.adapt.peft.settings import PREFIX
 from veneer.adapt.probe import TOLERANCE
+from veneer.adapt.tokens import alone
+from veneer.errors import FormatError
 from veneer.methods.base.biased import Biased
 from veneer.methods.base.token_rows import TokenRows
 from veneer.methods.lora import LoRA
@@ -101,6 +103,17 @@ def test_targets_that_no_layer_matches_are_named():
     large = net(**{n: nn.Linear(2, 2) for n in "abc"})
     _, problems = read(large, config(["third"]), {})
     assert [p.text for p in problems] == [f"{text}, a and 2 more"]
+
+
+@pytest.mark.parametrize("peft_type", ["LORA", alone.TYPE])
+def test_expressions_are_tried_before_they_are_used(peft_type, monkeypatch):
+    monkeypatch.setattr(foreign, "_ends", lambda patterns, names: "first" not in names)
+    settings = {**config("(a+)+$"), "peft_type": peft_type, "token_indices": [1]}
+    reader = alone.to_changes if peft_type == alone.TYPE else read
+    with pytest.raises(
+        FormatError, match=r"adapter_config\.json: the expression '\(a\+\)\+\$' takes too long"
+    ):
+        reader(net(), settings, {})
 
 
 def test_an_end_of_a_name_is_enough():

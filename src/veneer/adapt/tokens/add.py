@@ -66,7 +66,7 @@ def resize_vocabulary(model: nn.Module, rows: int) -> nn.Module:
         for site in _ends(model):
             weight: Tensor = site.module.weight
             weight[before:] = 0
-            if site.kind != "embedding" and getattr(site.module, "bias", None) is not None:
+            if getattr(site.module, "bias", None) is not None:
                 site.module.bias[before:] = 0
     return model
 
@@ -74,8 +74,8 @@ def resize_vocabulary(model: nn.Module, rows: int) -> nn.Module:
 def _ends(model: nn.Module) -> list[Site]:
     """Returns the sites of the embedding and, if there is one, of the head."""
     own = [embeddings(model, end) for end in ("input", "output")]
-    found = {id(m): site_for(n, m) for n, m in base_modules(model).items() if any(m is o for o in own)}
-    return [found[id(m)] for m in own if id(m) in found]
+    found = {id(m): (n, m) for n, m in base_modules(model).items()}
+    return [site_for(*found[id(m)]) for m in own if id(m) in found]
 
 
 def _changes(model: nn.Module, ids: Mapping[str, int]) -> Changes:
