@@ -167,7 +167,7 @@ class Rows(Delta, GainsInput, AddsInPlace, Switched, Routed):
     def onto(self, x: Tensor, y: Tensor, site: Site, *, writable: bool) -> Tensor:
         ids, stacks = self.router.of(x, site), self.stacks(y.dtype)
         mine = writable and y.is_contiguous() and not torch.is_grad_enabled()
-        total = y.reshape(len(ids), -1, site.out)
+        total = y.contiguous().view(len(ids), -1, site.out)
         if stacks.excess is not None:
             total, mine = torch.addcmul(total, *self._gained(total, ids, stacks.excess, site)), True
         if stacks.a is not None and stacks.b is not None:  # there are gains then
@@ -188,9 +188,9 @@ class Rows(Delta, GainsInput, AddsInPlace, Switched, Routed):
                 f" other adapters, at strength 1"
             )
         ids, stacks = self.router.of(x, site), self.stacks(y.dtype)
-        total = torch.zeros_like(y).view(len(ids), -1, site.out)
+        total = y.new_zeros(y.shape).view(len(ids), -1, site.out)
         if stacks.excess is not None:
-            gain, own = self._gained(y.reshape(total.shape), ids, stacks.excess, site)
+            gain, own = self._gained(y.contiguous().view(total.shape), ids, stacks.excess, site)
             total = gain * own
         if stacks.a is not None and stacks.b is not None:
             total = self._multiplied(x, total, ids, stacks.a, stacks.b, site)
