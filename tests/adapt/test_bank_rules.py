@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gains import Gains
 from support.models import randomise
 from torch import nn
 
 import veneer
 from veneer.adapt.attached import layers
-from veneer.errors import ConfigError, ShapeError
+from veneer.errors import ConfigError, ShapeError, SiteError
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -84,6 +85,7 @@ KINDS = {
     "gains": ("dora", {"rank": 2}),
     "products": ("flora", {"rank": 2}),
     "none": ("ia3", {"to": ["1"]}),
+    "all": (Gains, {"to": ["0", "1"]}),
 }
 
 
@@ -94,10 +96,10 @@ KINDS = {
         ({"rank": 2}, ()),
         ({"rank": 3}, ("rank",)),
         ({"gains": True}, ("none",)),
-        ({"rank": 2, "gains": True}, ("gains", "none")),
+        ({"rank": 2, "gains": True}, ("gains", "none", "all")),
         ({"products": 1}, ("none",)),
         ({"products": 2}, ("products", "none")),
-        ({"rank": 3, "products": 2}, ("rank", "gains", "products", "none")),
+        ({"rank": 3, "products": 2}, ("rank", "gains", "products", "none", "all")),
     ],
 )
 def test_room_is_made_for_what_was_asked(room, fits):
@@ -117,6 +119,37 @@ def test_room_is_made_for_what_was_asked(room, fits):
         else:
             with pytest.raises(ShapeError, match="the bank has no room for what 'a' has at"):
                 rows.write("a")
+
+
+def test_slots_are_as_large_as_the_largest_adapter_needs():
+    model = adapted(a=LOW, b=KINDS["rank"])
+    (layer, _) = veneer.bank(model, ["a", "b"]).layers.values()
+    assert layer.A.shape == (3, 3, 6) and layer.input_gains(torch.float64) is None
+    model = adapted(a=KINDS["products"], b=("flora", {"rank": 3}))
+    (layer, _) = veneer.bank(model, ["a", "b"]).layers.values()
+    assert layer.stacks(torch.float64).a.shape == (3, 3, 6)
+
+
+@pytest.mark.parametrize("name", ["a", "base", "no name"])
+def test_a_bank_s_own_name_must_be_free(name):
+    with pytest.raises(ConfigError, match="adapter"):
+        veneer.bank(adapted(a=LOW), ["a"], name=name)
+
+
+def test_compiled_models_and_layers_held_whole_are_refused():
+    with pytest.raises(ConfigError, match=r"must not be torch\.compile's wrapper"):
+        veneer.bank(torch.compile(adapted(a=LOW), backend="eager"), ["a"])
+    with pytest.raises(SiteError, match="another adapter holds 0 as a site of another kind"):
+        veneer.bank(adapted(whole=("full", {"to": ["0"]})), {}, slots=1, rank=1, to=["0"])
+
+
+def test_the_first_step_of_a_bank_is_checked():
+    model = adapted(a=LOW)
+    model(X).sum().backward()
+    model(X)
+    assert not model._forward_hooks
+    veneer.bank(model, ["a"], trainable=True).use("a")
+    assert len(model._forward_hooks) == 1
 
 
 def test_all_that_cannot_train_side_by_side_are_listed():
