@@ -196,3 +196,10 @@ def test_adapters_that_train_act_alone_and_learn_alone():
     assert trained == {"a", "b"} and len(model._forward_hooks) == 1
     with pytest.raises(ConfigError, match="this bank would be empty; name the attached adapters to train"):
         veneer.bank(adapted(a=LOW), {}, trainable=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapters_keep_their_mode(training):
+    model = adapted(a=LOW, b=("dora", {"rank": 2})).train(training)
+    veneer.bank(model, ["a", "b"])
+    assert all(d[n].training is training for d in layers(model) for n in ("a", "b"))

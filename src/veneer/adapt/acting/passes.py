@@ -13,8 +13,8 @@ class Passes:
     def __init__(self) -> None:
         self.bare: list[tuple[Any, ...]] = []  # states of passes without gradients
         self.graded = False  # a pass with gradients was made
-        self.recomputed = -1  # the backward pass that last recomputed the layer
-        self.mismatch = -1  # the backward pass that met an output of another state
+        self.recomputed: int | None = None  # the backward pass that last recomputed the layer
+        self.mismatch: int | None = None  # the backward pass that met an output of another state
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
         return Passes, ()  # copies and pickles begin anew

@@ -42,7 +42,7 @@ def note(deltas: Deltas, output: Any) -> None:
     if torch.compiler.is_compiling() or not noted or torch._C._current_graph_task_id() != -1:
         return
     notes = deltas.passes
-    if notes.recomputed != -1:
+    if notes.recomputed is not None:
         notes = deltas.passes = Passes()
     if not torch.is_grad_enabled():
         state = _state(deltas)
