@@ -363,6 +363,19 @@ def test_a_head_is_saved_as_one_module_if_all_of_it_is():
     assert whole.outermost(["a.b", "a", "ab", "a.b.c", "ab"]) == ["a", "ab"]
 
 
+def test_a_whole_module_is_read_beside_an_adapter_inside_it():
+    model = veneer.attach(net(classifier=Head()), "lora", to=["classifier.dense"], rank=1)
+    names = [f"classifier.{n}.{p}" for n in ("dense", "out_proj") for p in ("weight", "bias")]
+    given = {f"{PREFIX}{n}": model.get_parameter(n).detach() + i for i, n in enumerate(names)}
+    used, problems = set(), []
+    found = whole.whole_module(model, "classifier", given, used, problems)
+    assert [s.name for s, _ in found] == ["classifier.dense", "classifier.out_proj"]
+    wanted = [torch.tensor([0.0] * 16 + [1.0] * 4), torch.tensor([2.0] * 8 + [3.0] * 2)]
+    for (_, delta), D in zip(found, wanted, strict=True):
+        torch.testing.assert_close(delta.D.detach().flatten(), D)
+    assert used == {*given} and not problems
+
+
 def test_whole_modules_that_do_not_fit_are_named_and_used():
     model, used, problems = net(classifier=Head()), set(), []
     names = [f"classifier.{n}.{p}" for n in ("dense", "out_proj") for p in ("weight", "bias")]
@@ -536,6 +549,20 @@ def test_changes_that_one_file_of_pefts_cannot_hold_are_not_written():
         [biased[2], second],
     ):
         assert writing.write(model, odd) is None
+
+
+def test_tensors_that_layers_share_are_read_and_used():
+    model = net()
+    found = [other(model, n, "vera") for n in ("first", "second")]
+    with torch.no_grad():
+        for _, delta in found:
+            for p in delta.parameters():
+                p.normal_()
+    written = writing.write(model, found)
+    again, problems = read(net(), written.config, written.tensors)
+    assert not problems
+    for (site, given), (_, delta) in zip(found, again, strict=True):
+        torch.testing.assert_close(delta.delta(site), given.delta(site), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_alone_are_written_if_they_are_of_the_same_tokens():
