@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from support import models
+from support.cells import built
 from torch import nn
 
 import veneer
@@ -112,3 +113,11 @@ def test_files_of_another_series_are_refused_with_the_way_out(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_version": "0.17.1"}))
     with pytest.raises(FormatError, match="merge the adapter with the PEFT that trained it"):
         veneer.load(models.llama(), tmp_path)
+
+
+@pytest.mark.parametrize(("method", "options"), [("oft", {"block": 4}), ("boft", {"block": 4, "factors": 2})])
+def test_a_turn_of_strength_0_is_exactly_nothing(method, options):
+    site, delta = built(method, nn.Linear(16, 12).double(), options)
+    x, y = torch.randn(3, 16).double(), torch.randn(3, 12).double()
+    assert delta.delta(site).any() and delta(x, y, site).any()
+    assert not delta.delta_at(site, 0.0).any() and not delta.forward_at(x, y, site, 0.0).any()

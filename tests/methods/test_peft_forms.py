@@ -18,6 +18,7 @@ from veneer.methods import Delta, PeftForm, PeftKind
 from veneer.sites import Site, site_for
 
 every = pytest.mark.parametrize("name", FORMS)
+SEEDED = {methods.get(n) for n in ("vera", "randlora", "fourierft")}
 RANDOM = {"seed", "init"}  # which say how the numbers were drawn
 ROUNDED = {"vera_lambda_d", "fourierft_spectrum"}  # which a file holds multiplied
 
@@ -69,6 +70,8 @@ def test_a_file_gives_the_same_change_and_options(name):
     assert again.dropout == delta.dropout == FORMS[name].options.get("dropout", 0.0)
     known = methods.options_of(type(again))
     wanted = {k: v for k, v in FORMS[name].options.items() if k in known and k not in RANDOM}
+    if "seed" in again.options:  # of draws that the file does not need
+        assert again.options["seed"] == (FORMS[name].options["seed"] if type(again) in SEEDED else 0)
     if name == "ia3 of outputs":
         wanted = {"feedforward": form.config["feedforward_modules"]}
     if name == "fourierft by rms":

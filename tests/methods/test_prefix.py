@@ -79,7 +79,8 @@ def test_an_attention_with_a_prefix_is_a_softmax_over_all(kind, moving):
 
 
 @pytest.mark.parametrize(
-    "strengths", [{"default": 0.5}, {"default": 0.5, "second": -2.0}, {"default": 1.0, "second": 1.0}]
+    "strengths",
+    [{"default": 0.5}, {"default": 2.0}, {"default": 0.5, "second": -2.0}, {"default": 1.0, "second": 1.0}],
 )
 def test_strengths_scale_what_each_prefix_changes_and_the_changes_add_up(strengths):
     model = veneer.attach(with_prefix(lambda: llama().double()), "prefix", length=2, name="second")

@@ -121,9 +121,9 @@ class OFT(Turning, PeftStored):
         return delta
 
 
-def _version(text: str | None) -> tuple[int, int]:
+def _version(text: str | None) -> tuple[int, ...]:
     found = re.match(r"(\d+)\.(\d+)", text or "")
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def _peft_name(site: Site) -> str:
