@@ -223,7 +223,7 @@ def test_a_parallel_bottleneck_reads_the_input_and_has_its_scale():
     )
 
 
-def test_a_bottleneck_of_a_block_is_parallel_and_of_a_layer_may_be():
+def test_a_bottleneck_of_a_block_is_parallel_and_of_a_layer_may_be(monkeypatch):
     kind, block = methods.get("bottleneck"), nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4))
     for placement in ("houlsby", "pfeiffer"):
         with pytest.raises(SiteError, match=f"a {placement} adapter needs vectors; 'mlp' is of kind 'block'"):
@@ -237,6 +237,9 @@ def test_a_bottleneck_of_a_block_is_parallel_and_of_a_layer_may_be():
     x, y = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     expected = 0.5 * (torch.relu(x @ delta.D.mT + delta.a) @ delta.U.mT + delta.u)
     torch.testing.assert_close(delta(x, y, site), expected)
+    monkeypatch.setattr(type(site), "acts_by_hook", False)  # as where a block reads the weight itself
+    with pytest.raises(SiteError, match="a houlsby adapter needs vectors"):
+        methods.build(kind, site, {"rank": 2})
 
 
 def randomise_change(delta):

@@ -32,9 +32,9 @@ def test_a_product_has_exact_factors_of_the_smaller_rank(out, in_, rank):
     torch.testing.assert_close(f.dense(site), delta.delta(site), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("factor", [2, 12])
-def test_factors_are_laid_out_by_the_shorter_side_of_the_left_one(factor):
-    _, site, delta = adapted(24, 6, rank=1, factor=factor)
+@pytest.mark.parametrize(("out", "in_", "factor"), [(24, 6, 2), (24, 6, 12), (6, 24, 12)])
+def test_factors_are_laid_out_by_the_shorter_side_of_the_left_one(out, in_, factor):
+    _, site, delta = adapted(out, in_, rank=1, factor=factor)
     f = delta.factors(site)
     assert f.A.shape[0] == min(delta.shape.p, delta.shape.m)
     torch.testing.assert_close(f.dense(site), delta.delta(site), rtol=1e-12, atol=1e-12)

@@ -148,6 +148,8 @@ def test_shared_factors_may_be_wider_and_not_narrower(name):
     reader = methods.get(name)
     config = {**table(reader).every, **form.config}
     assert len(form.shared) == 2
+    with pytest.raises(FormatError, match="missing: layer"):
+        reader.from_peft(site, config, dict(form.shared))
     other = {n: 2 * t for n, t in form.shared.items()}  # as another machine might have drawn them
     delta = reader.from_peft(site, config, {**form.tensors, **other})
     shapes = {"vera": ((5, IN), (OUT, 5)), "randlora": ((3, 1, OUT), (IN, 3, 3))}[name]

@@ -77,9 +77,10 @@ def test_every_method_that_peft_stores_is_in_the_tables():
 
 def test_a_change_that_peft_cannot_draw_again_stays_in_our_own_file():
     """Numbers that no rank gives; a grid; frequencies of another draw."""
-    site, delta = built("shira", nn.Linear(IN, OUT), {"numbers": OUT + IN + 1})
-    assert delta.to_peft(site) is None
-    site, delta = built("fourierft", nn.Linear(IN, OUT), {"frequencies": 4, "grid": True})
+    for numbers in (OUT, IN, 2 * IN, OUT + IN + 1):
+        site, delta = built("shira", nn.Linear(IN, OUT), {"numbers": numbers})
+        assert delta.to_peft(site) is None
+    site, delta = built("fourierft", nn.Linear(IN, OUT), {"frequencies": 6, "grid": True})
     assert delta.to_peft(site) is None
     site, delta = built("fourierft", nn.Linear(IN, OUT), {"frequencies": 4})
     assert delta.to_peft(site) is not None

@@ -198,8 +198,8 @@ FORMS = {
     ),
     "boft": Form(
         "boft",
-        {"block": 2, "factors": 2},
-        {"peft_type": "BOFT", "boft_block_size": 2, "boft_n_butterfly_factor": 2},
+        {"block": 6, "factors": 2},
+        {"peft_type": "BOFT", "boft_block_size": 6, "boft_n_butterfly_factor": 2},
         lambda d: {"boft_R": d.P, "boft_s": d.s[:, None]},
     ),
     "vera": Form(

@@ -152,7 +152,7 @@ class FourierFT(DenseDelta, Served, AddsInPlace, PeftStored):
         if self.grid or site.kind not in ROWWISE:
             return None
         drawn = torch.stack(_scattered(site.out, site.in_, len(self.c), self.seed)).to(self.rows.device)
-        if not torch.equal(drawn, torch.stack([self.rows, self.columns])):
+        if (drawn != torch.stack([self.rows, self.columns])).any():
             return None
         given = self.options["scaling"]
         config = {"peft_type": "FOURIERFT", "n_frequency": len(self.c), "random_loc_seed": self.seed}

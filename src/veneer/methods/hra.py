@@ -95,5 +95,5 @@ def _same_in_peft(site: Site) -> bool:
         return site.kind == "linear"
     conv = site.module
     alike = all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride))
-    padded = isinstance(conv.padding, tuple) and len(set(conv.padding)) == 1 and conv.padding_mode == "zeros"
+    padded = len(set(conv.padding)) == 1 and conv.padding_mode == "zeros"  # not a word such as "same"
     return site.spatial == 2 and alike and padded and conv.groups == 1 and set(conv.dilation) == {1}
