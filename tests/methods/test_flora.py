@@ -141,7 +141,7 @@ def test_weight_decay_does_not_shrink_the_weights_themselves():
     assert [group["weight_decay"] for group in adam.param_groups] == [0.0]
 
 
-@pytest.mark.parametrize(("name", "dropout"), [("hira", {"dropout": 0.5}), ("flora", {})])
+@pytest.mark.parametrize(("name", "dropout"), [("hira", {"dropout": 0.5}), ("hira", {}), ("flora", {})])
 def test_products_with_the_weight_are_of_rows_alone(name, dropout):
     """A bank applies them to rows; a convolution or an embedding has others."""
     for layer in (nn.Linear(8, 8), nn.Conv2d(8, 8, 1), nn.Embedding(8, 8)):

@@ -217,10 +217,10 @@ FORMS = {
     ),
     "randlora": Form(
         "randlora",
-        {"rank": 3, "alpha": 6.0, "dropout": 0.25, "seed": 3},
+        {"rank": 5, "alpha": 6.0, "dropout": 0.25, "seed": 3},
         {
             "peft_type": "RANDLORA",
-            "r": 3,
+            "r": 5,
             "randlora_alpha": 6.0,
             "randlora_dropout": 0.25,
             "projection_prng_key": 3,
