@@ -146,6 +146,31 @@ def test_a_router_notes_broken_slots_and_keeps_its_layouts():
     assert router.stretches() != spread
 
 
+@pytest.mark.parametrize(
+    ("ids", "tokens", "wanted"),
+    [
+        (2, 3, [(2, None)]),
+        ([1], 3, [(1, None)]),
+        ([1, 1], 4, [(1, None)]),
+        ([2, 0], 4, [(0, [2, 3]), (2, [0, 1])]),
+        ([1, 0, 1], 3, [(0, [1]), (1, [0, 2])]),
+        ([[0, 1], [1, 0]], 4, [(0, [0, 3]), (1, [1, 2])]),
+    ],
+)
+def test_tokens_are_grouped_by_the_adapter_of_their_row(ids, tokens, wanted):
+    model = adapted("low", "dora")
+    (layer,) = veneer.bank(model, ["low", "dora"]).layers.values()
+    layer.router.ids = torch.tensor(ids)
+    found = [(k, None if index is None else index.tolist()) for k, index in layer.groups(tokens)]
+    assert found == wanted
+    if len(wanted) > 1:
+        with pytest.raises(ShapeError, match="fused experts were called with 7 tokens"):
+            layer.groups(7)
+    assert layer.of_group(0, torch.float64) is None
+    A, B, excess = layer.of_group(1, torch.float64)
+    assert A.shape == (3, 6) and B.shape == (5, 3) and excess.shape == (5,) and not excess.any()
+
+
 def test_ids_of_inference_have_no_versions():
     model = adapted("low")
     rows = veneer.bank(model, ["low"])

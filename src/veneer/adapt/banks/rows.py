@@ -57,7 +57,7 @@ class Router(nn.Module):
     def stretches(self) -> list[spans.Span]:
         """Returns the stretches of rows with one adapter, made once for all layers."""
         flat = self.ids.reshape(-1)
-        if self.spread is None or not torch.equal(self.spread[0], flat):
+        if self.spread is None or not self.spread[0].equal(flat):
             self.spread = flat.clone(), spans.of(flat.tolist())
         return self.spread[1]
 
@@ -67,7 +67,7 @@ class Router(nn.Module):
         if torch.compiler.is_compiling() or ids.is_cuda:
             return None
         flat = ids.reshape(-1)
-        if self.held is None or not torch.equal(self.held[0], flat):
+        if self.held is None or not self.held[0].equal(flat):
             self.held = flat.clone(), batched.lay_out(flat, len(self.names))
         return self.held[1]
 
@@ -143,7 +143,7 @@ class Rows(Delta, GainsInput, AddsInPlace, Switched, Routed):
                 " name an adapter for every row of this batch with use([..])"
             )
         each = ids.repeat_interleave(tokens // len(ids))
-        return [(int(k), (each == k).nonzero()[:, 0]) for k in ids.unique()]
+        return [(int(k), (each == k).nonzero().flatten()) for k in ids.unique()]
 
     def of_group(self, key: Hashable, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
         if key == 0:
