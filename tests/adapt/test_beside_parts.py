@@ -121,6 +121,13 @@ def test_rows_that_do_not_fit_are_refused(tokens, shape):
     )
 
 
+def test_rows_of_a_token_below_zero_are_refused():
+    reader = read(Net(), {f"embed.{ROWS}": torch.ones(2, WIDTH)})
+    reader.rows({"trainable_token_indices": {"embed": [3, -1]}})
+    text = f"wrong token: embed.{ROWS} has rows of token -1; tokens are numbered from 0"
+    assert texts(reader) == [("fit", text)] and not reader.changes
+
+
 def test_a_bias_of_another_shape_is_refused_and_used():
     reader = read(Net(), {"head.bias": torch.zeros(3)})
     reader.biases({"bias": "all"})

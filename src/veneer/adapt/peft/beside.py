@@ -112,6 +112,10 @@ class Beside:
         self, site: Site, indices: Sequence[int], rows: Tensor, key: str, made: list[nn.Parameter]
     ) -> None:
         own = site.module.weight.detach()
+        if below := [i for i in indices if i < 0]:
+            text = f"wrong token: {key} has rows of token {below[0]}; tokens are numbered from 0"
+            self.problems.append(Problem("fit", text))
+            return
         if rows.shape != (len(indices), own.shape[1]) or any(i >= len(own) for i in indices):
             text = (
                 f"wrong shape: {key} is {tuple(rows.shape)} for {len(indices)} tokens, the model's rows are"
