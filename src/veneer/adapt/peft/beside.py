@@ -26,6 +26,18 @@ from veneer.sites.roles import embeddings
 ROWS = "token_adapter.trainable_tokens_delta"
 
 
+def _misfit(indices: Sequence[int], rows: Tensor, own: Tensor, key: str) -> str:
+    """Returns the reason why rows of tokens do not fit the module's weight, or ""."""
+    if below := [i for i in indices if i < 0]:
+        return f"wrong token: {key} has rows of token {below[0]}; tokens are numbered from 0"
+    if rows.shape == (len(indices), own.shape[1]) and all(i < len(own) for i in indices):
+        return ""
+    return (
+        f"wrong shape: {key} is {tuple(rows.shape)} for {len(indices)} tokens, the model's rows are"
+        f" {tuple(own.shape)}; resize its vocabulary first (model.resize_token_embeddings)"
+    )
+
+
 class Beside:
     """Reads the tensors beside the targeted layers' own; adds to `changes`, `used` and `problems`."""
 
@@ -112,15 +124,7 @@ class Beside:
         self, site: Site, indices: Sequence[int], rows: Tensor, key: str, made: list[nn.Parameter]
     ) -> None:
         own = site.module.weight.detach()
-        if below := [i for i in indices if i < 0]:
-            text = f"wrong token: {key} has rows of token {below[0]}; tokens are numbered from 0"
-            self.problems.append(Problem("fit", text))
-            return
-        if rows.shape != (len(indices), own.shape[1]) or any(i >= len(own) for i in indices):
-            text = (
-                f"wrong shape: {key} is {tuple(rows.shape)} for {len(indices)} tokens, the model's rows are"
-                f" {tuple(own.shape)}; resize its vocabulary first (model.resize_token_embeddings)"
-            )
+        if text := _misfit(indices, rows, own, key):
             self.problems.append(Problem("fit", text))
             return
         chosen = torch.tensor(list(indices), device=own.device)
